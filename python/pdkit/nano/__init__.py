@@ -1,0 +1,1 @@
+"""A nano DeepSeek-V4: its configuration, tokenizer, data, weights and training."""
