@@ -1,0 +1,22 @@
+"""What the commands of this project return to the shell."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    PASSED = 0
+    FAILED = 1
+    BAD_USAGE = 2
+    NOT_READY = 3
+    NOTHING_RAN = 4
+    INTERRUPTED = 130
+
+
+MEANINGS = {
+    ExitCode.PASSED: "every file ran and passed",
+    ExitCode.FAILED: "a file failed or ran out of time",
+    ExitCode.BAD_USAGE: "bad usage or a bad registration",
+    ExitCode.NOT_READY: "the environment is not ready",
+    ExitCode.NOTHING_RAN: "nothing ran, or a file ran none of its tests",
+    ExitCode.INTERRUPTED: "interrupted",
+}
