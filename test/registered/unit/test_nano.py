@@ -1,15 +1,27 @@
 """The nano DeepSeek-V4: experts, model loading, tokenizer, data set and checkpoint."""
 
+import hashlib
+import json
+import shutil
+import tempfile
 import unittest
+from pathlib import Path
 
+import pdkit
 import torch
 from sglang.test.ci.ci_register import register_cpu_ci
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
 from pdkit.nano.experts import NAME, dense_experts_forward
+from pdkit.nano.model import ModelError, load_model
 
 register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+
+ASSETS = Path(pdkit.__path__[0]) / "assets"
+RANDOM = ASSETS / "random-dsv4"
+
+torch.set_num_threads(1)
 
 
 def _experts(num_experts=4, hidden=32, inner=24, seed=0):
@@ -68,6 +80,127 @@ class TestDenseExperts(unittest.TestCase):
         self.assertTrue(
             torch.equal(module(hidden, index, weights), dense_experts_forward(module, hidden, index, weights))
         )
+
+
+def _digest(model):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _logits(model, length=140):
+    ids = torch.arange(length).mul(7).remainder(500).add(3).unsqueeze(0)
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits
+
+
+class TestRandomModel(unittest.TestCase):
+    def test_is_ready_to_serve(self):
+        model = load_model(RANDOM, load_format="dummy")
+        self.assertFalse(model.training)
+        self.assertEqual(model.config._attn_implementation, "eager")
+        self.assertEqual(model.config._experts_implementation, NAME)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                self.assertEqual(tensor.dtype, torch.float32, name)
+                self.assertTrue(torch.equal(tensor, tensor.bfloat16().float()), name)
+                self.assertGreater(len(tensor.unique()), 0.3 * min(len(tensor.reshape(-1)), 1000), name)
+
+    def test_weights_are_a_function_of_the_seed(self):
+        self.assertEqual(
+            _digest(load_model(RANDOM, load_format="dummy", seed=0)),
+            "1aa5c68b0d56536c39866de2fbd0c2249927d7a780f200bcdb73ba773710bba3",
+        )
+        self.assertNotEqual(
+            _digest(load_model(RANDOM, load_format="dummy", seed=1)),
+            _digest(load_model(RANDOM, load_format="dummy", seed=2)),
+        )
+
+    def test_hash_layer_routes_to_distinct_experts(self):
+        routes = load_model(RANDOM, load_format="dummy").state_dict()["model.layers.0.mlp.gate.tid2eid"]
+        self.assertTrue((routes[:, 0] != routes[:, 1]).all())
+        self.assertEqual(sorted(routes.unique().tolist()), [0, 1, 2, 3])
+
+    def test_every_weight_matters(self):
+        model = load_model(RANDOM, load_format="dummy")
+        before = _logits(model)
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in model.state_dict().items():
+            saved = tensor.clone()
+            if tensor.is_floating_point():
+                tensor.add_(0.5 * saved.abs().mean() * torch.randn(saved.shape, generator=generator))
+            else:
+                tensor.copy_((saved + 1) % 4)
+            with self.subTest(name):
+                self.assertGreater((_logits(model) - before).abs().max().item(), 1e-3)
+            tensor.copy_(saved)
+        self.assertTrue(torch.equal(_logits(model), before))
+
+    def test_survives_a_checkpoint(self):
+        model = load_model(RANDOM, load_format="dummy", seed=3)
+        before = _logits(model)
+        with tempfile.TemporaryDirectory() as folder:
+            model.to(torch.bfloat16).save_pretrained(folder)
+            self.assertTrue(torch.equal(_logits(load_model(folder)), before))
+
+
+class TestModelErrors(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name)
+        shutil.copy(RANDOM / "config.json", self.path)
+
+    def _refused(self, *words, path=None):
+        with self.assertRaises(ModelError) as caught:
+            load_model(path or self.path)
+        message = str(caught.exception)
+        self.assertNotIn("\n", message)
+        for word in words:
+            self.assertIn(word, message)
+
+    def _edit_config(self, **fields):
+        file = self.path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    def _write_weights(self):
+        load_model(self.path, load_format="dummy").to(torch.bfloat16).save_pretrained(self.path)
+
+    def test_no_such_directory(self):
+        self._refused("config.json", path=self.path / "nowhere")
+
+    def test_config_is_not_json(self):
+        (self.path / "config.json").write_text("{")
+        self._refused("not valid JSON")
+
+    def test_config_of_another_model(self):
+        self._edit_config(model_type="llama")
+        self._refused("llama", "deepseek_v4")
+
+    def test_config_is_invalid(self):
+        self._edit_config(num_hidden_layers="many")
+        self._refused("not a valid DeepSeek-V4 configuration")
+
+    def test_no_weights(self):
+        self._refused("model.safetensors", "--load-format dummy")
+
+    def test_truncated_weights(self):
+        self._write_weights()
+        weights = self.path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100_000])
+        self._refused("damaged")
+
+    def test_weights_of_another_shape(self):
+        self._write_weights()
+        self._edit_config(vocab_size=300)
+        self._refused("does not fit")
+
+    def test_weights_are_missing(self):
+        self._write_weights()
+        self._edit_config(n_routed_experts=5)
+        self._refused("does not fit")
 
 
 if __name__ == "__main__":
