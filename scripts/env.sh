@@ -37,7 +37,7 @@ make_venv() {
     "$venv/bin/python" -m pip install --quiet "uv==$UV_VERSION" \
         || fail "pip could not install uv==$UV_VERSION; is a Python package index reachable?"
     UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180} \
-        "$venv/bin/uv" pip install --python "$venv/bin/python" --requirement "$lock" 2>&1 | { grep -v '^ [+-] ' || true; } \
+        "$venv/bin/uv" pip install --python "$venv/bin/python" --requirement "$lock" 2>&1 | { grep --line-buffered -v '^ [+-] ' || true; } \
         || fail "uv could not install $lock (reason above; free disk: $(df -Ph "$venv" | awk 'NR==2 {print $4}')); run again to retry"
     say "checking that SGLang imports"
     "$venv/bin/python" -c 'import sglang, sglang_router, torch, transformers' \

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Runs the project's tests: every registered CPU test, the embedded rung of the main job among them.
+# Arguments go to test/run_suite.py, e.g. scripts/test.sh --list
+set -euo pipefail
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+exec "$scripts/env.sh" python3 "$scripts/../test/run_suite.py" --hw cpu --suite stage-a-test-cpu --continue-on-error "$@"
