@@ -1,0 +1,143 @@
+"""The ladder: on what the main job can run, and which of its rungs this machine can reach."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdkit.near_miss import unknown
+
+DISTRIBUTED = Path("registered", "distributed")
+
+
+class RungUnavailable(Exception):
+    """The rung asked for does not exist or cannot run here; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device: marketing name, memory in GiB, compute capability as (major, minor)."""
+
+    name: str
+    memory_gib: float
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to run the main job.
+
+    `test_file` is relative to the test root; `gpus` GPUs are needed, each with at least `memory_gib` of memory and
+    `capability`.
+    """
+
+    name: str
+    engine: str
+    test_file: Path
+    gpus: int = 0
+    memory_gib: float = 0
+    capability: tuple[int, int] = (0, 0)
+
+    def __post_init__(self):
+        assert self.gpus >= 0 and (self.gpus > 0 or self.memory_gib == 0)
+
+    @property
+    def needs(self) -> str:
+        if not self.gpus:
+            return "no GPU"
+        major, minor = self.capability
+        return f"{self.gpus} GPUs of compute capability {major}.{minor} or newer with {self.memory_gib:.0f} GiB each"
+
+    def suits(self, gpu: Gpu) -> bool:
+        return gpu.memory_gib >= self.memory_gib and gpu.capability >= self.capability
+
+    def runs_on(self, gpus: Sequence[Gpu]) -> bool:
+        return sum(map(self.suits, gpus)) >= self.gpus
+
+
+LADDER = (
+    Rung(
+        name="8-gpu-h200",
+        engine="SGLang with DeepSeek-V4-Flash-FP8: prefill on GPUs 0-3, decode on GPUs 4-7",
+        test_file=DISTRIBUTED / "test_disaggregation_dsv4.py",
+        gpus=8,
+        memory_gib=130,
+        capability=(9, 0),
+    ),
+    Rung(
+        name="embedded",
+        engine="pdkit.engine with a nano DeepSeek-V4 on CPU: prefill and decode in a process each",
+        test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",
+    ),
+)
+assert not LADDER[-1].gpus, "the bottom rung runs anywhere"
+
+
+def _visible(count: int, uuids: Sequence[str], cuda_visible_devices: str | None) -> list[int]:
+    """Indices of the devices that CUDA would show, in its order: the list ends at the first entry that names no device."""
+    if cuda_visible_devices is None:
+        return list(range(count))
+    indices = []
+    for entry in cuda_visible_devices.split(","):
+        entry = entry.strip()
+        by_uuid = [i for i, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
+        if entry.isdecimal() and int(entry) < count:
+            indices.append(int(entry))
+        elif len(by_uuid) == 1:
+            indices.append(by_uuid[0])
+        else:
+            break
+    return indices
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves of those that NVML finds; none where there is no NVIDIA driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+        return tuple(
+            Gpu(
+                name=pynvml.nvmlDeviceGetName(handles[i]),
+                memory_gib=pynvml.nvmlDeviceGetMemoryInfo(handles[i]).total / 2**30,
+                capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[i])),
+            )
+            for i in _visible(len(handles), uuids, environ.get("CUDA_VISIBLE_DEVICES"))
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def found(gpus: Sequence[Gpu]) -> str:
+    """What the machine has, in a few words: `no GPU`, `2 GPUs (NVIDIA H200, 140 GiB)`."""
+    if not gpus:
+        return "no GPU"
+    kinds = sorted({f"{gpu.name}, {gpu.memory_gib:.0f} GiB" for gpu in gpus})
+    return f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({'; '.join(kinds)})"
+
+
+def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Rung:
+    """The rung `wanted`, or else the highest that `gpus` can run.
+
+    Raises RungUnavailable where `wanted` is unknown or needs more than there is.
+    """
+    if wanted is None:
+        return next(rung for rung in LADDER if rung.runs_on(gpus))
+    by_name = {rung.name: rung for rung in LADDER}
+    if wanted not in by_name:
+        raise RungUnavailable(unknown("rung", wanted, by_name))
+    rung = by_name[wanted]
+    if not rung.runs_on(gpus):
+        raise RungUnavailable(f"rung {rung.name} needs {rung.needs}; this machine has {found(gpus)}")
+    return rung
+
+
+def why(rung: Rung, gpus: Sequence[Gpu]) -> str:
+    """One line for each rung that `rung` stands below and `gpus` cannot run."""
+    above = LADDER[: LADDER.index(rung)]
+    return "\n".join(f"{r.name} needs {r.needs}; found {found(gpus)}" for r in above if not r.runs_on(gpus))

@@ -1,0 +1,125 @@
+"""Which rung of the ladder a machine runs."""
+
+import sys
+import unittest
+from types import SimpleNamespace
+from unittest.mock import patch
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.rung import LADDER, Gpu, RungUnavailable, choose, found, visible_gpus, why
+
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+
+H200 = Gpu("NVIDIA H200", 139.8, (9, 0))
+H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, (9, 0))
+A800 = Gpu("141 GiB, but older than Hopper", 141.0, (8, 0))
+TOP, BOTTOM = LADDER[0], LADDER[-1]
+
+
+class TestChoose(unittest.TestCase):
+    def test_highest_rung_that_the_machine_can_run(self):
+        for gpus, rung in (
+            ((), BOTTOM),
+            ([H200] * 7, BOTTOM),
+            ([H200] * 8, TOP),
+            ([H200] * 9, TOP),
+            ([H100] * 8, BOTTOM),
+            ([H200] * 7 + [H100], BOTTOM),
+            ([A800] * 8, BOTTOM),
+        ):
+            with self.subTest(gpus=found(gpus)):
+                self.assertIs(choose(gpus), rung)
+
+    def test_a_rung_can_be_asked_for(self):
+        self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)
+
+    def test_a_rung_out_of_reach_is_refused_and_never_replaced(self):
+        with self.assertRaisesRegex(RungUnavailable, r"8-gpu-h200 needs 8 GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"):
+            choose([H200] * 2, wanted="8-gpu-h200")
+
+    def test_an_unknown_rung_names_the_nearest(self):
+        with self.assertRaisesRegex(RungUnavailable, "unknown rung 'embeded'; nearest known: embedded"):
+            choose((), wanted="embeded")
+
+    def test_why_not_higher(self):
+        self.assertEqual(why(TOP, [H200] * 8), "")
+        self.assertRegex(why(BOTTOM, ()), "^8-gpu-h200 needs 8 GPUs .*; found no GPU$")
+
+    def test_why_is_silent_on_a_lower_rung_by_choice(self):
+        self.assertEqual(why(BOTTOM, [H200] * 8), "")
+
+
+class FakeNVML(SimpleNamespace):
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, gpus, driver=True):
+        super().__init__(gpus=gpus, driver=driver, open=0)
+
+    def nvmlInit(self):
+        if not self.driver:
+            raise self.NVMLError("driver not loaded")
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self):
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetUUID(self, index):
+        return f"GPU-{'abcdefgh'[index]}0"
+
+    def nvmlDeviceGetName(self, index):
+        return self.gpus[index].name
+
+    def nvmlDeviceGetMemoryInfo(self, index):
+        return SimpleNamespace(total=int(self.gpus[index].memory_gib * 2**30))
+
+    def nvmlDeviceGetCudaComputeCapability(self, index):
+        return list(self.gpus[index].capability)
+
+
+class TestVisibleGpus(unittest.TestCase):
+    GPUS = (H200, H100, A800)
+
+    def visible(self, cuda_visible_devices=None, **nvml):
+        environ = {} if cuda_visible_devices is None else {"CUDA_VISIBLE_DEVICES": cuda_visible_devices}
+        fake = FakeNVML(self.GPUS, **nvml)
+        with patch.dict(sys.modules, pynvml=fake):
+            gpus = visible_gpus(environ)
+        self.assertEqual(fake.open, 0)
+        return [gpu.name for gpu in gpus]
+
+    def test_all_without_the_variable(self):
+        self.assertEqual(self.visible(), [gpu.name for gpu in self.GPUS])
+
+    def test_only_those_that_cuda_shows(self):
+        for value, expected in (
+            ("", []),
+            ("-1", []),
+            ("1", [H100]),
+            ("2, 0", [A800, H200]),
+            ("0,-1,1", [H200]),
+            ("0,7,1", [H200]),
+            ("GPU-b0,GPU-a", [H100, H200]),
+            ("GPU-", []),
+        ):
+            with self.subTest(value):
+                self.assertEqual(self.visible(value), [gpu.name for gpu in expected])
+
+    def test_none_without_a_driver(self):
+        self.assertEqual(self.visible(driver=False), [])
+
+    def test_numbers_survive(self):
+        with patch.dict(sys.modules, pynvml=FakeNVML([H200])):
+            (gpu,) = visible_gpus({})
+        self.assertAlmostEqual(gpu.memory_gib, H200.memory_gib)
+        self.assertEqual(gpu.capability, H200.capability)
+
+
+if __name__ == "__main__":
+    unittest.main()
