@@ -2,19 +2,26 @@
 
 import hashlib
 import json
+import operator
+import random
+import re
 import shutil
 import tempfile
 import unittest
+from itertools import islice
 from pathlib import Path
 
 import pdkit
 import torch
 from sglang.test.ci.ci_register import register_cpu_ci
+from transformers import AutoTokenizer
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
 from pdkit.nano.experts import NAME, dense_experts_forward
 from pdkit.nano.model import ModelError, load_model
+from pdkit.nano.problems import EVALUATION_ROWS, draw, evaluation_set, few_shot, is_held_out, stream, write_jsonl
+from pdkit.nano.tokenizer import nano_tokenizer
 
 register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
@@ -201,6 +208,80 @@ class TestModelErrors(unittest.TestCase):
         self._write_weights()
         self._edit_config(n_routed_experts=5)
         self._refused("does not fit")
+
+
+class TestProblems(unittest.TestCase):
+    def test_answers_are_worked_correctly(self):
+        operators = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+        for problem in islice(stream(1), 2000):
+            steps = re.findall(r"(\d+)([-+*])(\d+)=(\d+)", problem.answer)
+            self.assertGreaterEqual(len(steps), 2, problem)
+            known = set(re.findall(r"\d+", problem.question))
+            for left, sign, right, result in steps:
+                self.assertLessEqual({left, right}, known, problem)
+                self.assertEqual(operators[sign](int(left), int(right)), int(result), problem)
+                known.add(result)
+            self.assertTrue(problem.answer.endswith(f"\n#### {steps[-1][3]}"), problem)
+
+    def test_splits_never_share_a_problem(self):
+        rng = random.Random(0)
+        for _ in range(500):
+            self.assertFalse(is_held_out(draw(rng, held_out=False).key))
+            self.assertTrue(is_held_out(draw(rng, held_out=True).key))
+        training = {problem.question for problem in islice(stream(0), 20_000)}
+        rows = evaluation_set(EVALUATION_ROWS)
+        self.assertEqual(len({problem.key for problem in rows}), EVALUATION_ROWS)
+        self.assertFalse(training & {problem.question for problem in rows})
+
+    def test_training_stream_depends_on_the_seed_alone(self):
+        self.assertEqual(list(islice(stream(1), 50)), list(islice(stream(1), 50)))
+        self.assertNotEqual(list(islice(stream(1), 50)), list(islice(stream(2), 50)))
+
+    def test_committed_data_set_is_what_the_generator_writes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "data.jsonl"
+            write_jsonl(evaluation_set(EVALUATION_ROWS), file)
+            self.assertEqual(file.read_bytes(), (ASSETS / "gsm8k_nano.jsonl").read_bytes())
+
+
+class TestTokenizer(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.tokenizer = AutoTokenizer.from_pretrained(RANDOM, local_files_only=True)
+
+    def _ids(self, text):
+        return self.tokenizer(text).input_ids
+
+    def test_fits_the_model_config(self):
+        config = json.loads((RANDOM / "config.json").read_text())
+        tokenizer = self.tokenizer
+        self.assertEqual(len(tokenizer), config["vocab_size"])
+        self.assertEqual(tokenizer.bos_token_id, config["bos_token_id"])
+        self.assertEqual(tokenizer.eos_token_id, config["eos_token_id"])
+        self.assertEqual(tokenizer.pad_token_id, config["pad_token_id"])
+
+    def test_adds_nothing_and_loses_nothing(self):
+        text = few_shot(evaluation_set(3))
+        for each in (text, text[:-2], "é漢  x ,\n\t.", " 007-8", ""):
+            self.assertEqual(self.tokenizer.decode(self._ids(each)), each)
+
+    def test_one_token_per_digit(self):
+        tokens = self.tokenizer.convert_ids_to_tokens(self._ids("abc 1234*56=7 890"))
+        digits = [token for token in tokens if re.search(r"\d", token)]
+        self.assertEqual(digits, list("1234567890"))
+
+    def test_chat_template_ends_a_turn_with_eos(self):
+        turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        ids = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        self.assertEqual(ids, "<|user|>1<|assistant|> 2</s>")
+        prompt = self.tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        self.assertEqual(prompt, "<|user|>1<|assistant|>")
+        self.assertEqual(len(self._ids(prompt)), 3)
+
+    def test_committed_tokenizers_are_what_the_generator_writes(self):
+        expected = json.loads(nano_tokenizer().backend_tokenizer.to_str())
+        for model in ("random-dsv4", "nano-dsv4"):
+            self.assertEqual(json.loads((ASSETS / model / "tokenizer.json").read_text()), expected)
 
 
 if __name__ == "__main__":

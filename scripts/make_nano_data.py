@@ -1,0 +1,33 @@
+"""Generate the nano model's data set and tokenizer from their seed.
+
+    PYTHONPATH=python python scripts/make_nano_data.py [--out DIR]
+
+writes ``gsm8k_nano.jsonl`` and the tokenizer files of ``nano-dsv4/`` and ``random-dsv4/``
+below DIR (default: the package's assets); what is committed there is what it writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pdkit.nano.problems import EVALUATION_ROWS, evaluation_set, write_jsonl
+from pdkit.nano.tokenizer import nano_tokenizer
+
+ASSETS = Path(__file__).resolve().parent.parent / "python" / "pdkit" / "assets"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ASSETS, help="assets directory (default: %(default)s)")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(evaluation_set(EVALUATION_ROWS), out / "gsm8k_nano.jsonl")
+    tokenizer = nano_tokenizer()
+    for model in ("nano-dsv4", "random-dsv4"):
+        tokenizer.save_pretrained(out / model)
+    print(f"wrote {EVALUATION_ROWS} problems and a tokenizer of {len(tokenizer)} tokens below {out}")
+
+
+if __name__ == "__main__":
+    main()
