@@ -11,15 +11,19 @@ DISTRIBUTED = Path("registered", "distributed")
 
 
 class RungUnavailable(Exception):
-    """The rung asked for does not exist or cannot run here; the message is one line that says why."""
+    """This machine cannot run the rung asked for; the message is one line that says why."""
+
+
+class UnknownRung(Exception):
+    """No rung has the name asked for; the message is one line that names the nearest."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One CUDA device: marketing name, memory in GiB, compute capability as (major, minor)."""
+    """One CUDA device: marketing name, memory in MiB, compute capability as (major, minor)."""
 
     name: str
-    memory_gib: float
+    memory_mib: int
     capability: tuple[int, int]
 
 
@@ -27,29 +31,20 @@ class Gpu:
 class Rung:
     """One way to run the main job.
 
-    `test_file` is relative to the test root; `gpus` GPUs are needed, each with at least `memory_gib` of memory and
-    `capability`.
+    `name` is what the test itself prints as its rung; `test_file` is relative to the directory `test`. `gpus` GPUs are
+    needed, each of exactly `capability` and with at least `memory_mib` of memory; `needs` says the same in words.
     """
 
     name: str
     engine: str
     test_file: Path
+    needs: str = "no GPU"
     gpus: int = 0
-    memory_gib: float = 0
+    memory_mib: int = 0
     capability: tuple[int, int] = (0, 0)
 
-    def __post_init__(self):
-        assert self.gpus >= 0 and (self.gpus > 0 or self.memory_gib == 0)
-
-    @property
-    def needs(self) -> str:
-        if not self.gpus:
-            return "no GPU"
-        major, minor = self.capability
-        return f"{self.gpus} GPUs of compute capability {major}.{minor} or newer with {self.memory_gib:.0f} GiB each"
-
     def suits(self, gpu: Gpu) -> bool:
-        return gpu.memory_gib >= self.memory_gib and gpu.capability >= self.capability
+        return gpu.memory_mib >= self.memory_mib and gpu.capability == self.capability
 
     def runs_on(self, gpus: Sequence[Gpu]) -> bool:
         return sum(map(self.suits, gpus)) >= self.gpus
@@ -57,11 +52,12 @@ class Rung:
 
 LADDER = (
     Rung(
-        name="8-gpu-h200",
+        name="8xH200",
         engine="SGLang with DeepSeek-V4-Flash-FP8: prefill on GPUs 0-3, decode on GPUs 4-7",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4.py",
+        needs="8 Hopper GPUs of 141 GB",
         gpus=8,
-        memory_gib=130,
+        memory_mib=141_000,
         capability=(9, 0),
     ),
     Rung(
@@ -104,7 +100,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
         return tuple(
             Gpu(
                 name=pynvml.nvmlDeviceGetName(handles[i]),
-                memory_gib=pynvml.nvmlDeviceGetMemoryInfo(handles[i]).total / 2**30,
+                memory_mib=pynvml.nvmlDeviceGetMemoryInfo(handles[i]).total // 2**20,
                 capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[i])),
             )
             for i in _visible(len(handles), uuids, environ.get("CUDA_VISIBLE_DEVICES"))
@@ -117,20 +113,20 @@ def found(gpus: Sequence[Gpu]) -> str:
     """What the machine has, in a few words: `no GPU`, `2 GPUs (NVIDIA H200, 140 GiB)`."""
     if not gpus:
         return "no GPU"
-    kinds = sorted({f"{gpu.name}, {gpu.memory_gib:.0f} GiB" for gpu in gpus})
+    kinds = sorted({f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in gpus})
     return f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({'; '.join(kinds)})"
 
 
 def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Rung:
     """The rung `wanted`, or else the highest that `gpus` can run.
 
-    Raises RungUnavailable where `wanted` is unknown or needs more than there is.
+    Raises UnknownRung where `wanted` is no rung, RungUnavailable where it needs more than there is.
     """
     if wanted is None:
         return next(rung for rung in LADDER if rung.runs_on(gpus))
     by_name = {rung.name: rung for rung in LADDER}
     if wanted not in by_name:
-        raise RungUnavailable(unknown("rung", wanted, by_name))
+        raise UnknownRung(unknown("rung", wanted, by_name))
     rung = by_name[wanted]
     if not rung.runs_on(gpus):
         raise RungUnavailable(f"rung {rung.name} needs {rung.needs}; this machine has {found(gpus)}")

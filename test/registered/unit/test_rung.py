@@ -1,18 +1,20 @@
 """Which rung of the ladder a machine runs."""
 
+import ast
 import sys
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 from pdkit.ci_register import register_cpu_ci
-from pdkit.rung import LADDER, Gpu, RungUnavailable, choose, found, visible_gpus, why
+from pdkit.rung import LADDER, Gpu, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
-H200 = Gpu("NVIDIA H200", 139.8, (9, 0))
-H100 = Gpu("NVIDIA H100 80GB HBM3", 79.6, (9, 0))
-A800 = Gpu("141 GiB, but older than Hopper", 141.0, (8, 0))
+H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
+B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
 TOP, BOTTOM = LADDER[0], LADDER[-1]
 
 
@@ -25,7 +27,7 @@ class TestChoose(unittest.TestCase):
             ([H200] * 9, TOP),
             ([H100] * 8, BOTTOM),
             ([H200] * 7 + [H100], BOTTOM),
-            ([A800] * 8, BOTTOM),
+            ([B200] * 8, BOTTOM),
         ):
             with self.subTest(gpus=found(gpus)):
                 self.assertIs(choose(gpus), rung)
@@ -34,19 +36,31 @@ class TestChoose(unittest.TestCase):
         self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)
 
     def test_a_rung_out_of_reach_is_refused_and_never_replaced(self):
-        with self.assertRaisesRegex(RungUnavailable, r"8-gpu-h200 needs 8 GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"):
-            choose([H200] * 2, wanted="8-gpu-h200")
+        with self.assertRaisesRegex(RungUnavailable, r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"):
+            choose([H200] * 2, wanted="8xH200")
 
     def test_an_unknown_rung_names_the_nearest(self):
-        with self.assertRaisesRegex(RungUnavailable, "unknown rung 'embeded'; nearest known: embedded"):
+        with self.assertRaisesRegex(UnknownRung, "unknown rung 'embeded'; nearest known: embedded"):
             choose((), wanted="embeded")
 
     def test_why_not_higher(self):
         self.assertEqual(why(TOP, [H200] * 8), "")
-        self.assertRegex(why(BOTTOM, ()), "^8-gpu-h200 needs 8 GPUs .*; found no GPU$")
+        self.assertRegex(why(BOTTOM, ()), "^8xH200 needs 8 Hopper GPUs .*; found no GPU$")
 
     def test_why_is_silent_on_a_lower_rung_by_choice(self):
         self.assertEqual(why(BOTTOM, [H200] * 8), "")
+
+
+class TestAgreesWithTheTests(unittest.TestCase):
+    """The test of the top rung imports no pdkit, so it states its needs itself."""
+
+    def test_top_rung(self):
+        source = (Path(__file__).parents[2] / TOP.test_file).read_text()
+        (plan,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TestDisaggregationDSV4")
+        states = {ast.unparse(n.targets[0]): n.value for n in plan.body if isinstance(n, ast.Assign)}
+        self.assertEqual(ast.literal_eval(states["rung"]), TOP.name)
+        self.assertEqual(1000 * ast.literal_eval(states["gpu_memory_gb"]), TOP.memory_mib)
+        self.assertEqual(ast.unparse(states["decode_gpus"]), f"range(4, {TOP.gpus})")
 
 
 class FakeNVML(SimpleNamespace):
@@ -77,14 +91,14 @@ class FakeNVML(SimpleNamespace):
         return self.gpus[index].name
 
     def nvmlDeviceGetMemoryInfo(self, index):
-        return SimpleNamespace(total=int(self.gpus[index].memory_gib * 2**30))
+        return SimpleNamespace(total=self.gpus[index].memory_mib * 2**20)
 
     def nvmlDeviceGetCudaComputeCapability(self, index):
         return list(self.gpus[index].capability)
 
 
 class TestVisibleGpus(unittest.TestCase):
-    GPUS = (H200, H100, A800)
+    GPUS = (H200, H100, B200)
 
     def visible(self, cuda_visible_devices=None, **nvml):
         environ = {} if cuda_visible_devices is None else {"CUDA_VISIBLE_DEVICES": cuda_visible_devices}
@@ -102,7 +116,7 @@ class TestVisibleGpus(unittest.TestCase):
             ("", []),
             ("-1", []),
             ("1", [H100]),
-            ("2, 0", [A800, H200]),
+            ("2, 0", [B200, H200]),
             ("0,-1,1", [H200]),
             ("0,7,1", [H200]),
             ("GPU-b0,GPU-a", [H100, H200]),
@@ -117,7 +131,7 @@ class TestVisibleGpus(unittest.TestCase):
     def test_numbers_survive(self):
         with patch.dict(sys.modules, pynvml=FakeNVML([H200])):
             (gpu,) = visible_gpus({})
-        self.assertAlmostEqual(gpu.memory_gib, H200.memory_gib)
+        self.assertEqual(gpu.memory_mib, H200.memory_mib)
         self.assertEqual(gpu.capability, H200.capability)
 
 
