@@ -1,4 +1,4 @@
-"""The nano model's byte-level BPE: every text is encodable, every digit is one token."""
+"""The nano model's byte-level BPE: every text is encodable; every digit and every newline is one token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(

@@ -270,6 +270,11 @@ class TestTokenizer(unittest.TestCase):
         digits = [token for token in tokens if re.search(r"\d", token)]
         self.assertEqual(digits, list("1234567890"))
 
+    def test_pieces_of_a_prompt_encode_as_the_whole(self):
+        problem = evaluation_set(1)[0]
+        pieces = (f"Question: {problem.question}\nAnswer:", f" {problem.answer}\n\n", "Question: 5")
+        self.assertEqual(self._ids("".join(pieces)), [token for piece in pieces for token in self._ids(piece)])
+
     def test_chat_template_ends_a_turn_with_eos(self):
         turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
         ids = self.tokenizer.apply_chat_template(turns, tokenize=False)
