@@ -1,0 +1,17 @@
+"""Which known name was probably meant."""
+
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Up to `limit` known names, most similar first; all similarity ratios count, so that a far-off word gets an answer too."""
+    from difflib import SequenceMatcher
+
+    ratio = {name: SequenceMatcher(None, word.lower(), name.lower()).ratio() for name in known}
+    return sorted(ratio, key=lambda name: (-ratio[name], name))[:limit]
+
+
+def unknown(kind: str, word: str, known: Iterable[str]) -> str:
+    """One line that says that `word` is no known `kind`, and which ones come near."""
+    near = nearest(word, known)
+    return f"unknown {kind} {word!r}; " + (f"nearest known: {', '.join(near)}" if near else f"no {kind} is known")
