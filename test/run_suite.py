@@ -1,0 +1,47 @@
+"""Runs the registered tests of one suite: `python3 test/run_suite.py --hw cpu --suite stage-a-test-cpu` (see --help)."""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "python"))
+
+from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
+from pdkit.exit_codes import ExitCode  # noqa: E402
+from pdkit.options import UsageError, parse_options  # noqa: E402
+from pdkit.registry import collect, select  # noqa: E402
+
+
+def main(argv: list[str]) -> ExitCode:
+    options = parse_options(argv, default_test_root=HERE / "registered")
+    collection = collect(options.test_root)
+    if collection.errors:
+        raise UsageError("\n".join(collection.errors))
+    selection = select(collection, options)
+    if options.list_only:
+        from pdkit.listing import as_json, table
+
+        print((as_json if options.json else table)(selection, options))
+        return ExitCode.PASSED if selection.enabled else ExitCode.NOTHING_RAN
+    from pdkit.runner import run_suite
+
+    return run_suite(selection, options)
+
+
+if __name__ == "__main__":
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except UsageError as error:
+        print(*(f"run_suite.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        code = ExitCode.BAD_USAGE
+    except CIRegisterNotFound as error:
+        print(f"run_suite.py: error: {error}", file=sys.stderr)
+        code = ExitCode.NOT_READY
+    except KeyboardInterrupt:
+        code = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.PASSED
+    sys.exit(code)
