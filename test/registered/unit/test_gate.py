@@ -1,0 +1,429 @@
+"""The accuracy gate: its maths checked by independent ways, its verdicts and its report."""
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import math
+import re
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from pdkit import gate_math
+from pdkit.ci_register import register_cpu_ci
+from pdkit.exit_codes import ExitCode
+from pdkit.gate import AccuracyGate, GateOptions, PairedGate, Policy, ScoredSlice, Verdict
+from scipy.stats import beta, binom, norm
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "gate_operating_characteristic.py"
+DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200, "step": 100}
+
+
+def error_rates(plan, good=0.965, bad=0.93):
+    """(false alarm, miss, the larger expected number of examples), exact."""
+    points = [gate_math.operating_point(plan, accuracy) for accuracy in (good, bad)]
+    return 1 - points[0].pass_probability, points[1].pass_probability, max(p.expected_examples for p in points)
+
+
+def walk(plan, wrong):
+    """Whether a sequence of wrong answers (booleans, one per example) passes, and after how many: by definition."""
+    for n, at_most, at_least in zip(plan.looks, plan.pass_at_most, plan.fail_at_least, strict=True):
+        count = sum(wrong[:n])
+        if count <= at_most or count >= at_least:
+            return count <= at_most, n
+    raise AssertionError("the last look decides")
+
+
+class TestInterval(unittest.TestCase):
+    def test_is_the_beta_quantiles_of_clopper_and_pearson(self):
+        for correct, examples in ((0, 200), (1, 200), (190, 200), (366, 400), (200, 200)):
+            low, high = gate_math.exact_interval(correct, examples)
+            with self.subTest(correct=correct, examples=examples):
+                wrong = examples - correct
+                self.assertAlmostEqual(low, beta.ppf(0.025, correct, wrong + 1) if correct else 0.0)
+                self.assertAlmostEqual(high, beta.ppf(0.975, correct + 1, wrong) if wrong else 1.0)
+
+    def test_all_right_has_the_closed_form(self):
+        self.assertAlmostEqual(gate_math.exact_interval(200, 200)[0], 0.025 ** (1 / 200))
+
+
+class TestFixedPlan(unittest.TestCase):
+    def test_is_strictly_above_for_every_count(self):
+        for examples, above in ((200, 0.95), (7, 0.5), (20, 0.35), (1314, 0.93), (3, 0.0)):
+            plan = gate_math.fixed_plan(examples, above)
+            for correct in range(examples + 1):
+                with self.subTest(examples=examples, above=above, correct=correct):
+                    self.assertEqual(examples - correct <= plan.pass_at_most[0], correct / examples > above)
+
+    def test_190_of_200_fails_and_191_passes(self):
+        self.assertEqual(gate_math.fixed_plan(200, 0.95), gate_math.Plan((200,), (9,), (10,)))
+
+    def test_its_operating_point_is_a_binomial_tail(self):
+        for accuracy in (0.93, 0.95, 0.965):
+            point = gate_math.operating_point(gate_math.fixed_plan(200, 0.95), accuracy)
+            self.assertAlmostEqual(point.pass_probability, binom.sf(190, 200, accuracy))
+            self.assertAlmostEqual(point.expected_examples, 200)
+
+    def test_retries(self):
+        once = gate_math.operating_point(gate_math.fixed_plan(200, 0.95), 0.93)
+        p = once.pass_probability
+        for retries, passes in ((0, p), (1, p + (1 - p) * p), (3, 1 - (1 - p) ** 4)):
+            self.assertAlmostEqual(gate_math.with_retries(once, retries).pass_probability, passes)
+        self.assertAlmostEqual(gate_math.with_retries(once, 1).expected_examples, 200 + (1 - p) * 200)
+
+
+class TestPlan(unittest.TestCase):
+    def test_refuses_thresholds_that_cross_fall_or_leave_something_undecided(self):
+        for looks, at_most, at_least in (
+            ((10, 20), (5, 4), (6, 7)),
+            ((10, 20), (1, 4), (9, 5)),
+            ((10, 20), (3, 4), (3, 5)),
+            ((10, 20), (1, 3), (4, 5)),
+            ((20, 10), (1, 3), (3, 4)),
+            ((10, 10), (1, 3), (3, 4)),
+            ((), (), ()),
+        ):
+            with self.subTest(looks=looks, at_most=at_most), self.assertRaises(AssertionError):
+                gate_math.Plan(looks, at_most, at_least)
+
+    def test_looks(self):
+        self.assertEqual(gate_math.look_sizes(500, 200, 100), (200, 300, 400, 500))
+        self.assertEqual(gate_math.look_sizes(530, 200, 100), (200, 300, 400, 530))
+        self.assertEqual(gate_math.look_sizes(570, 200, 100), (200, 300, 400, 500, 570))
+        self.assertEqual(gate_math.look_sizes(150, 200, 100), (150,))
+
+
+class TestWald(unittest.TestCase):
+    def test_which_rate_belongs_to_which_threshold(self):
+        to_pass, to_fail = gate_math.wald_thresholds(alpha=0.001, beta=0.05)
+        self.assertAlmostEqual(to_pass, math.log(0.05 / 0.999))
+        self.assertAlmostEqual(to_fail, math.log(0.95 / 0.001))
+
+    def test_bounds_are_where_the_likelihood_ratio_crosses(self):
+        good, bad, to_pass, to_fail = 0.965, 0.93, -3.0, 4.0
+        looks = (200, 300, 1000)
+        for n, at_most, at_least in zip(looks, *gate_math.sprt_bounds(looks, good, bad, to_pass, to_fail), strict=True):
+            ratio = [binom.logpmf(k, n, 1 - bad) - binom.logpmf(k, n, 1 - good) for k in range(n + 1)]
+            self.assertEqual(at_most, max(k for k in range(n + 1) if ratio[k] <= to_pass))
+            self.assertEqual(at_least, min(k for k in range(n + 1) if ratio[k] >= to_fail))
+
+
+class TestRecursion(unittest.TestCase):
+    def test_equals_the_sum_over_all_sequences(self):
+        plan = gate_math.Plan((4, 6, 9, 12), (-1, 0, 1, 3), (3, 4, 4, 4))
+        for accuracy in (0.6, 0.8, 0.95):
+            passes = expected = 0.0
+            for wrong in itertools.product((False, True), repeat=12):
+                probability = math.prod(1 - accuracy if w else accuracy for w in wrong)
+                passed, n = walk(plan, wrong)
+                passes += probability * passed
+                expected += probability * n
+            point = gate_math.operating_point(plan, accuracy)
+            with self.subTest(accuracy=accuracy):
+                self.assertAlmostEqual(point.pass_probability, passes)
+                self.assertAlmostEqual(point.expected_examples, expected)
+
+    def test_agrees_with_drawn_answers_within_their_own_error(self):
+        plan, runs = gate_math.sequential_plan(1314, **DEFAULT), 2000
+        rng = np.random.default_rng(0)
+        for accuracy in (0.93, 0.945, 0.965):
+            wrong = np.cumsum(rng.random((runs, 1314), dtype=np.float32) >= accuracy, axis=1)
+            at_looks = wrong[:, np.array(plan.looks) - 1]
+            decided = (at_looks <= plan.pass_at_most) | (at_looks >= plan.fail_at_least)
+            look = decided.argmax(axis=1)
+            passed = at_looks[np.arange(runs), look] <= np.array(plan.pass_at_most)[look]
+            used = np.array(plan.looks)[look]
+            point = gate_math.operating_point(plan, accuracy)
+            p = point.pass_probability
+            with self.subTest(accuracy=accuracy):
+                self.assertLess(abs(passed.mean() - p), 5 * math.sqrt(p * (1 - p) / runs))
+                self.assertLess(abs(used.mean() - point.expected_examples), 5 * used.std() / math.sqrt(runs))
+
+
+class TestSequentialPlan(unittest.TestCase):
+    def test_keeps_the_promise_of_the_issue(self):
+        for examples, first in itertools.product((1000, 1195, 1314), (100, 200)):
+            false_alarm, miss, expected = error_rates(
+                gate_math.sequential_plan(examples, **{**DEFAULT, "first": first}),
+            )
+            with self.subTest(examples=examples, first=first):
+                self.assertLessEqual(false_alarm, 0.01)
+                self.assertLessEqual(miss, 0.01)
+                self.assertLessEqual(expected, 450)
+
+    def test_each_rate_keeps_to_its_own_limit(self):
+        for alpha, beta_ in ((0.001, 0.05), (0.05, 0.001)):
+            plan = gate_math.sequential_plan(1314, **{**DEFAULT, "alpha": alpha, "beta": beta_})
+            false_alarm, miss, _ = error_rates(plan)
+            with self.subTest(alpha=alpha, beta=beta_):
+                self.assertLessEqual(false_alarm, alpha)
+                self.assertLessEqual(miss, beta_)
+                self.assertGreater(max(false_alarm, miss), 0.01)
+
+    def test_saves_examples_over_one_look_of_the_same_power(self):
+        self.assertLess(error_rates(gate_math.sequential_plan(1314, **DEFAULT))[2], 861 / 2)
+
+    def test_a_better_engine_passes_more_often(self):
+        plan = gate_math.sequential_plan(1314, **DEFAULT)
+        passes = [gate_math.operating_point(plan, accuracy).pass_probability for accuracy in np.arange(0.5, 1, 0.01)]
+        self.assertEqual(passes, sorted(passes))
+
+    def test_no_look_waits_for_what_can_no_longer_change(self):
+        for examples, step in ((878, 100), (878, 2), (1314, 100)):
+            plan = gate_math.sequential_plan(examples, **{**DEFAULT, "step": step})
+            for n, at_most, at_least in zip(plan.looks, plan.pass_at_most, plan.fail_at_least, strict=True):
+                self.assertLessEqual(at_least, plan.pass_at_most[-1] + 1)
+                self.assertGreaterEqual(at_most, plan.pass_at_most[-1] - (examples - n))
+
+    def test_too_few_examples_are_refused_with_the_number_needed(self):
+        with self.assertRaisesRegex(gate_math.UnattainableError, r"850 scored examples cannot .* 861 can"):
+            gate_math.sequential_plan(850, **DEFAULT)
+        false_alarm, miss, _ = error_rates(gate_math.sequential_plan(861, **DEFAULT))
+        self.assertLessEqual(max(false_alarm, miss), 0.01)
+
+    def test_the_number_needed_is_the_fewest(self):
+        def suffices(n):
+            tails = [(binom.sf(c, n, 0.2), binom.cdf(c, n, 0.4)) for c in range(n + 1)]
+            return any(false_alarm <= 0.05 and miss <= 0.1 for false_alarm, miss in tails)
+
+        fewest = next(n for n in itertools.count(1) if suffices(n))
+        self.assertEqual(gate_math.examples_needed(0.8, 0.6, 0.05, 0.1), fewest)
+
+    def test_refuses_what_makes_no_sense(self):
+        for wrong in ({"good": 0.93, "bad": 0.965}, {"good": 1.0}, {"bad": 0.0}, {"alpha": 0.0}, {"beta": 0.5}):
+            with self.subTest(wrong=wrong), self.assertRaises(ValueError):
+                gate_math.sequential_plan(1314, **{**DEFAULT, **wrong})
+
+
+class TestHypothesisThreshold(unittest.TestCase):
+    def test_by_hand(self):
+        self.assertAlmostEqual(gate_math.hypothesis_threshold(0.965, 200), 0.965 - 1.6448536 * 0.05)
+        self.assertAlmostEqual(gate_math.hypothesis_threshold(0.965, 800), 0.965 - 1.6448536 * 0.025)
+
+    def test_detectable_loss_is_detected_with_the_power_stated(self):
+        reference, n, loss = 0.965, 1319, gate_math.detectable_loss(1319)
+        sigma = math.sqrt(2 * 0.25 / n)
+        self.assertAlmostEqual(norm.cdf((gate_math.hypothesis_threshold(reference, n) - reference + loss) / sigma), 0.8)
+
+
+class TestMcNemar(unittest.TestCase):
+    def test_p_value_is_the_tail_of_fair_coins(self):
+        for lost, gained in ((7, 0), (0, 7), (8, 2), (5, 5), (0, 0)):
+            baseline = (True,) * lost + (False,) * gained + (True, False)
+            candidate = (False,) * lost + (True,) * gained + (True, False)
+            pairs = gate_math.mcnemar(baseline, candidate)
+            n = lost + gained
+            tail = sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
+            with self.subTest(lost=lost, gained=gained):
+                self.assertEqual((pairs.examples, pairs.lost, pairs.gained), (n + 2, lost, gained))
+                self.assertAlmostEqual(pairs.p_value, tail)
+
+    def test_must_pair_up(self):
+        for baseline, candidate in (((True,), ()), ((), ())):
+            with self.assertRaises(ValueError):
+                gate_math.mcnemar(baseline, candidate)
+
+    def test_gate(self):
+        worse = PairedGate((True,) * 50, (False,) * 7 + (True,) * 43)
+        with self.assertRaises(AssertionError) as caught:
+            worse.assert_passed()
+        self.assertEqual(str(caught.exception), worse.report())
+        self.assertIn("7 right with the baseline only, 0 right with the candidate only", worse.report())
+        PairedGate((True,) * 50, (False,) * 6 + (True,) * 44).assert_passed()
+        PairedGate((False,) * 7 + (True,) * 43, (True,) * 50).assert_passed()
+
+
+class TestGateOptions(unittest.TestCase):
+    def test_policies(self):
+        self.assertEqual(GateOptions().policy, Policy.AUTO)
+        self.assertEqual(GateOptions(policy="first-look").plan(1314), gate_math.fixed_plan(200, 0.95))
+        self.assertEqual(GateOptions(policy="auto").plan(1314).looks[:3], (200, 300, 400))
+        self.assertEqual(GateOptions(policy="sequential").plan(1314).looks[:3], (100, 200, 300))
+
+    def test_bad_options_are_one_clear_line(self):
+        for make, message in (
+            (lambda: GateOptions(policy="autom"), "unknown gate policy 'autom'; nearest known: auto"),
+            (lambda: GateOptions(slice_examples=0), "at least one example"),
+            (lambda: GateOptions(first_look=0), "at least one example"),
+            (lambda: GateOptions().plan(199), "has 199 scored examples, the first look needs 200"),
+            (lambda: GateOptions().plan(850), "861 can; score a larger data set, or choose policy 'first-look'"),
+        ):
+            with self.subTest(message=message), self.assertRaises(ValueError) as caught:
+                make()
+            self.assertIn(message, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+
+
+def gate_after(*correct, options=None):
+    gate = AccuracyGate(options or GateOptions(), 1314)
+    for count in correct:
+        gate = gate.record(ScoredSlice(gate.next_examples, count))
+    return gate
+
+
+class TestAccuracyGate(unittest.TestCase):
+    def test_first_look_alone_is_strict(self):
+        options = GateOptions(policy=Policy.FIRST_LOOK)
+        for correct, verdict in ((190, Verdict.FAIL), (191, Verdict.PASS)):
+            gate = gate_after(correct, options=options)
+            self.assertEqual((gate.verdict, gate.next_examples), (verdict, 0))
+        gate_after(191, options=options).assert_passed()
+        with self.assertRaises(AssertionError):
+            gate_after(190, options=options).assert_passed()
+
+    def test_threshold_of_the_first_look_is_an_option(self):
+        options = GateOptions(policy=Policy.FIRST_LOOK, threshold=0.9)
+        self.assertEqual(gate_after(181, options=options).verdict, Verdict.PASS)
+        self.assertEqual(gate_after(180, options=options).verdict, Verdict.FAIL)
+
+    def test_a_clear_first_look_decides_and_an_unclear_one_does_not(self):
+        at_most, at_least = GateOptions().plan(1314).pass_at_most[0], GateOptions().plan(1314).fail_at_least[0]
+        for wrong, verdict, more in (
+            (0, Verdict.PASS, 0),
+            (at_most, Verdict.PASS, 0),
+            (at_most + 1, Verdict.UNDECIDED, 100),
+            (at_least - 1, Verdict.UNDECIDED, 100),
+            (at_least, Verdict.FAIL, 0),
+            (200, Verdict.FAIL, 0),
+        ):
+            gate = gate_after(200 - wrong)
+            with self.subTest(wrong=wrong):
+                self.assertEqual((gate.verdict, gate.next_examples), (verdict, more))
+
+    def test_first_look_of_nine_wrong_passes_alone_but_is_looked_at_again(self):
+        gate = gate_after(191)
+        self.assertEqual(gate.verdict, Verdict.UNDECIDED)
+        self.assertIn("the first look alone (200 examples, score > 0.95): 0.9550, PASS", gate.report())
+        self.assertIn("0.9500, FAIL", gate_after(190).report().splitlines()[-1])
+        self.assertEqual(gate_after(191, 98).verdict, Verdict.UNDECIDED)
+        self.assertEqual(gate_after(191, 100).verdict, Verdict.PASS)
+        self.assertEqual(gate_after(191, 85).verdict, Verdict.FAIL)
+
+    def test_undecided_never_passes(self):
+        for gate in (AccuracyGate(GateOptions(), 1314), gate_after(190)):
+            self.assertEqual(gate.verdict, Verdict.UNDECIDED)
+            with self.assertRaisesRegex(AssertionError, "UNDECIDED"):
+                gate.assert_passed()
+
+    def test_the_whole_data_set_always_decides(self):
+        slices = [95] * 10
+        for last, verdict in ((109, Verdict.FAIL), (112, Verdict.PASS)):
+            gate = gate_after(190, *slices, last)
+            self.assertEqual((gate.examples, gate.next_examples), (1314, 0))
+            with self.subTest(last=last):
+                self.assertEqual(gate.verdict, verdict)
+                self.assertIn("by the cut at the end of the data set", gate.report())
+
+    def test_takes_the_slice_asked_for_and_nothing_after_the_verdict(self):
+        with self.assertRaisesRegex(AssertionError, "asked for 200 examples, got 100"):
+            AccuracyGate(GateOptions(), 1314).record(ScoredSlice(100, 100))
+        with self.assertRaisesRegex(AssertionError, "asked for 0"):
+            gate_after(200).record(ScoredSlice(100, 100))
+
+    def test_the_failure_message_is_the_report(self):
+        gate = gate_after(188, 95, 95, 90)
+        with self.assertRaises(AssertionError) as caught:
+            gate.assert_passed()
+        self.assertEqual(str(caught.exception), gate.report())
+        report = gate.report()
+        low, high = gate_math.exact_interval(468, 500)
+        self.assertIn(f"FAIL at look 4 of 12, 468 of 500 correct = 0.9360, exact 95 % interval {low:.4f} to", report)
+        self.assertIn(f"{high:.4f}", report)
+        rows = [row.split() for row in report.splitlines()[3:7]]
+        self.assertEqual([row[:5] for row in rows][0], ["1", "200", "188", "0.9400", "12"])
+        self.assertEqual([row[-1] for row in rows], ["UNDECIDED"] * 3 + ["FAIL"])
+        self.assertEqual([row[5:9] for row in rows][3], ["<=", "20", ">=", "31"])
+        self.assertIn("the first look alone (200 examples, score > 0.95): 0.9400, FAIL", report)
+
+    def test_the_report_states_the_exact_error_rates_of_its_own_plan(self):
+        gate = gate_after(188)
+        false_alarm, miss, _ = error_rates(gate.plan)
+        self.assertIn(f"0.965 fails with probability {false_alarm:.4f}, 0.93 passes with {miss:.4f}", gate.report())
+
+    def test_outcomes_are_kept_only_where_all_slices_have_them(self):
+        some = ScoredSlice(200, 190, (True,) * 190 + (False,) * 10)
+        gate = AccuracyGate(GateOptions(), 1314).record(some)
+        self.assertEqual(gate.outcomes, some.outcomes)
+        self.assertIsNone(gate.record(ScoredSlice(100, 90)).outcomes)
+
+    def test_a_slice_must_add_up(self):
+        for examples, correct, outcomes in ((10, 11, None), (10, -1, None), (2, 1, (True, True)), (2, 1, (True,))):
+            with self.assertRaises(AssertionError):
+                ScoredSlice(examples, correct, outcomes)
+
+
+class TestOperatingCharacteristicScript(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        spec = importlib.util.spec_from_file_location("gate_operating_characteristic", SCRIPT)
+        cls.script = importlib.util.module_from_spec(spec)
+        with mock.patch.dict("sys.modules", {spec.name: cls.script}):
+            spec.loader.exec_module(cls.script)
+
+    def run_script(self, *argv):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = self.script.main(argv)
+            except SystemExit as end:
+                code = end.code
+        return code, out.getvalue(), err.getvalue()
+
+    def test_prints_the_promise_beside_the_alternatives(self):
+        code, out, _ = self.run_script("--runs", "100")
+        self.assertEqual(code, ExitCode.PASSED)
+        rates = {
+            name.strip(): (float(false_alarm), float(miss))
+            for name, false_alarm, miss in re.findall(r"^ *(\S.*?)  +([\d.]+)% +([\d.]+)% ", out, re.MULTILINE)
+        }
+        self.assertEqual(
+            list(rates),
+            ["> 0.95 once", "1 retry", "3 retries", "TRT-LLM n=200", "TRT-LLM n=1314", "sequential", "auto"],
+        )
+        self.assertLessEqual(max(rates["auto"] + rates["sequential"]), 1.0)
+        self.assertAlmostEqual(rates["> 0.95 once"][0], 100 * binom.cdf(190, 200, 0.965), places=2)
+        self.assertAlmostEqual(rates["TRT-LLM n=200"][1], 100 * binom.sf(176, 200, 0.93), places=2)
+
+    def test_simulation_is_seeded_and_agrees_with_the_exact_value(self):
+        rule = self.script.Rule("auto, one retry", GateOptions().plan(1314), retries=1)
+        draws = [rule.simulated(0.945, 20000, np.random.default_rng(7)) for _ in range(2)]
+        self.assertEqual(*draws)
+        exact = rule.exact(0.945)
+        self.assertAlmostEqual(draws[0].pass_probability, exact.pass_probability, delta=0.02)
+        self.assertAlmostEqual(draws[0].expected_examples, exact.expected_examples, delta=25)
+
+    def test_bad_usage_is_one_line_and_code_2(self):
+        for argv, message in (
+            (("--examples", "300"), "861 can"),
+            (("--runs", "0"), "--runs must be at least 1"),
+            (("--bad", "0.99"), "need 0 < bad < good < 1"),
+            (("--out", "/nowhere/gate.svg"), "in a directory that exists"),
+            (("--out", "gate.txt"), "name an .svg, .png or .pdf file"),
+        ):
+            code, _, err = self.run_script(*argv)
+            with self.subTest(argv=argv):
+                self.assertEqual(code, ExitCode.BAD_USAGE)
+                self.assertIn(message, err.splitlines()[-1])
+
+    def test_missing_matplotlib_is_said_before_anything_is_computed(self):
+        with mock.patch.object(self.script, "find_spec", return_value=None):
+            code, out, err = self.run_script("--out", "gate.svg")
+        self.assertEqual((code, out), (ExitCode.NOT_READY, ""))
+        self.assertIn("--out needs matplotlib", err)
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_draws(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "gate.svg"
+            code, _, _ = self.run_script("--runs", "10", "--out", str(path))
+            self.assertEqual(code, ExitCode.PASSED)
+            self.assertIn("<svg", path.read_text())
+
+
+if __name__ == "__main__":
+    unittest.main()
