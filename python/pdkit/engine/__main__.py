@@ -1,0 +1,69 @@
+"""`python3 -m pdkit.engine`: load the model, bind the ports, serve until SIGTERM."""
+
+import asyncio
+import socket
+import sys
+
+from pdkit.engine import options as engine_options
+from pdkit.exit_codes import ExitCode
+
+
+def bind(host, port, what):
+    """A bound socket that does not listen yet, so that clients are refused while the model loads."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        with socket.create_server((host, port), family=sock.family):
+            pass
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        fail(ExitCode.NOT_READY, f"{what} {host}:{port} cannot be bound ({error.strerror}); choose another with --port")
+    return sock
+
+
+def fail(code, message):
+    print(f"pdkit.engine: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+async def serve(options, service, sock, bootstrap_socket):
+    import uvicorn
+
+    from pdkit.engine.api import create_app
+
+    await service.start(bootstrap_socket)
+    await service.forward_one_token()
+    print(f"pdkit.engine: {options.disaggregation_mode} server ready on {options.host}:{options.port}", flush=True)
+    config = uvicorn.Config(
+        create_app(service), log_level=options.log_level, access_log=options.log_level == "debug",
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    await uvicorn.Server(config).serve(sockets=[sock])
+
+
+def main(argv=None):
+    options = engine_options.parse(argv)
+    sock = bind(options.host, options.port, "address")
+    bootstrap_socket = None
+    if options.disaggregation_mode == "prefill":
+        bootstrap_socket = bind(options.host, options.disaggregation_bootstrap_port, "bootstrap address")
+
+    import torch
+    import transformers
+
+    from pdkit.engine.service import Service
+    from pdkit.nano.model import ModelError, load_model
+
+    torch.set_num_threads(1)
+    sys.setswitchinterval(0.0005)
+    try:
+        model = load_model(options.model_path, load_format=options.load_format, seed=options.random_seed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model_path, local_files_only=True)
+        service = Service(options, model, tokenizer)
+    except (ModelError, OSError, ValueError) as error:
+        fail(ExitCode.BAD_USAGE, " ".join(str(error).split()))
+    asyncio.run(serve(options, service, sock, bootstrap_socket))
+
+
+if __name__ == "__main__":
+    main()

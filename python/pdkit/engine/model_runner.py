@@ -1,0 +1,47 @@
+"""Forward passes whose results do not depend on who else is being served.
+
+Prefill runs one sequence at a time in chunks that start at multiples of `chunk`, so a prompt served from a cached
+prefix goes through the very same operations as a cold one. Decode runs sequences of equal length in batches padded to
+a multiple of `ROWS`: CPU matrix kernels finish rows in fixed-size tiles, and without a ragged tile the bits of a row
+do not depend on its neighbours (`test_engine_model_runner.py` holds that on the machine at hand).
+"""
+
+import torch
+
+from pdkit.engine import state
+
+ROWS = 16
+
+
+class ModelRunner:
+    """`model`: a DeepseekV4ForCausalLM in eval mode; `chunk`: tokens a prefill step, also the prefix cache's grain."""
+
+    def __init__(self, model, chunk=128):
+        self.model, self.config, self.chunk = model, model.config, chunk
+
+    @torch.inference_mode()
+    def prefill_step(self, ids, cache, keep_from):
+        """Run the next chunk of `ids` (the whole prompt) on `cache`.
+
+        Returns logits [m, V] of the positions of this chunk at or after `keep_from`.
+        """
+        start = cache.get_seq_length()
+        end = min(len(ids), (start // self.chunk + 1) * self.chunk)
+        keep = max(0, end - max(start, keep_from))
+        output = self.model.model(
+            input_ids=torch.tensor([ids[start:end]]), past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self.model.lm_head(output[0, output.shape[1] - keep :])
+
+    @torch.inference_mode()
+    def decode_step(self, tokens, cache):
+        """tokens: one id a row of `cache`, len(tokens) a multiple of ROWS. Returns logits [rows, V]."""
+        assert len(tokens) % ROWS == 0
+        return self.model(
+            input_ids=torch.tensor(tokens).unsqueeze(1), past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+
+
+def gather_rows(parts):
+    """state.gather, padded as decode_step wants it."""
+    return state.gather(parts, multiple=ROWS)

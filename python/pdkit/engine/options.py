@@ -1,0 +1,81 @@
+"""What the engine is told on its command line: SGLang's flag names where SGLang has the flag."""
+
+import argparse
+import os
+from dataclasses import dataclass, fields
+
+MODES = ("null", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Times are seconds, sizes are tokens or requests."""
+
+    model_path: str
+    host: str = "127.0.0.1"
+    port: int = 30000
+    served_model_name: str | None = None
+    load_format: str = "auto"
+    random_seed: int = 0
+    context_length: int | None = None
+    chunked_prefill_size: int = 128
+    disable_radix_cache: bool = False
+    disaggregation_mode: str = "null"
+    disaggregation_bootstrap_port: int = 8998
+    disaggregation_transfer_backend: str = "tcp"
+    bootstrap_timeout: float = 300.0
+    transfer_timeout: float = 300.0
+    log_level: str = "info"
+
+    @property
+    def model_name(self):
+        return self.served_model_name or self.model_path
+
+
+def parse(argv=None):
+    """EngineOptions from a command line; argparse ends the process with one line and code 2 if it is wrong.
+
+    The timeouts come from the variables that SGLang reads them from.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python3 -m pdkit.engine", description="Embedded DeepSeek-V4 engine (CPU).", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model-path", "--model", required=True, help="directory with config.json, tokenizer and weights")
+    add("--host", default=EngineOptions.host)
+    add("--port", type=_port, default=EngineOptions.port)
+    add("--served-model-name")
+    add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights from --random-seed")
+    add("--random-seed", type=int, default=0)
+    add("--context-length", type=_positive, help="default: max_position_embeddings of the model")
+    add("--chunked-prefill-size", type=_positive, default=EngineOptions.chunked_prefill_size,
+        help="tokens a prefill step; also the grain of the prefix cache")  # fmt: skip
+    add("--disable-radix-cache", action="store_true", help="no prefix cache")
+    add("--disaggregation-mode", choices=MODES, default="null")
+    add("--disaggregation-bootstrap-port", type=_port, default=EngineOptions.disaggregation_bootstrap_port)
+    add("--disaggregation-transfer-backend", default="tcp", metavar="tcp|MODULE:CLASS")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    given = vars(parser.parse_args(argv))
+    for name, variable in (
+        ("bootstrap_timeout", "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"),
+        ("transfer_timeout", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"),
+    ):
+        try:
+            given[name] = float(os.environ.get(variable, getattr(EngineOptions, name)))
+        except ValueError:
+            parser.error(f"{variable}={os.environ[variable]!r} is not a number of seconds")
+    return EngineOptions(**{field.name: given[field.name] for field in fields(EngineOptions)})
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _port(text):
+    value = int(text)
+    if not 0 < value < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (1-65535)")
+    return value

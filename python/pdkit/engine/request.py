@@ -1,0 +1,207 @@
+"""One sequence being generated: what was asked for, what came out, and when it is finished."""
+
+import secrets
+import uuid
+from dataclasses import dataclass, field, fields
+
+import torch
+
+
+class BadRequest(ValueError):
+    """A request that cannot be served as asked; answered with status 400."""
+
+
+UNSUPPORTED = (
+    "json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "logit_bias",
+    "min_p", "min_new_tokens", "frequency_penalty", "presence_penalty", "beam_width",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """SGLang's names, defaults and ranges; temperature 0 is greedy, top_k -1 is the whole vocabulary."""
+
+    max_new_tokens: int | None = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    n: int = 1
+    sampling_seed: int | None = None
+
+    @classmethod
+    def parse(cls, given):
+        """From a JSON object as a client sent it. Raises BadRequest."""
+        given = {name: value for name, value in (given or {}).items() if value is not None}
+        unsupported = [name for name in UNSUPPORTED if given.pop(name, None)]
+        if unsupported:
+            raise BadRequest(f"this engine does not support sampling parameter {unsupported[0]!r}")
+        if given.pop("repetition_penalty", 1.0) != 1.0:
+            raise BadRequest("this engine does not support sampling parameter 'repetition_penalty'")
+        known = {field.name for field in fields(cls)}
+        stop = given.get("stop") or ()
+        try:
+            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            given["stop_token_ids"] = frozenset(int(token) for token in given.get("stop_token_ids") or ())
+            params = cls(**{name: value for name, value in given.items() if name in known})
+            params._check()
+        except TypeError as error:
+            raise BadRequest(f"sampling_params: {error}") from None
+        return params
+
+    def _check(self):
+        for ok, message in (
+            (0 <= self.temperature < float("inf"), f"temperature must be a non-negative number, got {self.temperature}"),
+            (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
+            (self.top_k == -1 or self.top_k >= 1, f"top_k must be -1 or at least 1, got {self.top_k}"),
+            (self.max_new_tokens is None or self.max_new_tokens >= 0,
+             f"max_new_tokens must be at least 0, got {self.max_new_tokens}"),
+            (isinstance(self.n, int) and self.n >= 1, f"n must be at least 1, got {self.n}"),
+            (all(isinstance(stop, str) for stop in self.stop), "stop must be a string or a list of strings"),
+        ):  # fmt: skip
+            if not ok:
+                raise BadRequest(message)
+
+
+def finish(kind, **detail):
+    """SGLang's finish_reason."""
+    return {"type": kind, **detail}
+
+
+@dataclass(eq=False)
+class Request:
+    """ids: the prompt's token ids. notify: called from the torch thread when there is something new to read.
+
+    logprob_start_len: first prompt position whose logprob is wanted (len(ids): none). top_logprobs_num: alternatives
+    a position. Logprobs are kept as (logprob, token id), alternatives as lists of them.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    tokenizer: object
+    eos_ids: frozenset[int]
+    notify: object = lambda: None
+    rid: str = field(default_factory=lambda: uuid.uuid4().hex)
+    return_logprob: bool = False
+    logprob_start_len: int | None = None
+    top_logprobs_num: int = 0
+    extra_key: str | None = None
+
+    output_ids: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish_reason: dict | None = None
+    text: str = ""
+    input_logprobs: list = field(default_factory=list)
+    input_top_logprobs: list = field(default_factory=list)
+    output_logprobs: list = field(default_factory=list)
+    output_top_logprobs: list = field(default_factory=list)
+
+    def __post_init__(self):
+        if self.logprob_start_len is None or not self.return_logprob:
+            self.logprob_start_len = len(self.ids)
+        seed = self.params.sampling_seed
+        self._seed = secrets.randbits(32) if seed is None else seed
+
+    @property
+    def length(self):
+        return len(self.ids) + len(self.output_ids)
+
+    @property
+    def cache_limit(self):
+        """How much of the prompt may come from a cache: its last token and each wanted logprob must be computed."""
+        return min(len(self.ids) - 1, self.logprob_start_len)
+
+    @property
+    def keep_from(self):
+        """First prompt position whose logits are needed: they predict the next token."""
+        return min(len(self.ids) - 1, self.logprob_start_len)
+
+    def add_prompt_logits(self, start, logits):
+        """logits [m, V] of prompt positions start..start+m-1; each scores the prompt token that follows it."""
+        if self.logprob_start_len >= len(self.ids):
+            return
+        if start == self.logprob_start_len:
+            self.input_logprobs.append((None, self.ids[start]))
+            self.input_top_logprobs.append(None)
+        for row, token in zip(logits, self.ids[start + 1 : start + 1 + len(logits)]):
+            logprobs = row.log_softmax(-1)
+            self.input_logprobs.append((logprobs[token].item(), token))
+            self.input_top_logprobs.append(self._top(logprobs))
+
+    def add_output_logits(self, logits):
+        """Choose the next token from logits [V] of the last position."""
+        if self.params.temperature > 0:
+            logits = logits / self.params.temperature
+            token = self._sample(logits)
+        else:
+            token = int(logits.argmax())
+        logprob, top = None, []
+        if self.return_logprob:
+            logprobs = logits.log_softmax(-1)
+            logprob, top = logprobs[token].item(), self._top(logprobs)
+        self.add_output(token, logprob, top)
+
+    def add_output(self, token, logprob=None, top=()):
+        assert self.finish_reason is None
+        self.output_ids.append(token)
+        if self.return_logprob:
+            self.output_logprobs.append((logprob, token))
+            self.output_top_logprobs.append(list(top))
+        self._update_text_and_finish(token)
+
+    def abort(self, message, status=None):
+        """End here; with a status the client gets it as an HTTP error."""
+        if self.finish_reason is None:
+            detail = {"status_code": status} if status else {}
+            self.finish_reason = finish("abort", message=message, **detail)
+            self.notify()
+
+    def _top(self, logprobs):
+        if not self.top_logprobs_num:
+            return []
+        values, tokens = logprobs.topk(min(self.top_logprobs_num, len(logprobs)))
+        return list(zip(values.tolist(), tokens.tolist()))
+
+    def _sample(self, logits):
+        """Seeded by request and position, so that a sequence goes on elsewhere as it would have here."""
+        probabilities = logits.softmax(-1)
+        ordered, tokens = probabilities.sort(descending=True, stable=True)
+        keep = ordered.cumsum(-1) - ordered < self.params.top_p
+        if self.params.top_k != -1:
+            keep[self.params.top_k :] = False
+        position = torch.Generator().manual_seed((self._seed * 1_000_003 + self.length) % 2**63)
+        return int(tokens[torch.multinomial(ordered * keep, 1, generator=position)])
+
+    def _decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=self.params.skip_special_tokens)
+
+    def _update_text_and_finish(self, token):
+        """A stop string wins over a stop token, a stop token over the length: as SGLang decides."""
+        text = self._decode(self.output_ids)
+        found = [(text.find(stop), stop) for stop in self.params.stop if stop and stop in text]
+        stop_ids = () if self.params.ignore_eos else self.eos_ids | self.params.stop_token_ids
+        if found:
+            position, stop = min(found)
+            self.text = text[: position + len(stop)] if self.params.no_stop_trim else text[:position]
+            self.finish_reason = finish("stop", matched=stop)
+        elif token in stop_ids:
+            self.text = text if self.params.no_stop_trim else self._decode(self.output_ids[:-1])
+            self.finish_reason = finish("stop", matched=token)
+        elif len(self.output_ids) >= self.params.max_new_tokens:
+            self.text = text
+            self.finish_reason = finish("length", length=self.params.max_new_tokens)
+        else:
+            self.text = text[: len(text) - self._held_back(text)]
+        self.notify()
+
+    def _held_back(self, text):
+        """Characters at the end that may still become part of a stop string or of an unfinished UTF-8 character."""
+        broken = len(text) - len(text.rstrip("�"))
+        longest = max(
+            (size for stop in self.params.stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0
+        )
+        return max(broken, longest)

@@ -1,0 +1,324 @@
+"""From a parsed HTTP request to results: tokenization, limits, and the roles of prefill and decode."""
+
+import asyncio
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+
+from pdkit.engine import state
+from pdkit.engine.model_runner import ModelRunner
+from pdkit.engine.prefix_cache import PrefixCache
+from pdkit.engine.request import BadRequest, Request, SamplingParams, finish
+from pdkit.engine.scheduler import Scheduler
+from pdkit.engine.transfer import (
+    DecodeReceiver,
+    Handover,
+    PrefillSender,
+    TransferCounters,
+    TransferError,
+    load_backend,
+)
+
+ABORTED = "the request was aborted"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One sequence to generate, as `/generate` describes it; exactly one of text and ids is set."""
+
+    params: SamplingParams
+    text: str | None = None
+    ids: list[int] | None = None
+    rid: str | None = None
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
+    bootstrap_room: int | None = None
+    extra_key: str | None = None
+
+
+class Service:
+    """Everything of one server but HTTP. `model`, `tokenizer`: transformers'; `options`: EngineOptions."""
+
+    def __init__(self, options, model, tokenizer):
+        self.options, self.config, self.tokenizer = options, model.config, tokenizer
+        self.context_length = options.context_length or self.config.max_position_embeddings
+        self.eos_ids = _eos_ids(self.config, tokenizer)
+        cache = None if options.disable_radix_cache or self.mode == "decode" else PrefixCache(options.chunked_prefill_size)
+        self.scheduler = Scheduler(ModelRunner(model, options.chunked_prefill_size), cache)
+        backend = load_backend(options.disaggregation_transfer_backend)
+        self.sender = PrefillSender(backend, options.bootstrap_timeout, options.transfer_timeout)
+        self.receiver = DecodeReceiver(backend, options.bootstrap_timeout + options.transfer_timeout)
+        self.running: dict[str, Request] = {}
+        self.started = time.time()
+
+    @property
+    def mode(self):
+        return self.options.disaggregation_mode
+
+    async def start(self, bootstrap_socket=None):
+        self.scheduler.start()
+        if bootstrap_socket is not None:
+            await self.sender.start(bootstrap_socket)
+
+    async def on_torch_thread(self, action):
+        """The result of action(), run between two steps of the model."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def deliver(result):
+            loop.call_soon_threadsafe(lambda: future.cancelled() or future.set_result(result))
+
+        self.scheduler.call(action, deliver)
+        return await future
+
+    async def forward_one_token(self):
+        """A minimal forward pass, outside every counter and cache: is the model alive?"""
+        cache = state.new_cache(self.config)
+        await self.on_torch_thread(lambda: self.scheduler.runner.prefill_step([0], cache, 0))
+
+    async def flush_cache(self, timeout):
+        """True once the prefix cache is empty; False if requests are still running after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.running:
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        if self.scheduler.prefix_cache is not None:
+            await self.on_torch_thread(self.scheduler.prefix_cache.clear)
+        return True
+
+    async def abort(self, rid=None):
+        """End running requests whose id starts with `rid`; all of them without one."""
+        for request in [each for each in self.running.values() if rid is None or each.rid.startswith(rid)]:
+            await self.on_torch_thread(lambda request=request: request.abort(ABORTED))
+
+    def server_info(self):
+        counters = self.sender.counters if self.mode == "prefill" else self.receiver.counters
+        return {
+            **asdict(self.options),
+            "context_length": self.context_length,
+            "startup_time": self.started,
+            "internal_states": [{"avg_spec_accept_length": None, "running_requests": len(self.running)}],
+            "engine": {"name": "pdkit.engine", **asdict(self.scheduler.counters)},
+            "transfer": asdict(counters if self.mode != "null" else TransferCounters()),
+            "rooms": len(self.sender.rooms),
+        }
+
+    def make_request(self, ask):
+        """A Request, checked against the limits of the model. Raises BadRequest."""
+        ids = ask.ids if ask.ids is not None else self.tokenizer(ask.text)["input_ids"]
+        if not ids:
+            raise BadRequest("the prompt is empty")
+        if not all(isinstance(token, int) and 0 <= token < self.config.vocab_size for token in ids):
+            raise BadRequest(f"input_ids must be token ids from 0 to {self.config.vocab_size - 1}")
+        if len(ids) >= self.context_length:
+            raise BadRequest(
+                f"The input ({len(ids)} tokens) is longer than the model's context length ({self.context_length} tokens)."
+            )
+        params = ask.params
+        room_left = self.context_length - len(ids)
+        if params.max_new_tokens is None:
+            params = replace(params, max_new_tokens=room_left)
+        elif params.max_new_tokens > room_left:
+            raise BadRequest(
+                f"Requested token count exceeds the model's maximum context length of {self.context_length} tokens: "
+                f"{len(ids)} in the prompt and {params.max_new_tokens} to generate."
+            )
+        start = ask.logprob_start_len
+        if not -1 <= start <= len(ids):
+            raise BadRequest(f"logprob_start_len {start} is outside the prompt of {len(ids)} tokens")
+        request = Request(
+            ids=ids,
+            params=params,
+            tokenizer=self.tokenizer,
+            eos_ids=self.eos_ids,
+            return_logprob=ask.return_logprob,
+            logprob_start_len=len(ids) if start == -1 else start,
+            top_logprobs_num=ask.top_logprobs_num,
+            extra_key=ask.extra_key,
+        )
+        if ask.rid:
+            request.rid = ask.rid
+        if request.rid in self.running:
+            raise BadRequest(f"a request with id {request.rid!r} is already running")
+        return request
+
+    async def generate(self, request, ask):
+        """Yields whenever `request` has something new; the last time it is finished.
+
+        Leaving the generator early (the client went away) aborts the request and frees its room.
+        """
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        request.notify = lambda: loop.call_soon_threadsafe(news.set)
+        self.running[request.rid] = request
+        serve = {"null": self._monolithic, "prefill": self._prefill, "decode": self._decode}[self.mode]
+        work = asyncio.ensure_future(serve(request, ask))
+        work.add_done_callback(lambda _: news.set())
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                if work.done():
+                    work.result()
+                    yield
+                    return
+                if request.finish_reason is None:
+                    yield
+        finally:
+            if not work.done():
+                work.cancel()
+                self.scheduler.call(lambda: request.abort(ABORTED))
+            self.running.pop(request.rid, None)
+
+    async def _finished(self, request):
+        done = asyncio.Event()
+        loop, notify = asyncio.get_running_loop(), request.notify
+
+        def wake():
+            notify()
+            if request.finish_reason is not None:
+                loop.call_soon_threadsafe(done.set)
+
+        request.notify = wake
+        if request.finish_reason is None:
+            await done.wait()
+
+    async def _monolithic(self, request, ask):
+        waiting = asyncio.ensure_future(self._finished(request))
+        await asyncio.sleep(0)
+        self.scheduler.generate(request)
+        await waiting
+
+    async def _prefill(self, request, ask):
+        if ask.bootstrap_room is None:
+            raise BadRequest("a prefill server needs a bootstrap_room: send requests through the load balancer")
+        await self._open_room(request, ask.bootstrap_room)
+        try:
+            handover = await self._compute_handover(request, ask.bootstrap_room)
+            if handover is None:
+                self.sender.close(ask.bootstrap_room, ABORTED)
+                return
+            await self.sender.deliver(handover)
+            request.finish_reason = finish("length", length=0)
+        except TransferError as error:
+            request.finish_reason = finish("abort", message=str(error), status_code=500)
+        finally:
+            self.sender.close(ask.bootstrap_room, ABORTED)
+
+    async def _open_room(self, request, room):
+        try:
+            await self.sender.open(room)
+        except TransferError as error:
+            raise BadRequest(str(error)) from None
+
+    async def _compute_handover(self, request, room):
+        """The Handover, or None if the request was aborted meanwhile."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def done(request, cache):
+            loop.call_soon_threadsafe(lambda: future.cancelled() or future.set_result(cache))
+
+        self.scheduler.prefill(request, done)
+        cache = await future
+        if cache is None:
+            return None
+        tensors, counts = state.tensors_of(cache)
+        logprob, _ = request.output_logprobs[0] if request.return_logprob else (None, None)
+        return Handover(
+            room=room,
+            prompt_tokens=len(request.ids),
+            first_token=request.output_ids[0],
+            cached_tokens=request.cached_tokens,
+            counts=counts,
+            tensors=tensors,
+            first_logprob=logprob,
+            first_top_logprobs=request.output_top_logprobs[0] if request.return_logprob else [],
+        )
+
+    async def _decode(self, request, ask):
+        if ask.bootstrap_room is None or not ask.bootstrap_host:
+            raise BadRequest(
+                "a decode server needs bootstrap_host and bootstrap_room: send requests through the load balancer"
+            )
+
+        def accept(handover):
+            if handover.prompt_tokens != len(request.ids):
+                raise TransferError(
+                    f"the hand-over is of a prompt of {handover.prompt_tokens} tokens, this one has {len(request.ids)}"
+                )
+            state.check(self.config, len(request.ids), handover.tensors, handover.counts)
+
+        fetching = asyncio.ensure_future(
+            self.receiver.fetch(
+                ask.bootstrap_host.strip("[]"),
+                ask.bootstrap_port or self.options.disaggregation_bootstrap_port,
+                ask.bootstrap_room,
+                accept,
+            )
+        )
+        waiting = asyncio.ensure_future(self._finished(request))
+        try:
+            await asyncio.wait({fetching, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if not fetching.done():
+                return
+            handover = fetching.result()
+            self.scheduler.call(lambda: self._continue(request, handover))
+            await waiting
+        except TransferError as error:
+            request.finish_reason = finish("abort", message=f"KV transfer failed: {error}", status_code=500)
+        finally:
+            fetching.cancel()
+            waiting.cancel()
+
+    def _continue(self, request, handover):
+        """On the torch thread: take the first token and the state, and step on from there."""
+        if request.finish_reason is None:
+            request.cached_tokens = handover.cached_tokens
+            top = [tuple(item) for item in handover.first_top_logprobs]
+            request.add_output(handover.first_token, handover.first_logprob, top)
+        self.scheduler.decode(request, state.restore(self.config, handover.tensors, handover.counts))
+
+
+def _eos_ids(config, tokenizer):
+    eos = config.eos_token_id
+    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    return frozenset(ids - {None})
+
+
+def meta_info(request, started):
+    """SGLang's `meta_info` of a request; `started`: time.time() when it arrived."""
+    info = {
+        "id": request.rid,
+        "finish_reason": request.finish_reason,
+        "prompt_tokens": len(request.ids),
+        "weight_version": "default",
+        "completion_tokens": len(request.output_ids),
+        "cached_tokens": request.cached_tokens,
+        "e2e_latency": time.time() - started,
+    }
+    if request.return_logprob:
+        info["input_token_logprobs"] = _tokens(request, request.input_logprobs)
+        info["output_token_logprobs"] = _tokens(request, request.output_logprobs)
+        info["output_token_logprobs_length"] = len(request.output_logprobs)
+        if request.top_logprobs_num:
+            info["input_top_logprobs"] = [_tokens(request, row) for row in request.input_top_logprobs]
+            info["output_top_logprobs"] = [_tokens(request, row) for row in request.output_top_logprobs]
+    return info
+
+
+def _tokens(request, pairs):
+    return pairs and [(logprob, token, None) for logprob, token in pairs]
+
+
+def error_body(message, status):
+    """SGLang's error object."""
+    return {"object": "error", "message": message, "type": str(status), "param": None, "code": status}
+
+
+def sse(data):
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"

@@ -1,0 +1,67 @@
+"""Running the sequences of one HTTP request: all to their end, or as events in the order they happen."""
+
+import asyncio
+import contextlib
+
+from fastapi import HTTPException
+
+DISCONNECT_POLL = 0.25
+
+
+async def run_to_end(service, asks, http_request):
+    """The finished requests of `asks`. Raises BadRequest, or HTTPException for one that ended with an error status."""
+    requests = [service.make_request(ask) for ask in asks]
+
+    async def drain(request, ask):
+        async for _ in service.generate(request, ask):
+            pass
+
+    work = asyncio.gather(*(drain(request, ask) for request, ask in zip(requests, asks)))
+    try:
+        while not work.done():
+            await asyncio.wait({work}, timeout=DISCONNECT_POLL)
+            if not work.done() and await http_request.is_disconnected():
+                raise HTTPException(499, "the client closed the connection")
+        await work
+    finally:
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await work
+    for request in requests:
+        raise_if_failed(request)
+    return requests
+
+
+def raise_if_failed(request):
+    """HTTPException for a request that ended with an error status."""
+    if request.finish_reason["type"] == "abort" and "status_code" in request.finish_reason:
+        raise HTTPException(request.finish_reason["status_code"], request.finish_reason["message"])
+
+
+async def interleave(service, asks, requests):
+    """Yields the index of a request whenever it has something new, until all are finished."""
+    news = asyncio.Queue()
+
+    async def pump(index):
+        try:
+            async for _ in service.generate(requests[index], asks[index]):
+                news.put_nowait((index, None))
+            news.put_nowait((None, None))
+        except Exception as error:
+            news.put_nowait((None, error))
+
+    pumps = [asyncio.ensure_future(pump(index)) for index in range(len(requests))]
+    try:
+        open_pumps = len(pumps)
+        while open_pumps:
+            index, error = await news.get()
+            if error is not None:
+                raise error
+            if index is None:
+                open_pumps -= 1
+            else:
+                yield index
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,290 @@
+"""The hand-over of a request's state from prefill to decode, over TCP.
+
+Prefill listens on its bootstrap port. Decode connects, names a bootstrap room and waits; prefill answers when the
+room's state is ready, decode verifies it and acknowledges. Every message is one JSON line; the state follows its line:
+
+    decode  -> {"room": int}
+    prefill -> {"bytes": int, "sha256": hex} + that many bytes | {"error": str}
+    decode  -> {} | {"error": str}
+
+The bytes are safetensors: the tensors of `state.tensors_of`, everything else as one JSON metadata entry.
+`TransferBackend` is the one interface between servers and this module: a subclass named by
+`--disaggregation-transfer-backend module:Class` sees every hand-over before it is packed, as bytes, and after.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import importlib
+import json
+from dataclasses import asdict, dataclass, field
+
+import safetensors
+import safetensors.torch
+import torch
+
+LINE_LIMIT = 1 << 16
+
+
+class TransferError(Exception):
+    """A hand-over that did not happen; the message is for the client that waits for it."""
+
+
+@dataclass
+class Handover:
+    """What decode needs of a request: its state after the prompt and its first output token.
+
+    tensors, counts: see `state.tensors_of`. first_logprob: log P of the first token (None unless asked for);
+    first_top_logprobs: [(logprob, token id), ...]; cached_tokens: prompt tokens that prefill took from its cache.
+    """
+
+    room: int
+    prompt_tokens: int
+    first_token: int
+    cached_tokens: int
+    counts: dict[str, int]
+    tensors: dict[str, torch.Tensor]
+    first_logprob: float | None = None
+    first_top_logprobs: list = field(default_factory=list)
+
+    def pack(self):
+        meta = asdict(self) | {"tensors": None}
+        return safetensors.torch.save(self.tensors, {"handover": json.dumps(meta)})
+
+    @classmethod
+    def unpack(cls, data):
+        try:
+            header_size = int.from_bytes(data[:8], "little")
+            meta = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["handover"])
+            tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
+            return cls(**meta | {"tensors": tensors})
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise TransferError(f"the hand-over cannot be read: {error}") from None
+
+
+class TransferBackend:
+    """Plain TCP, and three places where a subclass can stand in the way of a hand-over.
+
+    `outgoing` sees it on prefill before it is packed (returning None sends nothing: the room never becomes ready),
+    `wire` its bytes after the checksum was taken, `incoming` on decode after the checksum was verified.
+    """
+
+    def outgoing(self, handover: Handover) -> Handover | None:
+        return handover
+
+    def wire(self, data: bytes) -> bytes:
+        return data
+
+    def incoming(self, handover: Handover) -> Handover:
+        return handover
+
+
+def load_backend(name):
+    """`tcp`, or a subclass of TransferBackend as `module:Class`. Raises ValueError with one line for the user."""
+    if name == "tcp":
+        return TransferBackend()
+    module, _, attribute = name.partition(":")
+    try:
+        backend = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"unknown transfer backend {name!r} ({error}); use tcp or module:Class") from None
+    if not isinstance(backend, TransferBackend):
+        raise ValueError(f"transfer backend {name!r} is not a pdkit.engine.transfer.TransferBackend")
+    return backend
+
+
+@dataclass
+class TransferCounters:
+    """What happened to the hand-overs of one server; `bytes` counts those that arrived."""
+
+    sent: int = 0
+    received: int = 0
+    failed: int = 0
+    bytes: int = 0
+
+
+async def _read_line(reader):
+    line = await reader.readline()
+    if not line.endswith(b"\n"):
+        raise TransferError("the peer closed the connection")
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not a message")
+    return message
+
+
+def _write_line(writer, **message):
+    writer.write(json.dumps(message).encode() + b"\n")
+
+
+class _Room:
+    def __init__(self):
+        loop = asyncio.get_running_loop()
+        self.payload = loop.create_future()
+        self.outcome = loop.create_future()
+        self.taken = False
+
+
+class PrefillSender:
+    """The prefill side: a TCP server of the rooms that are being prefilled or wait to be fetched.
+
+    bootstrap_timeout: seconds a connection waits for its room to be opened; transfer_timeout: seconds a room that is
+    ready waits to be fetched and acknowledged.
+    """
+
+    def __init__(self, backend, bootstrap_timeout, transfer_timeout):
+        self.backend, self.counters = backend, TransferCounters()
+        self.bootstrap_timeout, self.transfer_timeout = bootstrap_timeout, transfer_timeout
+        self.rooms: dict[int, _Room] = {}
+        self._opened = asyncio.Condition()
+
+    async def start(self, sock):
+        self._server = await asyncio.start_server(self._serve, sock=sock, limit=LINE_LIMIT)
+
+    async def open(self, room):
+        """Announce that `room` is being prefilled. Raises TransferError if it is in use."""
+        if room in self.rooms:
+            raise TransferError(f"bootstrap room {room} is in use by another request")
+        async with self._opened:
+            self.rooms[room] = _Room()
+            self._opened.notify_all()
+
+    async def deliver(self, handover):
+        """Offer the hand-over of an open room and wait until decode has it. Raises TransferError; frees the room."""
+        room = self.rooms[handover.room]
+        outgoing = self.backend.outgoing(handover)
+        try:
+            if outgoing is not None:
+                room.payload.set_result(outgoing.pack())
+            await asyncio.wait_for(room.outcome, self.transfer_timeout)
+            self.counters.sent += 1
+            self.counters.bytes += len(room.payload.result())
+        except TransferError:
+            self.counters.failed += 1
+            raise
+        except asyncio.TimeoutError:
+            self.counters.failed += 1
+            raise TransferError(
+                f"no decode server took bootstrap room {handover.room} within {self.transfer_timeout:g} s"
+            ) from None
+        finally:
+            self.close(handover.room, "the request has ended")
+
+    def close(self, room_id, reason):
+        """Free a room; a decode server that waits for it is told why."""
+        room = self.rooms.pop(room_id, None)
+        if room is None:
+            return
+        if not room.payload.done():
+            room.payload.set_exception(TransferError(f"prefill gave up bootstrap room {room_id}: {reason}"))
+            room.payload.exception()
+        room.outcome.cancel()
+
+    async def _find(self, room_id):
+        async with self._opened:
+            try:
+                await asyncio.wait_for(self._opened.wait_for(lambda: room_id in self.rooms), self.bootstrap_timeout)
+            except asyncio.TimeoutError:
+                raise TransferError(
+                    f"bootstrap room {room_id} is unknown to prefill after {self.bootstrap_timeout:g} s"
+                ) from None
+        room = self.rooms[room_id]
+        if room.taken:
+            raise TransferError(f"bootstrap room {room_id} was already taken")
+        room.taken = True
+        return room
+
+    async def _serve(self, reader, writer):
+        room = None
+        try:
+            room_id = (await asyncio.wait_for(_read_line(reader), self.bootstrap_timeout)).get("room")
+            room = await self._find(room_id)
+            gone = asyncio.ensure_future(reader.read(1))
+            await asyncio.wait({gone, room.payload}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise TransferError(f"decode left bootstrap room {room_id} before the hand-over")
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
+            data = room.payload.result()
+            digest = hashlib.sha256(data).hexdigest()
+            _write_line(writer, bytes=len(data), sha256=digest)
+            writer.write(self.backend.wire(data))
+            await writer.drain()
+            answer = await asyncio.wait_for(_read_line(reader), self.transfer_timeout)
+            if "error" in answer:
+                raise TransferError(f"decode refused bootstrap room {room_id}: {answer['error']}")
+            if not room.outcome.done():
+                room.outcome.set_result(None)
+        except (TransferError, OSError, ValueError, asyncio.TimeoutError) as error:
+            if room is not None and not room.outcome.done():
+                room.outcome.set_exception(
+                    error if isinstance(error, TransferError) else TransferError(f"hand-over broke off: {error!r}")
+                )
+                room.outcome.exception()
+            with contextlib.suppress(OSError):
+                _write_line(writer, error=str(error) or repr(error))
+                await writer.drain()
+        finally:
+            writer.close()
+
+
+class DecodeReceiver:
+    """The decode side. timeout: seconds from asking for a room to having its state."""
+
+    def __init__(self, backend, timeout):
+        self.backend, self.timeout, self.counters = backend, timeout, TransferCounters()
+
+    async def fetch(self, host, port, room, accept):
+        """The verified hand-over of `room` from the prefill server at host:port.
+
+        accept: called with it before it is acknowledged; may raise ValueError. Raises TransferError.
+        """
+        try:
+            handover = await asyncio.wait_for(self._fetch(host, port, room, accept), self.timeout)
+        except asyncio.TimeoutError:
+            self.counters.failed += 1
+            raise TransferError(
+                f"bootstrap room {room} did not arrive from {host}:{port} within {self.timeout:g} s"
+            ) from None
+        except TransferError:
+            self.counters.failed += 1
+            raise
+        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+            self.counters.failed += 1
+            raise TransferError(f"hand-over of bootstrap room {room} from {host}:{port} failed: {error}") from None
+        self.counters.received += 1
+        return handover
+
+    async def _fetch(self, host, port, room, accept):
+        reader, writer = await asyncio.open_connection(host, port, limit=LINE_LIMIT)
+        try:
+            _write_line(writer, room=room)
+            await writer.drain()
+            head = await _read_line(reader)
+            if "error" in head:
+                raise TransferError(str(head["error"]))
+            data = await reader.readexactly(head["bytes"])
+            try:
+                handover = self._verify(data, head["sha256"], room)
+                handover = self.backend.incoming(handover)
+                accept(handover)
+            except (TransferError, ValueError) as error:
+                _write_line(writer, error=str(error))
+                await writer.drain()
+                raise TransferError(str(error)) from None
+            _write_line(writer)
+            await writer.drain()
+            self.counters.bytes += len(data)
+            return handover
+        finally:
+            writer.close()
+
+    @staticmethod
+    def _verify(data, digest, room):
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise TransferError(f"checksum mismatch in the hand-over of bootstrap room {room} ({len(data)} bytes)")
+        handover = Handover.unpack(data)
+        if handover.room != room:
+            raise TransferError(f"asked for bootstrap room {room}, got room {handover.room}")
+        return handover
