@@ -1,21 +1,27 @@
 """Runs the main job, `TestDisaggregationDSV4`, on the highest rung that this machine can run (`scripts/run.sh`)."""
 
 import argparse
+import json
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdkit.ci_register import CIRegisterNotFound
 from pdkit.exit_codes import ExitCode
+from pdkit.options import Options, UsageError
+from pdkit.registry import Registration, Selection, collect
 from pdkit.rung import LADDER, Gpu, Rung, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
 
 TEST_DIR = Path(__file__).resolve().parents[2] / "test"
+
+
+class TestNotFound(Exception):
+    """The test of a rung is not in this tree; the message is one line that says where it was looked for."""
+
 
 _PHASE = re.compile(r"\[phase\] (?P<name>.+): (?P<seconds>[\d.]+) s")
 _RESULT = re.compile(r"rung=(?P<rung>\S+) engine=(?P<engine>.+) gsm8k=(?P<score>[\d.]+) gate=(?P<gate>\S+)")
@@ -50,13 +56,11 @@ def read_report(lines: Iterable[str]) -> Report:
     return Report(tuple(phases), result)
 
 
-def verdict(returncode: int, report: Report, rung: Rung, interrupted: bool = False) -> ExitCode:
-    """A run passes only where it was scored, and on the rung that was meant: unittest returns 0 for a skip, too."""
-    if interrupted:
-        return ExitCode.INTERRUPTED
-    if returncode == 0 and (report.result is None or report.result.rung != rung.name):
+def verdict(code: ExitCode, report: Report, rung: Rung) -> ExitCode:
+    """A run passes only where it was scored, and on the rung that was meant."""
+    if code is ExitCode.PASSED and (report.result is None or report.result.rung != rung.name):
         return ExitCode.NOTHING_RAN
-    return ExitCode.PASSED if returncode == 0 else ExitCode.FAILED
+    return code
 
 
 def summary(rung: Rung, report: Report, code: ExitCode, seconds: float) -> str:
@@ -79,41 +83,28 @@ def ladder(gpus: Sequence[Gpu]) -> str:
     return "\n".join([*lines, f"this machine has {found(gpus)}"])
 
 
-@contextmanager
-def _left_to(child: subprocess.Popen):
-    """Leaves Ctrl-C and SIGTERM to the child, which stops its servers; yields the list of the signals received.
-
-    A terminal sends Ctrl-C to the child as well, so that only SIGTERM has to be passed on.
-    """
-    received = []
-
-    def handle(number, _frame):
-        received.append(number)
-        if number == signal.SIGTERM:
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def registration_of(rung: Rung) -> Registration:
+    """Raises TestNotFound, also where the package is installed without its tests."""
+    path = TEST_DIR / rung.test_file
+    for registration in collect(TEST_DIR / "registered").registrations:
+        if Path(registration.filename) == path:
+            return registration
+    raise TestNotFound(f"no registered test at {path}; run scripts/run.sh of a clone of the repository")
 
 
-def run(rung: Rung) -> ExitCode:
-    """Runs the test of `rung`, passing its output on, and ends with the summary."""
-    command = [sys.executable, str(TEST_DIR / rung.test_file), "-f"]
-    started, lines = time.monotonic(), []
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    with _left_to(child) as signals:
-        for line in child.stdout:
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
-            lines.append(line.decode(errors="replace"))
-        returncode = child.wait()
-    report = read_report(lines)
-    code = verdict(returncode, report, rung, bool(signals))
-    print("\n" + summary(rung, report, code, time.monotonic() - started), flush=True)
+def run(rung: Rung, report_dir: Path) -> ExitCode:
+    """Runs the test of `rung` as `test/run_suite.py` would, and ends with the summary."""
+    from pdkit.runner import run_suite
+
+    registration = registration_of(rung)
+    os.environ.setdefault("SGLANG_PD_LOG_DIR", str(report_dir.absolute()))
+    options = Options(TEST_DIR / "registered", hw=registration.hw, suite=registration.suite, report_dir=report_dir)
+    code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
+    results = json.loads((report_dir / "results.json").read_text())
+    with open(report_dir / results["files"][0]["attempts"][-1]["log"], errors="replace") as log:
+        report = read_report(log)
+    code = verdict(code, report, rung)
+    print("\n" + summary(rung, report, code, results["seconds"]), flush=True)
     return code
 
 
@@ -121,6 +112,7 @@ def main(argv: Sequence[str]) -> ExitCode:
     parser = argparse.ArgumentParser(prog="scripts/run.sh", description=__doc__.strip(), allow_abbrev=False)
     parser.add_argument("--rung", metavar="NAME", help="run this rung, and no other: " + ", ".join(r.name for r in LADDER))
     parser.add_argument("--ladder", action="store_true", help="print the rungs and which of them run here, and run nothing")
+    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="where log, server logs and results.json go (default: a new one)")
     args = parser.parse_args(argv)
     gpus = visible_gpus()
     if args.ladder:
@@ -128,11 +120,14 @@ def main(argv: Sequence[str]) -> ExitCode:
         return ExitCode.PASSED
     try:
         rung = choose(gpus, args.rung)
-    except (UnknownRung, RungUnavailable) as error:
-        print(f"run.sh: error: {error}", file=sys.stderr)
-        return ExitCode.BAD_USAGE if isinstance(error, UnknownRung) else ExitCode.NOT_READY
-    print(f"main job on rung {rung.name}: {rung.engine}", *why(rung, gpus).splitlines(), sep="\n  ", flush=True)
-    return run(rung)
+        print(f"main job on rung {rung.name}: {rung.engine}", *why(rung, gpus).splitlines(), sep="\n  ", flush=True)
+        return run(rung, args.report_dir or Path(tempfile.mkdtemp(prefix="main_job_")))
+    except (UnknownRung, UsageError) as error:
+        code, message = ExitCode.BAD_USAGE, error
+    except (RungUnavailable, TestNotFound, CIRegisterNotFound) as error:
+        code, message = ExitCode.NOT_READY, error
+    print(f"run.sh: error: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 import unittest
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +18,7 @@ from pdkit.exit_codes import ExitCode
 from pdkit.main_job import main, read_report, summary
 from pdkit.rung import LADDER, Gpu
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 EMBEDDED = LADDER[-1]
 RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 gate=>0.95"
@@ -54,21 +53,48 @@ class TestReport(unittest.TestCase):
         self.assertIn("none, the test did not get that far", summary(EMBEDDED, read_report(RUN[:2]), ExitCode.FAILED, 9))
 
 
+TEST_FILE = """
+import time
+import unittest
+from sglang.test.ci.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+
+class TestFake(unittest.TestCase):
+    def test_fake(self):
+{body}
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+
+def write_test(test_dir, body, file=EMBEDDED.test_file):
+    """A registered test below `test_dir`, of the embedded rung unless another `file` is given; its only method does `body`."""
+    path = test_dir / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = TEST_FILE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8))
+    path.write_text(source.replace("from sglang.test.ci.ci_register", "from pdkit.ci_register"))
+
+
 class TestMain(unittest.TestCase):
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
-        self.test_file = Path(directory.name) / EMBEDDED.test_file
-        self.test_file.parent.mkdir(parents=True)
         self.test_dir = Path(directory.name)
 
-    def write_test(self, *lines, code=0):
-        self.test_file.write_text("\n".join([*(f"print({line!r})" for line in lines), f"raise SystemExit({code})"]))
+    def write_test(self, *lines, then=""):
+        write_test(self.test_dir, "\n".join([*(f"print({line!r})" for line in lines), then]))
 
     def main(self, *argv, gpus=()):
         self.out, self.err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
-        patches = patch.object(main_job, "TEST_DIR", self.test_dir), patch.object(main_job, "visible_gpus", lambda: gpus)
-        with redirect_stdout(self.out), redirect_stderr(self.err), patches[0], patches[1]:
+        with ExitStack() as patches:
+            patches.enter_context(patch.object(main_job, "TEST_DIR", self.test_dir))
+            patches.enter_context(patch.object(main_job, "visible_gpus", lambda: gpus))
+            patches.enter_context(patch.object(tempfile, "tempdir", str(self.test_dir)))
+            patches.enter_context(patch.dict("os.environ"))
+            patches.enter_context(redirect_stdout(self.out))
+            patches.enter_context(redirect_stderr(self.err))
             code = main(argv)
         self.out.seek(0)
         self.printed = self.out.read()
@@ -83,11 +109,11 @@ class TestMain(unittest.TestCase):
         self.assertIn("\nmain job on rung embedded: PASSED\n", self.printed)
 
     def test_a_failed_run_fails_though_it_was_scored(self):
-        self.write_test(*RUN, code=1)
+        self.write_test(*RUN, then="self.fail()")
         self.assertEqual(self.main(), ExitCode.FAILED)
 
     def test_a_skip_is_no_pass(self):
-        self.write_test("OK (skipped=1)")
+        self.write_test(then="self.skipTest('no GPU')")
         self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
 
     def test_the_score_of_another_rung_is_no_pass(self):
@@ -103,6 +129,26 @@ class TestMain(unittest.TestCase):
         self.assertEqual(self.main("--rung", "8xH200"), ExitCode.NOT_READY)
         self.assertEqual(self.printed, "")
 
+    def test_a_tree_without_the_test(self):
+        write_test(self.test_dir, "pass", file="registered/test_other.py")
+        self.assertEqual(self.main(), ExitCode.NOT_READY)
+        self.assertIn(f"no registered test at {self.test_dir / EMBEDDED.test_file}", self.err.getvalue())
+
+    def test_log_and_results_are_kept_on_request(self):
+        self.write_test(*RUN)
+        self.assertEqual(self.main("--report-dir", str(self.test_dir / "report")), ExitCode.PASSED)
+        (log,) = (self.test_dir / "report").glob("*.log")
+        self.assertIn(RESULT, log.read_text())
+        self.assertTrue((self.test_dir / "report" / "results.json").exists())
+
+    def test_server_logs_go_there_too_unless_told_otherwise(self):
+        write_test(self.test_dir, "import os; print('server logs:', os.environ['SGLANG_PD_LOG_DIR'])")
+        self.main("--report-dir", str(self.test_dir))
+        self.assertIn(f"server logs: {self.test_dir}\n", self.printed)
+        with patch.dict("os.environ", SGLANG_PD_LOG_DIR="/mine"):
+            self.main()
+        self.assertIn("server logs: /mine\n", self.printed)
+
     def test_ladder(self):
         self.assertEqual(self.main("--ladder", gpus=[Gpu("NVIDIA H200", 143_771, (9, 0))]), ExitCode.PASSED)
         self.assertRegex(self.printed, r"8xH200 +8 Hopper GPUs of 141 GB +not here\nembedded +no GPU +runs here\n")
@@ -110,49 +156,36 @@ class TestMain(unittest.TestCase):
 
 
 class TestInterrupt(unittest.TestCase):
-    """The test process stops its servers when it is interrupted; the command waits for that and says 130."""
+    """A test that stops its servers when it is told to end is waited for, and the command says 130."""
 
     TEST = """
-        import time
+        import signal
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print("[phase] started: 0.1 s", flush=True)
         try:
             time.sleep(60)
-        except KeyboardInterrupt:
+        finally:
             time.sleep(0.3)
             print("[phase] servers stopped: 0.3 s", flush=True)
-            raise SystemExit(1)
     """
     COMMAND = "import sys; from pathlib import Path; from pdkit import main_job; "
     COMMAND += "main_job.TEST_DIR = Path(sys.argv[1]); sys.exit(main_job.main(['--rung', 'embedded']))"
 
-    def interrupted(self, send, test):
-        with tempfile.TemporaryDirectory() as directory:
-            test_file = Path(directory) / EMBEDDED.test_file
-            test_file.parent.mkdir(parents=True)
-            test_file.write_text(textwrap.dedent(test))
-            command = [sys.executable, "-c", self.COMMAND, directory]
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-                try:
-                    for line in process.stdout:
-                        if "started" in line:
-                            break
-                    time.sleep(0.2)
-                    send(process.pid)
-                    rest = process.stdout.read()
-                    return process.wait(timeout=30), rest
-                finally:
-                    process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
-
-    def test_ctrl_c(self):
-        code, rest = self.interrupted(lambda pid: os.killpg(pid, signal.SIGINT), self.TEST)
-        self.assertEqual(code, ExitCode.INTERRUPTED)
-        self.assertRegex(rest, r"main job on rung embedded: INTERRUPTED\n(.*\n)*  servers stopped +0.3 s\n")
-
-    def test_sigterm_reaches_the_test(self):
-        test = "import signal\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\n" + textwrap.dedent(self.TEST)
-        code, rest = self.interrupted(lambda pid: os.kill(pid, signal.SIGTERM), test)
-        self.assertEqual(code, ExitCode.INTERRUPTED)
-        self.assertIn("servers stopped", rest)
+    def test_ctrl_c_and_sigterm(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number.name), tempfile.TemporaryDirectory() as directory:
+                write_test(Path(directory), self.TEST)
+                command = [sys.executable, "-c", self.COMMAND, directory]
+                environment = {**os.environ, "TMPDIR": directory}
+                with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+                    try:
+                        next(line for line in process.stdout if "started" in line)
+                        process.send_signal(number)
+                        rest = process.stdout.read()
+                        self.assertEqual(process.wait(timeout=30), ExitCode.INTERRUPTED)
+                    finally:
+                        process.kill()
+                self.assertRegex(rest, r"main job on rung embedded: INTERRUPTED\n(.*\n)*  servers stopped +0.3 s\n")
 
 
 if __name__ == "__main__":
