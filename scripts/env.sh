@@ -31,7 +31,7 @@ base_python() {
 
 make_venv() {
     local python=$1 venv=$2 started=$SECONDS
-    say "making $venv (208 packages, about 10 GB; a few minutes, once)"
+    say "making $venv (about 10 GB; a few minutes, once)"
     rm -rf "$venv"
     "$python" -m venv "$venv" || fail "$python -m venv failed; on Debian: apt-get install python3-venv"
     "$venv/bin/python" -m pip install --quiet "uv==$UV_VERSION" \

@@ -1,0 +1,68 @@
+"""setup.cfg and the lock file say what the code needs, and the package has all of its files."""
+
+import ast
+import configparser
+import re
+import sys
+import unittest
+from pathlib import Path
+
+from pdkit.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).parents[3]
+OUR_MODULES = {"pdkit"} | {path.stem for path in (REPO / "test").rglob("*.py")}
+DISTRIBUTION = {"sglang_router": "sglang-router", "pynvml": "nvidia-ml-py"}
+USED_BY_RUN_EVAL = {"openai"}
+USED_AS_A_COMMAND = {"sglang-router"}
+
+
+def requirement_lines():
+    config = configparser.ConfigParser()
+    config.read(REPO / "setup.cfg")
+    return re.findall(r"^[\w-]+", config["options"]["install_requires"], re.MULTILINE)
+
+
+def imported_distributions():
+    names = set()
+    for folder in ("python", "scripts", "test"):
+        for path in (REPO / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(), str(path))):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    names.add(node.module.split(".")[0])
+    third_party = names - OUR_MODULES - set(sys.stdlib_module_names)
+    return {DISTRIBUTION.get(name, name) for name in third_party}
+
+
+class TestDependencies(unittest.TestCase):
+    def test_what_is_imported_is_declared_and_nothing_else(self):
+        self.assertEqual(imported_distributions() | USED_BY_RUN_EVAL | USED_AS_A_COMMAND, set(requirement_lines()))
+
+    def test_each_is_justified_in_the_line_above(self):
+        lines = (REPO / "setup.cfg").read_text().splitlines()
+        for name in requirement_lines():
+            (number,) = (i for i, line in enumerate(lines) if re.match(rf"    {re.escape(name)}(?![\w-])", line))
+            self.assertRegex(lines[number - 1], r"^    # \w+", name)
+
+    def test_each_is_pinned(self):
+        lock = (REPO / "requirements.lock").read_text()
+        for name in requirement_lines():
+            self.assertRegex(lock, re.compile(rf"^{re.escape(name)}==", re.MULTILINE))
+
+
+class TestPackage(unittest.TestCase):
+    def test_every_directory_of_modules_is_a_package(self):
+        for path in (REPO / "python").rglob("*.py"):
+            self.assertTrue((path.parent / "__init__.py").exists(), path.parent)
+
+    def test_every_other_file_is_package_data(self):
+        for path in (REPO / "python" / "pdkit").rglob("*"):
+            if path.is_file() and path.suffix not in (".py", ".pyc"):
+                self.assertTrue(path.is_relative_to(REPO / "python" / "pdkit" / "assets"), path)
+
+
+if __name__ == "__main__":
+    unittest.main()
