@@ -117,8 +117,9 @@ def _unittest_counts(ran: int, verdict: re.Match, progress: str) -> TestCounts:
     skipped = named.get("skipped", 0)
     failed = sum(named.get(name, 0) for name in ("failures", "errors", "unexpected successes"))
     executed = max(ran - skipped, 0)
-    if not executed and _UNITTEST_PROGRESS.fullmatch(progress) and progress.count("s") == skipped:
-        executed = min(len(progress) - skipped, ran)
+    if not executed and _UNITTEST_PROGRESS.fullmatch(progress):
+        dots = len(progress) - progress.count("s")
+        executed = dots if dots <= ran and progress.count("s") == skipped else 0
     if verdict[1] == "FAILED":
         failed = max(failed, 1)
     return TestCounts(executed, skipped, failed)

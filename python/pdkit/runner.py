@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pdkit
 from pdkit import process_tree
@@ -27,10 +28,10 @@ RULE = "=" * 60
 
 
 class Console:
-    """Standard output, shared by our lines and the bytes of the children; a reader that goes away stops nothing."""
+    """The output stream, shared by our lines and the bytes of the children; a reader that goes away stops nothing."""
 
-    def __init__(self):
-        self._stream = sys.stdout.buffer
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
         self._lock = threading.Lock()
         self._at_margin = True
         self._is_open = True
@@ -257,6 +258,8 @@ def run_attempt(
     ended = process_tree.end(process.pid, started, token)
     process.wait()
     pump.join(DRAIN_S)
+    if not pump.is_alive():
+        process.stdout.close()
     with log.open(errors="replace") as lines:
         output = read_output(lines, test_max_retry)
     return Attempt(
@@ -277,7 +280,7 @@ class SuiteRun:
         self.options = options
         self.logs = logs
         self.interruption = interruption
-        self.console = Console()
+        self.console = Console(sys.stdout.buffer)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
         self.results: list[FileResult] = []
         self.tic = time.monotonic()

@@ -1,0 +1,278 @@
+"""Collecting registrations by SGLang's rules, and selecting among them."""
+
+import ast
+import json
+import tempfile
+import unittest
+from enum import Enum
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from suite_trees import CPU, IMPORTS, MAIN, source_of, write_tree
+
+from pdkit import ci_register, top_level
+from pdkit.ci_register import register_cpu_ci
+from pdkit.near_miss import nearest
+from pdkit.options import Options, UsageError
+from pdkit.registry import Registration, collect, select, syntax_errors, with_estimates
+
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+
+
+def fresh_rules():
+    spec = spec_from_file_location("fresh_ci_register", ci_register.locate())
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TreeCase(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.root = Path(directory.name)
+
+    def collect(self, files, rules=None):
+        return collect(write_tree(self.root, files), rules)
+
+
+class TestCollect(TreeCase):
+    def test_a_registration(self):
+        collection = self.collect({"unit/test_a.py": source_of()})
+        self.assertEqual(collection.errors, ())
+        (found,) = collection.registrations
+        self.assertEqual(found.filename, str(self.root / "registered/unit/test_a.py"))
+        self.assertEqual(
+            (found.name, found.hw, found.suite, found.est_time, found.nightly, found.disabled),
+            ("registered/unit/test_a.py", "cpu", "stage-a-test-cpu", 5.0, False, None),
+        )
+
+    def test_stage_and_runner_config_make_a_suite(self):
+        registration = 'register_cuda_ci(est_time=250, stage="stage-c", runner_config="dsv4-8-gpu-h200")'
+        (found,) = self.collect({"test_a.py": source_of(registration=registration)}).registrations
+        self.assertEqual((found.hw, found.suite), ("cuda", "stage-c-test-dsv4-8-gpu-h200"))
+
+    def test_several_registrations_of_one_file(self):
+        lines = f'{CPU}\nregister_cuda_ci(9, "nightly-x", nightly=True, disabled="see #123 (flaky)")'
+        cpu, cuda = self.collect({"test_a.py": source_of(registration=lines)}).registrations
+        self.assertTrue(cpu.is_enabled and not cpu.nightly)
+        self.assertEqual((cuda.nightly, cuda.disabled, cuda.is_enabled), (True, "see #123 (flaky)", False))
+
+    def test_which_files_are_read(self):
+        files = {
+            "test_a.py": source_of(),
+            "bench_b.py": source_of(),
+            "helper.py": "def f(): pass\n",
+            "templates.py": f'T = """\n{CPU}\n"""\n',
+            "notes.txt": CPU,
+            "__pycache__/test_c.py": source_of(),
+        }
+        collection = self.collect(files)
+        self.assertEqual(collection.errors, ())
+        self.assertEqual([r.name for r in collection.registrations], ["registered/bench_b.py", "registered/test_a.py"])
+
+    def test_each_rule_names_the_file(self):
+        rules = {
+            "No CI registry found": source_of(registration=""),
+            "missing `if __name__": source_of(main=""),
+            "missing `if __name__ ": source_of(main='\nif __name__ == "__main__":\n    pass\n'),
+            "est_time is a required constant": source_of(registration='register_cpu_ci(est_time=N, suite="s")'),
+            "est_time must be a number": source_of(registration='register_cpu_ci(est_time="5", suite="s")'),
+            "got stage=False, runner_config=False, suite=False": source_of(registration="register_cpu_ci(est_time=5)"),
+            "got stage=True, runner_config=True, suite=True": source_of(
+                registration='register_cpu_ci(est_time=5, suite="s", stage="a", runner_config="b")'
+            ),
+            "got stage=True, runner_config=False, suite=False": source_of(
+                registration='register_cpu_ci(est_time=5, stage="a")'
+            ),
+            "suite must be a string": source_of(registration="register_cpu_ci(est_time=5, suite=7)"),
+            "names no suite": source_of(registration="register_cpu_ci(est_time=5, suite=None)"),
+            "nightly must be a boolean": source_of(registration='register_cpu_ci(est_time=5, suite="s", nightly=1)'),
+            "disabled must be a string": source_of(registration='register_cpu_ci(est_time=5, suite="s", disabled=1)'),
+            "starred arguments": source_of(registration="register_cpu_ci(*A)"),
+            "**kwargs": source_of(registration="register_cpu_ci(**K)"),
+            "unknown argument 'suit'": source_of(registration='register_cpu_ci(est_time=5, suit="s")'),
+            "too many positional": source_of(registration='register_cpu_ci(5, "s", False, None, 1)'),
+            "not valid Python": f"{IMPORTS}{CPU}\ndef broken(:\n{MAIN}",
+        }
+        files = {f"test_{number:02d}.py": source for number, source in enumerate(rules.values())}
+        collection = self.collect(files | {"test_good.py": source_of()})
+        self.assertEqual([r.name for r in collection.registrations], ["registered/test_good.py"])
+        self.assertEqual(len(collection.errors), len(rules))
+        for line, name, rule in zip(collection.errors, files, rules, strict=True):
+            with self.subTest(rule):
+                self.assertIn(rule.strip(), line)
+                self.assertIn(f"/registered/{name}", line)
+                self.assertNotIn("\n", line)
+
+    def test_a_disabled_file_needs_no_main_block(self):
+        registration = 'register_cpu_ci(est_time=5, suite="s", disabled="later")'
+        self.assertEqual(self.collect({"test_a.py": source_of(registration=registration, main="")}).errors, ())
+
+    def test_hardware_is_what_the_release_knows(self):
+        old = fresh_rules()
+        old.HWBackend = Enum("HWBackend", ["CPU", "CUDA"])
+        self.assertEqual(self.collect({}, old).hardware, ("cpu", "cuda"))
+        self.assertLess({"cpu", "cuda", "amd", "npu"}, {*self.collect({}).hardware, "any"})
+
+    def test_syntax_errors_below_the_registration(self):
+        write_tree(self.root, {"test_a.py": source_of("def test_it(self):\n    a b\n"), "test_b.py": source_of()})
+        registrations = collect(self.root / "registered").registrations
+        self.assertEqual(len(registrations), 2)
+        (line,) = syntax_errors(registrations)
+        self.assertRegex(line, r"test_a\.py:\d+: not valid Python")
+
+
+class TestExcerpt(TreeCase):
+    """Reading only the top level finds what SGLang finds in the whole file, or leaves the file to SGLang."""
+
+    SOURCES = {
+        "plain": source_of(),
+        "in a docstring": f'"""\n{CPU}\n"""\n' + source_of(registration=""),
+        "docstring and real": f'"""\n{CPU}\n"""\n' + source_of(),
+        "in a string that has quotes": f"A = '''\n\"\"\"\n{CPU}\n'''\n" + source_of(),
+        "commented out": source_of(registration="# " + CPU),
+        "in brackets": source_of(registration=f"print(\n{CPU})"),
+        "after a semicolon": source_of(registration="import os; " + CPU),
+        "one more after a semicolon": source_of(registration=f'{CPU}\nimport os; register_cuda_ci(7, "b")'),
+        "one more that is not literal": source_of(registration=f'{CPU}\nregister_cuda_ci(est_time=int(7), suite="b")'),
+        "continued line": source_of(registration="A = \\\n" + CPU),
+        "conditional": source_of(registration=f"{CPU} if 1 else 0"),
+        "indented": source_of(registration="if True:\n    " + CPU),
+        "several lines": source_of(registration='register_cpu_ci(\n    est_time=5,  # s\n    suite="a",\n)'),
+        "parenthesis in a reason": source_of(registration='register_cpu_ci(5, "a", disabled="see (b")'),
+        "nested call": source_of(registration='register_cpu_ci(est_time=int(5), suite="a")'),
+        "implicit concatenation": source_of(registration='register_cpu_ci(5, "a" "b")'),
+        "other quotes": source_of(registration="register_cpu_ci(5, 'a')", main="\nif __name__ == '__main__':\n  f()"),
+        "main with else": source_of(main=MAIN + "else:\n    x = 1\n"),
+        "main in a string": source_of(main=f'\nA = """{MAIN}"""\n'),
+        "two mains": source_of(main='\nif __name__ == "__main__":\n    pass\n' + MAIN),
+        "main reversed": source_of(main='\nif "__main__" == __name__:\n    f()\n'),
+        "main and more": source_of(main='\nif __name__ == "__main__" and X:\n    f()\n'),
+        "main with a long string": source_of(main='\nif __name__ == "__main__":\n    f("""\nx\n""")\n'),
+        "main on one line": source_of(main='\nif __name__ == "__main__": f()\n'),
+        "unclosed bracket": source_of("def test_it(self): (\n"),
+        "unclosed string": source_of('def test_it(self): """\n'),
+        "windows": source_of().replace("\n", "\r\n"),
+        "attribute": source_of(registration='ci.register_cpu_ci(5, "a")'),
+        "raw and formatted strings": source_of("def test_it(self): return r'\\d', f'{self}', b'#', '(', \"'\"\n"),
+    }
+
+    @staticmethod
+    def outcome(parse, filename):
+        try:
+            registries, has_main = parse(filename)
+        except (SyntaxError, ValueError) as error:
+            return type(error).__name__
+        return [(r.backend.name, r.effective_suite, r.est_time, r.nightly, r.disabled) for r in registries], has_main
+
+    def test_equals_sglang(self):
+        patched, original = fresh_rules(), fresh_rules()
+        self.collect({}, patched)
+        for name, source in self.SOURCES.items():
+            with self.subTest(name):
+                path = self.root / "test_it.py"
+                path.write_bytes(source.encode())
+                expected = self.outcome(original.ut_parse_one_file, str(path))
+                self.assertEqual(self.outcome(patched.ut_parse_one_file, str(path)), expected)
+
+    def test_a_plain_file_is_not_parsed_as_a_whole(self):
+        source = source_of("def test_it(self): pass\n" * 50).encode()
+        self.assertEqual(len(top_level.parse(source, "f").body), 2)
+        whole = ast.dump(ast.parse(source))
+        self.assertLess(len(ast.dump(top_level.parse(source, "f"))), len(whole) / 10)
+        body_is_broken = source.replace(b"pass", b"a b")
+        self.assertEqual(len(top_level.parse(body_is_broken, "f").body), 2)
+
+
+class TestSelect(TreeCase):
+    FILES = {
+        f"test_{letter}.py": source_of(registration=f'register_cpu_ci(est_time={est_time}, suite="stage-a-test-cpu")')
+        for letter, est_time in zip("abcdef", (60, 50, 40, 30, 20, 10), strict=True)
+    }
+    NIGHTLY = source_of(registration='register_cuda_ci(est_time=7, suite="nightly-1-gpu", nightly=True)')
+    DISABLED = source_of(registration='register_cpu_ci(est_time=7, suite="stage-a-test-cpu", disabled="broken")')
+
+    def select(self, files=None, hw="cpu", suite="stage-a-test-cpu", **options):
+        collection = self.collect(self.FILES if files is None else files)
+        return select(collection, Options(test_root=self.root, hw=hw, suite=suite, **options))
+
+    def names(self, selection):
+        return [Path(r.filename).stem[-1] for r in selection.enabled]
+
+    def test_by_hardware_and_suite(self):
+        selection = self.select(self.FILES | {"test_n.py": self.NIGHTLY, "test_x.py": self.DISABLED})
+        self.assertEqual(self.names(selection), list("abcdef"))
+        self.assertEqual([r.disabled for r in selection.disabled], ["broken"])
+        self.assertEqual(selection.est_time, 210)
+
+    def test_nightly_only_when_asked(self):
+        files = {"test_n.py": self.NIGHTLY}
+        selection = self.select(files, "cuda", "nightly-1-gpu")
+        self.assertEqual(selection.enabled, ())
+        self.assertIn("add --nightly", selection.why_empty)
+        self.assertEqual(self.names(self.select(files, "cuda", "nightly-1-gpu", nightly=True)), ["n"])
+        self.assertIn("leave --nightly out", self.select(nightly=True).why_empty)
+
+    def test_without_names_everything_is_selected(self):
+        files = self.FILES | {"test_n.py": self.NIGHTLY}
+        self.assertEqual(len(self.select(files, None, None, list_only=True).enabled), 7)
+        self.assertEqual(self.names(self.select(files, None, None, list_only=True, nightly=True)), ["n"])
+
+    def test_only_disabled_registrations(self):
+        self.assertIn("all 1 registrations are disabled", self.select({"test_x.py": self.DISABLED}).why_empty)
+
+    def test_unknown_names_give_the_nearest(self):
+        for hw, suite, expected in (
+            ("cpu", "stage-a-test-cpi", "unknown suite 'stage-a-test-cpi'; nearest known: stage-a-test-cpu"),
+            ("cuda", "stage-c-test-dsv4-8-gpu-h20", "nearest known: stage-c-test-dsv4-8-gpu-h200"),
+            ("cdua", "stage-a-test-cpu", "unknown hardware 'cdua'; nearest known: cuda"),
+            ("cuda", "stage-a-test-cpu", "not for hardware 'cuda' but for: cpu"),
+        ):
+            with self.subTest(suite), self.assertRaises(UsageError) as raised:
+                self.select(hw=hw, suite=suite)
+            self.assertIn(expected, str(raised.exception))
+
+    def test_suites_of_the_project_are_known_without_a_file(self):
+        selection = self.select({}, "cuda", "stage-c-test-dsv4-8-gpu-h200")
+        self.assertEqual((selection.enabled, selection.why_empty), ((), "no file is registered"))
+
+    def test_nearest(self):
+        self.assertEqual(nearest("cpy", ["cuda", "cpu", "npu"], limit=1), ["cpu"])
+        self.assertEqual(nearest("zzz", ["b", "a"]), ["a", "b"])
+
+    def test_partitions_are_disjoint_complete_and_even(self):
+        parts = [self.select(partition_id=rank, partition_size=3) for rank in range(3)]
+        self.assertEqual(sorted(sum(map(self.names, parts), [])), list("abcdef"))
+        self.assertEqual({part.est_time for part in parts}, {70})
+
+    def test_an_empty_partition_says_why(self):
+        selection = self.select(partition_id=7, partition_size=8)
+        self.assertEqual(selection.why_empty, "partition 7 of 8 is empty: the suite has 6 files")
+
+    def test_measured_times_replace_registered_ones(self):
+        model = self.root / "model.json"
+        plain = {"registered/test_f.py": 1000, "other/test_a.py": 3}
+        timings = "noise\n" + "\n".join(json.dumps({"file": f, "elapsed": s}) for f, s in plain.items())
+        for text in (json.dumps(plain), timings):
+            model.write_text(text)
+            selection = self.select(partition_id=0, partition_size=2, partition_model_file=model)
+            self.assertEqual((self.names(selection), selection.est_time), (["f"], 1000))
+
+    def test_the_longest_matching_path_wins(self):
+        registration = Registration("/a/b/test_x.py", "b/test_x.py", "cpu", "s", 5)
+        (found,) = with_estimates([registration], {"test_x.py": 1, "b/test_x.py": 2})
+        self.assertEqual(found.est_time, 2)
+
+    def test_a_bad_model_file_is_bad_usage(self):
+        model = self.root / "model.json"
+        for text in ("", "[]", "{}", "[1]", '{"a": "x"}', '{"a": -1}', '{"a": NaN}', '{"a": true}', '{"file": "a"}', "x"):
+            model.write_text(text)
+            with self.subTest(text), self.assertRaisesRegex(UsageError, "expected a JSON object"):
+                self.select(partition_id=0, partition_size=2, partition_model_file=model)
+        with self.assertRaisesRegex(UsageError, "No such file"):
+            self.select(partition_model_file=self.root / "absent")
+
+
+if __name__ == "__main__":
+    unittest.main()

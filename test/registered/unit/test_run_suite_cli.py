@@ -1,0 +1,394 @@
+"""The command `run_suite.py` as a user meets it: real processes on small trees."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import psutil
+from suite_trees import source_of, write_tree
+
+from pdkit import process_tree
+from pdkit.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+
+RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
+SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu"]
+
+PASS = source_of()
+FAIL = source_of("def test_it(self): self.fail()")
+SKIP = source_of("def test_it(self): self.skipTest('no GPU')")
+CODE_ERROR = source_of("def test_it(self): raise TypeError('a score')")
+EMPTY = source_of("x = 1")
+SILENT = source_of(main='\nif __name__ == "__main__":\n    print("fine")\n')
+DISABLED = source_of(registration='register_cpu_ci(est_time=5, suite="stage-a-test-cpu", disabled="see #7")')
+HANG = source_of(
+    """
+    def test_it(self):
+        import subprocess, sys, time
+        sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
+        child = subprocess.Popen(sleeper, start_new_session=True)
+        print(f"sleeper {child.pid}", flush=True)
+        time.sleep(300)
+    """
+)
+SECOND_TIME_LUCKY = source_of(
+    """
+    def test_it(self):
+        from pathlib import Path
+        seen = Path(__file__ + ".seen")
+        was_seen = seen.exists()
+        seen.touch()
+        self.assertGreater(0.96 if was_seen else 0.94, 0.95)
+    """
+)
+
+
+class CommandCase(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.root = Path(directory.name)
+
+    def command(self, files, *words):
+        return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(self.root, files)), *words]
+
+    def run_suite(self, files, *words, environment=None):
+        environment = os.environ | (environment or {})
+        command = self.command(files, *words)
+        return subprocess.run(command, capture_output=True, text=True, cwd=self.root, env=environment, timeout=60)
+
+    def run_files(self, *sources, words=(), environment=None):
+        files = {f"test_{number}.py": source for number, source in enumerate(sources)}
+        return self.run_suite(files, *SUITE, *words, environment=environment)
+
+    def assert_ended(self, done, code, tally):
+        self.assertEqual((done.returncode, done.stdout.splitlines()[-1:]), (code, [tally]), done.stdout + done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+
+    def assert_usage_error(self, done, *expected):
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        lines = done.stderr.splitlines()
+        self.assertEqual(len(lines), len(expected), done.stderr)
+        for line, text in zip(lines, expected, strict=True):
+            self.assertTrue(line.startswith("run_suite.py: error: "), line)
+            self.assertIn(text, line)
+
+    def assert_sleeper_gone(self, output):
+        pid = int(re.search(r"^sleeper (\d+)", output, re.MULTILINE)[1])
+        self.assertFalse(psutil.pid_exists(pid) and process_tree.is_alive(psutil.Process(pid)))
+
+
+class TestRun(CommandCase):
+    def test_pass(self):
+        done = self.run_files(PASS, PASS)
+        self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
+        self.assertRegex(done.stdout.splitlines()[0], "^suite stage-a-test-cpu on cpu: 2 files, estimated 10 s")
+        self.assertEqual(len(re.findall(r"^\[\d/2\] passed: registered/test_\d.py", done.stdout, re.MULTILINE)), 2)
+        self.assertIn("Ran 1 test in", done.stdout)
+
+    def test_timings_block(self):
+        lines = self.run_files(PASS, FAIL).stdout.splitlines()
+        begin, end = (lines.index(f"========== TIMINGS {word} ==========") for word in ("BEGIN", "END"))
+        records = [json.loads(line) for line in lines[begin + 1 : end]]
+        self.assertEqual([record["passed"] for record in records], [True, False])
+        self.assertEqual(records[0].keys(), {"file", "passed", "elapsed"})
+        self.assertEqual(records[0]["file"], f"{self.root.name}/registered/test_0.py")
+
+    def test_the_first_failure_stops_the_suite(self):
+        self.assert_ended(self.run_files(FAIL, PASS), 1, "0 passed, 1 failed, 1 skipped")
+
+    def test_continue_on_error(self):
+        done = self.run_files(FAIL, PASS, words=["--continue-on-error"])
+        self.assert_ended(done, 1, "1 passed, 1 failed, 0 skipped")
+
+    def test_failfast_within_a_file(self):
+        two = source_of("def test_a(self): self.fail()\ndef test_b(self): self.fail()")
+        self.assertIn("tests: 1 run, 0 skipped, 1 failed", self.run_files(two).stdout)
+        self.assertIn("tests: 2 run, 0 skipped, 2 failed", self.run_files(two, words=["--no-failfast"]).stdout)
+
+    def test_what_ran_no_test_is_not_passed(self):
+        for name, sources, tally in (
+            ("all skipped", [SKIP], "0 passed, 0 failed, 1 skipped"),
+            ("nothing ran", [EMPTY], "0 passed, 0 failed, 1 skipped"),
+            ("no closing line", [SILENT], "0 passed, 0 failed, 1 skipped"),
+            ("disabled", [DISABLED], "0 passed, 0 failed, 1 skipped"),
+            ("all skipped", [SKIP, PASS], "1 passed, 0 failed, 1 skipped"),
+        ):
+            with self.subTest(name, files=len(sources)):
+                done = self.run_files(*sources)
+                self.assert_ended(done, 4, tally)
+                self.assertIn(name, done.stdout)
+
+    def test_no_registered_file(self):
+        done = self.run_suite({}, *SUITE)
+        self.assert_ended(done, 4, "0 passed, 0 failed, 0 skipped")
+        self.assertIn("nothing ran: no file is registered", done.stdout)
+
+    def test_a_failure_outweighs_a_skip(self):
+        self.assert_ended(self.run_files(SKIP, FAIL), 1, "0 passed, 1 failed, 1 skipped")
+
+    def test_disabled_files_are_listed_with_their_reason(self):
+        done = self.run_files(PASS, DISABLED)
+        self.assert_ended(done, 0, "1 passed, 0 failed, 1 skipped")
+        self.assertIn("disabled: registered/test_1.py; see #7", done.stdout)
+
+    def test_a_swallowed_failure_is_a_failure(self):
+        swallow = source_of(
+            "def test_it(self): self.fail()", main='\nif __name__ == "__main__":\n    unittest.main(exit=False)\n'
+        )
+        done = self.run_files(swallow)
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+
+    def test_death_by_signal(self):
+        done = self.run_files(source_of("def test_it(self):\n    import os\n    os.kill(os.getpid(), 9)"))
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertIn("killed by SIGKILL", done.stdout)
+
+    def test_timeout(self):
+        done = self.run_files(HANG, words=["--timeout-per-file", "1"])
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertRegex(done.stdout, r"timed out: registered/test_0\.py; .*after 1 s; its processes were ended")
+        self.assert_sleeper_gone(done.stdout)
+
+    def test_partitions_run_everything_once(self):
+        ran = []
+        for rank in "01":
+            done = self.run_files(PASS, PASS, PASS, words=["--auto-partition-id", rank, "--auto-partition-size", "2"])
+            self.assertEqual(done.returncode, 0)
+            ran += re.findall(r"\] passed: registered/(test_\d)", done.stdout)
+        self.assertEqual(sorted(ran), ["test_0", "test_1", "test_2"])
+
+    def test_environment_of_the_files(self):
+        show = source_of(
+            """
+            def test_it(self):
+                import os, subprocess
+                names = "SGLANG_TEST_MAX_RETRY", "SGLANG_IS_IN_CI"
+                print({name: os.environ.get(name) for name in names}, flush=True)
+                subprocess.check_call(["python3", "-c", "import sys; print('prefix', sys.prefix)"])
+            """
+        )
+        environment = {"SGLANG_TEST_MAX_RETRY": "3", "SGLANG_IS_IN_CI": "true"}
+        done = self.run_files(show, environment=environment)
+        self.assertIn("{'SGLANG_TEST_MAX_RETRY': '0', 'SGLANG_IS_IN_CI': 'true'}", done.stdout)
+        self.assertIn("SGLANG_TEST_MAX_RETRY=3 of the environment is ignored", done.stdout)
+        self.assertIn(f"prefix {sys.prefix}\n", done.stdout)
+        done = self.run_files(show, words=["--test-max-retry", "2"], environment=environment)
+        self.assertIn("{'SGLANG_TEST_MAX_RETRY': '2', 'SGLANG_IS_IN_CI': 'true'}", done.stdout)
+
+    def test_metrics_file(self):
+        metrics = self.root / "metrics.jsonl"
+        self.run_files(PASS, FAIL, environment={"SGLANG_TEST_METRICS_FILE": str(metrics)})
+        records = [json.loads(line) for line in metrics.read_text().splitlines()]
+        self.assertEqual([r["status"] for r in records], ["pass", "fail"])
+        self.assertEqual([r["test_file"] for r in records], ["test_0.py", "test_1.py"])
+
+
+class TestRetry(CommandCase):
+    RETRY = ("--enable-retry", "--retry-wait-seconds", "0")
+
+    def test_off_by_default(self):
+        self.assert_ended(self.run_files(SECOND_TIME_LUCKY), 1, "0 passed, 1 failed, 0 skipped")
+
+    def test_a_retried_pass_is_shown_as_such(self):
+        done = self.run_files(SECOND_TIME_LUCKY, words=self.RETRY)
+        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        self.assertIn("passed on retry: registered/test_0.py", done.stdout)
+        self.assertIn("2 attempts; first attempt: failed", done.stdout)
+        self.assertNotIn("passed: ", done.stdout)
+
+    def test_attempts_are_bounded(self):
+        done = self.run_files(FAIL, words=[*self.RETRY, "--max-attempts", "3"])
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertIn("3 attempts", done.stdout)
+
+    def test_errors_in_the_code_are_not_retried(self):
+        done = self.run_files(CODE_ERROR, words=self.RETRY)
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertNotIn("attempts", done.stdout)
+
+    def test_a_timeout_is_retried(self):
+        words = [*self.RETRY, "--timeout-per-file", "0.5", "--retry-timeout-increase", "0"]
+        done = self.run_files(HANG, words=words)
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertIn("2 attempts", done.stdout)
+
+    def test_a_retried_method_is_shown_as_such(self):
+        source = source_of(
+            """
+            def test_it(self):
+                print("retry() failed once (0th try, maximum 1 retries). Will delay 2.00s and retry. Error: x")
+            """
+        )
+        done = self.run_files(source, words=["--test-max-retry", "1"])
+        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        self.assertIn("passed on retry: registered/test_0.py", done.stdout)
+        self.assertNotIn("passed: ", done.stdout)
+
+
+class TestReport(CommandCase):
+    def test_logs_and_results(self):
+        report = self.root / "new" / "report"
+        done = self.run_files(PASS, FAIL, SKIP, DISABLED, words=["--continue-on-error", "--report-dir", str(report)])
+        self.assertEqual(done.returncode, 1)
+        results = json.loads((report / "results.json").read_text())
+        self.assertEqual((results["exit_code"], results["result"], results["finished"]), (1, "failed", True))
+        self.assertEqual((results["hw"], results["suite"]), ("cpu", "stage-a-test-cpu"))
+        states = [entry["state"] for entry in results["files"]]
+        self.assertEqual(states, ["passed", "failed", "all skipped", "disabled"])
+        entry = results["files"][1]
+        self.assertEqual(entry["tests"], {"executed": 1, "skipped": 0, "failed": 1, "retried": 0})
+        self.assertEqual(entry["command"], [sys.executable, str(self.root / "registered/test_1.py"), "-f"])
+        self.assertEqual((entry["exit_code"], len(entry["attempts"])), (1, 1))
+        self.assertIn("FAILED (failures=1)", (report / entry["attempts"][0]["log"]).read_text())
+
+    def test_results_are_not_claimed_before_the_end(self):
+        peek = source_of(
+            """
+            def test_it(self):
+                import json, os
+                with open(os.environ["PEEK"]) as file:
+                    results = json.load(file)
+                self.assertEqual((results["finished"], results["exit_code"], results["result"]), (False, None, None))
+                self.assertEqual([entry["state"] for entry in results["files"]], ["passed"])
+            """
+        )
+        environment = {"PEEK": str(self.root / "report/results.json")}
+        done = self.run_files(PASS, peek, words=["--report-dir", "report"], environment=environment)
+        self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
+
+
+class TestInterrupt(CommandCase):
+    def interrupt(self, number):
+        command = self.command({"test_0.py": HANG, "test_1.py": PASS}, *SUITE, "--report-dir", str(self.root / "report"))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.root)
+        output = ""
+        while "sleeper" not in output:
+            output += process.stdout.readline()
+        tic = time.monotonic()
+        process.send_signal(number)
+        output += process.communicate(timeout=30)[0]
+        self.assertLess(time.monotonic() - tic, 20)
+        self.assertEqual(process.returncode, 130, output)
+        self.assertEqual(output.splitlines()[-1], "0 passed, 1 failed, 1 skipped")
+        self.assertNotIn("KeyboardInterrupt", output)
+        self.assert_sleeper_gone(output)
+        results = json.loads((self.root / "report" / "results.json").read_text())
+        self.assertEqual([entry["state"] for entry in results["files"]], ["interrupted", "not run"])
+
+    def test_sigint(self):
+        self.interrupt(signal.SIGINT)
+
+    def test_sigterm(self):
+        self.interrupt(signal.SIGTERM)
+
+
+class TestList(CommandCase):
+    FILES = {"unit/test_a.py": PASS, "unit/test_b.py": DISABLED}
+
+    def test_table(self):
+        done = self.run_suite(self.FILES, "--list")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        header, a, b, total = done.stdout.splitlines()
+        self.assertEqual(header.split(), ["FILE", "SUITE", "HW", "EST", "NIGHTLY", "PARTITION", "DISABLED"])
+        self.assertEqual(a.split(), ["registered/unit/test_a.py", "stage-a-test-cpu", "cpu", "5", "s", "no", "-", "-"])
+        self.assertTrue(b.endswith("see #7"))
+        self.assertEqual(total, "1 file would run, estimated 5 s; 1 disabled")
+
+    def test_json(self):
+        words = ["--list", "--json", *SUITE, "--auto-partition-size", "2"]
+        done = self.run_suite(self.FILES, *words)
+        document = json.loads(done.stdout)
+        self.assertEqual((document["suite"], document["est_time"], document["partition_size"]), (SUITE[3], 5, 2))
+        a, b = document["files"]
+        self.assertEqual((a["file"], a["partition"], a["disabled"]), ("registered/unit/test_a.py", 0, None))
+        self.assertEqual((b["partition"], b["disabled"]), (None, "see #7"))
+
+    def test_nothing_would_run(self):
+        done = self.run_suite({"test_b.py": DISABLED}, "--list", *SUITE)
+        self.assertEqual(done.returncode, 4)
+        self.assertIn("0 files would run", done.stdout)
+
+    def test_nothing_heavy_is_imported(self):
+        command = self.command(self.FILES, "--list")
+        source = (
+            "import runpy, sys\n"
+            "sys.argv = sys.argv[1:]\n"
+            "try:\n"
+            "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "except SystemExit as end:\n"
+            "    heavy = {'torch', 'sglang', 'numpy', 'psutil', 'rich'} & set(sys.modules)\n"
+            "    print(f'exit {end.code}, heavy {heavy}')\n"
+        )
+        done = subprocess.run([sys.executable, "-c", source, *command[1:]], capture_output=True, text=True)
+        self.assertEqual(done.stdout.splitlines()[-1], "exit 0, heavy set()", done.stderr)
+
+    def test_a_reader_that_leaves_early(self):
+        process = subprocess.Popen(self.command(self.FILES, "--list"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        self.assertEqual(process.stderr.read(), b"")
+        process.stderr.close()
+        process.wait()
+
+
+class TestBadInput(CommandCase):
+    def test_bad_registrations_are_all_named(self):
+        files = {
+            "test_a.py": source_of(registration=""),
+            "test_b.py": source_of(main=""),
+            "test_c.py": source_of(registration='register_cpu_ci(est_time=N, suite="s")'),
+            "test_d.py": PASS,
+        }
+        for words in (["--list"], SUITE):
+            self.assert_usage_error(
+                self.run_suite(files, *words),
+                f"No CI registry found in {self.root}/registered/test_a.py",
+                f"{self.root}/registered/test_b.py: missing `if __name__",
+                f"{self.root}/registered/test_c.py: est_time is a required constant in register_cpu_ci()",
+            )
+
+    def test_a_selected_file_that_is_not_python(self):
+        done = self.run_files(PASS, source_of("def test_it(self): a b"))
+        self.assert_usage_error(done, "registered/test_1.py:9: not valid Python: ")
+
+    def test_names(self):
+        files = {"test_a.py": PASS}
+        for words, expected in (
+            ("--hw cpu --suite stage-a-test-cpi", "unknown suite 'stage-a-test-cpi'; nearest known: stage-a-test-cpu"),
+            ("--hw cpuu --suite stage-a-test-cpu", "unknown hardware 'cpuu'; nearest known: cpu"),
+            (" ".join(SUITE) + " --auto-partition-id 2 --auto-partition-size 2", "unknown partition 2; nearest known: 1"),
+            ("--siute x", "unknown option --siute; nearest known: --suite"),
+            ("--hw cpu", "--suite missing"),
+            ("--list --suite nope", "unknown suite 'nope'"),
+        ):
+            with self.subTest(words):
+                self.assert_usage_error(self.run_suite(files, *words.split()), expected)
+
+    def test_report_directory_cannot_be_made(self):
+        done = self.run_files(PASS, words=["--report-dir", "/dev/null/report"])
+        self.assert_usage_error(done, "--report-dir /dev/null/report: Not a directory")
+
+    def test_without_sglang(self):
+        command = [sys.executable, "-I", "-S", *self.command({"test_a.py": PASS}, "--list")[1:]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout), (3, ""))
+        self.assertRegex(done.stderr, "^run_suite.py: error: sglang.* is not installed for .*: pip install sglang\n$")
+
+    def test_help_names_the_exit_codes(self):
+        done = self.run_suite({}, "--help")
+        self.assertEqual(done.returncode, 0)
+        text = " ".join(done.stdout.split())
+        for code in ("0 every file", "1 a file failed", "2 bad usage", "3 the environment", "4 nothing ran", "130 inter"):
+            self.assertIn(code, text)
+
+
+if __name__ == "__main__":
+    unittest.main()

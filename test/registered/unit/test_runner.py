@@ -1,0 +1,389 @@
+"""What the runner makes of outputs and exit codes, and how it starts and ends processes."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import psutil
+
+from pdkit import process_tree
+from pdkit.ci_register import register_cpu_ci
+from pdkit.exit_codes import ExitCode
+from pdkit.options import Options, UsageError, parse_options
+from pdkit.outcome import FileState, Output, TestCounts, exit_code_of, read_output, tally
+from pdkit.runner import Attempt, Console, Interruption, child_environment, python3_directory, run_attempt
+
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+
+RULE = "-" * 70
+
+
+def unittest_closing(ran, verdict, progress="."):
+    return f"{progress}\n{RULE}\nRan {ran} tests in 0.003s\n\n{verdict}\n"
+
+
+def counts_of(output, **options):
+    return read_output(output.splitlines(), **options).counts
+
+
+class TestReadOutput(unittest.TestCase):
+    def test_unittest(self):
+        for verdict, expected in (
+            ("OK", TestCounts(executed=3)),
+            ("OK (skipped=1)", TestCounts(executed=2, skipped=1)),
+            ("OK (skipped=1, expected failures=1)", TestCounts(executed=2, skipped=1)),
+            ("FAILED (failures=1, errors=1)", TestCounts(executed=3, failed=2)),
+            ("FAILED (unexpected successes=1)", TestCounts(executed=3, failed=1)),
+            ("FAILED", TestCounts(executed=3, failed=1)),
+            ("OK (skipped=3)", TestCounts(skipped=3)),
+        ):
+            with self.subTest(verdict):
+                self.assertEqual(counts_of(unittest_closing(3, verdict, "log line")), expected)
+
+    def test_unittest_without_a_test(self):
+        self.assertEqual(counts_of(unittest_closing(0, "OK")), TestCounts())
+        self.assertEqual(counts_of(unittest_closing(0, "NO TESTS RAN")), TestCounts())
+        self.assertEqual(counts_of(unittest_closing(0, "NO TESTS RAN (skipped=2)")), TestCounts(skipped=2))
+
+    def test_the_dots_tell_a_skipped_class_from_skipped_tests(self):
+        one_class_skipped = unittest_closing(1, "OK (skipped=1)", "s.")
+        self.assertEqual(counts_of(one_class_skipped), TestCounts(executed=1, skipped=1))
+        for progress in ("s", "...s", ".", "unrelated"):
+            with self.subTest(progress):
+                self.assertEqual(counts_of(unittest_closing(1, "OK (skipped=1)", progress)), TestCounts(skipped=1))
+
+    def test_pytest(self):
+        for closing, expected in (
+            ("===== 3 passed in 0.12s =====", TestCounts(executed=3)),
+            ("3 passed, 1 skipped, 2 warnings in 61.02s (0:01:01)", TestCounts(executed=3, skipped=1)),
+            ("== 1 failed, 2 passed, 1 error in 1.00s ==", TestCounts(executed=4, failed=2)),
+            ("\x1b[32m== \x1b[1m1 passed\x1b[0m, 1 rerun in 1.00s ==\x1b[0m", TestCounts(executed=1, retried=1)),
+            ("== 2 skipped in 0.01s ==", TestCounts(skipped=2)),
+            ("== 1 xfailed in 0.01s ==", TestCounts(executed=1)),
+            ("== no tests ran in 0.01s ==", TestCounts()),
+            ("== 2 deselected in 0.01s ==", TestCounts()),
+        ):
+            with self.subTest(closing):
+                self.assertEqual(counts_of("noise\n" + closing), expected)
+
+    def test_other_lines_are_no_closing(self):
+        for line in ("", "OK", "all 3 tests passed", "200 requests in 12.3s", "Ran 3 tests in 1.0s", "3 passed"):
+            with self.subTest(line):
+                self.assertIsNone(counts_of(line))
+
+    def test_the_last_closing_counts(self):
+        self.assertEqual(counts_of(unittest_closing(9, "OK") + unittest_closing(1, "OK (skipped=1)", "s")).executed, 0)
+
+    def test_retries_of_methods(self):
+        retry = "retry() failed once (0th try, maximum 1 retries). Will delay 2.00s and retry. Error: 0.94\n"
+        output = retry + unittest_closing(1, "OK")
+        self.assertEqual(counts_of(output, test_max_retry=1).retried, 1)
+        self.assertEqual(counts_of(output, test_max_retry=2).retried, 0)
+        self.assertEqual(counts_of(output, test_max_retry=0).retried, 0)
+
+    def test_what_may_be_tried_again(self):
+        for output, expected in (
+            ("AssertionError: 0.94 not greater than 0.95", True),
+            ("the score was low", True),
+            ("Watchdog timeout", True),
+            ("AssertionError: 1 != 2\nTypeError: no", False),
+            ("score 3\nsglang.errors.RuntimeError: x", False),
+            ("score 3\ntorch.OutOfMemoryError: CUDA out of memory", False),
+            ("bootstrap_room of the score", True),
+            ("RuntimeError: x\nServer failed to start within the timeout", True),
+            ("something else", False),
+        ):
+            with self.subTest(output):
+                self.assertEqual(read_output(output.splitlines()).is_retriable, expected)
+
+
+class TestStates(unittest.TestCase):
+    @staticmethod
+    def verdict(exit_code=0, counts=None, forced=None):
+        return Attempt("log", 1.0, exit_code, Output(counts), forced).verdict
+
+    def test_the_state_follows_from_exit_code_and_counts(self):
+        for exit_code, counts, expected in (
+            (0, TestCounts(executed=1), FileState.PASSED),
+            (0, TestCounts(executed=1, skipped=4), FileState.PASSED),
+            (0, TestCounts(executed=1, retried=1), FileState.PASSED_ON_RETRY),
+            (0, TestCounts(skipped=1), FileState.ALL_SKIPPED),
+            (0, TestCounts(), FileState.NOTHING_RAN),
+            (0, None, FileState.NOTHING_RAN),
+            (0, TestCounts(executed=1, failed=1), FileState.FAILED),
+            (1, TestCounts(executed=1), FileState.FAILED),
+            (1, None, FileState.FAILED),
+            (1, TestCounts(), FileState.FAILED),
+            (5, TestCounts(), FileState.NOTHING_RAN),
+            (5, TestCounts(skipped=1), FileState.ALL_SKIPPED),
+            (5, TestCounts(executed=1), FileState.FAILED),
+            (5, None, FileState.FAILED),
+            (-9, TestCounts(executed=1), FileState.FAILED),
+        ):
+            with self.subTest(exit_code=exit_code, counts=counts):
+                self.assertIs(self.verdict(exit_code, counts)[0], expected)
+
+    def test_reasons(self):
+        self.assertEqual(self.verdict(3)[1], "exit code 3")
+        self.assertEqual(self.verdict(-9)[1], "killed by SIGKILL")
+        self.assertIn("no closing line", self.verdict(0)[1])
+
+    def test_a_forced_end_overrules_the_output(self):
+        self.assertIs(self.verdict(None, TestCounts(executed=1), FileState.TIMED_OUT)[0], FileState.TIMED_OUT)
+
+    def test_every_state_has_one_kind(self):
+        for state in FileState:
+            kinds = [state.is_pass, state.is_failure, state.proves_nothing, not state.was_started]
+            self.assertEqual(sum(kinds), 1, state)
+
+    def test_the_worst_state_gives_the_exit_code(self):
+        s = FileState
+        for states, expected in (
+            ([s.PASSED, s.PASSED_ON_RETRY, s.DISABLED], ExitCode.PASSED),
+            ([s.PASSED, s.ALL_SKIPPED], ExitCode.NOTHING_RAN),
+            ([s.PASSED, s.NOTHING_RAN], ExitCode.NOTHING_RAN),
+            ([s.DISABLED], ExitCode.NOTHING_RAN),
+            ([], ExitCode.NOTHING_RAN),
+            ([s.PASSED, s.FAILED, s.NOTHING_RAN, s.NOT_RUN], ExitCode.FAILED),
+            ([s.TIMED_OUT], ExitCode.FAILED),
+            ([s.FAILED, s.INTERRUPTED], ExitCode.INTERRUPTED),
+        ):
+            with self.subTest(states=states):
+                self.assertIs(exit_code_of(states), expected)
+
+    def test_exit_codes_are_documented_numbers(self):
+        numbers = {"PASSED": 0, "FAILED": 1, "BAD_USAGE": 2, "NOT_READY": 3, "NOTHING_RAN": 4, "INTERRUPTED": 130}
+        self.assertEqual({code.name: int(code) for code in ExitCode}, numbers)
+
+    def test_tally_counts_every_file_once(self):
+        self.assertEqual(tally(FileState), "2 passed, 3 failed, 4 skipped")
+
+
+class TestOptions(unittest.TestCase):
+    RUN = ["--hw", "cpu", "--suite", "s"]
+
+    def parse(self, *words):
+        return parse_options([*self.RUN, *words], Path("/"))
+
+    def test_defaults(self):
+        options = self.parse()
+        self.assertEqual((options.failfast, options.attempts, options.test_max_retry), (True, 1, 0))
+        self.assertFalse(options.continue_on_error or options.nightly)
+
+    def test_the_flags_of_sglang(self):
+        options = self.parse(
+            *"--nightly --timeout-per-file 90 --continue-on-error --auto-partition-id 1 --auto-partition-size 4".split(),
+            *"--enable-retry --max-attempts 3 --retry-wait-seconds 5 --retry-timeout-increase 7".split(),
+            *"--partition-model-file f.json".split(),
+        )
+        self.assertTrue(options.nightly and options.continue_on_error)
+        self.assertEqual((options.partition_id, options.partition_size), (1, 4))
+        self.assertEqual((options.attempts, options.retry_wait_seconds), (3, 5))
+        self.assertEqual(options.timeout(1e6), 97)
+        self.assertEqual(options.partition_model_file, Path("f.json"))
+
+    def test_default_timeout_grows_with_the_estimate(self):
+        self.assertEqual(self.parse().timeout(250), 1200)
+        self.assertEqual(self.parse().timeout(2000), 3000)
+        self.assertEqual(self.parse("--enable-retry").timeout(250), 1800)
+
+    def test_bad_usage(self):
+        for words, expected in (
+            ("--auto-partition-id 4 --auto-partition-size 4", "unknown partition 4; nearest known: 3"),
+            ("--auto-partition-id 1", "needs --auto-partition-size"),
+            ("--auto-partition-size 2", "needs --auto-partition-id"),
+            ("--auto-partition-size 0 --auto-partition-id 0", "at least one partition"),
+            ("--timeout-per-file soon", "--timeout-per-file: invalid number of seconds"),
+            ("--timeout-per-file nan", "--timeout-per-file: invalid number of seconds"),
+            ("--timeout-per-file 0", "--timeout-per-file 0"),
+            ("--max-attempts 0", "at least once"),
+            ("--max-attempts -1", "--max-attempts"),
+            ("--continue-on-eror", "nearest known: --continue-on-error"),
+            ("--timeout 3", "unknown option --timeout; nearest known: --timeout-per-file"),
+            ("test_a.py", "unexpected argument 'test_a.py'"),
+            ("--json", "--json goes with --list"),
+            ("--test-root /nowhere", "/nowhere: no such directory"),
+            ("--report-dir /dev/null", "not a directory"),
+        ):
+            with self.subTest(words), self.assertRaises(UsageError) as raised:
+                self.parse(*words.split())
+            self.assertIn(expected, str(raised.exception))
+            self.assertNotIn("\n", str(raised.exception))
+
+    def test_a_run_needs_hardware_and_suite(self):
+        with self.assertRaisesRegex(UsageError, "^--hw and --suite missing"):
+            parse_options([], Path("/"))
+        self.assertTrue(parse_options(["--list"], Path("/")).list_only)
+
+
+SLEEPER = "import time; time.sleep(300)"
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(300)"
+SPAWN = "subprocess.Popen([sys.executable, '-c', {source!r}], start_new_session={session}, env={env}, stdout={out})"
+
+
+def spawner(source, session, then="", env="None", out="2"):
+    """A program that starts `source` and prints its process id, and then does `then`."""
+    start = SPAWN.format(source=source, session=session, env=env, out=out)
+    return f"import subprocess, sys, time; print({start}.pid, flush=True)\n{then}"
+
+
+class ProcessCase(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = Path(directory.name)
+
+    def run_python(self, source, timeout=30.0, interruption=None):
+        log = self.directory / "log"
+        command = (sys.executable, "-c", source)
+        console, interruption = Console(io.BytesIO()), interruption or Interruption()
+        attempt = run_attempt(command, dict(os.environ), log, timeout, console, interruption)
+        return attempt, log.read_text()
+
+    def assert_gone(self, pid):
+        self.assertFalse(psutil.pid_exists(pid) and process_tree.is_alive(psutil.Process(pid)), f"{pid} is alive")
+
+
+class TestRunAttempt(ProcessCase):
+    def test_output_and_exit_code(self):
+        attempt, log = self.run_python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)")
+        self.assertEqual((attempt.exit_code, attempt.forced, attempt.leftovers), (7, None, ()))
+        self.assertEqual(sorted(log.split()), ["err", "out"])
+
+    def test_own_session_and_no_input(self):
+        null = os.stat(os.devnull)
+        source = "import os, sys; print(os.getsid(0) == os.getpid(), os.fstat(0).st_rdev)"
+        real = os.dup(0)
+        self.addCleanup(os.close, real)
+        reader, writer = os.pipe()
+        try:
+            os.dup2(reader, 0)
+            _, log = self.run_python(source)
+        finally:
+            os.dup2(real, 0)
+            os.close(reader)
+            os.close(writer)
+        self.assertEqual(log, f"True {null.st_rdev}\n")
+
+    def test_timeout_ends_the_whole_tree(self):
+        for session in (False, True):
+            with self.subTest(new_session=session):
+                attempt, log = self.run_python(spawner(SLEEPER, session, "time.sleep(300)"), timeout=0.7)
+                self.assertIs(attempt.forced, FileState.TIMED_OUT)
+                self.assertLess(attempt.seconds, 10)
+                self.assert_gone(int(log))
+
+    def test_what_a_file_leaves_behind_is_ended_and_named(self):
+        for what, options in {
+            "in the session": {"session": False},
+            "in the session, without environment": {"session": False, "env": "{}"},
+            "in a session of its own": {"session": True},
+        }.items():
+            with self.subTest(what):
+                attempt, log = self.run_python(spawner(SLEEPER, **options))
+                self.assert_gone(int(log))
+                self.assertEqual(attempt.exit_code, 0)
+                self.assertEqual(len(attempt.leftovers), 1)
+                self.assertIn(f"pid {int(log)} (", attempt.leftovers[0])
+
+    def test_an_open_pipe_of_a_leftover_does_not_hang(self):
+        tic = time.monotonic()
+        self.run_python(spawner(SLEEPER, True, out="None"))
+        self.assertLess(time.monotonic() - tic, 10)
+
+    def test_processes_of_others_stay(self):
+        other = subprocess.Popen([sys.executable, "-c", SLEEPER], start_new_session=True)
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        self.run_python(spawner(SLEEPER, True))
+        self.assertIsNone(other.poll())
+
+    def test_interruption_ends_the_tree(self):
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            attempt, log = self.run_python(spawner(SLEEPER, True, "time.sleep(300)"), interruption=interruption)
+        self.assertIs(attempt.forced, FileState.INTERRUPTED)
+        self.assertIs(interruption.requested_by, signal.SIGINT)
+        for pid in log.split():
+            self.assert_gone(int(pid))
+
+    def test_sleep_returns_when_interrupted(self):
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            tic = time.monotonic()
+            interruption.sleep(60)
+        self.assertLess(time.monotonic() - tic, 10)
+
+
+class TestProcessTree(ProcessCase):
+    def start(self, source):
+        token = process_tree.new_token({})
+        since = time.time()
+        environment = os.environ | {process_tree.TOKEN_VARIABLE: token}
+        command = [sys.executable, "-c", source]
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process, since, token
+
+    def test_sigkill_follows_where_sigterm_is_ignored(self):
+        process, since, token = self.start(DEAF)
+        process.stdout.readline()
+        (ended,) = process_tree.end(process.pid, since, token, grace_s=0.3)
+        self.assertIn(f"pid {process.pid} (", ended)
+        self.assertEqual(process.wait(5), -signal.SIGKILL)
+
+    def test_sigterm_comes_first(self):
+        process, since, token = self.start(SLEEPER)
+        process_tree.end(process.pid, since, token)
+        self.assertEqual(process.wait(5), -signal.SIGTERM)
+
+    def test_a_descendant_without_token_and_session(self):
+        process, since, token = self.start(spawner(SLEEPER, True, "time.sleep(300)", env="{}"))
+        child = int(process.stdout.readline())
+        self.assertIn(child, [p.pid for p in process_tree.members(process.pid, since, token)])
+        process_tree.end(process.pid, since, token)
+        self.assert_gone(child)
+
+    def test_tokens_nest(self):
+        outer = process_tree.new_token({})
+        inner = process_tree.new_token({process_tree.TOKEN_VARIABLE: outer})
+        self.assertTrue(inner.startswith(outer + ":"))
+
+
+class TestChildEnvironment(ProcessCase):
+    def test_python3_of_the_children(self):
+        with mock.patch.dict(os.environ):
+            os.environ.pop("PYTHONPATH", None)
+            found = python3_directory(sys.executable, self.directory)
+            environment = child_environment(Options(self.directory, "cpu", "s"), found)
+        source = "import pdkit.runner, sys; print(sys.prefix)"
+        out = subprocess.run(["python3", "-c", source], env=environment, capture_output=True, text=True, check=True)
+        self.assertEqual(out.stdout.strip(), sys.prefix)
+
+    def test_a_wrapper_where_python3_beside_it_is_another(self):
+        interpreter = self.directory / "bin" / "python3.11"
+        interpreter.parent.mkdir()
+        interpreter.write_text('#!/bin/sh\necho "right $@"\n')
+        interpreter.chmod(0o755)
+        (interpreter.parent / "python3").write_text("#!/bin/sh\necho wrong\n")
+        found = python3_directory(str(interpreter), self.directory)
+        out = subprocess.run([f"{found}/python3", "-c", "x y"], capture_output=True, text=True, check=True)
+        self.assertEqual(out.stdout, "right -c x y\n")
+
+    def test_retries_are_what_was_asked_for(self):
+        for count in (0, 2):
+            environment = child_environment(Options(self.directory, "cpu", "s", test_max_retry=count), "/bin")
+            self.assertEqual(environment["SGLANG_TEST_MAX_RETRY"], str(count))
+
+
+if __name__ == "__main__":
+    unittest.main()
