@@ -40,11 +40,11 @@ METHOD = '''
         mean = sum(scores) / max(len(scores), 1)
         self.assertGreater(mean, 0.{method}, msg=f"scored {{mean:.3f}} on {{len(scores)}} answers")
 '''
-TAIL = '''
+TAIL = """
 
 if __name__ == "__main__":
     unittest.main()
-'''
+"""
 
 
 def generate(root: Path, files: int, lines: int) -> int:

@@ -1,4 +1,4 @@
-"""Runs the registered tests of one suite: `python3 test/run_suite.py --hw cpu --suite stage-a-test-cpu` (see --help)."""
+"""Runs the registered tests of one suite, e.g. `run_suite.py --hw cpu --suite stage-a-test-cpu` (see --help)."""
 
 import os
 import sys

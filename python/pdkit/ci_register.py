@@ -30,9 +30,7 @@ def locate() -> Path:
         path = Path(package) / RELATIVE_PATH
         if path.is_file():
             return path
-    raise CIRegisterNotFound(
-        f"sglang.test.ci.ci_register is not installed for {sys.executable}: pip install sglang"
-    )
+    raise CIRegisterNotFound(f"sglang.test.ci.ci_register is not installed for {sys.executable}: pip install sglang")
 
 
 @cache

@@ -21,12 +21,11 @@ def table(selection: Selection, options: Options) -> str:
         nightly = "yes" if r.nightly else "no"
         why = "-" if r.is_enabled else r.disabled or "no reason given"
         rows.append((r.name, r.suite, r.hw, f"{r.est_time:g} s", nightly, _partition(r, selection, options), why))
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = (
-            cell.rjust(width) if name in NUMERIC else cell.ljust(width) for cell, width, name in zip(row, widths, HEADER)
-        )
+        columns = zip(row, widths, HEADER, strict=True)
+        cells = (cell.rjust(width) if name in NUMERIC else cell.ljust(width) for cell, width, name in columns)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines) + "\n" + totals(selection)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """Up to `limit` known names, most similar first; all similarity ratios count, so that a far-off word gets an answer too."""
+    """Up to `limit` known names, most similar first; a word that resembles none of them gets an answer too."""
     from difflib import SequenceMatcher
 
     ratio = {name: SequenceMatcher(None, word.lower(), name.lower()).ratio() for name in known}

@@ -116,7 +116,7 @@ def _parser(default_test_root: Path) -> _Parser:
         "--timeout-per-file",
         type=_seconds,
         metavar="S",
-        help=f"end a file after S seconds (default: {DEFAULT_TIMEOUT_S:.0f}, or {EST_TIME_FACTOR} x its est_time if longer)",
+        help=f"end a file after S seconds (default: {DEFAULT_TIMEOUT_S:.0f}, or {EST_TIME_FACTOR} x est_time if more)",
     )
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
@@ -145,7 +145,7 @@ def _parser(default_test_root: Path) -> _Parser:
         type=_natural,
         default=0,
         metavar="N",
-        help="SGLANG_TEST_MAX_RETRY of the files, retries per test method (default: 0, and the environment's is ignored)",
+        help="SGLANG_TEST_MAX_RETRY of the files: retries per test method (default: 0, whatever the environment says)",
     )
     return parser
 
@@ -164,7 +164,7 @@ def _reject_unknown_flags(parser: _Parser, words: list[str]):
 def parse_options(argv: list[str], default_test_root: Path) -> Options:
     """Options from the command line; `--help` prints and leaves by SystemExit.
 
-    Raises UsageError where the flags are wrong by themselves; whether suite and hardware exist is the registry's affair.
+    Raises UsageError where the flags are wrong by themselves; the registry knows whether suite and hardware exist.
     """
     parser = _parser(default_test_root)
     args, rest = parser.parse_known_args(argv)
@@ -185,7 +185,7 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
     if size == 0:
         raise UsageError("--auto-partition-size 0: there must be at least one partition")
     if size is not None and rank is not None and rank >= size:
-        raise UsageError(f"unknown partition {rank}; nearest known: {size - 1} (--auto-partition-id runs from 0 to {size - 1})")
+        raise UsageError(f"unknown partition {rank}; nearest known: {size - 1} (partitions run from 0 to {size - 1})")
     if args.max_attempts == 0:
         raise UsageError("--max-attempts 0: a file is tried at least once")
     if args.timeout_per_file == 0:

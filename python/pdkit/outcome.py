@@ -52,7 +52,7 @@ class Output:
 
     @property
     def is_retriable(self) -> bool:
-        """A failure that may go away by itself: a device in trouble, or a missed measurement and no error in the code."""
+        """May go away by itself: a device in trouble, or a missed measurement and no error in the code."""
         return self.is_transient or (self.has_missed_measurement and not self.has_code_error)
 
 

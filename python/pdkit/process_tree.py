@@ -12,7 +12,7 @@ POLL_S = 0.05
 
 
 def new_token(environment: dict[str, str]) -> str:
-    """A value for `TOKEN_VARIABLE` that marks a new process tree; it extends the token of the tree we are in, if any."""
+    """A value of `TOKEN_VARIABLE` for a new process tree; it extends that of the tree we are in, if any."""
     inherited = environment.get(TOKEN_VARIABLE)
     own = uuid.uuid4().hex
     return f"{inherited}:{own}" if inherited else own

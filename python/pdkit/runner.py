@@ -108,7 +108,7 @@ class Attempt:
         if ran_none:
             return (FileState.ALL_SKIPPED, "") if counts.skipped else (FileState.NOTHING_RAN, "it has no tests")
         if counts.retried:
-            return FileState.PASSED_ON_RETRY, f"{counts.retried} retries of test methods"
+            return FileState.PASSED_ON_RETRY, f"retries of test methods: {counts.retried}"
         return FileState.PASSED, ""
 
     @property
@@ -326,7 +326,8 @@ class SuiteRun:
         attempts = []
         for count in range(1, options.attempts + 1):
             again = f", attempt {count} of {options.attempts}" if count > 1 else ""
-            self.console.line(f"{label} {registration.name} (estimated {registration.est_time:g} s, limit {timeout:g} s{again})")
+            plan = f"estimated {registration.est_time:g} s, limit {timeout:g} s{again}"
+            self.console.line(f"{label} {registration.name} ({plan})")
             self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
             attempt = run_attempt(
@@ -352,8 +353,9 @@ class SuiteRun:
         options, selection = self.options, self.selection
         nightly = ", nightly" if options.nightly else ""
         part = f", partition {options.partition_id} of {options.partition_size}" if options.partition_size else ""
+        count = len(selection.enabled)
         self.console.line(
-            f"suite {options.suite} on {options.hw}{nightly}{part}: {len(selection.enabled)} files, "
+            f"suite {options.suite} on {options.hw}{nightly}{part}: {count} file{'s' * (count != 1)}, "
             f"estimated {selection.est_time:g} s, Python {platform.python_version()} ({sys.executable})"
         )
         given = os.environ.get("SGLANG_TEST_MAX_RETRY")

@@ -10,10 +10,8 @@ CPU = 'register_cpu_ci(est_time=5, suite="stage-a-test-cpu")'
 
 def source_of(methods: str = "def test_it(self): pass", registration: str = CPU, main: str = MAIN) -> str:
     """Source of a test file with one test class that has `methods`."""
-    return f"{IMPORTS}{registration}\n\n\nclass T(unittest.TestCase):\n{textwrap.indent(textwrap.dedent(methods), '    ')}\n{main}"
-
-
-
+    body = textwrap.indent(textwrap.dedent(methods), "    ")
+    return f"{IMPORTS}{registration}\n\n\nclass T(unittest.TestCase):\n{body}\n{main}"
 
 
 def write_tree(root: Path, files: dict[str, str]) -> Path:

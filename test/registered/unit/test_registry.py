@@ -8,13 +8,12 @@ from enum import Enum
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from suite_trees import CPU, IMPORTS, MAIN, source_of, write_tree
-
 from pdkit import ci_register, top_level
 from pdkit.ci_register import register_cpu_ci
 from pdkit.near_miss import nearest
 from pdkit.options import Options, UsageError
 from pdkit.registry import Registration, collect, select, syntax_errors, with_estimates
+from suite_trees import CPU, IMPORTS, MAIN, source_of, write_tree
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
@@ -266,7 +265,8 @@ class TestSelect(TreeCase):
 
     def test_a_bad_model_file_is_bad_usage(self):
         model = self.root / "model.json"
-        for text in ("", "[]", "{}", "[1]", '{"a": "x"}', '{"a": -1}', '{"a": NaN}', '{"a": true}', '{"file": "a"}', "x"):
+        wrong_values = ('{"a": "x"}', '{"a": -1}', '{"a": NaN}', '{"a": true}', '{"file": "a"}')
+        for text in ("", "x", "[]", "{}", "[1]", *wrong_values):
             model.write_text(text)
             with self.subTest(text), self.assertRaisesRegex(UsageError, "expected a JSON object"):
                 self.select(partition_id=0, partition_size=2, partition_model_file=model)

@@ -12,10 +12,10 @@ import unittest
 from pathlib import Path
 
 import psutil
-from suite_trees import source_of, write_tree
-
 from pdkit import process_tree
 from pdkit.ci_register import register_cpu_ci
+from pdkit.exit_codes import MEANINGS
+from suite_trees import source_of, write_tree
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
@@ -268,7 +268,7 @@ class TestReport(CommandCase):
 
 class TestInterrupt(CommandCase):
     def interrupt(self, number):
-        command = self.command({"test_0.py": HANG, "test_1.py": PASS}, *SUITE, "--report-dir", str(self.root / "report"))
+        command = self.command({"test_0.py": HANG, "test_1.py": PASS}, *SUITE, "--report-dir", "report")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.root)
         output = ""
         while "sleeper" not in output:
@@ -360,11 +360,11 @@ class TestBadInput(CommandCase):
         self.assert_usage_error(done, "registered/test_1.py:9: not valid Python: ")
 
     def test_names(self):
-        files = {"test_a.py": PASS}
+        files, run = {"test_a.py": PASS}, " ".join(SUITE)
         for words, expected in (
             ("--hw cpu --suite stage-a-test-cpi", "unknown suite 'stage-a-test-cpi'; nearest known: stage-a-test-cpu"),
             ("--hw cpuu --suite stage-a-test-cpu", "unknown hardware 'cpuu'; nearest known: cpu"),
-            (" ".join(SUITE) + " --auto-partition-id 2 --auto-partition-size 2", "unknown partition 2; nearest known: 1"),
+            (f"{run} --auto-partition-id 2 --auto-partition-size 2", "unknown partition 2; nearest known: 1"),
             ("--siute x", "unknown option --siute; nearest known: --suite"),
             ("--hw cpu", "--suite missing"),
             ("--list --suite nope", "unknown suite 'nope'"),
@@ -386,8 +386,8 @@ class TestBadInput(CommandCase):
         done = self.run_suite({}, "--help")
         self.assertEqual(done.returncode, 0)
         text = " ".join(done.stdout.split())
-        for code in ("0 every file", "1 a file failed", "2 bad usage", "3 the environment", "4 nothing ran", "130 inter"):
-            self.assertIn(code, text)
+        for code, meaning in MEANINGS.items():
+            self.assertIn(f"{int(code)} {meaning}", text)
 
 
 if __name__ == "__main__":

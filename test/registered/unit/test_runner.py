@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-
 from pdkit import process_tree
 from pdkit.ci_register import register_cpu_ci
 from pdkit.exit_codes import ExitCode
@@ -179,7 +178,8 @@ class TestOptions(unittest.TestCase):
 
     def test_the_flags_of_sglang(self):
         options = self.parse(
-            *"--nightly --timeout-per-file 90 --continue-on-error --auto-partition-id 1 --auto-partition-size 4".split(),
+            *"--nightly --timeout-per-file 90 --continue-on-error".split(),
+            *"--auto-partition-id 1 --auto-partition-size 4".split(),
             *"--enable-retry --max-attempts 3 --retry-wait-seconds 5 --retry-timeout-increase 7".split(),
             *"--partition-model-file f.json".split(),
         )
