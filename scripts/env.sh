@@ -54,7 +54,7 @@ cached_venv() {
         || fail "the lock file is for Linux x86_64, this is $(uname -sm); set PDKIT_PYTHON to a Python that has sglang"
     python=$(base_python)
     cache=${PDKIT_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-$repo}/.cache}/sglang-pd-suite}
-    mkdir -p "$cache" && [[ -w $cache ]] || fail "cannot write to $cache; set PDKIT_CACHE_DIR"
+    if ! mkdir -p "$cache" || ! [[ -w $cache ]]; then fail "cannot write to $cache; set PDKIT_CACHE_DIR"; fi
     key=$({ cat "$lock"; echo "$UV_VERSION"; "$python" --version; } | sha256sum | cut -c1-12)
     venv=$(cd "$cache" && pwd)/venv-$key
     if ! ready "$venv"; then

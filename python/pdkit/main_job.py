@@ -110,9 +110,11 @@ def run(rung: Rung, report_dir: Path) -> ExitCode:
 
 def main(argv: Sequence[str]) -> ExitCode:
     parser = argparse.ArgumentParser(prog="scripts/run.sh", description=__doc__.strip(), allow_abbrev=False)
-    parser.add_argument("--rung", metavar="NAME", help="run this rung, and no other: " + ", ".join(r.name for r in LADDER))
-    parser.add_argument("--ladder", action="store_true", help="print the rungs and which of them run here, and run nothing")
-    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="where log, server logs and results.json go (default: a new one)")
+    parser.add_argument("--rung", metavar="NAME", help=f"run this rung or fail: {', '.join(r.name for r in LADDER)}")
+    parser.add_argument("--ladder", action="store_true", help="print the rungs, and which of them run here")
+    parser.add_argument(
+        "--report-dir", type=Path, metavar="DIR", help="for log, server logs and results.json (default: a new one)"
+    )
     args = parser.parse_args(argv)
     gpus = visible_gpus()
     if args.ladder:

@@ -70,7 +70,7 @@ assert not LADDER[-1].gpus, "the bottom rung runs anywhere"
 
 
 def _visible(count: int, uuids: Sequence[str], cuda_visible_devices: str | None) -> list[int]:
-    """Indices of the devices that CUDA would show, in its order: the list ends at the first entry that names no device."""
+    """Indices of the devices that CUDA would show, in its order; its list ends at the first entry that names none."""
     if cuda_visible_devices is None:
         return list(range(count))
     indices = []

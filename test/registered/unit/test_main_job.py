@@ -22,7 +22,12 @@ register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 EMBEDDED = LADDER[-1]
 RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 gate=>0.95"
-RUN = ["rung=embedded engine=pdkit.engine model=m", "[phase] load prefill and decode: 4.3 s", RESULT, "[phase] teardown: 5.1 s"]
+RUN = [
+    "rung=embedded engine=pdkit.engine model=m",
+    "[phase] load prefill and decode: 4.3 s",
+    RESULT,
+    "[phase] teardown: 5.1 s",
+]
 
 
 class TestReport(unittest.TestCase):
@@ -50,7 +55,8 @@ class TestReport(unittest.TestCase):
         )
 
     def test_summary_without_a_score_says_so(self):
-        self.assertIn("none, the test did not get that far", summary(EMBEDDED, read_report(RUN[:2]), ExitCode.FAILED, 9))
+        text = summary(EMBEDDED, read_report(RUN[:2]), ExitCode.FAILED, 9)
+        self.assertIn("score                    none, the test did not get that far\n", text)
 
 
 TEST_FILE = """
@@ -70,7 +76,7 @@ if __name__ == "__main__":
 
 
 def write_test(test_dir, body, file=EMBEDDED.test_file):
-    """A registered test below `test_dir`, of the embedded rung unless another `file` is given; its only method does `body`."""
+    """A registered test below `test_dir` whose only method does `body`."""
     path = test_dir / file
     path.parent.mkdir(parents=True, exist_ok=True)
     source = TEST_FILE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8))

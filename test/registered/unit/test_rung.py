@@ -36,7 +36,8 @@ class TestChoose(unittest.TestCase):
         self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)
 
     def test_a_rung_out_of_reach_is_refused_and_never_replaced(self):
-        with self.assertRaisesRegex(RungUnavailable, r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"):
+        reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
+        with self.assertRaisesRegex(RungUnavailable, reason):
             choose([H200] * 2, wanted="8xH200")
 
     def test_an_unknown_rung_names_the_nearest(self):
@@ -56,7 +57,8 @@ class TestAgreesWithTheTests(unittest.TestCase):
 
     def test_top_rung(self):
         source = (Path(__file__).parents[2] / TOP.test_file).read_text()
-        (plan,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "TestDisaggregationDSV4")
+        classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+        plan = classes["TestDisaggregationDSV4"]
         states = {ast.unparse(n.targets[0]): n.value for n in plan.body if isinstance(n, ast.Assign)}
         self.assertEqual(ast.literal_eval(states["rung"]), TOP.name)
         self.assertEqual(1000 * ast.literal_eval(states["gpu_memory_gb"]), TOP.memory_mib)
