@@ -117,6 +117,7 @@ def find_test_files(root: Path) -> list[str]:
 def _registrations_of(rules: ModuleType, filename: str, root: Path) -> list[Registration]:
     if not Path(filename).name.startswith("test_") and not rules.ut_parse_one_file(filename)[0]:
         return []
+    name = os.path.relpath(filename, root.parent)
     registrations = []
     for found in rules.collect_tests([filename]):
         hw = found.backend.name.lower()
@@ -125,7 +126,7 @@ def _registrations_of(rules: ModuleType, filename: str, root: Path) -> list[Regi
         registrations.append(
             Registration(
                 filename=filename,
-                name=os.path.relpath(filename, root.parent),
+                name=name,
                 hw=hw,
                 suite=found.effective_suite,
                 est_time=found.est_time,

@@ -9,20 +9,26 @@ import ast
 import re
 
 _STRING_OR_COMMENT = re.compile(
-    rb"""(\"\"\"|''')(?:[^\\]|\\.)*?\1|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|\#[^\n]*""", re.DOTALL
+    rb'''"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'''
+    rb"""|'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"""
+    rb'''|"[^"\\\n]*(?:\\.[^"\\\n]*)*"'''
+    rb"""|'[^'\\\n]*(?:\\.[^'\\\n]*)*'"""
+    rb"|\#[^\n]*",
+    re.DOTALL,
 )
-_REGISTER = re.compile(rb"\bregister_\w+_ci\s*\(")
+_REGISTER = re.compile(rb"register_\w+_ci\s*\(")
 _REGISTER_CALL = re.compile(
-    rb"""^register_\w+_ci\((?:[^()"'\#]|"[^"\\\n]*"|'[^'\\\n]*')*\)[ \t]*(?:\#[^\n]*)?$""", re.MULTILINE
+    rb"""\nregister_\w+_ci\((?:[^()"'\#]|"[^"\\\n]*"|'[^'\\\n]*')*\)[ \t]*(?:\#[^\n]*)?(?=\n|\Z)"""
 )
-_REGISTER_AT_MARGIN = re.compile(rb"^register_\w+_ci\(", re.MULTILINE)
-_MAIN_BLOCK = re.compile(rb"""^if __name__ == ["']__main__["']:[^\n]*\n(?:[ \t]+[^\n]*\n?|\n)+""", re.MULTILINE)
-_MAIN_AT_MARGIN = re.compile(rb"^if __name__ ==", re.MULTILINE)
+_REGISTER_AT_MARGIN = re.compile(rb"\nregister_\w+_ci\(")
+_MAIN_BLOCK = re.compile(rb"""\nif __name__ == ["']__main__["']:[^\n]*\n(?:[ \t]+[^\n]*\n?|\n)+""")
+_MAIN_AT_MARGIN = re.compile(rb"\nif __name__ ==")
 _BRACKETS = ((b"(", b")"), (b"[", b"]"), (b"{", b"}"))
 
 
 def _excerpt(source: bytes) -> bytes | None:
     """The registrations and the main block of `source`; None where they cannot be told from strings or nested code."""
+    source = b"\n" + source
     calls = [match.group() for match in _REGISTER_CALL.finditer(source)]
     mains = [match.group() for match in _MAIN_BLOCK.finditer(source)]
     if not calls or len(mains) != 1 or len(calls) != len(_REGISTER.findall(source)):
@@ -30,7 +36,7 @@ def _excerpt(source: bytes) -> bytes | None:
     code = _STRING_OR_COMMENT.sub(b"", source)
     outside_strings = len(_REGISTER_AT_MARGIN.findall(code)) == len(calls) and len(_MAIN_AT_MARGIN.findall(code)) == 1
     well_formed = not re.search(rb"[\"'\\]", code) and all(code.count(a) == code.count(b) for a, b in _BRACKETS)
-    return b"\n".join(calls + mains) if outside_strings and well_formed else None
+    return b"".join(calls + mains) if outside_strings and well_formed else None
 
 
 def parse(source: bytes, filename: str) -> ast.Module:
