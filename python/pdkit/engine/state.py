@@ -117,7 +117,7 @@ def expected(config, length):
 
 
 def check(config, length, tensors, counts):
-    """Raises StateError unless every piece of the state of `length` tokens is there, with its shape, and no other."""
+    """Raises StateError unless every piece of the state of `length` tokens is there, as it should be, and no other."""
     shapes, numbers = expected(config, length)
     for kind, wanted, got in (
         ("tensor", shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()}),
@@ -129,6 +129,9 @@ def check(config, length, tensors, counts):
                     f"state of {length} tokens: {kind} {name} is {got.get(name, 'missing')}, "
                     f"expected {wanted.get(name, 'none')}"
                 )
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dtype != config.dtype:
+            raise StateError(f"state of {length} tokens: tensor {name} is {tensor.dtype}, expected {config.dtype}")
 
 
 def restore(config, tensors, counts):
