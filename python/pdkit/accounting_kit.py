@@ -1,0 +1,63 @@
+"""A mixin that accounts for every request of every test of a class.
+
+class TestDisaggregationDSV4Accounted(RequestAccountingMixin, TestDisaggregationDSV4):
+    tolerated_failure_rate = 0.001
+"""
+
+import unittest
+
+from pdkit.accounting import AccountingError, HandoverAccount, Ledger, RequestAccount, read_pair
+
+SETTLE_SECONDS = 10.0
+
+
+def provokes_failures(test):
+    """Marks a test whose requests are meant to fail: it is not accounted for."""
+    test.provokes_failures = True
+    return test
+
+
+class RequestAccountingMixin:
+    """Each test that talks to the load balancer fails if a request failed, even if a retry hid it.
+
+    Put it before the class that launches the servers; it needs `lb_url`, `prefill_url` and `decode_url` of it, or
+    `prefill_urls` and `decode_urls` where there are several.
+
+    tolerated_failure_rate  share of attempts that may fail
+    attempt_timeout         seconds for one attempt; None leaves it to the client (an hour in run_eval)
+    """
+
+    tolerated_failure_rate = 0.0
+    attempt_timeout = None
+
+    def _callTestMethod(self, method):
+        if getattr(method, "provokes_failures", False):
+            return super()._callTestMethod(method)
+        before = self._pair_counters()
+        ledger, failure = Ledger([self.lb_url], self.attempt_timeout), None
+        with ledger.open():
+            try:
+                super()._callTestMethod(method)
+            except unittest.SkipTest:
+                raise
+            except Exception as error:
+                failure = error
+        client = ledger.account(self.tolerated_failure_rate)
+        did = None
+        if before is not None:
+            did = self._pair_counters(SETTLE_SECONDS).since(before)
+        own_result = f"failed: {failure!r}" if failure else "passed"
+        account = RequestAccount(client, HandoverAccount(did, *client.sequences), own_result)
+        print(account.report(), flush=True)
+        if not account.passed:
+            raise AssertionError(account.report()) from failure
+        if failure:
+            raise failure
+
+    def _pair_counters(self, settle=0.0):
+        prefill_urls = getattr(self, "prefill_urls", None) or [self.prefill_url]
+        decode_urls = getattr(self, "decode_urls", None) or [self.decode_url]
+        try:
+            return read_pair(prefill_urls, decode_urls, settle)
+        except AccountingError as error:
+            raise AssertionError(f"request accounting: {error}") from None

@@ -1,0 +1,444 @@
+"""Request accounting: attempts that clients retry in silence are seen, and so is what only the servers know."""
+
+import json
+import threading
+import unittest
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
+
+import httpx
+import openai
+import requests
+from pdkit.accounting import (
+    ABORTED,
+    CONNECTION,
+    ERROR_BODY,
+    NO_ANSWER,
+    NOT_SENT,
+    OK,
+    TIMEOUT,
+    AccountingError,
+    Attempt,
+    ClientAccount,
+    HandoverAccount,
+    Ledger,
+    PairCounters,
+    RequestAccount,
+    ServerCounters,
+    counters_of,
+    judge,
+    read_pair,
+    sequences_of,
+)
+from pdkit.accounting_kit import RequestAccountingMixin, provokes_failures
+from pdkit.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+COMPLETION = {
+    "id": "1",
+    "object": "text_completion",
+    "created": 1,
+    "model": "m",
+    "choices": [{"index": 0, "text": "4"}],
+}
+GENERATED = {"text": "4", "output_ids": [4], "meta_info": {"finish_reason": {"type": "length"}}}
+ERROR = {"object": "error", "message": "KV transfer failed", "code": 500}
+
+
+def info(requests=0, sent=0, received=0, failed=0, prefill_tokens=0, rooms=0, running=0):
+    return {
+        "engine": {"requests": requests, "prefill_tokens": prefill_tokens},
+        "transfer": {"sent": sent, "received": received, "failed": failed},
+        "rooms": rooms,
+        "internal_states": [{"running_requests": running}],
+    }
+
+
+class StubServer(ThreadingHTTPServer):
+    """Answers POST with the next of `answers`, the last one for ever, GET with `info`: (status, body) each.
+
+    A status of 0 closes the connection, a negative one waits until the test ends.
+    """
+
+    request_queue_size = 64
+
+    def __init__(self, test, *answers, info=(200, {})):
+        self.answers, self.info, self.ended, lock = list(answers), info, threading.Event(), threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                with lock:
+                    queue = self.server.answers
+                    self.answer(*(queue.pop(0) if len(queue) > 1 else queue[0]))
+
+            def do_GET(self):
+                self.answer(*self.server.info)
+
+            def answer(self, status, body=b""):
+                if status < 0:
+                    self.server.ended.wait()
+                if status <= 0:
+                    self.close_connection = True
+                    return
+                content = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        for cleanup in (thread.join, self.server_close, self.shutdown, self.ended.set):
+            test.addCleanup(cleanup)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+def eval_client(url, retries=2):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=retries, timeout=20)
+    client._calculate_retry_timeout = lambda *_: 0.0
+    return client
+
+
+def complete(client, prompt="2+2="):
+    return client.completions.create(model="m", prompt=prompt, max_tokens=1).choices[0].text
+
+
+class TestJudge(unittest.TestCase):
+    def test_outcomes(self):
+        for path, status, body, outcome in (
+            ("/v1/completions", 200, COMPLETION, OK),
+            ("/v1/completions", 200, {**COMPLETION, "choices": []}, NO_ANSWER),
+            ("/v1/completions", 200, ERROR, ERROR_BODY),
+            ("/v1/completions", 200, {"error": {"message": "no"}}, ERROR_BODY),
+            ("/v1/completions", 500, ERROR, "500"),
+            ("/generate", 200, GENERATED, OK),
+            ("/generate", 200, [GENERATED, GENERATED], OK),
+            ("/generate", 200, [GENERATED, ERROR], ERROR_BODY),
+            ("/generate", 200, {"text": "4"}, NO_ANSWER),
+            ("/generate", 200, "4", NO_ANSWER),
+            ("/generate", 200, {"meta_info": {"finish_reason": {"type": "abort", "message": "x"}}}, ABORTED),
+            ("/v1/models", 200, {"data": []}, OK),
+            ("/v1/models", 404, {}, "404"),
+        ):
+            with self.subTest(path=path, status=status, body=body):
+                found, error = judge(path, status, json.dumps(body).encode())
+                self.assertEqual(found, outcome)
+                self.assertEqual(error is None, outcome == OK)
+
+    def test_not_json_and_streams(self):
+        self.assertEqual(judge("/generate", 200, b"<html>")[0], NO_ANSWER)
+        self.assertEqual(judge("/generate", 200, b"data: {}\n\n")[0], OK)
+        self.assertEqual(judge("/generate", 200, None), (OK, None))
+        self.assertEqual(judge("/generate", 502, b"")[1], "status 502")
+
+    def test_sequences(self):
+        for path, body, count in (
+            ("/generate", {"text": "a"}, 1),
+            ("/generate", {"text": ["a", "b"]}, 2),
+            ("/generate", {"input_ids": [1, 2, 3]}, 1),
+            ("/generate", {"input_ids": [[1], [2], [3]], "sampling_params": {"n": 2}}, 6),
+            ("/generate", {"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 2}]}, 4),
+            ("/v1/completions", {"prompt": ["a", "b"], "n": 3}, 6),
+            ("/v1/completions", {"prompt": [5, 6]}, 1),
+            ("/v1/chat/completions", {"messages": [], "n": 2}, 2),
+            ("/v1/models", None, 0),
+            ("/flush_cache", {}, 0),
+        ):
+            with self.subTest(path=path, body=body):
+                self.assertEqual(sequences_of(path, json.dumps(body).encode()), count)
+        self.assertEqual(sequences_of("/generate", b"{"), 1)
+
+
+class TestLedger(unittest.TestCase):
+    def test_a_failure_that_the_clients_retry_hid_is_seen(self):
+        server = StubServer(self, (500, ERROR), (200, COMPLETION))
+        with Ledger([server.url]).open() as ledger:
+            self.assertEqual(complete(eval_client(server.url)), "4")
+        account = ledger.account()
+        self.assertEqual(account.outcomes, {"500": 1, OK: 1})
+        self.assertEqual((account.hidden, account.lost), (1, 0))
+        self.assertIn("KV transfer failed", account.report())
+        self.assertIn("1 x 500", account.report())
+
+    def test_without_a_failure_there_is_no_problem(self):
+        server = StubServer(self, (200, COMPLETION))
+        with Ledger([server.url]).open() as ledger:
+            complete(eval_client(server.url))
+            requests.get(f"{server.url}/v1/models")
+        self.assertEqual(ledger.account().problems, ())
+        self.assertEqual(ledger.account().sequences, (1, 1))
+
+    def test_every_kind_of_failure_of_both_clients(self):
+        cases = ((503, {}), (0,)), ("503", CONNECTION)
+        for answer, outcome in zip(*cases, strict=True):
+            server = StubServer(self, answer)
+            with self.subTest(outcome=outcome), Ledger([server.url]).open() as ledger:
+                with self.assertRaises(openai.OpenAIError):
+                    complete(eval_client(server.url))
+                try:
+                    requests.post(f"{server.url}/generate", json={"text": "a"})
+                except requests.ConnectionError:
+                    pass
+            self.assertEqual(ledger.account().outcomes, {outcome: 4})
+
+    def test_an_error_in_a_body_with_status_200(self):
+        server = StubServer(self, (200, ERROR))
+        with Ledger([server.url]).open() as ledger:
+            httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
+            requests.post(f"{server.url}/v1/completions", json={"prompt": "a"})
+        self.assertEqual(ledger.account().outcomes, {ERROR_BODY: 2})
+
+    def test_an_attempt_that_hangs_is_a_failure_in_time(self):
+        server = StubServer(self, (-1,))
+        with Ledger([server.url], attempt_timeout=0.1).open() as ledger:
+            with self.assertRaises(openai.APITimeoutError):
+                complete(eval_client(server.url, retries=0))
+            with self.assertRaises(requests.Timeout):
+                requests.post(f"{server.url}/generate", json={"text": "a"}, timeout=60)
+        self.assertEqual(ledger.account().outcomes, {TIMEOUT: 2})
+
+    def test_gives_up_so_that_a_dead_server_costs_no_backoff(self):
+        server = StubServer(self, (500, ERROR))
+        with Ledger([server.url], give_up_after=3).open() as ledger:
+            for _ in range(4):
+                with self.assertRaises((openai.InternalServerError, openai.BadRequestError)):
+                    complete(eval_client(server.url))
+            self.assertEqual(requests.post(f"{server.url}/generate", json={}).status_code, 400)
+        account = ledger.account()
+        self.assertEqual(account.outcomes, {"500": 3, NOT_SENT: 4})
+        self.assertEqual((account.lost, account.sequences), (2, (0, 3)))
+
+    def test_other_addresses_are_left_alone(self):
+        watched, other = StubServer(self, (200, GENERATED)), StubServer(self, (500, ERROR))
+        with Ledger([watched.url]).open() as ledger:
+            self.assertEqual(requests.post(f"{other.url}/generate", json={}).status_code, 500)
+            self.assertEqual(httpx.post(f"{other.url}/generate", json={}).status_code, 500)
+        self.assertEqual(ledger.attempts, [])
+
+    def test_the_clients_are_as_before_once_it_is_closed(self):
+        before = httpx.Client.send, requests.Session.send
+        with Ledger([]).open():
+            self.assertNotEqual((httpx.Client.send, requests.Session.send), before)
+        self.assertEqual((httpx.Client.send, requests.Session.send), before)
+
+    def test_counts_of_many_threads(self):
+        server = StubServer(self, *[(500, ERROR), (200, COMPLETION)] * 20, (200, COMPLETION))
+        with Ledger([server.url], give_up_after=100).open() as ledger:
+            client = eval_client(server.url, retries=20)
+            threads = [threading.Thread(target=complete, args=(client, f"{i}=")) for i in range(32)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        account = ledger.account()
+        self.assertEqual(account.outcomes, {"500": 20, OK: 32})
+        self.assertEqual(account.sequences, (32, 52))
+
+
+def attempts(*outcomes):
+    return tuple(
+        Attempt("/generate", outcome, None if outcome == OK else "broken", 1, 0.1, key)
+        for key, outcome in enumerate(outcomes)
+    )
+
+
+class TestClientAccount(unittest.TestCase):
+    def test_tolerates_the_stated_rate_and_no_more(self):
+        account = attempts(*["500"] * 2, *[OK] * 98)
+        self.assertEqual(ClientAccount(account, 0.02).problems, ())
+        self.assertIn("2 of 100 attempts failed (2.0%, tolerated 1.9%)", ClientAccount(account, 0.019).problems[0])
+        self.assertTrue(ClientAccount(account).problems)
+
+    def test_no_request_is_no_pass(self):
+        self.assertIn("no request was seen", ClientAccount(()).problems[0])
+
+    def test_refuses_a_rate_that_makes_no_sense(self):
+        for rate in (-0.1, 1.0, 1.5):
+            with self.assertRaises(ValueError):
+                ClientAccount((), rate)
+
+
+def did(prefill=None, decode=None):
+    """The counters after four sequences that went well, but for what is given."""
+    well = {"requests": 4, "sent": 4, "received": 0, "prefill_tokens": 90}
+    prefill = ServerCounters(**{**well, **(prefill or {})})
+    well = {"requests": 4, "received": 4}
+    return PairCounters(prefill, ServerCounters(**{**well, **(decode or {})}))
+
+
+class TestHandoverAccount(unittest.TestCase):
+    def test_each_sequence_once(self):
+        self.assertEqual(HandoverAccount(did(), 4, 4).problems, ())
+
+    def test_what_went_wrong_is_named(self):
+        for counters, problem in (
+            (did(prefill={"requests": 5}), "prefill started 5, the client asked for 4 sequences"),
+            (did(prefill={"sent": 5}), "sent by prefill 5"),
+            (did(prefill={"sent": 3}), "sent by prefill 3"),
+            (did(decode={"requests": 5}), "decode started 5"),
+            (did(decode={"received": 5}), "received by decode 5"),
+            (did(decode={"failed": 1}), "1 hand-overs failed (prefill saw 0, decode 1), but only 0"),
+            (did(prefill={"failed": 1}), "1 hand-overs failed (prefill saw 1, decode 0), but only 0"),
+            (did(decode={"prefill_tokens": 7}), "decode prefilled 7 tokens itself"),
+            (did(prefill={"rooms": 1}), "1 rooms"),
+            (did(decode={"running": 2}), "2 requests on decode"),
+        ):
+            with self.subTest(problem=problem):
+                account = HandoverAccount(counters, 4, 4)
+                self.assertEqual(len(account.problems), 1)
+                self.assertIn(problem, account.problems[0])
+                self.assertIn(problem, account.report())
+
+    def test_what_the_client_saw_fail_may_be_missing(self):
+        failed = did(prefill={"sent": 4, "requests": 5, "failed": 1}, decode={"failed": 1})
+        self.assertEqual(HandoverAccount(failed, 4, 5).problems, ())
+        self.assertTrue(HandoverAccount(failed, 4, 4).problems)
+
+    def test_an_engine_without_counters_is_said_so(self):
+        self.assertEqual(HandoverAccount(None, 4, 4).problems, ())
+        self.assertIn("not checked", HandoverAccount(None, 4, 4).report())
+
+
+class TestCounters(unittest.TestCase):
+    def test_what_is_held_now_is_no_difference(self):
+        before = counters_of(info(requests=10, sent=9, rooms=3, running=2))
+        after = counters_of(info(requests=14, sent=13, rooms=1, running=1))
+        self.assertEqual(after.since(before), ServerCounters(requests=4, sent=4, rooms=1, running=1))
+
+    def test_sglang_offers_none(self):
+        self.assertIsNone(counters_of({"internal_states": [{}], "version": "0.5.23"}))
+
+    def test_sums_over_servers_and_waits_until_they_are_idle(self):
+        prefill = StubServer(self, info=(200, info(requests=4, sent=4)))
+        decodes = [StubServer(self, info=(200, info(requests=2, received=2))) for _ in range(2)]
+        pair = read_pair([prefill.url], [each.url for each in decodes], settle=5)
+        self.assertEqual(pair, PairCounters(ServerCounters(requests=4, sent=4), ServerCounters(requests=4, received=4)))
+        decodes[0].info = (200, info(requests=2, received=2, running=1))
+        self.assertFalse(read_pair([prefill.url], [each.url for each in decodes], settle=0.1).is_idle)
+
+    def test_a_server_that_does_not_answer_is_one_line(self):
+        server = StubServer(self, info=(503, {}))
+        with self.assertRaisesRegex(AccountingError, "does not tell its counters: 503") as caught:
+            read_pair([server.url], [server.url])
+        self.assertNotIn("\n", str(caught.exception))
+
+
+class TestMixin(unittest.TestCase):
+    """The mixin over a class whose one test sends what is given to servers that count what is given."""
+
+    def run_test(self, body, counted=(info(), info(requests=1, sent=1, received=1)), **attributes):
+        lb = StubServer(self, (200, GENERATED))
+        worker = StubServer(self, info=(200, counted[0]))
+
+        class Case(RequestAccountingMixin, unittest.TestCase):
+            lb_url, prefill_url, decode_url = lb.url, worker.url, worker.url
+
+            def test(self):
+                try:
+                    body(self, lb)
+                finally:
+                    worker.info = (200, counted[1])
+
+        for name, value in attributes.items():
+            setattr(Case, name, value)
+        result = unittest.TestResult()
+        with mock.patch("builtins.print"):
+            Case("test").run(result)
+        return result
+
+    @staticmethod
+    def send(case, lb, times=1):
+        return [requests.post(f"{lb.url}/generate", json={"text": str(i)}) for i in range(times)]
+
+    def message(self, result):
+        self.assertEqual(len(result.failures) + len(result.errors), 1)
+        return (result.failures + result.errors)[0][1]
+
+    def test_passes_where_nothing_is_wrong(self):
+        self.assertTrue(self.run_test(self.send).wasSuccessful())
+
+    def test_a_hidden_failure_fails_a_test_that_passed(self):
+        def body(case, lb):
+            lb.answers = [(500, ERROR), (200, GENERATED)]
+            self.send(case, lb, 2)
+
+        message = self.message(self.run_test(body))
+        self.assertIn("1 x 500", message)
+        self.assertIn("the test by itself: passed", message)
+
+    def test_the_tests_own_failure_is_told_apart(self):
+        def body(case, lb):
+            lb.answers = [(500, ERROR)]
+            self.send(case, lb)
+            case.assertGreater(0.5, 0.95)
+
+        message = self.message(self.run_test(body))
+        self.assertIn("1 x 500", message)
+        self.assertIn("the test by itself: failed: AssertionError('0.5 not greater than 0.95')", message)
+        self.assertIn("1 requests had no answer", message)
+
+    def test_a_failure_without_a_failed_request_stays_what_it_is(self):
+        def body(case, lb):
+            self.send(case, lb)
+            case.fail("score too low")
+
+        self.assertNotIn("request accounting", self.message(self.run_test(body)))
+
+    def test_tolerates_what_it_is_told_to(self):
+        def body(case, lb):
+            lb.answers = [(500, ERROR), (200, GENERATED)]
+            self.send(case, lb, 2)
+
+        self.assertTrue(self.run_test(body, tolerated_failure_rate=0.5).wasSuccessful())
+
+    def test_a_request_that_was_served_twice_fails(self):
+        message = self.message(self.run_test(self.send, counted=(info(), info(requests=2, sent=2, received=2))))
+        self.assertIn("prefill started 2, the client asked for 1 sequences", message)
+
+    def test_a_skip_stays_a_skip(self):
+        result = self.run_test(lambda case, lb: case.skipTest("no GPU"))
+        self.assertEqual((len(result.skipped), result.failures, result.errors), (1, [], []))
+
+    def test_what_is_meant_to_fail_is_not_accounted_for(self):
+        lb = StubServer(self, (500, ERROR))
+
+        class Case(RequestAccountingMixin, unittest.TestCase):
+            lb_url = lb.url
+
+            @provokes_failures
+            def test(self):
+                requests.post(f"{lb.url}/generate", json={})
+
+        result = unittest.TestResult()
+        Case("test").run(result)
+        self.assertTrue(result.wasSuccessful())
+
+
+class TestReport(unittest.TestCase):
+    def test_the_failure_message_is_the_report(self):
+        account = RequestAccount(ClientAccount(attempts(OK, "500")), HandoverAccount(did(), 4, 4))
+        with self.assertRaises(AssertionError) as caught:
+            account.assert_passed()
+        self.assertEqual(str(caught.exception), account.report())
+        for part in (
+            "FAIL",
+            "1 x 500",
+            "first error: /generate: broken",
+            "servers: PASS",
+            "the test by itself: passed",
+        ):
+            self.assertIn(part, account.report())
+
+
+if __name__ == "__main__":
+    unittest.main()
