@@ -95,7 +95,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class ClientAccount:
-    """Attempts in the order they ended; fails when more than `tolerated_rate` of them failed, or when there are none."""
+    """Attempts in the order they ended. A problem: more than `tolerated_rate` of them failed, or there are none."""
 
     attempts: tuple[Attempt, ...]
     tolerated_rate: float = 0.0
@@ -364,7 +364,7 @@ def read_pair(prefill_urls, decode_urls, settle: float = 0.0) -> PairCounters | 
 
 @dataclass(frozen=True)
 class HandoverAccount:
-    """What the servers did against what was asked of them: each sequence prefilled once, handed over once, decoded once.
+    """What the servers did against what was asked of them: each sequence prefilled, handed over and decoded once.
 
     did       None where the engine does not count
     answered  sequences that the client has answers for; sent: all that it asked for, failed attempts included
@@ -409,10 +409,11 @@ class HandoverAccount:
         if self.did is None:
             return "servers: not checked, this engine's /server_info has no counters of requests and hand-overs"
         prefill, decode = self.did.prefill, self.did.decode
+        verdict = "FAIL" if self.problems else "PASS"
         lines = [
-            f"servers: {'FAIL' if self.problems else 'PASS'}, prefill started {prefill.requests} and sent {prefill.sent}, "
-            f"decode received {decode.received} and started {decode.requests}, "
-            f"{prefill.failed}+{decode.failed} hand-overs failed"
+            f"servers: {verdict}, prefill started {prefill.requests} and sent {prefill.sent}"
+            f", decode received {decode.received} and started {decode.requests}"
+            f", hand-overs failed: {prefill.failed} on prefill, {decode.failed} on decode"
         ]
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
 

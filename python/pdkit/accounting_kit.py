@@ -1,7 +1,9 @@
 """A mixin that accounts for every request of every test of a class.
 
-class TestDisaggregationDSV4Accounted(RequestAccountingMixin, TestDisaggregationDSV4):
-    tolerated_failure_rate = 0.001
+    class TestDisaggregationDSV4Accounted(RequestAccountingMixin, TestDisaggregationDSV4):
+        tolerated_failure_rate = 0.001
+
+Its unit is the attempt: what a client sent again after a failure is two, of which one failed.
 """
 
 import unittest
