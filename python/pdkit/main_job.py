@@ -25,6 +25,7 @@ class TestNotFound(Exception):
 
 _PHASE = re.compile(r"\[phase\] (?P<name>.+): (?P<seconds>[\d.]+) s")
 _RESULT = re.compile(r"rung=(?P<rung>\S+) engine=(?P<engine>.+) gsm8k=(?P<score>[\d.]+) gate=(?P<gate>\S+)")
+_THROUGHPUT = re.compile(r"Output throughput: (?P<tokens_per_s>[\d.]+) token/s")
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,24 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run printed: phases as (name, seconds) in order, and the result once there is one."""
+    """What a run printed: phases as (name, seconds) in order, the result, output tokens/s of the eval."""
 
     phases: tuple[tuple[str, float], ...] = ()
     result: Result | None = None
+    throughput: float | None = None
 
 
 def read_report(lines: Iterable[str]) -> Report:
-    """Finds phases and result among the lines that the test printed."""
-    phases, result = [], None
+    """Finds phases, result and throughput among the lines that the test and its `run_eval` printed."""
+    phases, result, throughput = [], None, None
     for line in lines:
         if match := _PHASE.fullmatch(line.strip()):
             phases.append((match["name"], float(match["seconds"])))
         elif match := _RESULT.fullmatch(line.strip()):
             result = Result(match["rung"], match["engine"], float(match["score"]), match["gate"])
-    return Report(tuple(phases), result)
+        elif match := _THROUGHPUT.fullmatch(line.strip()):
+            throughput = float(match["tokens_per_s"])
+    return Report(tuple(phases), result, throughput)
 
 
 def verdict(code: ExitCode, report: Report, rung: Rung) -> ExitCode:
@@ -64,12 +68,14 @@ def verdict(code: ExitCode, report: Report, rung: Rung) -> ExitCode:
 
 
 def summary(rung: Rung, report: Report, code: ExitCode, seconds: float) -> str:
-    """The closing lines: verdict, rung, engine, score, gate and the time of each phase."""
+    """The closing lines: verdict, rung, engine, score, gate, throughput, time of each phase and in all."""
     result = report.result
     head = f"main job on rung {rung.name}: {code.name.replace('_', ' ')}"
     rows = [("engine", result.engine if result else rung.engine)]
     rows += [("score", f"{result.score:.3f} (gate {result.gate})" if result else "none, the test did not get that far")]
+    rows += [("throughput", f"{report.throughput:.0f} output tokens/s")] if report.throughput else []
     rows += [(name, f"{took:.1f} s") for name, took in report.phases]
+    rows += [("imports and the rest", f"{seconds - sum(took for _, took in report.phases):.1f} s")]
     rows += [("total", f"{seconds:.1f} s")]
     width = max(len(name) for name, _ in rows)
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])

@@ -25,6 +25,7 @@ RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 gate=>0.95"
 RUN = [
     "rung=embedded engine=pdkit.engine model=m",
     "[phase] load prefill and decode: 4.3 s",
+    "Output throughput: 312.345 token/s",
     RESULT,
     "[phase] teardown: 5.1 s",
 ]
@@ -36,6 +37,7 @@ class TestReport(unittest.TestCase):
         self.assertEqual(report.phases, (("load prefill and decode", 4.3), ("teardown", 5.1)))
         self.assertEqual((report.result.rung, report.result.engine), ("embedded", "pdkit.engine"))
         self.assertEqual((report.result.score, report.result.gate), (0.985, ">0.95"))
+        self.assertEqual(report.throughput, 312.345)
 
     def test_an_engine_name_may_have_spaces(self):
         report = read_report(["rung=8xH200 engine=sglang 0.5.23 gsm8k=0.960 gate=>0.95"])
@@ -49,8 +51,10 @@ class TestReport(unittest.TestCase):
                 main job on rung embedded: PASSED
                   engine                   pdkit.engine
                   score                    0.985 (gate >0.95)
+                  throughput               312 output tokens/s
                   load prefill and decode  4.3 s
                   teardown                 5.1 s
+                  imports and the rest     51.8 s
                   total                    61.2 s"""),
         )
 
