@@ -1,0 +1,76 @@
+"""Mixins that put the accuracy gate and the acceptance-length gate on a disaggregation test.
+
+    class TestDisaggregationDSV4Gated(AccuracyGateMixin, TestDisaggregationDSV4):
+        gsm8k_gate_policy = "auto"
+
+They work over any subclass of SGLang's `PDDisaggregationServerBase`: what they need of it is `lb_url`, `decode_url` and
+`model`. `gsm8k_data_path`, `min_score` and `baseline_url` are taken from the class where it has them.
+"""
+
+from types import SimpleNamespace
+
+from pdkit import acceptance
+from pdkit.gate import GateOptions
+from pdkit.sequential_eval import few_shot_prompts, gsm8k_gate, paired_gate
+
+
+class AccuracyGateMixin:
+    """`test_gsm8k` with stated error rates.
+
+    gsm8k_gate_policy   "first-look" (200 examples once), "sequential", or "auto", see `pdkit.gate.Policy`
+    baseline_url        where the class has one, a monolithic server of the same model: it is asked the same examples,
+                        and the two are compared
+    """
+
+    gsm8k_gate_policy = "auto"
+
+    def gsm8k_args(self, base_url):
+        """What `run_eval` is told, but for which examples."""
+        return SimpleNamespace(
+            base_url=base_url,
+            model=self.model,
+            eval_name="gsm8k",
+            api="completion",
+            max_tokens=512,
+            num_threads=128,
+            num_shots=5,
+            gsm8k_data_path=getattr(self, "gsm8k_data_path", None),
+        )
+
+    def test_gsm8k(self):
+        options = GateOptions(policy=self.gsm8k_gate_policy, threshold=getattr(self, "min_score", 0.95))
+        gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options)
+        print(gate.report(), flush=True)
+        gate.assert_passed()
+        if baseline_url := getattr(self, "baseline_url", None):
+            paired = paired_gate(gate, self.gsm8k_args(baseline_url))
+            print(paired.report(), flush=True)
+            paired.assert_passed()
+
+
+class AcceptanceLengthMixin:
+    """Speculative decoding must accept about as much as the reference says, on prompts of GSM8K sent through the LB.
+
+    acceptance_length_reference   tokens per verification step that a sound engine reaches on this load; where it is
+                                  None, the server at `baseline_url` is measured on the same prompts
+    acceptance_length_ratio       share of the reference that is asked for
+    acceptance_length_prompts     how many prompts
+    """
+
+    acceptance_length_reference = None
+    acceptance_length_ratio = 0.95
+    acceptance_length_prompts = 64
+
+    def test_acceptance_length(self):
+        prompts = few_shot_prompts(getattr(self, "gsm8k_data_path", None), self.acceptance_length_prompts)
+        measured = acceptance.measure(self.lb_url, self.decode_url, prompts)
+        if isinstance(measured, acceptance.NotApplicable):
+            self.skipTest(measured.report())
+        reference, baseline_url = self.acceptance_length_reference, getattr(self, "baseline_url", None)
+        if reference is None and baseline_url:
+            baseline = acceptance.measure(baseline_url, baseline_url, prompts)
+            self.assertNotIsInstance(baseline, acceptance.NotApplicable, f"{baseline_url}, the baseline: {baseline}")
+            reference = baseline.lowest
+        gate = acceptance.AcceptanceGate(measured, reference, self.acceptance_length_ratio)
+        print(gate.report(), flush=True)
+        gate.assert_passed()

@@ -1,0 +1,190 @@
+"""The gate's mixins as a test uses them: the real `run_eval` client against a server that answers by the book."""
+
+import ast
+import contextlib
+import io
+import json
+import tempfile
+import threading
+import unittest
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.gate_kit import AcceptanceLengthMixin, AccuracyGateMixin
+from pdkit.sequential_eval import few_shot_prompts
+
+register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
+
+MAIN_TEST = Path(__file__).resolve().parents[1] / "distributed" / "test_disaggregation_dsv4.py"
+ROWS = 1205
+
+
+def write_gsm8k(path):
+    rows = [{"question": f"What is {i} plus 0?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class BookServer(ThreadingHTTPServer):
+    """Knows the answers of a GSM8K file and gets the rows in `wrong` (counted after the shots) wrong.
+
+    Speculates with so many accepted tokens a step where `acceptance` is given.
+    """
+
+    request_queue_size = 256
+    daemon_threads = True
+
+    def __init__(self, path, wrong=(), acceptance=None):
+        answers = {
+            prompt: " no idea" if row in wrong else f" It is {row + 5}.\n#### {row + 5}"
+            for row, prompt in enumerate(few_shot_prompts(path, ROWS))
+        }
+        prompts = self.prompts = []
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                algorithm = "EAGLE" if acceptance else None
+                self.send({"speculative_algorithm": algorithm, "internal_states": [{}], "data": [{"id": "book"}]})
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/generate":
+                    steps = {"completion_tokens": acceptance * 10, "spec_verify_ct": 10}
+                    self.send([{"text": answers[text], "meta_info": steps} for text in request["text"]])
+                    return
+                prompts.append(request["prompt"])
+                choice = {"index": 0, "text": answers[request["prompt"]], "finish_reason": "stop"}
+                usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+                self.send({"id": "1", "object": "text_completion", "created": 0, "choices": [choice], "usage": usage})
+
+            def send(self, content):
+                data = json.dumps(content).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+class KitTest(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = Path(directory.name) / "test.jsonl"
+        write_gsm8k(self.path)
+
+    def serve(self, **kwargs):
+        server = BookServer(self.path, **kwargs)
+        self.addCleanup(server.stop)
+        return server
+
+    def run_kit(self, mixin, server, **attributes):
+        """Runs what `mixin` adds to a test of `server` as unittest would; returns the result and what was printed."""
+        settings = {"lb_url": server.url, "decode_url": server.url, "model": "book", "gsm8k_data_path": str(self.path)}
+        kind = type("TestOfBookServer", (mixin, unittest.TestCase), {**settings, **attributes})
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+            result = unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(unittest.TestResult())
+        self.assertEqual((result.testsRun, result.errors), (1, []))
+        return result, printed.getvalue()
+
+    def message(self, result):
+        ((_, traceback),) = result.failures
+        return traceback
+
+
+class TestAccuracyGate(KitTest):
+    def test_a_good_engine_passes_at_the_first_look(self):
+        server = self.serve(wrong={7})
+        result, printed = self.run_kit(AccuracyGateMixin, server)
+        self.assertTrue(result.wasSuccessful())
+        self.assertIn("PASS at look 1 of 11, 199 of 200 correct", printed)
+        self.assertEqual(sorted(server.prompts), sorted(few_shot_prompts(self.path, 200)))
+
+    def test_an_unclear_engine_is_scored_on_and_the_failure_is_the_report(self):
+        server = self.serve(wrong=range(0, 1200, 14))
+        result, printed = self.run_kit(AccuracyGateMixin, server)
+        self.assertIn("UNDECIDED, scoring 100 more", printed)
+        self.assertIn("accuracy gate: FAIL at look", self.message(result))
+        scored = len(server.prompts)
+        self.assertEqual(sorted(server.prompts), sorted(few_shot_prompts(self.path, scored)), "an example scored twice")
+        self.assertIn(f"{scored - len(range(0, scored, 14))} of {scored} correct", self.message(result))
+
+    def test_the_policy_is_one_attribute(self):
+        for wrong, passes in ((9, True), (10, False)):
+            server = self.serve(wrong=range(wrong))
+            result, _ = self.run_kit(AccuracyGateMixin, server, gsm8k_gate_policy="first-look")
+            self.assertEqual((result.wasSuccessful(), len(server.prompts)), (passes, 200))
+
+    def test_the_threshold_is_that_of_the_test(self):
+        attributes = {"gsm8k_gate_policy": "first-look", "min_score": 0.9}
+        result, _ = self.run_kit(AccuracyGateMixin, self.serve(wrong=range(15)), **attributes)
+        self.assertTrue(result.wasSuccessful())
+
+    def test_a_baseline_is_asked_the_same_and_compared(self):
+        baseline = self.serve()
+        for wrong, passes in ((6, True), (7, False)):
+            engine = self.serve(wrong=range(100, 100 + wrong))
+            attributes = {"gsm8k_gate_policy": "first-look", "baseline_url": baseline.url}
+            result, printed = self.run_kit(AccuracyGateMixin, engine, **attributes)
+            self.assertIn(f"of 200 examples {wrong} right with the baseline only, 0 right", printed)
+            self.assertEqual(result.wasSuccessful(), passes)
+
+    def test_asks_run_eval_for_what_the_main_test_asks(self):
+        kit = type("TestKit", (AccuracyGateMixin,), {"model": "m"})().gsm8k_args("url")
+        tree = ast.parse(MAIN_TEST.read_text())
+        (call,) = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and "eval_name" in {keyword.arg for keyword in node.keywords}
+        ]
+        literal = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
+        self.assertEqual(literal.pop("num_examples"), 200)
+        self.assertGreaterEqual(set(literal), {"eval_name", "api", "max_tokens", "num_threads"})
+        self.assertEqual({name: getattr(kit, name) for name in literal}, literal)
+
+
+class TestAcceptanceLength(KitTest):
+    def test_no_speculation_is_a_skip_that_says_so(self):
+        result, _ = self.run_kit(AcceptanceLengthMixin, self.serve(), acceptance_length_reference=1.8)
+        ((_, reason),) = result.skipped
+        self.assertIn("does not speculate", reason)
+
+    def test_against_a_reference(self):
+        for acceptance, passes in ((1.8, True), (1.8 * 0.96, True), (1.6, False), (1.0, False)):
+            server = self.serve(acceptance=acceptance)
+            result, printed = self.run_kit(AcceptanceLengthMixin, server, acceptance_length_reference=1.8)
+            with self.subTest(acceptance=acceptance):
+                self.assertEqual(result.wasSuccessful(), passes)
+                self.assertIn(f"{acceptance:.4f} (meta_info of 64 requests", printed)
+
+    def test_against_a_baseline(self):
+        baseline = self.serve(acceptance=1.8)
+        for acceptance, passes in ((1.75, True), (1.6, False)):
+            server = self.serve(acceptance=acceptance)
+            result, _ = self.run_kit(AcceptanceLengthMixin, server, baseline_url=baseline.url)
+            self.assertEqual(result.wasSuccessful(), passes)
+
+    def test_a_baseline_that_does_not_speculate_is_a_failure(self):
+        attributes = {"baseline_url": self.serve().url}
+        result, _ = self.run_kit(AcceptanceLengthMixin, self.serve(acceptance=1.8), **attributes)
+        self.assertIn("does not speculate", self.message(result))
+
+
+if __name__ == "__main__":
+    unittest.main()
