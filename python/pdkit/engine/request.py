@@ -122,7 +122,7 @@ class Request:
 
     def add_prompt_logits(self, start, logits):
         """logits [m, V] of prompt positions start..start+m-1; each scores the prompt token that follows it."""
-        if self.logprob_start_len >= len(self.ids):
+        if self.logprob_start_len >= len(self.ids) or not len(logits):
             return
         if start == self.logprob_start_len:
             self.input_logprobs.append((None, self.ids[start]))

@@ -1,0 +1,258 @@
+"""Forward passes of the engine: transformers' results, whatever the chunks, the company and the prefix cache."""
+
+import threading
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+
+import pdkit
+import torch
+from pdkit.ci_register import register_cpu_ci
+from pdkit.engine import state
+from pdkit.engine.model_runner import ROWS, ModelRunner, gather_rows
+from pdkit.engine.prefix_cache import PrefixCache
+from pdkit.engine.request import Request, SamplingParams
+from pdkit.engine.scheduler import Scheduler
+from pdkit.nano.model import load_model
+from transformers import AutoTokenizer
+
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+
+RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
+
+torch.set_num_threads(1)
+model = load_model(RANDOM, load_format="dummy", seed=7)
+tokenizer = AutoTokenizer.from_pretrained(RANDOM, local_files_only=True)
+runner = ModelRunner(model)
+
+
+def prompt(length, seed=0):
+    return torch.randint(10, 500, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def prefill(ids, runner=runner, cache=None, keep_from=None, prefix_cache=None):
+    """(logits [m, V] from position `keep_from` on, by default the last; the state after `ids`)."""
+    cache = cache or state.new_cache(model.config)
+    keep_from = len(ids) - 1 if keep_from is None else keep_from
+    logits = []
+    while cache.get_seq_length() < len(ids):
+        logits.append(runner.prefill_step(ids, cache, keep_from))
+        if prefix_cache is not None:
+            prefix_cache.insert(ids, cache)
+    return torch.cat(logits), cache
+
+
+def decode(token, cache):
+    """(logits [V] after `token`, the state after it) of one sequence alone."""
+    batch = gather_rows([(cache, [0])])
+    return runner.decode_step([token] * ROWS, batch)[0], batch
+
+
+class EngineTestCase(unittest.TestCase):
+    def assertSameState(self, one, other):
+        (tensors, counts), (expected_tensors, expected_counts) = state.tensors_of(one), state.tensors_of(other)
+        self.assertEqual(counts, expected_counts)
+        self.assertEqual(set(tensors), set(expected_tensors))
+        for name, tensor in tensors.items():
+            self.assertTrue(torch.equal(tensor, expected_tensors[name]), name)
+
+
+class TestAgainstTransformers(EngineTestCase):
+    @torch.inference_mode()
+    def test_chunks_and_steps_give_the_logits_of_one_forward_over_everything(self):
+        for length, chunk in ((150, 128), (300, 128), (300, 37), (40, 1)):
+            with self.subTest(length=length, chunk=chunk):
+                ids = prompt(length + 20)
+                whole = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+                logits, cache = prefill(ids[:length], ModelRunner(model, chunk), keep_from=0)
+                torch.testing.assert_close(logits, whole[:length], rtol=1e-3, atol=1e-3)
+                for position in range(length, length + 20):
+                    step, cache = decode(ids[position], cache)
+                    torch.testing.assert_close(step, whole[position], rtol=1e-3, atol=1e-3)
+
+    def test_greedy_tokens_are_those_of_generate(self):
+        for length in (1, 4, 33, 129, 260):
+            with self.subTest(length=length):
+                ids = prompt(length)
+                generated = model.generate(
+                    torch.tensor([ids]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
+                )
+                logits, cache = prefill(ids)
+                tokens = [int(logits[-1].argmax())]
+                while len(tokens) < 40:
+                    logits, cache = decode(tokens[-1], cache)
+                    tokens.append(int(logits.argmax()))
+                self.assertEqual(tokens, generated[0, length:].tolist())
+
+    def test_keeps_logits_from_the_position_asked_for(self):
+        ids = prompt(300)
+        logits, _ = prefill(ids, keep_from=0)
+        self.assertEqual(len(logits), 300)
+        for keep_from in (1, 127, 128, 129, 255, 256, 299):
+            with self.subTest(keep_from=keep_from):
+                kept, _ = prefill(ids, keep_from=keep_from)
+                self.assertEqual(len(kept), 300 - keep_from)
+                torch.testing.assert_close(kept, logits[keep_from:], rtol=1e-4, atol=1e-4)
+
+
+class TestBatchInvariance(EngineTestCase):
+    def test_a_row_does_not_depend_on_its_neighbours_their_number_nor_its_place(self):
+        for length in (3, 33, 127, 128, 300):
+            sequences = [prompt(length, seed) for seed in range(6)]
+            states = [prefill(ids)[1] for ids in sequences]
+            alone = [decode(ids[0], cache) for ids, cache in zip(sequences, states)]
+            for count in (1, 2, 5, 15, 16, 17, 31, 33, 64):
+                order = [(3 * row + count) % 6 for row in range(count)]
+                batch = gather_rows([(states[index], [0]) for index in order])
+                tokens = [sequences[index][0] for index in order]
+                logits = runner.decode_step(tokens + tokens[-1:] * (-len(tokens) % ROWS), batch)
+                for row, index in enumerate(order):
+                    with self.subTest(length=length, count=count, row=row):
+                        expected, expected_state = alone[index]
+                        self.assertTrue(torch.equal(logits[row], expected))
+                        self.assertSameState(state.gather([(batch, [row])]), state.gather([(expected_state, [0])]))
+
+    def test_refuses_a_ragged_batch(self):
+        cache = prefill(prompt(5))[1]
+        with self.assertRaises(AssertionError):
+            runner.decode_step([1] * (ROWS - 1), cache)
+
+
+class TestPrefixCache(EngineTestCase):
+    def test_going_on_from_a_snapshot_is_bit_equal_to_a_cold_start(self):
+        for chunk in (128, 48):
+            chunked = ModelRunner(model, chunk)
+            prefix_cache = PrefixCache(chunk)
+            first = prompt(400)
+            prefill(first, chunked, prefix_cache=prefix_cache)
+            for shared in (0, chunk - 1, chunk, chunk + 1, 2 * chunk, 400):
+                for length in (shared + 1, shared + 140):
+                    with self.subTest(chunk=chunk, shared=shared, length=length):
+                        ids = first[:shared] + prompt(length - min(shared, 400), seed=9)
+                        cold_logits, cold = prefill(ids, chunked)
+                        found = prefix_cache.match(ids, len(ids) - 1)
+                        cached = found.get_seq_length() if found else 0
+                        self.assertEqual(cached, min(shared, len(ids) - 1) // chunk * chunk)
+                        logits, warm = prefill(ids, chunked, cache=found)
+                        self.assertTrue(torch.equal(logits, cold_logits))
+                        self.assertSameState(warm, cold)
+
+    @staticmethod
+    def stub(length):
+        return SimpleNamespace(get_seq_length=lambda: length, layers=[], length=length)
+
+    def test_finds_the_longest_prefix_within_the_limit(self):
+        cache, ids = PrefixCache(4), list(range(20))
+        for length in (4, 8, 12):
+            cache.insert(ids, self.stub(length))
+        for limit, expected in ((3, None), (4, 4), (7, 4), (8, 8), (11, 8), (12, 12), (19, 12)):
+            with self.subTest(limit=limit):
+                found = cache.match(ids, limit)
+                self.assertEqual(found and found.length, expected)
+        self.assertIsNone(cache.match([99, *ids[1:]], 19))
+        self.assertEqual(cache.match([*ids[:8], 99, 99, 99, 99], 12).length, 8)
+
+    def test_keeps_only_what_ends_on_a_chunk(self):
+        cache = PrefixCache(4)
+        cache.insert(list(range(20)), self.stub(6))
+        self.assertEqual(len(cache), 0)
+
+    def test_keys_do_not_meet(self):
+        cache, ids = PrefixCache(4), list(range(8))
+        cache.insert(ids, self.stub(4), extra_key="one")
+        self.assertIsNone(cache.match(ids, 7))
+        self.assertIsNone(cache.match(ids, 7, extra_key="other"))
+        self.assertEqual(cache.match(ids, 7, extra_key="one").length, 4)
+
+    def test_the_least_recently_used_goes_first(self):
+        cache = PrefixCache(1, capacity=2)
+        for token in (1, 2):
+            cache.insert([token], self.stub(1))
+        cache.match([1], 1)
+        cache.insert([3], self.stub(1))
+        self.assertEqual(len(cache), 2)
+        self.assertEqual([cache.match([token], 1) is not None for token in (1, 2, 3)], [True, False, True])
+
+    def test_a_match_may_be_continued_without_changing_what_is_kept(self):
+        prefix_cache, ids = PrefixCache(128), prompt(200)
+        prefill(ids, prefix_cache=prefix_cache)
+        for _ in range(2):
+            found = prefix_cache.match(ids, 199)
+            self.assertEqual(found.get_seq_length(), 128)
+            prefill(ids, cache=found)
+
+    def test_clear(self):
+        cache = PrefixCache(1)
+        cache.insert([1], self.stub(1))
+        cache.clear()
+        self.assertEqual((len(cache), cache.match([1], 1)), (0, None))
+
+
+class TestScheduler(EngineTestCase):
+    def serve(self, requests, prefix_cache=None):
+        """Run all to their end, on a scheduler of their own; returns its counters."""
+        finished = threading.Semaphore(0)
+        for request in requests:
+            request.notify = lambda request=request: request.finish_reason and finished.release()
+        scheduler = Scheduler(runner, prefix_cache)
+        for request in requests:
+            scheduler.generate(request)
+        scheduler.start()
+        for _ in requests:
+            self.assertTrue(finished.acquire(timeout=60))
+        return scheduler.counters
+
+    @staticmethod
+    def request(ids, tokens=20, **options):
+        params = SamplingParams(max_new_tokens=tokens, temperature=0, ignore_eos=True)
+        return Request(ids, params, tokenizer, frozenset({1}), return_logprob=True, **options)
+
+    def test_company_changes_neither_tokens_nor_logprobs(self):
+        prompts = [prompt(length, length) for length in (1, 3, 4, 5, 31, 32, 33, 127, 128, 129)]
+        alone = []
+        for ids in prompts:
+            request = self.request(ids)
+            self.serve([request])
+            alone.append(request.output_logprobs)
+        for order in (prompts, prompts[::-1]):
+            requests = [self.request(ids) for ids in order]
+            self.serve(requests, PrefixCache(128))
+            expected = alone if order is prompts else alone[::-1]
+            self.assertEqual([request.output_logprobs for request in requests], expected)
+
+    def test_a_shorter_sequence_steps_first_and_joins_the_longer_one(self):
+        counters = self.serve([self.request(prompt(10), tokens=20), self.request(prompt(4), tokens=26)])
+        self.assertEqual(counters.decode_tokens, 19 + 25)
+        self.assertEqual(counters.decode_steps, 25)
+
+    def test_sequences_of_one_length_share_every_step(self):
+        counters = self.serve([self.request(prompt(10, seed), tokens=5) for seed in range(20)])
+        self.assertEqual((counters.decode_tokens, counters.decode_steps), (20 * 4, 4))
+        self.assertEqual(counters.prefill_tokens, 20 * 10)
+
+    def test_a_cached_prefix_is_not_prefilled_again(self):
+        ids, prefix_cache = prompt(300), PrefixCache(128)
+        first, second = self.request(ids), self.request(ids)
+        counters = self.serve([first], prefix_cache)
+        self.assertEqual((first.cached_tokens, counters.prefill_tokens), (0, 300))
+        counters = self.serve([second], prefix_cache)
+        self.assertEqual((second.cached_tokens, counters.prefill_tokens), (256, 44))
+        self.assertEqual(first.output_logprobs, second.output_logprobs)
+
+    def test_prompt_logprobs_are_complete_whatever_their_start(self):
+        ids = prompt(300)
+        everything = self.request(ids, tokens=1, logprob_start_len=0)
+        self.serve([everything])
+        self.assertEqual([token for _, token in everything.input_logprobs], ids)
+        self.assertIsNone(everything.input_logprobs[0][0])
+        for start in (1, 127, 128, 129, 256, 298, 299, 300):
+            with self.subTest(start=start):
+                request = self.request(ids, tokens=1, logprob_start_len=start)
+                self.serve([request])
+                self.assertEqual([token for _, token in request.input_logprobs], ids[start:])
+                for (logprob, _), (expected, _) in zip(request.input_logprobs[1:], everything.input_logprobs[start + 1 :]):
+                    self.assertAlmostEqual(logprob, expected, places=3)
+
+
+if __name__ == "__main__":
+    unittest.main()
