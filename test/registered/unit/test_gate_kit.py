@@ -54,14 +54,17 @@ class BookServer(ThreadingHTTPServer):
                     steps = {"completion_tokens": acceptance * 10, "spec_verify_ct": 10}
                     self.send([{"text": answers[text], "meta_info": steps} for text in request["text"]])
                     return
+                if request["prompt"] not in answers:
+                    self.send({"error": "not a prompt of this data set"}, status=400)  # run_eval does not retry these
+                    return
                 prompts.append(request["prompt"])
                 choice = {"index": 0, "text": answers[request["prompt"]], "finish_reason": "stop"}
                 usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
                 self.send({"id": "1", "object": "text_completion", "created": 0, "choices": [choice], "usage": usage})
 
-            def send(self, content):
+            def send(self, content, status=200):
                 data = json.dumps(content).encode()
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
