@@ -1,0 +1,47 @@
+"""What the README shows is what the commands do."""
+
+import re
+import tempfile
+import textwrap
+import unittest
+from pathlib import Path
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.exit_codes import ExitCode
+from pdkit.main_job import ladder
+from pdkit.registry import collect
+
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).parents[3]
+README = (REPO / "README.md").read_text()
+EXAMPLE = "test_disaggregation_dsv4_no_prefix_cache.py"
+
+
+class TestReadme(unittest.TestCase):
+    def test_ladder_of_a_machine_without_gpu(self):
+        shown = "$ scripts/run.sh --ladder\n" + ladder(())
+        self.assertIn(textwrap.indent(shown, "    "), README)
+
+    def test_exit_codes(self):
+        table = README[README.index("| exit code |") :].split("\n\n")[0]
+        codes = [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
+        self.assertEqual(codes, [int(code) for code in ExitCode])
+
+    def test_files_named_exist(self):
+        paths = set(re.findall(r"\b((?:test|scripts|python|\.github)/[\w./-]+\.\w+)", README))
+        self.assertGreater(len(paths), 5)
+        missing = [path for path in sorted(paths) if not (REPO / path).exists() and Path(path).name != EXAMPLE]
+        self.assertEqual(missing, [])
+
+    def test_the_next_test_is_a_registered_one(self):
+        (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / EXAMPLE).write_text(code)
+            collection = collect(Path(directory))
+        self.assertEqual(collection.errors, ())
+        self.assertEqual([(r.hw, r.suite) for r in collection.registrations], [("cpu", "stage-a-test-cpu")])
+
+
+if __name__ == "__main__":
+    unittest.main()
