@@ -1,0 +1,370 @@
+"""DeepSeek-V4-Flash with prefill and decode on separate GPUs must still solve GSM8K.
+
+A wrong hand-over of state leaves the model fluent and only makes its answers worse, so answers are what is scored.
+
+    SGLANG_PD_MODEL    repository or directory to serve instead of sgl-project/DeepSeek-V4-Flash-FP8
+    SGLANG_PD_GSM8K    GSM8K questions as a .jsonl file (default: run_eval downloads them)
+    SGLANG_PD_LOG_DIR  where the servers' logs go (default: a new temporary directory)
+"""
+
+import atexit
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections import Counter, deque
+from types import SimpleNamespace
+from urllib.parse import urlparse
+
+import sglang
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import kill_process_tree
+from sglang.srt.utils.network import is_port_available
+from sglang.test.ci.ci_register import register_cuda_ci
+from sglang.test.run_eval import run_eval
+from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
+from sglang.test.test_utils import DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH, is_in_ci, try_cached_model
+
+register_cuda_ci(est_time=250, suite="stage-c-test-dsv4-8-gpu-h200")
+
+CUDA_GRAPH_MAX_BS = (
+    "--cuda-graph-max-bs-decode" if hasattr(ServerArgs, "cuda_graph_max_bs_decode") else "--cuda-graph-max-bs"
+)
+
+
+class TestDisaggregationDSV4(PDDisaggregationServerBase):
+    rung = "8xH200"
+    engine = f"sglang {sglang.__version__}"
+    server_module = "sglang.launch_server"
+
+    model_name = os.getenv("SGLANG_PD_MODEL", "sgl-project/DeepSeek-V4-Flash-FP8")
+    gsm8k_data_path = os.getenv("SGLANG_PD_GSM8K")
+    min_score = 0.95
+
+    # With DP attention the 4 data-parallel ranks are carved out of the 4 tensor-parallel ones: 4 GPUs a server.
+    prefill_gpus = range(0, 4)
+    decode_gpus = range(4, 8)
+    gpu_memory_gb = 141
+
+    server_args = """
+        --trust-remote-code
+        --tp 4 --dp 4 --enable-dp-attention
+        --moe-a2a-backend deepep
+        --deepep-config {"normal_dispatch":{"num_sms":96},"normal_combine":{"num_sms":96}}
+        --max-running-requests 256
+        --mem-fraction-static 0.7
+        --speculative-algorithm EAGLE
+        --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
+    """.split() + [CUDA_GRAPH_MAX_BS, "128"]
+
+    server_env = {
+        "SGLANG_DSV4_FP4_EXPERTS": "0",
+        "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
+    }
+
+    @classmethod
+    def prefill_args(cls):
+        return cls.server_args + cls.disaggregation_args("prefill", cls.prefill_gpus) + list(cls.extra_prefill_args)
+
+    @classmethod
+    def decode_args(cls):
+        return (
+            cls.server_args
+            + ["--base-gpu-id", str(cls.decode_gpus[0])]
+            + cls.disaggregation_args("decode", cls.decode_gpus)
+            + list(cls.extra_decode_args)
+        )
+
+    def test_gsm8k(self):
+        with phase("gsm8k"):
+            metrics = run_eval(
+                SimpleNamespace(
+                    base_url=self.lb_url,
+                    model=self.model,
+                    eval_name="gsm8k",
+                    api="completion",
+                    max_tokens=512,
+                    num_examples=200,
+                    num_threads=128,
+                    gsm8k_data_path=self.gsm8k_data_path,
+                )
+            )
+        print(f"rung={self.rung} engine={self.engine} gsm8k={metrics['score']:.3f} gate=>{self.min_score}", flush=True)
+        self.assertGreater(metrics["score"], self.min_score)
+
+    # From here on: how the plan above is started, watched and stopped.
+
+    supervisor = None
+
+    @classmethod
+    def setUpClass(cls):
+        require_gpus(cls)
+        require_data(cls)
+        cls.configure()
+        require_free_ports(cls)
+        print(f"rung={cls.rung} engine={cls.engine} model={cls.model}", flush=True)
+        cls.launch_all()
+
+    @classmethod
+    def configure(cls):
+        """Settles model, ports, transfer backend and NICs, so that `*_args()` can be read; starts nothing."""
+        super().setUpClass()
+        cls.model = try_cached_model(cls.model_name)
+
+    @classmethod
+    def disaggregation_args(cls, side, gpus):
+        """What the fixture of the installed release gives a `side` ("prefill" or "decode") that owns `gpus`."""
+        nccl_port = getattr(cls, f"{side}_nccl_port", None)  # pinned from 0.5.18 on
+        nics = cls.rdma_devices_for(gpus) if hasattr(cls, "rdma_devices_for") else cls.rdma_devices  # from 0.5.21 on
+        return [
+            *("--disaggregation-mode", side, "--disaggregation-bootstrap-port", cls.bootstrap_port),
+            *(("--nccl-port", nccl_port) if nccl_port else ()),
+            *cls.transfer_backend,
+            *nics,
+        ]
+
+    @classmethod
+    def launch_all(cls):
+        cls.log_dir = os.getenv("SGLANG_PD_LOG_DIR") or tempfile.mkdtemp(prefix=f"{cls.rung}-")
+        os.makedirs(cls.log_dir, exist_ok=True)
+        cls.supervisor = Supervisor(
+            lambda: {"prefill": cls.process_prefill, "decode": cls.process_decode, "load balancer": cls.process_lb}
+        )
+        atexit.register(cls.tearDownClass)
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # whose python3
+        with phase("load prefill and decode"):
+            cls.start_prefill()
+            cls.start_decode()
+            cls.wait_server_ready(f"{cls.prefill_url}/health")
+            cls.wait_server_ready(f"{cls.decode_url}/health")
+        with phase("start load balancer"):
+            cls.launch_lb()
+
+    @classmethod
+    def start_prefill(cls):
+        cls.process_prefill = cls.launch_server("prefill", cls.prefill_url, cls.prefill_args())
+
+    @classmethod
+    def start_decode(cls):
+        cls.process_decode = cls.launch_server("decode", cls.decode_url, cls.decode_args())
+
+    @classmethod
+    def launch_server(cls, name, url, args):
+        address = urlparse(url)
+        command = ["python3", "-m", cls.server_module, "--model-path", cls.model, *args]
+        command += ["--host", address.hostname, "--port", str(address.port)]
+        log_path = os.path.join(cls.log_dir, f"{cls.__name__}.{name}.log")
+        return Server(name, command, {**os.environ, **cls.server_env}, log_path)
+
+    @classmethod
+    def wait_server_ready(cls, url, timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH, process=None):
+        # `process` is left to the supervisor, which watches all of them and names the one that dies.
+        try:
+            with cls.supervisor.interrupting():
+                super().wait_server_ready(url, timeout)
+        except ServerDied as death:
+            raise AssertionError(str(death)) from None  # unittest cleans up after an Exception only
+
+    def _callTestMethod(self, method):
+        with self.supervisor.interrupting():
+            super()._callTestMethod(method)
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.supervisor is None:
+            return
+        supervisor, cls.supervisor = cls.supervisor, None
+        atexit.unregister(cls.tearDownClass)
+        with phase("teardown"):
+            try:
+                unreported_death = supervisor.stop()
+                super().tearDownClass()
+            finally:
+                for process in filter(None, (cls.process_lb, cls.process_decode, cls.process_prefill)):
+                    if process.poll() is None:
+                        kill_process_tree(process.pid)
+                        process.wait()
+                    if isinstance(process, Server):
+                        process.kill_orphans()
+        assert not unreported_death, unreported_death
+
+
+class ServerDied(BaseException):
+    """A watched process exited. No Exception, so that neither an eval client nor a retry can swallow it."""
+
+
+class Server(subprocess.Popen):
+    """A server in its own session; its output goes to a log file and, prefixed with its name, to the console."""
+
+    def __init__(self, name, command, env, log_path):
+        print(f"[{name}] {shlex.join(command)}\n[{name}] log: {log_path}", flush=True)
+        self.log_path = log_path
+        super().__init__(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        self._copier = threading.Thread(target=self._copy_output, args=(name,), daemon=True)
+        self._copier.start()
+
+    def _copy_output(self, name):
+        with open(self.log_path, "w", encoding="utf-8") as log:
+            for line in self.stdout:
+                log.write(line)
+                log.flush()
+                with contextlib.suppress(OSError, ValueError):  # a console that is gone must not block the server
+                    print(f"[{name}] {line}", end="", flush=True)
+
+    def kill_orphans(self):
+        """Kills what a server that was waited for left running in its process group."""
+        try:
+            os.kill(self.pid, 0)  # a process id is not given away while a group of that id has members
+        except ProcessLookupError:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def obituary(self, lines=40):
+        """The last `lines` lines of the log of a server that exited."""
+        self.kill_orphans()
+        self._copier.join(timeout=0.5)
+        with open(self.log_path, encoding="utf-8") as log:
+            return f"last lines of {self.log_path}:\n" + "".join(deque(log, maxlen=lines))
+
+
+class Supervisor:
+    """Watches processes until `stop()`; the first to exit raises ServerDied in the main thread, where that is allowed.
+
+    `processes()` returns those to watch, name -> Popen or None. SIGUSR1 wakes the main thread, and SIGTERM acts
+    like Ctrl-C, so that a run that is told to end takes its servers with it.
+    """
+
+    def __init__(self, processes):
+        self.processes = processes
+        self.death = None
+        self._reported = False
+        self._armed = False
+        self._stopped = threading.Event()
+        self._previous_handlers = {
+            signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._interrupt),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler),
+        }
+        self._thread = threading.Thread(target=self._watch, name="pd-supervisor", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def interrupting(self):
+        """Within it a death raises ServerDied at once; an error that a death explains is replaced by it."""
+        self._armed = True
+        try:
+            self._check()
+            yield
+        except Exception:
+            self._check()
+            raise
+        finally:
+            self._armed = False
+
+    def stop(self):
+        """Ends the watch; returns what nobody was told yet: a death since the last test, or None."""
+        self._stopped.set()
+        self._thread.join()
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        return None if self._reported else self._find_death()
+
+    def _watch(self):
+        while not self._stopped.wait(timeout=0.25):
+            if self._find_death():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+                return
+
+    def _find_death(self):
+        for name, process in self.processes().items():
+            if not self.death and process is not None and process.poll() is not None:
+                code = process.returncode
+                self.death = f"{name} exited with code {code}" + (f" ({signal.strsignal(-code)})" if code < 0 else "")
+                print(f"[supervisor] {self.death}", file=sys.stderr, flush=True)
+                self.death += f"; {process.obituary()}" if isinstance(process, Server) else "; its output is above"
+        return self.death
+
+    def _check(self):
+        if self._find_death():
+            self._interrupt()
+
+    def _interrupt(self, *_):
+        if self._armed:
+            self._reported = True
+            raise ServerDied(self.death)
+
+
+@contextlib.contextmanager
+def phase(name):
+    """Prints how long a phase of the run took."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        print(f"[phase] {name}: {time.monotonic() - start:.1f} s", flush=True)
+
+
+def require_gpus(plan):
+    """Raises SkipTest, in CI AssertionError, where the machine lacks the Hopper GPUs of the plan; prints why."""
+    needed = len({*plan.prefill_gpus, *plan.decode_gpus})
+    gpus = visible_gpus()
+    suitable = [gpu for gpu in gpus if gpu.compute_capability == "9.0" and gpu.memory_mib >= 1000 * plan.gpu_memory_gb]
+    if len(suitable) >= needed:
+        return
+    found = ", ".join(f"{n} {name}" for name, n in Counter(gpu.name for gpu in gpus).items()) or "no NVIDIA GPU"
+    reason = (
+        f"{plan.__name__} needs {needed} Hopper GPUs of {plan.gpu_memory_gb} GB ({plan.rung}), found {found}; "
+        "the same test runs here as `scripts/run.sh` or `python3 test/run_suite.py --hw cpu --suite stage-a-test-cpu`"
+    )
+    if is_in_ci():
+        raise AssertionError(reason)
+    print(reason, flush=True)
+    raise unittest.SkipTest(reason)
+
+
+def visible_gpus():
+    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves to this process, without a CUDA context on any of them."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    if visible := os.getenv("CUDA_VISIBLE_DEVICES"):
+        command += ["--id", visible]
+    try:
+        table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    rows = [row.split(", ") for row in table.splitlines()]
+    return [
+        SimpleNamespace(name=row[0], memory_mib=int(row[1]), compute_capability=row[2])
+        for row in rows
+        if len(row) == 3 and row[1].isdecimal()
+    ]
+
+
+def require_data(plan):
+    assert plan.gsm8k_data_path is None or os.path.isfile(plan.gsm8k_data_path), (
+        f"GSM8K questions not found at {plan.gsm8k_data_path}; set SGLANG_PD_GSM8K to a .jsonl file, "
+        "or unset it and run_eval downloads them"
+    )
+
+
+def require_free_ports(plan):
+    """A stranger that answers on one of our ports must not be taken for our server."""
+    ports = {name: int(getattr(plan, name)) for name in dir(plan) if name.endswith("_port")}
+    taken = [f"{port} ({name})" for name, port in ports.items() if not is_port_available(port)]
+    assert not taken, f"in use: port {', '.join(taken)}; is another run on? `ss -ltnp` names it"
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,63 @@
+"""The same test on any machine: prefill and decode are two embedded engines that serve a nano DeepSeek-V4 on CPU."""
+
+import unittest
+from pathlib import Path
+
+import pdkit
+import requests
+import test_disaggregation_dsv4 as dsv4
+from pdkit import ports
+from sglang.test.ci.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
+
+ASSETS = Path(pdkit.__file__).parent / "assets"
+
+
+class TestDisaggregationDSV4Embedded(dsv4.TestDisaggregationDSV4):
+    rung = "embedded"
+    engine = "pdkit.engine"
+    server_module = "pdkit.engine"
+
+    model_name = str(ASSETS / "nano-dsv4")
+    gsm8k_data_path = str(ASSETS / "gsm8k_nano.jsonl")
+
+    prefill_gpus = decode_gpus = range(0)
+    server_env = {}
+
+    @classmethod
+    def prefill_args(cls):
+        return ["--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", cls.bootstrap_port]
+
+    @classmethod
+    def decode_args(cls):
+        return ["--disaggregation-mode", "decode", "--disaggregation-bootstrap-port", cls.bootstrap_port]
+
+    def test_gsm8k(self):
+        super().test_gsm8k()
+        prefill, decode = (requests.get(f"{url}/server_info").json() for url in (self.prefill_url, self.decode_url))
+
+        requests_served = prefill["engine"]["requests"]
+        self.assertGreaterEqual(requests_served, 200)
+        self.assertEqual(decode["engine"]["requests"], requests_served)
+        self.assertEqual(prefill["transfer"]["sent"], requests_served)
+        self.assertEqual(decode["transfer"]["received"], requests_served)
+        self.assertEqual((prefill["transfer"]["failed"], decode["transfer"]["failed"]), (0, 0))
+        self.assertEqual(decode["engine"]["prefill_tokens"], 0)
+        self.assertGreater(decode["engine"]["decode_tokens"], requests_served)
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        block = ports.claim()
+        cls.addClassCleanup(block.release)
+        names = [name for name in dir(cls) if name.endswith("_port")]
+        for name, port in zip(names, block.ports):
+            setattr(cls, name, str(port))
+        cls.prefill_url = f"http://{cls.base_host}:{cls.prefill_port}"
+        cls.decode_url = f"http://{cls.base_host}:{cls.decode_port}"
+        cls.base_url = cls.lb_url = f"http://{cls.base_host}:{cls.lb_port}"
+
+
+if __name__ == "__main__":
+    unittest.main()

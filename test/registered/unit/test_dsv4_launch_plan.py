@@ -1,0 +1,400 @@
+import argparse
+import ast
+import atexit
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import psutil
+from pdkit import ports, rung
+from sglang.srt.server_args import ServerArgs
+from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
+from sglang.test.server_fixtures import disaggregation_fixture
+
+DISTRIBUTED = Path(__file__).parents[1] / "distributed"
+sys.path.insert(0, str(DISTRIBUTED))
+import test_disaggregation_dsv4 as dsv4  # noqa: E402
+import test_disaggregation_dsv4_embedded as embedded  # noqa: E402
+
+register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
+
+
+def parse(args):
+    """The namespace that the installed SGLang makes of `args`; its parser must know each flag by its full name."""
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    abbreviated = {arg for arg in args if arg.startswith("--")} - set(parser._option_string_actions)
+    assert abbreviated <= {"--tp", "--dp"}, abbreviated  # these two as SGLang's own tests abbreviate them
+    return parser.parse_args(["--model-path", "x", *args])
+
+
+class TestLaunchPlan(unittest.TestCase):
+    plan = dsv4.TestDisaggregationDSV4
+
+    def setUp(self):
+        environ = {"SGLANG_IS_IN_CI": "false"}
+        self.enterContext(mock.patch.dict(os.environ, environ))
+        with contextlib.redirect_stdout(io.StringIO()), self.assertWarnsRegex(UserWarning, "No RDMA devices"):
+            self.plan.configure()
+
+    def test_eight_gpus_in_all(self):
+        # The dispute: "tp 4 and dp 4 on each side need 16 GPUs". With DP attention dp is carved out of tp.
+        for args, first_gpu in ((self.plan.prefill_args(), 0), (self.plan.decode_args(), 4)):
+            plan = parse(args)
+            self.assertTrue(plan.enable_dp_attention)
+            self.assertEqual((plan.tp_size, plan.dp_size, plan.base_gpu_id), (4, 4, first_gpu))
+        self.assertEqual([*self.plan.prefill_gpus, *self.plan.decode_gpus], [0, 1, 2, 3, 4, 5, 6, 7])
+
+    def test_flags_of_both_servers(self):
+        for side, args in (("prefill", self.plan.prefill_args()), ("decode", self.plan.decode_args())):
+            plan = parse(args)
+            self.assertEqual(plan.disaggregation_mode, side)
+            self.assertEqual(plan.disaggregation_bootstrap_port, int(self.plan.bootstrap_port))
+            self.assertEqual(plan.disaggregation_transfer_backend, "mooncake")
+            self.assertTrue(plan.trust_remote_code)
+            self.assertEqual(plan.moe_a2a_backend, "deepep")
+            sms = {"num_sms": 96}
+            self.assertEqual(json.loads(plan.deepep_config), {"normal_dispatch": sms, "normal_combine": sms})
+            self.assertEqual(getattr(plan, "cuda_graph_max_bs_decode", None) or plan.cuda_graph_max_bs, 128)
+            self.assertEqual(plan.max_running_requests, 256)
+            self.assertEqual(plan.mem_fraction_static, 0.7)
+            self.assertEqual(plan.speculative_algorithm, "EAGLE")
+            self.assertEqual(plan.speculative_num_steps, 1)
+            self.assertEqual(plan.speculative_eagle_topk, 1)
+            self.assertEqual(plan.speculative_num_draft_tokens, 2)
+
+    def test_environment_of_both_servers(self):
+        self.assertEqual(
+            self.plan.server_env,
+            {"SGLANG_DSV4_FP4_EXPERTS": "0", "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"},
+        )
+
+    def test_model(self):
+        self.assertEqual(self.plan.model, "sgl-project/DeepSeek-V4-Flash-FP8")
+        with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, DEFAULT_MODEL_CACHE_DIR=cache):
+            cached = Path(cache, "sgl-project", "DeepSeek-V4-Flash-FP8")
+            cached.mkdir(parents=True)
+            with contextlib.redirect_stdout(io.StringIO()), self.assertWarns(UserWarning):
+                self.plan.configure()
+            self.assertEqual(self.plan.model, str(cached))
+
+    def test_a_rendezvous_port_for_each_side(self):
+        prefill, decode = parse(self.plan.prefill_args()).nccl_port, parse(self.plan.decode_args()).nccl_port
+        self.assertEqual((prefill, decode), (int(self.plan.prefill_nccl_port), int(self.plan.decode_nccl_port)))
+        self.assertNotEqual(prefill, decode)
+
+    def test_nics_of_each_side_are_those_of_its_gpus(self):
+        environ = {"SGLANG_IS_IN_CI": "true", "SGLANG_CI_RDMA_ALL_DEVICES": ",".join(f"mlx5_{i}" for i in range(8))}
+        with mock.patch.dict(os.environ, environ):
+            self.assertEqual(parse(self.plan.prefill_args()).disaggregation_ib_device, None)
+            self.plan.rdma_devices = ["--disaggregation-ib-device", "mlx5_0,mlx5_4"]
+            self.assertEqual(parse(self.plan.prefill_args()).disaggregation_ib_device, "mlx5_0,mlx5_1,mlx5_2,mlx5_3")
+            self.assertEqual(parse(self.plan.decode_args()).disaggregation_ib_device, "mlx5_4,mlx5_5,mlx5_6,mlx5_7")
+
+    def test_a_fixture_that_neither_pins_ports_nor_knows_nics_by_gpu(self):
+        with mock.patch.object(disaggregation_fixture.PDDisaggregationServerBase, "rdma_devices_for"):
+            del disaggregation_fixture.PDDisaggregationServerBase.rdma_devices_for
+            del self.plan.prefill_nccl_port, self.plan.decode_nccl_port
+            self.plan.rdma_devices = ["--disaggregation-ib-device", "mlx5_0,mlx5_4"]
+            for args in (self.plan.prefill_args(), self.plan.decode_args()):
+                self.assertIsNone(parse(args).nccl_port)
+                self.assertEqual(parse(args).disaggregation_ib_device, "mlx5_0,mlx5_4")
+
+    def test_imports_are_standard_library_and_sglang(self):
+        tree = ast.parse(Path(dsv4.__file__).read_text())
+        modules = {
+            name.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        }
+        self.assertLessEqual(modules, sys.stdlib_module_names | {"sglang"})
+
+    def test_registration(self):
+        registries, has_main = ut_parse_one_file(dsv4.__file__)
+        self.assertEqual(
+            [(r.backend.name, r.est_time, r.suite) for r in registries],
+            [("CUDA", 250, "stage-c-test-dsv4-8-gpu-h200")],
+        )
+        self.assertTrue(has_main)
+
+    def test_rungs_are_those_of_the_ladder(self):
+        by_name = {r.name: r for r in rung.LADDER}
+        for plan in (self.plan, embedded.TestDisaggregationDSV4Embedded):
+            listed = by_name[plan.rung]
+            self.assertEqual(listed.gpus, len({*plan.prefill_gpus, *plan.decode_gpus}))
+            self.assertEqual(listed.test_file.name, Path(sys.modules[plan.__module__].__file__).name)
+        self.assertEqual(by_name["8xH200"].memory_mib, 1000 * self.plan.gpu_memory_gb)
+
+
+class TestMachine(unittest.TestCase):
+    """`nvidia-smi` of other machines stands first on PATH: a script that prints their GPUs."""
+
+    H200 = "NVIDIA H200, 143771, 9.0"
+
+    def setUp(self):
+        self.bin = self.enterContext(tempfile.TemporaryDirectory())
+        environ = {"PATH": f"{self.bin}:{os.environ['PATH']}", "SGLANG_IS_IN_CI": "false"}
+        self.enterContext(mock.patch.dict(os.environ, environ))
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+    def machine(self, *gpus):
+        rows = "\n".join(gpus)
+        self.nvidia_smi(f'[ "$3" = --id ] && n=$(echo "$4" | tr , "\n" | wc -l)\nhead -n ${{n:-99}} <<E\n{rows}\nE')
+
+    def nvidia_smi(self, script):
+        path = Path(self.bin, "nvidia-smi")
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def require(self):
+        """What the check raised, and what it printed."""
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout), self.assertRaises(Exception) as caught:
+            dsv4.require_gpus(dsv4.TestDisaggregationDSV4)
+        return caught.exception, stdout.getvalue()
+
+    def test_eight_h200(self):
+        self.machine(*[self.H200] * 8)
+        dsv4.require_gpus(dsv4.TestDisaggregationDSV4)
+
+    def test_says_in_one_line_what_is_missing_and_skips(self):
+        self.machine(*["NVIDIA H100 80GB HBM3, 81559, 9.0"] * 8)
+        skip, printed = self.require()
+        self.assertIsInstance(skip, unittest.SkipTest)
+        self.assertEqual(printed.count("\n"), 1)
+        self.assertRegex(printed, r"needs 8 Hopper GPUs of 141 GB .*, found 8 NVIDIA H100 80GB HBM3; .*scripts/run.sh")
+
+    def test_unsuitable(self):
+        for gpus in ([], [self.H200] * 7, ["NVIDIA B200, 183359, 10.0"] * 8):
+            with self.subTest(gpus=gpus):
+                self.machine(*gpus)
+                self.assertIsInstance(self.require()[0], unittest.SkipTest)
+
+    def test_hidden_gpus_do_not_count(self):
+        self.machine(*[self.H200] * 8)
+        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="0,1,2,3"):
+            self.assertRegex(str(self.require()[0]), "found 4 NVIDIA H200")
+
+    def test_no_driver(self):
+        self.nvidia_smi("echo driver not loaded; exit 9")
+        self.assertRegex(str(self.require()[0]), "found no NVIDIA GPU")
+
+    def test_ci_does_not_skip(self):
+        self.machine(self.H200)
+        with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
+            failure, _ = self.require()
+        self.assertIsInstance(failure, AssertionError)
+
+
+FAKE_SERVER = """
+import http.server, os, subprocess, sys, threading, time
+port, healthy_after, dies_after, code = int(sys.argv[1]), *map(float, sys.argv[2:5])
+if len(sys.argv) > 5:
+    print("orphan", subprocess.Popen(["sleep", "600"]).pid, flush=True)
+start = time.monotonic()
+
+def die():
+    print(*(f"line {i}" for i in range(100)), "CUDA out of memory", sep="\\n", flush=True)
+    os._exit(int(code))
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(200 if time.monotonic() - start > healthy_after else 503)
+    def do_POST(self):
+        self.send_error(500)
+    def log_message(self, *_):
+        pass
+
+threading.Timer(dies_after, die).start()
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+NEVER = 600
+
+
+class Fate(SimpleNamespace):
+    """How a fake server fares: seconds until healthy, until dead, and the exit code."""
+
+    def __init__(self, healthy=0, dies=NEVER, code=0):
+        super().__init__(healthy=healthy, dies=dies, code=code)
+
+    def command(self, port):
+        return ["python3", "-c", FAKE_SERVER, str(port), str(self.healthy), str(self.dies), str(self.code)]
+
+
+def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None):
+    """The test class on fake servers: real processes and sockets, no model."""
+
+    class Pair(embedded.TestDisaggregationDSV4Embedded):
+        @classmethod
+        def launch_server(cls, name, url, args):
+            fate = {"prefill": prefill, "decode": decode}[name]
+            command = [*fate.command(url.rsplit(":")[-1]), "with-a-child"]
+            return dsv4.Server(name, command, None, f"{log_dir}/{name}.log")
+
+        @classmethod
+        def launch_lb(cls):
+            cls.process_lb = subprocess.Popen(lb.command(cls.lb_port), stdout=subprocess.DEVNULL)
+            cls.wait_server_ready(f"{cls.lb_url}/health")
+
+        if test:
+            test_gsm8k = test
+
+    return Pair
+
+
+class TestSupervision(unittest.TestCase):
+    def setUp(self):
+        self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
+        self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false", SGLANG_TEST_MAX_RETRY="0"))
+        no_sleep = SimpleNamespace(sleep=lambda seconds: None)  # the fixture ends with 5 s of it
+        self.enterContext(mock.patch.object(disaggregation_fixture, "time", no_sleep))
+
+    def run_pair(self, **pair):
+        before = set(psutil.Process().children(recursive=True))
+        case = fake_pair(self.log_dir, **pair)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            result = unittest.TestResult()
+            unittest.TestSuite([case("test_gsm8k")]).run(result)
+        self.assertEqual(set(psutil.Process().children(recursive=True)), before)
+        self.assert_no_orphan()
+        self.assertEqual(signal.getsignal(signal.SIGUSR1), signal.SIG_DFL)
+        self.assertEqual(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+        return [message for _, message in result.errors + result.failures]
+
+    def assert_no_orphan(self):
+        for log in Path(self.log_dir).glob("*.log"):
+            orphan = int(log.read_text().split()[1])
+            deadline = time.monotonic() + 10
+            while psutil.pid_exists(orphan) and psutil.Process(orphan).status() != psutil.STATUS_ZOMBIE:
+                self.assertLess(time.monotonic(), deadline, f"{log} left process {orphan}")
+                time.sleep(0.1)
+
+    def assert_names(self, message, name, code):
+        self.assertIn(f"{name} exited with code {code}; last lines of {self.log_dir}/{name}.log:\nline 61\n", message)
+        self.assertIn("line 99\nCUDA out of memory\n", message)
+        self.assertNotIn("line 60\n", message)
+
+    def test_healthy_pair(self):
+        self.assertEqual(self.run_pair(test=lambda case: case.assertIsNone(case.process_decode.poll())), [])
+
+    def test_prefill_dies_while_both_load(self):
+        pair = dict(prefill=Fate(healthy=NEVER, dies=1, code=7), decode=Fate(healthy=NEVER))
+        (message,) = self.run_pair(**pair)
+        self.assert_names(message, "prefill", 7)
+
+    def test_decode_dies_while_both_load(self):
+        (message,) = self.run_pair(prefill=Fate(healthy=NEVER), decode=Fate(healthy=NEVER, dies=1, code=7))
+        self.assert_names(message, "decode", 7)
+
+    def test_decode_ends_without_error_while_prefill_loads(self):
+        (message,) = self.run_pair(prefill=Fate(healthy=NEVER), decode=Fate(dies=1))
+        self.assert_names(message, "decode", 0)
+
+    def test_load_balancer_dies_while_it_starts(self):
+        (message,) = self.run_pair(lb=Fate(healthy=NEVER, dies=1, code=7))
+        self.assertIn("load balancer exited with code 7", message)
+
+    def test_decode_dies_while_the_eval_client_retries_in_silence(self):
+        questions = Path(self.log_dir, "questions.jsonl")
+        questions.write_text(10 * (json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"))
+        with mock.patch.object(embedded.TestDisaggregationDSV4Embedded, "gsm8k_data_path", str(questions)):
+            (message,) = self.run_pair(decode=Fate(dies=5, code=7))
+        self.assert_names(message, "decode", 7)
+
+    def test_a_retry_does_not_hide_a_death(self):
+        attempts = []
+
+        def test(case):
+            attempts.append(case)
+            os.killpg(case.process_prefill.pid, signal.SIGKILL)
+            case.process_prefill.wait()
+            raise ConnectionError("as a client sees it")
+
+        with mock.patch.dict(os.environ, SGLANG_TEST_MAX_RETRY="1"):
+            (message,) = self.run_pair(test=test)
+        self.assertIn("prefill exited with code -9 (Killed)", message)
+        self.assertEqual(len(attempts), 1)
+
+    def test_death_after_the_last_test(self):
+        def test(case):
+            case.addCleanup(case.process_decode.wait)
+            case.addCleanup(os.kill, case.process_decode.pid, signal.SIGKILL)
+
+        (message,) = self.run_pair(test=test)
+        self.assertIn("decode exited with code -9 (Killed)", message)
+
+    def test_interrupted(self):
+        """Ctrl-C and SIGTERM, while the servers load and within the test, leave nothing running."""
+        logs = [Path(self.log_dir, f"{name}.log") for name in ("prefill", "decode")]
+        in_test = Path(self.log_dir, "in-test")
+
+        def test(case):
+            in_test.touch()
+            time.sleep(NEVER)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for prefill, begun in ((Fate(healthy=NEVER), logs), (Fate(), [in_test])):
+                with self.subTest(signal=number, prefill=prefill):
+                    for path in (*logs, in_test):
+                        path.unlink(missing_ok=True)
+                    pid = os.fork()
+                    if not pid:
+                        self.run_pair_until_interrupted(prefill=prefill, test=test)
+                    while not all(path.exists() and (path == in_test or path.stat().st_size) for path in begun):
+                        self.assertEqual(os.waitpid(pid, os.WNOHANG), (0, 0))
+                        time.sleep(0.1)
+                    os.kill(pid, number)
+                    self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 130)
+                    self.assert_no_orphan()
+
+    def run_pair_until_interrupted(self, **pair):
+        """In a forked child: what an interpreter does that KeyboardInterrupt ends."""
+        atexit._clear()
+        code = 1
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            try:
+                unittest.TestSuite([fake_pair(self.log_dir, **pair)("test_gsm8k")]).run(unittest.TestResult())
+            except KeyboardInterrupt:
+                code = 130
+            finally:
+                atexit._run_exitfuncs()
+                os._exit(code)
+
+
+class TestBeforeLaunch(unittest.TestCase):
+    def test_busy_port(self):
+        block = ports.claim()
+        self.addCleanup(block.release)
+        first, second, third, *_ = block.ports
+        plan = SimpleNamespace(lb_port=str(first), prefill_port=str(second), decode_port=str(third))
+        dsv4.require_free_ports(plan)
+        with socket.create_server(("127.0.0.1", second)):
+            with self.assertRaisesRegex(AssertionError, rf"^in use: port {second} \(prefill_port\); "):
+                dsv4.require_free_ports(plan)
+
+    def test_claimed_blocks_differ(self):
+        first, second = ports.claim(), ports.claim()
+        self.addCleanup(first.release)
+        self.addCleanup(second.release)
+        self.assertFalse({*first.ports} & {*second.ports})
+
+    def test_missing_questions(self):
+        plan = SimpleNamespace(gsm8k_data_path="/nowhere/test.jsonl")
+        with self.assertRaisesRegex(AssertionError, "not found at /nowhere/test.jsonl; set SGLANG_PD_GSM8K"):
+            dsv4.require_data(plan)
+
+
+if __name__ == "__main__":
+    unittest.main()
