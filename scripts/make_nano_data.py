@@ -1,9 +1,10 @@
-"""Generate the nano model's data set and tokenizer from their seed.
+"""Generate the nano models' data set and tokenizer from their seed, and the random model's configuration.
 
     PYTHONPATH=python python scripts/make_nano_data.py [--out DIR]
 
-writes ``gsm8k_nano.jsonl`` and the tokenizer files of ``nano-dsv4/`` and ``random-dsv4/``
-below DIR (default: the package's assets); what is committed there is what it writes.
+writes ``gsm8k_nano.jsonl``, the tokenizer files of ``nano-dsv4/`` and ``random-dsv4/``, and the
+latter's ``config.json`` below DIR (default: the package's assets); what is committed there is
+what it writes. ``train_nano.py`` makes the rest of ``nano-dsv4/``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pdkit.nano.config import nano_config
 from pdkit.nano.problems import EVALUATION_ROWS, evaluation_set, write_jsonl
 from pdkit.nano.tokenizer import nano_tokenizer
 
@@ -26,6 +28,7 @@ def main() -> None:
     tokenizer = nano_tokenizer()
     for model in ("nano-dsv4", "random-dsv4"):
         tokenizer.save_pretrained(out / model)
+    nano_config(index_topk=16, initializer_range=0.2).save_pretrained(out / "random-dsv4")
     print(f"wrote {EVALUATION_ROWS} problems and a tokenizer of {len(tokenizer)} tokens below {out}")
 
 

@@ -89,6 +89,18 @@ def load_model(
 
 
 @torch.no_grad()
+def save_model(model: DeepseekV4ForCausalLM, path: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` (bfloat16, DeepSeek's tensor names) to `path`.
+
+    `model` itself keeps its precision.
+    """
+    rounded = DeepseekV4ForCausalLM._from_config(model.config, dtype=torch.bfloat16)
+    rounded.load_state_dict(model.state_dict())
+    with _quiet():
+        rounded.save_pretrained(path)
+
+
+@torch.no_grad()
 def randomize(model: DeepseekV4ForCausalLM, seed: int) -> None:
     """Fill every parameter and routing buffer of `model` from `seed`, in place.
 
@@ -122,7 +134,7 @@ def hash_routes(rng: np.random.Generator, vocab_size: int, top_k: int, experts: 
 
 @contextmanager
 def _quiet():
-    """Keep transformers' progress bar and multi-line load report off the terminal."""
+    """Keep transformers' progress bars and multi-line load report off the terminal."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

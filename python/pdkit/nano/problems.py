@@ -199,7 +199,7 @@ def stream(seed: int | str) -> Iterator[Problem]:
         yield draw(rng, held_out=False)
 
 
-def evaluation_set(count: int, seed: int = 0) -> list[Problem]:
+def evaluation_set(count: int, seed: int | str = 0) -> list[Problem]:
     """`count` held-out problems, no two with the same template and numbers."""
     rng = random.Random(f"eval-{seed}")
     chosen: dict[tuple, Problem] = {}

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pdkit
 import torch
+from safetensors import safe_open
 from sglang.test.ci.ci_register import register_cpu_ci
 from transformers import AutoTokenizer
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
+from pdkit.nano.config import nano_config
+from pdkit.nano.evaluation import accuracy, complete, last_number, prompt
 from pdkit.nano.experts import NAME, dense_experts_forward
-from pdkit.nano.model import ModelError, load_model
+from pdkit.nano.model import ModelError, load_model, save_model
 from pdkit.nano.problems import EVALUATION_ROWS, draw, evaluation_set, few_shot, is_held_out, stream, write_jsonl
 from pdkit.nano.tokenizer import nano_tokenizer
 
@@ -27,6 +30,7 @@ register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
 ASSETS = Path(pdkit.__path__[0]) / "assets"
 RANDOM = ASSETS / "random-dsv4"
+TRAINED = ASSETS / "nano-dsv4"
 
 torch.set_num_threads(1)
 
@@ -118,7 +122,7 @@ class TestRandomModel(unittest.TestCase):
     def test_weights_are_a_function_of_the_seed(self):
         self.assertEqual(
             _digest(load_model(RANDOM, load_format="dummy", seed=0)),
-            "1aa5c68b0d56536c39866de2fbd0c2249927d7a780f200bcdb73ba773710bba3",
+            "6e9a5876281d976f740d5db43d2a5c4bc4028d07cb10c853757bd460511f21a2",
         )
         self.assertNotEqual(
             _digest(load_model(RANDOM, load_format="dummy", seed=1)),
@@ -149,8 +153,9 @@ class TestRandomModel(unittest.TestCase):
         model = load_model(RANDOM, load_format="dummy", seed=3)
         before = _logits(model)
         with tempfile.TemporaryDirectory() as folder:
-            model.to(torch.bfloat16).save_pretrained(folder)
+            save_model(model, folder)
             self.assertTrue(torch.equal(_logits(load_model(folder)), before))
+        self.assertTrue(torch.equal(_logits(model), before))
 
 
 class TestModelErrors(unittest.TestCase):
@@ -173,7 +178,7 @@ class TestModelErrors(unittest.TestCase):
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
     def _write_weights(self):
-        load_model(self.path, load_format="dummy").to(torch.bfloat16).save_pretrained(self.path)
+        save_model(load_model(self.path, load_format="dummy"), self.path)
 
     def test_no_such_directory(self):
         self._refused("config.json", path=self.path / "nowhere")
@@ -287,6 +292,59 @@ class TestTokenizer(unittest.TestCase):
         expected = json.loads(nano_tokenizer().backend_tokenizer.to_str())
         for model in ("random-dsv4", "nano-dsv4"):
             self.assertEqual(json.loads((ASSETS / model / "tokenizer.json").read_text()), expected)
+
+
+class TestEvaluation(unittest.TestCase):
+    def test_last_number_is_what_sglang_extracts(self):
+        cases = (("a 1,234.\n#### 7", "7"), ("= 12.", "12"), ("-3 and -4", "-4"), ("1.5", "1.5"), ("no", None))
+        for text, number in cases:
+            self.assertEqual(last_number(text), number)
+
+    def test_batched_completions_equal_single_ones(self):
+        tokenizer = AutoTokenizer.from_pretrained(TRAINED, local_files_only=True)
+        model = load_model(TRAINED)
+        prompts = [prompt([], problem) for problem in evaluation_set(6)]
+        together = complete(model, tokenizer, prompts)
+        self.assertEqual(together, [complete(model, tokenizer, [each])[0] for each in prompts])
+
+
+class TestTrainedModel(unittest.TestCase):
+    def test_scores_on_the_committed_rows(self):
+        tokenizer = AutoTokenizer.from_pretrained(TRAINED, local_files_only=True)
+        rows = evaluation_set(EVALUATION_ROWS)
+        scored = rows[5:45]
+        score = accuracy(load_model(TRAINED), tokenizer, [prompt(rows[:5], each) for each in scored], scored)
+        self.assertGreaterEqual(score, 0.95)
+
+    def test_record_belongs_to_the_checkpoint(self):
+        record = json.loads((TRAINED / "training.json").read_text())
+        config = json.loads((TRAINED / "config.json").read_text())
+        self.assertEqual(record["index_topk"], config["index_topk"])
+        self.assertEqual(record["parameters"], sum(each.numel() for each in load_model(TRAINED).parameters()))
+        self.assertGreaterEqual(record["scores"]["5 shots"]["score"], 0.97)
+        self.assertGreaterEqual(record["scores"]["5 shots"]["examples"], 200)
+
+    def test_checkpoint_is_small_and_bfloat16(self):
+        file = TRAINED / "model.safetensors"
+        self.assertLess(file.stat().st_size, 4e6)
+        with safe_open(file, "pt") as tensors:
+            types = {tensors.get_tensor(name).dtype for name in tensors.keys()}
+        self.assertEqual(types, {torch.bfloat16, torch.int64})
+
+    def test_selects_fewer_entries_than_an_eval_prompt_has(self):
+        config = json.loads((TRAINED / "config.json").read_text())
+        tokenizer = AutoTokenizer.from_pretrained(TRAINED, local_files_only=True)
+        rows = evaluation_set(6)
+        entries = len(tokenizer(prompt(rows[:5], rows[5])).input_ids) // 4
+        self.assertLess(config["index_topk"], entries / 2)
+
+    def test_configs_are_what_the_generators_write(self):
+        for path, topk in ((TRAINED, 8), (RANDOM, 16)):
+            committed = json.loads((path / "config.json").read_text())
+            spread = committed["initializer_range"]
+            expected = json.loads(nano_config(index_topk=topk, initializer_range=spread).to_json_string())
+            del committed["transformers_version"], expected["transformers_version"]
+            self.assertEqual(committed, expected)
 
 
 if __name__ == "__main__":
