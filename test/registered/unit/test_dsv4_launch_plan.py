@@ -202,7 +202,7 @@ FAKE_SERVER = """
 import http.server, os, subprocess, sys, threading, time
 port, healthy_after, dies_after, code = int(sys.argv[1]), *map(float, sys.argv[2:5])
 if len(sys.argv) > 5:
-    print("orphan", subprocess.Popen(["sleep", "600"]).pid, flush=True)
+    print("orphan", subprocess.Popen(["sleep", "120"]).pid, flush=True)
 start = time.monotonic()
 
 def die():
@@ -220,7 +220,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 threading.Timer(dies_after, die).start()
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
-NEVER = 600
+NEVER = 120
 
 
 class Fate(SimpleNamespace):
@@ -349,7 +349,7 @@ class TestSupervision(unittest.TestCase):
                 with self.subTest(signal=number, prefill=prefill):
                     for path in (*logs, in_test):
                         path.unlink(missing_ok=True)
-                    pid = os.fork()
+                    pid = os.fork()  # lint: allow unended-process: the loop below fails only where the child has ended
                     if not pid:
                         self.run_pair_until_interrupted(prefill=prefill, test=test)
                     while not all(path.exists() and (path == in_test or path.stat().st_size) for path in begun):
@@ -371,6 +371,56 @@ class TestSupervision(unittest.TestCase):
             finally:
                 atexit._run_exitfuncs()
                 os._exit(code)
+
+
+class TestVerdict(unittest.TestCase):
+    """What `test_gsm8k` concludes from a score and from what the two embedded engines say that they did."""
+
+    def verdict(self, score=1.0, prefill=None, decode=None):
+        infos = {
+            "prefill": {"engine": {"requests": 200, "prefill_tokens": 9000, "decode_tokens": 0}},
+            "decode": {"engine": {"requests": 200, "prefill_tokens": 0, "decode_tokens": 5000}},
+        }
+        infos["prefill"]["transfer"] = {"sent": 200, "received": 0, "failed": 0}
+        infos["decode"]["transfer"] = {"sent": 0, "received": 200, "failed": 0}
+        for side, change in (("prefill", prefill), ("decode", decode)):
+            for section, values in (change or {}).items():
+                infos[side][section].update(values)
+        case = embedded.TestDisaggregationDSV4Embedded("test_gsm8k")
+        case.prefill_url, case.decode_url, case.lb_url, case.model = "prefill", "decode", "lb", "model"
+        with (
+            mock.patch.object(dsv4, "run_eval", return_value={"score": score}) as run_eval,
+            mock.patch.object(embedded.requests, "get", lambda url: mock.Mock(json=lambda: infos[url.split("/")[0]])),
+            contextlib.redirect_stdout(io.StringIO()) as self.stdout,
+        ):
+            case.test_gsm8k()
+        return run_eval.call_args.args[0]
+
+    def test_what_is_asked_of_run_eval(self):
+        args = self.verdict()
+        self.assertEqual((args.eval_name, args.api, args.base_url, args.model), ("gsm8k", "completion", "lb", "model"))
+        self.assertEqual((args.max_tokens, args.num_examples, args.num_threads), (512, 200, 128))
+        self.assertEqual(Path(args.gsm8k_data_path).name, "gsm8k_nano.jsonl")
+        self.assertIn("rung=embedded engine=pdkit.engine gsm8k=1.000 gate=>0.95\n", self.stdout.getvalue())
+
+    def test_score_must_be_above_the_gate(self):
+        self.verdict(score=0.955)
+        with self.assertRaisesRegex(AssertionError, "0.95 not greater than 0.95"):
+            self.verdict(score=0.95)
+
+    def test_both_engines_did_their_share(self):
+        for fault in (
+            dict(decode={"engine": {"prefill_tokens": 300}}),
+            dict(decode={"engine": {"decode_tokens": 0}}),
+            dict(decode={"engine": {"requests": 199}}),
+            dict(decode={"transfer": {"received": 199}}),
+            dict(decode={"transfer": {"failed": 1}}),
+            dict(prefill={"transfer": {"failed": 1}}),
+            dict(prefill={"transfer": {"sent": 199}}),
+            dict(prefill={"engine": {"requests": 201}}),
+        ):
+            with self.subTest(fault=fault), self.assertRaises(AssertionError):
+                self.verdict(**fault)
 
 
 class TestBeforeLaunch(unittest.TestCase):

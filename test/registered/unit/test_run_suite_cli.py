@@ -269,6 +269,7 @@ class TestReport(CommandCase):
 class TestInterrupt(CommandCase):
     def interrupt(self, number):
         command = self.command({"test_0.py": HANG, "test_1.py": PASS}, *SUITE, "--report-dir", "report")
+        # lint: allow unended-process: what no signal ends, the runner ends after its timeout for a file
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.root)
         output = ""
         while "sleeper" not in output:
@@ -332,6 +333,7 @@ class TestList(CommandCase):
         self.assertEqual(done.stdout.splitlines()[-1], "exit 0, heavy set()", done.stderr)
 
     def test_a_reader_that_leaves_early(self):
+        # lint: allow unended-process: --list ends by itself
         process = subprocess.Popen(self.command(self.FILES, "--list"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.close()
         self.assertEqual(process.stderr.read(), b"")

@@ -1,0 +1,199 @@
+"""What a test file says without being run: names it imports, its classes, their ancestors and attributes."""
+
+import ast
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+PD_FIXTURE = "PDDisaggregationServerBase"
+UNKNOWN = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One parsed Python file."""
+
+    path: Path
+    text: str
+    tree: ast.Module
+
+    @cached_property
+    def parents(self) -> dict[ast.AST, ast.AST]:
+        return {child: parent for parent in ast.walk(self.tree) for child in ast.iter_child_nodes(parent)}
+
+    @cached_property
+    def imports(self) -> dict[str, str]:
+        """Local name -> dotted name that it stands for, of all imports in the file."""
+        names = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    names[alias.asname or alias.name.split(".")[0]] = (
+                        alias.name if alias.asname else alias.name.split(".")[0]
+                    )
+            elif isinstance(node, ast.ImportFrom):
+                module = "." * node.level + (node.module or "")
+                names.update({alias.asname or alias.name: f"{module}.{alias.name}" for alias in node.names})
+        return names
+
+    @cached_property
+    def classes(self) -> dict[str, "TestClass"]:
+        return {node.name: TestClass(self, node) for node in self.tree.body if isinstance(node, ast.ClassDef)}
+
+    @cached_property
+    def functions(self) -> dict[str, ast.FunctionDef]:
+        return {node.name: node for node in self.tree.body if isinstance(node, _FUNCTION)}
+
+    @cached_property
+    def constants(self) -> dict[str, ast.expr]:
+        """Names that the module assigns, with the last expression assigned."""
+        return dict(_assignments(self.tree.body))
+
+    def dotted(self, node: ast.AST) -> str:
+        """Dotted name of what `node` refers to, imports resolved; empty where it is no name."""
+        if isinstance(node, ast.Attribute):
+            owner = self.dotted(node.value)
+            return owner and f"{owner}.{node.attr}"
+        if isinstance(node, ast.Name):
+            return self.imports.get(node.id, node.id)
+        return ""
+
+    def enclosing(self, node: ast.AST, kind: type | tuple[type, ...]) -> Iterator[ast.AST]:
+        """The ancestors of `node` of that kind, innermost first."""
+        while node := self.parents.get(node):
+            if isinstance(node, kind):
+                yield node
+
+    def value(self, node: ast.expr | None, environ: Mapping[str, str] = os.environ):
+        """What an expression is where it is a literal, a constant of the module or a variable of `environ`."""
+        if isinstance(node, ast.Name) and node.id in self.constants:
+            return self.value(self.constants[node.id], environ)
+        if isinstance(node, ast.Call) and self.dotted(node.func) in ("os.getenv", "os.environ.get"):
+            name, *default = [self.value(arg, environ) for arg in node.args]
+            return environ.get(name, default[0] if default else None)
+        try:
+            return ast.literal_eval(node)
+        except (ValueError, TypeError):
+            return UNKNOWN
+
+
+_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    for statement in body:
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, statement.value
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            yield statement.target.id, statement.value
+
+
+@dataclass(frozen=True, eq=False)
+class TestClass:
+    """A class at the top level of a file."""
+
+    source: Source
+    node: ast.ClassDef
+
+    __test__ = False
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @cached_property
+    def ancestry(self) -> tuple[tuple["TestClass", ...], tuple[str, ...]]:
+        """This class and its ancestors, nearest first, and the dotted names of those whose source is elsewhere."""
+        classes, elsewhere = [self], []
+        for base in self.node.bases:
+            dotted = self.source.dotted(base)
+            found = self.source.classes.get(dotted) or _find_class(self.source, dotted)
+            if found is None or found is self:
+                elsewhere.append(dotted)
+                continue
+            theirs, unknown = found.ancestry
+            classes += theirs
+            elsewhere += unknown
+        return tuple(dict.fromkeys(classes)), tuple(dict.fromkeys(elsewhere))
+
+    @property
+    def mro(self) -> tuple["TestClass", ...]:
+        return self.ancestry[0]
+
+    @property
+    def is_pd(self) -> bool:
+        """Built on SGLang's PD fixture, directly or not."""
+        return any(name.rpartition(".")[2] == PD_FIXTURE for name in self.ancestry[1])
+
+    @cached_property
+    def methods(self) -> dict[str, ast.FunctionDef]:
+        return {node.name: node for node in self.node.body if isinstance(node, _FUNCTION)}
+
+    @cached_property
+    def attributes(self) -> dict[str, ast.expr]:
+        return dict(_assignments(self.node.body))
+
+    @property
+    def has_tests(self) -> bool:
+        return any(name.startswith("test") for cls in self.mro for name in cls.methods)
+
+    def attribute(self, name: str) -> tuple["TestClass", ast.expr] | None:
+        """The nearest class that assigns `name` in its body, and the expression."""
+        return next(((cls, cls.attributes[name]) for cls in self.mro if name in cls.attributes), None)
+
+    def method(self, name: str, above: "TestClass | None" = None) -> tuple["TestClass", ast.FunctionDef] | None:
+        """The nearest class that defines `name`, and the definition; with `above`, as super() there finds it."""
+        classes = self.mro[self.mro.index(above) + 1 :] if above else self.mro
+        return next(((cls, cls.methods[name]) for cls in classes if name in cls.methods), None)
+
+    def value(self, name: str, environ: Mapping[str, str] = os.environ):
+        """Value of a class attribute, or UNKNOWN."""
+        found = self.attribute(name)
+        return found[0].source.value(found[1], environ) if found else UNKNOWN
+
+
+def _find_class(source: Source, dotted: str) -> TestClass | None:
+    module, _, name = dotted.rpartition(".")
+    path = _module_path(source.path.parent, module)
+    return read(path).classes.get(name) if path else None
+
+
+@lru_cache(maxsize=256)
+def _module_path(directory: Path, module: str) -> Path | None:
+    """File of a module beside the test, or else beside its directory, or of this package."""
+    if not module or module.startswith("."):
+        return None
+    if module.startswith("pdkit."):
+        path = Path(find_spec("pdkit").submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
+    else:
+        name = f"{module}.py"
+        path = next((path for path in [directory / name, *directory.parent.glob(f"*/{name}")] if path.is_file()), None)
+    return path if path and path.is_file() else None
+
+
+def read(path: Path) -> Source:
+    """Parses a file. Raises OSError and SyntaxError (also where the file is no text)."""
+    return _parse(path, path.read_bytes())
+
+
+@lru_cache(maxsize=256)
+def _parse(path: Path, content: bytes) -> Source:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise SyntaxError(f"not UTF-8: {error.reason}", (str(path), 1, None, None)) from None
+    try:
+        tree = ast.parse(text, filename=str(path))
+    except ValueError as error:
+        raise SyntaxError(str(error), (str(path), 1, None, None)) from None
+    return Source(path, text, tree)
+
+
+def pd_classes(source: Source) -> list[TestClass]:
+    """Classes with tests that the file itself defines on top of SGLang's PD fixture."""
+    return [cls for cls in source.classes.values() if cls.is_pd and cls.has_tests]

@@ -1,0 +1,455 @@
+"""Each rule of the lint, on a sound test and on the same test with one thing broken."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.lint import thresholds
+from pdkit.lint.check import RULES, lint
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+COMMAND = REPO / "scripts" / "lint_registered.py"
+
+SOUND = """\
+import subprocess
+import sys
+import time
+import unittest
+from types import SimpleNamespace
+
+import requests
+from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
+from sglang.test.run_eval import run_eval
+from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
+from sglang.test.test_utils import popen_launch_pd_server, popen_launch_server, terminate_and_kill_process_tree
+
+register_cuda_ci(est_time=250, suite="stage-c-test-dsv4-8-gpu-h200")
+
+
+class TestPair(PDDisaggregationServerBase):
+    min_score = 0.95
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.model = "model"
+        cls.launch_all()
+
+    @classmethod
+    def start_prefill(cls):
+        args = ["--nccl-port", cls.prefill_nccl_port, *cls.rdma_devices_for(range(4))]
+        cls.process_prefill = popen_launch_pd_server(cls.model, cls.prefill_url, other_args=args)
+
+    @classmethod
+    def start_decode(cls):
+        cls.process_decode = cls.launch(cls.decode_args())
+
+    @classmethod
+    def decode_args(cls):
+        return ["--nccl-port", cls.decode_nccl_port, *cls.rdma_devices_for(range(4, 8))]
+
+    @classmethod
+    def launch(cls, args):
+        process = popen_launch_pd_server(cls.model, cls.decode_url, other_args=args)
+        return process
+
+    def test_gsm8k(self):
+        metrics = run_eval(SimpleNamespace(eval_name="gsm8k", num_examples=200, base_url=self.lb_url))
+        self.assertGreater(metrics["score"], self.min_score)
+
+
+class TestClient(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = popen_launch_server("model", "url")
+        cls.addClassCleanup(cls.server.kill)
+        while requests.get("url").status_code != 200:
+            time.sleep(0.1)
+
+    def setUp(self):
+        self.server.terminate()
+
+    def test_client(self):
+        with subprocess.Popen([sys.executable]) as client:
+            client.wait()
+
+    def test_two_clients(self):
+        client = subprocess.Popen([sys.executable])
+        try:
+            self.assertIsNone(client.poll())
+        finally:
+            client.kill()
+
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+MAIN = '\n\nif __name__ == "__main__":\n    unittest.main()\n'
+
+
+class LintCase(unittest.TestCase):
+    def setUp(self):
+        self.registered = Path(self.enterContext(tempfile.TemporaryDirectory()), "registered")
+        self.registered.mkdir()
+
+    def write(self, source, name="test_it.py"):
+        path = self.registered / name
+        path.write_text(source)
+        return path
+
+    def found(self, source, name="test_it.py"):
+        """(rule, text of the line, message) of each finding."""
+        findings = lint([self.write(source, name)])
+        lines = ["", *source.splitlines()]
+        return [(finding.rule, lines[finding.line].strip(), finding.message) for finding in findings]
+
+    def assert_breaks(self, rule, old, new, at, says, source=SOUND):
+        """With `old` replaced by `new`, exactly that rule speaks, of a line that contains `at`, and says `says`."""
+        self.assertEqual(source.count(old), 1, old)
+        found = self.found(source.replace(old, new))
+        self.assertEqual([name for name, *_ in found], [rule], found)
+        self.assertIn(at, found[0][1])
+        self.assertIn(says, found[0][2])
+
+    def assert_sound(self, old="", new="", source=SOUND):
+        if old:
+            self.assertEqual(source.count(old), 1, old)
+        self.assertEqual(self.found(source.replace(old, new) if old else source), [])
+
+
+class TestOwnTree(unittest.TestCase):
+    def test_passes(self):
+        self.assertEqual(list(map(str, lint([REPO / "test" / "registered"]))), [])
+
+
+class TestRegistration(LintCase):
+    REGISTER = 'register_cuda_ci(est_time=250, suite="stage-c-test-dsv4-8-gpu-h200")'
+
+    def test_sound(self):
+        self.assert_sound()
+
+    def test_absent(self):
+        self.assert_breaks("registration", self.REGISTER, "", "import", "No CI registry found; write register_")
+
+    def test_not_literal(self):
+        for value in ("2 * 125", "EST"):
+            broken = self.REGISTER.replace("250", value)
+            self.assert_breaks("registration", self.REGISTER, broken, broken, "est_time is a required constant")
+
+    def test_nested(self):
+        broken = f"if sys:\n    {self.REGISTER}"
+        self.assert_breaks("registration", self.REGISTER, broken, "", "No CI registry")
+
+    def test_no_main(self):
+        self.assert_breaks("registration", MAIN, "\n", self.REGISTER, "missing `if __name__")
+
+    def test_empty_main(self):
+        self.assert_breaks("registration", "    unittest.main()\n", "    pass\n", self.REGISTER, "missing `if __name__")
+
+    def test_not_python(self):
+        self.assert_breaks("syntax", "min_score = 0.95", "min_score = = 0.95", "= =", "not valid Python")
+
+    def test_suite_nearly_right(self):
+        broken = self.REGISTER.replace("dsv4-8", "dsv4-9")
+        self.assert_breaks("suite", self.REGISTER, broken, broken, "known: stage-c-test-dsv4-8-gpu-h200")
+
+    def test_suite_of_other_hardware(self):
+        broken = self.REGISTER.replace("cuda", "cpu")
+        self.assert_breaks("suite", self.REGISTER, broken, broken, "is a suite for cuda; use register_cuda_ci")
+
+    def test_suite_that_another_file_registers(self):
+        new = self.REGISTER.replace("stage-c-test-dsv4-8-gpu-h200", "weekly")
+        self.assert_breaks("suite", self.REGISTER, new, new, "unknown cuda suite 'weekly'")
+        self.write(SOUND.replace(self.REGISTER, new), "test_other.py")
+        self.assert_sound(self.REGISTER, new)
+
+    def test_main_that_hides_failures(self):
+        for call, says in (
+            ("pytest.main([__file__])", "sys.exit(pytest"),
+            ("unittest.main(exit=False)", "ends with 0"),
+        ):
+            source = SOUND.replace("import sys\n", "import sys\n\nimport pytest\n")
+            self.assert_breaks("silent-main", "unittest.main()", call, call, says, source)
+            self.assert_sound("unittest.main()", "sys.exit(pytest.main([__file__]))", source)
+
+
+class TestEval(LintCase):
+    EVAL = "from sglang.test.run_eval import run_eval"
+
+    def test_deprecated(self):
+        for broken in (
+            "from sglang.test.few_shot_gsm8k import run_eval",
+            "from sglang.test import few_shot_gsm8k as run_eval",
+            "import sglang.test.few_shot_gsm8k_engine",
+            'COMMAND = ["python3", "-m", "sglang.test.few_shot_gsm8k"]',
+        ):
+            self.assert_breaks("deprecated-eval", self.EVAL, broken, broken, "use sglang.test.run_eval")
+
+
+class TestFixedPort(LintCase):
+    def test_written_ports(self):
+        for broken in (
+            'base_url = "http://127.0.0.1:21000"',
+            'base_url = f"http://localhost:8000/{sys}"',
+            "lb_port = 30000",
+            'bootstrap_port = "8998"',
+            'args = ["--model", "m", "--port", "30000"]',
+            'args = ["--nccl-port", 5000]',
+            'args = "--tp 4 --disaggregation-bootstrap-port 8998"',
+            'args = ["--port=30000"]',
+            "args = dict(port=8000)",
+            'address = ("127.0.0.1", 8000)',
+        ):
+            with self.subTest(broken):
+                self.assert_breaks("fixed-port", "min_score = 0.95", f"min_score = 0.95\n    {broken}", broken, "port ")
+
+    def test_ports_that_are_not_written(self):
+        for sound in (
+            'url = "http://127.0.0.1"',
+            'url = f"http://127.0.0.1:{sys.argv[0]}"',
+            "port = 0",
+            'args = ["--port", sys.argv[1]]',
+            "report = 30000",
+            'args = ["--max-running-requests", "2560"]',
+            'pair = ("prefill", 30000)',
+        ):
+            with self.subTest(sound):
+                self.assert_sound("min_score = 0.95", f"min_score = 0.95\n    {sound}")
+
+    def test_a_file_that_starts_nothing(self):
+        source = (
+            'import unittest\nfrom sglang.test.ci.ci_register import register_cpu_ci\nURL = "http://localhost:8000"\n'
+        )
+        source += 'register_cpu_ci(5, "stage-a-test-cpu")\n' + MAIN
+        self.assertEqual(self.found(source), [])
+        listening = source + "\nfrom http.server import HTTPServer\nHTTPServer(('', 0), None)\n"
+        self.assertEqual([rule for rule, *_ in self.found(listening)], ["fixed-port"])
+
+
+class TestOverride(LintCase):
+    PREFILL = '["--nccl-port", cls.prefill_nccl_port, *cls.rdma_devices_for(range(4))]'
+    DECODE = '["--nccl-port", cls.decode_nccl_port, *cls.rdma_devices_for(range(4, 8))]'
+
+    def test_no_nccl_port(self):
+        for args, side in ((self.PREFILL, "prefill"), (self.DECODE, "decode")):
+            broken = "[" + args[args.index("*") :]
+            self.assert_breaks("pd-override", args, broken, f"def start_{side}", f'add ["--nccl-port", cls.{side}_nccl')
+
+    def test_nics_of_the_whole_machine(self):
+        for args, side in ((self.PREFILL, "prefill"), (self.DECODE, "decode")):
+            broken = args[: args.index("*")] + "*cls.rdma_devices]"
+            self.assert_breaks("pd-override", args, broken, f"def start_{side}", f"cls.rdma_devices_for({side} GPUs)")
+
+    def test_an_override_that_calls_the_fixture(self):
+        start = "args = " + self.PREFILL
+        server = "cls.process_prefill = popen_launch_pd_server(cls.model, cls.prefill_url, other_args=args)"
+        self.assert_sound(f"{start}\n        {server}", "super().start_prefill()")
+
+    def test_an_override_beneath_a_test_in_another_file(self):
+        self.write(SOUND, "test_base.py")
+        subclass = SOUND[: SOUND.index("class TestPair")].replace(
+            "import requests", "import requests\nimport test_base"
+        )
+        subclass += (
+            "class TestChild(test_base.TestPair):\n    @classmethod\n    def decode_args(cls):\n        return []\n\n"
+        )
+        subclass += (
+            "    @classmethod\n    def start_decode(cls):\n        cls.process_decode = popen_launch_pd_server(1)\n"
+        )
+        found = self.found(subclass + MAIN, "test_child.py")
+        self.assertEqual([(rule, line) for rule, line, _ in found], [("pd-override", "def start_decode(cls):")] * 2)
+
+
+class TestProcesses(LintCase):
+    def test_no_cleanup(self):
+        self.assert_breaks(
+            "unended-process", "        cls.addClassCleanup(cls.server.kill)\n", "", "cls.server =", "is never ended"
+        )
+        managed = "with subprocess.Popen([sys.executable]) as client:\n            client.wait()"
+        self.assert_breaks("unended-process", managed, "subprocess.Popen([sys.executable])", "Popen(", "never ended")
+
+    def test_finally_that_ends_nothing(self):
+        self.assert_breaks("unended-process", "client.kill()", "print(client)", "client = subprocess", "never ended")
+
+    def test_a_tear_down_that_unittest_skips(self):
+        cleanup = "        cls.addClassCleanup(cls.server.kill)\n"
+        tear_down = "    @classmethod\n    def tearDownClass(cls):\n        cls.server.kill()\n\n    def test_client"
+        source = SOUND.replace("    def test_client", tear_down)
+        self.assert_sound(source=source)
+        self.assert_breaks("unended-process", cleanup, "", "cls.server =", "unittest skips tearDownClass", source)
+        custom = source.replace(cleanup, "").replace("(unittest.TestCase)", "(CustomTestCase)")
+        self.assert_sound("test_utils import popen", "test_utils import CustomTestCase, popen", custom)
+
+    def test_a_tear_down_that_ends_something_else(self):
+        source = SOUND.replace("(unittest.TestCase)", "(CustomTestCase)").replace("as client", "as other")
+        source = source.replace("test_utils import popen", "test_utils import CustomTestCase, popen")
+        source = source.replace("client.wait()", "other.wait()")
+        other = "    @classmethod\n    def tearDownClass(cls):\n        cls.other.kill()\n\n    def setUp"
+        source = source.replace("    def setUp(", other + "(")
+        cleanup = "        cls.addClassCleanup(cls.server.kill)\n"
+        self.assert_breaks("unended-process", cleanup, "", "cls.server =", "is never ended", source)
+
+    def test_a_process_that_the_fixture_does_not_know(self):
+        self.assert_breaks("unended-process", "cls.process_prefill =", "cls.process =", "cls.process =", "never ended")
+
+    def test_a_process_from_a_function_of_the_file(self):
+        source = SOUND.replace(
+            "class TestClient", "def start():\n    return subprocess.Popen(['x'])\n\n\nclass TestClient"
+        )
+        self.assert_sound(source=source)
+        started = 'popen_launch_server("model", "url")'
+        cleanup = "        cls.addClassCleanup(cls.server.kill)\n"
+        source = source.replace(started, "start()")
+        self.assert_breaks("unended-process", cleanup, "", "start()", "start(...) is never ended", source)
+
+    def test_kill_by_name(self):
+        for broken in (
+            'os.system("pkill -f sglang")',
+            'subprocess.run(["killall", "python3"])',
+            'subprocess.check_call("kill -9 $(pgrep sglang)", shell=True)',
+            'subprocess.run(["fuser -k 8000/tcp"], shell=True)',
+            "[p.kill() for p in psutil.process_iter()]",
+        ):
+            with self.subTest(broken):
+                source = SOUND.replace("import sys\n", "import os\nimport sys\n").replace(
+                    "requests\n", "requests\nimport psutil\n"
+                )
+                self.assert_breaks("kill-by-name", "self.server.terminate()", broken, broken, "by its handle", source)
+
+    def test_looking_by_name_is_no_killing(self):
+        for sound in ('subprocess.run(["ps", "aux"])', "print(list(psutil.process_iter()))", 'print("pkill")'):
+            source = SOUND.replace("requests\n", "requests\nimport psutil\n", 1)
+            self.assert_sound("self.server.terminate()", sound, source)
+
+    def test_sleep_as_readiness(self):
+        loop = '        while requests.get("url").status_code != 200:\n            time.sleep(0.1)\n'
+        for broken in (
+            "        time.sleep(30)\n",
+            "        for _ in range(30):\n            time.sleep(1)\n",
+            "        time.sleep(30)\n        print(requests)\n",
+        ):
+            with self.subTest(broken):
+                self.assert_breaks("sleep-as-readiness", loop, broken, "time.sleep", "wait_server_ready(url)")
+        check = "            if requests.get('url'):\n                break\n"
+        self.assert_sound(loop, f"        for _ in range(9):\n            time.sleep(1)\n{check}")
+
+    def test_sleep_by_another_name(self):
+        source = SOUND.replace("import time\n", "from time import sleep as pause\n")
+        loop = '        while requests.get("url").status_code != 200:\n            time.sleep(0.1)\n'
+        self.assert_breaks("sleep-as-readiness", loop, "        pause(30)\n", "pause(30)", "time passes", source)
+
+
+class TestThreshold(LintCase):
+    def test_noise(self):
+        """Exact by hand: 200 examples at > 0.95 allow 9 wrong; Binomial(200, 0.025) has 10 or more with 3.0 %."""
+        noise = thresholds.noise(0.95, 200)
+        self.assertEqual((round(noise.better, 6), round(noise.worse, 6)), (0.975, 0.9))
+        self.assertAlmostEqual(noise.false_alarm, 0.0300, places=4)
+        self.assertAlmostEqual(noise.miss, 0.0035, places=4)
+        self.assertLess(thresholds.noise(0.95, 200, strict=False).false_alarm, noise.false_alarm)
+        symmetric = thresholds.noise(0.1, 40)
+        self.assertEqual((symmetric.better, symmetric.worse), (0.2, 0.05))
+
+    def test_too_few_examples(self):
+        for examples in (20, 50, 100):
+            new = f"num_examples={examples}"
+            self.assert_breaks(
+                "noisy-threshold", "num_examples=200", new, "min_score = 0.95", f"over {examples} examples"
+            )
+        self.assert_sound("num_examples=200", "num_examples=1319")
+        self.assert_sound("num_examples=200", "num_examples=None")
+
+    def test_too_high_a_threshold(self):
+        self.assert_breaks("noisy-threshold", "0.95", "0.99", "min_score = 0.99", "523 examples can tell them apart")
+
+    def test_other_ways_to_say_it(self):
+        assertion = 'self.assertGreater(metrics["score"], self.min_score)'
+        for broken in (
+            'self.assertGreater(metrics["score"], 0.99)',
+            'self.assertGreaterEqual(metrics["score"], 0.99)',
+            'self.assertLess(0.99, metrics["score"])',
+            'assert metrics["score"] > 0.99',
+        ):
+            self.assert_breaks("noisy-threshold", assertion, broken, broken, "within its own noise")
+        self.assert_sound(assertion, 'self.assertGreater(metrics["latency"], 0.99)')
+
+    def test_a_subclass_that_raises_the_threshold(self):
+        self.write(SOUND, "test_base.py")
+        start = SOUND[: SOUND.index("class TestPair")].replace("import requests", "import requests\nimport test_base")
+        subclass = start + "class TestChild(test_base.TestPair):\n    min_score = 0.95\n" + MAIN
+        self.assert_sound(source=subclass)
+        self.assert_breaks("noisy-threshold", "0.95", "0.98", "min_score = 0.98", "score > 0.98 over 200", subclass)
+
+    def test_mixin_of_sglang(self):
+        old = "    min_score = 0.95\n"
+        self.assert_sound(old, old + "    gsm8k_accuracy_thres = 0.95\n")
+        broken = "    gsm8k_accuracy_thres = 0.95\n    gsm8k_num_questions = 50\n"
+        self.assert_breaks("noisy-threshold", old, old + broken, "gsm8k_accuracy_thres", "over 50 examples")
+
+
+class TestExemption(LintCase):
+    BROKEN = "min_score = 0.99"
+
+    def exempted(self, comment, above=False):
+        text = f"{comment}\n    {self.BROKEN}" if above else f"{self.BROKEN}  {comment}"
+        return self.found(SOUND.replace("min_score = 0.95", text))
+
+    def test_with_a_reason(self):
+        for above in (False, True):
+            self.assertEqual(self.exempted("# lint: allow noisy-threshold: measured at 1.0", above), [])
+
+    def test_without_a_reason(self):
+        rules = [rule for rule, *_ in self.exempted("# lint: allow noisy-threshold")]
+        self.assertEqual(rules, ["exemption", "noisy-threshold"])
+
+    def test_of_another_rule(self):
+        (stale, _, says), (rule, *_) = self.exempted("# lint: allow fixed-port: no")
+        self.assertEqual((stale, rule), ("exemption", "noisy-threshold"))
+        self.assertIn("nothing here breaks fixed-port", says)
+
+    def test_of_no_rule(self):
+        found = self.exempted("# lint: allow noisy-treshold: no")
+        self.assertIn("nearest known: noisy-threshold", found[0][2])
+
+    def test_in_a_string(self):
+        found = self.found(
+            SOUND.replace("min_score = 0.95", 'min_score = 0.99; x = "# lint: allow noisy-threshold: no"')
+        )
+        self.assertEqual([rule for rule, *_ in found], ["noisy-threshold"])
+
+
+class TestCommand(LintCase):
+    def run_lint(self, *words):
+        command = [sys.executable, COMMAND, *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=self.registered, env={**os.environ})
+
+    def test_findings(self):
+        self.write(SOUND.replace("0.95", "0.99"))
+        self.write(SOUND, "test_sound.py")
+        done = self.run_lint("test_it.py")
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        (line,) = done.stdout.splitlines()
+        self.assertRegex(line, r"^test_it\.py:17: noisy-threshold: score > 0\.99 .*; .*")
+        done = self.run_lint("test_sound.py")
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+        self.assertEqual(len(self.run_lint(".").stdout.splitlines()), 1)
+
+    def test_no_such_file(self):
+        done = self.run_lint("test_that.py")
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+        self.assertIn("test_that.py: No such file or directory", done.stderr)
+
+    def test_rules(self):
+        self.assertEqual([line.split()[0] for line in self.run_lint("--rules").stdout.splitlines()], list(RULES))
+
+
+if __name__ == "__main__":
+    unittest.main()
