@@ -55,7 +55,7 @@ cached_venv() {
     python=$(base_python)
     cache=${PDKIT_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-$repo}/.cache}/sglang-pd-suite}
     if ! mkdir -p "$cache" || ! [[ -w $cache ]]; then fail "cannot write to $cache; set PDKIT_CACHE_DIR"; fi
-    key=$({ cat "$lock"; echo "$UV_VERSION"; "$python" --version; } | sha256sum | cut -c1-12)
+    key=$({ grep -v "^ *#" "$lock"; echo "$UV_VERSION"; "$python" --version; } | sha256sum | cut -c1-12)
     venv=$(cd "$cache" && pwd)/venv-$key
     if ! ready "$venv"; then
         exec 9>"$venv.lock"
