@@ -81,9 +81,10 @@ def load_model(
             ) from None
         wrong = sorted(str(key) for kind in info.values() for key in kind)
         if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ModelError(
-                f"{WEIGHTS} in {str(path)!r} does not fit its config.json: {len(wrong)} tensors missing, "
-                f"unexpected or of another shape, the first is {wrong[0]}"
+                f"{WEIGHTS} in {str(path)!r} does not fit its config.json: "
+                f"missing, unexpected or of another shape: {wrong[0]}{more}"
             )
     return model.eval().requires_grad_(False)
 

@@ -15,6 +15,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from pdkit.nano.experts import NAME as DENSE_EXPERTS
 from pdkit.nano.model import hash_routes
 from pdkit.nano.problems import few_shot, stream
 from pdkit.nano.tokenizer import ASSISTANT, EOS, USER
+from pdkit.nano.windowed_attention import NAME as WINDOWED_ATTENTION
 
 PEAK_LR = 3e-3
 WARMUP = 0.02
@@ -130,6 +132,7 @@ class TrainingForward:
 
     def __init__(self, model: DeepseekV4ForCausalLM):
         self._model = model
+        self._recording = False
         self._scores: list[torch.Tensor] = []
         self._mass: list[torch.Tensor] = []
         for attention in _sparse_attentions(model):
@@ -143,30 +146,41 @@ class TrainingForward:
         return tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments)
 
     def _keep_scores(self, _module, _arguments, scores):
-        self._scores.append(scores)
+        if self._recording:
+            self._scores.append(scores)
 
     def _keep_mass(self, _module, _arguments, outputs):
-        weights = outputs[1].detach()
-        self._mass.append(weights[..., weights.shape[2] :].sum(1))
+        if self._recording:
+            self._mass.append(outputs[1].detach().sum(1))
 
     def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Language loss (weighted mean) and indexer loss (mean over sparse layers), in nats."""
-        self._scores.clear()
-        self._mass.clear()
-        logits = self._logits(ids)
+        with self._training_mode():
+            logits = self._logits(ids)
+            pairs = list(zip(self._scores, self._mass, strict=True))
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         targets = weights[:, 1:].flatten()
         loss = (losses * targets).sum() / targets.sum()
-        index_losses = [_alignment(*pair) for pair in zip(self._scores, self._mass, strict=True)]
-        return loss, torch.stack(index_losses).mean()
+        return loss, torch.stack([alignment(*pair) for pair in pairs]).mean()
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Use windowed attention and record; the model is served, and validated, without either."""
+        config = self._model.config
+        served = config._attn_implementation
+        config._attn_implementation, self._recording = WINDOWED_ATTENTION, True
+        try:
+            yield
+        finally:
+            config._attn_implementation, self._recording = served, False
+            self._scores.clear()
+            self._mass.clear()
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         core = self._model.model
         batch, length = ids.shape
         positions = torch.arange(length, device=ids.device).unsqueeze(0)
-        age = positions.transpose(0, 1) - positions
-        visible = (age >= 0) & (age < core.config.sliding_window)
-        mask = torch.zeros_like(age, dtype=torch.float32).masked_fill(~visible, float("-inf"))
+        no_mask = torch.zeros(batch, 1, length, 0, device=ids.device)
         embedded = core.embed_tokens(ids)
         rope = {
             kind: core.rotary_emb(embedded, position_ids=positions, layer_type=kind) for kind in ("main", "compress")
@@ -177,17 +191,18 @@ class TrainingForward:
                 hidden,
                 position_embeddings=rope,
                 position_ids=positions.expand(batch, -1),
-                attention_mask=mask.expand(batch, 1, -1, -1),
+                attention_mask=no_mask,
                 input_ids=ids,
                 past_key_values=None,
             )
         return self._model.lm_head(core.norm(core.hc_head(hidden)))
 
 
-def _alignment(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+def alignment(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the indexer's softmax against attention `mass`, both ``[B, S, T]``.
 
-    Only entries that attention saw take part; a query counts as much as it uses them.
+    Only entries that attention saw take part; a query counts as much as it uses them. In nats;
+    least where the softmax of `scores` equals a query's share of mass.
     """
     log_shares = scores.masked_fill(mass <= 0, _NO_SCORE).log_softmax(-1)
     return -(mass * log_shares).sum() / mass.sum().clamp_min(1e-6)

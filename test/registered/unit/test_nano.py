@@ -6,6 +6,8 @@ import operator
 import random
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import unittest
 from itertools import islice
@@ -14,17 +16,30 @@ from pathlib import Path
 import pdkit
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sglang.test.ci.ci_register import register_cpu_ci
 from transformers import AutoTokenizer
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
+from pdkit.exit_codes import ExitCode
 from pdkit.nano.config import nano_config
 from pdkit.nano.evaluation import accuracy, complete, last_number, prompt
 from pdkit.nano.experts import NAME, dense_experts_forward
 from pdkit.nano.model import ModelError, load_model, save_model
 from pdkit.nano.problems import EVALUATION_ROWS, draw, evaluation_set, few_shot, is_held_out, stream, write_jsonl
 from pdkit.nano.tokenizer import nano_tokenizer
+from pdkit.nano.training import (
+    ALL_ENTRIES,
+    Batches,
+    Stage,
+    TrainingForward,
+    alignment,
+    new_model,
+    recipe,
+    set_index_topk,
+    train,
+)
 
 register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
@@ -209,10 +224,24 @@ class TestModelErrors(unittest.TestCase):
         self._edit_config(vocab_size=300)
         self._refused("does not fit")
 
-    def test_weights_are_missing(self):
+    def test_weights_for_other_experts(self):
         self._write_weights()
         self._edit_config(n_routed_experts=5)
         self._refused("does not fit")
+
+    def _edit_weights(self, edit):
+        self._write_weights()
+        tensors = load_file(self.path / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, self.path / "model.safetensors", metadata={"format": "pt"})
+
+    def test_a_missing_tensor(self):
+        self._edit_weights(lambda tensors: tensors.pop("model.layers.2.attn.attn_sink"))
+        self._refused("does not fit", "layers.2.self_attn.sinks")
+
+    def test_an_unexpected_tensor(self):
+        self._edit_weights(lambda tensors: tensors.update(surprise=torch.zeros(1)))
+        self._refused("does not fit", "surprise")
 
 
 class TestProblems(unittest.TestCase):
@@ -306,6 +335,93 @@ class TestEvaluation(unittest.TestCase):
         prompts = [prompt([], problem) for problem in evaluation_set(6)]
         together = complete(model, tokenizer, prompts)
         self.assertEqual(together, [complete(model, tokenizer, [each])[0] for each in prompts])
+
+
+class TestTraining(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.tokenizer = AutoTokenizer.from_pretrained(RANDOM, local_files_only=True)
+
+    def _model(self):
+        return new_model(nano_config(index_topk=8, initializer_range=0.05), seed=0)
+
+    def _random_model(self, index_topk):
+        model = load_model(RANDOM, load_format="dummy").requires_grad_(True)
+        set_index_topk(model, index_topk)
+        return model
+
+    def test_forward_equals_the_served_model(self):
+        for length, index_topk in ((32, 8), (256, 8), (256, ALL_ENTRIES)):
+            ids, weights = Batches(self.tokenizer, 0).draw(2, length)
+            model = self._random_model(index_topk)
+            loss, _ = TrainingForward(model)(ids, weights)
+            log_probabilities = model(ids, use_cache=False).logits.log_softmax(-1)[:, :-1]
+            losses = -log_probabilities.gather(2, ids[:, 1:, None])[..., 0]
+            expected = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+            self.assertEqual(model.config._attn_implementation, "eager")
+
+    def test_each_loss_trains_its_own_weights(self):
+        model = self._random_model(8)
+        loss, index_loss = TrainingForward(model)(*Batches(self.tokenizer, 0).draw(1, 160))
+        for which, (objective, of_indexer) in {"language": (loss, False), "indexer": (index_loss, True)}.items():
+            model.zero_grad()
+            objective.backward(retain_graph=True)
+            for name, parameter in model.named_parameters():
+                trained = parameter.grad is not None and parameter.grad.abs().max().item() > 0
+                with self.subTest(loss=which, parameter=name):
+                    self.assertEqual(trained, (".indexer." in name) == of_indexer)
+
+    def test_alignment_is_least_at_the_mass(self):
+        mass = torch.tensor([[[0.2, 0.6, 0.0], [0.0, 0.0, 0.0], [0.3, 0.1, 0.1]]])
+        scores = torch.where(mass > 0, mass.log(), 5.0)
+        best = alignment(scores, mass).item()
+        entropy = -(mass * (mass / mass.sum(-1, keepdim=True).clamp_min(1e-9)).clamp_min(1e-9).log()).sum() / mass.sum()
+        self.assertAlmostEqual(best, entropy.item(), places=5)
+        for seed in range(5):
+            noise = torch.randn(mass.shape, generator=torch.Generator().manual_seed(seed))
+            self.assertGreater(alignment(scores + noise, mass).item(), best)
+
+    def test_batches(self):
+        ids, weights = Batches(self.tokenizer, 5).draw(64, 256)
+        self.assertEqual((ids.shape, weights.shape), ((64, 256), (64, 256)))
+        again = Batches(self.tokenizer, 5).draw(64, 256)
+        self.assertTrue(torch.equal(ids, again[0]) and torch.equal(weights, again[1]))
+        texts = [self.tokenizer.decode(row) for row in ids]
+        chats = [text for text in texts if text.startswith("<|user|>")]
+        self.assertTrue(0 < len(chats) < 32)
+        self.assertTrue(all(text.startswith(("Question: ", "<|user|>")) for text in texts))
+        answer = self.tokenizer.decode(ids[0][weights[0] == 1])
+        self.assertNotIn("Question", answer)
+        self.assertIn("####", answer)
+
+    def test_learns_and_follows_the_stages(self):
+        model = self._model()
+        stages = (Stage("a", 64, 8, 12, ALL_ENTRIES), Stage("b", 128, 4, 12, 4))
+        topk, steps = [], []
+        for at in train(model, Batches(self.tokenizer, 0), stages):
+            topk.append(model.model.layers[1].self_attn.compressor.indexer.index_topk)
+            steps.append(at)
+        self.assertEqual(topk, [ALL_ENTRIES] * 12 + [4] * 12)
+        self.assertLess(steps[-1].loss, steps[0].loss - 2)
+        self.assertEqual((steps[-1].step, steps[-1].tokens), (24, 24 * 512))
+        self.assertLess(steps[-1].lr, 0.05 * max(at.lr for at in steps))
+
+    def test_recipe_scales(self):
+        full, short = recipe(8), recipe(8, 0.001)
+        self.assertEqual([stage.steps for stage in short], [1, 1, 1])
+        self.assertEqual([stage.index_topk for stage in full], [ALL_ENTRIES, ALL_ENTRIES, 8])
+        self.assertEqual(max(stage.length for stage in full), 1024)
+
+
+class TestTrainingScript(unittest.TestCase):
+    @unittest.skipIf(torch.cuda.is_available(), "this machine has a GPU")
+    def test_says_that_there_is_no_gpu(self):
+        script = ASSETS.parents[2] / "scripts" / "train_nano.py"
+        run = subprocess.run([sys.executable, script, "--device", "cuda"], capture_output=True, text=True)
+        self.assertEqual(run.returncode, ExitCode.NOT_READY)
+        self.assertEqual(run.stderr.strip().count("\n"), 0, run.stderr)
+        self.assertIn("--device cpu", run.stderr)
 
 
 class TestTrainedModel(unittest.TestCase):
