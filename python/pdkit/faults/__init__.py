@@ -1,0 +1,15 @@
+"""Faults of a hand-over, by name, and the places where they are injected while the servers stay up.
+
+library         what can go wrong, and which real bug it resembles
+switch          which of it is on
+transfer        injects it between prefill and decode of the embedded engine
+load_balancer   injects it between clients and servers, through messages
+ground_truth    proves whether it changes anything
+"""
+
+from pdkit.faults.fault import Fault, Where
+from pdkit.faults.library import LIBRARY
+from pdkit.faults.switch import Switch
+from pdkit.faults.transfer import FaultyTransfer
+
+__all__ = ["LIBRARY", "Fault", "FaultyTransfer", "Switch", "Where"]

@@ -1,0 +1,218 @@
+"""What a fault is: where it stands in the way of a request, which requests it meets, and what it does to them."""
+
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import numpy as np
+
+from pdkit.engine.transfer import Handover
+from pdkit.faults import pieces
+from pdkit.faults.pieces import Kind
+
+REMEMBERED = 64
+SHARED_ENTRIES = 8
+
+
+class Where(Enum):
+    """Where a fault acts."""
+
+    PREFILL = "prefill, before the hand-over is packed"
+    WIRE = "the bytes on the wire"
+    DECODE = "decode, before it checks the hand-over"
+    RESTORE = "decode, after its checks"
+    LB = "the load balancer"
+
+
+@dataclass
+class Meeting:
+    """A fault and one hand-over that it meets.
+
+    earlier: hand-overs that passed here before this one, unharmed, oldest first. rng: its own for each meeting, the
+    same in each run.
+    """
+
+    earlier: deque[Handover]
+    rng: np.random.Generator
+
+
+Change = Callable[[Handover, Meeting], Handover | None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A named fault.
+
+    change    of hand-overs: the changed one, None if it is never sent; may raise TransferError
+    wire      of bytes
+    balancer  the name of what a faulty load balancer does, see `pdkit.faults.load_balancer`
+    every     it meets one in so many requests
+    resembles a bug of the field that had this shape
+    harmless  why it changes no logit, token or status, if it is known not to
+    """
+
+    name: str
+    what: str
+    where: Where
+    change: Change | None = None
+    wire: Callable[[bytes], bytes] | None = None
+    balancer: str | None = None
+    every: int = 1
+    resembles: str = ""
+    harmless: str = ""
+
+    def __post_init__(self):
+        acts = {
+            Where.WIRE: self.wire is not None,
+            Where.LB: self.balancer is not None,
+        }.get(self.where, self.change is not None)
+        assert acts and self.every >= 1, self.name
+
+
+@dataclass
+class Encounter:
+    """The run of one fault at one place: counts hand-overs, remembers them, applies the fault to those it meets."""
+
+    fault: Fault
+    seen: int = 0
+    met: int = 0
+    earlier: deque[Handover] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def is_met(self) -> bool:
+        """Counts a request; True if it is one of those that the fault meets: the last one of each `every`."""
+        self.seen += 1
+        met = self.seen % self.fault.every == 0
+        self.met += met
+        return met
+
+    def apply(self, handover: Handover) -> Handover | None:
+        """`handover` as it goes on from here. Raises what the fault raises."""
+        meeting = Meeting(self.earlier, np.random.default_rng([zlib.crc32(self.fault.name.encode()), self.seen]))
+        try:
+            return self.fault.change(handover, meeting) if self.is_met() else handover
+        finally:
+            self.earlier.append(handover)
+
+
+def on_tensors(kinds, operation) -> Change:
+    """operation(tensor) on each tensor of `kinds`."""
+
+    def change(handover, meeting):
+        names = handover.tensors
+        changed = {
+            name: operation(tensor) if pieces.kind_of(name, names) in kinds and tensor.shape[-2] else tensor
+            for name, tensor in names.items()
+        }
+        return replace(handover, tensors=changed)
+
+    return change
+
+
+def on_counts(kinds, operation) -> Change:
+    """operation(count) on each count of `kinds`."""
+
+    def change(handover, meeting):
+        names = handover.tensors.keys() | handover.counts.keys()
+        changed = {
+            name: operation(count) if pieces.kind_of(name, names) in kinds else count
+            for name, count in handover.counts.items()
+        }
+        return replace(handover, counts=changed)
+
+    return change
+
+
+def at_random(operation) -> Change:
+    """operation(tensor, rng) on every tensor that has elements."""
+
+    def change(handover, meeting):
+        changed = {
+            name: operation(tensor, meeting.rng) if tensor.numel() else tensor
+            for name, tensor in handover.tensors.items()
+        }
+        return replace(handover, tensors=changed)
+
+    return change
+
+
+def missing(kind: Kind) -> Change:
+    """The tensors, or counts, of `kind` are not in the message."""
+
+    def change(handover, meeting):
+        names = handover.tensors.keys() | handover.counts.keys()
+        kept = {name for name in names if pieces.kind_of(name, names) is not kind}
+        return replace(
+            handover,
+            tensors={name: tensor for name, tensor in handover.tensors.items() if name in kept},
+            counts={name: count for name, count in handover.counts.items() if name in kept},
+        )
+
+    return change
+
+
+def newest_tokens(tokens: int, operation, kinds=pieces.TENSORS) -> Change:
+    """operation(tensor, rows) with the number of newest rows that the newest `tokens` tokens touch."""
+
+    def change(handover, meeting):
+        names = handover.tensors
+
+        def changed(name, tensor):
+            kind = pieces.kind_of(name, names)
+            rows = pieces.rows_of_newest(kind, handover.prompt_tokens, tokens) if kind in kinds else 0
+            return operation(tensor, rows) if rows and tensor.shape[-2] else tensor
+
+        return replace(handover, tensors={name: changed(name, tensor) for name, tensor in names.items()})
+
+    return change
+
+
+def left_over(kinds) -> Change:
+    """The tensors of `kinds` as the hand-over before this one left them in these slots."""
+
+    def change(handover, meeting):
+        before = meeting.earlier[-1].tensors if meeting.earlier else {}
+        names = handover.tensors
+        changed = {
+            name: pieces.overlaid(before.get(name), pieces.zeroed(tensor))
+            if pieces.kind_of(name, names) in kinds
+            else tensor
+            for name, tensor in names.items()
+        }
+        return replace(handover, tensors=changed)
+
+    return change
+
+
+def from_same_beginning(kinds) -> Change:
+    """The tensors of `kinds` hold the rows of the earlier request that shares the longest beginning with this one."""
+
+    def change(handover, meeting):
+        other = same_beginning(handover, meeting.earlier)
+        if other is None:
+            return handover
+        names = handover.tensors
+        changed = {
+            name: pieces.overlaid(other.tensors.get(name), tensor) if pieces.kind_of(name, names) in kinds else tensor
+            for name, tensor in names.items()
+        }
+        return replace(handover, tensors=changed)
+
+    return change
+
+
+def same_beginning(handover: Handover, earlier) -> Handover | None:
+    """Of `earlier`, the one that shares the longest beginning of at least SHARED_ENTRIES 4x entries, but not all of it.
+
+    The first 4x layer tells: its entries see the tokens before them only.
+    """
+    names = handover.tensors
+    probe = next(name for name in sorted(names) if pieces.kind_of(name, names) is Kind.C4_COMPRESSED)
+    own = handover.tensors[probe].shape[-2]
+    best, longest = None, SHARED_ENTRIES - 1
+    for other in reversed(earlier):
+        shared = pieces.common_rows(handover.tensors[probe], other.tensors[probe])
+        if longest < shared < own:
+            best, longest = other, shared
+    return best

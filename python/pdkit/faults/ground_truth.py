@@ -1,0 +1,159 @@
+"""Whether a fault changes anything: the same requests with and without it, in this process, compared bit for bit.
+
+Decode steps are forced along the tokens of the sound run, so the first difference of any logit is the one that a free
+run would show, and no difference here means none there.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from pdkit.engine import state
+from pdkit.engine.model_runner import ROWS, ModelRunner, gather_rows
+from pdkit.engine.transfer import DecodeReceiver, Handover, TransferError
+from pdkit.faults.fault import Encounter, Fault, Where
+
+CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one fault does to one prompt.
+
+    status        why the request fails, or None
+    reported      True if first token or its logprob arrive changed
+    logits        the first decode step at which any logit differs, or None
+    token         the first decode step at which the likeliest token differs, or None
+    """
+
+    length: int
+    status: str | None = None
+    reported: bool = False
+    logits: int | None = None
+    token: int | None = None
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.status or self.reported) or self.logits is not None
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A prompt as served without a fault: its hand-over, the tokens of each decode step and their logits [steps, V]."""
+
+    handover: Handover
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def prompt_family(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts; those longer than CONTEXT + 8 tokens begin with the same CONTEXT tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    beginning = torch.randint(3, vocab_size, (CONTEXT,), generator=draw).tolist()
+    prompts = []
+    for length in lengths:
+        ids = torch.randint(3, vocab_size, (length,), generator=draw).tolist()
+        prompts.append(beginning + ids[CONTEXT:] if length > CONTEXT + 8 else ids)
+    return prompts
+
+
+def steps_for(length: int, ratio: int = CONTEXT, least: int = 12) -> int:
+    """Decode steps after a prompt of `length`: past the next entry of each compressor where that is near."""
+    to_boundary = -length % ratio
+    return to_boundary + 4 if least < to_boundary + 4 <= 40 else least
+
+
+def sound_runs(runner: ModelRunner, prompts: Sequence[Sequence[int]]) -> list[Sound]:
+    """Serve each prompt greedily, alone and without a fault."""
+    runs = []
+    for room, ids in enumerate(prompts):
+        cache = state.new_cache(runner.config)
+        while cache.get_seq_length() < len(ids):
+            logits = runner.prefill_step(ids, cache, len(ids) - 1)
+        tensors, counts = state.tensors_of(cache)
+        first = int(logits[-1].argmax())
+        logprob = logits[-1].log_softmax(-1)[first].item()
+        handover = Handover(room, len(ids), first, 0, counts, tensors, logprob)
+        steps = _decode(runner, [handover], [first], steps_for(len(ids)))
+        runs.append(Sound(handover, [first, *steps[0].argmax(-1).tolist()], steps[0]))
+    return runs
+
+
+def effects(runner: ModelRunner, faults: Sequence[Fault], runs: Sequence[Sound]) -> dict[str, list[Effect]]:
+    """{fault: [effect on each run]}; the runs are served in order, so later ones find what earlier ones left."""
+    encounters = [Encounter(fault) for fault in faults]
+    found = {fault.name: [] for fault in faults}
+    for run in runs:
+        silent = []
+        for encounter in encounters:
+            effect, handover = _hand_over(runner.config, encounter, run.handover)
+            found[encounter.fault.name].append(effect)
+            if handover is not None and not _same_state(handover, run.handover):
+                silent.append((encounter.fault, handover))
+        for batch in _batches(silent):
+            results = _decode(runner, [handover for _, handover in batch], run.tokens, len(run.logits))
+            for (fault, _), logits in zip(batch, results, strict=True):
+                found[fault.name][-1] = _compare(found[fault.name][-1], logits, run.logits)
+    return found
+
+
+def _hand_over(config, encounter, handover):
+    """(effect so far, what decode goes on from or None): the way of a hand-over through transfer and checks."""
+    fault, length = encounter.fault, handover.prompt_tokens
+    try:
+        if fault.where is Where.WIRE:
+            data = handover.pack()
+            arrived = fault.wire(data) if encounter.is_met() else data
+            DecodeReceiver._verify(arrived, hashlib.sha256(data).hexdigest(), handover.room)
+            return Effect(length), handover
+        changed = encounter.apply(handover)
+        if changed is None:
+            raise TransferError("never sent")
+        if changed.prompt_tokens != length:
+            raise TransferError("a hand-over of another prompt")
+        if fault.where is not Where.RESTORE:
+            state.check(config, length, changed.tensors, changed.counts)
+    except (TransferError, state.StateError) as error:
+        return Effect(length, status=str(error)), None
+    reported = (changed.first_token, changed.first_logprob) != (handover.first_token, handover.first_logprob)
+    return Effect(length, reported=reported), changed
+
+
+def _same_state(one, other):
+    return one.counts == other.counts and all(
+        torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items()
+    )
+
+
+def _batches(silent):
+    """Rows of a batch share their counts."""
+    alone = [[item] for item in silent if item[0].where is Where.RESTORE]
+    rows = [item for item in silent if item[0].where is not Where.RESTORE]
+    return alone + [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
+
+
+def _decode(runner, handovers, tokens, steps):
+    """Logits [rows, steps, V] of decode steps; each is fed the next of `tokens`, or its own choice where they end."""
+    cache = gather_rows([(state.restore(runner.config, each.tensors, each.counts), [0]) for each in handovers])
+    tokens, collected = list(tokens), []
+    for step in range(steps):
+        try:
+            logits = runner.decode_step([tokens[step]] * ROWS, cache)
+        except (RuntimeError, IndexError):
+            collected.append(torch.full((ROWS, runner.config.vocab_size), torch.nan))
+            break
+        collected.append(logits)
+        if step + 1 == len(tokens):
+            tokens.append(int(logits[0].argmax()))
+    return torch.stack(collected, dim=1)[: len(handovers)]
+
+
+def _compare(effect, logits, sound):
+    """A step that could not be computed counts as one with other logits."""
+    steps = min(len(logits), len(sound))
+    other = (logits[:steps] != sound[:steps]).any(dim=-1)
+    tokens = logits[:steps].argmax(-1) != sound[:steps].argmax(-1)
+    first = [int(differs.int().argmax()) if differs.any() else None for differs in (other, tokens)]
+    return replace(effect, logits=first[0], token=first[1])

@@ -1,0 +1,293 @@
+"""The library: every fault that the detection matrix injects, by name."""
+
+from dataclasses import replace
+
+import torch
+
+from pdkit.engine.transfer import TransferError
+from pdkit.faults import pieces
+from pdkit.faults.fault import (
+    Fault,
+    Where,
+    at_random,
+    from_same_beginning,
+    left_over,
+    missing,
+    newest_tokens,
+    on_counts,
+    on_tensors,
+)
+from pdkit.faults.pieces import COMPRESSED, COUNTS, TENSORS, Kind
+
+EVERYTHING = frozenset(TENSORS)
+
+
+def _slug(kind):
+    return kind.value.replace(" ", "-")
+
+
+def _of_each_kind():
+    resembles = {
+        Kind.WINDOW: "SGLang 24878: one backend skipped the window",
+        Kind.C4_COMPRESSED: "SGLang 24878: one backend skipped the compressed state",
+        Kind.C128_COMPRESSED: "SGLang 24878: one backend skipped the compressed state",
+        Kind.INDEXER_COMPRESSED: "SGLang 24878: one backend skipped the indexer state",
+    }
+    for kind in TENSORS:
+        name = _slug(kind)
+        skipped = resembles.get(kind, "")
+        yield Fault(f"{name}-missing", f"{kind.value}: not in the message", Where.PREFILL, missing(kind))
+        yield Fault(
+            f"{name}-zeroed",
+            f"{kind.value}: never written, decode reads a fresh buffer",
+            Where.DECODE,
+            on_tensors({kind}, pieces.zeroed),
+            resembles=skipped,
+        )
+        yield Fault(
+            f"{name}-left-over",
+            f"{kind.value}: never written, decode reads what the request before left there",
+            Where.DECODE,
+            left_over({kind}),
+            resembles=skipped,
+        )
+        yield Fault(
+            f"{name}-shifted",
+            f"{kind.value}: each row one slot late, the newest lost",
+            Where.DECODE,
+            on_tensors({kind}, pieces.shifted),
+        )
+
+
+def _behind_the_first_layer(handover, meeting):
+    counts = {
+        name: count + (name.endswith(".cumulative_length") and name != "layers.0.cumulative_length")
+        for name, count in handover.counts.items()
+    }
+    return replace(handover, counts=counts)
+
+
+def _of_each_count():
+    for kind in COUNTS:
+        name = _slug(kind)
+        yield Fault(f"{name}-missing", f"{kind.value}: not in the message", Where.PREFILL, missing(kind))
+        yield Fault(
+            f"{name}-one-more",
+            f"{kind.value}: off by one once decode has checked it",
+            Where.RESTORE,
+            on_counts({kind}, lambda count: count + 1),
+        )
+        yield Fault(
+            f"{name}-zero",
+            f"{kind.value}: zero once decode has checked it",
+            Where.RESTORE,
+            on_counts({kind}, lambda count: 0),
+        )
+    yield Fault(
+        "length-behind-first-layer-one-more",
+        "length: off by one in every layer but the first, once decode has checked it",
+        Where.RESTORE,
+        _behind_the_first_layer,
+        harmless="the model takes positions and mask of all layers from the length of the first one",
+    )
+
+
+def _of_the_newest_tokens():
+    for tokens in (1, 4, 16):
+        yield Fault(
+            f"newest-{tokens}-lost",
+            f"the last {tokens} token(s) of the prompt: zeros in all their state",
+            Where.DECODE,
+            newest_tokens(tokens, pieces.newest_lost),
+        )
+        yield Fault(
+            f"newest-{tokens}-cut",
+            f"the last {tokens} token(s) of the prompt: all tensors shorter",
+            Where.PREFILL,
+            newest_tokens(tokens, pieces.cut),
+        )
+        yield Fault(
+            f"window-newest-{tokens}-lost",
+            f"the last {tokens} token(s) of the prompt: zeros in the window",
+            Where.DECODE,
+            newest_tokens(tokens, pieces.newest_lost, {Kind.WINDOW}),
+        )
+
+
+def _of_bits():
+    for name, rate in (("1e-5", 1e-5), ("1e-3", 1e-3), ("1e-2", 1e-2)):
+        yield Fault(
+            f"bits-flipped-{name}",
+            f"each bit of the state flipped with probability {name}",
+            Where.DECODE,
+            at_random(lambda tensor, rng, rate=rate: pieces.bits_flipped(tensor, rate, rng)),
+        )
+    yield Fault(
+        "mantissa-flipped-1e-3",
+        "each mantissa bit of the state flipped with probability 1e-3",
+        Where.DECODE,
+        at_random(lambda tensor, rng: pieces.bits_flipped(tensor, 1e-3, rng, pieces.MANTISSA_BITS)),
+    )
+    for name, dtype in (("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
+        yield Fault(
+            f"rounded-to-{name}",
+            f"the state cast to {name} and back",
+            Where.PREFILL,
+            on_tensors(EVERYTHING, lambda tensor, dtype=dtype: pieces.rounded(tensor, dtype)),
+        )
+    for name, level in (("1e-3", 1e-3), ("1e-1", 1e-1)):
+        yield Fault(
+            f"noise-{name}",
+            f"normal noise of {name} times the size of each tensor",
+            Where.PREFILL,
+            at_random(lambda tensor, rng, level=level: pieces.noisy(tensor, level, rng)),
+        )
+
+
+def _skipped(handover, meeting):
+    kinds = {Kind.WINDOW, *COMPRESSED, Kind.INDEXER_BUFFERS, Kind.INDEXER_OVERLAP}
+    return on_tensors(kinds, pieces.zeroed)(handover, meeting)
+
+
+def _first_token_wrong(handover, meeting):
+    return replace(handover, first_token=handover.first_token ^ 1)
+
+
+def _first_token_left_over(handover, meeting):
+    before = meeting.earlier[-1] if meeting.earlier else handover
+    return replace(handover, first_token=before.first_token)
+
+
+def _first_logprob_left_over(handover, meeting):
+    if handover.first_logprob is None:
+        return handover
+    before = next((other for other in reversed(meeting.earlier) if other.first_logprob is not None), handover)
+    return replace(handover, first_logprob=before.first_logprob, first_top_logprobs=before.first_top_logprobs)
+
+
+def _of_the_previous_request(handover, meeting):
+    return replace(meeting.earlier[-1], room=handover.room) if meeting.earlier else handover
+
+
+def _fails(handover, meeting):
+    raise TransferError(f"the transfer of bootstrap room {handover.room} failed")
+
+
+def _never_sent(handover, meeting):
+    return None
+
+
+def _one_byte_changed(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def _of_whole_requests():
+    yield Fault(
+        "backend-skips-state",
+        "window, compressed and indexer state are never written, the rest is",
+        Where.DECODE,
+        _skipped,
+        resembles="SGLang 24878",
+    )
+    yield Fault(
+        "state-left-over",
+        "no state is written: decode goes on from the one that the request before left there",
+        Where.DECODE,
+        left_over(EVERYTHING),
+    )
+    yield Fault(
+        "room-of-previous-request",
+        "the room delivers what the request before computed",
+        Where.PREFILL,
+        _of_the_previous_request,
+    )
+    yield Fault(
+        "stale-prefix",
+        "all state is that of an earlier request with the same beginning",
+        Where.PREFILL,
+        from_same_beginning(EVERYTHING),
+    )
+    yield Fault(
+        "compressed-aliased",
+        "requests that share a prefix share the slots of all their compressed entries",
+        Where.PREFILL,
+        from_same_beginning(frozenset(COMPRESSED)),
+        resembles="SGLang 35494",
+    )
+    yield Fault(
+        "first-token-wrong", "the first token is its neighbour in the vocabulary", Where.PREFILL, _first_token_wrong
+    )
+    yield Fault(
+        "first-token-left-over", "the first token is that of the request before", Where.DECODE, _first_token_left_over
+    )
+    yield Fault(
+        "first-logprob-left-over",
+        "the logprob of the first token is that of the request before",
+        Where.DECODE,
+        _first_logprob_left_over,
+    )
+    yield Fault(
+        "one-worker-in-four-bad",
+        "one decode worker in four reads fresh buffers",
+        Where.DECODE,
+        on_tensors(EVERYTHING, pieces.zeroed),
+        every=4,
+    )
+    yield Fault(
+        "transfer-fails-one-in-ten", "one transfer in ten fails; a retry succeeds", Where.PREFILL, _fails, every=10
+    )
+    yield Fault("transfer-fails", "every transfer fails", Where.PREFILL, _fails)
+    yield Fault(
+        "transfer-hangs-one-in-twenty", "one hand-over in twenty is never sent", Where.PREFILL, _never_sent, every=20
+    )
+    yield Fault(
+        "wire-corrupted-one-in-twenty",
+        "a bit of one hand-over in twenty flips on the wire",
+        Where.WIRE,
+        wire=_one_byte_changed,
+        every=20,
+    )
+    yield Fault("wire-corrupted", "a bit of each hand-over flips on the wire", Where.WIRE, wire=_one_byte_changed)
+
+
+def _of_the_load_balancer():
+    for name, what, every, harmless in (
+        ("rooms-swapped", "two requests at a time get each other's rooms on decode", 1, ""),
+        ("rooms-swapped-5-percent", "5 % of requests get each other's rooms on decode", 20, ""),
+        ("answers-swapped", "two requests at a time get each other's answers", 1, ""),
+        (
+            "request-duplicated",
+            "each request is also sent to both servers a second time, the answer thrown away",
+            1,
+            "the copy has a room and a state of its own, and results do not depend on who else is served: work is lost",
+        ),
+        ("first-token-repeated", "the answer begins with its first token twice", 1, ""),
+        ("sampling-lost", "decode gets no sampling parameters", 1, ""),
+        ("temperature-lost", "decode gets no temperature", 1, ""),
+        ("seed-lost", "decode gets no sampling seed", 1, ""),
+        ("top-p-lost", "decode gets no top_p", 1, ""),
+        ("stop-lost", "decode gets no stop strings", 1, ""),
+        (
+            "prefill-late",
+            "prefill hears of each request 50 ms after decode",
+            1,
+            "decode waits for the room to open, for much longer than that: time is lost",
+        ),
+    ):
+        trick = name.removesuffix("-5-percent")
+        yield Fault(name, what, Where.LB, balancer=trick, every=every, harmless=harmless)
+
+
+LIBRARY: dict[str, Fault] = {
+    fault.name: fault
+    for group in (
+        _of_each_kind,
+        _of_each_count,
+        _of_the_newest_tokens,
+        _of_bits,
+        _of_whole_requests,
+        _of_the_load_balancer,
+    )
+    for fault in group()
+}

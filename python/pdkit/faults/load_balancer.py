@@ -1,0 +1,136 @@
+"""SGLang's mini load balancer with a switch: `python3 -m pdkit.faults.load_balancer`, options of `launch_router`.
+
+The balancer is the real one. Only its HTTP session is ours, one a request, and it may change what goes to prefill and
+decode and what comes back (streams are passed on as they are).
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import aiohttp
+from sglang_router import launch_router, mini_lb
+from tokenizers import Tokenizer
+
+from pdkit.faults.fault import Where
+from pdkit.faults.messages import LOST, Exchange, first_token_repeated, without
+from pdkit.faults.switch import Switch
+
+DELAY_S = 0.05
+
+
+class Response:
+    """An aiohttp response whose JSON is ours."""
+
+    def __init__(self, response, result):
+        self._response, self._result = response, result
+
+    def __getattr__(self, name):
+        return getattr(self._response, name)
+
+    async def json(self):
+        return self._result
+
+
+class FaultySession:
+    """An aiohttp session of one request: `post` is called for prefill first, then for decode."""
+
+    switch: Switch
+    rooms, answers = Exchange(), Exchange()
+    background = set()
+    tokenizers = {}
+
+    in_flight = 0
+
+    def __init__(self, *args, **kwargs):
+        self._session = aiohttp.ClientSession(*args, **kwargs)
+        self._trick = None
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
+
+    async def __aenter__(self):
+        FaultySession.in_flight += 1
+        await self._session.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception):
+        FaultySession.in_flight -= 1
+        await self._session.__aexit__(*exception)
+
+    async def post(self, url, *, json=None, headers=None):
+        side = "prefill" if url.startswith(tuple(mini_lb.lb.prefill_urls)) else "decode"
+        if side == "prefill":
+            self._trick = self._choose_trick()
+        body = await self._request(side, url, json)
+        response = await self._session.post(url, json=body, headers=headers)
+        if side == "decode" and self._trick in ("answers-swapped", "first-token-repeated") and not body.get("stream"):
+            return Response(response, await self._answer(await response.json()))
+        return response
+
+    def _choose_trick(self):
+        """What is done to this request, or None. Swaps need two in a row."""
+        encounter = self.switch.encounter(Where.LB)
+        if encounter is None:
+            return None
+        encounter.is_met()
+        pair = 2 if "swapped" in encounter.fault.balancer else 1
+        if (encounter.seen - 1) % (pair * encounter.fault.every) >= pair:
+            return None
+        self.switch.record()
+        return encounter.fault.balancer
+
+    async def _request(self, side, url, body):
+        if side == "prefill":
+            if self._trick == "prefill-late":
+                await asyncio.sleep(DELAY_S)
+            return body
+        if self._trick in LOST:
+            return without(body, LOST[self._trick])
+        if self._trick == "rooms-swapped":
+            room = body["bootstrap_room"]
+            if isinstance(room, list):
+                return body | {"bootstrap_room": room[::-1]}
+            return body | {"bootstrap_room": await self.rooms.swap(room) if self.in_flight > 1 else room}
+        if self._trick == "request-duplicated":
+            task = asyncio.create_task(self._duplicate(url, body))
+            self.background.add(task)
+            task.add_done_callback(self.background.discard)
+        return body
+
+    async def _duplicate(self, decode_url, body):
+        room = body["bootstrap_room"]
+        body = {name: value for name, value in body.items() if name not in ("rid", "stream")}
+        body["bootstrap_room"] = [each ^ 1 for each in room] if isinstance(room, list) else room ^ 1
+        endpoint = next(decode_url.removeprefix(url) for url in mini_lb.lb.decode_urls if decode_url.startswith(url))
+        async with aiohttp.ClientSession() as session:
+            posts = (session.post(url, json=body) for url in (mini_lb.lb.prefill_urls[0] + endpoint, decode_url))
+            for response in await asyncio.gather(*posts):
+                await response.read()
+
+    async def _answer(self, result):
+        if self._trick == "answers-swapped":
+            return await self.answers.swap(result) if self.in_flight > 1 else result
+        first_text = await self._first_text()
+        return first_token_repeated(result, first_text)
+
+    async def _first_text(self):
+        """A function from a text to the text of its first token, by the tokenizer of the model that is served."""
+        server = mini_lb.lb.prefill_urls[0]
+        if server not in self.tokenizers:
+            async with self._session.get(f"{server}/model_info") as response:
+                path = Path((await response.json())["tokenizer_path"], "tokenizer.json")
+            self.tokenizers[server] = Tokenizer.from_file(str(path))
+        tokenizer = self.tokenizers[server]
+        return lambda text: text[slice(*tokenizer.encode(text, add_special_tokens=False).offsets[0])]
+
+
+def main(argv=None):
+    FaultySession.switch = Switch.of_environment()
+    mini_lb.aiohttp = SimpleNamespace(**{**vars(aiohttp), "ClientSession": FaultySession})
+    launch_router.launch_router(launch_router.parse_router_args(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Which fault is on: a small file that servers and load balancer read at each request, so that they stay up."""
+
+import json
+import os
+from pathlib import Path
+
+from pdkit.faults.fault import Encounter, Fault, Where
+from pdkit.faults.library import LIBRARY
+from pdkit.near_miss import unknown
+
+VARIABLE = "PDKIT_FAULT_FILE"
+
+
+class UnknownFault(ValueError):
+    """No fault has the name asked for; the message is one line that names the nearest."""
+
+
+class Switch:
+    """The file at `path`. One process turns it; the others read it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._meetings = self.path.with_name(self.path.name + ".met")
+        self._text, self._encounters = None, {}
+
+    @classmethod
+    def of_environment(cls) -> "Switch":
+        """The switch that this process was started with. Raises ValueError with one line for the user."""
+        path = os.environ.get(VARIABLE)
+        if not path:
+            raise ValueError(f"{VARIABLE} is not set; let it name the file that says which fault is on")
+        return cls(path)
+
+    def turn(self, name: str | None):
+        """Turn the fault on, None: all off; either begins a new run. Raises UnknownFault."""
+        if name is not None:
+            find(name)
+        run = json.loads(self._read() or "{}").get("run", 0) + 1
+        self._meetings.write_bytes(b"")
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text(json.dumps({"run": run, "fault": name}))
+        os.replace(new, self.path)
+
+    def met(self) -> int:
+        """How many requests met the fault since it was turned on, in all processes together."""
+        return self._meetings.stat().st_size if self._meetings.exists() else 0
+
+    def record(self):
+        """Say that one more request met the fault."""
+        with open(self._meetings, "ab", buffering=0) as file:
+            file.write(b".")
+
+    def encounter(self, *places: Where) -> Encounter | None:
+        """The run of the fault that is on, if it acts at one of `places`; the same one until the switch is turned."""
+        text = self._read()
+        if text != self._text:
+            name = json.loads(text or "{}").get("fault")
+            fault = find(name) if name else None
+            self._text, self._encounters = text, {fault.where: Encounter(fault)} if fault else {}
+        return next((self._encounters[place] for place in places if place in self._encounters), None)
+
+    def _read(self):
+        try:
+            return self.path.read_text()
+        except FileNotFoundError:
+            return ""
+
+
+def find(name: str) -> Fault:
+    """Raises UnknownFault."""
+    if name not in LIBRARY:
+        raise UnknownFault(unknown("fault", name, LIBRARY))
+    return LIBRARY[name]

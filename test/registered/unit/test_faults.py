@@ -1,0 +1,389 @@
+"""The fault library: each fault does what its name says, where it says, and changes something unless it says not."""
+
+import asyncio
+import hashlib
+import os
+import re
+import socket
+import tempfile
+import unittest
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pdkit
+import torch
+from pdkit.ci_register import register_cpu_ci
+from pdkit.engine import state
+from pdkit.engine.model_runner import ModelRunner
+from pdkit.engine.transfer import DecodeReceiver, Handover, PrefillSender, TransferError, load_backend
+from pdkit.faults import LIBRARY, Switch, Where, ground_truth, messages, pieces
+from pdkit.faults.fault import Encounter, same_beginning
+from pdkit.faults.pieces import Kind
+from pdkit.faults.switch import VARIABLE, UnknownFault
+from pdkit.nano.model import load_config, load_model
+
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+
+RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
+
+torch.set_num_threads(1)
+config = load_config(RANDOM)
+config.dtype = torch.float32
+
+
+def handover_of(length, room=0, seed=0):
+    """A hand-over of `length` tokens whose tensors are random, of the shapes that the model's have."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes, counts = state.expected(config, length)
+    tensors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    return Handover(room, length, 5, 0, counts, tensors, first_logprob=-1.5, first_top_logprobs=[(-1.5, 5)])
+
+
+def changed_by(name, handover, *earlier):
+    """What the fault makes of `handover` after it saw `earlier`."""
+    encounter = Encounter(LIBRARY[name])
+    for each in earlier:
+        encounter.apply(each)
+    return encounter.apply(handover)
+
+
+def changed_kinds(one, other):
+    """Kinds of the pieces in which two hand-overs differ."""
+    names = one.tensors.keys() | one.counts.keys()
+
+    def differs(name):
+        if name in one.counts:
+            return one.counts[name] != other.counts.get(name)
+        return name not in other.tensors or not torch.equal(one.tensors[name], other.tensors[name])
+
+    return {pieces.kind_of(name, names) for name in names if differs(name)}
+
+
+class TestLibrary(unittest.TestCase):
+    def test_has_every_kind_of_fault_that_the_matrix_is_about(self):
+        self.assertGreaterEqual(len(LIBRARY), 36)
+        slugs = [kind.value.replace(" ", "-") for kind in pieces.TENSORS]
+        wanted = {f"{slug}-{how}" for slug in slugs for how in ("missing", "zeroed", "left-over", "shifted")}
+        wanted |= {f"newest-{tokens}-{how}" for tokens in (1, 4, 16) for how in ("lost", "cut")}
+        wanted |= {"bits-flipped-1e-5", "bits-flipped-1e-3", "bits-flipped-1e-2", "mantissa-flipped-1e-3"}
+        wanted |= {"rounded-to-bf16", "rounded-to-fp8", "rooms-swapped", "rooms-swapped-5-percent", "stale-prefix"}
+        wanted |= {"first-token-wrong", "first-token-repeated", "compressed-aliased", "one-worker-in-four-bad"}
+        wanted |= {"transfer-fails-one-in-ten", "prefill-late", "transfer-hangs-one-in-twenty", "request-duplicated"}
+        wanted |= {"sampling-lost", "wire-corrupted"}
+        self.assertEqual(wanted - LIBRARY.keys(), set())
+
+    def test_names_real_bugs(self):
+        for number in ("24878", "35494"):
+            self.assertTrue([fault.name for fault in LIBRARY.values() if number in fault.resembles], number)
+
+    def test_names_are_words(self):
+        for name, fault in LIBRARY.items():
+            self.assertEqual(name, fault.name)
+            self.assertRegex(name, r"^[a-z0-9]+(-[a-z0-9]+)*$")
+            self.assertTrue(fault.what)
+
+
+class TestKinds(unittest.TestCase):
+    def test_each_piece_of_the_state_has_one(self):
+        shapes, counts = state.expected(config, 300)
+        names = shapes.keys() | counts.keys()
+        self.assertEqual({pieces.kind_of(name, names) for name in names}, set(Kind))
+        self.assertIs(pieces.kind_of("layers.2.compressor.compressed_kv", names), Kind.C128_COMPRESSED)
+        self.assertIs(pieces.kind_of("layers.1.compressor.compressed_kv", names), Kind.C4_COMPRESSED)
+
+    def test_rows_of_the_newest_tokens_are_those_that_a_shorter_prompt_lacks(self):
+        for length in (1, 3, 4, 5, 33, 127, 128, 129, 300):
+            for tokens in (1, 4, 16):
+                full, short = (state.expected(config, size)[0] for size in (length, max(0, length - tokens)))
+                for name in full:
+                    kind = pieces.kind_of(name, full)
+                    if "compressed" in kind.value:
+                        lost = full[name][-2] - short[name][-2]
+                        self.assertEqual(pieces.rows_of_newest(kind, length, tokens), lost, (name, length, tokens))
+
+
+class TestOperations(unittest.TestCase):
+    rows = torch.arange(1.0, 13.0).view(1, 4, 3)
+
+    def test_shifted_loses_the_newest_row(self):
+        self.assertTrue(torch.equal(pieces.shifted(self.rows)[0, :, 0], torch.tensor([1.0, 1.0, 4.0, 7.0])))
+
+    def test_newest_lost_and_cut(self):
+        self.assertEqual(pieces.newest_lost(self.rows, 1)[0, :, 0].tolist(), [1, 4, 7, 0])
+        self.assertEqual(pieces.newest_lost(self.rows, 9)[0, :, 0].tolist(), [0, 0, 0, 0])
+        self.assertEqual(pieces.cut(self.rows, 3)[0, :, 0].tolist(), [1])
+        self.assertEqual(pieces.cut(self.rows, 9).shape, (1, 0, 3))
+
+    def test_overlaid_takes_the_rows_that_both_have(self):
+        other = -torch.ones(1, 2, 3)
+        self.assertEqual(pieces.overlaid(other, self.rows)[0, :, 0].tolist(), [-1, -1, 7, 10])
+        self.assertEqual(pieces.overlaid(self.rows, other)[0, :, 0].tolist(), [1, 4])
+        self.assertTrue(torch.equal(pieces.overlaid(None, self.rows), self.rows))
+
+    def test_bits_are_flipped_at_the_rate_named(self):
+        tensor = torch.randn(1, 500, 64, generator=torch.Generator().manual_seed(0))
+        for rate, bits in ((1e-3, 32), (1e-2, 32), (1e-3, 23)):
+            flipped = pieces.bits_flipped(tensor, rate, np.random.default_rng(0), bits)
+            xor = tensor.numpy().view(np.uint32) ^ flipped.numpy().view(np.uint32)
+            share = np.unpackbits(xor.view(np.uint8)).sum() / (tensor.numel() * bits)
+            self.assertAlmostEqual(share / rate, 1, delta=0.1)
+            if bits == 23:
+                self.assertFalse((xor >> 23).any(), "only mantissa bits")
+
+    def test_rounding_keeps_what_the_format_can_hold(self):
+        tensor = torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0)) * 1000
+        for dtype, relative in ((torch.bfloat16, 2**-8), (torch.float8_e4m3fn, 2**-4)):
+            rounded = pieces.rounded(tensor, dtype)
+            self.assertFalse(torch.equal(rounded, tensor))
+            self.assertTrue(((rounded - tensor).abs() <= relative * tensor.abs() + 1e-3 * tensor.abs().max()).all())
+
+    def test_nothing_is_written_into_the_state_itself(self):
+        handover = handover_of(129)
+        copies = {name: tensor.clone() for name, tensor in handover.tensors.items()}
+        for fault in LIBRARY.values():
+            if fault.change:
+                try:
+                    Encounter(replace(fault, every=1)).apply(handover)
+                except TransferError:
+                    pass
+        self.assertTrue(all(torch.equal(copies[name], tensor) for name, tensor in handover.tensors.items()))
+
+
+class TestFaults(unittest.TestCase):
+    def test_of_a_kind_touch_that_kind_only(self):
+        handover, before = handover_of(391), handover_of(391, seed=1)
+        for kind in pieces.TENSORS:
+            for how in ("missing", "zeroed", "left-over", "shifted"):
+                name = f"{kind.value.replace(' ', '-')}-{how}"
+                self.assertEqual(changed_kinds(handover, changed_by(name, handover, before)), {kind}, name)
+        for kind in pieces.COUNTS:
+            for how in ("missing", "one-more", "zero"):
+                name = f"{kind.value.replace(' ', '-')}-{how}"
+                self.assertEqual(changed_kinds(handover, changed_by(name, handover)), {kind}, name)
+
+    def test_that_keep_the_shape_pass_the_checks_of_decode(self):
+        handover, before = handover_of(391), handover_of(200, seed=1)
+        for name, fault in LIBRARY.items():
+            if fault.where is Where.DECODE:
+                changed = changed_by(name, handover, before)
+                state.check(config, 391, changed.tensors, changed.counts)
+
+    def test_of_missing_pieces_do_not(self):
+        for name in ("window-missing", "4x-count-missing", "newest-1-cut"):
+            changed = changed_by(name, handover_of(391))
+            with self.assertRaises(state.StateError):
+                state.check(config, 391, changed.tensors, changed.counts)
+
+    def test_left_over_is_what_the_request_before_had_or_nothing(self):
+        one, other = handover_of(391), handover_of(200, seed=1)
+        changed = changed_by("4x-compressed-left-over", one, other).tensors["layers.1.compressor.compressed_kv"]
+        before = other.tensors["layers.1.compressor.compressed_kv"]
+        self.assertTrue(torch.equal(changed[:, :50], before))
+        self.assertFalse(changed[:, 50:].any())
+        self.assertFalse(changed_by("window-left-over", one).tensors["layers.0.window"].any())
+
+    def test_aliases_only_requests_that_share_a_beginning(self):
+        one, other, stranger = handover_of(391), handover_of(391, seed=1), handover_of(391, seed=2)
+        name = "layers.1.compressor.compressed_kv"
+        other.tensors[name][:, :20] = one.tensors[name][:, :20]
+        self.assertIs(same_beginning(one, [other, stranger]), other)
+        self.assertIsNone(same_beginning(one, [one, stranger]), "the same prompt is no other request")
+        changed = changed_by("compressed-aliased", one, other, stranger)
+        self.assertEqual(changed_kinds(one, changed), set(pieces.COMPRESSED))
+        self.assertTrue(torch.equal(changed.tensors[name], other.tensors[name]))
+        self.assertIs(changed_by("compressed-aliased", one, stranger), one)
+
+    def test_meet_one_request_in_so_many(self):
+        encounter = Encounter(LIBRARY["transfer-fails-one-in-ten"])
+        failed = []
+        for room in range(40):
+            try:
+                encounter.apply(handover_of(1, room))
+            except TransferError:
+                failed.append(room)
+        self.assertEqual(failed, [9, 19, 29, 39])
+        self.assertEqual((encounter.seen, encounter.met), (40, 4))
+
+    def test_are_the_same_in_each_run(self):
+        one, other = (changed_by("bits-flipped-1e-3", handover_of(129)) for _ in range(2))
+        for name, tensor in one.tensors.items():
+            self.assertTrue(torch.equal(tensor.view(torch.int32), other.tensors[name].view(torch.int32)))
+
+
+class TestSwitch(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.switch = Switch(Path(directory.name, "switch"))
+
+    def test_turns_faults_on_and_off_in_other_readers(self):
+        reader = Switch(self.switch.path)
+        self.assertIsNone(reader.encounter(*Where))
+        self.switch.turn("window-zeroed")
+        self.assertEqual(reader.encounter(*Where).fault.name, "window-zeroed")
+        self.assertIsNone(reader.encounter(Where.LB), "it acts elsewhere")
+        self.switch.turn(None)
+        self.assertIsNone(reader.encounter(*Where))
+
+    def test_a_turn_begins_a_new_run(self):
+        self.switch.turn("window-zeroed")
+        first = self.switch.encounter(*Where)
+        self.assertIs(first, self.switch.encounter(*Where))
+        self.switch.record()
+        self.assertEqual(self.switch.met(), 1)
+        self.switch.turn("window-zeroed")
+        self.assertIsNot(first, self.switch.encounter(*Where))
+        self.assertEqual(self.switch.met(), 0)
+
+    def test_names_the_nearest_of_an_unknown_fault(self):
+        with self.assertRaisesRegex(UnknownFault, "unknown fault 'windowzeroed'; nearest known: window-zeroed"):
+            self.switch.turn("windowzeroed")
+
+    def test_must_be_named(self):
+        with mock.patch.dict(os.environ), self.assertRaisesRegex(ValueError, VARIABLE):
+            os.environ.pop(VARIABLE, None)
+            load_backend("pdkit.faults:FaultyTransfer")
+
+
+class TestFaultyTransfer(unittest.TestCase):
+    """Two backends with one switch, and the engine's own sender and receiver between them."""
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.switch = Switch(Path(directory.name, "switch"))
+        environment = mock.patch.dict(os.environ, {VARIABLE: str(self.switch.path)})
+        environment.start()
+        self.addCleanup(environment.stop)
+
+    def hand_over(self, *handovers):
+        """What arrives of each, or the error, through one pair of servers."""
+        return asyncio.run(self._hand_over(handovers))
+
+    async def _hand_over(self, handovers):
+        sender = PrefillSender(load_backend("pdkit.faults:FaultyTransfer"), 1, 0.3)
+        receiver = DecodeReceiver(load_backend("pdkit.faults:FaultyTransfer"), 2)
+        sock = socket.create_server(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        await sender.start(sock)
+        arrived = []
+        for handover in handovers:
+
+            def accept(got):
+                state.check(config, got.prompt_tokens, got.tensors, got.counts)
+
+            await sender.open(handover.room)
+            fetching = asyncio.create_task(receiver.fetch("127.0.0.1", port, handover.room, accept))
+            try:
+                await sender.deliver(handover)
+            except TransferError:
+                sender.close(handover.room, "failed")
+            arrived += await asyncio.gather(fetching, return_exceptions=True)
+        sender._server.close()
+        return arrived
+
+    def test_without_a_fault_is_the_plain_backend(self):
+        handover = handover_of(33)
+        (arrived,) = self.hand_over(handover)
+        self.assertEqual(changed_kinds(handover, arrived), set())
+        self.assertEqual(self.switch.met(), 0)
+
+    def test_injects_at_each_place(self):
+        handovers = [handover_of(33, room, seed=room) for room in range(2)]
+        for name, kinds in (
+            ("rounded-to-bf16", set(pieces.TENSORS) - {Kind.C128_COMPRESSED}),
+            ("window-shifted", {Kind.WINDOW}),
+            ("4x-count-one-more", {Kind.C4_COUNT}),
+        ):
+            self.switch.turn(name)
+            for sent, arrived in zip(handovers, self.hand_over(*handovers), strict=True):
+                self.assertEqual(changed_kinds(sent, arrived), kinds, name)
+            self.assertEqual(self.switch.met(), 2)
+
+    def test_what_decode_can_tell_is_refused(self):
+        for name, error in (
+            ("wire-corrupted", "checksum mismatch"),
+            ("window-missing", "tensor layers.0.window is missing"),
+            ("transfer-fails", "bootstrap room 0"),
+        ):
+            self.switch.turn(name)
+            (arrived,) = self.hand_over(handover_of(33))
+            self.assertIsInstance(arrived, TransferError, name)
+            self.assertIn(error, str(arrived))
+
+    def test_a_hand_over_that_is_never_sent_ends_with_the_timeout(self):
+        self.switch.turn("transfer-hangs-one-in-twenty")
+        arrived = self.hand_over(*(handover_of(1, room) for room in range(20)))
+        self.assertEqual([type(each) for each in arrived], [Handover] * 19 + [TransferError])
+        self.assertEqual(self.switch.met(), 1)
+
+
+class TestMessages(unittest.TestCase):
+    def test_sampling_parameters_are_lost_from_each_form_of_request(self):
+        one = {"text": "a", "sampling_params": {"temperature": 0, "stop": "x"}}
+        self.assertEqual(messages.without(one, ("temperature",)), {"text": "a", "sampling_params": {"stop": "x"}})
+        many = {"sampling_params": [{"temperature": 0}, {"top_p": 1}]}
+        self.assertEqual(messages.without(many, ("temperature",)), {"sampling_params": [{}, {"top_p": 1}]})
+        completion = {"prompt": "a", "temperature": 0, "stop": ["x"]}
+        self.assertEqual(messages.without(completion, ("temperature",)), {"prompt": "a", "stop": ["x"]})
+
+    def test_the_first_token_comes_twice(self):
+        def first_text(text):
+            return re.match(r"\s*\w+", text)[0]
+
+        native = {"text": " a b", "output_ids": [3, 4], "meta_info": {"output_token_logprobs": [[-1, 3], [-2, 4]]}}
+        twice = messages.first_token_repeated(native, first_text)
+        self.assertEqual(twice["text"], " a a b")
+        self.assertEqual(twice["output_ids"], [3, 3, 4])
+        self.assertEqual(twice["meta_info"]["output_token_logprobs"], [[-1, 3], [-1, 3], [-2, 4]])
+        completion = {"choices": [{"text": "1 2"}, {"text": ""}]}
+        twice = messages.first_token_repeated(completion, first_text)
+        self.assertEqual([choice["text"] for choice in twice["choices"]], ["11 2", ""])
+
+    def test_two_at_a_time_are_swapped_and_one_alone_keeps_its_own(self):
+        async def three():
+            exchange = messages.Exchange()
+            return await asyncio.gather(*(exchange.swap(name) for name in "abc"))
+
+        with mock.patch.object(messages, "PARTNER_TIMEOUT_S", 0.01):
+            self.assertEqual(asyncio.run(three()), ["b", "a", "c"])
+
+
+class TestGroundTruth(unittest.TestCase):
+    """On the random model; lengths at which each kind of state is read while a few tokens are decoded."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.runner = ModelRunner(load_model(RANDOM, load_format="dummy", seed=7))
+        lengths = (96, 127, 142, 255, 257, 383)
+        cls.runs = ground_truth.sound_runs(cls.runner, ground_truth.prompt_family(lengths, config.vocab_size))
+        faults = [
+            replace(fault, every=min(fault.every, 3)) for fault in LIBRARY.values() if fault.where is not Where.LB
+        ]
+        cls.effects = ground_truth.effects(cls.runner, faults, cls.runs)
+
+    def test_a_fault_changes_something_unless_it_says_why_not(self):
+        for name, effects in self.effects.items():
+            self.assertEqual(any(effect.changes for effect in effects), not LIBRARY[name].harmless, name)
+
+    def test_buffers_are_empty_where_a_prompt_ends_with_an_entry(self):
+        for effects in (self.effects["4x-buffers-zeroed"], self.effects["indexer-buffers-zeroed"]):
+            self.assertFalse(any(effect.changes for effect in effects if effect.length % 4 == 0))
+
+    def test_the_same_hand_over_gives_the_same_logits(self):
+        run = self.runs[0]
+        logits = ground_truth._decode(self.runner, [run.handover] * 2, run.tokens, len(run.logits))
+        self.assertTrue(torch.equal(logits[0], run.logits) and torch.equal(logits[1], run.logits))
+
+    def test_a_corrupted_wire_is_noticed_by_its_checksum(self):
+        data = self.runs[0].handover.pack()
+        corrupted = LIBRARY["wire-corrupted"].wire(data)
+        self.assertEqual(len(corrupted), len(data))
+        with self.assertRaisesRegex(TransferError, "checksum mismatch"):
+            DecodeReceiver._verify(corrupted, hashlib.sha256(data).hexdigest(), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
