@@ -279,6 +279,7 @@ class ServerCounters:
     sent: int = 0
     received: int = 0
     failed: int = 0
+    bytes: int = 0
     prefill_tokens: int = 0
     rooms: int = 0
     running: int = 0
@@ -311,7 +312,7 @@ def counters_of(info: Mapping[str, Any]) -> ServerCounters | None:
         prefill_tokens=info["engine"]["prefill_tokens"],
         rooms=info["rooms"],
         running=sum(state.get("running_requests", 0) for state in info.get("internal_states", ())),
-        **{name: info["transfer"][name] for name in ("sent", "received", "failed")},
+        **{name: info["transfer"][name] for name in ("sent", "received", "failed", "bytes")},
     )
 
 

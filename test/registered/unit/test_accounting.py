@@ -49,7 +49,7 @@ ERROR = {"object": "error", "message": "KV transfer failed", "code": 500}
 def info(requests=0, sent=0, received=0, failed=0, prefill_tokens=0, rooms=0, running=0):
     return {
         "engine": {"requests": requests, "prefill_tokens": prefill_tokens},
-        "transfer": {"sent": sent, "received": received, "failed": failed},
+        "transfer": {"sent": sent, "received": received, "failed": failed, "bytes": 100 * (sent + received)},
         "rooms": rooms,
         "internal_states": [{"running_requests": running}],
     }
@@ -313,7 +313,7 @@ class TestCounters(unittest.TestCase):
     def test_what_is_held_now_is_no_difference(self):
         before = counters_of(info(requests=10, sent=9, rooms=3, running=2))
         after = counters_of(info(requests=14, sent=13, rooms=1, running=1))
-        self.assertEqual(after.since(before), ServerCounters(requests=4, sent=4, rooms=1, running=1))
+        self.assertEqual(after.since(before), ServerCounters(requests=4, sent=4, bytes=400, rooms=1, running=1))
 
     def test_sglang_offers_none(self):
         self.assertIsNone(counters_of({"internal_states": [{}], "version": "0.5.23"}))
@@ -322,7 +322,8 @@ class TestCounters(unittest.TestCase):
         prefill = StubServer(self, info=(200, info(requests=4, sent=4)))
         decodes = [StubServer(self, info=(200, info(requests=2, received=2))) for _ in range(2)]
         pair = read_pair([prefill.url], [each.url for each in decodes], settle=5)
-        self.assertEqual(pair, PairCounters(ServerCounters(requests=4, sent=4), ServerCounters(requests=4, received=4)))
+        sent, received = (ServerCounters(requests=4, bytes=400, **{name: 4}) for name in ("sent", "received"))
+        self.assertEqual(pair, PairCounters(sent, received))
         decodes[0].info = (200, info(requests=2, received=2, running=1))
         self.assertFalse(read_pair([prefill.url], [each.url for each in decodes], settle=0.1).is_idle)
 

@@ -1,0 +1,546 @@
+"""Parity: what counts as a difference, which differences fail, what is sent, and that no check can pass unasked."""
+
+import json
+import math
+import random
+import threading
+import unittest
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.integrity import Outcome, Rejections
+from pdkit.parity import FLOAT_ROUNDING, LEVEL, Answer, AnswerError, Distribution, Parity, compare, quantile
+from pdkit.parity_kit import ParityMixin, References, RequestFailed, collect
+from pdkit.parity_plan import (
+    Geometry,
+    PlanOptions,
+    Prompts,
+    Round,
+    a_stop,
+    completion_variations,
+    generate_probe,
+    generate_variations,
+    lengths_of,
+    make_plan,
+)
+
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+
+NANO = {
+    "vocab_size": 520,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+    "max_position_embeddings": 4096,
+}
+NANO_INFO = {"chunked_prefill_size": 128, "context_length": 4096}
+
+
+def answer(tokens=(5, 6, 7), logprobs=None, **fields):
+    logprobs = tuple(-0.5 - 0.1 * i for i in range(len(tokens))) if logprobs is None else tuple(logprobs)
+    alternatives = tuple(((p, t), (-2.0, 100), (-3.0, 101)) for p, t in zip(logprobs, tokens))
+    return Answer(tuple(tokens), logprobs, alternatives, **{"text": str(tokens), "finish": "length 3", **fields})
+
+
+def generate_body(tokens=(5, 6), logprobs=(-0.5, -0.6), **meta):
+    info = {
+        "finish_reason": {"type": "length", "length": 2},
+        "prompt_tokens": 4,
+        "cached_tokens": 0,
+        "output_token_logprobs": [[p, t, None] for p, t in zip(logprobs, tokens)],
+        "output_top_logprobs": [[[p, t, None], [-9.0, 1, None]] for p, t in zip(logprobs, tokens)],
+        "input_token_logprobs": [],
+    }
+    return {"text": "x", "output_ids": list(tokens), "meta_info": {**info, **meta}}
+
+
+class TestAnswer(unittest.TestCase):
+    def test_of_generate(self):
+        found = Answer.of_generate(
+            generate_body(cached_tokens=3, input_token_logprobs=[[None, 1, None], [-1.0, 2, None]])
+        )
+        self.assertEqual((found.tokens, found.logprobs), ((5, 6), (-0.5, -0.6)))
+        self.assertEqual(found.alternatives[0], ((-0.5, 5), (-9.0, 1)))
+        self.assertEqual((found.prompt_logprobs, found.cached_tokens), ((None, -1.0), 3))
+        self.assertEqual(found.finish, "length 2")
+
+    def test_logprobs_that_are_missing_or_of_other_tokens_are_an_error(self):
+        for body in (
+            generate_body(output_token_logprobs=[]),
+            generate_body(output_token_logprobs=[[-0.5, 5, None], [-0.6, 7, None]]),
+            {"text": "x"},
+            {"error": {"message": "no"}},
+            [],
+        ):
+            with self.subTest(body=body), self.assertRaises(AnswerError):
+                Answer.of_generate(body)
+        self.assertEqual(
+            Answer.of_generate(generate_body(output_token_logprobs=[]), asked_logprobs=False).tokens, (5, 6)
+        )
+
+    def test_of_completion(self):
+        choice = {"text": "4", "finish_reason": "stop", "matched_stop": "\n"}
+        body = {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+        found = Answer.of_completion(body)
+        self.assertEqual((found.text, found.finish, found.prompt_tokens), ("4", "stop \n after 2 tokens", 3))
+        for broken in ({}, {**body, "choices": []}, {**body, "choices": [choice, choice]}, {"choices": [choice]}):
+            with self.assertRaises(AnswerError):
+                Answer.of_completion(broken)
+
+    def test_of_stream(self):
+        events = [
+            {"text": text, "meta_info": {"finish_reason": None, "prompt_tokens": 3}} for text in ("a", "ab", "abc")
+        ]
+        self.assertEqual(Answer.of_stream(events).text, "abc")
+        for broken in ([], events[::-1], [{"error": {}}]):
+            with self.assertRaises(AnswerError):
+                Answer.of_stream(broken)
+
+
+class TestCompare(unittest.TestCase):
+    def test_equal(self):
+        self.assertTrue(compare(answer(), answer(cached_tokens=128)).is_none)
+
+    def test_the_last_bit_of_a_logprob_is_a_difference(self):
+        other = replace(answer(), logprobs=(-0.5, math.nextafter(-0.6, 0), -0.7))
+        self.assertFalse(compare(answer(), other).is_none)
+
+    def test_the_last_bit_of_an_alternative_is_a_difference(self):
+        rows = list(answer().alternatives)
+        rows[2] = (rows[2][0], (math.nextafter(-2.0, 0), 100), rows[2][2])
+        self.assertFalse(compare(answer(), replace(answer(), alternatives=tuple(rows))).is_none)
+
+    def test_positions_after_the_first_other_token_are_not_compared(self):
+        difference = compare(answer((5, 6, 7)), answer((5, 9, 7), (-0.5, -0.8, -99.0)))
+        self.assertEqual((difference.diverged, len(difference.deltas)), (1, 2))
+        self.assertAlmostEqual(difference.largest, 3.0 - 0.6)
+
+    def test_a_shorter_answer_diverges_where_it_ends(self):
+        self.assertEqual(compare(answer((5, 6, 7)), answer((5, 6))).diverged, 2)
+        self.assertEqual(compare(answer(()), answer((5,))).diverged, 0)
+
+    def test_everything_else_that_differs_is_named(self):
+        for change in ({"text": "no"}, {"finish": "stop 5"}, {"prompt_tokens": 9}, {"prompt_logprobs": (None, -1.0)}):
+            self.assertEqual(compare(answer(), answer(**change)).other, tuple(change))
+        self.assertEqual(compare(answer(), replace(answer(), alternatives=())).other, ("number of logprobs",))
+        self.assertEqual(
+            compare(answer(), replace(answer(), logprobs=(), alternatives=())).other, ("number of logprobs",)
+        )
+
+    def test_nan_is_infinitely_far(self):
+        for ours, theirs in ((-0.5, math.nan), (math.nan, -0.5), (math.nan, math.nan)):
+            difference = compare(answer((5,), (ours,)), answer((5,), (theirs,)))
+            self.assertEqual(difference.largest, math.inf)
+
+    def test_quantile(self):
+        values = [float(i) for i in range(1, 101)]
+        self.assertEqual([quantile(values, share) for share in (0.0, 0.5, 0.99, 1.0)], [1.0, 50.0, 99.0, 100.0])
+        self.assertEqual(quantile([], 0.5), 0.0)
+
+
+class TestEqualRule(unittest.TestCase):
+    def parity(self, candidate, rounding=0.0):
+        return Parity("test", ("a", "b"), [answer(), answer((8, 9, 10))], candidate, rounding=rounding)
+
+    def test_equal_passes(self):
+        self.parity([answer(), answer((8, 9, 10))]).assert_passed()
+
+    def test_each_difference_fails_and_is_told(self):
+        for changed, told in (
+            (answer((8, 9, 11)), "b: token 2 is 11, expected 10"),
+            (answer((8, 9)), "b: token 2 is end, expected 10"),
+            (answer((8, 9, 10), (-0.5, -0.6, -0.75)), "b: logprobs differ first at token 2, by up to 0.05"),
+            (answer((8, 9, 10), finish="stop 3"), "b: finish is 'stop 3', expected 'length 3'"),
+            (answer((8, 9, 10), text="no"), "b: text is 'no'"),
+            (replace(answer((8, 9, 10)), alternatives=()), "b: another number of logprobs"),
+        ):
+            with self.subTest(told=told), self.assertRaises(AssertionError) as caught:
+                self.parity([answer(), changed]).assert_passed()
+            self.assertIn(told, str(caught.exception))
+            self.assertIn("1 of 2 equal to the bit", str(caught.exception))
+
+    def test_swapped_answers_fail(self):
+        self.assertEqual(len(self.parity([answer((8, 9, 10)), answer()]).problems), 2)
+
+    def test_rounding_covers_logprobs_and_no_token(self):
+        nearly = answer((8, 9, 10), (-0.5, -0.6, -0.7 + FLOAT_ROUNDING / 2))
+        self.assertTrue(self.parity([answer(), nearly]).problems)
+        self.assertEqual(self.parity([answer(), nearly], FLOAT_ROUNDING).problems, ())
+        further = answer((8, 9, 10), (-0.5, -0.6, -0.7 + 2 * FLOAT_ROUNDING))
+        self.assertTrue(self.parity([answer(), further], FLOAT_ROUNDING).problems)
+        self.assertTrue(self.parity([answer(), answer((8, 9, 11))], FLOAT_ROUNDING).problems)
+
+    def test_arms_must_pair_up_and_hold_something(self):
+        for names, arm in (((), []), (("a",), []), (("a",), [answer(), answer()])):
+            with self.assertRaises(ValueError):
+                Parity("test", names, arm, arm)
+
+
+class TestControlRule(unittest.TestCase):
+    """Arms of 60 requests: each logprob is off by noise, and a token flips in one request of ten."""
+
+    SIZE = 60
+
+    def arm(self, rng, noise=0.01, flips=0.1):
+        def noisy(index):
+            rows = []
+            for token in (index, index + 1, index + 2):
+                tie = -0.7 if token == index + 2 else -2.0
+                rows.append([(-0.69 + rng.gauss(0, noise), token), (tie + rng.gauss(0, noise), token + 50), (-3.0, 1)])
+            if rng.random() < flips:
+                rows[2][:2] = rows[2][1::-1]
+            firsts = [row[0] for row in rows]
+            alternatives = tuple(map(tuple, rows))
+            return Answer(tuple(token for _, token in firsts), tuple(p for p, _ in firsts), alternatives)
+
+        return [noisy(index) for index in range(self.SIZE)]
+
+    def parity(self, seed, **candidate):
+        rng = random.Random(seed)
+        names = tuple(f"p{i}" for i in range(self.SIZE))
+        reference = self.arm(rng, noise=0, flips=0)
+        control = self.arm(rng)
+        return Parity("test", names, reference, self.arm(rng, **candidate), control)
+
+    def test_two_draws_of_the_same_thing_pass(self):
+        failed = sum(bool(self.parity(seed).problems) for seed in range(200))
+        self.assertEqual(failed, 0, f"level {LEVEL}")
+
+    def test_more_noise_in_every_answer_fails_by_the_sign_test(self):
+        problems = self.parity(1, noise=0.03).problems
+        self.assertEqual(len(problems), 1)
+        self.assertIn("exact sign test", problems[0])
+
+    def test_more_flipped_tokens_fail_by_mcnemar(self):
+        problems = self.parity(1, noise=0.01, flips=0.6).problems
+        self.assertTrue(any("McNemar" in problem for problem in problems), problems)
+
+    def test_one_answer_of_another_request_fails(self):
+        parity = self.parity(2)
+        candidate = list(parity.candidate)
+        candidate[7] = answer((400, 401, 402))
+        problems = replace(parity, candidate=candidate).problems
+        self.assertEqual(len(problems), 1)
+        self.assertIn("p7: a logprob is off by", problems[0])
+
+    def test_another_finish_reason_of_the_same_tokens_fails(self):
+        parity = self.parity(2)
+        kept = next(i for i, same in enumerate(parity.candidate_distribution.same_tokens) if same)
+        candidate = list(parity.candidate)
+        candidate[kept] = replace(candidate[kept], finish="abort")
+        self.assertEqual(replace(parity, candidate=candidate).problems, (f"p{kept}: another finish",))
+
+    def test_the_report_shows_both_distributions(self):
+        report = self.parity(1, noise=0.03).report()
+        for part in (
+            "FAIL",
+            "candidate  ",
+            "control    ",
+            "p99",
+            "not further from the reference than the control arm",
+        ):
+            self.assertIn(part, report)
+
+
+class TestPlan(unittest.TestCase):
+    def geometry(self):
+        return Geometry.of(NANO, NANO_INFO)
+
+    def test_geometry_of_both_kinds_of_config(self):
+        self.assertEqual(self.geometry(), Geometry(520, 32, (4, 128), 128, 128, 4096))
+        deepseek = {
+            "vocab_size": 9,
+            "sliding_window": 128,
+            "compress_ratios": [0, 4, 128, 4],
+            "max_position_embeddings": 10**6,
+        }
+        found = Geometry.of(deepseek, {"chunked_prefill_size": 8192, "page_size": 256, "context_length": None})
+        self.assertEqual(found, Geometry(9, 128, (4, 128), 8192, 256, 10**6))
+        self.assertEqual(Geometry.of({"vocab_size": 9}, {}).ratios, ())
+
+    def test_lengths_are_around_every_edge(self):
+        found = lengths_of(self.geometry(), PlanOptions())
+        wanted = [1, 3, 4, 5, 31, 32, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 700, 1000]
+        self.assertEqual(list(found), wanted)
+
+    def test_lengths_leave_room_in_a_short_context(self):
+        short = Geometry.of(NANO, {**NANO_INFO, "context_length": 600})
+        self.assertLessEqual(max(lengths_of(short, PlanOptions())), 600 - 8 * PlanOptions().tokens)
+        for round_ in make_plan(short, self.prompts()).rounds:
+            for probe in round_.probes:
+                new = probe.request["sampling_params"]["max_new_tokens"]
+                self.assertLessEqual(probe.prompt_length + new, 600, probe.name)
+
+    def prompts(self, seed=0):
+        natural = random.Random(7).choices(range(5, 520), k=9000)
+        return Prompts(range(5, 520), natural, seed)
+
+    def plan(self):
+        return make_plan(self.geometry(), self.prompts())
+
+    def test_no_two_prompts_are_the_same_but_where_they_share_a_prefix(self):
+        plan = self.plan()
+        ids = [tuple(p.request["input_ids"]) for r in (*plan.alone, *plan.concurrent, *plan.rooms) for p in r.probes]
+        ids = [each for each in ids if len(each) > 8]
+        beginnings = {each[:8] for each in ids}
+        self.assertEqual(len(ids), len(beginnings))
+
+    def test_the_same_seed_gives_the_same_plan(self):
+        self.assertEqual(self.plan(), self.plan())
+        self.assertNotEqual(self.plan(), make_plan(self.geometry(), self.prompts(seed=1)))
+
+    def test_a_longest_compressed_entry_fills_during_decode(self):
+        probes = [probe for round_ in self.plan().concurrent for probe in round_.probes]
+        crossed = [(p.prompt_length, p.prompt_length + p.request["sampling_params"]["max_new_tokens"]) for p in probes]
+        self.assertTrue(any(stop // 128 - -(-start // 128) >= 1 for start, stop in crossed), crossed)
+
+    def test_prompts_are_cached_where_the_plan_says_so(self):
+        before, cached, after = self.plan().cached
+        self.assertTrue(cached.cached)
+        self.assertEqual(cached.cached, {probe.name for probe in cached.probes})
+        self.assertTrue(before.cold and after.cold and before.flush and after.flush and not cached.flush)
+        self.assertTrue(all(probe.prompt_length > 128 for probe in cached.probes))
+
+    def test_shared_prefixes_part_at_the_same_length(self):
+        together = {probe.name: probe.request["input_ids"] for r in self.plan().shared_prefix for probe in r.probes}
+        for prefix in (32, 256, 320):
+            a, b, c = (together[f"prefix-{prefix}-{name}"] for name in "abc")
+            self.assertEqual(len(a), len(b))
+            self.assertNotEqual(len(a), len(c))
+            self.assertTrue(a[:prefix] == b[:prefix] == c[:prefix])
+            self.assertNotEqual(a[prefix], b[prefix])
+
+    def test_a_model_without_window_compression_or_known_pages(self):
+        plan = make_plan(Geometry(vocab_size=100), self.prompts())
+        self.assertEqual(plan.cached, ())
+        self.assertTrue(plan.alone[0].probes and plan.shared_prefix[0].probes)
+
+    def test_a_text_that_is_too_short_is_an_error(self):
+        with self.assertRaisesRegex(ValueError, "natural text has 3 tokens"):
+            Prompts(range(9), [1, 2, 3]).natural_ids(4)
+
+
+class TestVariations(unittest.TestCase):
+    def test_each_parameter_has_a_probe_of_its_own(self):
+        greedy = Answer(tuple(range(24)), text="abc def ghi jkl mno pqr")
+        varied = generate_variations((1, 2, 3), 24, greedy, seeded=True)
+        self.assertEqual(len({each.probe.key for each in varied}), len(varied))
+        self.assertTrue(all(each.probe.key != each.without.key for each in varied))
+        texts = " ".join(each.probe.body for each in varied)
+        for name in (
+            "max_new_tokens",
+            "stop_token_ids",
+            "ignore_eos",
+            "top_p",
+            "top_k",
+            "sampling_seed",
+            "no_stop_trim",
+        ):
+            self.assertIn(f'"{name}"', texts)
+        self.assertFalse(any("seed" in v.probe.name for v in generate_variations((1,), 24, greedy, seeded=False)))
+        completions = completion_variations("a", 24, greedy, seeded=True)
+        self.assertTrue(all(each.probe.path == "/v1/completions" for each in completions))
+
+    def test_a_stop_appears_first_where_it_stops(self):
+        text = "abcabc\x00defghi"
+        stop = a_stop(text)
+        self.assertEqual(text.find(stop), text.index("def"))
+        self.assertIsNone(a_stop("\x00" * 30))
+        self.assertIsNone(a_stop("aaaaaaaaaaaa"))
+
+
+class StubEngine(ThreadingHTTPServer):
+    """An engine whose answer to a prompt is the prompt's last ids; `change(ids, tokens)` makes it another one."""
+
+    request_queue_size = 64
+
+    def __init__(self, test, change=lambda ids, tokens: tokens, status=200):
+        self.change, self.status, self.asked, self.cached = change, status, [], 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(200, {"chunked_prefill_size": 128, "context_length": 4096, "disable_radix_cache": False})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+                if self.path.startswith("/flush_cache"):
+                    return self.answer(200, {})
+                self.server.asked.append(body)
+                if self.server.status != 200:
+                    return self.answer(self.server.status, {"error": {"message": "KV transfer failed"}})
+                ids, params = body["input_ids"], body["sampling_params"]
+                batch = isinstance(ids[0], list)
+                results = [self.result(*each) for each in zip(ids, params)] if batch else self.result(ids, params)
+                self.answer(200, results)
+
+            def result(self, ids, params):
+                tokens = self.server.change(ids, [ids[-1 - i % len(ids)] for i in range(params["max_new_tokens"])])
+                body = generate_body(tokens, [-0.1 * (token % 30) for token in tokens])
+                body["meta_info"]["cached_tokens"] = self.server.cached
+                return body
+
+            def answer(self, status, body):
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        for cleanup in (thread.join, self.server_close, self.shutdown):
+            test.addCleanup(cleanup)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+def rounds(count=6, **options):
+    probes = tuple(generate_probe(f"p{i}", (i + 1, i + 2, i + 3), 4) for i in range(count))
+    return Round("test", probes, **{"in_flight": 3, **options})
+
+
+class TestCollect(unittest.TestCase):
+    def test_answers_come_in_the_order_of_the_probes(self):
+        for round_ in (rounds(), rounds(in_flight=1), rounds(batch=True)):
+            arm = collect(StubEngine(self).url, round_, timeout=5)
+            self.assertEqual([each.tokens[0] for each in arm], [3, 4, 5, 6, 7, 8])
+
+    def test_a_failed_request_is_told_and_ends_the_round(self):
+        engine = StubEngine(self, status=500)
+        with self.assertRaisesRegex(
+            RequestFailed, r"requests to .* failed .*the first: p\d: status 500: .*KV transfer"
+        ):
+            collect(engine.url, rounds(60, in_flight=2), timeout=5)
+        self.assertLess(len(engine.asked), 60)
+        with self.assertRaisesRegex(RequestFailed, "batch of 6 from p0: status 500"):
+            collect(engine.url, rounds(batch=True), timeout=5)
+
+    def test_a_server_that_is_gone_is_told(self):
+        engine = StubEngine(self)
+        url = engine.url.replace(str(engine.server_port), "9")
+        with self.assertRaisesRegex(RequestFailed, "ConnectionError"):
+            collect(url, rounds(), timeout=5)
+
+
+class TestReferences(unittest.TestCase):
+    def test_bitwise_asks_each_request_once(self):
+        engine = StubEngine(self)
+        references = References(bitwise=True, timeout=5)
+        reference, control = references.take(engine.url, rounds())
+        again, _ = references.take(None, rounds(in_flight=1))
+        self.assertEqual((len(engine.asked), control), (6, None))
+        self.assertEqual(reference, again)
+
+    def test_otherwise_each_round_is_sent_twice(self):
+        engine = StubEngine(self)
+        references = References(bitwise=False, timeout=5)
+        reference, control = references.take(engine.url, rounds())
+        self.assertEqual((len(engine.asked), len(control)), (12, 6))
+        self.assertIs(references.take(None, rounds())[0], reference)
+
+    def test_without_a_server_and_without_answers_nothing_passes(self):
+        for bitwise in (True, False):
+            with self.assertRaisesRegex(RequestFailed, "no monolithic answers were taken"):
+                References(bitwise, timeout=5).take(None, rounds())
+
+    def test_rounding_is_granted_only_where_batching_changes_bits(self):
+        engine = StubEngine(self)
+        references = References(bitwise=True, timeout=5)
+        references.measure_rounding(engine.url, rounds(), 3)
+        self.assertEqual(references.rounding, 0.0)
+        references.take(engine.url, rounds())
+        engine.change = lambda ids, tokens: tokens[:-1] + [tokens[-1] + 1]
+        references.measure_rounding(engine.url, rounds(), 3)
+        self.assertEqual(references.rounding, FLOAT_ROUNDING)
+
+
+class TestMixin(unittest.TestCase):
+    """check_parity of a pair whose answers are those of a stub, against another stub."""
+
+    def check(self, round_, cached=0, **pair):
+        lb, monolithic = StubEngine(self, **pair), StubEngine(self)
+        lb.cached = cached
+
+        class Case(ParityMixin, unittest.TestCase):
+            bitwise, request_timeout = True, 5
+            lb_url = prefill_url = decode_url = lb.url
+            monolithic_url = monolithic.url
+
+        with mock.patch("builtins.print"):
+            Case("test_parity_alone").check_parity((round_,))
+
+    def test_equal_answers_pass(self):
+        self.check(rounds())
+
+    def test_one_other_token_fails(self):
+        with self.assertRaisesRegex(AssertionError, "p3: token 3 is 99"):
+            self.check(rounds(), change=lambda ids, tokens: tokens[:3] + [99] if ids[0] == 4 else tokens)
+
+    def test_an_error_fails(self):
+        with self.assertRaisesRegex(AssertionError, "status 503"):
+            self.check(rounds(), status=503)
+
+    def test_a_prefix_that_did_not_come_from_the_cache_fails(self):
+        cached = rounds(cached=frozenset({"p2"}))
+        self.check(cached, cached=2)
+        with self.assertRaisesRegex(AssertionError, "0 of 3 tokens of p2 came from prefill's cache"):
+            self.check(cached)
+
+    def test_a_cache_that_flush_left_full_fails(self):
+        with self.assertRaisesRegex(AssertionError, "2 of 3 tokens of p0 came from a cache that is empty"):
+            self.check(rounds(cold=True), cached=2)
+
+
+class TestRejections(unittest.TestCase):
+    HEALTHY = Outcome("healthy", 200, "{}", False)
+    REJECTED = Outcome("bad", 500, "Checksum mismatch", True)
+
+    def problems(self, *outcomes):
+        return Rejections(outcomes).problems
+
+    def test_what_must_be_rejected_is_and_what_must_not_is_not(self):
+        self.assertEqual(self.problems(self.HEALTHY, self.REJECTED), ())
+        self.assertEqual(
+            self.problems(replace(self.HEALTHY, corrupted=None), replace(self.REJECTED, corrupted=None)), ()
+        )
+
+    def test_each_way_to_go_wrong(self):
+        for outcome, told in (
+            (replace(self.REJECTED, status=200), "bad: its hand-over was corrupted, and it was served"),
+            (replace(self.REJECTED, status=400), "bad: status 400, no error that names 'checksum'"),
+            (replace(self.REJECTED, status=0, text="timeout"), "bad: status 0, no error"),
+            (replace(self.REJECTED, text="internal error"), "bad: status 500, no error that names 'checksum'"),
+            (replace(self.REJECTED, name="h", corrupted=False), "h: its hand-over was healthy, and it was rejected"),
+        ):
+            with self.subTest(told=told):
+                rejections = Rejections((self.HEALTHY, self.REJECTED, outcome))
+                with self.assertRaises(AssertionError) as caught:
+                    rejections.assert_passed()
+                self.assertIn(told, str(caught.exception))
+                self.assertEqual(len(rejections.problems), 1)
+
+    def test_nothing_rejected_or_nothing_served_is_no_pass(self):
+        self.assertEqual(self.problems(self.HEALTHY), ("nothing was rejected",))
+        self.assertEqual(self.problems(self.REJECTED), ("nothing was served",))
+
+
+class TestDistribution(unittest.TestCase):
+    def test_report(self):
+        reference = [answer(), answer(), answer()]
+        arm = [answer(), answer((5, 6, 9)), answer((5, 6, 7), (-0.5, -0.6, -0.8))]
+        report = Distribution.of(reference, arm).report()
+        self.assertIn("1 of 3 equal to the bit, 2 of 3 with the same tokens", report)
+        self.assertIn("others differ first at token 2, median 2", report)
+        self.assertIn("over 9 positions", report)
+
+
+if __name__ == "__main__":
+    unittest.main()
