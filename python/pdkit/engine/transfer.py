@@ -103,13 +103,15 @@ class TransferCounters:
     bytes: int = 0
 
 
-async def _read_line(reader):
-    line = await reader.readline()
-    if not line.endswith(b"\n"):
-        raise TransferError("the peer closed the connection")
-    message = json.loads(line)
+async def _read_message(reader):
+    """Raises ConnectionError for anything but one line with a JSON object."""
+    try:
+        line = await reader.readline()
+        message = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        line = message = None
     if not isinstance(message, dict):
-        raise ValueError("not a message")
+        raise ConnectionError("the peer closed the connection" if line == b"" else "the peer's message is not understood")
     return message
 
 
@@ -117,9 +119,17 @@ def _write_line(writer, **message):
     writer.write(json.dumps(message).encode() + b"\n")
 
 
+def _fail(future, message):
+    """Whoever waits for `future`, now or later, gets a TransferError; nobody has to."""
+    if not future.done():
+        future.set_exception(TransferError(message))
+        future.exception()
+
+
 class _Room:
-    def __init__(self):
+    def __init__(self, room_id):
         loop = asyncio.get_running_loop()
+        self.id = room_id
         self.payload = loop.create_future()
         self.outcome = loop.create_future()
         self.taken = False
@@ -146,14 +156,16 @@ class PrefillSender:
         if room in self.rooms:
             raise TransferError(f"bootstrap room {room} is in use by another request")
         async with self._opened:
-            self.rooms[room] = _Room()
+            self.rooms[room] = _Room(room)
             self._opened.notify_all()
 
     async def deliver(self, handover):
         """Offer the hand-over of an open room and wait until decode has it. Raises TransferError; frees the room."""
-        room = self.rooms[handover.room]
-        outgoing = self.backend.outgoing(handover)
+        room = self.rooms.get(handover.room)
+        if room is None:
+            raise TransferError(f"bootstrap room {handover.room} is not open")
         try:
+            outgoing = self.backend.outgoing(handover)
             if outgoing is not None:
                 room.payload.set_result(outgoing.pack())
             await asyncio.wait_for(room.outcome, self.transfer_timeout)
@@ -165,22 +177,21 @@ class PrefillSender:
         except asyncio.TimeoutError:
             self.counters.failed += 1
             raise TransferError(
-                f"no decode server took bootstrap room {handover.room} within {self.transfer_timeout:g} s"
+                f"no decode server took bootstrap room {room.id} within {self.transfer_timeout:g} s"
             ) from None
         finally:
-            self.close(handover.room, "the request has ended")
+            self.close(room.id, "the request has ended")
 
     def close(self, room_id, reason):
-        """Free a room; a decode server that waits for it is told why."""
+        """Free a room; whoever waits for it, here or on a decode server, is told why."""
         room = self.rooms.pop(room_id, None)
-        if room is None:
-            return
-        if not room.payload.done():
-            room.payload.set_exception(TransferError(f"prefill gave up bootstrap room {room_id}: {reason}"))
-            room.payload.exception()
-        room.outcome.cancel()
+        if room is not None:
+            for future in (room.payload, room.outcome):
+                _fail(future, f"prefill gave up bootstrap room {room_id}: {reason}")
 
-    async def _find(self, room_id):
+    async def _take(self, room_id):
+        if not isinstance(room_id, int):
+            raise TransferError(f"a bootstrap room is a number, not {room_id!r}")
         async with self._opened:
             try:
                 await asyncio.wait_for(self._opened.wait_for(lambda: room_id in self.rooms), self.bootstrap_timeout)
@@ -194,37 +205,44 @@ class PrefillSender:
         room.taken = True
         return room
 
+    async def _ready(self, room, reader):
+        gone = asyncio.ensure_future(reader.read(1))
+        await asyncio.wait({gone, room.payload}, return_when=asyncio.FIRST_COMPLETED)
+        left = gone.done()
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        if left:
+            raise TransferError(f"decode left bootstrap room {room.id} before the hand-over")
+        return room.payload.result()
+
+    async def _send(self, room, data, reader, writer):
+        _write_line(writer, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        writer.write(self.backend.wire(data))
+        await writer.drain()
+        answer = await _read_message(reader)
+        if "error" in answer:
+            raise TransferError(f"decode refused bootstrap room {room.id}: {answer['error']}")
+
     async def _serve(self, reader, writer):
-        room = None
+        room, sending = None, False
         try:
-            room_id = (await asyncio.wait_for(_read_line(reader), self.bootstrap_timeout)).get("room")
-            room = await self._find(room_id)
-            gone = asyncio.ensure_future(reader.read(1))
-            await asyncio.wait({gone, room.payload}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
-                raise TransferError(f"decode left bootstrap room {room_id} before the hand-over")
-            gone.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await gone
-            data = room.payload.result()
-            digest = hashlib.sha256(data).hexdigest()
-            _write_line(writer, bytes=len(data), sha256=digest)
-            writer.write(self.backend.wire(data))
-            await writer.drain()
-            answer = await asyncio.wait_for(_read_line(reader), self.transfer_timeout)
-            if "error" in answer:
-                raise TransferError(f"decode refused bootstrap room {room_id}: {answer['error']}")
+            message = await asyncio.wait_for(_read_message(reader), self.bootstrap_timeout)
+            room = await self._take(message.get("room"))
+            data = await self._ready(room, reader)
+            sending = True
+            await asyncio.wait_for(self._send(room, data, reader, writer), self.transfer_timeout)
             if not room.outcome.done():
                 room.outcome.set_result(None)
-        except (TransferError, OSError, ValueError, asyncio.TimeoutError) as error:
-            if room is not None and not room.outcome.done():
-                room.outcome.set_exception(
-                    error if isinstance(error, TransferError) else TransferError(f"hand-over broke off: {error!r}")
-                )
-                room.outcome.exception()
-            with contextlib.suppress(OSError):
-                _write_line(writer, error=str(error) or repr(error))
-                await writer.drain()
+        except (TransferError, OSError, asyncio.TimeoutError) as error:
+            reason = str(error) or "no word in time"
+            if not isinstance(error, TransferError) and room is not None:
+                reason = f"the hand-over of bootstrap room {room.id} broke off: {reason}"
+            if room is not None:
+                _fail(room.outcome, reason)
+            if sending:
+                writer.transport.abort()
+            else:
+                _write_line(writer, error=reason)
         finally:
             writer.close()
 
@@ -250,7 +268,7 @@ class DecodeReceiver:
         except TransferError:
             self.counters.failed += 1
             raise
-        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+        except (OSError, EOFError, ValueError, OverflowError) as error:
             self.counters.failed += 1
             raise TransferError(f"hand-over of bootstrap room {room} from {host}:{port} failed: {error}") from None
         self.counters.received += 1
@@ -261,12 +279,15 @@ class DecodeReceiver:
         try:
             _write_line(writer, room=room)
             await writer.drain()
-            head = await _read_line(reader)
+            head = await _read_message(reader)
             if "error" in head:
                 raise TransferError(str(head["error"]))
-            data = await reader.readexactly(head["bytes"])
+            size, digest = head.get("bytes"), head.get("sha256")
+            if not (isinstance(size, int) and isinstance(digest, str)):
+                raise ConnectionError("the peer's message is not understood")
+            data = await reader.readexactly(size)
             try:
-                handover = self._verify(data, head["sha256"], room)
+                handover = self._verify(data, digest, room)
                 handover = self.backend.incoming(handover)
                 accept(handover)
             except (TransferError, ValueError) as error:
