@@ -1,0 +1,122 @@
+"""Which releases of SGLang take what a PD test launches its servers with: one row per release.
+
+    scripts/env.sh python3 scripts/contract_matrix.py --download
+
+Each release is asked by its own parser, environment registry and fixture, from its wheel, without being installed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from pdkit import launch_contract
+from pdkit.contract import index, release
+from pdkit.exit_codes import ExitCode
+from pdkit.rung import LADDER
+from rich.console import Console
+from rich.table import Table
+
+TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
+CACHE = Path(os.getenv("PDKIT_CACHE_DIR") or Path(os.getenv("XDG_CACHE_HOME") or "~/.cache", "sglang-pd-suite"))
+
+
+class NothingToAsk(Exception):
+    """No wheel; the message is one line that says what to do."""
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Exit codes: 0 every release takes the plan; 2 one refuses it, or bad usage; 3 no wheel could be had.",
+        allow_abbrev=False,
+    )
+    launch_contract.add_arguments(parser)
+    parser._actions[1].nargs, parser._actions[1].default = "?", TEST_FILE
+    parser.add_argument(
+        "--wheels", type=Path, default=CACHE / "wheels", metavar="DIR", help="wheels of sglang (default: %(default)s)"
+    )
+    parser.add_argument("--download", action="store_true", help="fetch what PyPI has beyond those, from 0.5.12 on")
+    parser.add_argument("--newest", action="store_true", help="ask the newest release only")
+    return parser.parse_args(argv)
+
+
+def wheels(args, say):
+    """Wheel by version, oldest first."""
+    folder = args.wheels.expanduser()
+    found = {release.version_of_wheel(path): path for path in sorted(folder.glob("sglang-*.whl"))}
+    if args.download:
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = index.releases()
+        for version in versions[-1:] if args.newest else versions:
+            if version not in found:
+                say(f"fetching sglang {version}")
+                index.fetch(version, folder)
+        found |= {release.version_of_wheel(path): path for path in sorted(folder.glob("sglang-*.whl"))}
+    if not found:
+        raise NothingToAsk(f"no wheel of sglang in {folder}; --download fetches it")
+    ordered = sorted(found, key=index.sort_key)
+    return {version: found[version] for version in (ordered[-1:] if args.newest else ordered)}
+
+
+def flags_used(contract):
+    """Flags of all servers of a contract."""
+    processes = [process for test in contract.tests for process in test.processes if process.settings]
+    return {word for process in processes for word in process.argv if word.startswith("--")}
+
+
+def deprecated(contract):
+    return sorted(flag for flag in flags_used(contract) if contract.flags.get(flag, {}).get("deprecated"))
+
+
+def table(contracts, broken):
+    used = [flags_used(contract) for contract in contracts]
+    common = set.intersection(*used) if used else set()
+    columns = ["release", "flags", "variables", *(contracts[0].fixture if contracts else ())]
+    grid = Table(title="What the releases of SGLang say")
+    for column in [*columns, "used here, not everywhere", "deprecated", "plan"]:
+        grid.add_column(column, justify="right" if column in ("flags", "variables") else "left")
+    for contract, flags in zip(contracts, used, strict=True):
+        grid.add_row(
+            contract.release.version,
+            str(len(contract.flags)),
+            str(len(contract.variables)),
+            *("yes" if value else "no" for value in contract.fixture.values()),
+            "\n".join(sorted(flags - common)),
+            "\n".join(deprecated(contract)),
+            f"[red]{len(contract.errors)} refused[/]" if contract.errors else "[green]taken[/]",
+        )
+    for version in broken:
+        grid.add_row(version, *[""] * (len(columns) + 1), "[red]cannot be read[/]")
+    return grid
+
+
+def main(argv):
+    args = parse(argv)
+    console, progress = Console(soft_wrap=False), Console(stderr=True)
+    contracts, broken = [], {}
+    try:
+        found = wheels(args, progress.print)
+    except (NothingToAsk, index.IndexUnavailable, release.ReleaseNotFound) as error:
+        progress.print(f"contract_matrix: error: {error}", soft_wrap=True, markup=False)
+        return ExitCode.NOT_READY
+    for version, wheel in found.items():
+        with progress.status(f"asking sglang {version}"), release.unpacked(wheel) as unpacked:
+            try:
+                contracts.append(launch_contract.ask(unpacked, args.test_file, args.flags, dict(args.env)))
+            except launch_contract.ContractUnreadable as error:
+                broken[version] = str(error)
+    if args.json:
+        rows = [launch_contract.as_data(contract) for contract in contracts]
+        print(json.dumps({"releases": rows, "unreadable": broken}, indent=2))
+    else:
+        console.print(table(contracts, broken))
+    lines = [f"sglang {c.release.version}: {line}" for c in contracts for line in c.errors] + list(broken.values())
+    for line in lines:
+        print(f"contract_matrix: error: {line}", file=sys.stderr)
+    return ExitCode.BAD_USAGE if lines else ExitCode.PASSED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

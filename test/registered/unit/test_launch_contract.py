@@ -1,0 +1,352 @@
+"""The contract on a small release made for the purpose, rule by rule, and on the installed one."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from pdkit import launch_contract
+from pdkit.ci_register import register_cpu_ci
+from pdkit.contract.release import Release, ReleaseNotFound, installed, unpacked
+from pdkit.exit_codes import ExitCode
+from release_wheels import SERVER_ARGS, write_wheel
+
+register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
+
+DSV4 = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4.py"
+
+TEST = """
+import os
+import subprocess
+import unittest
+
+import numpy
+from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
+from sglang.test.ci.ci_register import register_cuda_ci
+
+register_cuda_ci(est_time=1, suite="stage-c-test-8-gpu-h200")
+
+
+class TestPD(PDDisaggregationServerBase):
+    extra_decode_args = ["--base-gpu-id", "4"]
+    BODY
+
+    def test_it(self):
+        raise AssertionError("no test is run while a plan is read")
+"""
+LAUNCHES = """
+@classmethod
+def setUpClass(cls):
+    super().setUpClass()
+    cls.launch_all()
+"""
+
+
+def source_of(body):
+    """A test file whose class has `body`."""
+    return TEST.replace("BODY", textwrap.dedent(body).replace("\n", "\n    "))
+
+
+class TestSmallRelease(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def ask(self, *argv, env=None, body=LAUNCHES, changes=None):
+        """The contract of a test whose servers get `argv` and `env` on top."""
+        test = self.folder / "test_pd.py"
+        test.write_text(source_of(body))
+        with unpacked(write_wheel(self.folder / "sglang.whl", changes)) as release:
+            return launch_contract.ask(release, test, argv, env)
+
+    def line(self, *argv, level="error", **kwargs):
+        """The only finding, without whom it is about."""
+        contract = self.ask(*argv, **kwargs)
+        self.assertEqual(len(contract.errors), level == "error", contract.errors)
+        (line,) = contract.errors if level == "error" else contract.warnings
+        whom = "TestPD: prefill, decode: "
+        self.assertTrue(line.startswith(whom), line)
+        return line.removeprefix(whom)
+
+    def test_taken(self):
+        contract = self.ask("--tensor-parallel-size", "4", env={"SGLANG_DISPATCH_TOKENS": "256"})
+        self.assertEqual((contract.errors, contract.warnings), ([], []))
+        (test,) = contract.tests
+        prefill, decode = test.processes
+        self.assertEqual((prefill.name, decode.name, decode.module), ("prefill", "decode", "sglang.launch_server"))
+        self.assertEqual(prefill.argv[:2], ("--model-path", "some/model"))
+        self.assertEqual((prefill.settings["tp_size"], prefill.settings["base_gpu_id"]), (4, 0))
+        self.assertEqual((decode.settings["tp_size"], decode.settings["base_gpu_id"]), (4, 4))
+        self.assertEqual(prefill.env, {"MC_TCP_ENABLE_CONNECTION_POOL": "true", "SGLANG_DISPATCH_TOKENS": "256"})
+        self.assertEqual(contract.suites, ("stage-c-test-8-gpu-h200",))
+        self.assertEqual(contract.variables, ("SGLANG_DISPATCH_TOKENS", "SGLANG_NEW_NAME"))
+
+    def test_unknown_flag(self):
+        line = self.line("--mem-fraction-statics", "0.7")
+        self.assertTrue(line.startswith("--mem-fraction-statics: no such flag; nearest: --mem-fraction-static, "), line)
+
+    def test_ambiguous_flag(self):
+        self.assertEqual(
+            self.line("--cuda-graph-max-bs", "128"),
+            "--cuda-graph-max-bs: ambiguous, could match --cuda-graph-max-bs-decode, --cuda-graph-max-bs-prefill",
+        )
+
+    def test_abbreviated_flag(self):
+        line = self.line("--tp", "4", level="warning")
+        self.assertEqual(line, "--tp: abbreviates --tp-size: refused once another flag starts like that")
+
+    def test_value_of_wrong_type(self):
+        self.assertEqual(self.line("--tp-size", "four"), "--tp-size: invalid int value: 'four'")
+        self.assertEqual(self.line("--tp-size=four"), "--tp-size=four: invalid int value: 'four'")
+
+    def test_value_that_is_no_choice(self):
+        self.assertRegex(self.line("--moe-a2a-backend", "depep"), "^--moe-a2a-backend: invalid choice: 'depep'")
+
+    def test_value_missing(self):
+        self.assertEqual(self.line("--tp-size"), "--tp-size: expected one argument")
+
+    def test_value_where_none_is_taken(self):
+        self.assertEqual(self.line("--trust-remote-code", "yes"), "--trust-remote-code: takes no value, given 'yes'")
+
+    def test_value_that_is_no_json(self):
+        self.assertEqual(self.line("--deepep-config", '{"a": 1'), '--deepep-config: not valid JSON: {"a": 1')
+        self.assertEqual(self.ask("--deepep-config", '{"a": 1}').errors, [])
+
+    def test_deprecated_flag(self):
+        line = self.line("--enable-dp-attention", level="warning")
+        self.assertEqual(line, "--enable-dp-attention: deprecated, use --attn-dp-size N")
+        line = self.line("--old-switch", level="warning")
+        self.assertEqual(line, "--old-switch: [Deprecated] Use --new-switch instead.")
+
+    def test_one_refusal_hides_no_other(self):
+        contract = self.ask("--tp-size", "four", "--no-such", "--moe-a2a-backend", "depep", env={"SGLANG_X": "1"})
+        self.assertEqual(len(contract.errors), 4)
+
+    def test_unknown_variable(self):
+        line = self.line(env={"SGLANG_DISPATCH_TOKEN": "256"})
+        wanted = "SGLANG_DISPATCH_TOKEN: no such variable, nobody reads it; nearest: SGLANG_DISPATCH_TOKENS, "
+        self.assertTrue(line.startswith(wanted), line)
+
+    def test_value_of_variable(self):
+        line = self.line(env={"SGLANG_DISPATCH_TOKENS": "many"})
+        self.assertRegex(line, '^SGLANG_DISPATCH_TOKENS: "many" is not a valid integer value')
+
+    def test_deprecated_variable(self):
+        line = self.line(env={"SGLANG_OLD_NAME": "1"}, level="warning")
+        self.assertEqual(line, "SGLANG_OLD_NAME: deprecated, use SGLANG_NEW_NAME")
+        line = self.line(env={"SGLANG_GONE": "1"}, level="warning")
+        self.assertRegex(line, "^SGLANG_GONE: .* deprecated. Please use SGLANG_DISPATCH_TOKENS instead.$")
+
+    def test_variable_outside_of_the_registry(self):
+        line = self.line(env={"SGLANG_UNREGISTERED": "1"}, level="warning")
+        self.assertEqual(line, "SGLANG_UNREGISTERED: not in the registry, yet read by sglang/srt/utils.py")
+
+    def test_variables_of_others_are_not_judged(self):
+        self.assertEqual(self.ask(env={"NCCL_DEBUG": "INFO"}).errors, [])
+
+    def test_variables_that_a_test_sets(self):
+        body = f"{LAUNCHES}\nos.environ['SGLANG_MODULE_LEVEL'] = '1'\nserve = classmethod(lambda cls, *argv: "
+        body += "PDDisaggregationServerBase.serve.__func__(cls, *argv, env={'SGLANG_IN_POPEN': '1'}))"
+        errors = self.ask(body=body).errors
+        self.assertEqual([line.split(": ")[2] for line in errors], ["SGLANG_IN_POPEN", "SGLANG_MODULE_LEVEL"])
+
+    def test_only_what_tests_look_at_is_inherited(self):
+        body = f"{LAUNCHES}\nextra_prefill_args = ['--host', os.getenv('SGLANG_TEST_HOST', 'nowhere')]"
+        with mock.patch.dict(os.environ, SGLANG_TEST_HOST="there", SGLANG_TYPO="1"):
+            contract = self.ask(body=body)
+        self.assertEqual(contract.errors, [])
+        self.assertEqual(contract.tests[0].processes[0].settings["host"], "there")
+
+    def test_ports(self):
+        prefill, decode = self.ask("--nccl-port", "21300").tests[0].processes
+        self.assertEqual(prefill.ports, {"http": 21100, "bootstrap": 8998, "nccl": 21300})
+        self.assertEqual(decode.ports, {"http": 21200, "nccl": 21300})
+
+    def test_ports_of_dp_attention(self):
+        argv = ["--enable-dp-attention", "--dp-size", "4"]
+        (prefill, _), (alone, _) = (self.ask(*a).tests[0].processes for a in (argv, argv[:1]))
+        self.assertEqual(prefill.ports, {"http": 21100, "bootstrap": 8998, "dist_init": 21333})
+        self.assertEqual(prefill.settings["attention_dp"], 4)
+        self.assertEqual(alone.ports, {"http": 21100, "bootstrap": 8998})
+
+    def test_attention_width_that_is_a_flag_of_its_own(self):
+        flag = '        add("--attn-dp-size", type=int, default=1)'
+        changes = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
+        for argv in (["--attn-dp-size", "4"], ["--enable-dp-attention", "--dp-size", "4"]):
+            prefill, _ = self.ask(*argv, changes=changes).tests[0].processes
+            self.assertEqual((prefill.settings["attention_dp"], prefill.settings["replicas"]), (4, 1))
+        prefill, _ = self.ask("--dp-size", "4", changes=changes).tests[0].processes
+        self.assertEqual((prefill.settings["attention_dp"], prefill.settings["replicas"]), (1, 4))
+
+    def test_facts_of_the_fixture(self):
+        self.assertEqual(
+            self.ask().fixture, {"pins NCCL ports": True, "NICs by GPU": False, "watches processes": False}
+        )
+
+    def test_nothing_is_started(self):
+        witness = self.folder / "started"
+        program = f"open({str(witness)!r}, 'w')"
+        body = f"""
+            @classmethod
+            def setUpClass(cls):
+                subprocess.Popen(["{sys.executable}", "-m", "timeit", "-n1", "-r1", {program!r}])
+                try:
+                    subprocess.run(["{sys.executable}", "-c", {program!r}], check=True)
+                except FileNotFoundError:
+                    super().setUpClass()
+                    cls.launch_all()
+        """
+        contract = self.ask(body=body)
+        self.assertEqual([p.name for p in contract.tests[0].processes], ["timeit", "prefill", "decode"])
+        self.assertFalse(contract.tests[0].processes[0].checked)
+        self.assertFalse(witness.exists())
+
+    def test_class_with_configure(self):
+        body = """
+            @classmethod
+            def setUpClass(cls):
+                raise unittest.SkipTest("no GPU")
+
+            @classmethod
+            def configure(cls):
+                cls.extra_prefill_args = ["--tp-size", "2"]
+        """
+        prefill, _ = self.ask(body=body).tests[0].processes
+        self.assertEqual(prefill.settings["tp_size"], 2)
+
+    def test_tests_that_do_not_launch(self):
+        bodies = {
+            "setUpClass = classmethod(lambda cls: cls.skipTest(cls, 'no GPU'))": "skips before it launches: no GPU",
+            "setUpClass = classmethod(lambda cls: cls.port)": "raises before all is launched: AttributeError: .*port",
+            "launch_all = classmethod(lambda cls: None)": "launches nothing",
+        }
+        for body, problem in bodies.items():
+            with self.subTest(body):
+                self.assertRegex(self.ask(body=body).errors[0], f"^TestPD: {problem}")
+
+    def test_what_cannot_be_read(self):
+        broken = {
+            "srt/server_args.py": "raise OSError('no')",
+            "srt/environ.py": "raise OSError('no')",
+            "test/server_fixtures/disaggregation_fixture.py": "raise OSError('no')",
+        }
+        for source, text in broken.items():
+            with self.subTest(source), self.assertRaisesRegex(launch_contract.ContractUnreadable, "OSError: no"):
+                self.ask(changes={source: text})
+        with self.assertRaisesRegex(launch_contract.ContractUnreadable, "test_pd.py: cannot be imported: NameError"):
+            self.ask(body="x = undefined")
+
+    def test_module_that_breaks_is_named_and_not_needed(self):
+        self.assertEqual([*self.ask().assumed], ["sglang.srt.breaks_without_torch"])
+
+    def test_no_answer_rests_on_a_stand_in(self):
+        flag = '        add("--kernel", choices=torch.kernels())'
+        changes = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
+        with self.assertRaisesRegex(launch_contract.ContractUnreadable, "--kernel: its values come from a package"):
+            self.ask(changes=changes)
+
+    def main(self, *argv):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = launch_contract.main([*map(str, argv)])
+        return code, out.getvalue(), err.getvalue().splitlines()
+
+    def test_command(self):
+        self.ask()
+        test, wheel = self.folder / "test_pd.py", self.folder / "sglang.whl"
+        code, out, errors = self.main(test, "--sglang-wheel", wheel)
+        self.assertEqual((code, errors), (ExitCode.PASSED, []))
+        self.assertIn("prefill         3 flags, 0 variables, 0 refused", out)
+
+        code, out, errors = self.main(test, "--sglang-wheel", wheel, "--flags", "--tp-size four", "--json")
+        wanted = "launch_contract: error: TestPD: prefill, decode: --tp-size: invalid int value: 'four' (sglang 0.5.99)"
+        self.assertEqual((code, errors), (ExitCode.BAD_USAGE, [wanted]))
+        self.assertEqual(json.loads(out)["errors"], ["TestPD: prefill, decode: --tp-size: invalid int value: 'four'"])
+
+        for arguments, error in (
+            ([self.folder / "none.py", "--sglang-wheel", wheel], "none.py: no such file"),
+            ([test, "--sglang-wheel", self.folder / "none.whl"], "none.whl: No such file or directory"),
+            ([test, "--sglang-wheel", test], "test_pd.py: not a wheel"),
+            ([test, "--sglang-wheel", write_wheel(self.folder / "x.whl", name="x")], ": a wheel of x, not of sglang"),
+        ):
+            code, out, (line,) = self.main(*arguments)
+            self.assertEqual((code, out), (ExitCode.BAD_USAGE, ""))
+            self.assertTrue(line.endswith(error), line)
+
+    def test_file_without_pd_test(self):
+        other = self.folder / "test_other.py"
+        other.write_text("import unittest\n\n\nclass TestOther(unittest.TestCase):\n    def test_it(self): pass\n")
+        self.ask()
+        code, _, (error,) = self.main(other, "--sglang-wheel", self.folder / "sglang.whl")
+        self.assertEqual(code, ExitCode.BAD_USAGE)
+        self.assertIn("test_other.py has no test class on top of SGLang's PDDisaggregationServerBase", error)
+
+    def test_no_sglang_at_all(self):
+        with mock.patch.object(launch_contract, "installed", side_effect=ReleaseNotFound("sglang is not installed")):
+            self.assertEqual(self.main(DSV4)[0], ExitCode.NOT_READY)
+
+
+class TestMatrix(unittest.TestCase):
+    SCRIPT = Path(__file__).parents[3] / "scripts" / "contract_matrix.py"
+
+    def test_releases_that_differ(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        test = folder / "test_pd.py"
+        test.write_text(source_of(LAUNCHES))
+        flag = '        add("--cuda-graph-max-bs", type=int)'
+        old = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
+        write_wheel(folder / "sglang-0.5.9.whl", old, "0.5.9")
+        write_wheel(folder / "sglang-0.5.10.whl", None, "0.5.10")
+        arguments = [test, "--wheels", folder, "--flags", "--cuda-graph-max-bs 128"]
+        for more, versions in (([], ["0.5.9", "0.5.10"]), (["--newest"], ["0.5.10"])):
+            command = [sys.executable, self.SCRIPT, *arguments, "--json", *more]
+            run = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            found = json.loads(run.stdout)
+            self.assertEqual([release["release"] for release in found["releases"]], versions)
+            self.assertEqual(found["releases"][-1]["errors"][0].split(": ")[2], "--cuda-graph-max-bs")
+            self.assertFalse(len(versions) > 1 and found["releases"][0]["errors"])
+            self.assertEqual(run.returncode, ExitCode.BAD_USAGE)
+            self.assertRegex(run.stderr, "^contract_matrix: error: sglang 0.5.10: TestPD: .*ambiguous")
+
+    def test_no_wheels(self):
+        run = subprocess.run([sys.executable, self.SCRIPT, "--wheels", "/nowhere"], capture_output=True, text=True)
+        self.assertEqual(run.returncode, ExitCode.NOT_READY)
+        self.assertEqual(run.stderr, "contract_matrix: error: no wheel of sglang in /nowhere; --download fetches it\n")
+
+
+class TestInstalledRelease(unittest.TestCase):
+    def test_main_job_is_taken(self):
+        contract = launch_contract.ask(installed(), DSV4)
+        self.assertEqual(contract.errors, [])
+        (test,) = contract.tests
+        self.assertEqual([process.name for process in test.processes], ["prefill", "decode", "load balancer"])
+        self.assertTrue(all(process.checked for process in test.processes))
+
+    def test_flag_that_was_renamed(self):
+        env = {"SGLANG_DSV4_FP4_EXPERT": "0"}
+        flag, variable = launch_contract.ask(installed(), DSV4, ["--cuda-graph-max-bs", "128"], env).errors
+        self.assertRegex(flag, "--cuda-graph-max-bs: ambiguous, could match --cuda-graph-max-bs-decode, ")
+        self.assertRegex(variable, "SGLANG_DSV4_FP4_EXPERT: no such variable.* nearest: SGLANG_DSV4_FP4_EXPERTS, ")
+
+    def test_stand_ins_change_no_answer(self):
+        release = installed()
+        quick, real = (launch_contract.ask(release, DSV4, real_imports=real) for real in (False, True))
+        self.assertGreater(len(real.flags), 400)
+        self.assertEqual(dict(quick.flags), dict(real.flags))
+        self.assertEqual(dataclasses.replace(quick, assumed={}), dataclasses.replace(real, assumed={}))
+
+    def test_release_says_where_it_is(self):
+        release = installed()
+        self.assertIsInstance(release, Release)
+        self.assertTrue((release.root / "sglang" / "srt" / "server_args.py").is_file())
+
+
+if __name__ == "__main__":
+    unittest.main()
