@@ -13,7 +13,7 @@ _URL = re.compile(r"(?:^|//)(?:127\.\d+\.\d+\.\d+|localhost|0\.0\.0\.0|\[::1?\])
 _HOSTS = {"", "127.0.0.1", "localhost", "0.0.0.0", "::", "::1"}
 _NAME = re.compile(r"(.*_)?port", re.IGNORECASE)
 _FLAG = re.compile(r"--(.*-)?port")
-_FIXED = re.compile(r"[1-9]\d{3,4}")
+_PORTS = range(1024, 65536)
 
 
 def fixed_port(source: Source, _) -> Iterator[Finding]:
@@ -27,7 +27,8 @@ def fixed_port(source: Source, _) -> Iterator[Finding]:
 
 def _written(node: ast.AST) -> Iterator[tuple[int, str]]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and (match := _URL.search(node.value)):
-        yield node.lineno, match[1]
+        if _is_port(match[1]):
+            yield node.lineno, match[1]
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield from _in_words(node)
     elif isinstance(node, ast.keyword) and node.arg and _NAME.fullmatch(node.arg):
@@ -41,7 +42,7 @@ def _written(node: ast.AST) -> Iterator[tuple[int, str]]:
 def _in_words(node: ast.Constant) -> Iterator[tuple[int, str]]:
     words = node.value.replace("=", " ").split()
     for flag, value in zip(words, words[1:]):
-        if _FLAG.fullmatch(flag) and _FIXED.fullmatch(value):
+        if _FLAG.fullmatch(flag) and _is_port(value):
             yield node.lineno, value
 
 
@@ -53,8 +54,12 @@ def _in_sequence(elements: list[ast.expr]) -> Iterator[tuple[int, str]]:
 
 
 def _number(node: ast.expr) -> Iterator[tuple[int, str]]:
-    if isinstance(node, ast.Constant) and not isinstance(node.value, bool) and _FIXED.fullmatch(str(node.value)):
+    if isinstance(node, ast.Constant) and _is_port(str(node.value)):
         yield node.lineno, str(node.value)
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and int(text) in _PORTS
 
 
 def _target(node: ast.expr) -> str:

@@ -215,6 +215,7 @@ class TestFixedPort(LintCase):
             'url = "http://127.0.0.1"',
             'url = f"http://127.0.0.1:{sys.argv[0]}"',
             "port = 0",
+            'url = "http://127.0.0.1:99999"; port = 65536',
             'args = ["--port", sys.argv[1]]',
             "report = 30000",
             'args = ["--max-running-requests", "2560"]',
