@@ -8,7 +8,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "python"))
 
 from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
+from pdkit.exit_codes import ExitCode, NotReady  # noqa: E402
 from pdkit.options import UsageError, parse_options  # noqa: E402
 from pdkit.registry import collect, select  # noqa: E402
 
@@ -24,6 +24,10 @@ def main(argv: list[str]) -> ExitCode:
 
         print((as_json if options.json else table)(selection, options))
         return ExitCode.PASSED if selection.enabled else ExitCode.NOTHING_RAN
+    if options.environment_check and selection.enabled:
+        from pdkit.environment_check.require import require
+
+        require(selection.enabled)
     from pdkit.runner import run_suite
 
     return run_suite(selection, options)
@@ -36,8 +40,8 @@ if __name__ == "__main__":
     except UsageError as error:
         print(*(f"run_suite.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         code = ExitCode.BAD_USAGE
-    except CIRegisterNotFound as error:
-        print(f"run_suite.py: error: {error}", file=sys.stderr)
+    except (CIRegisterNotFound, NotReady) as error:
+        print(*(f"run_suite.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         code = ExitCode.NOT_READY
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED

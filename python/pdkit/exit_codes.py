@@ -3,6 +3,10 @@
 from enum import IntEnum
 
 
+class NotReady(Exception):
+    """The environment cannot run what was asked for; the message has one line for each reason."""
+
+
 class ExitCode(IntEnum):
     PASSED = 0
     FAILED = 1

@@ -36,6 +36,7 @@ class Options:
     test_max_retry: int = 0
     failfast: bool = True
     report_dir: Path | None = None
+    environment_check: bool = True
     list_only: bool = False
     json: bool = False
 
@@ -124,6 +125,12 @@ def _parser(default_test_root: Path) -> _Parser:
         dest="failfast",
         action="store_false",
         help="do not give -f to the files: the other methods of a file run after one failed",
+    )
+    run.add_argument(
+        "--skip-environment-check",
+        dest="environment_check",
+        action="store_false",
+        help="start the first file even if this machine lacks what the suite needs",
     )
     run.add_argument("--report-dir", type=Path, metavar="DIR", help="keep logs and results.json there")
 

@@ -27,13 +27,14 @@ def claim(host="127.0.0.1"):
         except OSError:
             continue
         ports = range(base + 1, base + BLOCK_SIZE)
-        if all(_is_free(host, port) for port in ports):
+        if all(is_free(port, host) for port in ports):
             return PortBlock(guard, ports)
         guard.close()
     raise RuntimeError(f"no {BLOCK_SIZE} free ports in a row on {host} between {BLOCKS.start} and {BLOCKS.stop}")
 
 
-def _is_free(host, port):
+def is_free(port, host="127.0.0.1"):
+    """Whether nobody listens on a TCP port."""
     try:
         socket.create_server((host, port)).close()
     except OSError:

@@ -69,7 +69,7 @@ LADDER = (
 assert not LADDER[-1].gpus, "the bottom rung runs anywhere"
 
 
-def _visible(count: int, uuids: Sequence[str], cuda_visible_devices: str | None) -> list[int]:
+def visible_indices(count: int, uuids: Sequence[str], cuda_visible_devices: str | None) -> list[int]:
     """Indices of the devices that CUDA would show, in its order; its list ends at the first entry that names none."""
     if cuda_visible_devices is None:
         return list(range(count))
@@ -103,7 +103,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
                 memory_mib=pynvml.nvmlDeviceGetMemoryInfo(handles[i]).total // 2**20,
                 capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[i])),
             )
-            for i in _visible(len(handles), uuids, environ.get("CUDA_VISIBLE_DEVICES"))
+            for i in visible_indices(len(handles), uuids, environ.get("CUDA_VISIBLE_DEVICES"))
         )
     finally:
         pynvml.nvmlShutdown()

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Says whether this machine can run a suite: what is missing, why it matters, and what to do. Starts nothing."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "python"))
+
+from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
+from pdkit.environment_check import machine, needs  # noqa: E402
+from pdkit.environment_check.check import check, of_machine  # noqa: E402
+from pdkit.environment_check.finding import Level  # noqa: E402
+from pdkit.exit_codes import ExitCode  # noqa: E402
+from pdkit.options import Options, UsageError  # noqa: E402
+from pdkit.registry import collect, select  # noqa: E402
+
+REGISTERED = REPO / "test" / "registered"
+
+
+def main(argv: list[str]) -> ExitCode:
+    parser = argparse.ArgumentParser(prog="check_environment.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--hw", default="cuda", help="hardware of the suite (default: %(default)s)")
+    parser.add_argument("--suite", default="stage-c-test-dsv4-8-gpu-h200", help="default: %(default)s")
+    parser.add_argument("--test-root", type=Path, default=REGISTERED, metavar="DIR", help="tree of registered tests")
+    parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="where sys, proc and dev are")
+    parser.add_argument("--machine", type=Path, metavar="FILE", help="check against a machine recorded with --record")
+    parser.add_argument("--record", action="store_true", help="print this machine as JSON, and check nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    if args.record:
+        print(machine.observe(args.root).to_json())
+        return ExitCode.PASSED
+    recorded = machine.Machine.from_json(args.machine.read_text()) if args.machine else None
+    collection = collect(args.test_root)
+    if collection.errors:
+        raise UsageError("\n".join(collection.errors))
+    selection = select(collection, Options(args.test_root, hw=args.hw, suite=args.suite))
+    if not selection.enabled:
+        raise UsageError(f"suite {args.suite}: {selection.why_empty}")
+    wanted = needs.of(selection.enabled)
+    findings = list(of_machine(wanted, recorded)) if recorded else check(wanted, args.root)
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        width = max(len(level.value) for level in Level)
+        print(*(f"{finding.level.value:<{width}}  {finding}" for finding in findings), sep="\n")
+        if recorded:
+            print(f"not checked with {args.machine}: software, ports, model and data")
+    return ExitCode.NOT_READY if any(finding.level is Level.ERROR for finding in findings) else ExitCode.PASSED
+
+
+if __name__ == "__main__":
+    try:
+        code = main(sys.argv[1:])
+    except (UsageError, machine.BadDescription) as error:
+        print(*(f"check_environment.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+        code = ExitCode.BAD_USAGE
+    except OSError as error:
+        print(f"check_environment.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = ExitCode.BAD_USAGE
+    except CIRegisterNotFound as error:
+        print(f"check_environment.py: error: {error}", file=sys.stderr)
+        code = ExitCode.NOT_READY
+    sys.exit(code)

@@ -1,0 +1,633 @@
+"""The environment check: real files in temporary trees, real ports, real SGLang sources; NVML's facts as data."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.environment_check import check as checks
+from pdkit.environment_check import dataset, gpus, machine, model, needs, packages, rdma
+from pdkit.environment_check.finding import Level
+from pdkit.environment_check.machine import Gpu, GpuProcess, Machine
+from pdkit.environment_check.needs import Needs, Process
+from pdkit.registry import Registration
+
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+COMMAND = REPO / "scripts" / "check_environment.py"
+RUN_SUITE = REPO / "test" / "run_suite.py"
+DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"
+GPU_SUITE = "stage-c-test-dsv4-8-gpu-h200"
+GIB = 2**30
+
+H200 = Gpu("NVIDIA H200", 143771, 143000, (9, 0))
+PAIR = (
+    Process("TestPair", "prefill", tuple(range(4)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21100}),
+    Process("TestPair", "decode", tuple(range(4, 8)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21200}),
+)
+NEEDS = Needs("cuda", 8, 141, (9, 0), processes=PAIR)
+NODE = Machine(
+    gpus=(H200,) * 8,
+    driver="580.159.04",
+    driver_cuda=(13, 0),
+    torch_cuda=(13, 0),
+    memory_bytes=500 * GIB,
+    shm_bytes=64 * GIB,
+    tmp_bytes=100 * GIB,
+    home_bytes=100 * GIB,
+    open_files=1048576,
+    locked_bytes=machine.UNLIMITED,
+    rdma_openable=True,
+)
+
+
+class CheckCase(unittest.TestCase):
+    maxDiff = None
+
+    def setUp(self):
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def write(self, name, text=""):
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def assert_fine(self, findings):
+        self.assertEqual([str(finding) for finding in findings if finding.level is not Level.OK], [])
+
+    def assert_one(self, findings, level, *says):
+        """Exactly one finding is not OK; it has that level and says all of that, in one line."""
+        open_findings = [finding for finding in findings if finding.level is not Level.OK]
+        self.assertEqual([finding.level for finding in open_findings], [level], open_findings)
+        line = str(open_findings[0])
+        self.assertNotIn("\n", line)
+        for text in says:
+            self.assertIn(text, line)
+        return line
+
+
+class TestGpus(CheckCase):
+    def check(self, needed=NEEDS, **facts):
+        return list(gpus.check(needed, replace(NODE, **facts)))
+
+    def test_enough(self):
+        self.assert_fine(self.check())
+
+    def test_too_few(self):
+        line = self.assert_one(self.check(gpus=(H200,) * 7), Level.ERROR, "7 found", "needs 8 GPUs of 141 GB")
+        self.assertIn("prefill 0-3, decode 4-7", line)
+        self.assert_one(
+            self.check(gpus=(), gpu_problem="no NVIDIA driver"), Level.ERROR, "0 found, no NVIDIA driver", "run"
+        )
+
+    def test_the_suite_says_how_many_where_no_pair_is_launched(self):
+        unit = Needs("cuda", 2)
+        self.assert_fine(self.check(unit, gpus=(H200,) * 2))
+        self.assert_one(self.check(unit, gpus=(H200,)), Level.ERROR, "1 found", "2 GPUs")
+
+    def test_too_small(self):
+        h100 = Gpu("NVIDIA H100 80GB HBM3", 81559, 81000, (9, 0))
+        found = self.check(gpus=(H200,) * 5 + (h100,) + (H200,) * 2)
+        self.assert_one(found, Level.ERROR, "GPU 5: NVIDIA H100", "81559 MiB", "asks for 141 GB (decode)")
+
+    def test_another_kind(self):
+        b200 = replace(H200, name="NVIDIA B200", capability=(10, 0))
+        found = self.check(gpus=(b200,) + (H200,) * 7)
+        self.assert_one(found, Level.ERROR, "GPU 0: NVIDIA B200, compute capability 10.0", "for 9.0")
+
+    def test_memory_in_use_is_named_and_left_alone(self):
+        stranger = GpuProcess(4711, "python3", 60000)
+        busy = replace(H200, free_mib=83000, processes=(stranger,))
+        found = self.check(gpus=(H200,) * 6 + (busy, H200))
+        says = ("GPU 6", "83000 of 143771 MiB free", "python3 (pid 4711, 60000 MiB)", "decode takes 100640 MiB")
+        self.assert_one(found, Level.ERROR, *says, "nothing here ends them")
+
+    def test_a_small_stranger(self):
+        shared = replace(H200, free_mib=142000, processes=(GpuProcess(4711, "python3", 500),))
+        found = self.check(gpus=(shared,) + (H200,) * 7)
+        self.assert_one(found, Level.WARNING, "GPU 0", "in use by python3 (pid 4711")
+
+    def test_two_servers_on_one_gpu(self):
+        both = [replace(process, gpus=(0,), memory_fraction=0.5) for process in PAIR]
+        self.assert_one(self.check(replace(NEEDS, processes=both)), Level.ERROR, "prefill and decode take 143771 MiB")
+        third = [replace(process, memory_fraction=0.3) for process in both]
+        self.assert_fine(self.check(replace(NEEDS, processes=third)))
+        one_after_the_other = [replace(process, test=process.name) for process in both]
+        self.assert_fine(self.check(replace(NEEDS, processes=one_after_the_other)))
+
+    def test_driver(self):
+        self.assert_one(self.check(driver_cuda=(12, 8)), Level.ERROR, "runs CUDA 12.8, torch was built for 13.0")
+        self.assert_one(self.check(torch_cuda=(13, 1)), Level.WARNING, "runs CUDA 13.0, torch was built for 13.1")
+        self.assert_fine(self.check(driver_cuda=(13, 2)))
+
+    def test_ranges(self):
+        self.assertEqual(gpus.ranges((0, 1, 2, 3, 6)), "0-3,6")
+        self.assertEqual(gpus.ranges((5,)), "5")
+
+    @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
+    def test_a_machine_without_driver(self):
+        seen = machine.observe(gpus=True)
+        self.assertEqual((seen.gpus, seen.driver), ((), None))
+        self.assertIn("no NVIDIA driver", seen.gpu_problem)
+        self.assertEqual(seen.torch_cuda, (13, 0))
+
+
+class TestMachine(CheckCase):
+    def test_round_trip(self):
+        busy = replace(H200, processes=(GpuProcess(1, "x", 5),))
+        described = replace(NODE, gpus=(busy,), rdma={"mlx5_0/ports/1/state": "4: ACTIVE\n"})
+        self.assertEqual(Machine.from_json(described.to_json()), described)
+
+    def test_bad_descriptions(self):
+        for text in ("", "[]", '{"gpus": 8}', '{"gpu": []}', '{"gpus": [{"name": "H200"}]}'):
+            with self.subTest(text), self.assertRaisesRegex(machine.BadDescription, "^not a recorded machine: .*$"):
+                Machine.from_json(text)
+
+    def test_memory(self):
+        self.write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 50 kB\n")
+        self.assertEqual(machine.available_memory(self.root), 50 * 1024)
+        self.write("sys/fs/cgroup/memory.max", "max\n")
+        self.assertEqual(machine.available_memory(self.root), 50 * 1024)
+        self.write("sys/fs/cgroup/memory.max", "40000\n")
+        self.write("sys/fs/cgroup/memory.current", "30000\n")
+        self.write("sys/fs/cgroup/memory.stat", "anon 1\ninactive_file 2000\n")
+        self.assertEqual(machine.available_memory(self.root), 12000)
+
+    def test_locked_memory(self):
+        for capabilities, unlimited in (("000001ffffffffff", True), ("0000000000004000", True), ("0", False)):
+            self.write("proc/self/status", f"Name: x\nCapEff:\t{capabilities}\n")
+            with mock.patch("resource.getrlimit", return_value=(4096, 8192)):
+                self.assertEqual(machine.observe(self.root, gpus=False).locked_bytes, -1 if unlimited else 8192)
+
+    def test_rooms_and_limits(self):
+        for facts, level, *says in (
+            ({"memory_bytes": 4 * GIB}, Level.ERROR, "memory: 4.00 of 16 GiB free"),
+            ({"shm_bytes": 64 << 20}, Level.ERROR, "/dev/shm: 0.06 of 8 GiB free", "--shm-size"),
+            ({"tmp_bytes": GIB}, Level.ERROR, "temporary files", "TMPDIR"),
+            ({"home_bytes": GIB}, Level.ERROR, "home", "kernels"),
+            ({"open_files": 512}, Level.ERROR, "open files: hard limit 512", "ulimit -Hn"),
+            ({"open_files": 20000}, Level.WARNING, "open files: hard limit 20000", "65535"),
+        ):
+            needed = replace(NEEDS, processes=[replace(process, backend="nixl") for process in PAIR])
+            self.assert_fine(checks.of_machine(needed, NODE))
+            self.assert_one(checks.of_machine(needed, replace(NODE, **facts)), level, *says)
+
+    def test_a_pair_on_cpu(self):
+        pair, unit = Needs("cpu", embedded=True), Needs("cpu")
+        small = replace(NODE, gpus=(), memory_bytes=6 * GIB, shm_bytes=64 << 20, tmp_bytes=GIB, open_files=1024)
+        self.assert_fine(checks.of_machine(pair, small))
+        self.assert_one(checks.of_machine(pair, replace(small, memory_bytes=5 * GIB)), Level.ERROR, "5.00 of 6 GiB")
+        self.assert_one(checks.of_machine(pair, replace(small, shm_bytes=0)), Level.ERROR, "/dev/shm")
+        self.assert_one(checks.of_machine(pair, replace(small, open_files=256)), Level.ERROR, "open files")
+        self.assertEqual(list(checks.of_machine(unit, Machine())), [])
+
+
+class TestRdma(CheckCase):
+    """By the rules of the installed fixture, on trees like those of /sys/class/infiniband."""
+
+    def device(self, name="mlx5_0", state="4: ACTIVE", rate="400 Gb/sec (4X NDR)", link="InfiniBand", **gids):
+        port = f"sys/class/infiniband/{name}/ports/1"
+        for file, text in (("state", state), ("rate", rate), ("link_layer", link)):
+            self.write(f"{port}/{file}", text + "\n")
+        for index, (kind, gid) in gids.items():
+            self.write(f"{port}/gid_attrs/types/{index[1:]}", kind + "\n")
+            self.write(f"{port}/gids/{index[1:]}", gid + "\n")
+
+    def found(self, nics=(), environ=None, backend="mooncake", **facts):
+        pair = [replace(process, nics=nics, backend=backend) for process in PAIR]
+        seen = replace(NODE, rdma=machine.observe(self.root, gpus=True).rdma, **facts)
+        found = checks.of_machine(replace(NEEDS, processes=pair), seen, environ or {})
+        return [finding for finding in found if finding.subject in ("RDMA", "locked memory")]
+
+    def test_infiniband(self):
+        self.device("mlx5_0")
+        self.device("mlx5_1")
+        self.assert_fine(self.found(nics=("mlx5_0", "mlx5_1")))
+        self.assertIn("usable: mlx5_0, mlx5_1", [finding.what for finding in self.found()])
+
+    def test_not_usable(self):
+        for broken, reason in (
+            ({"state": "1: DOWN"}, "state=1: DOWN"),
+            ({"rate": "25 Gb/sec (1X EDR)"}, "rate=25 Gbps"),
+            ({"name": "mlx5_eth0"}, "contains 'eth' in name"),
+        ):
+            with self.subTest(broken):
+                shutil.rmtree(self.root / "sys", ignore_errors=True)
+                self.device(**broken)
+                name = broken.get("name", "mlx5_0")
+                self.assert_one(self.found(), Level.WARNING, f"no usable device, {name} skipped ({reason})", "by TCP")
+                self.device("mlx5_9")
+                self.assert_fine(self.found())
+                self.assert_one(
+                    self.found(nics=(name, "mlx5_9")), Level.ERROR, f"{name}: {reason}", "prefill, decode would"
+                )
+
+    def test_none(self):
+        self.assert_one(self.found(), Level.WARNING, "no usable device", "SGLANG_TEST_PD_DISAGG_BACKEND=nixl")
+        self.assertEqual(self.found(backend="nixl"), [])
+
+    def test_a_device_that_is_not_there(self):
+        self.device("mlx5_0")
+        self.assert_one(self.found(nics=("mlx5_roce0",)), Level.ERROR, "mlx5_roce0: no such device")
+
+    def test_not_passed_to_the_container(self):
+        self.device()
+        self.assert_one(self.found(rdma_openable=False), Level.WARNING, "no /dev/infiniband/uverbs*", "--device")
+
+    def test_locked_memory(self):
+        self.device()
+        self.assert_one(self.found(locked_bytes=8 << 20), Level.WARNING, "locked memory: limit 8 MiB", "memlock=-1")
+
+    def test_roce(self):
+        local, routed = ("RoCE v2", "fe80::1"), ("RoCE v2", "::ffff:10.0.0.1")
+        self.device("mlx5_0", link="Ethernet", g0=("IB/RoCE v1", "fe80::1"), g1=local, g3=routed)
+        self.assert_fine(self.found())
+        self.device("mlx5_1", link="Ethernet", g0=("IB/RoCE v1", "fe80::1"))
+        self.assert_one(self.found(), Level.ERROR, "no RoCE v2 GID on mlx5_1", "score is 0", "address")
+        self.assert_fine(self.found(nics=("mlx5_0",)))
+        self.assert_fine(self.found(environ={"MC_GID_INDEX": "3"}))
+        self.device("mlx5_1", link="Ethernet", g5=routed)
+        self.assert_one(self.found(), Level.WARNING, "different indices", "MC_GID_INDEX")
+
+    def test_rules_of_the_fixture(self):
+        self.device("mlx5_0", link="Ethernet", g1=("RoCE v2", "fe80::1"), g3=("RoCE v2", "::ffff:10.0.0.1"))
+        rules = rdma.rules(packages.locate("sglang").parent / rdma.FIXTURE, self.root)
+        self.assertEqual((rules.usable(), rules.gid_index(["mlx5_0"])), (("mlx5_0",), 3))
+
+    def test_a_release_without_rule_for_gids(self):
+        fixture = self.write("fixture.py", 'def _get_available_ib_devices():\n    return ["mlx5_0"]\n')
+        self.assertFalse(rdma.rules(fixture, self.root).knows_gids)
+        with self.assertRaises(KeyError):
+            rdma.rules(self.write("other.py", "x = 1\n"), self.root)
+
+
+class TestPackages(CheckCase):
+    def site(self, *modules, backend_source="from sgl_kernel.flash_mla import x"):
+        for module in modules:
+            parts = module.split(".")
+            for depth in range(1, len(parts)):
+                self.write("/".join([*parts[:depth], "__init__.py"]), "raise ImportError('imported')")
+            self.write("/".join(parts) + ".py", "raise ImportError('imported')")
+        self.write("sglang/__init__.py")
+        self.write("sglang/srt/layers/attention/deepseek_v4_backend.py", f"def f():\n    {backend_source}\n")
+        return [str(self.root)]
+
+    ALL = ("sgl_kernel.flash_mla", "deep_ep", "deep_gemm", "mooncake.engine", "sglang_router")
+
+    def test_all_there_and_none_imported(self):
+        self.assert_fine(packages.check("deepep", "mooncake", True, self.site(*self.ALL)))
+
+    def test_each_missing(self):
+        for missing, says in (
+            ("deep_ep", "--moe-a2a-backend deepep"),
+            ("deep_gemm", "experts"),
+            ("mooncake.engine", "--disaggregation-transfer-backend mooncake"),
+            ("sglang_router", "load balancer"),
+            ("sgl_kernel.flash_mla", "FlashMLA"),
+        ):
+            with self.subTest(missing):
+                shutil.rmtree(self.root)
+                site = self.site(*(module for module in self.ALL if module != missing), "sgl_kernel.other")
+                self.assert_one(packages.check("deepep", "mooncake", True, site), Level.ERROR, missing, says)
+
+    def test_only_what_the_flags_need(self):
+        site = self.site("sgl_kernel", "sglang_router")
+        self.assert_fine(packages.check("none", "fake", False, site))
+        self.assert_one(packages.check(None, "nixl", False, site), Level.ERROR, "nixl._api is not installed", "nixl")
+
+    def test_flash_mla_of_a_release(self):
+        for source, modules in (
+            ("from flash_mla.flash_mla_interface import FlashMLASchedMeta", ("flash_mla",)),
+            ("import sgl_kernel.flash_mla as flash_mla", ("sgl_kernel.flash_mla",)),
+            ("from sglang.kernels.ops.attention import flash_mla_interface", ()),
+        ):
+            self.site(backend_source=source)
+            self.assertEqual(packages.flash_mla_modules(self.root / "sglang"), modules)
+        self.assertTrue(packages.flash_mla_modules(packages.locate("sglang").parent))
+
+    def test_locate(self):
+        self.assertIsNone(packages.locate("no_such_package.module"))
+        self.assertIsNone(packages.locate("json.no_such_module"))
+        self.assertIsNone(packages.locate("this.that"))
+        self.assertEqual(packages.locate("json.decoder"), Path(json.decoder.__file__))
+        self.assertNotIn("this", sys.modules)
+
+
+def safetensors(size=16):
+    """One tensor of `size` bytes in the format of https://github.com/huggingface/safetensors#format."""
+    header = json.dumps({"__metadata__": {}, "w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
+class TestModel(CheckCase):
+    REPO = "sgl-project/DeepSeek-V4-Flash-FP8"
+
+    def setUp(self):
+        super().setUp()
+        self.environ = {"HF_HUB_CACHE": str(self.root)}
+        self.repository = self.root / f"models--{self.REPO.replace('/', '--')}"
+        self.snapshot = self.repository / "snapshots" / "abc"
+        self.blobs = self.repository / "blobs"
+        for folder in (self.snapshot, self.blobs, self.repository / "refs"):
+            folder.mkdir(parents=True)
+        (self.repository / "refs" / "main").write_text("abc")
+        shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+        index = json.dumps({"metadata": {}, "weight_map": {f"w{i}": name for i, name in enumerate(shards)}})
+        files = {"config.json": '{"model_type": "deepseek_v4"}', "tokenizer.json": "{}"}
+        files |= {"model.safetensors.index.json": index} | dict.fromkeys(shards, safetensors())
+        for number, (name, content) in enumerate(files.items()):
+            blob = self.blobs / str(number)
+            blob.write_bytes(content if isinstance(content, bytes) else content.encode())
+            (self.snapshot / name).symlink_to(blob)
+        self.shard = self.snapshot / shards[1]
+
+    def check(self, name=REPO, **kwargs):
+        return list(model.check(name, self.environ, **kwargs))
+
+    def test_complete(self):
+        self.assert_fine(self.check())
+        self.assert_fine(self.check(str(self.snapshot)))
+
+    def test_the_safetensors_of_the_library(self):
+        import numpy
+        from safetensors.numpy import save_file
+
+        self.shard.unlink()
+        save_file({"a": numpy.zeros((3, 5), "float32"), "b": numpy.zeros(7, "int8")}, self.shard)
+        self.assert_fine(self.check())
+        os.truncate(self.shard, self.shard.stat().st_size - 1)
+        self.assert_one(self.check(), Level.ERROR, self.shard.name, "bytes")
+
+    def test_a_missing_shard(self):
+        self.shard.unlink()
+        says = (f"{self.REPO}: 1 of 3 shards missing: model-00002-of-00003.safetensors", f"hf download {self.REPO}")
+        self.assert_one(self.check(), Level.ERROR, *says)
+        self.assert_fine(self.check(weights=False))
+
+    def test_a_link_to_nothing(self):
+        self.shard.resolve().unlink()
+        self.assert_one(self.check(), Level.ERROR, "1 of 3 shards missing: model-00002")
+
+    def test_a_shard_that_was_cut_off(self):
+        whole = self.shard.read_bytes()
+        for size in (len(whole) - 1, 20, 4, 0):
+            self.shard.resolve().write_bytes(whole[:size])
+            self.assert_one(self.check(), Level.ERROR, self.shard.name, f"{size}")
+        self.shard.resolve().write_bytes(b"\x02\0\0\0\0\0\0\0[]")
+        self.assert_one(self.check(), Level.ERROR, "is no safetensors file")
+
+    def test_other_files(self):
+        for name, text, says in (
+            ("config.json", None, "config.json is missing"),
+            ("config.json", "{", "config.json is not JSON"),
+            ("tokenizer.json", None, "no tokenizer"),
+            ("model.safetensors.index.json", "{}", "has no weight_map"),
+            ("model.safetensors.index.json", "not json", "has no weight_map"),
+        ):
+            with self.subTest(name, text=text):
+                path = self.snapshot / name
+                whole = path.read_text()
+                path.unlink()
+                if text is not None:
+                    path.write_text(text)
+                self.assert_one(self.check(), Level.ERROR, says)
+                path.write_text(whole)
+                self.assert_fine(self.check())
+
+    def test_one_file_and_none(self):
+        for path in self.snapshot.glob("model*"):
+            path.unlink()
+        self.assert_one(self.check(), Level.ERROR, "no weights")
+        (self.snapshot / "model.safetensors").write_bytes(safetensors())
+        self.assert_fine(self.check())
+
+    def test_not_in_the_cache(self):
+        self.assert_one(self.check("a/b"), Level.ERROR, f"a/b is not in {self.root}", "hf download a/b")
+        self.assert_one(self.check("/no/such/model"), Level.ERROR, "/no/such/model: no such directory")
+        (self.repository / "refs" / "main").unlink()
+        self.assert_one(self.check(), Level.ERROR, "is not in")
+
+    def test_where_the_cache_is(self):
+        for environ, path in (
+            ({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}, "/a"),
+            ({"HF_HOME": "/b"}, "/b/hub"),
+            ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
+            ({}, os.path.expanduser("~/.cache/huggingface/hub")),
+        ):
+            self.assertEqual(model.cache_directory(environ), Path(path))
+
+    def test_is_dsv4(self):
+        self.assertTrue(model.is_dsv4("x", self.snapshot))
+        self.write("other/config.json", '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+        self.assertFalse(model.is_dsv4(self.REPO, self.root / "other"))
+        self.assertTrue(model.is_dsv4(self.REPO, None))
+        self.assertFalse(model.is_dsv4("meta-llama/Llama-3.1-8B", None))
+
+
+class TestDataset(CheckCase):
+    ROW = '{"question": "1 + 1?", "answer": "#### 2"}\n'
+
+    def test_a_file(self):
+        path = self.write("data.jsonl", self.ROW * 3)
+        self.assert_fine(dataset.check(str(path)))
+        for text, says in (
+            ("", "no questions"),
+            ("what?\n", "not lines of JSON"),
+            (self.ROW + '{"question": "?"}\n', "row 2 has no question or no answer"),
+            ("[]\n", "row 1"),
+            ("3\n", "not lines of JSON"),
+        ):
+            path.write_text(text)
+            self.assert_one(dataset.check(str(path)), Level.ERROR, f"{path}: {says}", "SGLANG_PD_GSM8K")
+
+    def test_no_such_file(self):
+        self.assert_one(dataset.check("/no/such.jsonl"), Level.ERROR, "/no/such.jsonl: No such file or directory")
+
+    def test_the_data_of_sglang(self):
+        self.assertRegex(dataset.default_url(), r"^https://.*gsm8k.*|^https://.*grade.school.math.*\.jsonl$")
+        name = dataset.default_url().rpartition("/")[2]
+        for answers, level in ((True, None), (False, Level.ERROR)):
+            with mock.patch.object(dataset, "reachable", return_value=answers):
+                found = list(dataset.check(None, self.root, {}))
+                (self.assert_one(found, level, name, "does not answer") if level else self.assert_fine(found))
+        self.assert_one(dataset.check(None, self.root, {"https_proxy": "p"}), Level.WARNING, "through the proxy")
+        self.write(name, self.ROW)
+        self.assert_fine(dataset.check(None, self.root, {}))
+        self.write(name, "<html>")
+        self.assert_one(dataset.check(None, self.root, {}), Level.ERROR, name, "remove it")
+
+    def test_reachable(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            self.assertTrue(dataset.reachable("127.0.0.1", port))
+        self.assertFalse(dataset.reachable("127.0.0.1", port))
+
+
+class TestPlace(CheckCase):
+    def test_a_port_in_use_is_named(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            needed = Needs("cuda", processes=(Process("TestPair", "decode", ports={"nccl": port}),))
+            found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
+            self.assert_one(found, Level.ERROR, f"{port} is in use by python", f"(pid {os.getpid()})", "decode nccl")
+        found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
+        self.assert_fine(found)
+
+    def test_what_sglang_refuses(self):
+        found = list(checks.of_place(Needs("cuda", errors=("no such flag",), warnings=("deprecated",))))
+        found = [finding for finding in found if finding.subject == "contract"]
+        self.assertEqual([finding.level for finding in found], [Level.ERROR, Level.WARNING])
+
+    def test_python3(self):
+        environ = {"PATH": "/nowhere"}
+        self.assert_fine(checks.of_place(Needs("cpu"), environ))
+        with mock.patch.object(sys, "executable", str(self.root / "python3.11")):
+            self.assert_one(checks.of_place(Needs("cpu"), environ), Level.ERROR, "python3: not found", "ln -s")
+            environ = {"PATH": os.environ["PATH"]}
+            self.assert_one(checks.of_place(Needs("cpu"), environ), Level.ERROR, "python3: /", "ln -s")
+
+    def test_the_embedded_engine(self):
+        pair = Needs("cpu", embedded=True)
+        self.assert_fine(checks.of_place(pair))
+        shutil.copytree(checks.ASSETS, self.root / "assets")
+        with mock.patch.object(checks, "ASSETS", self.root / "assets"):
+            self.assert_fine(checks.of_place(pair))
+            (self.root / "assets" / "nano-dsv4" / "model.safetensors").unlink()
+            self.assert_one(checks.of_place(pair), Level.ERROR, "no weights")
+        with mock.patch.object(checks, "ASSETS", self.root):
+            errors = [finding.subject for finding in checks.of_place(pair) if finding.level is Level.ERROR]
+            self.assertEqual(errors, ["model", "data"])
+
+
+def registration(path, hw="cuda", suite=GPU_SUITE):
+    return Registration(str(path), path.name, hw, suite, 10)
+
+
+class TestNeeds(CheckCase):
+    def test_dsv4_on_8_h200(self):
+        """tp 4 and dp 4 with DP attention on each side are 8 GPUs."""
+        found = needs.of([registration(DSV4)], {"SGLANG_PD_GSM8K": "/data.jsonl"})
+        self.assertEqual((found.gpu_count, found.gpu_memory_gb, found.capability), (8, 141, (9, 0)))
+        servers = {process.name: process for process in found.processes}
+        self.assertEqual(list(servers), ["prefill", "decode", "load balancer"])
+        self.assertEqual((servers["prefill"].gpus, servers["decode"].gpus), ((0, 1, 2, 3), (4, 5, 6, 7)))
+        self.assertEqual({servers[side].a2a for side in ("prefill", "decode")}, {"deepep"})
+        self.assertEqual(servers["prefill"].memory_fraction, 0.7)
+        self.assertEqual(len({p for process in found.processes for p in process.ports.values()}), 18)
+        self.assertEqual((found.data, found.errors), (("/data.jsonl",), ()))
+        self.assertEqual(needs.of([registration(DSV4)], {}).data, (None,))
+
+    def test_a_wrong_flag(self):
+        source = DSV4.read_text().replace("--mem-fraction-static 0.7", "--mem-fraction-statik 0.7")
+        found = needs.of([registration(self.write("test_it.py", source))])
+        self.assertEqual(len(found.errors), 1)
+        self.assertIn("--mem-fraction-statik: no such flag; nearest: --mem-fraction-static", found.errors[0])
+
+    def test_a_pair_on_cpu(self):
+        embedded = DSV4.with_name("test_disaggregation_dsv4_embedded.py")
+        self.assertEqual(needs.of([registration(embedded, "cpu", "stage-a-test-cpu")]), Needs("cpu", embedded=True))
+        self.assertEqual(needs.of([registration(Path(__file__), "cpu", "stage-a-test-cpu")]), Needs("cpu"))
+
+    def test_a_file_that_launches_nothing(self):
+        found = needs.of([registration(Path(__file__), suite="stage-b-test-2-gpu-large")])
+        self.assertEqual(found, Needs("cuda", 2))
+
+
+class TestCommands(CheckCase):
+    def run_command(self, command, *words, **environ):
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "HF_"))} | environ
+        return subprocess.run([sys.executable, command, *words], capture_output=True, text=True, env=environ)
+
+    def test_cpu_suite_without_importing_sglang(self):
+        source = (
+            "import runpy, sys\n"
+            f"sys.argv = ['x', '--hw', 'cpu', '--suite', 'stage-a-test-cpu']\n"
+            f"try:\n    runpy.run_path({str(COMMAND)!r}, run_name='__main__')\n"
+            "except SystemExit as end:\n"
+            "    print('exit', int(end.code), 'heavy', sorted({'sglang', 'torch', 'numpy'} & set(sys.modules)))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+        self.assertEqual(done.stdout.splitlines()[-1], "exit 0 heavy []", done.stdout + done.stderr)
+
+    @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
+    def test_gpu_suite_on_a_machine_without_gpus(self):
+        model_dir = self.write("model/config.json", "{}").parent
+        environ = {"SGLANG_PD_MODEL": str(model_dir), "SGLANG_PD_GSM8K": str(self.root / "data.jsonl")}
+        done = self.run_command(COMMAND, **environ)
+        self.assertEqual((done.returncode, done.stderr), (3, ""))
+        lines = [line for line in done.stdout.splitlines() if line.startswith("error")]
+        for pattern in (
+            r"GPUs: 0 found, no NVIDIA driver .*; the suite needs 8 GPUs of 141 GB \(prefill 0-3, decode 4-7\); run",
+            r"model: .*/model: no weights \(\*\.safetensors\); ",
+            r"model: .*/model: no tokenizer ",
+            r"data: .*/data\.jsonl: No such file or directory; ",
+        ):
+            self.assertEqual(len([line for line in lines if re.search(pattern, line)]), 1, done.stdout)
+        refused = self.run_command(RUN_SUITE, "--hw", "cuda", "--suite", GPU_SUITE, **environ)
+        self.assertEqual(refused.returncode, 3)
+        reported = [line.removeprefix("run_suite.py: error: ") for line in refused.stderr.splitlines()]
+        self.assertEqual(reported, [line.removeprefix("error    ") for line in lines])
+        self.assertNotIn("Traceback", refused.stdout)
+
+    def test_a_recorded_machine(self):
+        ready = self.write("ready.json", replace(NODE, rdma={"mlx5_0/ports/1/state": "ACTIVE"}).to_json())
+        done = self.run_command(COMMAND, "--machine", str(ready))
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("8 found (NVIDIA H200), 8 GPUs of 141 GB needed", done.stdout)
+        self.assertIn("not checked with", done.stdout)
+        seven = self.write("seven.json", replace(NODE, gpus=NODE.gpus[1:]).to_json())
+        done = self.run_command(COMMAND, "--machine", str(seven), "--json")
+        self.assertEqual(done.returncode, 3)
+        errors = [finding["what"] for finding in json.loads(done.stdout) if finding["level"] == "error"]
+        self.assertEqual(errors, ["7 found"])
+
+    def test_record(self):
+        done = self.run_command(COMMAND, "--record")
+        self.assertEqual(done.returncode, 0)
+        self.assertGreater(Machine.from_json(done.stdout).memory_bytes, 0)
+
+    def test_bad_input(self):
+        for words, says in (
+            (["--suite", "stage-c-test-dsv4-8-gpu-h100"], "nearest known: stage-c-test-dsv4-8-gpu-h200"),
+            (["--hw", "cude"], "unknown hardware 'cude'; nearest known: cuda"),
+            (["--machine", "/no/such.json"], "/no/such.json: No such file or directory"),
+            (["--machine", __file__], "not a recorded machine"),
+            (["--suite", "stage-b-test-1-gpu-large"], "no file is registered"),
+        ):
+            with self.subTest(words):
+                done = self.run_command(COMMAND, *words)
+                self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+                self.assertEqual(len(done.stderr.splitlines()), 1)
+                self.assertIn(says, done.stderr)
+
+    def test_run_suite_starts_no_file_on_a_machine_that_cannot(self):
+        source = (
+            "import unittest\nfrom pdkit.ci_register import register_cuda_ci\n"
+            'register_cuda_ci(1, "stage-b-test-64-gpu-large")\n'
+            "class T(unittest.TestCase):\n    def test_it(self): print('started')\n"
+            'if __name__ == "__main__":\n    unittest.main()\n'
+        )
+        self.write("registered/test_it.py", source)
+        words = ["--test-root", str(self.root / "registered"), "--hw", "cuda", "--suite", "stage-b-test-64-gpu-large"]
+        done = self.run_command(RUN_SUITE, *words)
+        self.assertEqual((done.returncode, done.stdout), (3, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn("run_suite.py: error: GPUs: 0 found", done.stderr)
+        done = self.run_command(RUN_SUITE, *words, "--skip-environment-check")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("started", done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
