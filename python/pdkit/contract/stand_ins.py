@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 REAL = {"msgspec", "packaging", "typing_extensions", "sglang_router", "pdkit"}
-ABSENT = {"torch_npu", "torch_musa", "torchada", "mlx", "aiter", "habana_frameworks", "intel_extension_for_pytorch"}
 MUST_RUN = ("sglang.srt.server_args", "sglang.srt.arg_groups", "sglang.srt.environ", "sglang.test")
 ABSENT_ATTRIBUTES = {"torch": {"npu", "musa", "mlu", "hpu"}}
 KNOWN_ATTRIBUTES = {"torch": {"version": SimpleNamespace(cuda="13.0", hip=None, xpu=None, musa=None)}}
@@ -147,7 +146,7 @@ class Importer(importlib.abc.MetaPathFinder):
         top = name.partition(".")[0]
         if top == "sglang":
             return self._sglang(name, path)
-        if top in REAL | ABSENT or top in sys.stdlib_module_names:
+        if top in REAL or top in sys.stdlib_module_names:
             return None
         if PathFinder.find_spec(top, self.folders):
             return None

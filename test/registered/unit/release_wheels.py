@@ -61,7 +61,8 @@ class PortArgs:
     @staticmethod
     def init_new(server_args):
         nccl_port = server_args.nccl_port or get_free_port()
-        if server_args.enable_dp_attention and not server_args.is_joiner:
+        dp_size = server_args.dp_size if server_args.enable_dp_attention else 1
+        if getattr(server_args, "attn_dp_size", dp_size) > 1 and not server_args.is_joiner:
             wait_port_available(server_args.port + 233, "dist_init_port")
         return SimpleNamespace(nccl_port=nccl_port)
 """
@@ -158,8 +159,9 @@ SOURCES = {
             def forward(self, x: "torch.Tensor | None" = None):
                 return x * 2
 
-        FORWARD = Layer().forward(21)
-        RELEASE = int(torch.__version__.split(".")[0])
+        assert Layer().forward(21) == 42
+        assert not hasattr(torch, "npu") and torch.version.hip is None
+        assert int(torch.__version__.split(".")[0]) > 2
     """,
     "srt/breaks_without_torch.py": """
         import torch

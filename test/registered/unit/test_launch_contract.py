@@ -159,9 +159,11 @@ class TestSmallRelease(unittest.TestCase):
 
     def test_only_what_tests_look_at_is_inherited(self):
         body = f"{LAUNCHES}\nextra_prefill_args = ['--host', os.getenv('SGLANG_TEST_HOST', 'nowhere')]"
-        with mock.patch.dict(os.environ, SGLANG_TEST_HOST="there", SGLANG_TYPO="1"):
+        with mock.patch.dict(os.environ, SGLANG_TEST_HOST="there", SGLANG_TYPO="1", SGLANG_DISPATCH_TOKENS="many"):
             contract = self.ask(body=body)
-        self.assertEqual(contract.errors, [])
+            self.assertEqual(contract.errors, [])
+            same = "os.environ['SGLANG_DISPATCH_TOKENS'] = 'many'"
+            self.assertEqual(len(self.ask(body=f"{LAUNCHES}\n{same}").errors), 1)
         self.assertEqual(contract.tests[0].processes[0].settings["host"], "there")
 
     def test_ports(self):
@@ -179,9 +181,11 @@ class TestSmallRelease(unittest.TestCase):
     def test_attention_width_that_is_a_flag_of_its_own(self):
         flag = '        add("--attn-dp-size", type=int, default=1)'
         changes = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
-        for argv in (["--attn-dp-size", "4"], ["--enable-dp-attention", "--dp-size", "4"]):
+        new, old = "--attn-dp-size=4", "--enable-dp-attention"
+        for argv in ([new], [old, "--dp-size=4"], [new, old]):
             prefill, _ = self.ask(*argv, changes=changes).tests[0].processes
             self.assertEqual((prefill.settings["attention_dp"], prefill.settings["replicas"]), (4, 1))
+            self.assertIn("dist_init", prefill.ports)
         prefill, _ = self.ask("--dp-size", "4", changes=changes).tests[0].processes
         self.assertEqual((prefill.settings["attention_dp"], prefill.settings["replicas"]), (1, 4))
 
@@ -221,6 +225,14 @@ class TestSmallRelease(unittest.TestCase):
         prefill, _ = self.ask(body=body).tests[0].processes
         self.assertEqual(prefill.settings["tp_size"], 2)
 
+    def test_classes_that_are_not_tests_of_the_file(self):
+        (self.folder / "test_elsewhere.py").write_text(source_of(LAUNCHES))
+        test = self.folder / "test_pd.py"
+        base = "class Base(PDDisaggregationServerBase):\n    pass\n"
+        test.write_text(f"{source_of(LAUNCHES)}\n\nfrom test_elsewhere import TestPD as Elsewhere\n{base}")
+        with unpacked(write_wheel(self.folder / "sglang.whl")) as release:
+            self.assertEqual([plan.test for plan in launch_contract.ask(release, test).tests], ["TestPD"])
+
     def test_tests_that_do_not_launch(self):
         bodies = {
             "setUpClass = classmethod(lambda cls: cls.skipTest(cls, 'no GPU'))": "skips before it launches: no GPU",
@@ -247,10 +259,11 @@ class TestSmallRelease(unittest.TestCase):
         self.assertEqual([*self.ask().assumed], ["sglang.srt.breaks_without_torch"])
 
     def test_no_answer_rests_on_a_stand_in(self):
-        flag = '        add("--kernel", choices=torch.kernels())'
-        changes = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
-        with self.assertRaisesRegex(launch_contract.ContractUnreadable, "--kernel: its values come from a package"):
-            self.ask(changes=changes)
+        for choices in ("torch.kernels()", "['a', torch.kernels]"):
+            flag = f'        add("--kernel", choices={choices})'
+            changes = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
+            with self.assertRaisesRegex(launch_contract.ContractUnreadable, "--kernel: its values come from a package"):
+                self.ask(changes=changes)
 
     def main(self, *argv):
         out, err = io.StringIO(), io.StringIO()
