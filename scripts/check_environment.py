@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Says whether this machine can run a suite: what is missing, why it matters, and what to do. Starts nothing."""
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -15,14 +14,14 @@ from pdkit.environment_check import machine, needs  # noqa: E402
 from pdkit.environment_check.check import check, of_machine  # noqa: E402
 from pdkit.environment_check.finding import Level  # noqa: E402
 from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.options import Options, UsageError  # noqa: E402
+from pdkit.options import Options, Parser, UsageError  # noqa: E402
 from pdkit.registry import collect, select  # noqa: E402
 
 REGISTERED = REPO / "test" / "registered"
 
 
 def main(argv: list[str]) -> ExitCode:
-    parser = argparse.ArgumentParser(prog="check_environment.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="check_environment.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--hw", default="cuda", help="hardware of the suite (default: %(default)s)")
     parser.add_argument("--suite", default="stage-c-test-dsv4-8-gpu-h200", help="default: %(default)s")
     parser.add_argument("--test-root", type=Path, default=REGISTERED, metavar="DIR", help="tree of registered tests")

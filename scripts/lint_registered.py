@@ -4,7 +4,6 @@
 A line that is right all the same says why: `# lint: allow RULE: reason`, behind it or on the line above.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -15,12 +14,13 @@ sys.path.insert(0, str(REPO / "python"))
 from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
 from pdkit.exit_codes import ExitCode  # noqa: E402
 from pdkit.lint.check import RULES, lint  # noqa: E402
+from pdkit.options import Parser, UsageError  # noqa: E402
 
 REGISTERED = REPO / "test" / "registered"
 
 
 def main(argv: list[str]) -> ExitCode:
-    parser = argparse.ArgumentParser(prog="lint_registered.py", description=__doc__.strip(), allow_abbrev=False)
+    parser = Parser(prog="lint_registered.py", description=__doc__.strip(), allow_abbrev=False)
     parser.add_argument("paths", nargs="*", type=Path, default=[REGISTERED], help=f"files or trees ({REGISTERED})")
     parser.add_argument("--rules", action="store_true", help="print the rules")
     args = parser.parse_args(argv)
@@ -28,14 +28,7 @@ def main(argv: list[str]) -> ExitCode:
         width = max(map(len, RULES))
         print(*(f"{name:<{width}}  {check.__doc__.splitlines()[0]}" for name, check in RULES.items()), sep="\n")
         return ExitCode.PASSED
-    try:
-        findings = lint(args.paths)
-    except OSError as error:
-        print(f"lint_registered.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return ExitCode.BAD_USAGE
-    except CIRegisterNotFound as error:
-        print(f"lint_registered.py: error: {error}", file=sys.stderr)
-        return ExitCode.NOT_READY
+    findings = lint(args.paths)
     for finding in findings:
         path = finding.path
         shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else path
@@ -44,4 +37,13 @@ def main(argv: list[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except (OSError, UsageError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"lint_registered.py: error: {reason}", file=sys.stderr)
+        code = ExitCode.BAD_USAGE
+    except CIRegisterNotFound as error:
+        print(f"lint_registered.py: error: {error}", file=sys.stderr)
+        code = ExitCode.NOT_READY
+    sys.exit(code)

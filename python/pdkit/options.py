@@ -58,7 +58,9 @@ class Options:
         return seconds + (self.retry_timeout_increase if self.enable_retry else 0)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, where argparse would print its usage and exit."""
+
     def error(self, message: str):
         raise UsageError(f"{message} (--help lists the options)")
 
@@ -81,9 +83,9 @@ _seconds.__name__ = "number of seconds"
 _natural.__name__ = "number"
 
 
-def _parser(default_test_root: Path) -> _Parser:
+def _parser(default_test_root: Path) -> Parser:
     codes = "; ".join(f"{int(code)} {meaning}" for code, meaning in MEANINGS.items())
-    parser = _Parser(
+    parser = Parser(
         prog="run_suite.py",
         description="Run the registered test files of one suite, each as `python3 FILE -f` in a process of its own.",
         epilog=f"Exit codes: {codes}.",
@@ -157,7 +159,7 @@ def _parser(default_test_root: Path) -> _Parser:
     return parser
 
 
-def _reject_unknown_flags(parser: _Parser, words: list[str]):
+def _reject_unknown_flags(parser: Parser, words: list[str]):
     if not words:
         return
     word = words[0]

@@ -1,0 +1,181 @@
+"""The scaffold: what it writes passes lint, contract and plan at once; what would not is not written."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from pdkit import scaffold
+from pdkit.ci_register import register_cpu_ci
+from pdkit.environment_check import needs
+from pdkit.environment_check.needs import Needs
+from pdkit.lint.check import lint
+from pdkit.options import UsageError
+from pdkit.registry import collect
+
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+COMMAND = REPO / "scripts" / "new_pd_test.py"
+DISTRIBUTED = REPO / "test" / "registered" / "distributed"
+H200, LARGE, CPU = "stage-c-test-dsv4-8-gpu-h200", "stage-b-test-1-gpu-large", "stage-a-test-cpu"
+DSV4 = "sgl-project/DeepSeek-V4-Flash-FP8"
+
+
+class ScaffoldCase(unittest.TestCase):
+    maxDiff = None
+
+    def setUp(self):
+        root = Path(self.enterContext(tempfile.TemporaryDirectory())).resolve()
+        self.directory = root / "registered" / "distributed"
+        self.directory.mkdir(parents=True)
+        for path in DISTRIBUTED.glob("test_disaggregation_dsv4*.py"):
+            (self.directory / path.name).symlink_to(path)
+        self.before = sorted(self.directory.iterdir())
+
+    def run_scaffold(self, *words):
+        command = [sys.executable, COMMAND, *words, "--directory", self.directory]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+        return subprocess.run(command, capture_output=True, text=True, env=environ)
+
+    def written(self):
+        return [path for path in sorted(self.directory.iterdir()) if path not in self.before]
+
+    def write(self, *words):
+        """The one file that a command line writes, and the needs of its suite as the environment check reads them."""
+        done = self.run_scaffold(*words)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        (path,) = self.written()
+        self.assertTrue(done.stdout.splitlines()[0].endswith(path.name))
+        self.assertEqual(list(map(str, lint([path]))), [])
+        collection = collect(self.directory.parent)
+        self.assertEqual(collection.errors, ())
+        found = needs.of([r for r in collection.registrations if r.filename == str(path)])
+        self.assertEqual(found.errors, ())
+        return path, found
+
+
+class TestWhatItWrites(ScaffoldCase):
+    def gpus(self, found):
+        return {process.name: process.gpus for process in found.processes if process.gpus}
+
+    def argv(self, path):
+        """Words of the command line of each server, by the contract."""
+        contract = scaffold.ask(scaffold.installed(), path)
+        return {process.name: list(process.argv) for process in contract.tests[0].processes}
+
+    def test_another_model(self):
+        path, found = self.write("Qwen3", "--model", "Qwen/Qwen3-30B-A3B", "--gpus", "4+4", "--suite", H200)
+        self.assertEqual(path.name, "test_disaggregation_qwen3.py")
+        self.assertIn("class TestDisaggregationQwen3(dsv4.TestDisaggregationDSV4):", path.read_text())
+        self.assertEqual(self.gpus(found), {"prefill": (0, 1, 2, 3), "decode": (4, 5, 6, 7)})
+        self.assertEqual((found.gpu_count, found.gpu_memory_gb), (8, 141))
+        self.assertEqual({m for process in found.processes for m in process.models}, {"Qwen/Qwen3-30B-A3B"})
+        self.assertEqual({process.a2a for process in found.processes if process.gpus}, {"none"})
+
+    def test_other_flags_of_dsv4(self):
+        words = ["--model", DSV4, "--gpus", "2+6", "--suite", H200]
+        path, found = self.write("DSV4Wide", *words, "--decode-flags", "--disable-radix-cache")
+        self.assertEqual(self.gpus(found), {"prefill": (0, 1), "decode": (2, 3, 4, 5, 6, 7)})
+        self.assertEqual({process.a2a for process in found.processes if process.gpus}, {"deepep"})
+        argv = self.argv(path)
+        self.assertIn("--disable-radix-cache", argv["decode"])
+        self.assertNotIn("--disable-radix-cache", argv["prefill"])
+
+    def test_one_gpu_for_both(self):
+        words = ["--model", "meta-llama/Llama-3.2-1B", "--gpus", "1", "--suite", LARGE, "--min-score", "0.3"]
+        path, found = self.write("Tiny", *words, "--est-time", "99")
+        self.assertEqual(self.gpus(found), {"prefill": (0,), "decode": (0,)})
+        self.assertLess(sum(process.memory_fraction for process in found.processes), 1)
+        self.assertEqual((found.gpu_count, found.gpu_memory_gb), (1, 80))
+        self.assertIn("register_cuda_ci(est_time=99, suite=", path.read_text())
+        self.assertIn("min_score = 0.3\n", path.read_text())
+
+    def test_on_cpu(self):
+        path, found = self.write("DSV4NoPrefixCache", "--suite", CPU, "--prefill-flags", "--disable-radix-cache")
+        self.assertEqual(found, Needs("cpu", embedded=True))
+        (example,) = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+        self.assertEqual(path.read_text(), example)
+        self.assertIn(f"test/registered/distributed/{path.name}", (REPO / "README.md").read_text())
+
+    def test_flags_with_blanks(self):
+        test = scaffold.new_test("X", "a/b", H200, "4+4", flags=("--deepep-config", '{"a": 1}', "--x", "'"))
+        self.assertIn(""""--deepep-config", '{"a": 1}', "--x", "'"]""", scaffold.render(test))
+        long = scaffold.new_test("X", "a/b", H200, "4+4", decode_flags=("--flag-of-some-length",) * 6)
+        self.assertLessEqual(max(map(len, scaffold.render(long).splitlines())), 120)
+        for one in (test, long):
+            compile(scaffold.render(one), "test_x.py", "exec")
+
+    def test_names(self):
+        for name, file, cls in (
+            ("Qwen3", "qwen3", "Qwen3"),
+            ("DSV4NoPrefixCache", "dsv4_no_prefix_cache", "DSV4NoPrefixCache"),
+            ("dsv4_nixl", "dsv4_nixl", "Dsv4Nixl"),
+        ):
+            test = scaffold.new_test(name, None, CPU)
+            names = (f"test_disaggregation_{file}.py", f"TestDisaggregation{cls}")
+            self.assertEqual((test.file_name, test.class_name), names)
+
+
+class TestBadInput(ScaffoldCase):
+    QWEN = ["Qwen3", "--model", "Qwen/Qwen3-30B-A3B", "--suite", H200]
+
+    def refused(self, *words):
+        """The lines that say why; nothing is written."""
+        done = self.run_scaffold(*words)
+        self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+        self.assertEqual(self.written(), [])
+        lines = done.stderr.splitlines()
+        self.assertTrue(all(line.startswith("new_pd_test.py: error: ") for line in lines), done.stderr)
+        return lines
+
+    def test_words(self):
+        for name, model, suite, gpus, says in (
+            ("3", "a/b", H200, "4+4", "'3' is no name for a class"),
+            ("Qwen-3", "a/b", H200, "4+4", "is no name"),
+            ("TestQwen", "a/b", H200, "4+4", "TestDisaggregationQwen"),
+            ("Q", "a b", H200, "4+4", "--model 'a b': expected"),
+            ("Q", None, H200, "4+4", "say what to serve with --model"),
+            ("Q", "a/b", "stage-c-test-dsv4-8-gpu-h201", "4+4", "nearest known: stage-c-test-dsv4-8-gpu-h200"),
+            ("Q", "a/b", H200, None, "say which with --gpus"),
+            ("Q", "a/b", H200, "4:4", "--gpus 4:4: expected PREFILL+DECODE"),
+            ("Q", "a/b", H200, "0+4", "--gpus 0+4: expected"),
+            ("Q", "a/b", H200, "5+5", "prefill 0-4 and decode 5-9 are 10 GPUs, the runners of"),
+            ("Q", "a/b", LARGE, "1+1", "are 2 GPUs"),
+            ("Q", None, CPU, "4+4", "runs on CPU: leave --gpus out"),
+            ("Q", "/no/such", CPU, None, "--model /no/such: no such directory"),
+        ):
+            with self.subTest(says), self.assertRaises(UsageError) as caught:
+                scaffold.new_test(name, model, suite, gpus)
+            self.assertIn(says, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+
+    def test_ten_gpus(self):
+        (line,) = self.refused(*self.QWEN, "--gpus", "5+5")
+        self.assertIn("10 GPUs", line)
+
+    def test_what_lint_and_sglang_refuse(self):
+        flags = ["--flags", "--tpp 5 --mem-fraction-static x"]
+        threshold, unknown, value = self.refused(*self.QWEN, "--gpus", "4+4", "--min-score", "0.99", *flags)
+        self.assertIn("test_disaggregation_qwen3.py:13: noisy-threshold: score > 0.99", threshold)
+        self.assertIn("--tpp: no such flag", unknown)
+        self.assertIn("--mem-fraction-static: invalid float value: 'x'", value)
+
+    def test_what_the_embedded_engine_refuses(self):
+        (line,) = self.refused("Q", "--suite", CPU, "--flags", "--disable-radix-cach")
+        self.assertIn("unrecognized arguments: --disable-radix-cach", line)
+
+    def test_a_file_that_is_there(self):
+        (line,) = self.refused("dsv4", "--suite", CPU)
+        self.assertIn("test_disaggregation_dsv4.py exists; choose another name", line)
+
+    def test_no_command_line(self):
+        (line,) = self.refused()
+        self.assertIn("the following arguments are required: NAME, --suite", line)
+
+
+if __name__ == "__main__":
+    unittest.main()
