@@ -1,0 +1,74 @@
+"""A mixin that launches a test's servers with a switch for faults between them.
+
+    class Subject(FaultSwitchMixin, TestDisaggregationDSV4Integrity):
+        pass
+
+    Subject.switch.turn("window-zeroed")
+
+It needs the embedded engine and SGLang's mini load balancer.
+"""
+
+import os
+import tempfile
+from unittest import mock
+
+from pdkit.faults.switch import VARIABLE, Switch
+from pdkit.faults.transfer import BACKEND_VARIABLE
+
+BACKEND = "--disaggregation-transfer-backend"
+
+
+class FaultSwitchMixin:
+    """Put it first. `switch` is there once the class is set up.
+
+    bootstrap_timeout  seconds after which decode gives up a room that prefill has not opened
+    transfer_timeout   seconds after which prefill gives up a hand-over that nobody fetches
+    """
+
+    switch = None
+    bootstrap_timeout = 4
+    transfer_timeout = 12
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        directory = tempfile.TemporaryDirectory(prefix="fault-switch-")
+        cls.addClassCleanup(directory.cleanup)
+        cls.switch = Switch(os.path.join(directory.name, "switch"))
+        cls.server_env = {
+            **cls.server_env,
+            VARIABLE: str(cls.switch.path),
+            BACKEND_VARIABLE: cls._own_backend(),
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.bootstrap_timeout),
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.transfer_timeout),
+        }
+
+    @classmethod
+    def _own_backend(cls):
+        """The backend that the test itself names; the faults are added to what it does."""
+        args = super().prefill_args()
+        return args[args.index(BACKEND) + 1] if BACKEND in args else "tcp"
+
+    @classmethod
+    def prefill_args(cls):
+        return super().prefill_args() + [BACKEND, "pdkit.faults:FaultyTransfer"]
+
+    @classmethod
+    def decode_args(cls):
+        return super().decode_args() + [BACKEND, "pdkit.faults:FaultyTransfer"]
+
+    @classmethod
+    def launch_lb(cls):
+        from sglang.test.server_fixtures import disaggregation_fixture as fixture
+
+        launch = fixture.popen_with_error_check
+
+        def launch_with_switch(command, *args, **kwargs):
+            at = command.index("sglang_router.launch_router")
+            return launch([*command[:at], "pdkit.faults.load_balancer", *command[at + 1 :]], *args, **kwargs)
+
+        with (
+            mock.patch.dict(os.environ, {VARIABLE: str(cls.switch.path)}),
+            mock.patch.object(fixture, "popen_with_error_check", launch_with_switch),
+        ):
+            super().launch_lb()

@@ -1,0 +1,412 @@
+"""The detection matrix: verdicts from reports, results that survive an interruption, a goal that can be missed."""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import os
+import tempfile
+import textwrap
+import unittest
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+from pdkit.accounting import OK, Attempt
+from pdkit.ci_register import register_cpu_ci
+from pdkit.exit_codes import ExitCode
+from pdkit.faults import LIBRARY
+from pdkit.matrix import report, truth
+from pdkit.matrix.results import Results, ResultsError, Run, planned
+from pdkit.matrix.session import Session, Subject, WorkerFailed
+from pdkit.matrix.truth import Truth
+from pdkit.matrix.verdicts import CLIENT, FIRST_LOOK, SEQUENTIAL, SERVERS, Verdict, checks_of, merged, verdicts_of
+from pdkit.matrix.worker import PatientLedger
+
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "detection_matrix.py"
+CHECKS = [FIRST_LOOK, CLIENT, "parity alone"]
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("detection_matrix", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_of(fault, index=0, caught=(), **more):
+    verdicts = {check: Verdict(check in caught, 1.5, "why") for check in CHECKS}
+    return Run(fault, index, met=0 if fault is None else 9, seconds=4.0, verdicts=verdicts, **more)
+
+
+def accounted(client="PASS", servers="PASS", own="passed"):
+    verdict = "PASS" if client == servers == "PASS" else "FAIL"
+    return (
+        f"request accounting: {verdict}\nclient: {client}, 9 attempts\nservers: {servers}, 9\nthe test by itself: {own}"
+    )
+
+
+class TestVerdicts(unittest.TestCase):
+    def test_checks_come_in_the_order_of_the_matrix(self):
+        tests = ["test_parity_alone", "test_gsm8k", "test_prefill_did_the_work"]
+        expected = [FIRST_LOOK, SEQUENTIAL, CLIENT, SERVERS, "parity alone", "prefill did the work"]
+        self.assertEqual(checks_of(tests), expected)
+        self.assertEqual(checks_of(["test_parity_alone"]), [CLIENT, SERVERS, "parity alone"])
+
+    def test_of_a_test_that_passed(self):
+        found = verdicts_of("test_parity_alone", None, accounted(), 2.0)
+        self.assertEqual(found.keys(), {"parity alone", CLIENT, SERVERS})
+        self.assertFalse(any(verdict.caught for verdict in found.values()))
+
+    def test_the_accounts_are_told_apart_from_the_test(self):
+        error = AssertionError(accounted(client="FAIL"))
+        found = verdicts_of("test_parity_alone", error, "", 2.0)
+        self.assertEqual({check for check, verdict in found.items() if verdict.caught}, {CLIENT})
+        self.assertIn("client: FAIL, 9 attempts", found[CLIENT].message)
+        error.__cause__ = AssertionError("token 3 is 7, expected 8")
+        found = verdicts_of("test_parity_alone", error, "", 2.0)
+        self.assertEqual({check for check, verdict in found.items() if verdict.caught}, {CLIENT, "parity alone"})
+        self.assertEqual(found["parity alone"].message, "token 3 is 7, expected 8")
+
+    def test_of_a_test_that_failed_with_its_accounts_in_order(self):
+        found = verdicts_of("test_parity_alone", AssertionError("token 3"), accounted(own="failed"), 2.0)
+        self.assertEqual({check for check, verdict in found.items() if verdict.caught}, {"parity alone"})
+
+    def test_the_first_look_is_judged_apart_from_the_gate(self):
+        for score, look, error, caught in (
+            ("0.9950, PASS", "passed", None, set()),
+            ("0.9400, FAIL", "passed", None, {FIRST_LOOK}),
+            ("0.9600, PASS", "failed", AssertionError("gate"), {SEQUENTIAL}),
+        ):
+            output = f"the first look alone (200 examples, score > 0.95): {score}\n{accounted(own=look)}"
+            found = verdicts_of("test_gsm8k", error, output, 2.0)
+            self.assertEqual({check for check, verdict in found.items() if verdict.caught}, caught)
+
+    def test_the_gate_reports_its_first_look_in_these_words(self):
+        from pdkit.gate import AccuracyGate, GateOptions, ScoredSlice
+
+        for correct, caught in ((196, False), (180, True)):
+            gate = AccuracyGate(GateOptions(), 1314).record(ScoredSlice(200, correct))
+            self.assertEqual(verdicts_of("test_gsm8k", None, gate.report(), 1.0)[FIRST_LOOK].caught, caught)
+
+    def test_a_check_that_several_tests_hold(self):
+        passed, caught = Verdict(False, 2.0), Verdict(True, 3.0, "first")
+        self.assertEqual(merged(passed, caught), Verdict(True, 5.0, "first"))
+        self.assertEqual(merged(merged(passed, caught), Verdict(True, 9.0, "second")), Verdict(True, 5.0, "first"))
+
+
+class TestPatientLedger(unittest.TestCase):
+    def test_gives_up_early_only_on_servers_that_never_answer(self):
+        ledger = PatientLedger(["http://127.0.0.1:1"])
+        failed = Attempt("/generate", "500", "error", 1, 0.1, 1)
+        ledger.attempts += [failed] * 30
+        self.assertLess(ledger.give_up_after, 30)
+        ledger.attempts.append(replace(failed, outcome=OK, error=None))
+        self.assertGreater(ledger.give_up_after, 30)
+
+
+class TestResults(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = Path(directory.name, "results.jsonl")
+        self.results = Results.open(self.path, resume=False)
+        self.results.set_checks(CHECKS)
+
+    def fill(self, *runs, changes=True):
+        for run in runs:
+            self.results.add(run)
+        self.results.add_truths(Truth(run.fault, changes, "logits") for run in runs if run.fault)
+
+    def goal_of(self, *runs, changes=True):
+        """What keeps these runs from the goal."""
+        self.fill(*runs, changes=changes)
+        return [problem.why for problem in self.results.problems([run.key for run in runs])]
+
+    def test_come_back_as_they_were_written(self):
+        self.fill(
+            run_of(None), run_of("window-zeroed", caught=[FIRST_LOOK], first_caught=1.5, restarted="decode exited")
+        )
+        again = Results.open(self.path, resume=True)
+        self.assertEqual(again, self.results)
+
+    def test_are_not_overwritten(self):
+        with self.assertRaisesRegex(ResultsError, "--resume"):
+            Results.open(self.path, resume=False)
+
+    def test_a_line_that_was_cut_is_done_again(self):
+        self.fill(run_of(None), run_of("window-zeroed"))
+        self.path.write_text(self.path.read_text()[:-20])
+        again = Results.open(self.path, resume=True)
+        self.assertEqual(list(again.runs), [(None, 0), ("window-zeroed", 0)])
+        self.assertEqual(again.truths, {})
+        again.add(run_of(None, 1))
+        self.assertEqual(len(Results.open(self.path, resume=True).runs), 3)
+
+    def test_of_something_else_are_refused(self):
+        self.path.write_text('{"kind": "run"}\n')
+        with self.assertRaisesRegex(ResultsError, "not a file of this program"):
+            Results.open(self.path, resume=True)
+        self.path.write_text("")
+        results = Results.open(self.path, resume=True)
+        results.set_checks(CHECKS)
+        with self.assertRaisesRegex(ResultsError, "other checks"):
+            results.set_checks(CHECKS[1:])
+
+    def test_the_goal_is_met(self):
+        self.assertEqual(self.goal_of(run_of(None), run_of("window-zeroed", caught=[CLIENT])), [])
+        self.assertEqual(self.goal_of(run_of("prefill-late"), changes=False), [])
+
+    def test_the_goal_is_missed(self):
+        for why, run, changes in (
+            ("changes something and was not caught", run_of("window-zeroed"), True),
+            ("failed: parity alone", run_of(None, caught=["parity alone"]), True),
+            ("failed: decode exited", run_of(None, restarted="decode exited"), True),
+            ("it met no request", replace(run_of("window-zeroed", caught=[CLIENT]), met=0), True),
+            ("changes nothing, and nobody has said why", run_of("window-zeroed"), False),
+            (
+                "should change nothing, yet parity alone saw a difference",
+                run_of("prefill-late", caught=["parity alone"]),
+                False,
+            ),
+        ):
+            self.assertEqual(self.goal_of(run, changes=changes), [why])
+
+    def test_a_run_that_is_missing_misses_the_goal(self):
+        self.fill(run_of(None))
+        problems = self.results.problems([(None, 0), (None, 1), ("window-zeroed", 0)])
+        self.assertEqual([problem.why for problem in problems], ["did not run"] * 2)
+
+    def test_clean_runs_are_spread_between_the_faults(self):
+        faults = list(LIBRARY)[:10]
+        runs = planned(faults, 5)
+        self.assertEqual(runs[0], (None, 0))
+        self.assertEqual([index for fault, index in runs if fault is None], list(range(5)))
+        self.assertEqual([fault for fault, _ in runs if fault], faults)
+        self.assertEqual(runs[-1], (None, 4))
+        self.assertEqual(planned([], 2), [(None, 0), (None, 1)])
+        self.assertEqual(planned(faults[:1], 0), [(faults[0], 0)])
+        self.assertEqual(len(planned(faults, 50)), 60)
+
+    def test_the_table_says_what_was_caught(self):
+        self.fill(run_of(None), run_of(None, 1), run_of("window-zeroed", caught=["parity alone"], first_caught=1.5))
+        gone = {CLIENT: Verdict(True, 1.0)}
+        self.fill(replace(run_of("length-zero"), verdicts=gone, restarted="decode exited"))
+        problems = self.results.problems(list(self.results.runs))
+        text = report.markdown(self.results, problems)
+        self.assertIn("| no fault, 2 runs: failed | 0 | 0 | 0 |", text)
+        self.assertIn("| window-zeroed | – | – | ● | yes | 1.5 | 4.0 |", text)
+        self.assertIn("| length-zero | · | ● | · |", text)
+        self.assertIn("2 of 2 faults that change something were caught, 0 of them by the accuracy gate alone", text)
+        self.assertIn("goal met", text)
+        table = self.path.with_suffix(".csv")
+        report.write_csv(self.results, table)
+        with open(table, newline="") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual(len(rows), 10)
+        self.assertEqual([row["fault"] for row in rows if row["caught"] == "1"], ["window-zeroed", "length-zero"])
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_the_picture_names_faults_and_checks(self):
+        from pdkit.matrix.picture import draw
+
+        self.fill(run_of(None), run_of("window-zeroed", caught=["parity alone"], first_caught=1.5))
+        picture = self.path.with_suffix(".svg")
+        draw(self.results, picture)
+        self.assertIn("window-zeroed", picture.read_text())
+
+
+class TestTruth(unittest.TestCase):
+    def test_of_a_balancer_is_what_it_does_unless_it_says_why_not(self):
+        self.assertTrue(truth.of_load_balancer("seed-lost").changes)
+        self.assertFalse(truth.of_load_balancer("prefill-late").changes)
+        self.assertIn("waits", truth.of_load_balancer("prefill-late").evidence)
+
+
+SUBJECT = """
+import unittest, subprocess, sys
+
+class Switch:
+    fault = None
+    def turn(self, fault):
+        Switch.fault = fault
+    def met(self):
+        return 3
+
+class Process:
+    def __init__(self):
+        self.returncode = None
+    def poll(self):
+        return self.returncode
+
+class Tests(unittest.TestCase):
+    switch = Switch()
+    starts = 0
+
+    @classmethod
+    def setUpClass(cls):
+        cls.starts += 1
+        print("servers started", cls.starts, flush=True)
+        cls.process_prefill, cls.process_decode, cls.process_lb = Process(), Process(), Process()
+        cls.prefill_url = cls.decode_url = cls.lb_url = "{url}"
+
+    @classmethod
+    def tearDownClass(cls):
+        print("servers stopped", flush=True)
+
+    def test_parity_alone(self):
+        if Switch.fault == "length-zero":
+            type(self).process_decode.returncode = 1
+        self.assertNotIn(Switch.fault, ("window-zeroed", "length-zero"))
+
+    def test_rooms(self):
+        if Switch.fault == "exit":
+            raise SystemExit(9)
+"""
+
+
+class TestSession(unittest.TestCase):
+    """Real workers, whose servers are one that only answers to health checks."""
+
+    @classmethod
+    def setUpClass(cls):
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+        from threading import Thread
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+
+            do_POST = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        cls.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        Thread(target=cls.server.serve_forever, daemon=True).start()
+        cls.addClassCleanup(cls.server.server_close)
+        cls.addClassCleanup(cls.server.shutdown)
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = Path(directory.name)
+        self.file = self.directory / "subjects.py"
+        url = f"http://127.0.0.1:{self.server.server_port}"
+        self.file.write_text(textwrap.dedent(SUBJECT).replace("{url}", url))
+
+    def session(self, *tests):
+        return Session([Subject("one", self.file, "Tests", tests)], self.directory / "logs")
+
+    def test_runs_fault_after_fault_on_the_same_servers(self):
+        with self.session() as session:
+            self.assertEqual(session.tests, {"one": ["test_parity_alone", "test_rooms"]})
+            clean, faulty, after = (session.run(fault) for fault in (None, "window-zeroed", None))
+        self.assertEqual([run.caught_by for run in (clean, faulty, after)], [[], ["parity alone"], []])
+        self.assertEqual(faulty.verdicts.keys(), {"parity alone", "rooms"})
+        self.assertIsNone(clean.first_caught)
+        self.assertLessEqual(faulty.first_caught, faulty.seconds)
+        self.assertEqual((faulty.met, faulty.restarted), (3, ""))
+        log = (self.directory / "logs" / "one.log").read_text()
+        self.assertEqual((log.count("servers started"), log.count("servers stopped")), (1, 1))
+
+    def test_servers_that_a_fault_ended_are_started_again(self):
+        with self.session() as session:
+            dead, after = (session.run(fault) for fault in ("length-zero", None))
+        self.assertEqual(dead.restarted, "decode exited with code 1")
+        self.assertEqual(dead.verdicts.keys(), {"parity alone"}, "what comes after it did not run")
+        self.assertEqual((after.caught_by, after.restarted), ([], ""))
+        self.assertIn("servers started 2", (self.directory / "logs" / "one.log").read_text())
+
+    def test_only_the_tests_named_are_run(self):
+        with self.session("test_rooms") as session:
+            self.assertEqual(session.run("window-zeroed").caught_by, [])
+
+    def test_a_worker_that_does_not_start_is_named(self):
+        self.file.write_text("raise RuntimeError('no')")
+        with (
+            self.assertRaisesRegex(WorkerFailed, "the worker of one ended on its own; its log: .*one.log"),
+            self.session(),
+        ):
+            pass
+
+
+class TestCommand(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.out = Path(directory.name, "out")
+        self.script = load_script()
+
+    def command(self, *args):
+        """(exit code, what it printed)."""
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            try:
+                code = self.script.main([*args])
+            except SystemExit as error:
+                code = error.code
+        return code, printed.getvalue()
+
+    def test_lists_the_library(self):
+        code, text = self.command("--list")
+        self.assertEqual(code, ExitCode.PASSED)
+        self.assertEqual(len(text.splitlines()), len(LIBRARY))
+
+    def test_bad_usage_is_one_line(self):
+        self.out.mkdir()
+        (self.out / "results.jsonl").write_text("")
+        for args, message in (
+            (["--faults", "window"], "unknown fault 'window'; nearest known: window-"),
+            (["--clean-runs", "-1"], "--clean-runs must be 0 or more"),
+            (["--resume"], "--resume needs --out"),
+            (["--out", str(self.out)], "holds results of an earlier matrix; go on with --resume"),
+            (["--out", "/proc/nothing"], "choose another --out"),
+        ):
+            code, text = self.command(*args)
+            self.assertEqual(code, ExitCode.BAD_USAGE, text)
+            self.assertIn(message, text)
+            self.assertNotIn("Traceback", text)
+
+    def test_goes_on_where_it_was_interrupted(self):
+        ran = []
+
+        class OneByOne(contextlib.nullcontext):
+            def __init__(self, subjects, log_dir, progress):
+                super().__init__(self)
+                self.tests = {"one": ["test_parity_alone"]}
+
+            def run(self, fault, index):
+                if len(ran) == 2:
+                    raise KeyboardInterrupt
+                ran.append((fault, index))
+                return Run(fault, index, 1, 1.0, "", {"parity alone": Verdict(fault is not None, 1.0)}, 1.0)
+
+        args = ["--out", str(self.out), "--faults", "seed-lost,top-p-lost", "--clean-runs", "2"]
+        with mock.patch("pdkit.matrix.session.Session", OneByOne):
+            code, text = self.command(*args)
+            self.assertEqual(code, ExitCode.INTERRUPTED, text)
+            first, ran = ran, []
+            code, text = self.command(*args, "--resume")
+        self.assertEqual(code, ExitCode.PASSED, text)
+        self.assertEqual(sorted(map(str, first + ran)), sorted(map(str, planned(["seed-lost", "top-p-lost"], 2))))
+        self.assertIn("goal met", text)
+        self.assertTrue((self.out / "matrix.md").read_text().startswith("# Detection matrix"))
+        records = [json.loads(line)["kind"] for line in (self.out / "results.jsonl").read_text().splitlines()]
+        self.assertEqual(sorted(records), ["checks"] + ["run"] * 4 + ["truth"] * 2)
+
+    def test_subjects_are_there(self):
+        args = self.script.parse([])
+        for subject in self.script.subjects_of(args):
+            self.assertTrue(os.path.isfile(subject.file))
+            self.assertIn(f"class {subject.cls}(", subject.file.read_text())
+        for name in self.script.QUICK_FAULTS:
+            self.assertIn(name, LIBRARY)
+
+
+if __name__ == "__main__":
+    unittest.main()
