@@ -11,15 +11,28 @@ class BadRequest(ValueError):
     """A request that cannot be served as asked; answered with status 400."""
 
 
-UNSUPPORTED = (
-    "json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "logit_bias",
-    "min_p", "min_new_tokens", "frequency_penalty", "presence_penalty", "beam_width",
-)  # fmt: skip
+GREEDY_BELOW = 1e-6
+UNSUPPORTED = {
+    "json_schema": "", "regex": "", "ebnf": "", "structural_tag": "", "stop_regex": "", "logit_bias": {}, "watermark": {},
+    "min_p": 0, "min_new_tokens": 0, "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "beam_width": 1,
+}  # fmt: skip
+IGNORED = ("spaces_between_special_tokens", "stream_interval", "custom_params")
+
+
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return _is_integer(value) or isinstance(value, float)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """SGLang's names, defaults and ranges; temperature 0 is greedy, top_k -1 is the whole vocabulary."""
+    """SGLang's names, defaults and ranges.
+
+    max_new_tokens None: as many as fit; temperature 0: greedy; top_k -1: the whole vocabulary.
+    """
 
     max_new_tokens: int | None = 128
     temperature: float = 1.0
@@ -36,35 +49,50 @@ class SamplingParams:
     @classmethod
     def parse(cls, given):
         """From a JSON object as a client sent it. Raises BadRequest."""
-        given = {name: value for name, value in (given or {}).items() if value is not None}
-        unsupported = [name for name in UNSUPPORTED if given.pop(name, None)]
-        if unsupported:
-            raise BadRequest(f"this engine does not support sampling parameter {unsupported[0]!r}")
-        if given.pop("repetition_penalty", 1.0) != 1.0:
-            raise BadRequest("this engine does not support sampling parameter 'repetition_penalty'")
-        known = {field.name for field in fields(cls)}
-        stop = given.get("stop") or ()
-        try:
-            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-            given["stop_token_ids"] = frozenset(int(token) for token in given.get("stop_token_ids") or ())
-            params = cls(**{name: value for name, value in given.items() if name in known})
-            params._check()
-        except TypeError as error:
-            raise BadRequest(f"sampling_params: {error}") from None
-        return params
+        wanted, known = {}, [field.name for field in fields(cls)]
+        for name, value in (given or {}).items():
+            if name == "max_new_tokens" and value is None:
+                wanted[name] = None
+            if value is None or name in IGNORED:
+                continue
+            if name in UNSUPPORTED:
+                if value != UNSUPPORTED[name]:
+                    raise BadRequest(f"this engine does not support sampling parameter {name!r}")
+                continue
+            if name not in known:
+                raise BadRequest(f"unknown sampling parameter {name!r}; known are {', '.join(known)}")
+            check, what = _CHECKS.get(name, _FLAG)
+            if not check(value):
+                raise BadRequest(f"{name} must be {what}, got {value!r}")
+            wanted[name] = value
+        if isinstance(wanted.get("stop"), str):
+            wanted["stop"] = [wanted["stop"]]
+        return cls(**wanted | {
+            "stop": tuple(stop for stop in wanted.get("stop", ()) if stop),
+            "stop_token_ids": frozenset(wanted.get("stop_token_ids", ())),
+        })  # fmt: skip
 
-    def _check(self):
-        for ok, message in (
-            (0 <= self.temperature < float("inf"), f"temperature must be a non-negative number, got {self.temperature}"),
-            (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
-            (self.top_k == -1 or self.top_k >= 1, f"top_k must be -1 or at least 1, got {self.top_k}"),
-            (self.max_new_tokens is None or self.max_new_tokens >= 0,
-             f"max_new_tokens must be at least 0, got {self.max_new_tokens}"),
-            (isinstance(self.n, int) and self.n >= 1, f"n must be at least 1, got {self.n}"),
-            (all(isinstance(stop, str) for stop in self.stop), "stop must be a string or a list of strings"),
-        ):  # fmt: skip
-            if not ok:
-                raise BadRequest(message)
+    @property
+    def greedy(self):
+        return self.temperature < GREEDY_BELOW
+
+
+def _is_list(value, check):
+    return isinstance(value, list) and all(check(item) for item in value)
+
+
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_CHECKS = {
+    "max_new_tokens": (lambda value: _is_integer(value) and value >= 0, "an integer of at least 0"),
+    "temperature": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a non-negative number"),
+    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
+    "top_k": (lambda value: _is_integer(value) and (value == -1 or value >= 1), "-1 or an integer of at least 1"),
+    "stop": (lambda value: isinstance(value, str) or _is_list(value, lambda item: isinstance(item, str)),
+             "a string or a list of strings"),
+    "stop_token_ids": (lambda value: _is_list(value, _is_integer), "a list of token ids"),
+    "n": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
+    "sampling_seed": (_is_integer, "an integer"),
+}  # fmt: skip
 
 
 def finish(kind, **detail):
@@ -134,11 +162,11 @@ class Request:
 
     def add_output_logits(self, logits):
         """Choose the next token from logits [V] of the last position."""
-        if self.params.temperature > 0:
+        if self.params.greedy:
+            token = int(logits.argmax())
+        else:
             logits = logits / self.params.temperature
             token = self._sample(logits)
-        else:
-            token = int(logits.argmax())
         logprob, top = None, []
         if self.return_logprob:
             logprobs = logits.log_softmax(-1)
@@ -181,22 +209,33 @@ class Request:
 
     def _update_text_and_finish(self, token):
         """A stop string wins over a stop token, a stop token over the length: as SGLang decides."""
-        text = self._decode(self.output_ids)
-        found = [(text.find(stop), stop) for stop in self.params.stop if stop and stop in text]
-        stop_ids = () if self.params.ignore_eos else self.eos_ids | self.params.stop_token_ids
-        if found:
-            position, stop = min(found)
-            self.text = text[: position + len(stop)] if self.params.no_stop_trim else text[:position]
+        params, text = self.params, self._decode(self.output_ids)
+        stop_ids = () if params.ignore_eos else self.eos_ids | params.stop_token_ids
+        if len(self.output_ids) > params.max_new_tokens:
+            self.output_ids.clear()
+            self.finish_reason = finish("length", length=0)
+        elif (stop := self._matched_stop()) is not None:
+            position = text.find(stop)
+            if position >= 0:
+                text = text[: position + len(stop) * params.no_stop_trim]
+            self.text = text
             self.finish_reason = finish("stop", matched=stop)
         elif token in stop_ids:
-            self.text = text if self.params.no_stop_trim else self._decode(self.output_ids[:-1])
+            self.text = text if params.no_stop_trim else self._decode(self.output_ids[:-1])
             self.finish_reason = finish("stop", matched=token)
-        elif len(self.output_ids) >= self.params.max_new_tokens:
+        elif len(self.output_ids) == params.max_new_tokens:
             self.text = text
-            self.finish_reason = finish("length", length=self.params.max_new_tokens)
+            self.finish_reason = finish("length", length=params.max_new_tokens)
         else:
             self.text = text[: len(text) - self._held_back(text)]
         self.notify()
+
+    def _matched_stop(self):
+        """The first of the stop strings that the output holds; special tokens count as their names."""
+        if not self.params.stop:
+            return None
+        output = self.tokenizer.decode(self.output_ids)
+        return next((stop for stop in self.params.stop if stop in output), None)
 
     def _held_back(self, text):
         """Characters at the end that may still become part of a stop string or of an unfinished UTF-8 character."""

@@ -1,0 +1,349 @@
+"""One sequence: what its parameters allow, which token comes next, when it ends and what its text is."""
+
+import unittest
+from collections import Counter
+from pathlib import Path
+
+import pdkit
+import torch
+from pdkit.ci_register import register_cpu_ci
+from pdkit.engine.request import BadRequest, Request, SamplingParams
+from transformers import AutoTokenizer
+
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+
+RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
+EOS = 1
+
+tokenizer = AutoTokenizer.from_pretrained(RANDOM, local_files_only=True)
+
+
+def ids_of(text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def bytes_of(text):
+    """One token a byte: how a model may spell what the tokenizer would not split so."""
+    pieces = [tokenizer.convert_ids_to_tokens(token) for token in range(tokenizer.vocab_size)]
+    alphabet = {piece: token for token, piece in enumerate(pieces)}
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return [alphabet[bytes_to_unicode()[byte]] for byte in text.encode()]
+
+
+def request(ids=(10, 11, 12), return_logprob=False, top_logprobs_num=0, logprob_start_len=None, **params):
+    return Request(
+        ids=list(ids),
+        params=SamplingParams.parse({"temperature": 0, "max_new_tokens": 100} | params),
+        tokenizer=tokenizer,
+        eos_ids=frozenset({EOS}),
+        return_logprob=return_logprob,
+        top_logprobs_num=top_logprobs_num,
+        logprob_start_len=logprob_start_len,
+    )
+
+
+def feed(request, tokens):
+    """Give it tokens until it has enough; returns its text after each."""
+    texts = []
+    for token in tokens:
+        request.add_output(token)
+        texts.append(request.text)
+        if request.finish_reason is not None:
+            break
+    return texts
+
+
+class TestFinish(unittest.TestCase):
+    def test_length(self):
+        one = request(max_new_tokens=3)
+        feed(one, ids_of("1234567"))
+        self.assertEqual(one.finish_reason, {"type": "length", "length": 3})
+        self.assertEqual((one.text, len(one.output_ids)), ("123", 3))
+
+    def test_no_new_tokens_at_all(self):
+        for token in (ids_of("1")[0], EOS):
+            with self.subTest(token=token):
+                one = request(max_new_tokens=0, return_logprob=True)
+                one.add_output(token, -0.5)
+                self.assertEqual(one.finish_reason, {"type": "length", "length": 0})
+                self.assertEqual((one.text, one.output_ids, one.output_logprobs), ("", [], [(-0.5, token)]))
+
+    def test_eos_is_not_text_but_counts(self):
+        one = request()
+        feed(one, [*ids_of("12"), EOS])
+        self.assertEqual(one.finish_reason, {"type": "stop", "matched": EOS})
+        self.assertEqual((one.text, one.output_ids), ("12", [*ids_of("12"), EOS]))
+
+    def test_eos_first(self):
+        one = request()
+        feed(one, [EOS])
+        self.assertEqual((one.text, one.finish_reason), ("", {"type": "stop", "matched": EOS}))
+
+    def test_stop_token(self):
+        four = ids_of("4")[0]
+        one = request(stop_token_ids=[four, 499])
+        feed(one, ids_of("12345"))
+        self.assertEqual((one.text, one.finish_reason), ("123", {"type": "stop", "matched": four}))
+        one = request(stop_token_ids=[four], no_stop_trim=True)
+        feed(one, ids_of("12345"))
+        self.assertEqual(one.text, "1234")
+
+    def test_ignore_eos_ignores_stop_tokens_too(self):
+        one = request(ignore_eos=True, stop_token_ids=ids_of("4"), max_new_tokens=6)
+        feed(one, [*ids_of("34"), EOS, *ids_of("567")])
+        self.assertEqual((one.text, one.finish_reason["type"]), ("34567", "length"))
+
+    def test_ignore_eos_keeps_stop_strings(self):
+        one = request(ignore_eos=True, stop="4")
+        feed(one, ids_of("12345"))
+        self.assertEqual((one.text, one.finish_reason), ("123", {"type": "stop", "matched": "4"}))
+
+    def test_stop_string_over_several_tokens_and_in_the_middle_of_one(self):
+        self.assertGreater(len(ids_of("\n\nQuestion: 7")), 3)
+        for stop in ("\n\nQ", "uestion: 7", "Question", "n:"):
+            with self.subTest(stop=stop):
+                one = request(stop=stop)
+                feed(one, ids_of("It is 12.\n\nQuestion: 7 and more"))
+                self.assertEqual(one.finish_reason, {"type": "stop", "matched": stop})
+                self.assertEqual(one.text, "It is 12.\n\nQuestion: 7 and more".split(stop)[0])
+
+    def test_the_rest_of_the_token_that_completes_a_stop_string_is_cut_off(self):
+        piece = next(token for token in range(300, tokenizer.vocab_size) if len(tokenizer.decode([token]).strip()) >= 4)
+        text = tokenizer.decode([piece])
+        one = request(stop=text[1:3])
+        feed(one, [piece])
+        self.assertEqual(one.text, text[:1])
+        one = request(stop=text[1:3], no_stop_trim=True)
+        feed(one, [piece])
+        self.assertEqual(one.text, text[:3])
+
+    def test_of_several_stop_strings_the_first_of_the_list_wins(self):
+        for stop, text in ((["never", "3", "23"], "12"), (["23", "3"], "1")):
+            one = request(stop=stop)
+            feed(one, ids_of("1234"))
+            self.assertEqual((one.finish_reason["matched"], one.text), (stop[-2], text))
+
+    def test_a_special_token_can_be_a_stop_string(self):
+        special = tokenizer.convert_ids_to_tokens(2)
+        one = request(stop=special)
+        feed(one, [*ids_of("12"), 2, *ids_of("34")])
+        self.assertEqual((one.text, one.finish_reason), ("12", {"type": "stop", "matched": special}))
+
+    def test_stop_string_before_stop_token_before_length(self):
+        four = ids_of("4")[0]
+        one = request(stop="34", stop_token_ids=[four], max_new_tokens=4)
+        feed(one, ids_of("1234"))
+        self.assertEqual((one.finish_reason, one.text), ({"type": "stop", "matched": "34"}, "12"))
+        one = request(stop_token_ids=[four], max_new_tokens=4)
+        feed(one, ids_of("1234"))
+        self.assertEqual(one.finish_reason, {"type": "stop", "matched": four})
+
+    def test_a_stop_string_in_the_prompt_does_not_count(self):
+        one = request(ids=ids_of("1 stop 2"), stop="stop", max_new_tokens=2)
+        feed(one, ids_of("34"))
+        self.assertEqual(one.finish_reason["type"], "length")
+
+    def test_abort_is_told_once_and_changes_nothing_that_is_finished(self):
+        news, one = [], request()
+        one.notify = lambda: news.append(1)
+        feed(one, ids_of("12"))
+        one.abort("gone", 500)
+        one.abort("again")
+        self.assertEqual(one.finish_reason, {"type": "abort", "message": "gone", "status_code": 500})
+        self.assertEqual((one.text, len(news)), ("12", 3))
+        done = request(max_new_tokens=1)
+        feed(done, ids_of("1"))
+        done.abort("late")
+        self.assertEqual(done.finish_reason["type"], "length")
+
+    def test_nothing_comes_after_the_end(self):
+        one = request(max_new_tokens=1)
+        feed(one, ids_of("1"))
+        with self.assertRaises(AssertionError):
+            one.add_output(ids_of("2")[0])
+
+
+class TestStreamedText(unittest.TestCase):
+    def test_only_grows_and_ends_as_the_whole(self):
+        for text, params in (
+            ("It is 12.\n\nQuestion: 7", {"stop": ["\n\nQuestion", "never"]}),
+            ("It is 12.\n\nQuest 7.", {"stop": ["\n\nQuestion", "Questio"]}),
+            ("naïve 東京 🙂 end", {}),
+            ("🙂🙂", {"stop": ["🙂🙂🙂"]}),
+        ):
+            for tokens in (ids_of(text), bytes_of(text)):
+                with self.subTest(text=text, tokens=len(tokens)):
+                    one = request(max_new_tokens=len(tokens), **params)
+                    texts = feed(one, tokens)
+                    for earlier, later in zip(texts, texts[1:]):
+                        self.assertTrue(later.startswith(earlier), (earlier, later))
+                    self.assertNotIn("\ufffd", "".join(texts))
+                    self.assertEqual(one.text, text.split(params.get("stop", ["none"])[0])[0] if "stop" in params else text)
+
+    def test_holds_back_what_may_become_a_stop_string_and_gives_it_back(self):
+        one = request(stop="345")
+        self.assertEqual(feed(one, ids_of("123468")), ["1", "12", "12", "12", "12346", "123468"])
+
+    def test_an_unfinished_character_waits_for_its_bytes(self):
+        one = request()
+        self.assertEqual(feed(one, bytes_of("1é2")), ["1", "1", "1é", "1é2"])
+
+    def test_an_unfinished_character_at_the_end_is_shown(self):
+        one = request(max_new_tokens=2)
+        feed(one, bytes_of("1é")[:2])
+        self.assertEqual(one.text, "1\ufffd")
+
+    def test_special_tokens_are_hidden_unless_asked_for(self):
+        special = tokenizer.convert_ids_to_tokens(2)
+        for skip, expected in ((True, "12"), (False, f"1{special}2")):
+            one = request(skip_special_tokens=skip, max_new_tokens=3)
+            feed(one, [*ids_of("1"), 2, *ids_of("2")])
+            self.assertEqual(one.text, expected)
+
+
+class TestSampling(unittest.TestCase):
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, -20.0])
+
+    def draw(self, count=400, **params):
+        drawn = Counter()
+        for seed in range(count):
+            one = request(sampling_seed=seed, **params)
+            one.add_output_logits(self.logits)
+            drawn[one.output_ids[0]] += 1
+        return drawn
+
+    def test_greedy_takes_the_likeliest(self):
+        for temperature in (0, 0.0, 1e-40, 1e-9):
+            self.assertEqual(self.draw(5, temperature=temperature), {4: 5})
+
+    def test_frequencies_are_the_softmax(self):
+        for temperature in (1.0, 0.5, 2.0):
+            drawn = self.draw(2000, temperature=temperature)
+            for token, probability in enumerate((self.logits / temperature).softmax(-1).tolist()):
+                self.assertAlmostEqual(drawn[token] / 2000, probability, delta=0.045)
+
+    def test_top_k(self):
+        self.assertEqual(set(self.draw(temperature=5, top_k=1)), {4})
+        self.assertEqual(set(self.draw(temperature=5, top_k=3)), {4, 0, 1})
+        self.assertEqual(set(self.draw(2000, temperature=5, top_k=-1)), {0, 1, 2, 3, 4, 5})
+        self.assertEqual(set(self.draw(2000, temperature=5, top_k=99)), {0, 1, 2, 3, 4, 5})
+
+    def test_top_p_keeps_the_least_set_that_reaches_it(self):
+        likeliest = self.logits.softmax(-1).sort(descending=True)[0].cumsum(-1).tolist()
+        self.assertEqual(set(self.draw(temperature=1, top_p=likeliest[0] - 1e-3)), {4})
+        self.assertEqual(set(self.draw(temperature=1, top_p=likeliest[0] + 1e-3)), {4, 0})
+        self.assertEqual(set(self.draw(temperature=1, top_p=likeliest[1] + 1e-3)), {4, 0, 1})
+        self.assertEqual(set(self.draw(temperature=1, top_p=1e-9)), {4})
+
+    def test_the_same_seed_draws_the_same_and_goes_on_elsewhere(self):
+        def sequence(one, count):
+            while len(one.output_ids) < count:
+                one.add_output_logits(torch.zeros(6))
+            return one.output_ids
+
+        whole = sequence(request(temperature=1, ignore_eos=True, sampling_seed=5), 30)
+        self.assertEqual(sequence(request(temperature=1, ignore_eos=True, sampling_seed=5), 30), whole)
+        self.assertGreater(len(set(whole)), 1)
+        self.assertNotEqual(sequence(request(temperature=1, ignore_eos=True, sampling_seed=6), 30), whole)
+        self.assertNotEqual(sequence(request(temperature=1, ignore_eos=True), 30), sequence(request(temperature=1, ignore_eos=True), 30))
+        elsewhere = request(temperature=1, ignore_eos=True, sampling_seed=5)
+        elsewhere.add_output(whole[0])
+        self.assertEqual(sequence(elsewhere, 30), whole)
+
+    def test_any_seed_will_do(self):
+        for seed in (0, -1, 2**63 - 1, -(2**63)):
+            self.draw(1, temperature=1)
+            one = request(temperature=1, sampling_seed=seed)
+            one.add_output_logits(self.logits)
+
+    def test_logprobs_are_those_of_the_distribution_drawn_from(self):
+        for temperature in (0, 1.0, 2.0):
+            one = request(temperature=temperature, sampling_seed=1, return_logprob=True, top_logprobs_num=2)
+            one.add_output_logits(self.logits)
+            expected = (self.logits / (temperature or 1.0)).log_softmax(-1)
+            (logprob, token), top = one.output_logprobs[0], one.output_top_logprobs[0]
+            self.assertEqual((logprob, token), (expected[one.output_ids[0]].item(), one.output_ids[0]))
+            self.assertEqual(top, [(expected[4].item(), 4), (expected[0].item(), 0)])
+
+    def test_no_more_alternatives_than_tokens(self):
+        one = request(return_logprob=True, top_logprobs_num=99)
+        one.add_output_logits(self.logits)
+        self.assertEqual(len(one.output_top_logprobs[0]), 6)
+
+
+class TestPromptLogprobs(unittest.TestCase):
+    def test_the_first_has_none_and_the_others_are_scored_by_the_position_before(self):
+        one = request(ids=[3, 1, 2], return_logprob=True, logprob_start_len=0, top_logprobs_num=1)
+        logits = torch.tensor([[0.0, 5, 0, 0], [0, 0, 0, 7], [1, 0, 0, 0]])
+        one.add_prompt_logits(0, logits)
+        expected = logits.log_softmax(-1)
+        self.assertEqual(one.input_logprobs, [(None, 3), (expected[0, 1].item(), 1), (expected[1, 2].item(), 2)])
+        self.assertEqual(one.input_top_logprobs, [None, [(expected[0, 1].item(), 1)], [(expected[1, 3].item(), 3)]])
+
+    def test_what_is_computed_and_what_may_come_from_a_cache(self):
+        for asked, start, cache_limit, keep_from in ((False, 0, 9, 9), (True, None, 9, 9), (True, 10, 9, 9), (True, 4, 4, 4)):
+            one = request(ids=range(10), return_logprob=asked, logprob_start_len=start)
+            self.assertEqual((one.cache_limit, one.keep_from), (cache_limit, keep_from))
+
+
+class TestParse(unittest.TestCase):
+    def test_defaults(self):
+        for given in (None, {}):
+            self.assertEqual(SamplingParams.parse(given), SamplingParams())
+        self.assertEqual((SamplingParams().max_new_tokens, SamplingParams().temperature), (128, 1.0))
+
+    def test_null_is_the_default_but_for_the_number_of_tokens_that_is_open(self):
+        names = ("temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos", "n", "sampling_seed", "regex")
+        self.assertEqual(SamplingParams.parse(dict.fromkeys(names)), SamplingParams())
+        self.assertIsNone(SamplingParams.parse({"max_new_tokens": None}).max_new_tokens)
+
+    def test_what_sglang_takes(self):
+        params = SamplingParams.parse({
+            "max_new_tokens": 0, "temperature": 0, "top_p": 1, "top_k": -1, "stop": ["a", "b"], "stop_token_ids": [5, 5],
+            "ignore_eos": True, "skip_special_tokens": False, "no_stop_trim": True, "n": 2, "sampling_seed": -3,
+            "spaces_between_special_tokens": True, "stream_interval": 1, "custom_params": {},
+        })  # fmt: skip
+        self.assertEqual((params.stop, params.stop_token_ids, params.n), (("a", "b"), frozenset({5}), 2))
+
+    def test_neutral_values_of_what_is_not_supported_pass(self):
+        neutral = {"json_schema": None, "regex": "", "min_p": 0.0, "min_new_tokens": 0, "frequency_penalty": 0,
+                   "presence_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "beam_width": 1}  # fmt: skip
+        self.assertEqual(SamplingParams.parse(neutral), SamplingParams())
+
+    def test_what_cannot_be_served_is_named(self):
+        for name, value in {
+            "json_schema": "{}", "regex": "a", "ebnf": "a", "structural_tag": "a", "stop_regex": "a", "min_p": 0.1,
+            "min_new_tokens": 1, "frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.1,
+            "logit_bias": {"1": 1}, "beam_width": 2,
+        }.items():  # fmt: skip
+            with self.subTest(name=name), self.assertRaisesRegex(BadRequest, f"does not support.*'{name}'"):
+                SamplingParams.parse({name: value})
+
+    def test_each_wrong_value_is_named(self):
+        nan, inf = float("nan"), float("inf")
+        for name, values in {
+            "temperature": (-1, nan, inf, "1", True, [1]),
+            "top_p": (0, -1, 1.1, nan, "1", True),
+            "top_k": (0, -2, 2.5, "5", True),
+            "max_new_tokens": (-1, 1.5, "5", True, [5]),
+            "n": (0, -1, 1.5, "2", True),
+            "stop": (5, [5], [["a"]], {"a": 1}, True),
+            "stop_token_ids": (5, ["a"], [1.5], [True], "12", {"a": 1}),
+            "sampling_seed": ("a", 1.5, True),
+            "ignore_eos": ("no", 1),
+            "skip_special_tokens": ("no", 0),
+            "no_stop_trim": ("no", 1),
+        }.items():
+            for value in values:
+                with self.subTest(name=name, value=value):
+                    with self.assertRaisesRegex(BadRequest, rf"\A{name} must be .*, got .*\Z"):
+                        SamplingParams.parse({name: value})
+
+    def test_an_unknown_name_is_named(self):
+        with self.assertRaisesRegex(BadRequest, "unknown.*'max_tokens'.*max_new_tokens"):
+            SamplingParams.parse({"max_tokens": 5})
+
+
+if __name__ == "__main__":
+    unittest.main()
