@@ -61,7 +61,7 @@ def _python(environ: Mapping[str, str]) -> Finding:
     """The fixtures launch `python3`, whichever comes first on the PATH that the tests extend."""
     mine = os.path.dirname(sys.executable)
     found = shutil.which("python3", path=os.pathsep.join([mine, environ.get("PATH", "")]))
-    if found and os.path.dirname(found) == mine:
+    if found and os.path.dirname(found) == mine and os.path.realpath(found) == os.path.realpath(sys.executable):
         return ok("python3", found)
     why = f"SGLang's fixtures launch the servers with python3, and these tests run under {sys.executable}"
     return error("python3", f"{found or 'not found'}", why, f"link it: ln -s {sys.executable} {mine}/python3")
@@ -138,16 +138,19 @@ def _named(servers: list[Process]) -> list[str]:
 def _devices(rules: rdma.Rules, servers: list[Process], openable: bool) -> Iterator[Finding]:
     usable, reasons = rules.usable(), rules.why_not()
     tcp = f"{servers[0].backend} then hands the state over by TCP, and transfers may fail under load"
+    refused: dict[str, list[str]] = {}
     for nic in _named(servers):
         if nic not in usable:
-            users = ", ".join(dict.fromkeys(process.name for process in servers if nic in process.nics))
-            why_not = reasons.get(nic, "no such device")
-            do = "make it usable, or name others in SGLANG_CI_RDMA_ALL_DEVICES or SGLANG_TEST_PD_DISAGG_DEVICES"
-            yield error("RDMA", f"{nic}: {why_not}", f"{users} would be given it", do)
-    if not usable:
+            refused.setdefault(reasons.get(nic, "no such device"), []).append(nic)
+    for why_not, nics in refused.items():
+        users = " and ".join(dict.fromkeys(process.name for process in servers if {*nics} & {*process.nics}))
+        do = "name others in SGLANG_CI_RDMA_ALL_DEVICES or SGLANG_TEST_PD_DISAGG_DEVICES"
+        yield error("RDMA", f"{', '.join(nics)}: {why_not}", f"{users} would get it by --disaggregation-ib-device", do)
+    if not usable and not refused:
         skipped = "".join(f", {name} skipped ({why})" for name, why in reasons.items())
         do = "make one active, or choose SGLANG_TEST_PD_DISAGG_BACKEND=nixl"
         yield warning("RDMA", f"no usable device{skipped}", tcp, do)
+    if not usable:
         return
     if not openable:
         do = "pass it to the container: docker run --device /dev/infiniband"

@@ -230,7 +230,10 @@ class TestRdma(CheckCase):
                 self.device("mlx5_9")
                 self.assert_fine(self.found())
                 self.assert_one(
-                    self.found(nics=(name, "mlx5_9")), Level.ERROR, f"{name}: {reason}", "prefill, decode would"
+                    self.found(nics=(name, "mlx5_9")),
+                    Level.ERROR,
+                    f"{name}: {reason}",
+                    "prefill and decode would get it",
                 )
 
     def test_none(self):
@@ -240,6 +243,8 @@ class TestRdma(CheckCase):
     def test_a_device_that_is_not_there(self):
         self.device("mlx5_0")
         self.assert_one(self.found(nics=("mlx5_roce0",)), Level.ERROR, "mlx5_roce0: no such device")
+        shutil.rmtree(self.root / "sys")
+        self.assert_one(self.found(nics=("mlx5_roce0", "mlx5_roce1")), Level.ERROR, "mlx5_roce0, mlx5_roce1: no such")
 
     def test_not_passed_to_the_container(self):
         self.device()
@@ -496,6 +501,11 @@ class TestPlace(CheckCase):
             self.assert_one(checks.of_place(Needs("cpu"), environ), Level.ERROR, "python3: not found", "ln -s")
             environ = {"PATH": os.environ["PATH"]}
             self.assert_one(checks.of_place(Needs("cpu"), environ), Level.ERROR, "python3: /", "ln -s")
+            self.write("python3.11")
+            self.write("python3").chmod(0o755)
+            self.assert_one(
+                checks.of_place(Needs("cpu"), environ), Level.ERROR, f"python3: {self.root}/python3", "ln -s"
+            )
 
     def test_the_embedded_engine(self):
         pair = Needs("cpu", embedded=True)
