@@ -23,7 +23,7 @@ SUBJECTS = REPOSITORY / "test" / "registered" / "distributed" / "fault_subjects.
 
 QUICK_FAULTS = (
     "128x-compressed-zeroed",
-    "indexer-buffers-shifted",
+    "indexer-compressed-zeroed",
     "rooms-swapped",
     "compressed-aliased",
     "seed-lost",
@@ -78,8 +78,10 @@ def subjects_of(args):
 
 
 def models_of(args):
-    random = ("random", ASSETS / "random-dsv4", "dummy", 1)
-    return [random] if args.quick else [("trained", ASSETS / "nano-dsv4", "auto", 0), random]
+    from pdkit.matrix.truth import Model
+
+    random = Model("random", ASSETS / "random-dsv4", "dummy", 1)
+    return [random] if args.quick else [Model("trained", ASSETS / "nano-dsv4", "auto", 0), random]
 
 
 def print_library():

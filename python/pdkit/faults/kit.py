@@ -26,8 +26,8 @@ class FaultSwitchMixin:
     """
 
     switch = None
-    bootstrap_timeout = 4
-    transfer_timeout = 12
+    bootstrap_timeout = 8
+    transfer_timeout = 15
 
     @classmethod
     def configure(cls):

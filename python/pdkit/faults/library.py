@@ -27,7 +27,7 @@ def _slug(kind):
 
 
 def _of_each_kind():
-    resembles = {
+    skipped = {
         Kind.WINDOW: "SGLang 24878: one backend skipped the window",
         Kind.C4_COMPRESSED: "SGLang 24878: one backend skipped the compressed state",
         Kind.C128_COMPRESSED: "SGLang 24878: one backend skipped the compressed state",
@@ -35,27 +35,27 @@ def _of_each_kind():
     }
     for kind in TENSORS:
         name = _slug(kind)
-        skipped = resembles.get(kind, "")
         yield Fault(f"{name}-missing", f"{kind.value}: not in the message", Where.PREFILL, missing(kind))
         yield Fault(
             f"{name}-zeroed",
             f"{kind.value}: never written, decode reads a fresh buffer",
             Where.DECODE,
             on_tensors({kind}, pieces.zeroed),
-            resembles=skipped,
-        )
-        yield Fault(
-            f"{name}-left-over",
-            f"{kind.value}: never written, decode reads what the request before left there",
-            Where.DECODE,
-            left_over({kind}),
-            resembles=skipped,
+            resembles=skipped.get(kind, ""),
         )
         yield Fault(
             f"{name}-shifted",
             f"{kind.value}: each row one slot late, the newest lost",
             Where.DECODE,
             on_tensors({kind}, pieces.shifted),
+        )
+    for kind, resembles in skipped.items():
+        yield Fault(
+            f"{_slug(kind)}-left-over",
+            f"{kind.value}: never written, decode reads what the request before left there",
+            Where.DECODE,
+            left_over({kind}),
+            resembles=resembles,
         )
 
 
@@ -77,12 +77,12 @@ def _of_each_count():
             Where.RESTORE,
             on_counts({kind}, lambda count: count + 1),
         )
-        yield Fault(
-            f"{name}-zero",
-            f"{kind.value}: zero once decode has checked it",
-            Where.RESTORE,
-            on_counts({kind}, lambda count: 0),
-        )
+    yield Fault(
+        "128x-count-zero",
+        "128x count: zero once decode has checked it",
+        Where.RESTORE,
+        on_counts({Kind.C128_COUNT}, lambda count: 0),
+    )
     yield Fault(
         "length-behind-first-layer-one-more",
         "length: off by one in every layer but the first, once decode has checked it",

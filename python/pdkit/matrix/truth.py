@@ -15,8 +15,18 @@ PROMPTS_PER_FAULT = 3
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model that faults are tried on: what `pdkit.nano.model.load_model` is told."""
+
+    name: str
+    path: Path
+    load_format: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class Truth:
-    """What `fault` changes, of `prompts` tried; each number counts prompts. evidence: in words."""
+    """Whether `fault` changes any logit, token or status; `evidence` says how that is known."""
 
     fault: str
     changes: bool
@@ -29,8 +39,8 @@ def of_load_balancer(name: str) -> Truth:
     return Truth(name, not fault.harmless, fault.harmless or f"by construction: {fault.what}")
 
 
-def of_handover(names: Sequence[str], models: Sequence[tuple[str, Path, str, int]], progress: Callable[[str], None]):
-    """{name: Truth} from runs in this process. models: (label, directory, load format, seed)."""
+def of_handover(names: Sequence[str], models: Sequence[Model], progress: Callable[[str], None]) -> list[Truth]:
+    """From runs in this process."""
     import torch
 
     from pdkit.engine.model_runner import ModelRunner
@@ -40,13 +50,13 @@ def of_handover(names: Sequence[str], models: Sequence[tuple[str, Path, str, int
     torch.set_num_threads(1)
     faults = [replace(LIBRARY[name], every=min(LIBRARY[name].every, PROMPTS_PER_FAULT)) for name in names]
     effects = {name: {} for name in names}
-    for label, path, load_format, seed in models:
-        progress(f"ground truth of {len(names)} faults on the {label} model")
-        runner = ModelRunner(load_model(path, load_format=load_format, seed=seed))
+    for model in models:
+        progress(f"ground truth of {len(names)} faults on the {model.name} model")
+        runner = ModelRunner(load_model(model.path, load_format=model.load_format, seed=model.seed))
         prompts = ground_truth.prompt_family(LENGTHS, runner.config.vocab_size)
         found = ground_truth.effects(runner, faults, ground_truth.sound_runs(runner, prompts))
         for name, each in found.items():
-            effects[name][label] = each
+            effects[name][model.name] = each
     return [_truth(name, effects[name]) for name in names]
 
 
@@ -67,7 +77,9 @@ def _truth(name, by_model):
     return Truth(name, changes, "; ".join(parts))
 
 
-def truths_of(names: Sequence[str], models, progress: Callable[[str], None] = lambda text: None) -> list[Truth]:
+def truths_of(
+    names: Sequence[str], models: Sequence[Model], progress: Callable[[str], None] = lambda text: None
+) -> list[Truth]:
     """The truth of each fault named."""
     balancer = [name for name in names if LIBRARY[name].where is Where.LB]
     handover = [name for name in names if LIBRARY[name].where is not Where.LB]

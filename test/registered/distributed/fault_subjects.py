@@ -8,8 +8,8 @@ from pdkit.gate_kit import AccuracyGateMixin
 
 
 class Trained(FaultSwitchMixin, RequestAccountingMixin, AccuracyGateMixin, embedded.TestDisaggregationDSV4Embedded):
-    attempt_timeout = 30
+    attempt_timeout = 120
 
 
 class RandomWeights(FaultSwitchMixin, integrity.TestDisaggregationDSV4Integrity):
-    attempt_timeout = request_timeout = 30
+    attempt_timeout = request_timeout = 120

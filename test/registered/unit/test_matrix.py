@@ -194,12 +194,12 @@ class TestResults(unittest.TestCase):
     def test_the_table_says_what_was_caught(self):
         self.fill(run_of(None), run_of(None, 1), run_of("window-zeroed", caught=["parity alone"], first_caught=1.5))
         gone = {CLIENT: Verdict(True, 1.0)}
-        self.fill(replace(run_of("length-zero"), verdicts=gone, restarted="decode exited"))
+        self.fill(replace(run_of("length-one-more"), verdicts=gone, restarted="decode exited"))
         problems = self.results.problems(list(self.results.runs))
         text = report.markdown(self.results, problems)
         self.assertIn("| no fault, 2 runs: failed | 0 | 0 | 0 |", text)
         self.assertIn("| window-zeroed | – | – | ● | yes | 1.5 | 4.0 |", text)
-        self.assertIn("| length-zero | · | ● | · |", text)
+        self.assertIn("| length-one-more | · | ● | · |", text)
         self.assertIn("2 of 2 faults that change something were caught, 0 of them by the accuracy gate alone", text)
         self.assertIn("goal met", text)
         table = self.path.with_suffix(".csv")
@@ -207,7 +207,7 @@ class TestResults(unittest.TestCase):
         with open(table, newline="") as file:
             rows = list(csv.DictReader(file))
         self.assertEqual(len(rows), 10)
-        self.assertEqual([row["fault"] for row in rows if row["caught"] == "1"], ["window-zeroed", "length-zero"])
+        self.assertEqual([row["fault"] for row in rows if row["caught"] == "1"], ["window-zeroed", "length-one-more"])
 
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_the_picture_names_faults_and_checks(self):
@@ -258,9 +258,9 @@ class Tests(unittest.TestCase):
         print("servers stopped", flush=True)
 
     def test_parity_alone(self):
-        if Switch.fault == "length-zero":
+        if Switch.fault == "length-one-more":
             type(self).process_decode.returncode = 1
-        self.assertNotIn(Switch.fault, ("window-zeroed", "length-zero"))
+        self.assertNotIn(Switch.fault, ("window-zeroed", "length-one-more"))
 
     def test_rooms(self):
         if Switch.fault == "exit":
@@ -316,7 +316,7 @@ class TestSession(unittest.TestCase):
 
     def test_servers_that_a_fault_ended_are_started_again(self):
         with self.session() as session:
-            dead, after = (session.run(fault) for fault in ("length-zero", None))
+            dead, after = (session.run(fault) for fault in ("length-one-more", None))
         self.assertEqual(dead.restarted, "decode exited with code 1")
         self.assertEqual(dead.verdicts.keys(), {"parity alone"}, "what comes after it did not run")
         self.assertEqual((after.caught_by, after.restarted), ([], ""))
