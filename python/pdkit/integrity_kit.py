@@ -80,7 +80,7 @@ class TransferIntegrityMixin:
         cold = self._pair().since(before)
         account = HandoverAccount(cold, len(healthy), len(healthy))
         print(account.report(), flush=True)
-        self.assertEqual(account.problems, (), account.report())
+        self.assertFalse(account.problems, account.report())
         self.assertEqual(cold.prefill.prefill_tokens, sum(probe.prompt_length for probe in healthy))
 
         collect(self.lb_url, round_, self.request_timeout)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from scipy.stats import binomtest
@@ -21,6 +22,7 @@ FLOAT_ROUNDING = 1e-4
 
 # The control-arm rule, see Parity.
 LEVEL = 1e-4
+RESOLUTION = 0.05  # what SGLang's own PDLogprobParityMixin allows a pair
 GROSS_FACTOR = 10.0
 GROSS_FLOOR = 1.0
 
@@ -241,7 +243,8 @@ class Parity:
 
       tokens    exact McNemar test of requests whose tokens only the control, or only the candidate, keeps
       logprobs  exact sign test of which of the two has the larger |difference of logprob| on each request
-                (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566); ties say nothing
+                (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566); ties say nothing, and what is
+                below RESOLUTION is equal: a pair may run other kernels than a server that repeats itself to the bit
 
     Tests of all requests together are blind to a fault of a few. Besides, therefore, a single answer fails that is off
     by more than GROSS_FLOOR nats and GROSS_FACTOR times the control's largest difference, which is a rule of thumb, or
@@ -260,6 +263,18 @@ class Parity:
         if not self.names or any(len(arm) != len(self.names) for arm in arms):
             counts = ", ".join(str(len(arm)) for arm in arms)
             raise ValueError(f"parity of {self.condition}: {len(self.names)} requests, {counts} answers")
+
+    @classmethod
+    def pool(cls, condition: str, parities: Sequence["Parity"]) -> "Parity":
+        """Several rounds with control arms as one, since few requests prove little."""
+        return cls(
+            condition,
+            tuple(f"{each.condition}: {name}" for each in parities for name in each.names),
+            *(
+                tuple(chain(*(getattr(each, arm) for each in parities)))
+                for arm in ("reference", "candidate", "control")
+            ),
+        )
 
     @cached_property
     def candidate_distribution(self) -> Distribution:
@@ -309,7 +324,8 @@ class Parity:
                 f"tokens: {tokens.lost} requests keep their tokens with the control only, {tokens.gained} with the "
                 f"candidate only; exact McNemar p = {tokens.p_value:.2g} <= {LEVEL / 2:g}"
             )
-        further = [ours > theirs for ours, theirs in zip(candidate.largest, control.largest) if ours != theirs]
+        visible = [[max(each, RESOLUTION) for each in arm.largest] for arm in (candidate, control)]
+        further = [ours > theirs for ours, theirs in zip(*visible) if ours != theirs]
         p_value = binomtest(sum(further), len(further), 0.5, alternative="greater").pvalue if further else 1.0
         if p_value <= LEVEL / 2:
             found.append(

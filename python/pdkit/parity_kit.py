@@ -223,7 +223,8 @@ class ParityMixin:
         self.check_parity((round_,))
 
     def check_parity(self, rounds):
-        """Sends each round to the pair and asserts that it is at parity with the reference."""
+        """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""
+        parities = []
         for round_ in rounds:
             reference, control = self.references_of(round_)
             if round_.flush:
@@ -232,11 +233,18 @@ class ParityMixin:
             together = round_.in_flight > 1 or round_.batch
             rounding = self._references().rounding if together else 0.0
             names = tuple(probe.name for probe in round_.probes)
-            parity = Parity(round_.condition, names, reference, candidate, control, rounding)
-            print(parity.report(), flush=True)
-            parity.assert_passed()
+            parities.append(Parity(round_.condition, names, reference, candidate, control, rounding))
+            if self.bitwise:
+                self._assert_parity(parities[-1])
             if self.caches_prefixes():
                 self._check_cached(round_, candidate)
+        if not self.bitwise:
+            self._assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
+
+    @staticmethod
+    def _assert_parity(parity):
+        print(parity.report(), flush=True)
+        parity.assert_passed()
 
     def _check_cached(self, round_, arm):
         for probe, answer in zip(round_.probes, arm):

@@ -3,7 +3,6 @@
 import json
 import threading
 import unittest
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 import httpx
@@ -32,6 +31,7 @@ from pdkit.accounting import (
 )
 from pdkit.accounting_kit import RequestAccountingMixin, provokes_failures
 from pdkit.ci_register import register_cpu_ci
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
@@ -55,52 +55,33 @@ def info(requests=0, sent=0, received=0, failed=0, prefill_tokens=0, rooms=0, ru
     }
 
 
-class StubServer(ThreadingHTTPServer):
+class ScriptedServer(StubServer):
     """Answers POST with the next of `answers`, the last one for ever, GET with `info`: (status, body) each.
 
     A status of 0 closes the connection, a negative one waits until the test ends.
     """
 
-    request_queue_size = 64
-
     def __init__(self, test, *answers, info=(200, {})):
         self.answers, self.info, self.ended, lock = list(answers), info, threading.Event(), threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_POST(self):
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.body()
                 with lock:
                     queue = self.server.answers
-                    self.answer(*(queue.pop(0) if len(queue) > 1 else queue[0]))
-
-            def do_GET(self):
-                self.answer(*self.server.info)
-
-            def answer(self, status, body=b""):
+                    status, *body = queue.pop(0) if len(queue) > 1 else queue[0]
                 if status < 0:
                     self.server.ended.wait()
                 if status <= 0:
                     self.close_connection = True
-                    return
-                content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+                else:
+                    self.answer(status, *body)
 
-            def log_message(self, *args):
-                pass
+            def do_GET(self):
+                self.answer(*self.server.info)
 
-        super().__init__(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        for cleanup in (thread.join, self.server_close, self.shutdown, self.ended.set):
-            test.addCleanup(cleanup)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
+        super().__init__(test, Handler)
+        test.addCleanup(self.ended.set)
 
 
 def eval_client(url, retries=2):
@@ -161,7 +142,7 @@ class TestJudge(unittest.TestCase):
 
 class TestLedger(unittest.TestCase):
     def test_a_failure_that_the_clients_retry_hid_is_seen(self):
-        server = StubServer(self, (500, ERROR), (200, COMPLETION))
+        server = ScriptedServer(self, (500, ERROR), (200, COMPLETION))
         with Ledger([server.url]).open() as ledger:
             self.assertEqual(complete(eval_client(server.url)), "4")
         account = ledger.account()
@@ -171,7 +152,7 @@ class TestLedger(unittest.TestCase):
         self.assertIn("1 x 500", account.report())
 
     def test_without_a_failure_there_is_no_problem(self):
-        server = StubServer(self, (200, COMPLETION))
+        server = ScriptedServer(self, (200, COMPLETION))
         with Ledger([server.url]).open() as ledger:
             complete(eval_client(server.url))
             requests.get(f"{server.url}/v1/models")
@@ -181,7 +162,7 @@ class TestLedger(unittest.TestCase):
     def test_every_kind_of_failure_of_both_clients(self):
         cases = ((503, {}), (0,)), ("503", CONNECTION)
         for answer, outcome in zip(*cases, strict=True):
-            server = StubServer(self, answer)
+            server = ScriptedServer(self, answer)
             with self.subTest(outcome=outcome), Ledger([server.url]).open() as ledger:
                 with self.assertRaises(openai.OpenAIError):
                     complete(eval_client(server.url))
@@ -192,14 +173,14 @@ class TestLedger(unittest.TestCase):
             self.assertEqual(ledger.account().outcomes, {outcome: 4})
 
     def test_an_error_in_a_body_with_status_200(self):
-        server = StubServer(self, (200, ERROR))
+        server = ScriptedServer(self, (200, ERROR))
         with Ledger([server.url]).open() as ledger:
             httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
             requests.post(f"{server.url}/v1/completions", json={"prompt": "a"})
         self.assertEqual(ledger.account().outcomes, {ERROR_BODY: 2})
 
     def test_an_attempt_that_hangs_is_a_failure_in_time(self):
-        server = StubServer(self, (-1,))
+        server = ScriptedServer(self, (-1,))
         with Ledger([server.url], attempt_timeout=0.1).open() as ledger:
             with self.assertRaises(openai.APITimeoutError):
                 complete(eval_client(server.url, retries=0))
@@ -208,7 +189,7 @@ class TestLedger(unittest.TestCase):
         self.assertEqual(ledger.account().outcomes, {TIMEOUT: 2})
 
     def test_gives_up_so_that_a_dead_server_costs_no_backoff(self):
-        server = StubServer(self, (500, ERROR))
+        server = ScriptedServer(self, (500, ERROR))
         with Ledger([server.url], give_up_after=3).open() as ledger:
             for _ in range(4):
                 with self.assertRaises((openai.InternalServerError, openai.BadRequestError)):
@@ -219,7 +200,7 @@ class TestLedger(unittest.TestCase):
         self.assertEqual((account.lost, account.sequences), (2, (0, 3)))
 
     def test_other_addresses_are_left_alone(self):
-        watched, other = StubServer(self, (200, GENERATED)), StubServer(self, (500, ERROR))
+        watched, other = ScriptedServer(self, (200, GENERATED)), ScriptedServer(self, (500, ERROR))
         with Ledger([watched.url]).open() as ledger:
             self.assertEqual(requests.post(f"{other.url}/generate", json={}).status_code, 500)
             self.assertEqual(httpx.post(f"{other.url}/generate", json={}).status_code, 500)
@@ -232,7 +213,7 @@ class TestLedger(unittest.TestCase):
         self.assertEqual((httpx.Client.send, requests.Session.send), before)
 
     def test_counts_of_many_threads(self):
-        server = StubServer(self, *[(500, ERROR), (200, COMPLETION)] * 20, (200, COMPLETION))
+        server = ScriptedServer(self, *[(500, ERROR), (200, COMPLETION)] * 20, (200, COMPLETION))
         with Ledger([server.url], give_up_after=100).open() as ledger:
             client = eval_client(server.url, retries=20)
             threads = [threading.Thread(target=complete, args=(client, f"{i}=")) for i in range(32)]
@@ -319,8 +300,8 @@ class TestCounters(unittest.TestCase):
         self.assertIsNone(counters_of({"internal_states": [{}], "version": "0.5.23"}))
 
     def test_sums_over_servers_and_waits_until_they_are_idle(self):
-        prefill = StubServer(self, info=(200, info(requests=4, sent=4)))
-        decodes = [StubServer(self, info=(200, info(requests=2, received=2))) for _ in range(2)]
+        prefill = ScriptedServer(self, info=(200, info(requests=4, sent=4)))
+        decodes = [ScriptedServer(self, info=(200, info(requests=2, received=2))) for _ in range(2)]
         pair = read_pair([prefill.url], [each.url for each in decodes], settle=5)
         sent, received = (ServerCounters(requests=4, bytes=400, **{name: 4}) for name in ("sent", "received"))
         self.assertEqual(pair, PairCounters(sent, received))
@@ -328,7 +309,7 @@ class TestCounters(unittest.TestCase):
         self.assertFalse(read_pair([prefill.url], [each.url for each in decodes], settle=0.1).is_idle)
 
     def test_a_server_that_does_not_answer_is_one_line(self):
-        server = StubServer(self, info=(503, {}))
+        server = ScriptedServer(self, info=(503, {}))
         with self.assertRaisesRegex(AccountingError, "does not tell its counters: 503") as caught:
             read_pair([server.url], [server.url])
         self.assertNotIn("\n", str(caught.exception))
@@ -338,8 +319,8 @@ class TestMixin(unittest.TestCase):
     """The mixin over a class whose one test sends what is given to servers that count what is given."""
 
     def run_test(self, body, counted=(info(), info(requests=1, sent=1, received=1)), **attributes):
-        lb = StubServer(self, (200, GENERATED))
-        worker = StubServer(self, info=(200, counted[0]))
+        lb = ScriptedServer(self, (200, GENERATED))
+        worker = ScriptedServer(self, info=(200, counted[0]))
 
         class Case(RequestAccountingMixin, unittest.TestCase):
             lb_url, prefill_url, decode_url = lb.url, worker.url, worker.url
@@ -411,7 +392,7 @@ class TestMixin(unittest.TestCase):
         self.assertEqual((len(result.skipped), result.failures, result.errors), (1, [], []))
 
     def test_what_is_meant_to_fail_is_not_accounted_for(self):
-        lb = StubServer(self, (500, ERROR))
+        lb = ScriptedServer(self, (500, ERROR))
 
         class Case(RequestAccountingMixin, unittest.TestCase):
             lb_url = lb.url

@@ -1,17 +1,14 @@
 """Parity: what counts as a difference, which differences fail, what is sent, and that no check can pass unasked."""
 
-import json
 import math
 import random
-import threading
 import unittest
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
 from pdkit.ci_register import register_cpu_ci
 from pdkit.integrity import Outcome, Rejections
-from pdkit.parity import FLOAT_ROUNDING, LEVEL, Answer, AnswerError, Distribution, Parity, compare, quantile
+from pdkit.parity import FLOAT_ROUNDING, LEVEL, RESOLUTION, Answer, AnswerError, Distribution, Parity, compare, quantile
 from pdkit.parity_kit import ParityMixin, References, RequestFailed, collect
 from pdkit.parity_plan import (
     Geometry,
@@ -25,6 +22,7 @@ from pdkit.parity_plan import (
     lengths_of,
     make_plan,
 )
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
@@ -209,7 +207,7 @@ class TestControlRule(unittest.TestCase):
         self.assertEqual(failed, 0, f"level {LEVEL}")
 
     def test_more_noise_in_every_answer_fails_by_the_sign_test(self):
-        problems = self.parity(1, noise=0.03).problems
+        problems = self.parity(1, noise=0.2).problems
         self.assertEqual(len(problems), 1)
         self.assertIn("exact sign test", problems[0])
 
@@ -225,6 +223,29 @@ class TestControlRule(unittest.TestCase):
         self.assertEqual(len(problems), 1)
         self.assertIn("p7: a logprob is off by", problems[0])
 
+    def test_differences_below_the_resolution_say_nothing(self):
+        parity = self.parity(3, noise=0.0, flips=0.0)
+        control = parity.reference
+        slightly = [replace(each, logprobs=tuple(p + 0.9 * RESOLUTION for p in each.logprobs)) for each in control]
+        beyond = [replace(each, logprobs=tuple(p + 1.1 * RESOLUTION for p in each.logprobs)) for each in control]
+        self.assertEqual(replace(parity, control=control, candidate=slightly).problems, ())
+        self.assertIn("sign test", replace(parity, control=control, candidate=beyond).problems[0])
+
+    def test_rounds_are_judged_together(self):
+        parities = [self.parity(seed, noise=0.2) for seed in range(3)]
+        few = [
+            replace(
+                each,
+                names=each.names[:6],
+                **{arm: getattr(each, arm)[:6] for arm in ("reference", "candidate", "control")},
+            )
+            for each in parities
+        ]
+        self.assertEqual([each.problems for each in few], [()] * 3)
+        pooled = Parity.pool("three rounds", few)
+        self.assertIn("sign test", pooled.problems[0])
+        self.assertEqual(len(pooled.names), 18)
+
     def test_another_finish_reason_of_the_same_tokens_fails(self):
         parity = self.parity(2)
         kept = next(i for i, same in enumerate(parity.candidate_distribution.same_tokens) if same)
@@ -233,7 +254,7 @@ class TestControlRule(unittest.TestCase):
         self.assertEqual(replace(parity, candidate=candidate).problems, (f"p{kept}: another finish",))
 
     def test_the_report_shows_both_distributions(self):
-        report = self.parity(1, noise=0.03).report()
+        report = self.parity(1, noise=0.2).report()
         for part in (
             "FAIL",
             "candidate  ",
@@ -351,20 +372,18 @@ class TestVariations(unittest.TestCase):
         self.assertIsNone(a_stop("aaaaaaaaaaaa"))
 
 
-class StubEngine(ThreadingHTTPServer):
+class StubEngine(StubServer):
     """An engine whose answer to a prompt is the prompt's last ids; `change(ids, tokens)` makes it another one."""
-
-    request_queue_size = 64
 
     def __init__(self, test, change=lambda ids, tokens: tokens, status=200):
         self.change, self.status, self.asked, self.cached = change, status, [], 0
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_GET(self):
                 self.answer(200, {"chunked_prefill_size": 128, "context_length": 4096, "disable_radix_cache": False})
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+                body = self.body()
                 if self.path.startswith("/flush_cache"):
                     return self.answer(200, {})
                 self.server.asked.append(body)
@@ -381,25 +400,7 @@ class StubEngine(ThreadingHTTPServer):
                 body["meta_info"]["cached_tokens"] = self.server.cached
                 return body
 
-            def answer(self, status, body):
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        for cleanup in (thread.join, self.server_close, self.shutdown):
-            test.addCleanup(cleanup)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
+        super().__init__(test, Handler)
 
 
 def rounds(count=6, **options):
