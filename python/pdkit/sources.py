@@ -21,14 +21,23 @@ class Source:
     tree: ast.Module
 
     @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the tree."""
+        return list(ast.walk(self.tree))
+
+    @cached_property
+    def calls(self) -> list[ast.Call]:
+        return [node for node in self.nodes if isinstance(node, ast.Call)]
+
+    @cached_property
     def parents(self) -> dict[ast.AST, ast.AST]:
-        return {child: parent for parent in ast.walk(self.tree) for child in ast.iter_child_nodes(parent)}
+        return {child: parent for parent in self.nodes for child in ast.iter_child_nodes(parent)}
 
     @cached_property
     def imports(self) -> dict[str, str]:
         """Local name -> dotted name that it stands for, of all imports in the file."""
         names = {}
-        for node in ast.walk(self.tree):
+        for node in _statements(self.tree):
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     names[alias.asname or alias.name.split(".")[0]] = (
@@ -74,6 +83,9 @@ class Source:
         if isinstance(node, ast.Call) and self.dotted(node.func) in ("os.getenv", "os.environ.get"):
             name, *default = [self.value(arg, environ) for arg in node.args]
             return environ.get(name, default[0] if default else None)
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
+            values = [self.value(operand, environ) for operand in node.values]
+            return UNKNOWN if UNKNOWN in values else next(filter(None, values), values[-1])
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError):
@@ -81,6 +93,14 @@ class Source:
 
 
 _FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _statements(block: ast.AST) -> Iterator[ast.stmt]:
+    """Statements below a module or statement, nested ones included, expressions left alone."""
+    for name in ("body", "orelse", "handlers", "finalbody", "cases"):
+        for statement in getattr(block, name, ()):
+            yield statement
+            yield from _statements(statement)
 
 
 def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:

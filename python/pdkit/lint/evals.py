@@ -15,7 +15,7 @@ SUCCESSORS = {
 
 def deprecated_eval(source: Source, _) -> Iterator[Finding]:
     """No eval module that SGLang deprecates, or that is gone from a release that serves DeepSeek-V4."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 
 from pdkit.lint.findings import Finding
-from pdkit.lint.processes import Starters
+from pdkit.lint.processes import starters
 from pdkit.sources import Source, TestClass
 
 Method = tuple[TestClass, ast.FunctionDef]
@@ -33,13 +33,13 @@ def _reach(cls: TestClass, start: Method) -> tuple[list[ast.FunctionDef], set[st
 
 def pd_override(source: Source, _) -> Iterator[Finding]:
     """An override that starts the server itself pins its NCCL port and passes the NICs of its own GPUs."""
-    starters = Starters(source)
+    known = starters(source)
     for cls in source.classes.values():
         for side in ("prefill", "decode"):
             if not cls.is_pd or f"start_{side}" not in cls.methods:
                 continue
             reached, outside = _reach(cls, (cls, cls.methods[f"start_{side}"]))
-            starts = any(isinstance(n, ast.Call) and starters.starts(n) for f in reached for n in ast.walk(f))
+            starts = any(isinstance(n, ast.Call) and known.starts(n) for f in reached for n in ast.walk(f))
             if f"start_{side}" in outside or not starts:
                 continue
             line = cls.methods[f"start_{side}"].lineno

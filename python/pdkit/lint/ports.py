@@ -20,7 +20,7 @@ def fixed_port(source: Source, _) -> Iterator[Finding]:
     """In a file that launches or listens: no port is a number in the source."""
     if not launches(source):
         return
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         for line, port in _written(node):
             yield Finding(source.path, line, "fixed-port", f"port {port} is fixed, {ADVICE}")
 

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from pdkit.lint.findings import Finding
 from pdkit.sources import Source, TestClass
@@ -41,10 +42,10 @@ class Starters:
             name for name, cls in source.classes.items() if any(STARTERS.fullmatch(n) for n in cls.ancestry[1])
         }
         self.factories: set[str] = set()
-        functions = [node for node in ast.walk(source.tree) if isinstance(node, FUNCTION)]
+        functions = [node for node in source.nodes if isinstance(node, FUNCTION)]
         while added := {f.name for f in functions if self._returns_process(f)} - self.factories:
             self.factories |= added
-        self.calls = [call for call in _calls(source.tree) if self.starts(call) and not self._is_returned(call)]
+        self.calls = [call for call in source.calls if self.starts(call) and not self._is_returned(call)]
 
     def starts(self, call: ast.Call) -> bool:
         name = self.source.dotted(call.func)
@@ -68,9 +69,14 @@ class Starters:
         return any(self.starts(call) and self._is_returned(call) for call in _calls(function))
 
 
+@lru_cache(maxsize=256)
+def starters(source: Source) -> Starters:
+    return Starters(source)
+
+
 def unended_process(source: Source, _) -> Iterator[Finding]:
     """Every process that is started is ended, also when what follows fails."""
-    for call in Starters(source).calls:
+    for call in starters(source).calls:
         problem = _unended(source, call)
         if problem:
             yield Finding(source.path, call.lineno, "unended-process", f"{_name(call)}(...) {problem}")
@@ -137,7 +143,7 @@ _SHELL = re.compile(r"(subprocess|os|asyncio)\.\w+|psutil\.Popen|(sglang\..*\.)?
 def kill_by_name(source: Source, _) -> Iterator[Finding]:
     """A name also fits processes that this test did not start."""
     advice = "end the process that was started, by its handle: process.terminate(), kill_process_tree(process.pid)"
-    for call in _calls(source.tree):
+    for call in source.calls:
         if _SHELL.fullmatch(source.dotted(call.func)):
             words = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
             if match := next(filter(None, map(_KILLS_BY_NAME.search, words)), None):
@@ -154,22 +160,21 @@ def sleep_as_readiness(source: Source, _) -> Iterator[Finding]:
     """In a file that starts processes: passing time says nothing about whether they are ready."""
     if not starts_processes(source):
         return
-    starters = Starters(source)
-    for call in _calls(source.tree):
+    for call in source.calls:
         if source.dotted(call.func) not in ("time.sleep", "asyncio.sleep"):
             continue
         scope = next(source.enclosing(call, (*_LOOP, *FUNCTION)), source.tree)
-        if not (_looks(scope) if isinstance(scope, _LOOP) else _hangs(scope, call, starters)):
+        if not (_looks(scope) if isinstance(scope, _LOOP) else _hangs(scope, call, starters(source))):
             message = (
                 "time passes, whether it is ready or not; wait for it: wait_server_ready(url), process.wait(), ..."
             )
             yield Finding(source.path, call.lineno, "sleep-as-readiness", message)
 
 
-def _hangs(scope: ast.AST, sleep: ast.Call, starters: Starters) -> bool:
+def _hangs(scope: ast.AST, sleep: ast.Call, known: Starters) -> bool:
     """Nothing in the function comes after the sleep, and nothing was started before it."""
     last = any(sleep is node for node in ast.walk(scope.body[-1]))
-    return last and not any(map(starters.starts, _calls(scope)))
+    return last and not any(map(known.starts, _calls(scope)))
 
 
 def _looks(loop: ast.While | ast.For) -> bool:
@@ -181,9 +186,9 @@ def _looks(loop: ast.While | ast.For) -> bool:
 
 def starts_processes(source: Source) -> bool:
     """Whether anything in the file starts a process, the classes on SGLang's PD fixture included."""
-    return any(cls.is_pd for cls in source.classes.values()) or bool(Starters(source).calls)
+    return any(cls.is_pd for cls in source.classes.values()) or bool(starters(source).calls)
 
 
 def launches(source: Source) -> bool:
     """Whether anything in the file starts a process or listens."""
-    return starts_processes(source) or any(LISTENERS.fullmatch(source.dotted(c.func)) for c in _calls(source.tree))
+    return starts_processes(source) or any(LISTENERS.fullmatch(source.dotted(c.func)) for c in source.calls)

@@ -14,8 +14,7 @@ _REGISTER = re.compile(r"register_\w+_ci")
 
 
 def _calls(source: Source) -> list[ast.Call]:
-    calls = [node for node in ast.walk(source.tree) if isinstance(node, ast.Call)]
-    return [call for call in calls if _REGISTER.fullmatch(source.dotted(call.func).rpartition(".")[2])]
+    return [call for call in source.calls if _REGISTER.fullmatch(source.dotted(call.func).rpartition(".")[2])]
 
 
 def registration(source: Source, collection: Collection) -> Iterator[Finding]:
@@ -55,7 +54,7 @@ def _mentions(call: ast.Call, suite_name: str) -> bool:
 
 def silent_main(source: Source, _) -> Iterator[Finding]:
     """What the main block runs must tell the shell that it failed."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
             continue
         call = node.value
