@@ -43,8 +43,8 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
     engine = f"sglang {sglang.__version__}"
     server_module = "sglang.launch_server"
 
-    model_name = os.getenv("SGLANG_PD_MODEL", "sgl-project/DeepSeek-V4-Flash-FP8")
-    gsm8k_data_path = os.getenv("SGLANG_PD_GSM8K")
+    model_name = os.getenv("SGLANG_PD_MODEL") or "sgl-project/DeepSeek-V4-Flash-FP8"
+    gsm8k_data_path = os.getenv("SGLANG_PD_GSM8K") or None
     min_score = 0.95
 
     # With DP attention the 4 data-parallel ranks are carved out of the 4 tensor-parallel ones: 4 GPUs a server.
@@ -105,7 +105,7 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
     @classmethod
     def setUpClass(cls):
         require_gpus(cls)
-        require_data(cls)
+        require_inputs(cls)
         cls.configure()
         require_free_ports(cls)
         print(f"rung={cls.rung} engine={cls.engine} model={cls.model}", flush=True)
@@ -137,7 +137,8 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
             lambda: {"prefill": cls.process_prefill, "decode": cls.process_decode, "load balancer": cls.process_lb}
         )
         atexit.register(cls.tearDownClass)
-        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # whose python3
+        # The fixture starts `python3` from PATH: let it be this one.
+        os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
         with phase("load prefill and decode"):
             cls.start_prefill()
             cls.start_decode()
@@ -352,11 +353,15 @@ def visible_gpus():
     ]
 
 
-def require_data(plan):
-    assert plan.gsm8k_data_path is None or os.path.isfile(plan.gsm8k_data_path), (
-        f"GSM8K questions not found at {plan.gsm8k_data_path}; set SGLANG_PD_GSM8K to a .jsonl file, "
-        "or unset it and run_eval downloads them"
-    )
+def require_inputs(plan):
+    """Fails before anything is launched where a model directory or GSM8K file that was named cannot be used."""
+    model, questions = plan.model_name, plan.gsm8k_data_path
+    assert os.path.isdir(model) or not os.path.isabs(model), f"model {model}: no such directory (SGLANG_PD_MODEL?)"
+    if questions is not None:
+        assert os.path.isfile(questions), f"GSM8K questions {questions}: no such file (SGLANG_PD_GSM8K?)"
+        with open(questions, encoding="utf-8") as lines:
+            count = sum(1 for _ in lines)
+        assert count >= 205, f"GSM8K questions {questions}: {count}, but 5 shots and 200 to score are needed"
 
 
 def require_free_ports(plan):

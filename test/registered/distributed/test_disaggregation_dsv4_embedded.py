@@ -9,7 +9,7 @@ import test_disaggregation_dsv4 as dsv4
 from pdkit import ports
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
 
 ASSETS = Path(pdkit.__file__).parent / "assets"
 
@@ -35,7 +35,8 @@ class TestDisaggregationDSV4Embedded(dsv4.TestDisaggregationDSV4):
 
     def test_gsm8k(self):
         super().test_gsm8k()
-        prefill, decode = (requests.get(f"{url}/server_info").json() for url in (self.prefill_url, self.decode_url))
+        prefill = requests.get(f"{self.prefill_url}/server_info", timeout=10).json()
+        decode = requests.get(f"{self.decode_url}/server_info", timeout=10).json()
 
         requests_served = prefill["engine"]["requests"]
         self.assertGreaterEqual(requests_served, 200)

@@ -264,7 +264,7 @@ class TestSupervision(unittest.TestCase):
     def run_pair(self, **pair):
         before = set(psutil.Process().children(recursive=True))
         case = fake_pair(self.log_dir, **pair)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as self.stdout, contextlib.redirect_stderr(io.StringIO()):
             result = unittest.TestResult()
             unittest.TestSuite([case("test_gsm8k")]).run(result)
         self.assertEqual(set(psutil.Process().children(recursive=True)), before)
@@ -309,23 +309,34 @@ class TestSupervision(unittest.TestCase):
     def test_decode_dies_while_the_eval_client_retries_in_silence(self):
         questions = Path(self.log_dir, "questions.jsonl")
         questions.write_text(10 * (json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"))
-        with mock.patch.object(embedded.TestDisaggregationDSV4Embedded, "gsm8k_data_path", str(questions)):
-            (message,) = self.run_pair(decode=Fate(dies=5, code=7))
+        self.enterContext(mock.patch.object(dsv4, "require_inputs"))
+        self.enterContext(mock.patch.object(embedded.TestDisaggregationDSV4Embedded, "gsm8k_data_path", str(questions)))
+        (message,) = self.run_pair(decode=Fate(dies=5, code=7))
         self.assert_names(message, "decode", 7)
+        self.assertNotIn("All retry attempts exhausted", self.stdout.getvalue())
 
-    def test_a_retry_does_not_hide_a_death(self):
-        attempts = []
-
+    def test_neither_client_errors_nor_retries_hide_a_death(self):
         def test(case):
             attempts.append(case)
             os.killpg(case.process_prefill.pid, signal.SIGKILL)
             case.process_prefill.wait()
             raise ConnectionError("as a client sees it")
 
-        with mock.patch.dict(os.environ, SGLANG_TEST_MAX_RETRY="1"):
-            (message,) = self.run_pair(test=test)
+        for max_retry in ("0", "1"):
+            attempts = []
+            with self.subTest(max_retry=max_retry), mock.patch.dict(os.environ, SGLANG_TEST_MAX_RETRY=max_retry):
+                (message,) = self.run_pair(test=test)
+                self.assertIn("prefill exited with code -9 (Killed)", message)
+                self.assertEqual(len(attempts), 1)
+
+    def test_code_that_catches_everything_does_not_catch_a_death(self):
+        def test(case):
+            with contextlib.suppress(Exception):
+                os.killpg(case.process_prefill.pid, signal.SIGKILL)
+                time.sleep(NEVER)
+
+        (message,) = self.run_pair(test=test)
         self.assertIn("prefill exited with code -9 (Killed)", message)
-        self.assertEqual(len(attempts), 1)
 
     def test_death_after_the_last_test(self):
         def test(case):
@@ -388,9 +399,13 @@ class TestVerdict(unittest.TestCase):
                 infos[side][section].update(values)
         case = embedded.TestDisaggregationDSV4Embedded("test_gsm8k")
         case.prefill_url, case.decode_url, case.lb_url, case.model = "prefill", "decode", "lb", "model"
+
+        def get(url, timeout):
+            return mock.Mock(json=lambda: infos[url.removesuffix("/server_info")])
+
         with (
             mock.patch.object(dsv4, "run_eval", return_value={"score": score}) as run_eval,
-            mock.patch.object(embedded.requests, "get", lambda url: mock.Mock(json=lambda: infos[url.split("/")[0]])),
+            mock.patch.object(embedded.requests, "get", get),
             contextlib.redirect_stdout(io.StringIO()) as self.stdout,
         ):
             case.test_gsm8k()
@@ -440,10 +455,21 @@ class TestBeforeLaunch(unittest.TestCase):
         self.addCleanup(second.release)
         self.assertFalse({*first.ports} & {*second.ports})
 
-    def test_missing_questions(self):
-        plan = SimpleNamespace(gsm8k_data_path="/nowhere/test.jsonl")
-        with self.assertRaisesRegex(AssertionError, "not found at /nowhere/test.jsonl; set SGLANG_PD_GSM8K"):
-            dsv4.require_data(plan)
+    def test_questions(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as questions:
+            for path, problem in (("/nowhere.jsonl", "no such file"), (questions.name, "204, but")):
+                questions.truncate(0)
+                questions.write("{}\n" * 204)
+                questions.flush()
+                with self.assertRaisesRegex(AssertionError, f"^GSM8K questions {path}: {problem}"):
+                    dsv4.require_inputs(SimpleNamespace(model_name="org/model", gsm8k_data_path=path))
+            questions.write("{}\n")
+            questions.flush()
+            dsv4.require_inputs(SimpleNamespace(model_name="org/model", gsm8k_data_path=questions.name))
+
+    def test_model_directory(self):
+        with self.assertRaisesRegex(AssertionError, "^model /nowhere/model: no such directory"):
+            dsv4.require_inputs(SimpleNamespace(model_name="/nowhere/model", gsm8k_data_path=None))
 
 
 if __name__ == "__main__":
