@@ -219,7 +219,7 @@ class Server(subprocess.Popen):
         self._copier.start()
 
     def _copy_output(self, name):
-        with open(self.log_path, "w", encoding="utf-8") as log:
+        with self.stdout, open(self.log_path, "w", encoding="utf-8") as log:
             for line in self.stdout:
                 log.write(line)
                 log.flush()
