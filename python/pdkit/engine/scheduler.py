@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from pdkit.engine import state
 from pdkit.engine.model_runner import ROWS, gather_rows
+from pdkit.exit_codes import ExitCode
 
 PATIENCE = 1.0
 
@@ -112,7 +113,7 @@ class Scheduler:
         except BaseException:
             traceback.print_exc()
             print("the torch thread failed; the server ends", file=sys.stderr, flush=True)
-            os._exit(exit_codes.ExitCode.FAILED)
+            os._exit(ExitCode.FAILED)
 
     def _prefill_chunk(self):
         request, done, cache = self._prefills.popleft()

@@ -1,9 +1,12 @@
 """Forward passes of the engine: transformers' results, whatever the chunks, the company and the prefix cache."""
 
+import contextlib
+import io
 import threading
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pdkit
 import torch
@@ -239,6 +242,20 @@ class TestScheduler(EngineTestCase):
         self.assertEqual((second.cached_tokens, counters.prefill_tokens), (256, 44))
         self.assertEqual(first.output_logprobs, second.output_logprobs)
 
+    def test_a_failure_on_the_torch_thread_ends_the_process(self):
+        ended = threading.Event()
+        broken = SimpleNamespace(config=model.config, prefill_step=None)
+        with (
+            mock.patch("os._exit", side_effect=lambda code: ended.set()) as leave,
+            contextlib.redirect_stderr(io.StringIO()) as log,
+        ):
+            scheduler = Scheduler(broken)
+            scheduler.generate(self.request(prompt(3)))
+            scheduler.start()
+            self.assertTrue(ended.wait(10))
+        leave.assert_called_once_with(1)
+        self.assertRegex(log.getvalue(), "Traceback(.|\n)*the torch thread failed; the server ends")
+
     def test_prompt_logprobs_are_complete_whatever_their_start(self):
         ids = prompt(300)
         everything = self.request(ids, tokens=1, logprob_start_len=0)
@@ -250,7 +267,9 @@ class TestScheduler(EngineTestCase):
                 request = self.request(ids, tokens=1, logprob_start_len=start)
                 self.serve([request])
                 self.assertEqual([token for _, token in request.input_logprobs], ids[start:])
-                for (logprob, _), (expected, _) in zip(request.input_logprobs[1:], everything.input_logprobs[start + 1 :]):
+                for (logprob, _), (expected, _) in zip(
+                    request.input_logprobs[1:], everything.input_logprobs[start + 1 :]
+                ):
                     self.assertAlmostEqual(logprob, expected, places=3)
 
 
