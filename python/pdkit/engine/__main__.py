@@ -1,6 +1,7 @@
 """`python3 -m pdkit.engine`: load the model, bind the ports, serve until SIGTERM."""
 
 import asyncio
+import os
 import socket
 import sys
 
@@ -8,7 +9,7 @@ from pdkit.engine import options as engine_options
 from pdkit.exit_codes import ExitCode
 
 
-def bind(host, port, what):
+def bind(host, port, flag):
     """A bound socket that does not listen yet, so that clients are refused while the model loads."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
@@ -17,8 +18,18 @@ def bind(host, port, what):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except OSError as error:
-        fail(ExitCode.NOT_READY, f"{what} {host}:{port} cannot be bound ({error.strerror}); choose another with --port")
+        reason = os.strerror(error.errno)
+        fail(ExitCode.NOT_READY, f"{host}:{port} cannot be bound: {reason}; choose another with {flag}")
     return sock
+
+
+def listen(sock):
+    """Another server may have bound the same port while the model loaded; the first to listen has it."""
+    try:
+        sock.listen()
+    except OSError as error:
+        host, port = sock.getsockname()[:2]
+        fail(ExitCode.NOT_READY, f"{host}:{port} was taken meanwhile: {os.strerror(error.errno)}; choose another port")
 
 
 def fail(code, message):
@@ -31,6 +42,8 @@ async def serve(options, service, sock, bootstrap_socket):
 
     from pdkit.engine.api import create_app
 
+    for each in filter(None, (bootstrap_socket, sock)):
+        listen(each)
     await service.start(bootstrap_socket)
     await service.forward_one_token()
     print(f"pdkit.engine: {options.disaggregation_mode} server ready on {options.host}:{options.port}", flush=True)
@@ -43,10 +56,10 @@ async def serve(options, service, sock, bootstrap_socket):
 
 def main(argv=None):
     options = engine_options.parse(argv)
-    sock = bind(options.host, options.port, "address")
+    sock = bind(options.host, options.port, "--port")
     bootstrap_socket = None
     if options.disaggregation_mode == "prefill":
-        bootstrap_socket = bind(options.host, options.disaggregation_bootstrap_port, "bootstrap address")
+        bootstrap_socket = bind(options.host, options.disaggregation_bootstrap_port, "--disaggregation-bootstrap-port")
 
     import torch
     import transformers

@@ -1,8 +1,11 @@
 """What the engine is told on its command line: SGLang's flag names where SGLang has the flag."""
 
 import argparse
+import math
 import os
 from dataclasses import dataclass, fields
+
+from pdkit.exit_codes import ExitCode
 
 MODES = ("null", "prefill", "decode")
 
@@ -32,12 +35,17 @@ class EngineOptions:
         return self.served_model_name or self.model_path
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(ExitCode.BAD_USAGE, f"pdkit.engine: {message} (--help lists the options)\n")
+
+
 def parse(argv=None):
     """EngineOptions from a command line; argparse ends the process with one line and code 2 if it is wrong.
 
     The timeouts come from the variables that SGLang reads them from.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python3 -m pdkit.engine", description="Embedded DeepSeek-V4 engine (CPU).", allow_abbrev=False
     )
     add = parser.add_argument
@@ -60,11 +68,18 @@ def parse(argv=None):
         ("bootstrap_timeout", "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"),
         ("transfer_timeout", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"),
     ):
-        try:
-            given[name] = float(os.environ.get(variable, getattr(EngineOptions, name)))
-        except ValueError:
-            parser.error(f"{variable}={os.environ[variable]!r} is not a number of seconds")
+        given[name] = _seconds(os.environ.get(variable), getattr(EngineOptions, name))
+        if given[name] is None:
+            parser.error(f"{variable}={os.environ[variable]!r} is not a positive number of seconds")
     return EngineOptions(**{field.name: given[field.name] for field in fields(EngineOptions)})
+
+
+def _seconds(text, default):
+    try:
+        value = float(text or default)
+    except ValueError:
+        return None
+    return value if 0 < value < math.inf else None
 
 
 def _positive(text):
@@ -79,3 +94,6 @@ def _port(text):
     if not 0 < value < 65536:
         raise argparse.ArgumentTypeError(f"{text} is not a port (1-65535)")
     return value
+
+
+_positive.__name__, _port.__name__ = "number", "port"
