@@ -11,11 +11,16 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel
 
 from pdkit.engine import openai_api
+from pdkit.engine.asks import fan_out
 from pdkit.engine.request import BadRequest, SamplingParams
-from pdkit.engine.service import Ask, error_body, meta_info, sse
+from pdkit.engine.service import error_body, meta_info, sse
 from pdkit.engine.streams import interleave, run_to_end
 
 HEALTH_TIMEOUT = 20.0
+SPREAD = (
+    "rid", "return_logprob", "logprob_start_len", "top_logprobs_num", "bootstrap_host", "bootstrap_port",
+    "bootstrap_room", "extra_key",
+)  # fmt: skip
 
 
 class GenerateBody(BaseModel):
@@ -33,7 +38,7 @@ class GenerateBody(BaseModel):
     bootstrap_host: str | list[str] | None = None
     bootstrap_port: int | list[int | None] | None = None
     bootstrap_room: int | list[int] | None = None
-    extra_key: str | None = None
+    extra_key: str | list[str] | None = None
 
     @property
     def is_batch(self):
@@ -41,49 +46,24 @@ class GenerateBody(BaseModel):
         return isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
 
     def asks(self):
-        """One Ask a sequence, `n` of each prompt. Raises BadRequest."""
+        """One Ask a sequence. Raises BadRequest."""
         if (self.text is None) == (self.input_ids is None):
             raise BadRequest("either text or input_ids must be given, and not both")
         prompts = self.text if self.text is not None else self.input_ids
-        prompts = prompts if self.is_batch else [prompts]
-        if not prompts:
-            raise BadRequest("the batch is empty")
-        params = [SamplingParams.parse(given) for given in _spread("sampling_params", self.sampling_params, len(prompts))]
-        if len({each.n for each in params}) > 1:
-            raise BadRequest("n must be the same for every prompt of a batch")
-        samples = params[0].n
-        count = len(prompts) * samples
-        fields = {
-            name: [value for value in _spread(name, getattr(self, name), len(prompts)) for _ in range(samples)]
-            for name in ("return_logprob", "logprob_start_len", "top_logprobs_num", "bootstrap_host", "bootstrap_port")
-        }
-        rooms = openai_api.rooms(self.bootstrap_room, count)
-        rids = self.rid if isinstance(self.rid, list) else [self.rid] + [None] * (count - 1)
-        kind = "text" if self.text is not None else "ids"
-        return [
-            Ask(
-                params=params[index // samples],
-                **{kind: prompts[index // samples]},
-                rid=rids[index] if index < len(rids) else None,
-                return_logprob=bool(fields["return_logprob"][index]),
-                logprob_start_len=-1 if fields["logprob_start_len"][index] is None else fields["logprob_start_len"][index],
-                top_logprobs_num=fields["top_logprobs_num"][index] or 0,
-                bootstrap_host=fields["bootstrap_host"][index],
-                bootstrap_port=fields["bootstrap_port"][index],
-                bootstrap_room=rooms[index],
-                extra_key=self.extra_key,
-            )
-            for index in range(count)
-        ]
+        given = self.sampling_params
+        return fan_out(
+            prompts if self.is_batch else [prompts],
+            [SamplingParams.parse(each) for each in given] if isinstance(given, list) else SamplingParams.parse(given),
+            self.is_batch,
+            **{name: getattr(self, name) for name in SPREAD},
+        )
 
 
-def _spread(name, value, count):
-    """A scalar for each of `count` sequences, or a list that already holds one each."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise BadRequest(f"{name} has {len(value)} entries for {count} prompts")
-    return value
+class AbortBody(BaseModel):
+    """The body of /abort_request."""
+
+    rid: str | None = None
+    abort_all: bool = False
 
 
 def _result(request, started):
@@ -101,14 +81,16 @@ def create_app(service):
 
     @app.exception_handler(BadRequest)
     async def on_bad_request(request: Request, error):
-        body = error_body(str(error), 400) if request.url.path.startswith("/v1/") else {"error": {"message": str(error)}}
+        body = {"error": {"message": str(error)}}
+        if request.url.path.startswith("/v1/"):
+            body = error_body(str(error), 400, "BadRequestError")
         return JSONResponse(body, HTTPStatus.BAD_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_, error):
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        return JSONResponse(error_body(f"{place}: {first['msg']}", 400) | {"type": "Bad Request"}, HTTPStatus.BAD_REQUEST)
+        return JSONResponse(error_body(f"{place}: {first['msg']}", 400, "Bad Request"), HTTPStatus.BAD_REQUEST)
 
     @app.get("/health")
     @app.get("/health_generate")
@@ -140,11 +122,25 @@ def create_app(service):
     async def server_info():
         return service.server_info()
 
+    model_name = service.options.model_name
+    card = {
+        "id": model_name, "object": "model", "created": int(started), "owned_by": "pdkit", "root": model_name,
+        "parent": None, "max_model_len": service.context_length,
+    }  # fmt: skip
+
     @app.get("/v1/models")
     async def models():
-        name = service.options.model_name
-        card = {"id": name, "object": "model", "created": int(started), "owned_by": "pdkit", "root": name}
-        return {"object": "list", "data": [card | {"max_model_len": service.context_length}]}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str):
+        if model == model_name:
+            return card
+        error = {
+            "message": f"The model {model!r} does not exist", "type": "invalid_request_error", "param": "model",
+            "code": "model_not_found",
+        }  # fmt: skip
+        return JSONResponse({"error": error}, HTTPStatus.NOT_FOUND)
 
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache(timeout: float = Query(0.0, ge=0.0)):
@@ -153,11 +149,8 @@ def create_app(service):
         return PlainTextResponse("Cache not flushed: requests are running.\n", HTTPStatus.BAD_REQUEST)
 
     @app.post("/abort_request")
-    async def abort_request(body: dict[str, Any]):
-        rid = body.get("rid")
-        if not rid and not body.get("abort_all"):
-            raise BadRequest("abort_request needs a rid, or abort_all")
-        await service.abort(None if body.get("abort_all") else rid)
+    async def abort_request(body: AbortBody):
+        await service.abort([each for each in service.running.values() if body.abort_all or each.rid == body.rid])
         return Response()
 
     @app.api_route("/generate", methods=["POST", "PUT"])

@@ -13,8 +13,9 @@ class BadRequest(ValueError):
 
 GREEDY_BELOW = 1e-6
 UNSUPPORTED = {
-    "json_schema": "", "regex": "", "ebnf": "", "structural_tag": "", "stop_regex": "", "logit_bias": {}, "watermark": {},
-    "min_p": 0, "min_new_tokens": 0, "frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1, "beam_width": 1,
+    "json_schema": "", "regex": "", "ebnf": "", "structural_tag": "", "stop_regex": "", "logit_bias": {},
+    "watermark": {}, "min_p": 0, "min_new_tokens": 0, "frequency_penalty": 0, "presence_penalty": 0,
+    "repetition_penalty": 1, "beam_width": 1,
 }  # fmt: skip
 IGNORED = ("spaces_between_special_tokens", "stream_interval", "custom_params")
 
@@ -105,7 +106,7 @@ class Request:
     """ids: the prompt's token ids. notify: called from the torch thread when there is something new to read.
 
     logprob_start_len: first prompt position whose logprob is wanted (len(ids): none). top_logprobs_num: alternatives
-    a position. Logprobs are kept as (logprob, token id), alternatives as lists of them.
+    a position. room: bootstrap room. Logprobs are kept as (logprob, token id), alternatives as lists of them.
     """
 
     ids: list[int]
@@ -118,6 +119,7 @@ class Request:
     logprob_start_len: int | None = None
     top_logprobs_num: int = 0
     extra_key: str | None = None
+    room: int | None = None
 
     output_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0

@@ -3,12 +3,12 @@
 import asyncio
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
 from pdkit.engine.prefix_cache import PrefixCache
-from pdkit.engine.request import BadRequest, Request, SamplingParams, finish
+from pdkit.engine.request import BadRequest, Request, finish
 from pdkit.engine.scheduler import Scheduler
 from pdkit.engine.transfer import (
     DecodeReceiver,
@@ -22,23 +22,6 @@ from pdkit.engine.transfer import (
 ABORTED = "the request was aborted"
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One sequence to generate, as `/generate` describes it; exactly one of text and ids is set."""
-
-    params: SamplingParams
-    text: str | None = None
-    ids: list[int] | None = None
-    rid: str | None = None
-    return_logprob: bool = False
-    logprob_start_len: int = -1
-    top_logprobs_num: int = 0
-    bootstrap_host: str | None = None
-    bootstrap_port: int | None = None
-    bootstrap_room: int | None = None
-    extra_key: str | None = None
-
-
 class Service:
     """Everything of one server but HTTP. `model`, `tokenizer`: transformers'; `options`: EngineOptions."""
 
@@ -46,7 +29,9 @@ class Service:
         self.options, self.config, self.tokenizer = options, model.config, tokenizer
         self.context_length = options.context_length or self.config.max_position_embeddings
         self.eos_ids = _eos_ids(self.config, tokenizer)
-        cache = None if options.disable_radix_cache or self.mode == "decode" else PrefixCache(options.chunked_prefill_size)
+        cache = PrefixCache(options.chunked_prefill_size)
+        if options.disable_radix_cache or self.mode == "decode":
+            cache = None
         self.scheduler = Scheduler(ModelRunner(model, options.chunked_prefill_size), cache)
         backend = load_backend(options.disaggregation_transfer_backend)
         self.sender = PrefillSender(backend, options.bootstrap_timeout, options.transfer_timeout)
@@ -90,10 +75,11 @@ class Service:
             await self.on_torch_thread(self.scheduler.prefix_cache.clear)
         return True
 
-    async def abort(self, rid=None):
-        """End running requests whose id starts with `rid`; all of them without one."""
-        for request in [each for each in self.running.values() if rid is None or each.rid.startswith(rid)]:
+    async def abort(self, requests):
+        """End running requests and free their rooms."""
+        for request in requests:
             await self.on_torch_thread(lambda request=request: request.abort(ABORTED))
+            self.sender.close(request.room, ABORTED)
 
     def server_info(self):
         counters = self.sender.counters if self.mode == "prefill" else self.receiver.counters
@@ -116,7 +102,8 @@ class Service:
             raise BadRequest(f"input_ids must be token ids from 0 to {self.config.vocab_size - 1}")
         if len(ids) >= self.context_length:
             raise BadRequest(
-                f"The input ({len(ids)} tokens) is longer than the model's context length ({self.context_length} tokens)."
+                f"The input ({len(ids)} tokens) is longer than the model's context length "
+                f"({self.context_length} tokens)."
             )
         params = ask.params
         room_left = self.context_length - len(ids)
@@ -127,6 +114,10 @@ class Service:
                 f"Requested token count exceeds the model's maximum context length of {self.context_length} tokens: "
                 f"{len(ids)} in the prompt and {params.max_new_tokens} to generate."
             )
+        if self.mode == "prefill":
+            params = replace(params, max_new_tokens=1)
+        if ask.top_logprobs_num < 0:
+            raise BadRequest(f"top_logprobs_num must be at least 0, got {ask.top_logprobs_num}")
         start = ask.logprob_start_len
         if not -1 <= start <= len(ids):
             raise BadRequest(f"logprob_start_len {start} is outside the prompt of {len(ids)} tokens")
@@ -139,6 +130,7 @@ class Service:
             logprob_start_len=len(ids) if start == -1 else start,
             top_logprobs_num=ask.top_logprobs_num,
             extra_key=ask.extra_key,
+            room=ask.bootstrap_room,
         )
         if ask.rid:
             request.rid = ask.rid
@@ -250,6 +242,8 @@ class Service:
                 raise TransferError(
                     f"the hand-over is of a prompt of {handover.prompt_tokens} tokens, this one has {len(request.ids)}"
                 )
+            if not (isinstance(handover.first_token, int) and 0 <= handover.first_token < self.config.vocab_size):
+                raise TransferError(f"the first token of the hand-over is {handover.first_token!r}, which is no token")
             state.check(self.config, len(request.ids), handover.tensors, handover.counts)
 
         fetching = asyncio.ensure_future(
@@ -278,8 +272,7 @@ class Service:
         """On the torch thread: take the first token and the state, and step on from there."""
         if request.finish_reason is None:
             request.cached_tokens = handover.cached_tokens
-            top = [tuple(item) for item in handover.first_top_logprobs]
-            request.add_output(handover.first_token, handover.first_logprob, top)
+            request.add_output(handover.first_token, handover.first_logprob, handover.first_top_logprobs)
         self.scheduler.decode(request, state.restore(self.config, handover.tensors, handover.counts))
 
 
@@ -314,9 +307,9 @@ def _tokens(request, pairs):
     return pairs and [(logprob, token, None) for logprob, token in pairs]
 
 
-def error_body(message, status):
+def error_body(message, status, kind=None):
     """SGLang's error object."""
-    return {"object": "error", "message": message, "type": str(status), "param": None, "code": status}
+    return {"object": "error", "message": message, "type": kind or str(status), "param": None, "code": status}
 
 
 def sse(data):

@@ -1,7 +1,6 @@
 """Running the sequences of one HTTP request: all to their end, or as events in the order they happen."""
 
 import asyncio
-import contextlib
 
 from fastapi import HTTPException
 
@@ -9,27 +8,35 @@ DISCONNECT_POLL = 0.25
 
 
 async def run_to_end(service, asks, http_request):
-    """The finished requests of `asks`. Raises BadRequest, or HTTPException for one that ended with an error status."""
+    """The finished requests of `asks`. Raises BadRequest, or HTTPException for one that ended with an error status.
+
+    The first that fails ends the others.
+    """
     requests = [service.make_request(ask) for ask in asks]
 
     async def drain(request, ask):
         async for _ in service.generate(request, ask):
             pass
-
-    work = asyncio.gather(*(drain(request, ask) for request, ask in zip(requests, asks)))
-    try:
-        while not work.done():
-            await asyncio.wait({work}, timeout=DISCONNECT_POLL)
-            if not work.done() and await http_request.is_disconnected():
-                raise HTTPException(499, "the client closed the connection")
-        await work
-    finally:
-        work.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await work
-    for request in requests:
         raise_if_failed(request)
+
+    work = [asyncio.ensure_future(drain(request, ask)) for request, ask in zip(requests, asks)]
+    pending = set(work)
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=DISCONNECT_POLL, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            if pending and await http_request.is_disconnected():
+                raise HTTPException(499, "the client closed the connection")
+    finally:
+        await _end(work)
     return requests
+
+
+async def _end(tasks):
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def raise_if_failed(request):
@@ -62,6 +69,4 @@ async def interleave(service, asks, requests):
             else:
                 yield index
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await _end(pumps)

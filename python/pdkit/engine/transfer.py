@@ -13,7 +13,6 @@ The bytes are safetensors: the tensors of `state.tensors_of`, everything else as
 """
 
 import asyncio
-import contextlib
 import hashlib
 import importlib
 import json
@@ -57,7 +56,8 @@ class Handover:
             header_size = int.from_bytes(data[:8], "little")
             meta = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["handover"])
             tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
-            return cls(**meta | {"tensors": tensors})
+            top = [tuple(item) for item in meta["first_top_logprobs"]]
+            return cls(**meta | {"tensors": tensors, "first_top_logprobs": top})
         except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise TransferError(f"the hand-over cannot be read: {error}") from None
 
@@ -111,7 +111,8 @@ async def _read_message(reader):
     except (ValueError, RecursionError):
         line = message = None
     if not isinstance(message, dict):
-        raise ConnectionError("the peer closed the connection" if line == b"" else "the peer's message is not understood")
+        closed = line == b""
+        raise ConnectionError("the peer closed the connection" if closed else "the peer's message is not understood")
     return message
 
 

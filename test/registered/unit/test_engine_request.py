@@ -179,7 +179,9 @@ class TestStreamedText(unittest.TestCase):
                     for earlier, later in zip(texts, texts[1:]):
                         self.assertTrue(later.startswith(earlier), (earlier, later))
                     self.assertNotIn("\ufffd", "".join(texts))
-                    self.assertEqual(one.text, text.split(params.get("stop", ["none"])[0])[0] if "stop" in params else text)
+                    self.assertEqual(
+                        one.text, text.split(params.get("stop", ["none"])[0])[0] if "stop" in params else text
+                    )
 
     def test_holds_back_what_may_become_a_stop_string_and_gives_it_back(self):
         one = request(stop="345")
@@ -246,7 +248,9 @@ class TestSampling(unittest.TestCase):
         self.assertEqual(sequence(request(temperature=1, ignore_eos=True, sampling_seed=5), 30), whole)
         self.assertGreater(len(set(whole)), 1)
         self.assertNotEqual(sequence(request(temperature=1, ignore_eos=True, sampling_seed=6), 30), whole)
-        self.assertNotEqual(sequence(request(temperature=1, ignore_eos=True), 30), sequence(request(temperature=1, ignore_eos=True), 30))
+        self.assertNotEqual(
+            sequence(request(temperature=1, ignore_eos=True), 30), sequence(request(temperature=1, ignore_eos=True), 30)
+        )
         elsewhere = request(temperature=1, ignore_eos=True, sampling_seed=5)
         elsewhere.add_output(whole[0])
         self.assertEqual(sequence(elsewhere, 30), whole)
@@ -282,7 +286,12 @@ class TestPromptLogprobs(unittest.TestCase):
         self.assertEqual(one.input_top_logprobs, [None, [(expected[0, 1].item(), 1)], [(expected[1, 3].item(), 3)]])
 
     def test_what_is_computed_and_what_may_come_from_a_cache(self):
-        for asked, start, cache_limit, keep_from in ((False, 0, 9, 9), (True, None, 9, 9), (True, 10, 9, 9), (True, 4, 4, 4)):
+        for asked, start, cache_limit, keep_from in (
+            (False, 0, 9, 9),
+            (True, None, 9, 9),
+            (True, 10, 9, 9),
+            (True, 4, 4, 4),
+        ):
             one = request(ids=range(10), return_logprob=asked, logprob_start_len=start)
             self.assertEqual((one.cache_limit, one.keep_from), (cache_limit, keep_from))
 
@@ -300,7 +309,7 @@ class TestParse(unittest.TestCase):
 
     def test_what_sglang_takes(self):
         params = SamplingParams.parse({
-            "max_new_tokens": 0, "temperature": 0, "top_p": 1, "top_k": -1, "stop": ["a", "b"], "stop_token_ids": [5, 5],
+            "max_new_tokens": 0, "temperature": 0, "top_p": 1, "top_k": -1, "stop": ["a", "b"], "stop_token_ids": [5],
             "ignore_eos": True, "skip_special_tokens": False, "no_stop_trim": True, "n": 2, "sampling_seed": -3,
             "spaces_between_special_tokens": True, "stream_interval": 1, "custom_params": {},
         })  # fmt: skip

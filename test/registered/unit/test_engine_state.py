@@ -131,7 +131,9 @@ class TestCheck(StateTestCase):
         tensors, counts = state.tensors_of(caches[513])
         extra = tensors | {"layers.0.compressor.overlap_kv": torch.zeros(1, 4, 32)}
         self.assertIn("layers.0.compressor.overlap_kv is (1, 4, 32), expected none", self.refusal(extra, counts))
-        self.assertIn("count layers.9.cumulative_length", self.refusal(tensors, counts | {"layers.9.cumulative_length": 1}))
+        self.assertIn(
+            "count layers.9.cumulative_length", self.refusal(tensors, counts | {"layers.9.cumulative_length": 1})
+        )
 
     def test_refuses_the_state_of_another_length(self):
         for length, other in ((3, 4), (4, 5), (128, 129), (512, 513), (513, 512)):

@@ -65,7 +65,9 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
         self.unhandled = []
         loop = asyncio.get_running_loop()
         loop.set_debug(False)
-        loop.set_exception_handler(lambda _, context: self.unhandled.append((context["message"], context.get("exception"))))
+        loop.set_exception_handler(
+            lambda _, context: self.unhandled.append((context["message"], context.get("exception")))
+        )
 
     async def asyncTearDown(self):
         gc.collect()
@@ -114,7 +116,9 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
     def assertArrived(self, arrived, sent):
         for name in ("room", "prompt_tokens", "first_token", "cached_tokens", "counts", "first_logprob"):
             self.assertEqual(getattr(arrived, name), getattr(sent, name))
-        self.assertEqual([tuple(item) for item in arrived.first_top_logprobs], [tuple(i) for i in sent.first_top_logprobs])
+        self.assertEqual(
+            [tuple(item) for item in arrived.first_top_logprobs], [tuple(i) for i in sent.first_top_logprobs]
+        )
         self.assertEqual(set(arrived.tensors), set(sent.tensors))
         for name, tensor in sent.tensors.items():
             self.assertEqual(arrived.tensors[name].dtype, tensor.dtype)
@@ -127,14 +131,24 @@ class TestHandover(TransferTestCase):
         sent = handover()
         sent.tensors |= {"float": torch.tensor([float("nan"), -0.0, 1e-45]), "half": torch.ones(2, 3).bfloat16()}
         arrived = Handover.unpack(sent.pack())
-        self.assertEqual(arrived.tensors["float"].view(torch.int32).tolist(), sent.tensors["float"].view(torch.int32).tolist())
+        self.assertEqual(
+            arrived.tensors["float"].view(torch.int32).tolist(), sent.tensors["float"].view(torch.int32).tolist()
+        )
         del arrived.tensors["float"], sent.tensors["float"]
         self.assertArrived(arrived, sent)
 
     def test_anything_else_is_a_transfer_error(self):
         data = handover().pack()
         header = len(data) - 64
-        for other in (b"", b"\0", data[:20], data[:header], b"\xff" * len(data), b"\x02" + b"\0" * 7 + b"[]", data[:8] + data[9:]):
+        for other in (
+            b"",
+            b"\0",
+            data[:20],
+            data[:header],
+            b"\xff" * len(data),
+            b"\x02" + b"\0" * 7 + b"[]",
+            data[:8] + data[9:],
+        ):
             with self.subTest(other=other[:12]), self.assertRaisesRegex(TransferError, "cannot be read"):
                 Handover.unpack(other)
 
@@ -143,7 +157,12 @@ class TestOrder(TransferTestCase):
     async def test_the_room_may_be_opened_delivered_and_fetched_in_any_order(self):
         for order in (("open", "deliver", "fetch"), ("open", "fetch", "deliver"), ("fetch", "open", "deliver")):
             with self.subTest(order=order):
-                sender, receiver, sent, tasks = await self.sender(), DecodeReceiver(TransferBackend(), 5.0), handover(), {}
+                sender, receiver, sent, tasks = (
+                    await self.sender(),
+                    DecodeReceiver(TransferBackend(), 5.0),
+                    handover(),
+                    {},
+                )
                 for step in order:
                     if step == "open":
                         await sender.open(1)
@@ -328,7 +347,9 @@ class TestPrefillDies(TransferTestCase):
     async def test_there_is_no_such_place(self):
         for host, port in (("x" * 100, 1), ("127.0.0.1", 99999), ("\0", 1), ("host.invalid", 1)):
             with self.subTest(host=host[:9], port=port):
-                await self.assertFails("room 1", DecodeReceiver(TransferBackend(), 5.0).fetch(host, port, 1, print), within=6)
+                await self.assertFails(
+                    "room 1", DecodeReceiver(TransferBackend(), 5.0).fetch(host, port, 1, print), within=6
+                )
 
     async def test_before_a_word(self):
         async def leave(reader, writer):
@@ -432,9 +453,11 @@ class TestWhatArrivesIsChecked(TransferTestCase):
 
 class TestStrangers(TransferTestCase):
     GARBAGE = (
-        b"", b"\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", b"null\n", b"[]\n",
-        b"5\n", b"{}\n", b'{"room": null}\n', b'{"room": []}\n', b'{"room": {}}\n', b'{"room": "1"}\n', b'{"room": 1.5}\n',
-        b'{"room": true}\n', b'{"rooms": 1}\n', b'{"room": 1', b"\xff" * 100 + b"\n", b"[" * 60000 + b"\n", b"x" * (1 << 20),
+        b"", b"\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n",
+        b"null\n", b"[]\n", b"{}\n", b'{"room": null}\n', b'{"room": []}\n', b'{"room": {}}\n', b'{"room": "1"}\n',
+        b'{"room": 1.5}\n',
+        b'{"room": true}\n', b'{"rooms": 1}\n', b'{"room": 1', b"\xff" * 100 + b"\n", b"[" * 60000 + b"\n",
+        b"x" * (1 << 20),
     )  # fmt: skip
 
     async def test_are_sent_away_and_disturb_nobody(self):
@@ -483,7 +506,14 @@ class TestLoadBackend(unittest.TestCase):
         self.assertEqual(type(load_backend(f"{__name__}:FlipOneBit")).__name__, "FlipOneBit")
 
     def test_says_what_is_wrong_in_one_line(self):
-        for name in ("mooncake", "", "no_such_module:Class", f"{__name__}:NoSuchClass", f"{__name__}:LARGE", "json:JSONDecoder"):
+        for name in (
+            "mooncake",
+            "",
+            "no_such_module:Class",
+            f"{__name__}:NoSuchClass",
+            f"{__name__}:LARGE",
+            "json:JSONDecoder",
+        ):
             with self.subTest(name=name), self.assertRaisesRegex(ValueError, f"transfer backend {name!r}") as caught:
                 load_backend(name)
             self.assertEqual(len(str(caught.exception).splitlines()), 1)

@@ -1,0 +1,813 @@
+"""The engine as its users meet it: a monolithic server, a prefill and a decode server behind the real load balancer."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pdkit
+import requests
+from pdkit import ports
+from pdkit.ci_register import register_cpu_ci
+from pdkit.engine.__main__ import bind, listen
+
+register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
+
+PACKAGE = Path(pdkit.__file__).parent
+RANDOM = PACKAGE / "assets" / "random-dsv4"
+LENGTHS = (1, 3, 4, 5, 31, 32, 33, 127, 128, 129, 512, 513, 700)
+CONTEXT = 4096
+BOOTSTRAP_TIMEOUT = 3.0
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
+    "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(BOOTSTRAP_TIMEOUT),
+    "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "60",
+}
+GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+
+
+def prompt(length, seed=0):
+    rng = random.Random(f"{length} {seed}")
+    return [rng.randrange(10, 500) for _ in range(length)]
+
+
+class Server:
+    """One process and its log; ended whatever happens."""
+
+    def __init__(self, name, port, *command):
+        self.name, self.port, self.url = name, port, f"http://127.0.0.1:{port}"
+        self.log = Path(logs.name) / f"{name}.log"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
+                env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        unittest.addModuleCleanup(self.end)
+
+    def wait_until_ready(self, timeout=180.0):
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"{self.name} ended early:\n{self.log.read_text()}"
+            try:
+                return requests.get(self.url + "/health", timeout=30).raise_for_status()
+            except requests.RequestException:
+                time.sleep(0.1)
+        raise AssertionError(f"{self.name} is not ready after {timeout:g} s:\n{self.log.read_text()}")
+
+    def end(self):
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def post(self, path, body, timeout=60, **options):
+        return requests.post(self.url + path, json=body, timeout=timeout, **options)
+
+    def generate(self, text_or_ids, **body):
+        key = "input_ids" if isinstance(text_or_ids, list) and not isinstance(text_or_ids[0], str) else "text"
+        response = self.post("/generate", {key: text_or_ids, "sampling_params": GREEDY} | body)
+        response.raise_for_status()
+        return response.json()
+
+    def info(self):
+        return requests.get(self.url + "/server_info", timeout=30).json()
+
+    @property
+    def busy(self):
+        """(rooms held, requests in hand)."""
+        info = self.info()
+        return info["rooms"], info["internal_states"][0]["running_requests"]
+
+
+def engine(name, port, mode, *arguments):
+    return Server(
+        name, port, "pdkit.engine", "--model-path", str(RANDOM), "--load-format", "dummy", "--random-seed", "7",
+        "--served-model-name", "random", "--log-level", "warning", "--disaggregation-mode", mode, *arguments,
+    )  # fmt: skip
+
+
+def setUpModule():
+    global logs, mono, prefill, decode, lb, spare, bootstrap_port, spare_bootstrap_port, free_port, other_free_port
+    logs = tempfile.TemporaryDirectory(prefix="test_engine_server_")
+    unittest.addModuleCleanup(logs.cleanup)
+    block = ports.claim()
+    unittest.addModuleCleanup(block.release)
+    one, two, three, four, five, bootstrap_port, spare_bootstrap_port, free_port, other_free_port = block.ports
+    mono = engine("mono", one, "null")
+    prefill = engine("prefill", two, "prefill", "--disaggregation-bootstrap-port", str(bootstrap_port))
+    decode = engine("decode", three, "decode", "--disaggregation-bootstrap-port", str(bootstrap_port))
+    spare = engine("spare", four, "prefill", "--disaggregation-bootstrap-port", str(spare_bootstrap_port))
+    lb = Server("lb", five, "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb",
+                "--prefill", prefill.url, "--decode", decode.url)  # fmt: skip
+    for server in (mono, prefill, decode, spare, lb):
+        server.wait_until_ready()
+
+
+def events(response):
+    """The JSON objects of a stream of server-sent events, which must end with [DONE]."""
+    lines = [line[len("data: ") :] for line in response.iter_lines(decode_unicode=True) if line]
+    assert lines[-1] == "[DONE]", lines[-1]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def without_id(result):
+    """What of a /generate answer must be the same whoever gave it."""
+    meta = {k: v for k, v in result["meta_info"].items() if k not in ("id", "e2e_latency", "cached_tokens")}
+    return {"text": result["text"], "output_ids": result["output_ids"], "meta_info": meta}
+
+
+class EngineTestCase(unittest.TestCase):
+    maxDiff = 2000
+
+    def assertIdle(self, within=5.0):
+        """Both servers let go of every room and request."""
+        deadline = time.monotonic() + within
+        while True:
+            busy = {server.name: server.busy for server in (prefill, decode)}
+            if all(state == (0, 0) for state in busy.values()):
+                return
+            self.assertLess(time.monotonic(), deadline, f"(rooms, requests) still held: {busy}")
+            time.sleep(0.05)
+
+    def assertRefused(self, response, status, pattern):
+        self.assertEqual(response.status_code, status, response.text)
+        body = response.json()
+        message = body.get("message") or body.get("detail") or body["error"]["message"]
+        self.assertRegex(message, pattern)
+        self.assertNotIn("Traceback", response.text)
+        return body
+
+
+class TestParity(EngineTestCase):
+    """Disaggregated answers are the monolithic ones, to the bit."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.reference = {length: mono.generate(prompt(length), return_logprob=True) for length in LENGTHS}
+
+    def test_alone_at_every_length_cold_and_with_a_cached_prefix(self):
+        requests.post(prefill.url + "/flush_cache", timeout=30).raise_for_status()
+        for length, expected in self.reference.items():
+            for cached in (0, (length - 1) // 128 * 128):
+                with self.subTest(length=length, cached=cached):
+                    result = lb.generate(prompt(length), return_logprob=True)
+                    self.assertEqual(without_id(result), without_id(expected))
+                    self.assertEqual(result["meta_info"]["prompt_tokens"], length)
+                    self.assertEqual(len(result["meta_info"]["output_token_logprobs"]), 12)
+                    self.assertEqual(result["meta_info"]["cached_tokens"], cached)
+        self.assertIdle()
+
+    def test_concurrently(self):
+        def serve(job):
+            server, length = job
+            return without_id(server.generate(prompt(length), return_logprob=True))
+
+        jobs = [(server, length) for _ in range(2) for length in LENGTHS for server in (lb, mono)]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            for (server, length), result in zip(jobs, pool.map(serve, jobs)):
+                with self.subTest(length=length, server=server.name):
+                    self.assertEqual(result, without_id(self.reference[length]))
+        self.assertIdle()
+
+    def test_a_batch_of_mixed_lengths_comes_back_in_order(self):
+        results = lb.generate([prompt(length) for length in LENGTHS], return_logprob=True)
+        self.assertEqual(
+            [without_id(result) for result in results], [without_id(self.reference[length]) for length in LENGTHS]
+        )
+
+    def test_sampling_with_a_seed(self):
+        params = {
+            "temperature": 1.5,
+            "top_p": 0.9,
+            "top_k": 50,
+            "max_new_tokens": 24,
+            "ignore_eos": True,
+            "sampling_seed": 11,
+        }
+        for length in (5, 129):
+            expected = mono.generate(prompt(length), sampling_params=params, return_logprob=True)
+            result = lb.generate(prompt(length), sampling_params=params, return_logprob=True)
+            self.assertEqual(without_id(result), without_id(expected))
+            other = lb.generate(prompt(length), sampling_params=params | {"sampling_seed": 12})
+            self.assertNotEqual(other["output_ids"], expected["output_ids"])
+
+    def test_streamed(self):
+        for server in (lb, mono):
+            for logprob in (True, False):
+                with self.subTest(server=server.name, return_logprob=logprob):
+                    body = {
+                        "input_ids": prompt(33),
+                        "sampling_params": GREEDY,
+                        "stream": True,
+                        "return_logprob": logprob,
+                    }
+                    chunks = events(server.post("/generate", body, stream=True))
+                    expected = without_id(self.reference[33])
+                    self.assertGreater(len(chunks), 3)
+                    for earlier, later in zip(chunks, chunks[1:]):
+                        self.assertTrue(later["text"].startswith(earlier["text"]))
+                        self.assertIsNone(earlier["meta_info"]["finish_reason"])
+                    last = without_id(chunks[-1])
+                    self.assertEqual((last["text"], last["output_ids"]), (expected["text"], expected["output_ids"]))
+                    self.assertEqual(last["meta_info"]["finish_reason"], {"type": "length", "length": 12})
+                    if logprob:
+                        self.assertEqual(last, expected)
+
+    def test_prompt_logprobs_come_from_prefill_and_are_merged(self):
+        for length, start in ((5, 0), (129, 0), (300, 128), (300, 299)):
+            with self.subTest(length=length, start=start):
+                body = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": 3}
+                expected = mono.generate(prompt(length), **body)["meta_info"]
+                result = lb.generate(prompt(length), **body)["meta_info"]
+                self.assertEqual(len(expected["input_token_logprobs"]), length - start)
+                for name in ("input_token_logprobs", "output_token_logprobs", "output_top_logprobs"):
+                    self.assertEqual(result[name], expected[name], name)
+
+    def test_first_token_is_the_last_one(self):
+        for params in (GREEDY | {"max_new_tokens": 1}, GREEDY | {"max_new_tokens": 0}):
+            expected = mono.generate(prompt(33), sampling_params=params, return_logprob=True)
+            self.assertEqual(
+                without_id(lb.generate(prompt(33), sampling_params=params, return_logprob=True)), without_id(expected)
+            )
+            self.assertEqual(expected["meta_info"]["completion_tokens"], params["max_new_tokens"])
+        first = self.reference[33]["output_ids"][0]
+        params = {"temperature": 0, "stop_token_ids": [first]}
+        result = lb.generate(prompt(33), sampling_params=params)
+        self.assertEqual(result["meta_info"]["finish_reason"], {"type": "stop", "matched": first})
+        self.assertEqual((result["text"], result["output_ids"]), ("", [first]))
+        self.assertIdle()
+
+    def test_each_server_does_its_share_and_no_other(self):
+        before = {server.name: server.info() for server in (prefill, decode)}
+        lb.generate(prompt(100, seed="share"))
+        after = {server.name: server.info() for server in (prefill, decode)}
+
+        def grown(name, *path):
+            values = [info[name] for info in (before, after)]
+            for key in path:
+                values = [value[key] for value in values]
+            return values[1] - values[0]
+
+        self.assertEqual(grown("prefill", "engine", "prefill_tokens"), 100)
+        self.assertEqual(grown("prefill", "engine", "decode_tokens"), 0)
+        self.assertEqual(grown("decode", "engine", "prefill_tokens"), 0)
+        self.assertEqual(grown("decode", "engine", "decode_tokens"), 11)
+        self.assertEqual((grown("prefill", "transfer", "sent"), grown("decode", "transfer", "received")), (1, 1))
+        self.assertGreater(grown("decode", "transfer", "bytes"), 10_000)
+
+
+class TestNative(EngineTestCase):
+    def test_information(self):
+        for path in ("/model_info", "/get_model_info"):
+            info = requests.get(mono.url + path, timeout=30).json()
+            self.assertEqual((info["model_path"], info["served_model_name"]), (str(RANDOM), "random"))
+            self.assertEqual((info["is_generation"], info["model_type"]), (True, "deepseek_v4"))
+        for path in ("/server_info", "/get_server_info"):
+            for server, mode in ((mono, "null"), (prefill, "prefill"), (decode, "decode")):
+                info = requests.get(server.url + path, timeout=30).json()
+                self.assertEqual((info["disaggregation_mode"], info["model_path"]), (mode, str(RANDOM)))
+        through = requests.get(lb.url + "/get_server_info", timeout=30).json()
+        self.assertEqual(through["prefill"][0]["disaggregation_mode"], "prefill")
+        self.assertEqual(through["decode"][0]["disaggregation_mode"], "decode")
+        models = requests.get(lb.url + "/v1/models", timeout=30).json()
+        self.assertEqual([(card["id"], card["max_model_len"]) for card in models["data"]], [("random", CONTEXT)])
+        self.assertEqual(requests.get(mono.url + "/v1/models/random", timeout=30).json()["id"], "random")
+        self.assertEqual(requests.get(mono.url + "/v1/models/other", timeout=30).status_code, 404)
+
+    def test_health(self):
+        for server in (mono, prefill, decode, lb):
+            for path in ("/health", "/health_generate"):
+                self.assertEqual(requests.get(server.url + path, timeout=30).status_code, 200)
+
+    def test_the_shape_of_an_answer(self):
+        result = lb.generate("12 plus 5", rid="my-id", return_logprob=True, top_logprobs_num=2)
+        meta = result["meta_info"]
+        self.assertEqual(set(result), {"text", "output_ids", "meta_info"})
+        self.assertEqual((meta["id"], meta["finish_reason"]), ("my-id", {"type": "length", "length": 12}))
+        self.assertEqual((meta["completion_tokens"], len(result["output_ids"])), (12, 12))
+        self.assertEqual(meta["output_token_logprobs_length"], 12)
+        for (logprob, token, text), top, output in zip(
+            meta["output_token_logprobs"], meta["output_top_logprobs"], result["output_ids"]
+        ):
+            self.assertEqual((token, text, len(top)), (output, None, 2))
+            self.assertEqual(top[0], [logprob, token, None])
+        self.assertEqual(meta["input_token_logprobs"], [])
+        plain = lb.generate("12 plus 5")["meta_info"]
+        self.assertNotIn("output_token_logprobs", plain)
+
+    def test_put_will_do(self):
+        response = requests.put(mono.url + "/generate", json={"text": "1", "sampling_params": GREEDY}, timeout=30)
+        self.assertEqual(response.status_code, 200)
+
+    def test_text_and_its_ids_are_the_same(self):
+        for server in (mono, lb):
+            text = server.generate("Question: 12 plus 5", return_logprob=True, logprob_start_len=0)
+            ids = [token for _, token, _ in text["meta_info"]["input_token_logprobs"]]
+            self.assertEqual(server.generate(ids)["output_ids"], text["output_ids"])
+
+    def test_batches(self):
+        texts = ["1", "12 plus 5", "Question: " * 30]
+        for server in (mono, lb):
+            alone = [server.generate(text)["output_ids"] for text in texts]
+            batch = server.generate(texts, rid=["a", "b", "c"])
+            self.assertEqual([result["output_ids"] for result in batch], alone)
+            self.assertEqual([result["meta_info"]["id"] for result in batch], ["a", "b", "c"])
+            named = server.generate(texts, rid="job")
+            self.assertEqual([result["meta_info"]["id"] for result in named], ["job_0", "job_1", "job_2"])
+            params = [GREEDY | {"max_new_tokens": count} for count in (1, 2, 3)]
+            sizes = [len(result["output_ids"]) for result in server.generate(texts, sampling_params=params)]
+            self.assertEqual(sizes, [1, 2, 3])
+            self.assertEqual(len(server.generate(["1"])), 1)
+            chunks = events(
+                server.post("/generate", {"text": texts, "sampling_params": GREEDY, "stream": True}, stream=True)
+            )
+            last = {chunk["index"]: chunk["output_ids"] for chunk in chunks}
+            self.assertEqual([last[index] for index in range(3)], alone)
+
+    def test_several_samples_of_each_prompt(self):
+        texts = ["1", "12 plus 5"]
+        for server in (mono, lb):
+            alone = [server.generate(text)["output_ids"] for text in texts]
+            two = server.generate(texts[1], sampling_params=GREEDY | {"n": 2})
+            self.assertEqual([result["output_ids"] for result in two], [alone[1]] * 2)
+            four = server.generate(texts, sampling_params=GREEDY | {"n": 2})
+            self.assertEqual([result["output_ids"] for result in four], [alone[0], alone[0], alone[1], alone[1]])
+        self.assertIdle()
+
+    def test_flush_cache(self):
+        ids = prompt(300, seed="flush")
+        for server, flushed in ((mono, mono), (lb, prefill)):
+            self.assertEqual(server.generate(ids)["meta_info"]["cached_tokens"], 0)
+            self.assertEqual(server.generate(ids)["meta_info"]["cached_tokens"], 256)
+            self.assertEqual(server.generate(ids, extra_key="mine")["meta_info"]["cached_tokens"], 0)
+            for call in (requests.get, requests.post):
+                self.assertEqual(call(flushed.url + "/flush_cache", timeout=30).status_code, 200)
+            self.assertEqual(server.generate(ids)["meta_info"]["cached_tokens"], 0)
+
+    def test_flush_cache_while_serving(self):
+        long = GREEDY | {"max_new_tokens": 1500}
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(mono.post, "/generate", {"text": "1", "sampling_params": long, "rid": "long"})
+            while mono.busy != (0, 1):
+                time.sleep(0.02)
+            self.assertEqual(mono.post("/flush_cache", None).status_code, 400)
+            waiting = threading.Timer(0.3, mono.post, ("/abort_request", {"rid": "long"}))
+            waiting.start()
+            self.assertEqual(requests.post(mono.url + "/flush_cache?timeout=20", timeout=30).status_code, 200)
+            self.assertEqual(running.result().json()["meta_info"]["finish_reason"]["type"], "abort")
+
+    def test_abort(self):
+        body = {"text": "1", "sampling_params": GREEDY | {"max_new_tokens": 3000}}
+        for server, told in ((mono, mono), (lb, decode)):
+            for abort in ({"rid": "one"}, {"abort_all": True}):
+                with self.subTest(server=server.name, abort=abort), ThreadPoolExecutor(1) as pool:
+                    running = pool.submit(server.post, "/generate", body | {"rid": "one"})
+                    while told.busy[1] != 1 or not told.info()["engine"]["decode_tokens"]:
+                        time.sleep(0.02)
+                    for other in ({}, {"rid": ""}, {"rid": "two"}):
+                        self.assertEqual(told.post("/abort_request", other).status_code, 200)
+                    self.assertEqual(told.busy[1], 1)
+                    self.assertEqual(told.post("/abort_request", abort).status_code, 200)
+                    meta = running.result(20).json()["meta_info"]
+                    self.assertEqual(meta["finish_reason"]["type"], "abort")
+                    self.assertLess(meta["completion_tokens"], 3000)
+        self.assertIdle()
+
+
+class TestOpenAI(EngineTestCase):
+    def setUp(self):
+        self.clients = [
+            openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) for server in (mono, lb)
+        ]
+        for client in self.clients:
+            self.addCleanup(client.close)
+
+    def test_completions_streamed_and_not(self):
+        for client in self.clients:
+            ask = {"model": "random", "prompt": "12 plus 5", "max_tokens": 12, "temperature": 0, "logprobs": 2}
+            whole = client.completions.create(**ask)
+            choice = whole.choices[0]
+            self.assertEqual((whole.object, whole.model, choice.finish_reason), ("text_completion", "random", "length"))
+            self.assertEqual(whole.usage.completion_tokens, 12)
+            self.assertEqual(whole.usage.total_tokens, whole.usage.prompt_tokens + 12)
+            self.assertEqual(len(choice.logprobs.tokens), 12)
+            self.assertEqual(len(choice.logprobs.token_logprobs), 12)
+            self.assertEqual({len(top) for top in choice.logprobs.top_logprobs}, {2})
+            chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+            self.assertEqual("".join(chunk.choices[0].text for chunk in chunks[:-1]), choice.text)
+            tokens = [
+                token
+                for chunk in chunks[:-1]
+                if chunk.choices[0].logprobs
+                for token in chunk.choices[0].logprobs.tokens
+            ]
+            self.assertEqual(tokens, choice.logprobs.tokens)
+            self.assertEqual([chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1], "length")
+            self.assertEqual((chunks[-1].choices, chunks[-1].usage.completion_tokens), ([], 12))
+            self.assertEqual(chunks[-1].usage.prompt_tokens, whole.usage.prompt_tokens)
+
+    def test_completions_of_several_prompts_and_samples_and_echo(self):
+        prompts = ["1", "12 plus 5"]
+        for client in self.clients:
+            ask = {"model": "random", "max_tokens": 6, "temperature": 0}
+            alone = [client.completions.create(prompt=prompt, **ask).choices[0].text for prompt in prompts]
+            both = client.completions.create(prompt=prompts, n=2, **ask)
+            self.assertEqual([choice.text for choice in both.choices], [alone[0], alone[0], alone[1], alone[1]])
+            self.assertEqual([choice.index for choice in both.choices], [0, 1, 2, 3])
+            self.assertEqual(both.usage.completion_tokens, 24)
+            echo = client.completions.create(prompt=prompts[1], echo=True, **ask)
+            self.assertEqual(echo.choices[0].text, prompts[1] + alone[1])
+            streamed = "".join(
+                c.choices[0].text for c in client.completions.create(prompt=prompts[1], echo=True, stream=True, **ask)
+            )
+            self.assertEqual(streamed, echo.choices[0].text)
+            ids = client.completions.create(prompt=prompt(5), **ask)
+            self.assertEqual(ids.usage.prompt_tokens, 5)
+
+    def test_chat_streamed_and_not(self):
+        for client in self.clients:
+            ask = {"model": "random", "messages": [{"role": "user", "content": "What is 12 plus 5?"}], "max_tokens": 12,
+                   "temperature": 0, "logprobs": True, "top_logprobs": 2}  # fmt: skip
+            whole = client.chat.completions.create(**ask)
+            choice = whole.choices[0]
+            self.assertEqual(
+                (whole.object, choice.message.role, choice.finish_reason), ("chat.completion", "assistant", "length")
+            )
+            self.assertEqual((len(choice.logprobs.content), whole.usage.completion_tokens), (12, 12))
+            self.assertEqual({len(token.top_logprobs) for token in choice.logprobs.content}, {2})
+            chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+            self.assertEqual(chunks[0].object, "chat.completion.chunk")
+            self.assertEqual(chunks[0].choices[0].delta.role, "assistant")
+            self.assertEqual(
+                "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]), choice.message.content
+            )
+            self.assertEqual(sum(bool(chunk.choices[0].delta.role) for chunk in chunks[:-1]), 1)
+            self.assertEqual(chunks[-1].usage.completion_tokens, 12)
+
+    def test_chat_logprobs_carry_the_bytes_of_each_token(self):
+        ask = {"model": "random", "messages": [{"role": "user", "content": "1"}], "max_tokens": 40, "temperature": 2.0,
+               "logprobs": True, "seed": 3, "extra_body": {"ignore_eos": True}}  # fmt: skip
+        choice = self.clients[0].chat.completions.create(**ask).choices[0]
+        spelled = b"".join(bytes(token.bytes) for token in choice.logprobs.content if not token.token.startswith("<"))
+        self.assertEqual(spelled.decode(errors="replace"), choice.message.content)
+        self.assertIn("\ufffd", choice.message.content)
+
+    def test_chat_content_may_be_parts_and_its_options_null(self):
+        for client in self.clients:
+            ask = {"model": "random", "max_tokens": 6, "temperature": 0}
+            text = client.chat.completions.create(messages=[{"role": "user", "content": "12 plus 5"}], **ask)
+            parts = [{"type": "text", "text": "12 plus"}, {"type": "text", "text": "5"}]
+            joined = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **ask)
+            self.assertEqual(joined.choices[0].message.content, text.choices[0].message.content)
+            nulls = client.chat.completions.create(
+                messages=[{"role": "user", "content": "1"}], max_tokens=2, model="random",
+                extra_body=dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "stop", "seed")),
+            )  # fmt: skip
+            self.assertEqual(nulls.usage.completion_tokens, 2)
+
+    def test_stop(self):
+        for client in self.clients:
+            text = (
+                client.completions.create(model="random", prompt="12 plus 5", max_tokens=30, temperature=0)
+                .choices[0]
+                .text
+            )
+            stop = text[9:13]
+            ask = {"model": "random", "prompt": "12 plus 5", "max_tokens": 30, "temperature": 0, "stop": [stop]}
+            choice = client.completions.create(**ask).choices[0]
+            self.assertEqual((choice.text, choice.finish_reason), (text.split(stop)[0], "stop"))
+            self.assertEqual(choice.matched_stop, stop)
+            self.assertEqual(
+                "".join(c.choices[0].text for c in client.completions.create(**ask, stream=True)), choice.text
+            )
+
+    def test_the_id_aborts(self):
+        client = openai.OpenAI(base_url=lb.url + "/v1", api_key="none", max_retries=0)
+        self.addCleanup(client.close)
+        stream = client.completions.create(
+            model="random", prompt="1", max_tokens=3000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        first = next(stream)
+        decode.post("/abort_request", {"rid": first.id})
+        self.assertEqual(list(stream)[-1].choices[0].finish_reason, "abort")
+        self.assertIdle()
+
+
+class TestBadRequests(EngineTestCase):
+    """A clear 4xx from whoever is asked, and nothing left behind."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.room = {"bootstrap_host": "127.0.0.1", "bootstrap_port": bootstrap_port, "bootstrap_room": 77}
+
+    def tearDown(self):
+        self.assertIdle()
+        self.assertEqual(mono.busy, (0, 0))
+        self.assertEqual(lb.generate("1")["meta_info"]["completion_tokens"], 12)
+
+    def test_no_room(self):
+        for server, missing in ((prefill, "bootstrap_room"), (decode, "bootstrap_host and bootstrap_room")):
+            for path, body in (
+                ("/generate", {"text": "1"}),
+                ("/v1/completions", {"model": "random", "prompt": "1"}),
+                ("/v1/chat/completions", {"model": "random", "messages": [{"role": "user", "content": "1"}]}),
+            ):
+                self.assertRefused(server.post(path, body), 400, f"needs a? ?{missing}.*load balancer")
+
+    def test_malformed(self):
+        for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+            for server in (mono, prefill, decode):
+                for data in (b"", b"{", b"[]", b"5", b"null", b"\xff", b'{"text": "1"'):
+                    response = requests.post(
+                        server.url + path, data=data, headers={"Content-Type": "application/json"}, timeout=30
+                    )
+                    self.assertRefused(response, 400, "body")
+        self.assertRefused(requests.post(mono.url + "/v1/completions", data="{}", timeout=30), 400, "body")
+
+    def test_wrong_values_of_generate(self):
+        for body, pattern in (
+            ({}, "text or input_ids"),
+            ({"text": "1", "input_ids": [1]}, "text or input_ids"),
+            ({"text": ""}, "prompt is empty"),
+            ({"text": []}, "batch is empty"),
+            ({"input_ids": []}, "batch is empty"),
+            ({"text": ["1", ""]}, "prompt is empty"),
+            ({"input_ids": [520]}, "token ids from 0 to 519"),
+            ({"input_ids": [-1]}, "token ids from 0 to 519"),
+            ({"input_ids": ["a"]}, "input_ids"),
+            ({"text": 5}, "text"),
+            ({"text": "1", "sampling_params": []}, "sampling_params"),
+            ({"text": "1", "sampling_params": "x"}, "sampling_params"),
+            ({"text": "1", "sampling_params": {"temperature": "hot"}}, "temperature must be"),
+            ({"text": "1", "sampling_params": {"top_k": 2.5}}, "top_k must be"),
+            ({"text": "1", "sampling_params": {"stop_token_ids": ["a"]}}, "stop_token_ids must be"),
+            ({"text": "1", "sampling_params": {"json_schema": "{}"}}, "does not support.*json_schema"),
+            ({"text": "1", "sampling_params": {"max_tokens": 5}}, "unknown sampling parameter 'max_tokens'"),
+            ({"text": "1", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
+            ({"text": "1", "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
+            ({"text": "1", "return_logprob": True, "logprob_start_len": 99}, "logprob_start_len"),
+            ({"text": ["1", "2"], "rid": ["a", "a"]}, "rid"),
+            ({"text": ["1", "2"], "rid": ["a"]}, "rid"),
+            ({"text": "1", "rid": ["a", "b"]}, "rid"),
+            ({"text": ["1", "2"], "sampling_params": [{}]}, "sampling_params"),
+            ({"text": ["1", "2"], "sampling_params": [{"n": 1}, {"n": 2}]}, "n must be the same"),
+            ({"text": "1", "bootstrap_room": "a"}, "bootstrap_room"),
+            ({"text": "1", "bootstrap_room": [77, 78]}, "bootstrap_room"),
+        ):
+            with self.subTest(body=body):
+                for server in (mono, prefill, decode):
+                    self.assertRefused(server.post("/generate", self.room | body), 400, pattern)
+
+    def test_too_long(self):
+        for server in (mono, lb, prefill, decode):
+            for body, pattern in (
+                ({"input_ids": [5] * CONTEXT}, rf"{CONTEXT} tokens\) is longer than.*{CONTEXT}"),
+                ({"input_ids": [5] * 10, "sampling_params": {"max_new_tokens": CONTEXT - 9}}, "10.*4087"),
+            ):
+                body = body if server is lb else self.room | body
+                self.assertRefused(server.post("/generate", body), 400, pattern)
+
+    def test_wrong_values_of_openai(self):
+        chat = {"model": "random", "messages": [{"role": "user", "content": "1"}]}
+        completion = {"model": "random", "prompt": "1"}
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+        for server in (mono, lb):
+            for path, body, pattern in (
+                ("completions", {"model": "random"}, "prompt"),
+                ("completions", completion | {"prompt": ""}, "Prompt cannot be empty"),
+                ("completions", completion | {"prompt": []}, "Prompt cannot be empty"),
+                ("completions", completion | {"prompt": [[]]}, "Prompt cannot be empty"),
+                ("completions", completion | {"max_tokens": 0}, "max_tokens"),
+                ("completions", completion | {"max_tokens": -1}, "max_tokens"),
+                ("completions", completion | {"max_tokens": CONTEXT}, "context length"),
+                ("completions", completion | {"temperature": -1}, "temperature must be"),
+                ("completions", completion | {"logprobs": -1}, "top_logprobs_num"),
+                ("completions", completion | {"n": 0}, "n must be"),
+                ("completions", completion | {"response_format": schema}, "response_format"),
+                ("completions", completion | {"json_schema": "{}"}, "json_schema"),
+                ("chat/completions", {"model": "random"}, "messages"),
+                ("chat/completions", chat | {"messages": []}, "essages"),
+                ("chat/completions", chat | {"messages": [{}]}, "role|content"),
+                ("chat/completions", chat | {"messages": [{"role": "user"}]}, "content"),
+                ("chat/completions", chat | {"messages": [{"role": "user", "content": 5}]}, "content"),
+                (
+                    "chat/completions",
+                    chat | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                    "content",
+                ),
+                ("chat/completions", chat | {"response_format": schema}, "response_format"),
+                ("chat/completions", chat | {"stop": 5}, "stop"),
+            ):
+                with self.subTest(server=server.name, path=path, body=body):
+                    error = self.assertRefused(server.post("/v1/" + path, body), 400, pattern)
+                    self.assertEqual((error["object"], error["code"]), ("error", 400))
+                    error = self.assertRefused(mono.post("/v1/" + path, body | {"stream": True}), 400, pattern)
+
+    def test_an_id_or_a_room_in_use(self):
+        long = {"text": "1", "sampling_params": GREEDY | {"max_new_tokens": 3000}, "rid": "taken"}
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(mono.post, "/generate", long)
+            while mono.busy != (0, 1):
+                time.sleep(0.02)
+            self.assertRefused(mono.post("/generate", {"text": "1", "rid": "taken"}), 400, "'taken' is already running")
+            mono.post("/abort_request", {"rid": "taken"})
+            running.result(20)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(prefill.post, "/generate", self.room | {"text": "1", "rid": "first"})
+            while prefill.busy[0] != 1:
+                time.sleep(0.02)
+            for second in ({"text": "1"}, {"text": ["1", "2"]}):
+                self.assertRefused(prefill.post("/generate", self.room | second), 400, "room 77 is in use")
+            self.assertEqual(prefill.busy, (1, 1))
+            prefill.post("/abort_request", {"rid": "first"})
+            waiting.result(20)
+
+
+class TestFailures(EngineTestCase):
+    """The side that waits gets an error that says why, the room is free, the server serves on."""
+
+    def ask(self, room, port=None, **body):
+        address = {"bootstrap_host": "127.0.0.1", "bootstrap_port": port or bootstrap_port, "bootstrap_room": room}
+        return {"text": "12 plus 5", "sampling_params": GREEDY} | address | body
+
+    def tearDown(self):
+        self.assertIdle()
+        self.assertEqual(lb.generate("1")["meta_info"]["completion_tokens"], 12)
+
+    def test_decode_whose_prefill_is_gone(self):
+        start = time.monotonic()
+        response = decode.post("/generate", self.ask(1, free_port))
+        error = self.assertRefused(
+            response, 500, f"room 1 from 127.0.0.1:{free_port} failed.*refused|Connect call failed"
+        )
+        self.assertEqual((error["object"], error["code"]), ("error", 500))
+        self.assertLess(time.monotonic() - start, 2)
+        chunks = events(decode.post("/generate", self.ask(1, free_port, stream=True), stream=True))
+        self.assertEqual(chunks[-1]["meta_info"]["finish_reason"]["status_code"], 500)
+        chat = self.ask(1, free_port) | {"model": "random", "messages": [{"role": "user", "content": "1"}]}
+        self.assertRefused(decode.post("/v1/chat/completions", chat), 500, "room 1")
+        chunks = events(decode.post("/v1/chat/completions", chat | {"stream": True}, stream=True))
+        self.assertRegex(chunks[-1]["error"]["message"], "room 1")
+
+    def test_one_of_a_batch(self):
+        with ThreadPoolExecutor(1) as pool:
+            good = pool.submit(prefill.post, "/generate", self.ask(21))
+            body = self.ask(
+                [21, 22], [bootstrap_port, free_port], text=["12 plus 5", "1"], bootstrap_host=["127.0.0.1"] * 2
+            )
+            self.assertRefused(decode.post("/generate", body), 500, "room 22")
+            good.result(20)
+
+    def test_a_room_that_prefill_does_not_know(self):
+        start = time.monotonic()
+        self.assertRefused(
+            decode.post("/generate", self.ask(2)), 500, f"room 2 is unknown to prefill after {BOOTSTRAP_TIMEOUT:g} s"
+        )
+        self.assertLess(time.monotonic() - start, BOOTSTRAP_TIMEOUT + 2)
+
+    def test_a_place_that_is_no_place(self):
+        for place in ({"bootstrap_host": "host.invalid"}, {"bootstrap_port": 99999}, {"bootstrap_host": "x" * 100}):
+            self.assertRefused(decode.post("/generate", self.ask(3) | place), 500, "room 3")
+
+    def test_the_prompts_differ(self):
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(prefill.post, "/generate", self.ask(4))
+            self.assertRefused(
+                decode.post("/generate", self.ask(4, text="1")), 500, "prompt of .* tokens, this one has 1"
+            )
+            self.assertRefused(sending.result(), 500, "decode refused bootstrap room 4")
+
+    def test_prefill_is_aborted_before_decode_comes(self):
+        with ThreadPoolExecutor(2) as pool:
+            sending = pool.submit(prefill.post, "/generate", self.ask(5, rid="early"))
+            while prefill.busy != (1, 1):
+                time.sleep(0.02)
+            prefill.post("/abort_request", {"rid": "early"})
+            self.assertRefused(sending.result(10), 500, "aborted")
+
+    def test_decode_is_aborted_while_it_waits(self):
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(decode.post, "/generate", self.ask(6, rid="waits"))
+            while decode.busy[1] != 1:
+                time.sleep(0.02)
+            decode.post("/abort_request", {"rid": "waits"})
+            self.assertEqual(waiting.result(2).json()["meta_info"]["finish_reason"]["type"], "abort")
+
+    def test_the_client_goes_away(self):
+        for server, room in ((prefill, 7), (decode, 8)):
+            with self.assertRaises(requests.Timeout):
+                server.post("/generate", self.ask(room), timeout=0.5)
+            self.assertIdle(2)
+        body = {"text": "1", "sampling_params": GREEDY | {"max_new_tokens": 3000}, "stream": True}
+        with lb.post("/generate", body, stream=True) as response:
+            lines = response.iter_lines(chunk_size=1)
+            next(lines)
+            self.assertEqual(decode.busy[1], 1)
+        self.assertIdle(5)
+        with self.assertRaises(requests.Timeout):
+            mono.post("/generate", body | {"stream": False}, timeout=0.5)
+        deadline = time.monotonic() + 2
+        while mono.busy != (0, 0):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+
+    def test_strangers_on_the_bootstrap_port(self):
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b'{"room": []}\n', b"x" * 100_000, b""):
+            with socket.create_connection(("127.0.0.1", bootstrap_port)) as stranger:
+                stranger.sendall(words)
+                stranger.shutdown(socket.SHUT_WR)
+        self.assertNotIn("Traceback", prefill.log.read_text())
+
+    def test_sigterm_ends_a_server_and_decode_hears_of_it(self):
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(decode.post, "/generate", self.ask(9, spare_bootstrap_port))
+            while decode.busy[1] != 1:
+                time.sleep(0.02)
+            time.sleep(0.2)
+            spare.process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            self.assertRefused(waiting.result(10), 500, "room 9")
+            spare.process.wait(10)
+            self.assertLess(time.monotonic() - start, 6)
+        self.assertNotIn("Traceback", spare.log.read_text())
+
+
+class TestCommandLine(EngineTestCase):
+    """One line and a named exit code."""
+
+    def assertEnds(self, code, pattern, *arguments, **environment):
+        process = subprocess.run(
+            [sys.executable, "-m", "pdkit.engine", *arguments], capture_output=True, text=True, timeout=120,
+            env=ENVIRONMENT | environment,
+        )  # fmt: skip
+        self.assertEqual(process.returncode, code, process.stderr)
+        self.assertRegex(process.stderr, pattern)
+        self.assertEqual(len(process.stderr.splitlines()), 1, process.stderr)
+        self.assertEqual(process.stdout, "")
+
+    def test_wrong_flags(self):
+        model = ("--model-path", str(RANDOM))
+        for arguments, pattern in (
+            ((), "--model-path"),
+            ((*model, "--no-such-flag"), "--no-such-flag"),
+            ((*model, "--port", "99999"), "--port.*99999"),
+            ((*model, "--port", "http"), "--port.*http"),
+            ((*model, "--context-length", "0"), "--context-length.*0"),
+            ((*model, "--disaggregation-mode", "both"), "--disaggregation-mode.*both.*prefill"),
+        ):
+            with self.subTest(arguments=arguments):
+                self.assertEnds(2, pattern, *arguments)
+        self.assertEnds(2, "WAITING_TIMEOUT='soon'", *model, SGLANG_DISAGGREGATION_WAITING_TIMEOUT="soon")
+        self.assertEnds(2, "WAITING_TIMEOUT='-1'", *model, SGLANG_DISAGGREGATION_WAITING_TIMEOUT="-1")
+
+    def test_busy_ports(self):
+        for arguments, port in (
+            (("--port", str(mono.port)), mono.port),
+            (("--port", str(free_port), "--disaggregation-mode", "prefill",
+              "--disaggregation-bootstrap-port", str(bootstrap_port)), bootstrap_port),
+        ):  # fmt: skip
+            self.assertEnds(3, f"127.0.0.1:{port}.*in use.*choose another", "--model-path", str(RANDOM), *arguments)
+        self.assertEnds(
+            3, "cannot be bound", "--model-path", str(RANDOM), "--host", "192.0.2.1", "--port", str(free_port)
+        )
+
+    def test_two_that_bind_one_port_before_either_listens(self):
+        first, second = (bind("127.0.0.1", free_port, "--port") for _ in range(2))
+        self.addCleanup(first.close)
+        self.addCleanup(second.close)
+        listen(first)
+        with contextlib.redirect_stderr(io.StringIO()) as log, self.assertRaises(SystemExit) as caught:
+            listen(second)
+        self.assertEqual(caught.exception.code, 3)
+        self.assertRegex(log.getvalue(), rf"\A.*127.0.0.1:{free_port} was taken meanwhile.*choose another port\n\Z")
+
+    def test_wrong_models(self):
+        with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(2) as pool:
+            jobs = [
+                pool.submit(
+                    self.assertEnds, 2, "config.json is missing", "--model-path", empty, "--port", str(free_port)
+                ),
+                pool.submit(
+                    self.assertEnds, 2, "model.safetensors", "--model-path", str(RANDOM), "--port", str(other_free_port)
+                ),
+            ]
+            for job in jobs:
+                job.result()
+
+
+if __name__ == "__main__":
+    unittest.main()
