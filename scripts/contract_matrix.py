@@ -32,8 +32,7 @@ def parse(argv):
         epilog="Exit codes: 0 every release takes the plan; 2 one refuses it, or bad usage; 3 no wheel could be had.",
         allow_abbrev=False,
     )
-    launch_contract.add_arguments(parser)
-    parser._actions[1].nargs, parser._actions[1].default = "?", TEST_FILE
+    launch_contract.add_arguments(parser, default=TEST_FILE)
     parser.add_argument(
         "--wheels", type=Path, default=CACHE / "wheels", metavar="DIR", help="wheels of sglang (default: %(default)s)"
     )

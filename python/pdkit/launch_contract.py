@@ -214,9 +214,10 @@ def as_data(contract: Contract) -> dict:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """The arguments that say which test and what more its servers get."""
-    parser.add_argument("test_file", type=Path, metavar="TEST_FILE", help="a registered PD test")
+def add_arguments(parser: argparse.ArgumentParser, default: Path | None = None):
+    """The arguments that say which test and what more its servers get; without `default` the test must be named."""
+    how = {"nargs": "?", "default": default} if default else {}
+    parser.add_argument("test_file", type=Path, metavar="TEST_FILE", help="a registered PD test", **how)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--flags", type=shlex.split, default=[], metavar="'F ...'", help="as if the servers got these flags too"

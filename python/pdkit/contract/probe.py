@@ -18,7 +18,7 @@ from unittest import mock
 from pdkit.contract import environment, flags, recording, settings
 from pdkit.contract.stand_ins import Importer, is_stand_in
 
-SERVER, ROUTER = "sglang.launch_server", "sglang_router.launch_router"
+SERVER, ROUTER = "sglang.launch_server", recording.ROUTER
 MODEL = ["--model-path", "dummy"]
 
 
@@ -99,8 +99,7 @@ def answer(request: Mapping) -> dict:
     if request["real_imports"]:
         sys.path.insert(0, request["root"])
     else:
-        folders = [Path(request["test"]).parent] if request["test"] else []
-        importer = Importer(Path(request["root"]), folders, request["version"])
+        importer = Importer(Path(request["root"]), request["version"])
         importer.install()
     logging.disable()
     parser = server_parser()

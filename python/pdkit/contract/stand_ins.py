@@ -126,13 +126,14 @@ class _LenientLoader(SourceFileLoader):
 
 
 class Importer(importlib.abc.MetaPathFinder):
-    """Finds `sglang` below `root`, other modules in `folders` or the standard library, and stands in for the rest.
+    """Finds `sglang` below `root`, other modules in the standard library or what a test adds to sys.path, and stands
+    in for the rest.
 
     `assumed` maps the modules of SGLang that were not executed to the end to the reason.
     """
 
-    def __init__(self, root: Path, folders: list[Path], version: str):
-        self.root, self.folders, self.version = root, [str(folder) for folder in folders], version
+    def __init__(self, root: Path, version: str):
+        self.root, self.version, self.before = root, version, frozenset(sys.path)
         self.assumed: dict[str, str] = {}
 
     def install(self):
@@ -148,7 +149,7 @@ class Importer(importlib.abc.MetaPathFinder):
             return self._sglang(name, path)
         if top in REAL or top in sys.stdlib_module_names:
             return None
-        if PathFinder.find_spec(top, self.folders):
+        if PathFinder.find_spec(top, [folder for folder in sys.path if folder not in self.before]):
             return None
         return ModuleSpec(name, _Loader(), is_package=True)
 

@@ -243,6 +243,12 @@ class TestSmallRelease(unittest.TestCase):
             with self.subTest(body):
                 self.assertRegex(self.ask(body=body).errors[0], f"^TestPD: {problem}")
 
+    def test_what_fails_after_the_load_balancer(self):
+        launch = "subprocess.Popen(['python3', '-m', '{}']), cls.launch_all(), cls.speak_to_it()]"
+        body = "setUpClass = classmethod(lambda cls: [" + launch
+        self.assertEqual(self.ask(body=body.format("sglang_router.launch_router") + ")").errors, [])
+        self.assertRegex(self.ask(body=body.format("another.module") + ")").errors[0], "raises .* 'speak_to_it'")
+
     def test_what_cannot_be_read(self):
         broken = {
             "srt/server_args.py": "raise OSError('no')",

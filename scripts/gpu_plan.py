@@ -1,0 +1,83 @@
+"""Which GPUs, ports and NICs a registered PD test uses, why, and whether its runner has them; starts nothing.
+
+scripts/env.sh python3 scripts/gpu_plan.py [TEST_FILE]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pdkit import gpu_plan, launch_contract
+from pdkit.contract.release import ReleaseNotFound
+from pdkit.exit_codes import ExitCode
+from pdkit.gpu_plan_drawing import draw, memory_problems
+from pdkit.memory_estimate import UnknownModel, of_config
+from pdkit.rung import LADDER
+from pdkit.sockets import gpu_sockets, nic_sockets
+from rich.console import Console
+
+TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
+
+
+class BadConfig(Exception):
+    """No estimate from what the user named; the message is one line."""
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Exit codes: 0 it fits; 2 SGLang refuses a flag, or bad usage; 3 it does not fit, or SGLang is missing.",
+        allow_abbrev=False,
+    )
+    launch_contract.add_arguments(parser, default=TEST_FILE)
+    parser.add_argument("--sglang-wheel", type=Path, metavar="FILE", help="by a release that is not installed")
+    parser.add_argument("--suite", metavar="NAME", help="instead of the suite that the test is registered in")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of the model, to estimate its memory")
+    return parser.parse_args(argv)
+
+
+def model_of(plan, config):
+    """The memory estimate: from the file named, else from the model if it is a directory here. Raises BadConfig."""
+    paths = [Path(server.model, "config.json") for server in plan.servers if server.model]
+    path = config or next((path for path in paths if path.is_file()), None)
+    try:
+        return of_config(json.loads(path.read_text())) if path else None
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"{path}: {getattr(error, 'strerror', None) or 'not JSON'}") from None
+    except UnknownModel as error:
+        if config:
+            raise BadConfig(f"{path}: {error}") from None
+        return None
+
+
+def main(argv):
+    args = parse(argv)
+    try:
+        with launch_contract.release_of(args.sglang_wheel) as release:
+            contract = launch_contract.ask(release, args.test_file, args.flags, dict(args.env))
+        plans = gpu_plan.of_contract(contract, args.suite)
+        models = [model_of(plan, args.config) for plan in plans]
+    except (launch_contract.ContractUnreadable, ReleaseNotFound, BadConfig) as error:
+        print(f"gpu_plan: error: {error}", file=sys.stderr)
+        not_installed = isinstance(error, ReleaseNotFound) and not args.sglang_wheel
+        return ExitCode.NOT_READY if not_installed else ExitCode.BAD_USAGE
+    problems, sockets = [], (nic_sockets(), gpu_sockets())
+    for plan, model in zip(plans, models, strict=True):
+        problems += plan.problems() + (memory_problems(plan, model) if model else [])
+        if not args.json:
+            console = Console(soft_wrap=True, highlight=False)
+            console.print(draw(plan, model))
+            for line in plan.warnings(*sockets):
+                console.print(f"warning: {line}", markup=False)
+    if args.json:
+        print(json.dumps([gpu_plan.as_data(plan) for plan in plans], indent=2))
+    for line in contract.errors + problems:
+        print(f"gpu_plan: error: {line}", file=sys.stderr)
+    if contract.errors:
+        return ExitCode.BAD_USAGE
+    return ExitCode.NOT_READY if problems else ExitCode.PASSED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,481 @@
+"""Placement, ports and NICs of the plans that PD tests make, and the memory that their models take."""
+
+import ast
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pdkit
+from pdkit import gpu_plan, launch_contract, sockets
+from pdkit.ci_register import register_cpu_ci
+from pdkit.contract.release import installed
+from pdkit.exit_codes import ExitCode
+from pdkit.gpu_plan import GpuPlan, Runner, Server, span
+from pdkit.gpu_plan_drawing import draw, memory_lines, memory_problems
+from pdkit.memory_estimate import Tensor, UnknownModel, of_config
+from rich.console import Console
+
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).parents[3]
+DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"
+H200 = Runner.of_suite("stage-c-test-dsv4-8-gpu-h200")
+
+PREFILL = Server("prefill", tp=4, attention_dp=4, mem_fraction=0.7, ports={"http": 21100, "nccl": 21300})
+DECODE = dataclasses.replace(PREFILL, name="decode", base_gpu_id=4, ports={"http": 21200, "nccl": 21400})
+
+
+def plan(prefill=None, decode=None, runner=H200, others=None):
+    """Prefill and decode of the main job, with what is different."""
+    servers = (dataclasses.replace(PREFILL, **prefill or {}), dataclasses.replace(DECODE, **decode or {}))
+    return GpuPlan("TestPD", servers, others or {"load balancer": {"http": 21000}}, runner)
+
+
+class TestPlacement(unittest.TestCase):
+    def test_tp_4_and_dp_4_on_each_side_need_8_gpus(self):
+        # The dispute: "16 GPUs". Under DP attention dp is carved out of tp.
+        self.assertEqual(plan().gpus, tuple(range(8)))
+        self.assertEqual([server.gpus for server in plan().servers], [(0, 1, 2, 3), (4, 5, 6, 7)])
+        self.assertEqual([rank.attention_dp for rank in PREFILL.ranks], [0, 1, 2, 3])
+        self.assertIn("tp 4 = 4 GPUs from GPU 0: 0-3; dp 4 is carved out of tp 4 by DP attention", PREFILL.why)
+        self.assertEqual(plan().problems(), [])
+
+    def test_without_dp_attention_they_need_32(self):
+        outside = {"replicas": 4, "attention_dp": 1}
+        both = plan(outside, outside | {"base_gpu_id": 16})
+        self.assertEqual(both.gpus, tuple(range(32)))
+        self.assertEqual(both.servers[0].why, "dp 4 x tp 4 = 16 GPUs from GPU 0: 0-15")
+
+    def test_groups_of_attention(self):
+        ranks = Server("x", tp=8, attention_dp=4).ranks
+        self.assertEqual([(r.gpu, r.tp, r.attention_dp) for r in ranks], [(i, i, i // 2) for i in range(8)])
+
+    def test_pipeline_stages(self):
+        server = Server("x", pp=2, tp=2, base_gpu_id=3)
+        self.assertEqual([(r.gpu, r.pp, r.tp) for r in server.ranks], [(3, 0, 0), (4, 0, 1), (5, 1, 0), (6, 1, 1)])
+        self.assertEqual(server.why, "pp 2 x tp 2 = 4 GPUs from GPU 3: 3-6")
+
+    def test_steps(self):
+        self.assertEqual(Server("x", tp=4, gpu_id_step=2, base_gpu_id=1).gpus, (1, 3, 5, 7))
+        self.assertEqual(Server("x", tp=2, replicas=2, gpu_id_step=2).gpus, (0, 2, 4, 6))
+        self.assertIn("in steps of 2: 0, 2", Server("x", tp=2, gpu_id_step=2).why)
+
+    def test_placement_is_that_of_sglang(self):
+        """The expressions by which the installed release computes `gpu_id`, evaluated for some shapes."""
+        source = installed().root / "sglang" / "srt" / "managers" / "data_parallel_controller.py"
+        nodes = [*ast.walk(ast.parse(source.read_text()))]
+        (gpu_id,) = (n.value for n in nodes if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "gpu_id")
+        (step,) = (n.value for n in nodes if isinstance(n, ast.AugAssign) and ast.unparse(n.target) == "base_gpu_id")
+        gpu_id, step = (compile(ast.Expression(node), str(source), "eval") for node in (gpu_id, step))
+        for tp, pp, dp, gpu_id_step, base in ((4, 1, 1, 1, 4), (2, 2, 1, 1, 1), (2, 1, 3, 2, 0), (2, 2, 2, 3, 5)):
+            shape = SimpleNamespace(tp_size=tp, pp_size=pp, gpu_id_step=gpu_id_step, base_gpu_id=base)
+            names = {"get_device": mock.Mock(return_value=shape), "get_parallel": mock.Mock(return_value=shape)}
+            names |= {"server_args": shape, "tp_size_per_node": tp, "pp_size_per_node": pp}
+            expected = [
+                eval(gpu_id, names | {"base_gpu_id": replica * eval(step, names), "pp_rank": p, "tp_rank": t})
+                for replica in range(dp)
+                for p in range(pp)
+                for t in range(tp)
+            ]
+            server = Server("x", tp=tp, pp=pp, replicas=dp, gpu_id_step=gpu_id_step, base_gpu_id=base)
+            self.assertEqual([rank.gpu for rank in server.ranks], expected)
+
+    def test_span(self):
+        self.assertEqual(span([7, 0, 1, 2, 4, 6]), "0-2, 4, 6-7")
+
+
+class TestRunner(unittest.TestCase):
+    def test_names(self):
+        for suite, name, gpus, memory in (
+            ("stage-c-test-dsv4-8-gpu-h200", "8-gpu-h200", 8, 141),
+            ("stage-b-test-1-gpu-large", "1-gpu-large", 1, 80),
+            ("stage-c-test-deepep-4-gpu-h100", "4-gpu-h100", 4, 80),
+            ("nightly-2-gpu", "2-gpu", 2, None),
+            ("stage-c-test-4-gpu-x9000", "4-gpu-x9000", 4, None),
+        ):
+            self.assertEqual(Runner.of_suite(suite), Runner(name, gpus, memory))
+        self.assertIsNone(Runner.of_suite("stage-a-test-cpu"))
+
+
+class TestProblems(unittest.TestCase):
+    def assert_problem(self, broken, pattern):
+        """Exactly one line, which matches."""
+        (line,) = broken.problems()
+        self.assertRegex(line, f"^TestPD: {pattern}$")
+
+    def test_ten_gpus(self):
+        wide = {"tp": 5, "attention_dp": 5}
+        self.assert_problem(
+            plan(wide, wide | {"base_gpu_id": 5}),
+            r"needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 \(8 GPUs of 141 GB\), so there is no GPU 8-9: "
+            "prefill 0-4, decode 5-9",
+        )
+        self.assertEqual(plan(wide, wide | {"base_gpu_id": 5}, runner=None).problems(), [])
+
+    def test_eight_gpus_of_which_the_runner_has_not_all(self):
+        self.assert_problem(plan(decode={"base_gpu_id": 6}), "needs 8 GPUs .*there is no GPU 8-9: .*decode 6-9")
+
+    def test_overlap(self):
+        self.assert_problem(plan(decode={"base_gpu_id": 2}), "prefill and decode use GPU 2-3 together, 0.7 \\+ 0.7 .*")
+        alone = {"tp": 1, "attention_dp": 1, "base_gpu_id": 0}
+        one_gpu = Runner.of_suite("stage-b-test-1-gpu-large")
+        for fractions, is_fine in (((0.3, 0.3), True), ((0.5, 0.4), True), ((0.5, 0.5), False), ((0.3, None), False)):
+            shared = plan(*(alone | {"mem_fraction": f} for f in fractions), runner=one_gpu)
+            self.assertEqual(not shared.problems(), is_fine, fractions)
+        third = dataclasses.replace(DECODE, name="third", ports={}, **alone | {"mem_fraction": 0.4})
+        two = plan(*[alone | {"mem_fraction": 0.4}] * 2, runner=one_gpu)
+        self.assertEqual(two.problems(), [])
+        self.assert_problem(
+            dataclasses.replace(two, servers=(*two.servers, third)), "prefill and decode and third use .*"
+        )
+
+    def test_ranks_of_one_server_on_one_gpu(self):
+        twice = {"pp": 2, "tp": 2, "attention_dp": 1, "gpu_id_step": 2}  # GPUs 0, 2 and 2, 4
+        self.assert_problem(plan(twice, {"tp": 1, "attention_dp": 1, "base_gpu_id": 6}), "prefill puts 2 .* on GPU 2")
+
+    def test_attention_that_cannot_be_split(self):
+        self.assert_problem(plan({"attention_dp": 3}), "prefill: DP attention cannot split tp 4 into dp 3 equal groups")
+
+    def test_several_nodes(self):
+        self.assert_problem(plan({"nnodes": 2}), "prefill spans 2 nodes; a suite has one")
+
+    def test_memory_share(self):
+        for share in (0, 1, 1.5):
+            self.assert_problem(plan({"mem_fraction": share}), f"prefill: --mem-fraction-static {share} is no share .*")
+
+    def test_nccl_port_of_replicas(self):
+        replicas = {"tp": 2, "replicas": 2, "attention_dp": 1}
+        self.assertEqual(plan(replicas).problems(), [])
+        self.assert_problem(plan(replicas | {"pins_nccl": True}), "prefill: its 2 replicas .* NCCL port 21300; .*")
+
+    def test_port_clash(self):
+        decode = {"ports": {"http": 21200, "nccl": 21300}}
+        self.assert_problem(plan(decode=decode), "port 21300 is wanted by prefill nccl and decode nccl")
+        others = {"load balancer": {"http": 21100}}
+        self.assert_problem(plan(others=others), "port 21100 is wanted by prefill http and load balancer http")
+        derived = {"ports": {"http": 21100, "nccl": 21334, "port_base": 21334}}
+        self.assert_problem(plan(derived), "port 21334 is wanted by prefill nccl and prefill port_base")
+
+    def test_port_out_of_range(self):
+        for port in (0, 65536):
+            self.assert_problem(plan({"ports": {"http": port, "nccl": 1}}), f"prefill http: there is no port {port}")
+
+
+class TestWarnings(unittest.TestCase):
+    def test_none(self):
+        self.assertEqual(plan().warnings(), [])
+
+    def assert_warning(self, risky, pattern, *sockets):
+        (line,) = risky.warnings(*sockets)
+        self.assertRegex(line, f"^TestPD: {pattern}$")
+
+    def test_nccl_ports_drawn_by_both(self):
+        drawn = ({"ports": {"http": 21100}}, {"ports": {"http": 21200}})
+        self.assert_warning(
+            plan(*drawn), "prefill and decode draw their NCCL port .* may draw the same; pin --nccl-port"
+        )
+        self.assertEqual(plan(drawn[0]).warnings(), [])
+
+    def test_ports_that_others_draw(self):
+        ports = {"ports": {"http": 33000, "nccl": 21300}}
+        self.assert_warning(plan(ports), "prefill http: port 33000 may be taken by an outgoing connection .*")
+        ports = {"ports": {"http": 15000, "nccl": 21300}}
+        self.assertEqual(plan(ports).warnings(), [])
+        mooncake = plan(ports | {"transfer_backend": "mooncake_tcp"})
+        self.assert_warning(mooncake, "prefill http: port 15000 may be drawn by Mooncake .*")
+
+    def test_nics_of_both_sides(self):
+        nics = {"nics": ("mlx5_0", "mlx5_4")}
+        self.assert_warning(plan(nics, nics), "prefill and decode share NIC mlx5_0, mlx5_4")
+        alone = {"tp": 1, "attention_dp": 1, "base_gpu_id": 0, "mem_fraction": 0.3}
+        self.assertEqual(plan(nics | alone, nics | alone).warnings(), [])
+
+    def test_nic_of_the_other_socket(self):
+        nics = {f"mlx5_{i}": i // 4 for i in range(8)}
+        gpus = {i: i // 4 for i in range(8)}
+        near = plan({"nics": ("mlx5_0",)}, {"nics": ("mlx5_4", "mlx5_5")})
+        self.assertEqual(near.warnings(nics, gpus), [])
+        far = plan({"nics": ("mlx5_0",)}, {"nics": ("mlx5_4", "mlx5_1")})
+        pattern = r"decode: NIC mlx5_1 sits on another socket than its GPUs 4-7 \(socket 1\)"
+        self.assert_warning(far, pattern, nics, gpus)
+        self.assertEqual(far.warnings(nics), [])
+        self.assertEqual(far.warnings({"mlx5_4": 1}, gpus), [])
+
+
+class TestSockets(unittest.TestCase):
+    def test_sysfs(self):
+        sysfs = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name, node in (("mlx5_0", "0"), ("mlx5_1", "1"), ("mlx5_2", "-1")):
+            device = sysfs / "class" / "infiniband" / name / "device"
+            device.mkdir(parents=True)
+            (device / "numa_node").write_text(f"{node}\n")
+        (sysfs / "class" / "infiniband" / "mlx5_3").mkdir()
+        self.assertEqual(sockets.nic_sockets(sysfs), {"mlx5_0": 0, "mlx5_1": 1})
+        self.assertEqual(sockets.nic_sockets(sysfs / "nothing"), {})
+
+    def test_pci_address(self):
+        for address in ("00000000:1B:00.0", b"00000000:1B:00.0"):
+            self.assertEqual(sockets.pci_device(Path("/sys"), address), Path("/sys/bus/pci/devices/0000:1b:00.0"))
+
+    def test_machine_without_driver(self):
+        if importlib.util.find_spec("pynvml") and not Path("/dev/nvidiactl").exists():
+            self.assertEqual(sockets.gpu_sockets(), {})
+
+
+class TestNics(unittest.TestCase):
+    def test_spellings(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        by_gpu = '{"0": "mlx5_0,mlx5_1", "1": "mlx5_1, mlx5_2"}'
+        (folder / "nics.json").write_text(by_gpu)
+        for value, nics in (
+            (None, ()),
+            ("mlx5_0, mlx5_4,mlx5_0", ("mlx5_0", "mlx5_4")),
+            (by_gpu, ("mlx5_0", "mlx5_1", "mlx5_2")),
+            (str(folder / "nics.json"), ("mlx5_0", "mlx5_1", "mlx5_2")),
+        ):
+            self.assertEqual(gpu_plan._nics_of(value), nics)
+
+
+# Of /work/shared/gpu/configs, whose random checkpoints `make_random_checkpoint.py` wrote: parameters with and without
+# the MTP layer, and bytes of all tensors, as their safetensors headers have them.
+SMALLEST = json.loads("""{
+    "model_type": "deepseek_v4", "hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 512,
+    "qk_rope_head_dim": 64, "num_attention_heads": 64, "num_hidden_layers": 3, "num_nextn_predict_layers": 1,
+    "compress_ratios": [0, 4, 128, 0], "q_lora_rank": 128, "o_lora_rank": 128, "o_groups": 8, "index_head_dim": 128,
+    "index_n_heads": 64, "sliding_window": 128, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "num_hash_layers": 1, "hc_mult": 4, "vocab_size": 1024,
+    "quantization_config": {"quant_method": "fp8"}
+}""")
+FOUR_LAYERS = SMALLEST | {
+    "hidden_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "compress_ratios": [0, 4, 128, 4, 0],
+    "q_lora_rank": 256,
+    "n_routed_experts": 8,
+}
+
+
+class TestMemory(unittest.TestCase):
+    def test_checkpoints_that_ran(self):
+        for config, with_mtp, without, size in (
+            (SMALLEST, 37_382_766, 28_474_095, 38_657_152),
+            (FOUR_LAYERS, 123_445_368, 99_625_205, 135_340_128),
+        ):
+            model = of_config(config)
+            self.assertEqual((model.parameters(with_mtp=True), model.parameters()), (with_mtp, without))
+            self.assertEqual(model.weight_bytes(with_mtp=True), size)
+
+    def test_nano_model(self):
+        folder = Path(pdkit.__file__).parent / "assets" / "nano-dsv4"
+        header = (folder / "model.safetensors").read_bytes()
+        length = int.from_bytes(header[:8], "little")
+        tensors = [t for name, t in json.loads(header[8 : 8 + length]).items() if name != "__metadata__"]
+        elements = {"BF16": 2, "F32": 4, "I64": 8, "I32": 4}
+        count = sum((t["data_offsets"][1] - t["data_offsets"][0]) // elements[t["dtype"]] for t in tensors)
+        self.assertEqual(of_config(json.loads((folder / "config.json").read_text())).parameters(), count)
+
+    def test_kv_is_what_sglang_reserves(self):
+        # `bytes_per_full_token` of the DSV4PoolConfigurator of 0.5.12, executed with these configs
+        for config, plain, speculative in ((SMALLEST, 832.3625, 1741.28333), (FOUR_LAYERS, 1133.7625, 2089.20313)):
+            model = of_config(config)
+            self.assertAlmostEqual(model.kv_bytes_per_token, plain, places=4)
+            self.assertAlmostEqual(model.kv_bytes_per_token_speculative, speculative, places=4)
+
+    def test_shares_of_a_gpu(self):
+        model = of_config(FOUR_LAYERS)
+        whole = model.weight_bytes()
+        self.assertEqual(model.weight_bytes_per_gpu(tp=1), whole)
+        self.assertEqual(model.weight_bytes_per_gpu(tp=1, pp=2), whole / 2)
+
+        def of_group(*groups):
+            return sum(t.bytes(True, False) for t in model.tensors if t.group in groups)
+
+        spread, by_attention = of_group("routed experts", "lm head"), of_group("shared experts", "heads", "embedding")
+        rest = whole - spread - by_attention
+        self.assertAlmostEqual(model.weight_bytes_per_gpu(tp=4), (spread + by_attention) / 4 + rest)
+        self.assertAlmostEqual(model.weight_bytes_per_gpu(tp=4, attention_dp=2), spread / 4 + by_attention / 2 + rest)
+        self.assertAlmostEqual(model.weight_bytes_per_gpu(tp=4, attention_dp=4), spread / 4 + by_attention + rest)
+
+    def test_bytes_of_a_tensor(self):
+        matrix = Tensor("heads", 128, 129, "matrix", copies=2)
+        self.assertEqual(matrix.bytes(is_fp8=False, has_fp4_experts=True), 2 * 128 * 129 * 2)
+        self.assertEqual(matrix.bytes(is_fp8=True, has_fp4_experts=True), 2 * (128 * 129 + 2 * 4))
+        expert = dataclasses.replace(matrix, group="routed experts")
+        self.assertEqual(expert.bytes(is_fp8=True, has_fp4_experts=True), 2 * 128 * 129 * (0.5 + 1 / 32))
+        self.assertEqual(Tensor("heads", 3, 5, "fp32").bytes(True, True), 60)
+        self.assertEqual(Tensor("heads", 3, 5, "bf16").bytes(True, True), 30)
+
+    def test_fp4_experts(self):
+        fp8, fp4 = of_config(FOUR_LAYERS), of_config(FOUR_LAYERS | {"expert_dtype": "fp4"})
+        self.assertLess(fp4.weight_bytes(), fp8.weight_bytes())
+        self.assertEqual(fp4.weight_bytes(), fp8.weight_bytes(fp4_experts=True))
+        self.assertEqual(fp4.weight_bytes(fp4_experts=False), fp8.weight_bytes())
+
+    def test_other_models(self):
+        with self.assertRaisesRegex(UnknownModel, "model type 'llama', only for deepseek_v4"):
+            of_config({"model_type": "llama"})
+        with self.assertRaisesRegex(UnknownModel, "config.json lacks 'o_groups'"):
+            of_config({name: value for name, value in SMALLEST.items() if name != "o_groups"})
+
+    def test_lines(self):
+        model, server = of_config(FOUR_LAYERS), {"tp": 1, "attention_dp": 1, "mem_fraction": 0.5, "speculative": True}
+        prefill, decode = memory_lines(plan(server, server | {"mem_fraction": None}), model)
+        gpu = 141_000 * 2**20
+        tokens = (gpu / 2 - model.weight_bytes(with_mtp=True)) / model.kv_bytes_per_token_speculative
+        self.assertIn(f"about {tokens / 1000:,.0f} thousand tokens", prefill)
+        self.assertEqual(decode, "decode: weights about 0.1 GiB a GPU")
+        self.assertEqual(memory_problems(plan(server, server), model), [])
+        small = plan(server | {"mem_fraction": 0.0005}, server)
+        (line,) = memory_problems(small, model)
+        self.assertRegex(line, "^TestPD: prefill: weights about 0.1 GiB .* does not fit$")
+
+    def test_server_says_whether_experts_are_fp4(self):
+        model = of_config(FOUR_LAYERS | {"n_routed_experts": 4096})
+        (fp8, fp4) = memory_lines(plan({"fp4_experts": False}, {"fp4_experts": True}), model)
+        self.assertNotEqual(fp8.split()[3], fp4.split()[3])
+
+
+class TestDrawing(unittest.TestCase):
+    def drawn(self, what):
+        console = Console(file=io.StringIO(), width=100, no_color=True)
+        console.print(draw(what))
+        return console.file.getvalue()
+
+    def test_main_job(self):
+        text = self.drawn(plan({"nics": ("mlx5_0",)}))
+        self.assertIn("TestPD on 8-gpu-h200 (8 GPUs of 141 GB): 8 GPUs used", text)
+        rows = [line.split() for line in text.splitlines()]
+        self.assertIn(["prefill", "tp0", "tp1", "tp2", "tp3", *"····"], rows)
+        self.assertIn(["decode", *"····", "tp0", "tp1", "tp2", "tp3"], rows)
+        self.assertIn(["dp0", "dp1", "dp2", "dp3"], rows)
+        self.assertIn("prefill: ports 21100 http, 21300 nccl", text)
+        self.assertIn("load balancer: ports 21000 http", text)
+        self.assertIn("prefill: NICs mlx5_0\n", text)
+
+    def test_gpus_that_the_runner_lacks(self):
+        self.assertRegex(self.drawn(plan(decode={"base_gpu_id": 6})), r"GPU .* 7 +8\? +9\?")
+
+    def test_no_gpu(self):
+        self.assertIn("TestPD uses no GPU", self.drawn(GpuPlan("TestPD", ())))
+
+
+class TestFromContract(unittest.TestCase):
+    """The whole way: the test is asked what it launches, the installed release what its flags mean."""
+
+    def ask(self, *argv, suite=None):
+        (found,) = gpu_plan.of_contract(launch_contract.ask(installed(), DSV4, argv), suite)
+        return found
+
+    def test_main_job(self):
+        found = self.ask()
+        self.assertEqual([s.name for s in found.servers], ["prefill", "decode"])
+        self.assertEqual([s.gpus for s in found.servers], [(0, 1, 2, 3), (4, 5, 6, 7)])
+        self.assertEqual([(s.tp, s.attention_dp, s.replicas) for s in found.servers], [(4, 4, 1)] * 2)
+        self.assertEqual(found.runner, H200)
+        self.assertEqual(found.problems(), [])
+        prefill, decode = found.servers
+        self.assertEqual((prefill.mem_fraction, prefill.speculative, prefill.fp4_experts), (0.7, True, False))
+        self.assertIn("bootstrap", prefill.ports)
+        self.assertNotIn("bootstrap", decode.ports)
+        self.assertEqual(gpu_plan.as_data(found)["servers"][1]["gpus"], [4, 5, 6, 7])
+        self.assertEqual(gpu_plan.as_data(found)["runner"], {"name": "8-gpu-h200", "gpus": 8, "memory_gb": 141})
+        json.dumps(gpu_plan.as_data(found))
+
+    def test_ports_that_sglang_derives(self):
+        prefill, _ = self.ask().servers
+        http = prefill.ports["http"]
+        # DP attention over TCP: rendezvous at 233 above, and the sockets of tokenizer, detokenizer, ... after it
+        derived = ("dist_init", "port_base", "detokenizer", "rpc", "metrics", "scheduler_input")
+        self.assertEqual([prefill.ports[use] - http for use in derived], [233, 234, 235, 236, 237, 238])
+        port = http + 234
+        clash = self.ask("--nccl-port", str(port)).problems()
+        self.assertEqual([line for line in clash if f"port {port} " in line], clash)
+
+    def test_runner(self):
+        self.assertEqual(self.ask(suite="stage-b-test-1-gpu-large").runner, Runner("1-gpu-large", 1, 80))
+        contract = dataclasses.replace(
+            launch_contract.ask(installed(), DSV4), suites=("stage-a-test-cpu", "x-4-gpu-h100")
+        )
+        (found,) = gpu_plan.of_contract(contract)
+        self.assertEqual(found.runner, Runner("4-gpu-h100", 4, 80))
+        (found,) = gpu_plan.of_contract(dataclasses.replace(contract, suites=("stage-a-test-cpu",)))
+        self.assertIsNone(found.runner)
+
+    def test_several_of_a_name(self):
+        contract = launch_contract.ask(installed(), DSV4)
+        (test,) = contract.tests
+        doubled = dataclasses.replace(test, processes=test.processes * 2)
+        names = ["prefill", "decode", "prefill 2", "decode 2"]
+        found = gpu_plan.of_test(doubled, H200)
+        self.assertEqual([server.name for server in found.servers], names)
+        self.assertEqual([*found.others], ["load balancer", "load balancer 2"])
+        self.assertEqual(len(found.ports), 2 * len(gpu_plan.of_test(test, H200).ports))
+
+    def test_command(self):
+        def run(*argv):
+            command = [sys.executable, str(REPO / "scripts" / "gpu_plan.py"), *argv]
+            env = {**os.environ, "COLUMNS": "120"}
+            done = subprocess.run(command, capture_output=True, text=True, env=env)
+            return done.returncode, done.stdout, done.stderr.splitlines()
+
+        code, out, errors = run()
+        self.assertEqual((code, errors), (ExitCode.PASSED, []))
+        self.assertIn("8 GPUs used", out)
+
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        ten = folder / "test_ten.py"
+        ten.write_text(
+            textwrap.dedent(f"""
+                import sys
+                import unittest
+                sys.path.append({str(DSV4.parent)!r})
+                from sglang.test.ci.ci_register import register_cuda_ci
+                import test_disaggregation_dsv4 as dsv4
+
+                register_cuda_ci(est_time=1, suite="stage-c-test-8-gpu-h200")
+
+                class TestTen(dsv4.TestDisaggregationDSV4):
+                    server_args = [*dsv4.TestDisaggregationDSV4.server_args, "--tp-size", "5", "--dp-size", "5"]
+                    prefill_gpus, decode_gpus = range(0, 5), range(5, 10)
+
+                if __name__ == "__main__":
+                    unittest.main()
+            """)
+        )
+        code, _, (error,) = run(str(ten))
+        self.assertEqual(code, ExitCode.NOT_READY)
+        self.assertRegex(error, r"^gpu_plan: error: TestTen: needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 ")
+
+        code, out, (error,) = run("--flags", "--tp-size four", "--json")
+        self.assertEqual(code, ExitCode.BAD_USAGE)
+        self.assertEqual(json.loads(out)[0]["gpus"], [*range(8)])
+        self.assertIn("--tp-size: invalid int value: 'four'", error)
+
+        code, _, (error,) = run("--config", str(folder / "none.json"))
+        self.assertEqual(code, ExitCode.BAD_USAGE)
+        self.assertEqual(error, f"gpu_plan: error: {folder}/none.json: No such file or directory")
+
+        config = folder / "config.json"
+        config.write_text(json.dumps(FOUR_LAYERS))
+        code, out, _ = run("--config", str(config))
+        self.assertEqual(code, ExitCode.PASSED)
+        self.assertIn("prefill: weights about 0.1 GiB a GPU of 137.7 GiB", out)
+        config.write_text(json.dumps(FOUR_LAYERS | {"n_routed_experts": 10**6}))
+        code, _, errors = run("--config", str(config))
+        self.assertEqual((code, len(errors)), (ExitCode.NOT_READY, 2))
+        self.assertTrue(all(error.endswith("does not fit") for error in errors), errors)
+
+
+if __name__ == "__main__":
+    unittest.main()
