@@ -1,5 +1,6 @@
 """The library: every fault that the detection matrix injects, by name."""
 
+import time
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from pdkit.faults.fault import (
 from pdkit.faults.pieces import COMPRESSED, COUNTS, TENSORS, Kind
 
 EVERYTHING = frozenset(TENSORS)
+SLOW_S = 0.02
 
 
 def _slug(kind):
@@ -182,6 +184,11 @@ def _one_byte_changed(data):
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
+def _slowly(data):
+    time.sleep(SLOW_S)
+    return data
+
+
 def _of_whole_requests():
     yield Fault(
         "backend-skips-state",
@@ -240,6 +247,13 @@ def _of_whole_requests():
     yield Fault("transfer-fails", "every transfer fails", Where.PREFILL, _fails)
     yield Fault(
         "transfer-hangs-one-in-twenty", "one hand-over in twenty is never sent", Where.PREFILL, _never_sent, every=20
+    )
+    yield Fault(
+        "transfer-slow",
+        f"each hand-over takes {SLOW_S * 1000:.0f} ms longer",
+        Where.WIRE,
+        wire=_slowly,
+        harmless="what arrives late arrives whole, long before any timeout: time is lost",
     )
     yield Fault(
         "wire-corrupted-one-in-twenty",

@@ -48,6 +48,13 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:MESSAGE_LIMIT]
 
 
+def unwrapped(error: BaseException) -> BaseException:
+    """What SGLang's retry of test methods wrapped in an Exception of its own."""
+    while type(error) is Exception and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def verdicts_of(test: str, error: BaseException | None, output: str, seconds: float) -> dict[str, Verdict]:
     """{check: verdict} of one test that ended with `error`, or None, and printed `output`.
 
@@ -56,7 +63,7 @@ def verdicts_of(test: str, error: BaseException | None, output: str, seconds: fl
     told = f"{output}\n{error or ''}"
     accounts = {match["side"]: match["verdict"] == "FAIL" for match in _ACCOUNT.finditer(told)}
     own = error.__cause__ if error is not None and str(error).startswith("request accounting: FAIL") else error
-    found = {check_of(test): Verdict(own is not None, seconds, one_line(f"{own}") if own is not None else "")}
+    found = {check_of(test): Verdict(own is not None, seconds, "" if own is None else one_line(f"{unwrapped(own)}"))}
     for side, check in (("client", CLIENT), ("servers", SERVERS)):
         if side in accounts:
             found[check] = Verdict(accounts[side], seconds, one_line(_after(told, side)) if accounts[side] else "")

@@ -70,7 +70,13 @@ class TestLibrary(unittest.TestCase):
         wanted |= {"bits-flipped-1e-5", "bits-flipped-1e-3", "bits-flipped-1e-2", "mantissa-flipped-1e-3"}
         wanted |= {"rounded-to-bf16", "rounded-to-fp8", "rooms-swapped", "rooms-swapped-5-percent", "stale-prefix"}
         wanted |= {"first-token-wrong", "first-token-repeated", "compressed-aliased", "one-worker-in-four-bad"}
-        wanted |= {"transfer-fails-one-in-ten", "prefill-late", "transfer-hangs-one-in-twenty", "request-duplicated"}
+        wanted |= {
+            "transfer-fails-one-in-ten",
+            "transfer-slow",
+            "prefill-late",
+            "transfer-hangs-one-in-twenty",
+            "request-duplicated",
+        }
         wanted |= {"sampling-lost", "wire-corrupted"}
         self.assertEqual(wanted - LIBRARY.keys(), set())
 
