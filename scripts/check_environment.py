@@ -40,7 +40,7 @@ def main(argv: list[str]) -> ExitCode:
     selection = select(collection, Options(args.test_root, hw=args.hw, suite=args.suite))
     if not selection.enabled:
         raise UsageError(f"suite {args.suite}: {selection.why_empty}")
-    wanted = needs.of(selection.enabled)
+    wanted = needs.of(selection.enabled, root=args.root)
     findings = list(of_machine(wanted, recorded)) if recorded else check(wanted, args.root)
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))

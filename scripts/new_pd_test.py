@@ -16,6 +16,7 @@ sys.path.insert(0, str(REPO / "python"))
 from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
 from pdkit.contract.release import ReleaseNotFound  # noqa: E402
 from pdkit.exit_codes import ExitCode  # noqa: E402
+from pdkit.gpu_plan import of_contract  # noqa: E402
 from pdkit.launch_contract import ContractUnreadable, report  # noqa: E402
 from pdkit.options import Parser, UsageError  # noqa: E402
 from pdkit.scaffold import Refused, check, new_test, render  # noqa: E402
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> ExitCode:
         file.write(render(test))
     shown = os.path.relpath(path)
     print(shown, *report(contract), sep="\n")
+    for server in of_contract(contract, test.suite)[0].servers:
+        print(f"  {server.name:<14}{server.why}")
     print(f"next: scripts/env.sh python3 {shown} -f")
     return ExitCode.PASSED
 

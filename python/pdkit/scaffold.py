@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdkit.contract.release import installed
-from pdkit.environment_check.gpus import ranges
 from pdkit.environment_check.model import is_dsv4
+from pdkit.gpu_plan import Runner, of_contract, span
 from pdkit.launch_contract import Contract, ask
 from pdkit.lint.check import lint
 from pdkit.near_miss import unknown
@@ -19,14 +19,12 @@ from pdkit.registry import PROJECT_SUITES
 
 BASES = {"cuda": ("test_disaggregation_dsv4", "dsv4", "TestDisaggregationDSV4")}
 BASES["cpu"] = ("test_disaggregation_dsv4_embedded", "embedded", "TestDisaggregationDSV4Embedded")
-GPU_MEMORY_GB = {"h100": 80, "large": 80, "h200": 141}
 EST_TIME_S = {"cuda": 250, "cpu": 120}
 SHARED_FRACTION = 0.4
 INHERITED_WIDTH = 4
-INHERITED_RUNG = "8xH200"
+INHERITED_RUNG, INHERITED_MEMORY_GB = "8xH200", 141
 WIDTH = 120
 _GPUS = re.compile(r"(\d+)(?:\+(\d+))?")
-_RUNNER = re.compile(r"\b(\d+)-gpu-(\w+)$")
 _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
 
 
@@ -66,13 +64,13 @@ class NewTest:
         return "TestDisaggregation" + "".join(word[0].upper() + word[1:] for word in self.words)
 
     @property
-    def rung(self) -> str:
-        count, kind = _RUNNER.search(self.suite).groups()
-        return f"{count}x{kind.upper()}" if kind[-1].isdigit() else f"{count}-gpu-{kind}"
+    def runner(self) -> Runner:
+        return Runner.of_suite(self.suite)
 
     @property
-    def gpu_memory_gb(self) -> int | None:
-        return GPU_MEMORY_GB.get(_RUNNER.search(self.suite)[2])
+    def rung(self) -> str:
+        kind = self.runner.name.rpartition("-")[2]
+        return f"{self.runner.gpus}x{kind.upper()}" if kind[-1].isdigit() else self.runner.name
 
     def side_flags(self, side: str) -> tuple[str, ...]:
         """Flags of one server that the other does not get, its width included where the widths differ."""
@@ -134,13 +132,6 @@ def new_test(name: str, model: str | None, suite: str, gpus: str | None = None, 
         need = "runs on CPU: leave --gpus out" if gpus else "runs on GPUs: say which with --gpus, for example 4+4"
         raise UsageError(f"suite {suite} {need}")
     prefill, decode = parse_gpus(gpus) if gpus else (range(0), range(0))
-    if hw == "cuda":
-        count = int(_RUNNER.search(suite)[1])
-        if max(prefill.stop, decode.stop) > count:
-            raise UsageError(
-                f"--gpus {gpus}: prefill {ranges(prefill)} and decode {ranges(decode)} are "
-                f"{max(prefill.stop, decode.stop)} GPUs, the runners of {suite} have {count}"
-            )
     return NewTest(name, model, suite, hw, prefill, decode, **stated)
 
 
@@ -178,8 +169,8 @@ def _attributes(test: NewTest) -> list[str]:
     if test.rung != INHERITED_RUNG:
         lines.insert(0, f'    rung = "{test.rung}"')
     lines += [f"    prefill_gpus = {test.prefill_gpus}", f"    decode_gpus = {test.decode_gpus}"]
-    if test.gpu_memory_gb not in (None, GPU_MEMORY_GB["h200"]):
-        lines.append(f"    gpu_memory_gb = {test.gpu_memory_gb}")
+    if test.runner.memory_gb not in (None, INHERITED_MEMORY_GB):
+        lines.append(f"    gpu_memory_gb = {test.runner.memory_gb}")
     if not test.inherits_flags:
         lines += [_server_args(test.common_flags), "    server_env = {}"]
     elif test.common_flags:
@@ -192,7 +183,7 @@ def render(test: NewTest) -> str:
     module, alias, base = BASES[test.hw]
     what, where = test.model or "The nano model", "on the embedded engine"
     if test.hw == "cuda":
-        prefill, decode = (f"GPU{'s' * (len(g) > 1)} {ranges(g)}" for g in (test.prefill_gpus, test.decode_gpus))
+        prefill, decode = (f"GPU{'s' * (len(g) > 1)} {span(g)}" for g in (test.prefill_gpus, test.decode_gpus))
         where = f"with prefill on {prefill} and decode on {decode}"
     methods = [
         f"    @classmethod\n    def {side}_args(cls):\n"
@@ -222,7 +213,7 @@ if __name__ == "__main__":
 
 
 def check(test: NewTest, directory: Path) -> Contract:
-    """What the test would launch if it lay in `directory`. Raises Refused where lint or SGLang objects."""
+    """What the test would launch if it lay in `directory`. Raises Refused where lint, SGLang or the plan objects."""
     with tempfile.TemporaryDirectory(prefix="new-pd-test-") as folder:
         place = Path(folder).resolve() / "registered" / directory.name
         place.mkdir(parents=True)
@@ -233,6 +224,7 @@ def check(test: NewTest, directory: Path) -> Contract:
         problems = [str(finding).replace(str(path), test.file_name) for finding in lint([path])]
         contract = ask(installed(), path)
         problems += contract.errors or _engine_problems(contract)
+        problems += [line for plan in of_contract(contract, test.suite) for line in plan.problems()]
     if problems:
         raise Refused("\n".join(problems))
     return contract

@@ -12,6 +12,7 @@ from pdkit.environment_check import dataset, gpus, machine, model, packages, rdm
 from pdkit.environment_check.finding import Finding, error, ok, warning
 from pdkit.environment_check.machine import UNLIMITED, Machine
 from pdkit.environment_check.needs import Needs, Process
+from pdkit.sources import UNKNOWN
 
 GIB = 2**30
 ASSETS = Path(pdkit.__file__).parent / "assets"
@@ -54,7 +55,11 @@ def of_place(needs: Needs, environ: Mapping[str, str] = os.environ) -> Iterator[
     for name, weights in dict.fromkeys((m, process.weights) for process in needs.processes for m in process.models):
         yield from model.check(name, environ, weights)
     for path in needs.data:
-        yield from dataset.check(path, environ=environ)
+        if path is UNKNOWN:
+            why = "whether it is there shows when the eval asks"
+            yield warning("data", "gsm8k_data_path is computed", why, "see to it, or make it a literal or os.getenv()")
+        else:
+            yield from dataset.check(path, environ=environ)
 
 
 def _python(environ: Mapping[str, str]) -> Finding:

@@ -1,7 +1,6 @@
 """GPUs, their memory and their driver, against what the tests launch on them."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from pdkit.environment_check.finding import Finding, error, ok, warning
 from pdkit.environment_check.machine import Gpu, Machine
@@ -9,12 +8,6 @@ from pdkit.environment_check.needs import Needs, Process
 
 ELSEWHERE = "run on such a machine, or the CPU rung here: scripts/run.sh --rung embedded"
 NOT_OURS = "wait for them or ask their owner; nothing here ends them"
-
-
-def ranges(indices: Sequence[int]) -> str:
-    """`0-3,6` for (0, 1, 2, 3, 6)."""
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(set(indices))), lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def check(needs: Needs, machine: Machine) -> Iterator[Finding]:
@@ -35,8 +28,10 @@ def check(needs: Needs, machine: Machine) -> Iterator[Finding]:
 
 
 def _count(needs: Needs, on_gpus: Sequence[Process], count: int, machine: Machine) -> Iterator[Finding]:
+    from pdkit.gpu_plan import span
+
     wanted = f"{count} GPU{'s' * (count != 1)}" + (f" of {needs.gpu_memory_gb:g} GB" if needs.gpu_memory_gb else "")
-    users = ", ".join(dict.fromkeys(f"{process.name} {ranges(process.gpus)}" for process in on_gpus))
+    users = ", ".join(dict.fromkeys(f"{process.name} {span(process.gpus)}" for process in on_gpus))
     if len(machine.gpus) < count:
         found = f"{len(machine.gpus)} found" + (f", {machine.gpu_problem}" if machine.gpu_problem else "")
         why = f"the suite needs {wanted}" + (f" ({users})" if users else "")

@@ -2,15 +2,13 @@
 
 import ast
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdkit.registry import Registration
-from pdkit.sources import UNKNOWN, TestClass, pd_classes, read
+from pdkit.sources import TestClass, pd_classes, read
 
-_GPUS_IN_SUITE = re.compile(r"\b(\d+)-gpu\b")
 _KINDS = {"h20": (9, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "gb200": (10, 0), "b300": (10, 3)}
 _WEIGHTLESS = ("dummy", "--load-format=dummy")
 
@@ -45,7 +43,7 @@ class Needs:
     gpu_count     GPUs that the suite's name speaks of, and their compute `capability`, where it names a kind
     embedded      a file launches prefill and decode of the embedded engine
     processes     what the PD tests launch; `gpu_memory_gb` is what they ask of each of their GPUs, 0 for anything
-    data          GSM8K files that they score; None stands for SGLang's own
+    data          GSM8K files that they score; None stands for SGLang's own, UNKNOWN for one that the source computes
     errors        one line for each thing that SGLang does not take, or file that cannot be read; `warnings` likewise
     """
 
@@ -55,32 +53,36 @@ class Needs:
     capability: tuple[int, int] | None = None
     embedded: bool = False
     processes: tuple[Process, ...] = ()
-    data: tuple[str | None, ...] = ()
+    data: tuple[object, ...] = ()
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.environ) -> Needs:
-    """Needs of files that are registered for one suite. On CPU nothing of SGLang is executed."""
+def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Needs:
+    """Needs of files that are registered for one suite; `root` has the sysfs by which NICs are told to be near or far.
+
+    On CPU nothing of SGLang is executed.
+    """
     registrations = list(registrations)
-    hw = registrations[0].hw
+    hw, suite = registrations[0].hw, registrations[0].suite
     files = [Path(name) for name in dict.fromkeys(r.filename for r in registrations)]
     classes = [cls for path in files for cls in _pd_classes(path)]
     if hw != "cuda":
         return Needs(hw, embedded=hw == "cpu" and bool(classes))
-    counts = [int(match[1]) for r in registrations if (match := _GPUS_IN_SUITE.search(r.suite))]
-    kinds = [kind for r in registrations for word in r.suite.split("-") if (kind := _KINDS.get(word))]
+    from pdkit.gpu_plan import Runner
+
+    runner = Runner.of_suite(suite)
     memory = [value for cls in classes if isinstance(value := cls.value("gpu_memory_gb"), (int, float))]
-    found = [_launched(path) for path in dict.fromkeys(cls.source.path for cls in classes)]
+    found = [_launched(path, suite, root / "sys") for path in dict.fromkeys(cls.source.path for cls in classes)]
     return Needs(
         hw=hw,
-        gpu_count=max(counts, default=1),
+        gpu_count=runner.gpus if runner else 1,
         gpu_memory_gb=max(memory, default=0),
-        capability=kinds[0] if kinds else None,
-        processes=tuple(process for processes, _, _ in found for process in processes),
+        capability=next((_KINDS[word] for word in suite.split("-") if word in _KINDS), None),
+        processes=tuple(process for launched in found for process in launched.processes),
         data=tuple(dict.fromkeys(value for cls in classes for value in _data(cls, environ))),
-        errors=tuple(line for _, errors, _ in found for line in errors),
-        warnings=tuple(line for _, _, warnings in found for line in warnings),
+        errors=tuple(line for launched in found for line in launched.errors),
+        warnings=tuple(line for launched in found for line in launched.warnings),
     )
 
 
@@ -91,48 +93,60 @@ def _pd_classes(path: Path) -> list[TestClass]:
         return []
 
 
-def _data(cls: TestClass, environ: Mapping[str, str]) -> list[str | None]:
+def _data(cls: TestClass, environ: Mapping[str, str]) -> list[object]:
     if cls.attribute("gsm8k_data_path"):
-        value = cls.value("gsm8k_data_path", environ)
-        return [] if value is UNKNOWN else [value]
+        return [cls.value("gsm8k_data_path", environ)]
     constants = (n.value for c in cls.mro for n in ast.walk(c.node) if isinstance(n, ast.Constant))
     return [None] if any(value == "gsm8k" for value in constants) else []
 
 
-def _launched(path: Path) -> tuple[list[Process], list[str], list[str]]:
-    """Processes, errors and warnings of one file, by the launch contract of the installed SGLang."""
+@dataclass(frozen=True)
+class _Launched:
+    """What one file launches, and what contract and plan say to it."""
+
+    processes: tuple[Process, ...] = ()
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _launched(path: Path, suite: str, sysfs: Path) -> _Launched:
     from pdkit.contract.release import ReleaseNotFound, installed
+    from pdkit.gpu_plan import of_contract
     from pdkit.launch_contract import ContractUnreadable, ask
+    from pdkit.sockets import gpu_sockets, nic_sockets
 
     try:
         contract = ask(installed(), path)
+        plans = of_contract(contract, suite)
     except (ContractUnreadable, ReleaseNotFound) as error:
-        return [], [str(error)], []
-    processes = [_process(test.test, process) for test in contract.tests for process in test.processes]
-    return processes, contract.errors, contract.warnings
-
-
-def _process(test: str, process) -> Process:
-    settings = process.settings
-    if settings is None:
-        return Process(test, process.name, ports=process.ports)
-    argv = process.argv
-    values = dict(zip(argv, argv[1:], strict=False))
-    models = [values.get(flag) for flag in ("--model-path", "--speculative-draft-model-path")]
-    return Process(
-        test=test,
-        name=process.name,
-        gpus=_gpus(settings),
-        memory_fraction=settings["mem_fraction_static"] or 0.0,
-        models=tuple(dict.fromkeys(filter(None, models))),
-        weights=not set(_WEIGHTLESS) & set(argv),
-        a2a=settings["moe_a2a_backend"],
-        backend=settings["disaggregation_transfer_backend"],
-        nics=tuple(filter(None, (settings["disaggregation_ib_device"] or "").split(","))),
-        ports=process.ports,
+        return _Launched(errors=(str(error),))
+    sockets = nic_sockets(sysfs), gpu_sockets(sysfs)
+    return _Launched(
+        processes=tuple(process for test, plan in zip(contract.tests, plans) for process in _processes(test, plan)),
+        errors=(*contract.errors, *(line for plan in plans for line in plan.problems())),
+        warnings=(*contract.warnings, *(line for plan in plans for line in plan.warnings(*sockets))),
     )
 
 
-def _gpus(settings: Mapping) -> tuple[int, ...]:
-    count = settings["tp_size"] * settings["pp_size"] * settings["replicas"] // settings["nnodes"]
-    return tuple(settings["base_gpu_id"] + i * settings["gpu_id_step"] for i in range(count))
+def _processes(test, plan) -> Iterator[Process]:
+    """The processes of one TestContract; the servers among them have a place in its GpuPlan, in the same order."""
+    servers = iter(plan.servers)
+    for process in test.processes:
+        if process.settings is None:
+            yield Process(test.test, process.name, ports=process.ports)
+            continue
+        server, argv = next(servers), process.argv
+        given = dict(zip(argv, argv[1:]))
+        models = [given.get(flag) for flag in ("--model-path", "--speculative-draft-model-path")]
+        yield Process(
+            test=test.test,
+            name=process.name,
+            gpus=server.gpus,
+            memory_fraction=server.mem_fraction or 0.0,
+            models=tuple(dict.fromkeys(filter(None, models))),
+            weights=not set(_WEIGHTLESS) & set(argv),
+            a2a=process.settings["moe_a2a_backend"],
+            backend=server.transfer_backend,
+            nics=server.nics,
+            ports=process.ports,
+        )

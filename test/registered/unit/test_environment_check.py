@@ -20,6 +20,7 @@ from pdkit.environment_check.finding import Level
 from pdkit.environment_check.machine import Gpu, GpuProcess, Machine
 from pdkit.environment_check.needs import Needs, Process
 from pdkit.registry import Registration
+from pdkit.sources import UNKNOWN, read
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
@@ -130,10 +131,6 @@ class TestGpus(CheckCase):
         self.assert_one(self.check(driver_cuda=(12, 8)), Level.ERROR, "runs CUDA 12.8, torch was built for 13.0")
         self.assert_one(self.check(torch_cuda=(13, 1)), Level.WARNING, "runs CUDA 13.0, torch was built for 13.1")
         self.assert_fine(self.check(driver_cuda=(13, 2)))
-
-    def test_ranges(self):
-        self.assertEqual(gpus.ranges((0, 1, 2, 3, 6)), "0-3,6")
-        self.assertEqual(gpus.ranges((5,)), "5")
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_a_machine_without_driver(self):
@@ -538,11 +535,54 @@ class TestNeeds(CheckCase):
         self.assertEqual((found.data, found.errors), (("/data.jsonl",), ()))
         self.assertEqual(needs.of([registration(DSV4)], {}).data, (None,))
 
+    def test_ways_to_name_the_data(self):
+        environ = {"DATA": "/data.jsonl"}
+        ways = (
+            ('"/a.jsonl"', "/a.jsonl"),
+            ("None", None),
+            ('os.getenv("DATA")', "/data.jsonl"),
+            ('os.environ.get("OTHER", "/b.jsonl")', "/b.jsonl"),
+            ('os.getenv("OTHER") or None', None),
+            ('os.getenv("DATA") or "/a.jsonl"', "/data.jsonl"),
+            ("sys.argv[0]", UNKNOWN),
+            ("sys.argv[0] or None", UNKNOWN),
+        )
+        for number, (value, path) in enumerate(ways):
+            name = f"test_{number}.py"
+            source = "class T(PDDisaggregationServerBase):\n    gsm8k_data_path = " + value
+            (cls,) = read(self.write(name, source + "\n    def test_it(self): pass\n")).classes.values()
+            self.assertEqual(needs._data(cls, environ), [path], value)
+        found = checks.of_place(Needs("cuda", data=(UNKNOWN,)))
+        self.assert_one([finding for finding in found if finding.subject == "data"], Level.WARNING, "is computed")
+
     def test_a_wrong_flag(self):
         source = DSV4.read_text().replace("--mem-fraction-static 0.7", "--mem-fraction-statik 0.7")
         found = needs.of([registration(self.write("test_it.py", source))])
         self.assertEqual(len(found.errors), 1)
         self.assertIn("--mem-fraction-statik: no such flag; nearest: --mem-fraction-static", found.errors[0])
+
+    def test_ten_gpus_on_eight(self):
+        source = DSV4.read_text().replace("--tp 4 --dp 4", "--tp 5 --dp 5")
+        found = needs.of([registration(self.write("test_it.py", source))])
+        self.assertEqual(len(found.errors), 2, found.errors)
+        self.assertIn("needs 9 GPUs (0-8), the runner is 8-gpu-h200", found.errors[0])
+        self.assertRegex(found.errors[1], "prefill and decode .*GPU 4")
+
+    def test_ports_that_clash(self):
+        source = DSV4.read_text().replace('"--nccl-port", nccl_port', '"--nccl-port", cls.lb_port')
+        found = needs.of([registration(self.write("test_it.py", source))])
+        self.assertEqual(len(found.errors), 1, found.errors)
+        self.assertIn("port 21000 is wanted by prefill nccl and decode nccl and load balancer http", found.errors[0])
+
+    def test_a_nic_of_the_other_socket(self):
+        for nic, node in (("mlx5_0", 0), ("mlx5_4", 1)):
+            self.write(f"sys/class/infiniband/{nic}/device/numa_node", f"{node}\n")
+        environ = {"SGLANG_TEST_PD_DISAGG_DEVICES": "mlx5_0,mlx5_4"}
+        with mock.patch.dict(os.environ, environ), mock.patch("pdkit.sockets.gpu_sockets", lambda sysfs: {0: 0, 4: 1}):
+            found = needs.of([registration(DSV4)], root=self.root)
+        far = [line for line in found.warnings if "another socket" in line]
+        self.assertEqual(len(far), 2, found.warnings)
+        self.assertIn("prefill: NIC mlx5_4 sits on another socket than its GPUs 0-3", far[0])
 
     def test_a_pair_on_cpu(self):
         embedded = DSV4.with_name("test_disaggregation_dsv4_embedded.py")
@@ -587,7 +627,8 @@ class TestCommands(CheckCase):
         refused = self.run_command(RUN_SUITE, "--hw", "cuda", "--suite", GPU_SUITE, **environ)
         self.assertEqual(refused.returncode, 3)
         reported = [line.removeprefix("run_suite.py: error: ") for line in refused.stderr.splitlines()]
-        self.assertEqual(reported, [line.removeprefix("error    ") for line in lines])
+        subjects = [[line.split(":")[0] for line in report] for report in (reported, lines)]
+        self.assertEqual(subjects[0], [subject.removeprefix("error").strip() for subject in subjects[1]])
         self.assertNotIn("Traceback", refused.stdout)
 
     def test_a_recorded_machine(self):
