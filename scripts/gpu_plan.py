@@ -62,13 +62,13 @@ def main(argv):
         print(f"gpu_plan: error: {error}", file=sys.stderr)
         not_installed = isinstance(error, ReleaseNotFound) and not args.sglang_wheel
         return ExitCode.NOT_READY if not_installed else ExitCode.BAD_USAGE
-    problems, sockets = [], (nic_sockets(), gpu_sockets())
+    problems, nics, gpus = [], nic_sockets(), gpu_sockets()
     for plan, model in zip(plans, models, strict=True):
         problems += plan.problems() + (memory_problems(plan, model) if model else [])
         if not args.json:
             console = Console(soft_wrap=True, highlight=False)
-            console.print(draw(plan, model))
-            for line in plan.warnings(*sockets):
+            console.print(draw(plan, model, nics))
+            for line in plan.warnings(nics, gpus):
                 console.print(f"warning: {line}", markup=False)
     if args.json:
         print(json.dumps([gpu_plan.as_data(plan) for plan in plans], indent=2))

@@ -59,13 +59,16 @@ def memory_problems(plan: GpuPlan, model: Model) -> list[str]:
     return [f"{plan.test}: {line}" for line in memory_lines(plan, model) if line.endswith("does not fit")]
 
 
-def draw(plan: GpuPlan, model: Model | None = None) -> Group:
-    """Something that a rich console prints."""
+def _nics(server: Server, sockets: Mapping[str, int]) -> str:
+    names = [f"{nic} (socket {sockets[nic]})" if nic in sockets else nic for nic in server.nics]
+    return ", ".join(names) or "left to the transfer backend"
+
+
+def draw(plan: GpuPlan, model: Model | None = None, nic_sockets: Mapping[str, int] | None = None) -> Group:
+    """Something that a rich console prints; `nic_sockets` are those of `pdkit.sockets`."""
     lines = [f"{server.name}: {server.why}" for server in plan.servers]
     processes = {server.name: server.ports for server in plan.servers} | dict(plan.others)
     lines += [f"{name}: ports {_ports(ports)}" for name, ports in processes.items()]
-    lines += [
-        f"{server.name}: NICs {', '.join(server.nics) or 'left to the transfer backend'}" for server in plan.servers
-    ]
+    lines += [f"{server.name}: NICs {_nics(server, nic_sockets or {})}" for server in plan.servers]
     lines += memory_lines(plan, model) if model else ()
     return Group(*([_grid(plan)] if plan.servers else [Text(f"{plan.test} uses no GPU")]), Text("\n".join(lines)))

@@ -347,9 +347,9 @@ class TestMemory(unittest.TestCase):
 
 
 class TestDrawing(unittest.TestCase):
-    def drawn(self, what):
+    def drawn(self, what, sockets=None):
         console = Console(file=io.StringIO(), width=100, no_color=True)
-        console.print(draw(what))
+        console.print(draw(what, nic_sockets=sockets))
         return console.file.getvalue()
 
     def test_main_job(self):
@@ -362,6 +362,9 @@ class TestDrawing(unittest.TestCase):
         self.assertIn("prefill: ports 21100 http, 21300 nccl", text)
         self.assertIn("load balancer: ports 21000 http", text)
         self.assertIn("prefill: NICs mlx5_0\n", text)
+        self.assertIn("decode: NICs left to the transfer backend", text)
+        text = self.drawn(plan({"nics": ("mlx5_0", "mlx5_1")}), {"mlx5_1": 1})
+        self.assertIn("prefill: NICs mlx5_0, mlx5_1 (socket 1)\n", text)
 
     def test_gpus_that_the_runner_lacks(self):
         self.assertRegex(self.drawn(plan(decode={"base_gpu_id": 6})), r"GPU .* 7 +8\? +9\?")
