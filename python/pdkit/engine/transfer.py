@@ -16,6 +16,7 @@ import asyncio
 import hashlib
 import importlib
 import json
+import time
 from dataclasses import asdict, dataclass, field
 
 import safetensors
@@ -95,12 +96,16 @@ def load_backend(name):
 
 @dataclass
 class TransferCounters:
-    """What happened to the hand-overs of one server; `bytes` counts those that arrived."""
+    """What happened to the hand-overs of one server.
+
+    bytes, seconds: of those that arrived; from ready to acknowledged on prefill, from first byte to accepted on decode.
+    """
 
     sent: int = 0
     received: int = 0
     failed: int = 0
     bytes: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
 
 async def _read_message(reader):
@@ -165,6 +170,7 @@ class PrefillSender:
         room = self.rooms.get(handover.room)
         if room is None:
             raise TransferError(f"bootstrap room {handover.room} is not open")
+        begin = time.perf_counter()
         try:
             outgoing = self.backend.outgoing(handover)
             if outgoing is not None:
@@ -172,6 +178,7 @@ class PrefillSender:
             await asyncio.wait_for(room.outcome, self.transfer_timeout)
             self.counters.sent += 1
             self.counters.bytes += len(room.payload.result())
+            self.counters.seconds += time.perf_counter() - begin
         except TransferError:
             self.counters.failed += 1
             raise
@@ -286,6 +293,7 @@ class DecodeReceiver:
             size, digest = head.get("bytes"), head.get("sha256")
             if not (isinstance(size, int) and isinstance(digest, str)):
                 raise ConnectionError("the peer's message is not understood")
+            begin = time.perf_counter()
             data = await reader.readexactly(size)
             try:
                 handover = self._verify(data, digest, room)
@@ -298,6 +306,7 @@ class DecodeReceiver:
             _write_line(writer)
             await writer.drain()
             self.counters.bytes += len(data)
+            self.counters.seconds += time.perf_counter() - begin
             return handover
         finally:
             writer.close()

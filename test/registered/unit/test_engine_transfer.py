@@ -177,6 +177,8 @@ class TestOrder(TransferTestCase):
                 size = len(sent.pack())
                 self.assertEqual(sender.counters, TransferCounters(sent=1, bytes=size))
                 self.assertEqual(receiver.counters, TransferCounters(received=1, bytes=size))
+                self.assertGreater(receiver.counters.seconds, 0)
+                self.assertGreater(sender.counters.seconds, 0.01 if order[-1] == "fetch" else 0)
 
     async def test_many_rooms_at_once_each_get_their_own(self):
         sender, rooms = await self.sender(), [2**63 - 1 - index for index in range(40)]

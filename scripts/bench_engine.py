@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""What the embedded rung costs: output tokens/s of prefill/decode against monolithic, memory, hand-over by length.
+
+    scripts/env.sh python3 scripts/bench_engine.py
+
+starts a monolithic engine and the prefill/decode rung (two engines and the router), drives each with SGLang's own
+run_eval (GSM8K completions, 5-shot, 200 examples, 128 threads) and then with single prompts, and ends all of them.
+Throughputs are to be compared within one run: machines are noisy.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import requests
+from pdkit import ports, process_tree
+
+ASSETS = Path(process_tree.__file__).parent / "assets"
+GOAL_TOKENS_PER_S, GOAL_GIB = 250, 6
+LENGTHS = (1, 32, 128, 512, 1024, 2048, 4000)
+
+
+class Server:
+    """One process of the benchmark, its log in `logs`."""
+
+    def __init__(self, logs, name, port, *command):
+        self.name, self.url, self.log = name, f"http://127.0.0.1:{port}", logs / f"{name}.log"
+        self.since, self.token = time.time(), process_tree.new_token(os.environ)
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
+                env=os.environ | {process_tree.TOKEN_VARIABLE: self.token},
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def wait_until_ready(self, timeout=300.0):
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(requests.RequestException):
+                return requests.get(self.url + "/health", timeout=30).raise_for_status()
+            time.sleep(0.2)
+        sys.exit(f"{self.name} did not get ready:\n{self.log.read_text()[-2000:]}")
+
+    def end(self):
+        process_tree.end(self.process.pid, self.since, self.token)
+
+    @property
+    def peak(self):
+        return peak_bytes(self.process.pid)
+
+
+def peak_bytes(pid):
+    """Peak resident memory of a process; pages shared with others count in each."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def start(logs, model, load, stack):
+    """(monolithic, prefill, decode, router), ready; `stack` ends them."""
+    block = ports.claim()
+    stack.callback(block.release)
+    one, two, three, four, bootstrap, *_ = block.ports
+    engine = ("pdkit.engine", "--model-path", str(model), "--log-level", "warning", *load)
+    room = ("--disaggregation-bootstrap-port", str(bootstrap))
+    servers = []
+    for name, port, *command in (
+        ("monolithic", one, *engine),
+        ("prefill", two, *engine, "--disaggregation-mode", "prefill", *room),
+        ("decode", three, *engine, "--disaggregation-mode", "decode", *room),
+        ("router", four, "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb",
+         "--prefill", f"http://127.0.0.1:{two}", "--decode", f"http://127.0.0.1:{three}"),
+    ):  # fmt: skip
+        servers.append(Server(logs, name, port, *command))
+        stack.callback(servers[-1].end)
+    for server in servers:
+        server.wait_until_ready()
+    return servers
+
+
+def evaluate(url, examples, threads):
+    """run_eval's metrics: score, latency in seconds, output_throughput in tokens/s."""
+    from sglang.test.run_eval import run_eval
+
+    args = SimpleNamespace(
+        base_url=url, model=None, eval_name="gsm8k", api="completion", max_tokens=512, num_examples=examples,
+        num_threads=threads, gsm8k_data_path=str(ASSETS / "gsm8k_nano.jsonl"),
+    )  # fmt: skip
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return run_eval(args)
+
+
+def one_token(url, ids):
+    """Seconds to the answer to a prompt, of one token."""
+    body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}}
+    begin = time.perf_counter()
+    requests.post(url + "/generate", json=body, timeout=300).raise_for_status()
+    return time.perf_counter() - begin
+
+
+def handovers(monolithic, prefill, router, lengths, repeats):
+    """(tokens, bytes of the state, seconds of its hand-over, seconds to one token monolithic and through the rung).
+
+    By prompt length; medians. The hand-over is what prefill sees: from ready, packing included, to acknowledged.
+    """
+    rng = random.Random(0)
+
+    def transfer():
+        found = requests.get(prefill.url + "/server_info", timeout=30).json()["transfer"]
+        return found["bytes"], found["seconds"]
+
+    for length in lengths:
+        rows = []
+        for _ in range(repeats):
+            ids = [rng.randrange(10, 500) for _ in range(length)]
+            alone = one_token(monolithic.url, ids)
+            before = transfer()
+            through = one_token(router.url, ids)
+            rows.append([*(after - since for after, since in zip(transfer(), before)), alone, through])
+        yield length, *map(statistics.median, zip(*rows))
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2, help="evals of each kind, in turns (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="prompts of each length (default: %(default)s)")
+    parser.add_argument("--model-path", type=Path, default=ASSETS / "nano-dsv4")
+    parser.add_argument("--log-dir", type=Path, help="keep the servers' logs there")
+    args = parser.parse_args(argv)
+    if not (args.model_path / "config.json").is_file():
+        parser.error(f"no model at {args.model_path}")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    load = () if (args.model_path / "model.safetensors").is_file() else ("--load-format", "dummy")
+    with contextlib.ExitStack() as stack:
+        logs = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_engine_")))
+        logs.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
+        print("starting a monolithic engine, prefill, decode and the router ...", flush=True)
+        monolithic, prefill, decode, router = start(logs, args.model_path, load, stack)
+        print(f"ready after {time.monotonic() - begin:.0f} s\n", flush=True)
+
+        found = {monolithic.name: [], "prefill/decode": []}
+        for number in range(args.rounds):
+            for name, server in ((monolithic.name, monolithic), ("prefill/decode", router)):
+                for cached in (monolithic, prefill):
+                    requests.post(cached.url + "/flush_cache?timeout=30", timeout=60).raise_for_status()
+                metrics = evaluate(server.url, args.examples, args.threads)
+                found[name].append(metrics["output_throughput"])
+                print(
+                    f"round {number + 1}  {name:<14}  {metrics['output_throughput']:7.1f} output tokens/s  "
+                    f"{metrics['latency']:6.1f} s  score {metrics['score']:.3f}", flush=True,
+                )  # fmt: skip
+        alone, handed = (statistics.median(values) for values in found.values())
+        print(
+            f"\n{args.examples} examples, {args.threads} threads: {handed:.0f} output tokens/s prefill/decode, "
+            f"{alone:.0f} monolithic, ratio {handed / alone:.2f} (goal: at least {GOAL_TOKENS_PER_S} tokens/s)\n"
+        )
+
+        print("prompt tokens  state bytes  hand-over    one token: monolithic  through the rung", flush=True)
+        for length, size, seconds, alone, through in handovers(monolithic, prefill, router, LENGTHS, args.repeats):
+            print(
+                f"{length:13}  {size:11,.0f}  {seconds * 1e3:6.1f} ms  {alone * 1e3:18.1f} ms  "
+                f"{through * 1e3:13.1f} ms", flush=True,
+            )  # fmt: skip
+
+        print("\npeak memory (resident; pages that processes share count in each)")
+        peaks = {server.name: server.peak for server in (monolithic, prefill, decode, router)}
+        peaks["eval client"] = peak_bytes(os.getpid())
+        for name, peak in peaks.items():
+            print(f"{name:<14}  {peak / 2**30:5.2f} GiB")
+        rung = sum(peaks.values()) - peaks[monolithic.name]
+        print(f"{'whole rung':<14}  {rung / 2**30:5.2f} GiB without the monolithic engine (goal: under {GOAL_GIB} GiB)")
+
+
+if __name__ == "__main__":
+    main()
