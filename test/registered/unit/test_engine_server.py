@@ -663,14 +663,11 @@ class TestFailures(EngineTestCase):
         chunks = events(decode.post("/v1/chat/completions", chat | {"stream": True}, stream=True))
         self.assertRegex(chunks[-1]["error"]["message"], "room 1")
 
-    def test_one_of_a_batch(self):
-        with ThreadPoolExecutor(1) as pool:
-            good = pool.submit(prefill.post, "/generate", self.ask(21))
-            body = self.ask(
-                [21, 22], [bootstrap_port, free_port], text=["12 plus 5", "1"], bootstrap_host=["127.0.0.1"] * 2
-            )
-            self.assertRefused(decode.post("/generate", body), 500, "room 22")
-            good.result(20)
+    def test_the_first_of_a_batch_that_fails_ends_the_others(self):
+        hosts, ports = ["127.0.0.1"] * 2, [bootstrap_port, free_port]
+        body = self.ask([21, 22], ports, text=["12 plus 5", "1"], bootstrap_host=hosts)
+        self.assertRefused(decode.post("/generate", body), 500, "room 22")
+        self.assertIdle(BOOTSTRAP_TIMEOUT / 2)
 
     def test_a_room_that_prefill_does_not_know(self):
         start = time.monotonic()
