@@ -161,11 +161,14 @@ def create_app(service):
             return results if body.is_batch or len(results) > 1 else results[0]
         requests = [service.make_request(ask) for ask in asks]
 
+        def chunk(index):
+            result = _result(requests[index], arrived)
+            return sse(result if len(requests) == 1 and not body.is_batch else {"index": index, **result})
+
         async def events():
             try:
-                async for index in interleave(service, asks, requests):
-                    result = _result(requests[index], arrived)
-                    yield sse(result if len(requests) == 1 and not body.is_batch else {"index": index, **result})
+                async for event in interleave(service, asks, requests, chunk):
+                    yield event
             except BadRequest as error:
                 yield sse({"error": {"message": str(error), "type": "invalid_request_error", "code": 400}})
             yield sse("[DONE]")

@@ -197,25 +197,30 @@ async def _answer(service, kind, body, asks, http_request):
         return frame(requests[0], kind.name, choices, usage=usage(requests, body.n))
     requests = [service.make_request(ask) for ask in asks]
 
+    sent_text, sent_tokens = {}, {}
+
+    def chunk(index):
+        request = requests[index]
+        reason = request.finish_reason or {}
+        if "status_code" in reason:
+            return {"error": error_body(reason["message"], reason["status_code"])}
+        first = index not in sent_text
+        text = request.text[sent_text.get(index, 0) :]
+        if first:
+            text = _echo(service, body, index) + text
+        sent_text[index] = len(request.text)
+        known, logprobs = sent_tokens.get(index, 0), None
+        sent_tokens[index] = len(request.output_logprobs)
+        if known < sent_tokens[index]:
+            logprobs = kind.logprobs(request, known)
+        return frame(request, kind.chunk_name, [_choice(request, index, kind.delta(text, first), logprobs)])
+
     async def events():
-        sent_text, sent_tokens = {}, {}
         try:
-            async for index in interleave(service, asks, requests):
-                request = requests[index]
-                reason = request.finish_reason or {}
-                if "status_code" in reason:
-                    yield sse({"error": error_body(reason["message"], reason["status_code"])})
+            async for data in interleave(service, asks, requests, chunk):
+                yield sse(data)
+                if "error" in data:
                     break
-                first = index not in sent_text
-                text = request.text[sent_text.get(index, 0) :]
-                if first:
-                    text = _echo(service, body, index) + text
-                sent_text[index] = len(request.text)
-                known, logprobs = sent_tokens.get(index, 0), None
-                sent_tokens[index] = len(request.output_logprobs)
-                if known < sent_tokens[index]:
-                    logprobs = kind.logprobs(request, known)
-                yield sse(frame(request, kind.chunk_name, [_choice(request, index, kind.delta(text, first), logprobs)]))
             else:
                 if body.stream_options and body.stream_options.include_usage:
                     yield sse(frame(requests[0], kind.chunk_name, [], usage=usage(requests, body.n)))

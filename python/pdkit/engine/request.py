@@ -1,6 +1,7 @@
 """One sequence being generated: what was asked for, what came out, and when it is finished."""
 
 import secrets
+import threading
 import uuid
 from dataclasses import dataclass, field, fields
 
@@ -121,6 +122,7 @@ class Request:
     extra_key: str | None = None
     room: int | None = None
 
+    lock: object = field(default_factory=threading.Lock, repr=False)
     output_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     finish_reason: dict | None = None
@@ -177,18 +179,21 @@ class Request:
 
     def add_output(self, token, logprob=None, top=()):
         assert self.finish_reason is None
-        self.output_ids.append(token)
-        if self.return_logprob:
-            self.output_logprobs.append((logprob, token))
-            self.output_top_logprobs.append(list(top))
-        self._update_text_and_finish(token)
+        with self.lock:
+            self.output_ids.append(token)
+            if self.return_logprob:
+                self.output_logprobs.append((logprob, token))
+                self.output_top_logprobs.append(list(top))
+            self._update_text_and_finish(token)
+            self.notify()
 
     def abort(self, message, status=None):
         """End here; with a status the client gets it as an HTTP error."""
         if self.finish_reason is None:
-            detail = {"status_code": status} if status else {}
-            self.finish_reason = finish("abort", message=message, **detail)
-            self.notify()
+            with self.lock:
+                detail = {"status_code": status} if status else {}
+                self.finish_reason = finish("abort", message=message, **detail)
+                self.notify()
 
     def _top(self, logprobs):
         if not self.top_logprobs_num:
@@ -230,7 +235,6 @@ class Request:
             self.finish_reason = finish("length", length=params.max_new_tokens)
         else:
             self.text = text[: len(text) - self._held_back(text)]
-        self.notify()
 
     def _matched_stop(self):
         """The first of the stop strings that the output holds; special tokens count as their names."""

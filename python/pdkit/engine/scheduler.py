@@ -83,10 +83,6 @@ class Scheduler:
         """Go on from a state that came from elsewhere; the request already holds its first token."""
         self._inbox.put(lambda: self._join(request, cache))
 
-    @property
-    def idle(self):
-        return not self._prefills and not self._batches and self._inbox.empty()
-
     def _add_prefill(self, request, done):
         self.counters.requests += 1
         self._prefills.append((request, done, None))

@@ -45,8 +45,11 @@ def raise_if_failed(request):
         raise HTTPException(request.finish_reason["status_code"], request.finish_reason["message"])
 
 
-async def interleave(service, asks, requests):
-    """Yields the index of a request whenever it has something new, until all are finished."""
+async def interleave(service, asks, requests, render):
+    """Yields render(index) whenever requests[index] has something new, until all are finished: once when it is.
+
+    The request is locked meanwhile: the torch thread may be about to give it the next token.
+    """
     news = asyncio.Queue()
 
     async def pump(index):
@@ -59,14 +62,19 @@ async def interleave(service, asks, requests):
 
     pumps = [asyncio.ensure_future(pump(index)) for index in range(len(requests))]
     try:
-        open_pumps = len(pumps)
+        open_pumps, finished = len(pumps), set()
         while open_pumps:
             index, error = await news.get()
             if error is not None:
                 raise error
             if index is None:
                 open_pumps -= 1
-            else:
-                yield index
+            if index is None or index in finished:
+                continue
+            with requests[index].lock:
+                event = render(index)
+                if requests[index].finish_reason is not None:
+                    finished.add(index)
+            yield event
     finally:
         await _end(pumps)

@@ -135,13 +135,13 @@ class EngineTestCase(unittest.TestCase):
 
     def assertIdle(self, within=5.0):
         """Both servers let go of every room and request."""
+        self.eventually(lambda: (prefill.busy, decode.busy) == ((0, 0), (0, 0)), within)
+
+    def eventually(self, condition, within=20.0):
         deadline = time.monotonic() + within
-        while True:
-            busy = {server.name: server.busy for server in (prefill, decode)}
-            if all(state == (0, 0) for state in busy.values()):
-                return
-            self.assertLess(time.monotonic(), deadline, f"(rooms, requests) still held: {busy}")
-            time.sleep(0.05)
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, "it did not happen in time")
+            time.sleep(0.02)
 
     def assertRefused(self, response, status, pattern):
         self.assertEqual(response.status_code, status, response.text)
@@ -362,8 +362,7 @@ class TestNative(EngineTestCase):
         long = GREEDY | {"max_new_tokens": 1500}
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(mono.post, "/generate", {"text": "1", "sampling_params": long, "rid": "long"})
-            while mono.busy != (0, 1):
-                time.sleep(0.02)
+            self.eventually(lambda: mono.busy == (0, 1))
             self.assertEqual(mono.post("/flush_cache", None).status_code, 400)
             waiting = threading.Timer(0.3, mono.post, ("/abort_request", {"rid": "long"}))
             waiting.start()
@@ -376,8 +375,8 @@ class TestNative(EngineTestCase):
             for abort in ({"rid": "one"}, {"abort_all": True}):
                 with self.subTest(server=server.name, abort=abort), ThreadPoolExecutor(1) as pool:
                     running = pool.submit(server.post, "/generate", body | {"rid": "one"})
-                    while told.busy[1] != 1 or not told.info()["engine"]["decode_tokens"]:
-                        time.sleep(0.02)
+                    self.eventually(lambda told=told: told.busy[1] == 1)
+                    time.sleep(0.1)
                     for other in ({}, {"rid": ""}, {"rid": "two"}):
                         self.assertEqual(told.post("/abort_request", other).status_code, 200)
                     self.assertEqual(told.busy[1], 1)
@@ -621,15 +620,13 @@ class TestBadRequests(EngineTestCase):
         long = {"text": "1", "sampling_params": GREEDY | {"max_new_tokens": 3000}, "rid": "taken"}
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(mono.post, "/generate", long)
-            while mono.busy != (0, 1):
-                time.sleep(0.02)
+            self.eventually(lambda: mono.busy == (0, 1))
             self.assertRefused(mono.post("/generate", {"text": "1", "rid": "taken"}), 400, "'taken' is already running")
             mono.post("/abort_request", {"rid": "taken"})
             running.result(20)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(prefill.post, "/generate", self.room | {"text": "1", "rid": "first"})
-            while prefill.busy[0] != 1:
-                time.sleep(0.02)
+            self.eventually(lambda: prefill.busy[0] == 1)
             for second in ({"text": "1"}, {"text": ["1", "2"]}):
                 self.assertRefused(prefill.post("/generate", self.room | second), 400, "room 77 is in use")
             self.assertEqual(prefill.busy, (1, 1))
@@ -691,16 +688,14 @@ class TestFailures(EngineTestCase):
     def test_prefill_is_aborted_before_decode_comes(self):
         with ThreadPoolExecutor(2) as pool:
             sending = pool.submit(prefill.post, "/generate", self.ask(5, rid="early"))
-            while prefill.busy != (1, 1):
-                time.sleep(0.02)
+            self.eventually(lambda: prefill.busy == (1, 1))
             prefill.post("/abort_request", {"rid": "early"})
             self.assertRefused(sending.result(10), 500, "aborted")
 
     def test_decode_is_aborted_while_it_waits(self):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(decode.post, "/generate", self.ask(6, rid="waits"))
-            while decode.busy[1] != 1:
-                time.sleep(0.02)
+            self.eventually(lambda: decode.busy[1] == 1)
             decode.post("/abort_request", {"rid": "waits"})
             self.assertEqual(waiting.result(2).json()["meta_info"]["finish_reason"]["type"], "abort")
 
@@ -717,10 +712,7 @@ class TestFailures(EngineTestCase):
         self.assertIdle(5)
         with self.assertRaises(requests.Timeout):
             mono.post("/generate", body | {"stream": False}, timeout=0.5)
-        deadline = time.monotonic() + 2
-        while mono.busy != (0, 0):
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.05)
+        self.eventually(lambda: mono.busy == (0, 0), 2)
 
     def test_strangers_on_the_bootstrap_port(self):
         for words in (b"GET / HTTP/1.1\r\n\r\n", b'{"room": []}\n', b"x" * 100_000, b""):
@@ -732,9 +724,10 @@ class TestFailures(EngineTestCase):
     def test_sigterm_ends_a_server_and_decode_hears_of_it(self):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(decode.post, "/generate", self.ask(9, spare_bootstrap_port))
-            while decode.busy[1] != 1:
-                time.sleep(0.02)
-            time.sleep(0.2)  # lint: allow sleep-as-readiness: lets the hand-over begin; without it the outcome is the same
+            self.eventually(lambda: decode.busy[1] == 1)
+            time.sleep(
+                0.2
+            )  # lint: allow sleep-as-readiness: lets the hand-over begin; without it the outcome is the same
             spare.process.send_signal(signal.SIGTERM)
             start = time.monotonic()
             self.assertRefused(waiting.result(10), 500, "room 9")
