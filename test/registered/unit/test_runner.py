@@ -13,11 +13,14 @@ from unittest import mock
 
 import psutil
 from pdkit import process_tree
+from pdkit.attempt import child_environment, python3_directory, run_attempt
 from pdkit.ci_register import register_cpu_ci
+from pdkit.console import Console
 from pdkit.exit_codes import ExitCode
+from pdkit.interruption import Interruption
 from pdkit.options import Options, UsageError, parse_options
 from pdkit.outcome import FileState, Output, TestCounts, exit_code_of, read_output, tally
-from pdkit.runner import Attempt, Console, Interruption, child_environment, python3_directory, run_attempt
+from pdkit.results import Attempt
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
