@@ -158,7 +158,7 @@ class PlanOptions:
 
     longest: int = 1000
     alone_tokens: int = 4
-    tokens: int = 40
+    tokens: int = 24
     room_tokens: int = 6
     room_length: int = 48
     rooms: int = 64
@@ -221,20 +221,24 @@ def _cached(geometry, alone, options):
 
 
 def _concurrent(geometry, prompts, lengths, options):
-    """Both kinds of prompts at each length; some decode until a longest compressed entry was filled by decode alone."""
+    """Both kinds of prompts at each length; some decode until a longest compressed entry was filled by decode alone.
+
+    These are sent first, so that the others are decoded beside them.
+    """
     both = (("random", prompts.random_ids), ("natural", prompts.natural_ids))
-    probes = [
-        generate_probe(f"{kind}-{length}", ids(length), options.tokens) for length in lengths for kind, ids in both
-    ]
     largest = max((*geometry.ratios, geometry.window or 1))
     start = max(1, largest - 8)
     long = largest + 16
+    probes = []
     if start + long < geometry.context and start <= options.longest:
         probes += [
             generate_probe(f"{kind}-{start}-long-output-{turn}", ids(start), long)
             for kind, ids in both
             for turn in (1, 2)
         ]
+    probes += [
+        generate_probe(f"{kind}-{length}", ids(length), options.tokens) for length in lengths for kind, ids in both
+    ]
     return (Round(f"{options.in_flight} in flight", tuple(probes), options.in_flight, flush=True),)
 
 
