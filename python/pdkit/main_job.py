@@ -24,18 +24,25 @@ class TestNotFound(Exception):
 
 
 _PHASE = re.compile(r"\[phase\] (?P<name>.+): (?P<seconds>[\d.]+) s")
-_RESULT = re.compile(r"rung=(?P<rung>\S+) engine=(?P<engine>.+) gsm8k=(?P<score>[\d.]+) gate=(?P<gate>\S+)")
+_RESULT = re.compile(
+    r"rung=(?P<rung>\S+) engine=(?P<engine>.+) gsm8k=(?P<score>[\d.]+) examples=(?P<examples>\d+) gate=(?P<gate>\S+)"
+)
 _THROUGHPUT = re.compile(r"Output throughput: (?P<tokens_per_s>[\d.]+) token/s")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the test says that it measured, and on what."""
+    """What the test says that it measured, and on what; `score` is the share of right answers, rounded."""
 
     rung: str
     engine: str
     score: float
+    examples: int
     gate: str
+
+    @property
+    def correct(self) -> int:
+        return round(self.score * self.examples)
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,9 @@ def read_report(lines: Iterable[str]) -> Report:
         if match := _PHASE.fullmatch(line.strip()):
             phases.append((match["name"], float(match["seconds"])))
         elif match := _RESULT.fullmatch(line.strip()):
-            result = Result(match["rung"], match["engine"], float(match["score"]), match["gate"])
+            result = Result(
+                match["rung"], match["engine"], float(match["score"]), int(match["examples"]), match["gate"]
+            )
         elif match := _THROUGHPUT.fullmatch(line.strip()):
             throughput = float(match["tokens_per_s"])
     return Report(tuple(phases), result, throughput)
@@ -72,7 +81,7 @@ def summary(rung: Rung, report: Report, code: ExitCode, seconds: float) -> str:
     result = report.result
     head = f"main job on rung {rung.name}: {code.name.replace('_', ' ')}"
     rows = [("engine", result.engine if result else rung.engine)]
-    rows += [("score", f"{result.score:.3f} (gate {result.gate})" if result else "none, the test did not get that far")]
+    rows += [("score", f"{result.score:.3f} of {result.examples} examples (gate {result.gate})" if result else "none, the test did not get that far")]
     rows += [("throughput", f"{report.throughput:.0f} output tokens/s")] if report.throughput else []
     rows += [(name, f"{took:.1f} s") for name, took in report.phases]
     rows += [("imports and the rest", f"{seconds - sum(took for _, took in report.phases):.1f} s")]

@@ -95,7 +95,8 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
                     gsm8k_data_path=self.gsm8k_data_path,
                 )
             )
-        print(f"rung={self.rung} engine={self.engine} gsm8k={metrics['score']:.3f} gate=>{self.min_score}", flush=True)
+        score = f"gsm8k={metrics['score']:.3f} examples=200 gate=>{self.min_score}"
+        print(f"rung={self.rung} engine={self.engine} {score}", flush=True)
         self.assertGreater(metrics["score"], self.min_score)
 
     # From here on: how the plan above is started, watched and stopped.

@@ -416,7 +416,7 @@ class TestVerdict(unittest.TestCase):
         self.assertEqual((args.eval_name, args.api, args.base_url, args.model), ("gsm8k", "completion", "lb", "model"))
         self.assertEqual((args.max_tokens, args.num_examples, args.num_threads), (512, 200, 128))
         self.assertEqual(Path(args.gsm8k_data_path).name, "gsm8k_nano.jsonl")
-        self.assertIn("rung=embedded engine=pdkit.engine gsm8k=1.000 gate=>0.95\n", self.stdout.getvalue())
+        self.assertIn("rung=embedded engine=pdkit.engine gsm8k=1.000 examples=200 gate=>0.95\n", self.stdout.getvalue())
 
     def test_score_must_be_above_the_gate(self):
         self.verdict(score=0.955)

@@ -21,7 +21,7 @@ from pdkit.rung import LADDER, Gpu
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 EMBEDDED = LADDER[-1]
-RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 gate=>0.95"
+RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
 RUN = [
     "rung=embedded engine=pdkit.engine model=m",
     "[phase] load prefill and decode: 4.3 s",
@@ -37,10 +37,11 @@ class TestReport(unittest.TestCase):
         self.assertEqual(report.phases, (("load prefill and decode", 4.3), ("teardown", 5.1)))
         self.assertEqual((report.result.rung, report.result.engine), ("embedded", "pdkit.engine"))
         self.assertEqual((report.result.score, report.result.gate), (0.985, ">0.95"))
+        self.assertEqual((report.result.correct, report.result.examples), (197, 200))
         self.assertEqual(report.throughput, 312.345)
 
     def test_an_engine_name_may_have_spaces(self):
-        report = read_report(["rung=8xH200 engine=sglang 0.5.23 gsm8k=0.960 gate=>0.95"])
+        report = read_report(["rung=8xH200 engine=sglang 0.5.23 gsm8k=0.960 examples=200 gate=>0.95"])
         self.assertEqual(report.result.engine, "sglang 0.5.23")
 
     def test_summary_shows_score_gate_and_phases(self):
@@ -50,7 +51,7 @@ class TestReport(unittest.TestCase):
             textwrap.dedent("""\
                 main job on rung embedded: PASSED
                   engine                   pdkit.engine
-                  score                    0.985 (gate >0.95)
+                  score                    0.985 of 200 examples (gate >0.95)
                   throughput               312 output tokens/s
                   load prefill and decode  4.3 s
                   teardown                 5.1 s
