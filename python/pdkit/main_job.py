@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdkit.ci_register import CIRegisterNotFound
-from pdkit.exit_codes import ExitCode
+from pdkit.exit_codes import ExitCode, NotReady
 from pdkit.options import Options, UsageError
 from pdkit.registry import Registration, Selection, collect
 from pdkit.rung import LADDER, Gpu, Rung, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
@@ -107,11 +107,18 @@ def registration_of(rung: Rung) -> Registration:
     raise TestNotFound(f"no registered test at {path}; run scripts/run.sh of a clone of the repository")
 
 
-def run(rung: Rung, report_dir: Path) -> ExitCode:
-    """Runs the test of `rung` as `test/run_suite.py` would, and ends with the summary."""
+def run(rung: Rung, report_dir: Path | None, environment_check: bool = True) -> ExitCode:
+    """Runs the test of `rung` as `test/run_suite.py` would, and ends with the summary.
+
+    Raises TestNotFound, and NotReady where this machine lacks what the test needs.
+    """
+    from pdkit.environment_check.require import require
     from pdkit.runner import run_suite
 
     registration = registration_of(rung)
+    if environment_check:
+        require([registration])
+    report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
     os.environ.setdefault("SGLANG_PD_LOG_DIR", str(report_dir.absolute()))
     options = Options(TEST_DIR / "registered", hw=registration.hw, suite=registration.suite, report_dir=report_dir)
     code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
@@ -130,6 +137,12 @@ def main(argv: Sequence[str]) -> ExitCode:
     parser.add_argument(
         "--report-dir", type=Path, metavar="DIR", help="for log, server logs and results.json (default: a new one)"
     )
+    parser.add_argument(
+        "--skip-environment-check",
+        dest="environment_check",
+        action="store_false",
+        help="start even if this machine lacks what the rung needs",
+    )
     args = parser.parse_args(argv)
     gpus = visible_gpus()
     if args.ladder:
@@ -138,12 +151,12 @@ def main(argv: Sequence[str]) -> ExitCode:
     try:
         rung = choose(gpus, args.rung)
         print(f"main job on rung {rung.name}: {rung.engine}", *why(rung, gpus).splitlines(), sep="\n  ", flush=True)
-        return run(rung, args.report_dir or Path(tempfile.mkdtemp(prefix="main_job_")))
+        return run(rung, args.report_dir, args.environment_check)
     except (UnknownRung, UsageError) as error:
         code, message = ExitCode.BAD_USAGE, error
-    except (RungUnavailable, TestNotFound, CIRegisterNotFound) as error:
+    except (RungUnavailable, TestNotFound, CIRegisterNotFound, NotReady) as error:
         code, message = ExitCode.NOT_READY, error
-    print(f"run.sh: error: {message}", file=sys.stderr)
+    print(*(f"run.sh: error: {line}" for line in str(message).splitlines()), sep="\n", file=sys.stderr)
     return code
 
 

@@ -140,6 +140,21 @@ class TestMain(unittest.TestCase):
         self.assertEqual(self.main("--rung", "8xH200"), ExitCode.NOT_READY)
         self.assertEqual(self.printed, "")
 
+    def test_a_machine_that_lacks_something_starts_nothing(self):
+        self.write_test(*RUN)
+        path = self.test_dir / EMBEDDED.test_file
+        pair = "\n\nclass TestPair(PDDisaggregationServerBase):\n    def test_it(self): pass\n\n\nif __name__"
+        path.write_text(path.read_text().replace("\n\nif __name__", pair))
+        with patch("pdkit.environment_check.check.ASSETS", self.test_dir):
+            self.assertEqual(self.main(), ExitCode.NOT_READY)
+        first, second = self.err.getvalue().splitlines()
+        self.assertRegex(first, f"^run.sh: error: model: {self.test_dir}/nano-dsv4: no such directory; ")
+        self.assertRegex(second, f"^run.sh: error: data: {self.test_dir}/gsm8k_nano.jsonl: No such file .*; ")
+        self.assertEqual(len(self.printed.splitlines()), 2, self.printed)
+        with patch("pdkit.environment_check.check.ASSETS", self.test_dir):
+            self.assertEqual(self.main("--skip-environment-check"), ExitCode.FAILED)
+        self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)
+
     def test_a_tree_without_the_test(self):
         write_test(self.test_dir, "pass", file="registered/test_other.py")
         self.assertEqual(self.main(), ExitCode.NOT_READY)
