@@ -1,9 +1,10 @@
 """A GPU plan as text: one column per GPU, and below it why, which ports, which NICs and how much memory."""
 
+import io
 from collections.abc import Iterable, Mapping
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -72,3 +73,12 @@ def draw(plan: GpuPlan, model: Model | None = None, nic_sockets: Mapping[str, in
     lines += [f"{server.name}: NICs {_nics(server, nic_sockets or {})}" for server in plan.servers]
     lines += memory_lines(plan, model) if model else ()
     return Group(*([_grid(plan)] if plan.servers else [Text(f"{plan.test} uses no GPU")]), Text("\n".join(lines)))
+
+
+def as_text(
+    plan: GpuPlan, model: Model | None = None, nic_sockets: Mapping[str, int] | None = None, width: int = 100
+) -> str:
+    """What `draw` gives, as plain text for a report; the grid is at most `width` columns wide."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, soft_wrap=True)
+    console.print(draw(plan, model, nic_sockets))
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib.util
-import io
 import json
 import os
 import subprocess
@@ -21,9 +20,8 @@ from pdkit.ci_register import register_cpu_ci
 from pdkit.contract.release import installed
 from pdkit.exit_codes import ExitCode
 from pdkit.gpu_plan import GpuPlan, Runner, Server, span
-from pdkit.gpu_plan_drawing import draw, memory_lines, memory_problems
+from pdkit.gpu_plan_drawing import as_text, memory_lines, memory_problems
 from pdkit.memory_estimate import Tensor, UnknownModel, of_config
-from rich.console import Console
 
 register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
@@ -347,13 +345,8 @@ class TestMemory(unittest.TestCase):
 
 
 class TestDrawing(unittest.TestCase):
-    def drawn(self, what, sockets=None):
-        console = Console(file=io.StringIO(), width=100, no_color=True)
-        console.print(draw(what, nic_sockets=sockets))
-        return console.file.getvalue()
-
     def test_main_job(self):
-        text = self.drawn(plan({"nics": ("mlx5_0",)}))
+        text = as_text(plan({"nics": ("mlx5_0",)}))
         self.assertIn("TestPD on 8-gpu-h200 (8 GPUs of 141 GB): 8 GPUs used", text)
         rows = [line.split() for line in text.splitlines()]
         self.assertIn(["prefill", "tp0", "tp1", "tp2", "tp3", *"····"], rows)
@@ -361,27 +354,56 @@ class TestDrawing(unittest.TestCase):
         self.assertIn(["dp0", "dp1", "dp2", "dp3"], rows)
         self.assertIn("prefill: ports 21100 http, 21300 nccl", text)
         self.assertIn("load balancer: ports 21000 http", text)
-        self.assertIn("prefill: NICs mlx5_0\n", text)
+        self.assertIn("\nprefill: NICs mlx5_0\n", text)
         self.assertIn("decode: NICs left to the transfer backend", text)
-        text = self.drawn(plan({"nics": ("mlx5_0", "mlx5_1")}), {"mlx5_1": 1})
+        text = as_text(plan({"nics": ("mlx5_0", "mlx5_1")}), nic_sockets={"mlx5_1": 1})
         self.assertIn("prefill: NICs mlx5_0, mlx5_1 (socket 1)\n", text)
 
     def test_gpus_that_the_runner_lacks(self):
-        self.assertRegex(self.drawn(plan(decode={"base_gpu_id": 6})), r"GPU .* 7 +8\? +9\?")
+        self.assertRegex(as_text(plan(decode={"base_gpu_id": 6})), r"GPU .* 7 +8\? +9\?")
 
     def test_no_gpu(self):
-        self.assertIn("TestPD uses no GPU", self.drawn(GpuPlan("TestPD", ())))
+        self.assertIn("TestPD uses no GPU", as_text(GpuPlan("TestPD", ())))
+
+
+SUBCLASS = """
+class {name}(dsv4.TestDisaggregationDSV4):
+    server_args = [*dsv4.TestDisaggregationDSV4.server_args, "--tp-size", "{width}", "--dp-size", "{width}"]
+    prefill_gpus, decode_gpus = range({width}), range({width}, 2 * {width})
+"""
+
+
+def write_subclasses(path, **widths):
+    """A registered file of the main job's test with other numbers of GPUs per side, by the name of the class."""
+    head = f"""
+        import sys
+        import unittest
+        sys.path.append({str(DSV4.parent)!r})
+        from sglang.test.ci.ci_register import register_cuda_ci
+        import test_disaggregation_dsv4 as dsv4
+
+        register_cuda_ci(est_time=1, suite="stage-c-test-8-gpu-h200")
+    """
+    classes = (SUBCLASS.format(name=name, width=width) for name, width in widths.items())
+    main = 'if __name__ == "__main__":\n    unittest.main()\n'
+    path.write_text("\n".join([textwrap.dedent(head), *classes, main]))
+    return path
 
 
 class TestFromContract(unittest.TestCase):
     """The whole way: the test is asked what it launches, the installed release what its flags mean."""
 
-    def ask(self, *argv, suite=None):
-        (found,) = gpu_plan.of_contract(launch_contract.ask(installed(), DSV4, argv), suite)
+    @classmethod
+    def setUpClass(cls):
+        cls.contract = launch_contract.ask(installed(), DSV4)
+
+    def plan(self, suite=None, **changes):
+        """The plan of the main job, its contract changed like that."""
+        (found,) = gpu_plan.of_contract(dataclasses.replace(self.contract, **changes), suite)
         return found
 
     def test_main_job(self):
-        found = self.ask()
+        found = self.plan()
         self.assertEqual([s.name for s in found.servers], ["prefill", "decode"])
         self.assertEqual([s.gpus for s in found.servers], [(0, 1, 2, 3), (4, 5, 6, 7)])
         self.assertEqual([(s.tp, s.attention_dp, s.replicas) for s in found.servers], [(4, 4, 1)] * 2)
@@ -395,29 +417,37 @@ class TestFromContract(unittest.TestCase):
         self.assertEqual(gpu_plan.as_data(found)["runner"], {"name": "8-gpu-h200", "gpus": 8, "memory_gb": 141})
         json.dumps(gpu_plan.as_data(found))
 
+    def test_the_same_on_2_and_4_gpus(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        path = write_subclasses(folder / "test_small.py", TestOn2=1, TestOn4=2)
+        tests = launch_contract.ask(installed(), path).tests
+        for test, width in zip(tests, (1, 2), strict=True):
+            fits = gpu_plan.of_test(test, Runner(f"{2 * width}-gpu-h200", 2 * width, 141))
+            self.assertEqual([*fits.problems(), *fits.warnings()], [])
+            prefill, decode = fits.servers
+            self.assertEqual((prefill.gpus, decode.gpus), (tuple(range(width)), tuple(range(width, 2 * width))))
+            self.assertEqual({(s.tp, s.attention_dp, s.replicas) for s in fits.servers}, {(width, width, 1)})
+            (line,) = gpu_plan.of_test(test, Runner("1-gpu-h200", 1, 141)).problems()
+            self.assertIn(f"needs {2 * width} GPUs ({span(range(2 * width))}), the runner is 1-gpu-h200", line)
+
     def test_ports_that_sglang_derives(self):
-        prefill, _ = self.ask().servers
+        prefill, _ = self.plan().servers
         http = prefill.ports["http"]
         # DP attention over TCP: rendezvous at 233 above, and the sockets of tokenizer, detokenizer, ... after it
         derived = ("dist_init", "port_base", "detokenizer", "rpc", "metrics", "scheduler_input")
         self.assertEqual([prefill.ports[use] - http for use in derived], [233, 234, 235, 236, 237, 238])
         port = http + 234
-        clash = self.ask("--nccl-port", str(port)).problems()
-        self.assertEqual([line for line in clash if f"port {port} " in line], clash)
+        contract = launch_contract.ask(installed(), DSV4, ["--nccl-port", str(port)])
+        (clash,) = gpu_plan.of_contract(contract)[0].problems()
+        self.assertRegex(clash, f": port {port} is wanted by .*prefill port_base.* and decode nccl$")
 
     def test_runner(self):
-        self.assertEqual(self.ask(suite="stage-b-test-1-gpu-large").runner, Runner("1-gpu-large", 1, 80))
-        contract = dataclasses.replace(
-            launch_contract.ask(installed(), DSV4), suites=("stage-a-test-cpu", "x-4-gpu-h100")
-        )
-        (found,) = gpu_plan.of_contract(contract)
-        self.assertEqual(found.runner, Runner("4-gpu-h100", 4, 80))
-        (found,) = gpu_plan.of_contract(dataclasses.replace(contract, suites=("stage-a-test-cpu",)))
-        self.assertIsNone(found.runner)
+        self.assertEqual(self.plan(suite="stage-b-test-1-gpu-large").runner, Runner("1-gpu-large", 1, 80))
+        self.assertEqual(self.plan(suites=("stage-a-test-cpu", "x-4-gpu-h100")).runner, Runner("4-gpu-h100", 4, 80))
+        self.assertIsNone(self.plan(suites=("stage-a-test-cpu",)).runner)
 
     def test_several_of_a_name(self):
-        contract = launch_contract.ask(installed(), DSV4)
-        (test,) = contract.tests
+        (test,) = self.contract.tests
         doubled = dataclasses.replace(test, processes=test.processes * 2)
         names = ["prefill", "decode", "prefill 2", "decode 2"]
         found = gpu_plan.of_test(doubled, H200)
@@ -437,25 +467,7 @@ class TestFromContract(unittest.TestCase):
         self.assertIn("8 GPUs used", out)
 
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        ten = folder / "test_ten.py"
-        ten.write_text(
-            textwrap.dedent(f"""
-                import sys
-                import unittest
-                sys.path.append({str(DSV4.parent)!r})
-                from sglang.test.ci.ci_register import register_cuda_ci
-                import test_disaggregation_dsv4 as dsv4
-
-                register_cuda_ci(est_time=1, suite="stage-c-test-8-gpu-h200")
-
-                class TestTen(dsv4.TestDisaggregationDSV4):
-                    server_args = [*dsv4.TestDisaggregationDSV4.server_args, "--tp-size", "5", "--dp-size", "5"]
-                    prefill_gpus, decode_gpus = range(0, 5), range(5, 10)
-
-                if __name__ == "__main__":
-                    unittest.main()
-            """)
-        )
+        ten = write_subclasses(folder / "test_ten.py", TestTen=5)
         code, _, (error,) = run(str(ten))
         self.assertEqual(code, ExitCode.NOT_READY)
         self.assertRegex(error, r"^gpu_plan: error: TestTen: needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 ")
