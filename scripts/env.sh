@@ -5,6 +5,7 @@
 #   scripts/env.sh CMD [ARG...]    the same, then run CMD with its python3 first on PATH and this clone's pdkit importable
 #
 # PDKIT_CACHE_DIR   where environments are kept (default ${XDG_CACHE_HOME:-~/.cache}/sglang-pd-suite)
+# PDKIT_GPU         1 or 0: with or without what only GPUs need (default: 1 where there is an NVIDIA driver)
 # PDKIT_PYTHON      use this interpreter as it is (SGLang's own container, another release): nothing is installed
 set -euo pipefail
 shopt -s inherit_errexit
@@ -17,7 +18,7 @@ fail() { say "$*"; exit "$NOT_READY"; }
 trap 'exit 130' INT
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-lock=$repo/requirements.lock
+locks=("$repo/requirements.lock")
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
 
@@ -29,6 +30,15 @@ base_python() {
     fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>&1 || true); install one, or set PDKIT_PYTHON"
 }
 
+has_gpu() {
+    case ${PDKIT_GPU:-} in
+        0) return 1 ;;
+        1) return 0 ;;
+        "") [[ -e /dev/nvidiactl ]] ;;
+        *) fail "PDKIT_GPU=$PDKIT_GPU: expected 1 or 0" ;;
+    esac
+}
+
 make_venv() {
     local python=$1 venv=$2 started=$SECONDS
     say "making $venv (about 10 GB; a few minutes, once)"
@@ -37,8 +47,8 @@ make_venv() {
     "$venv/bin/python" -m pip install --quiet "uv==$UV_VERSION" \
         || fail "pip could not install uv==$UV_VERSION; is a Python package index reachable?"
     UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180} \
-        "$venv/bin/uv" pip install --python "$venv/bin/python" --requirement "$lock" 2>&1 | { grep --line-buffered -v '^ [+-] ' || true; } \
-        || fail "uv could not install $lock (reason above; free disk: $(df -Ph "$venv" | awk 'NR==2 {print $4}')); run again to retry"
+        "$venv/bin/uv" pip install --python "$venv/bin/python" "${locks[@]/#/--requirement=}" 2>&1 | { grep --line-buffered -v '^ [+-] ' || true; } \
+        || fail "uv could not install ${locks[*]} (reason above; free disk: $(df -Ph "$venv" | awk 'NR==2 {print $4}')); run again to retry"
     say "checking that SGLang imports"
     "$venv/bin/python" -c 'import sglang, sglang_router, torch, transformers' \
         || fail "installed, but SGLang does not import (reason above)"
@@ -55,7 +65,8 @@ cached_venv() {
     python=$(base_python)
     cache=${PDKIT_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-$repo}/.cache}/sglang-pd-suite}
     if ! mkdir -p "$cache" || ! [[ -w $cache ]]; then fail "cannot write to $cache; set PDKIT_CACHE_DIR"; fi
-    key=$({ grep -v "^ *#" "$lock"; echo "$UV_VERSION"; "$python" --version; } | sha256sum | cut -c1-12)
+    if has_gpu; then locks+=("$repo/requirements-gpu.lock"); fi
+    key=$({ grep -hv "^ *#" "${locks[@]}"; echo "$UV_VERSION"; "$python" --version; } | sha256sum | cut -c1-12)
     venv=$(cd "$cache" && pwd)/venv-$key
     if ! ready "$venv"; then
         exec 9>"$venv.lock"

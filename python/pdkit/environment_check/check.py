@@ -24,7 +24,7 @@ PAIR_FILES = 1024
 def check(needs: Needs, root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> list[Finding]:
     """Everything that can be known of this machine before a suite with such needs is started."""
     facts = machine.observe(root, environ, gpus=needs.hw == "cuda")
-    return [*of_machine(needs, facts, environ), *of_place(needs, environ)]
+    return [*of_machine(needs, facts, environ), *of_place(needs, environ, has_gpus=bool(facts.gpus))]
 
 
 def of_machine(needs: Needs, facts: Machine, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -40,8 +40,8 @@ def of_machine(needs: Needs, facts: Machine, environ: Mapping[str, str] = os.env
         yield from _limits(needs, facts, PAIR_FILES)
 
 
-def of_place(needs: Needs, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """What the software, the ports and the disks here say to the needs."""
+def of_place(needs: Needs, environ: Mapping[str, str] = os.environ, has_gpus: bool = False) -> Iterator[Finding]:
+    """What the software, the ports and the disks here say to the needs; packages for GPUs are imported only on some."""
     yield _python(environ)
     yield from (error("contract", line, "the servers would refuse it", "correct the test") for line in needs.errors)
     later = "this release still takes it", "change the test before the next one does not"
@@ -50,7 +50,7 @@ def of_place(needs: Needs, environ: Mapping[str, str] = os.environ) -> Iterator[
         yield from _embedded()
     if needs.hw != "cuda":
         return
-    yield from _packages(needs, environ)
+    yield from _packages(needs, environ, has_gpus)
     yield from _ports(needs)
     for name, weights in dict.fromkeys((m, process.weights) for process in needs.processes for m in process.models):
         yield from model.check(name, environ, weights)
@@ -75,7 +75,7 @@ def _python(environ: Mapping[str, str]) -> Finding:
 def _embedded() -> Iterator[Finding]:
     yield from model.check(str(ASSETS / "nano-dsv4"))
     yield from dataset.check(str(ASSETS / "gsm8k_nano.jsonl"))
-    yield packages.installed(*packages.ROUTER)
+    yield packages.installed(packages.ROUTER)
     try:
         ports.claim().release()
         yield ok("ports", "a block of free ones for servers and load balancer")
@@ -177,13 +177,15 @@ def _gids(rules: rdma.Rules, devices: list[str]) -> Iterator[Finding]:
         yield warning("RDMA", f"RoCE v2 GIDs of {', '.join(roce)} have different indices", why, do)
 
 
-def _packages(needs: Needs, environ: Mapping[str, str]) -> Iterator[Finding]:
-    findings = []
+def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Iterator[Finding]:
+    wanted: dict[packages.Package, None] = {}
     for process in needs.processes:
         if process.gpus:
             dsv4 = any(model.is_dsv4(name, model.locate(name, environ)) for name in process.models)
-            findings += packages.check(process.a2a, process.backend, dsv4)
-    yield from dict.fromkeys(findings)
+            wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, dsv4))
+    yield from map(packages.installed, wanted)
+    if has_gpus:
+        yield from packages.importable(wanted)
 
 
 def _ports(needs: Needs) -> Iterator[Finding]:

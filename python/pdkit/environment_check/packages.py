@@ -1,26 +1,55 @@
-"""Packages that the flags of a server need, found without importing them."""
+"""Packages that the flags of a server need: found without importing them, and imported each in a process of its own."""
 
 import re
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
 from pdkit.environment_check.finding import Finding, error, ok
 
+MOONCAKE = ("mooncake.engine", "pip install mooncake-transfer-engine-cuda13, for a torch of CUDA 12 without -cuda13")
 BACKENDS = {
-    "mooncake": ("mooncake.engine", "pip install mooncake-transfer-engine"),
-    "mooncake_tcp": ("mooncake.engine", "pip install mooncake-transfer-engine"),
+    "mooncake": MOONCAKE,
+    "mooncake_tcp": MOONCAKE,
     "nixl": ("nixl._api", "pip install nixl"),
     "mori": ("mori.io", "install MORI from SGLang's ROCm image"),
     "ascend": ("memfabric_hybrid", "pip install memfabric-hybrid"),
 }
-ROUTER = ("sglang_router", "it is the load balancer", "pip install sglang-router")
 FLASH_MLA_USERS = (
     Path("srt", "layers", "attention", "deepseek_v4_backend.py"),
     Path("kernels", "ops", "attention", "flash_mla_interface.py"),
 )
 _FLASH_MLA = re.compile(r"^\s*(?:from|import) (sgl_kernel\.flash_mla|flash_mla)\b", re.MULTILINE)
+
+IMPORT_TIMEOUT_S = 60.0
+# SGLang imports torch first too, and with it come the CUDA libraries that the others are linked with.
+_IMPORT = """
+import importlib, sys
+try:
+    import torch
+    importlib.import_module(sys.argv[1])
+except BaseException as error:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A module that a server imports, what for, and how to install it."""
+
+    module: str
+    why: str
+    install: str
+
+
+ROUTER = Package("sglang_router", "it is the load balancer", "pip install sglang-router")
 
 
 def locate(module: str, path: Sequence[str] | None = None) -> Path | None:
@@ -43,28 +72,51 @@ def flash_mla_modules(sglang: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for source in sources for name in _FLASH_MLA.findall(source)))
 
 
-def check(a2a: str | None, backend: str | None, is_dsv4: bool, path: Sequence[str] | None = None) -> Iterator[Finding]:
-    """One finding for each package that a server with this MoE all-to-all, transfer backend and model needs."""
-    wanted = [("sgl_kernel", "every CUDA server of SGLang imports it", "pip install sglang-kernel")]
+def wanted(a2a: str | None, backend: str | None, is_dsv4: bool, path: Sequence[str] | None = None) -> Iterator[Package]:
+    """What a server with this MoE all-to-all, transfer backend and model imports, and the load balancer."""
+    yield Package("sgl_kernel", "every CUDA server of SGLang imports it", "pip install sglang-kernel")
     if a2a == "deepep":
         why = "--moe-a2a-backend deepep dispatches to the experts with it"
-        wanted.append(("deep_ep", why, "pip install sgl-deep-ep, or use SGLang's image"))
+        yield Package("deep_ep", why, "pip install sgl-deep-ep, or use SGLang's image")
     if a2a == "deepep" or is_dsv4:
-        why = "experts and indexer of the model run on it"
-        wanted.append(("deep_gemm", why, "pip install sgl-deep-gemm"))
+        yield Package("deep_gemm", "experts and indexer of the model run on it", "pip install sgl-deep-gemm")
     sglang = locate("sglang", path)
     for module in flash_mla_modules(sglang.parent) if is_dsv4 and sglang else ():
-        wanted.append((module, "DeepSeek-V4's attention is FlashMLA", "pip install sglang with its dependencies"))
+        yield Package(module, "DeepSeek-V4's attention is FlashMLA", "pip install sglang with its dependencies")
     if backend in BACKENDS:
         module, install = BACKENDS[backend]
-        wanted.append((module, f"--disaggregation-transfer-backend {backend} hands the state over with it", install))
-    for row in [*wanted, ROUTER]:
-        yield installed(*row, path=path)
+        yield Package(module, f"--disaggregation-transfer-backend {backend} hands the state over with it", install)
+    yield ROUTER
 
 
-def installed(module: str, why: str, install: str, path: Sequence[str] | None = None) -> Finding:
-    """Whether one module can be imported."""
-    found = locate(module, path)
+def installed(package: Package, path: Sequence[str] | None = None) -> Finding:
+    """Whether a package is there."""
+    found = locate(package.module, path)
     if found is None:
-        return error("package", f"{module} is not installed", why, install)
-    return ok("package", f"{module} at {found}")
+        return error("package", f"{package.module} is not installed", package.why, package.install)
+    return ok("package", f"{package.module} at {found}")
+
+
+def importable(packages: Iterable[Package]) -> list[Finding]:
+    """An error for each package that is there and cannot be imported: a missing library, another CUDA or GPU."""
+    there = [package for package in packages if locate(package.module)]
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(import_problem, [package.module for package in there])
+    do = f"install the library that it names, or build for this torch and GPU; {sys.executable} -c 'import torch, "
+    return [
+        error("package", f"{package.module} cannot be imported: {problem}", package.why, f"{do}{package.module}'")
+        for package, problem in zip(there, problems, strict=True)
+        if problem
+    ]
+
+
+def import_problem(module: str) -> str | None:
+    """The first reason why `import torch, module` fails, in one line; None where it does not."""
+    command = [sys.executable, "-c", _IMPORT, module]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=IMPORT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {IMPORT_TIMEOUT_S:.0f} s"
+    if not run.returncode:
+        return None
+    return " ".join(run.stderr.split())[-200:] or f"exit code {run.returncode}"

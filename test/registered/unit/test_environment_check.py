@@ -285,10 +285,13 @@ class TestPackages(CheckCase):
         self.write("sglang/srt/layers/attention/deepseek_v4_backend.py", f"def f():\n    {backend_source}\n")
         return [str(self.root)]
 
+    def found(self, a2a, backend, is_dsv4, site):
+        return [packages.installed(package, site) for package in packages.wanted(a2a, backend, is_dsv4, site)]
+
     ALL = ("sgl_kernel.flash_mla", "deep_ep", "deep_gemm", "mooncake.engine", "sglang_router")
 
     def test_all_there_and_none_imported(self):
-        self.assert_fine(packages.check("deepep", "mooncake", True, self.site(*self.ALL)))
+        self.assert_fine(self.found("deepep", "mooncake", True, self.site(*self.ALL)))
 
     def test_each_missing(self):
         for missing, says in (
@@ -301,12 +304,38 @@ class TestPackages(CheckCase):
             with self.subTest(missing):
                 shutil.rmtree(self.root)
                 site = self.site(*(module for module in self.ALL if module != missing), "sgl_kernel.other")
-                self.assert_one(packages.check("deepep", "mooncake", True, site), Level.ERROR, missing, says)
+                self.assert_one(self.found("deepep", "mooncake", True, site), Level.ERROR, missing, says)
+
+    def test_what_is_there_is_imported_where_gpus_are(self):
+        self.write("torch.py")
+        self.write("sglang_router.py", "import torch")
+        self.write("deep_gemm.py", "raise OSError('libcudart.so.12: no such file')")
+        self.write(
+            "mooncake/engine.py", "try:\n    import deep_gemm\nexcept OSError as e:\n    raise ImportError('no') from e"
+        )
+        self.write("flash_mla.py", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+        paths = mock.patch.object(sys, "path", [str(self.root), *sys.path])
+        environ = mock.patch.dict(os.environ, PYTHONPATH=str(self.root))
+        launched = Needs("cuda", processes=[Process("T", "prefill", (0,), backend="mooncake", a2a="deepep")])
+        with paths, environ:
+            for module, says in (
+                ("deep_gemm", "OSError: libcudart.so.12: no such file"),
+                ("mooncake.engine", "OSError: libcudart.so.12: no such file"),
+                ("flash_mla", "exit code -11"),
+            ):
+                package = packages.Package(module, "it is needed", "install it")
+                found = packages.importable([package, packages.ROUTER, packages.Package("not_there", "", "")])
+                line = self.assert_one(found, Level.ERROR, f"{module} cannot be imported: {says}; it is needed; ")
+                self.assertTrue(line.endswith(f"{sys.executable} -c 'import torch, {module}'"), line)
+            for has_gpus in (False, True):
+                lines = [str(finding) for finding in checks.of_place(launched, has_gpus=has_gpus)]
+                told = [line for line in lines if line.startswith("package: deep_gemm cannot be imported")]
+                self.assertEqual(len(told), has_gpus, lines)
 
     def test_only_what_the_flags_need(self):
         site = self.site("sgl_kernel", "sglang_router")
-        self.assert_fine(packages.check("none", "fake", False, site))
-        self.assert_one(packages.check(None, "nixl", False, site), Level.ERROR, "nixl._api is not installed", "nixl")
+        self.assert_fine(self.found("none", "fake", False, site))
+        self.assert_one(self.found(None, "nixl", False, site), Level.ERROR, "nixl._api is not installed", "nixl")
 
     def test_flash_mla_of_a_release(self):
         for source, modules in (

@@ -16,10 +16,19 @@ OUR_MODULES = {"pdkit"} | {path.stem for path in (REPO / "test").rglob("*.py")}
 DISTRIBUTION = {"sglang_router": "sglang-router", "pynvml": "nvidia-ml-py"}
 
 
-def requirement_lines():
+def requirement_lines(section="options", field="install_requires"):
     config = configparser.ConfigParser()
     config.read(REPO / "setup.cfg")
-    return re.findall(r"^[\w-]+", config["options"]["install_requires"], re.MULTILINE)
+    return re.findall(r"^[\w-]+", config[section][field], re.MULTILINE)
+
+
+def gpu_requirements():
+    return requirement_lines("options.extras_require", "gpu")
+
+
+def pins(name):
+    """Versions that a lock file pins, by distribution."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (REPO / name).read_text(), re.MULTILINE))
 
 
 def imported_distributions():
@@ -41,14 +50,17 @@ class TestDependencies(unittest.TestCase):
 
     def test_each_is_justified_in_the_line_above(self):
         lines = (REPO / "setup.cfg").read_text().splitlines()
-        for name in requirement_lines():
+        for name in requirement_lines() + gpu_requirements():
             (number,) = (i for i, line in enumerate(lines) if re.match(rf"    {re.escape(name)}(?![\w-])", line))
             self.assertRegex(lines[number - 1], r"^    # \w+", name)
 
     def test_each_is_pinned(self):
-        lock = (REPO / "requirements.lock").read_text()
-        for name in requirement_lines():
-            self.assertRegex(lock, re.compile(rf"^{re.escape(name)}==", re.MULTILINE))
+        self.assertEqual(set(requirement_lines()) - set(pins("requirements.lock")), set())
+
+    def test_what_only_gpus_need_is_pinned_on_top(self):
+        on_top = pins("requirements-gpu.lock")
+        self.assertEqual(set(gpu_requirements()) - set(on_top), set())
+        self.assertEqual(set(on_top) & set(pins("requirements.lock")), set())
 
 
 class TestPackage(unittest.TestCase):
