@@ -23,7 +23,7 @@ class TestNotFound(Exception):
     """The test of a rung is not in this tree; the message is one line that says where it was looked for."""
 
 
-_PHASE = re.compile(r"\[phase\] (?P<name>.+): (?P<seconds>[\d.]+) s")
+_PHASE = re.compile(r"\[phase\] (?P<name>.+?)(?P<failed> failed)?: (?P<seconds>[\d.]+) s")
 _RESULT = re.compile(
     r"rung=(?P<rung>\S+) engine=(?P<engine>.+) gsm8k=(?P<score>[\d.]+) examples=(?P<examples>\d+) gate=(?P<gate>\S+)"
 )
@@ -47,26 +47,28 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run printed: phases as (name, seconds) in order, the result, output tokens/s of the eval."""
+    """What a run printed: phases as (name, seconds) in order, which failed, the result, output tokens/s of the eval."""
 
     phases: tuple[tuple[str, float], ...] = ()
+    failed_phases: tuple[str, ...] = ()
     result: Result | None = None
     throughput: float | None = None
 
 
 def read_report(lines: Iterable[str]) -> Report:
     """Finds phases, result and throughput among the lines that the test and its `run_eval` printed."""
-    phases, result, throughput = [], None, None
+    phases, failed, result, throughput = [], [], None, None
     for line in lines:
         if match := _PHASE.fullmatch(line.strip()):
             phases.append((match["name"], float(match["seconds"])))
+            failed += [match["name"]] if match["failed"] else []
         elif match := _RESULT.fullmatch(line.strip()):
             result = Result(
                 match["rung"], match["engine"], float(match["score"]), int(match["examples"]), match["gate"]
             )
         elif match := _THROUGHPUT.fullmatch(line.strip()):
             throughput = float(match["tokens_per_s"])
-    return Report(tuple(phases), result, throughput)
+    return Report(tuple(phases), tuple(failed), result, throughput)
 
 
 def verdict(code: ExitCode, report: Report, rung: Rung) -> ExitCode:
@@ -81,9 +83,16 @@ def summary(rung: Rung, report: Report, code: ExitCode, seconds: float) -> str:
     result = report.result
     head = f"main job on rung {rung.name}: {code.name.replace('_', ' ')}"
     rows = [("engine", result.engine if result else rung.engine)]
-    rows += [("score", f"{result.score:.3f} of {result.examples} examples (gate {result.gate})" if result else "none, the test did not get that far")]
+    rows += [
+        (
+            "score",
+            f"{result.score:.3f} of {result.examples} examples (gate {result.gate})"
+            if result
+            else "none, the test did not get that far",
+        )
+    ]
     rows += [("throughput", f"{report.throughput:.0f} output tokens/s")] if report.throughput else []
-    rows += [(name, f"{took:.1f} s") for name, took in report.phases]
+    rows += [(name, f"{took:.1f} s{', FAILED' * (name in report.failed_phases)}") for name, took in report.phases]
     rows += [("imports and the rest", f"{seconds - sum(took for _, took in report.phases):.1f} s")]
     rows += [("total", f"{seconds:.1f} s")]
     width = max(len(name) for name, _ in rows)

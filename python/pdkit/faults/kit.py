@@ -58,17 +58,7 @@ class FaultSwitchMixin:
         return super().decode_args() + [BACKEND, "pdkit.faults:FaultyTransfer"]
 
     @classmethod
-    def launch_lb(cls):
-        from sglang.test.server_fixtures import disaggregation_fixture as fixture
-
-        launch = fixture.popen_with_error_check
-
-        def launch_with_switch(command, *args, **kwargs):
-            at = command.index("sglang_router.launch_router")
-            return launch([*command[:at], "pdkit.faults.load_balancer", *command[at + 1 :]], *args, **kwargs)
-
-        with (
-            mock.patch.dict(os.environ, {VARIABLE: str(cls.switch.path)}),
-            mock.patch.object(fixture, "popen_with_error_check", launch_with_switch),
-        ):
-            super().launch_lb()
+    def start_lb(cls, command):
+        at = command.index("sglang_router.launch_router")
+        with mock.patch.dict(os.environ, {VARIABLE: str(cls.switch.path)}):
+            return super().start_lb([*command[:at], "pdkit.faults.load_balancer", *command[at + 1 :]])

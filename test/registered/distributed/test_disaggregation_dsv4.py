@@ -9,6 +9,8 @@ A wrong hand-over of state leaves the model fluent and only makes its answers wo
 
 import atexit
 import contextlib
+import json
+import math
 import os
 import shlex
 import signal
@@ -19,7 +21,9 @@ import threading
 import time
 import unittest
 from collections import Counter, deque
+from http.client import HTTPConnection
 from types import SimpleNamespace
+from unittest import mock
 from urllib.parse import urlparse
 
 import sglang
@@ -28,6 +32,7 @@ from sglang.srt.utils import kill_process_tree
 from sglang.srt.utils.network import is_port_available
 from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.run_eval import run_eval
+from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
 from sglang.test.test_utils import DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH, is_in_ci, try_cached_model
 
@@ -52,7 +57,8 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
     decode_gpus = range(4, 8)
     gpu_memory_gb = 141
 
-    server_args = """
+    server_args = (
+        """
         --trust-remote-code
         --tp 4 --dp 4 --enable-dp-attention
         --moe-a2a-backend deepep
@@ -61,7 +67,9 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         --mem-fraction-static 0.7
         --speculative-algorithm EAGLE
         --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
-    """.split() + [CUDA_GRAPH_MAX_BS, "128"]
+    """.split()
+        + [CUDA_GRAPH_MAX_BS, "128"]
+    )
 
     server_env = {
         "SGLANG_DSV4_FP4_EXPERTS": "0",
@@ -97,7 +105,8 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
             )
         score = f"gsm8k={metrics['score']:.3f} examples=200 gate=>{self.min_score}"
         print(f"rung={self.rung} engine={self.engine} {score}", flush=True)
-        self.assertGreater(metrics["score"], self.min_score)
+        with phase("gate"):
+            self.assertGreater(metrics["score"], self.min_score)
 
     # From here on: how the plan above is started, watched and stopped.
 
@@ -111,6 +120,8 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         require_free_ports(cls)
         print(f"rung={cls.rung} engine={cls.engine} model={cls.model}", flush=True)
         cls.launch_all()
+        with phase("first request"), cls.failing_with_a_death():
+            cls.first_request()
 
     @classmethod
     def configure(cls):
@@ -140,10 +151,11 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         atexit.register(cls.tearDownClass)
         # The fixture starts `python3` from PATH: let it be this one.
         os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-        with phase("load prefill and decode"):
+        with phase("launch prefill"):  # decode loads at the same time; its own phase is how much longer it takes
             cls.start_prefill()
             cls.start_decode()
             cls.wait_server_ready(f"{cls.prefill_url}/health")
+        with phase("launch decode"):
             cls.wait_server_ready(f"{cls.decode_url}/health")
         with phase("start load balancer"):
             cls.launch_lb()
@@ -161,15 +173,46 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         address = urlparse(url)
         command = ["python3", "-m", cls.server_module, "--model-path", cls.model, *args]
         command += ["--host", address.hostname, "--port", str(address.port)]
-        log_path = os.path.join(cls.log_dir, f"{cls.__name__}.{name}.log")
-        return Server(name, command, {**os.environ, **cls.server_env}, log_path)
+        return Server(name, command, {**os.environ, **cls.server_env}, cls.log_path(name))
+
+    @classmethod
+    def log_path(cls, name):
+        return os.path.join(cls.log_dir, f"{cls.__name__}.{name.replace(' ', '_')}.log")
+
+    @classmethod
+    def launch_lb(cls):
+        with mock.patch.object(disaggregation_fixture, "popen_with_error_check", cls.start_lb):
+            super().launch_lb()
+
+    @classmethod
+    def start_lb(cls, command):
+        """Starts the load balancer that the fixture of the installed release composed."""
+        return Server("load balancer", command, None, cls.log_path("load balancer"))
+
+    @classmethod
+    def first_request(cls):
+        """One completion through all three: who cannot answer at all fails by this, not by a low score."""
+        body = {"model": cls.model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
+        connection = HTTPConnection(urlparse(cls.lb_url).netloc, timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read().decode(errors="replace")
+        assert response.status == 200, f"first request: {cls.lb_url} answered {response.status}: {answer[:1000]}"
+        print(f"first answer: {json.loads(answer)['choices'][0]['text']!r}", flush=True)
 
     @classmethod
     def wait_server_ready(cls, url, timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH, process=None):
         # `process` is left to the supervisor, which watches all of them and names the one that dies.
+        with cls.failing_with_a_death():
+            super().wait_server_ready(url, timeout)
+
+    @classmethod
+    @contextlib.contextmanager
+    def failing_with_a_death(cls):
         try:
             with cls.supervisor.interrupting():
-                super().wait_server_ready(url, timeout)
+                yield
         except ServerDied as death:
             raise AssertionError(str(death)) from None  # unittest cleans up after an Exception only
 
@@ -183,6 +226,7 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
             return
         supervisor, cls.supervisor = cls.supervisor, None
         atexit.unregister(cls.tearDownClass)
+        print(flush=True)  # ends unittest's line of dots
         with phase("teardown"):
             try:
                 unreported_death = supervisor.stop()
@@ -216,8 +260,10 @@ class Server(subprocess.Popen):
             errors="replace",
             start_new_session=True,
         )
+        self.ended_at = math.inf
         self._copier = threading.Thread(target=self._copy_output, args=(name,), daemon=True)
         self._copier.start()
+        threading.Thread(target=self._note_end, daemon=True).start()
 
     def _copy_output(self, name):
         with self.stdout, open(self.log_path, "w", encoding="utf-8") as log:
@@ -226,6 +272,10 @@ class Server(subprocess.Popen):
                 log.flush()
                 with contextlib.suppress(OSError, ValueError):  # a console that is gone must not block the server
                     print(f"[{name}] {line}", end="", flush=True)
+
+    def _note_end(self):
+        self.wait()
+        self.ended_at = time.monotonic()
 
     def kill_orphans(self):
         """Kills what a server that was waited for left running in its process group."""
@@ -291,12 +341,13 @@ class Supervisor:
                 return
 
     def _find_death(self):
-        for name, process in self.processes().items():
-            if not self.death and process is not None and process.poll() is not None:
-                code = process.returncode
-                self.death = f"{name} exited with code {code}" + (f" ({signal.strsignal(-code)})" if code < 0 else "")
-                print(f"[supervisor] {self.death}", file=sys.stderr, flush=True)
-                self.death += f"; {process.obituary()}" if isinstance(process, Server) else "; its output is above"
+        ended = [each for each in self.processes().items() if each[1] is not None and each[1].poll() is not None]
+        if ended and not self.death:
+            name, process = min(ended, key=lambda each: getattr(each[1], "ended_at", math.inf))
+            code = process.returncode
+            self.death = f"{name} exited with code {code}" + (f" ({signal.strsignal(-code)})" if code < 0 else "")
+            print(f"[supervisor] {self.death}", file=sys.stderr, flush=True)
+            self.death += f"; {process.obituary()}" if isinstance(process, Server) else "; its output is above"
         return self.death
 
     def _check(self):
@@ -311,12 +362,14 @@ class Supervisor:
 
 @contextlib.contextmanager
 def phase(name):
-    """Prints how long a phase of the run took."""
-    start = time.monotonic()
+    """Prints that a phase of the run begins, how long it took, and whether it failed."""
+    print(f"[phase] {name} begins", flush=True)
+    start, end = time.monotonic(), f"{name} failed"
     try:
         yield
+        end = name
     finally:
-        print(f"[phase] {name}: {time.monotonic() - start:.1f} s", flush=True)
+        print(f"[phase] {end}: {time.monotonic() - start:.1f} s", flush=True)
 
 
 def require_gpus(plan):

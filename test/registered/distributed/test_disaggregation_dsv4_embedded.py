@@ -35,6 +35,10 @@ class TestDisaggregationDSV4Embedded(dsv4.TestDisaggregationDSV4):
 
     def test_gsm8k(self):
         super().test_gsm8k()
+        with dsv4.phase("hand-over counters"):
+            self.check_counters()
+
+    def check_counters(self):
         prefill = requests.get(f"{self.prefill_url}/server_info", timeout=10).json()
         decode = requests.get(f"{self.decode_url}/server_info", timeout=10).json()
 

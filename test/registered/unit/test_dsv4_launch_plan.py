@@ -5,9 +5,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -200,9 +200,8 @@ class TestMachine(unittest.TestCase):
 
 FAKE_SERVER = """
 import http.server, os, subprocess, sys, threading, time
-port, healthy_after, dies_after, code = int(sys.argv[1]), *map(float, sys.argv[2:5])
-if len(sys.argv) > 5:
-    print("orphan", subprocess.Popen(["sleep", "120"]).pid, flush=True)
+port, healthy_after, dies_after, code, answers = int(sys.argv[1]), *map(float, sys.argv[2:6])
+print("orphan", subprocess.Popen(["sleep", "120"]).pid, flush=True)
 start = time.monotonic()
 
 def die():
@@ -213,7 +212,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_error(200 if time.monotonic() - start > healthy_after else 503)
     def do_POST(self):
-        self.send_error(500)
+        global answers
+        answers -= 1
+        if answers < 0:
+            self.send_error(500)
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"choices": [{"text": " 2"}]}')
     def log_message(self, *_):
         pass
 
@@ -224,13 +230,14 @@ NEVER = 120
 
 
 class Fate(SimpleNamespace):
-    """How a fake server fares: seconds until healthy, until dead, and the exit code."""
+    """How a fake server fares: seconds until healthy, until dead, the exit code, and how many answers it has."""
 
-    def __init__(self, healthy=0, dies=NEVER, code=0):
-        super().__init__(healthy=healthy, dies=dies, code=code)
+    def __init__(self, healthy=0, dies=NEVER, code=0, answers=1):
+        super().__init__(healthy=healthy, dies=dies, code=code, answers=answers)
 
     def command(self, port):
-        return ["python3", "-c", FAKE_SERVER, str(port), str(self.healthy), str(self.dies), str(self.code)]
+        fate = (port, self.healthy, self.dies, self.code, self.answers)
+        return ["python3", "-c", FAKE_SERVER, *map(str, fate)]
 
 
 def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None):
@@ -240,13 +247,11 @@ def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None):
         @classmethod
         def launch_server(cls, name, url, args):
             fate = {"prefill": prefill, "decode": decode}[name]
-            command = [*fate.command(url.rsplit(":")[-1]), "with-a-child"]
-            return dsv4.Server(name, command, None, f"{log_dir}/{name}.log")
+            return dsv4.Server(name, fate.command(url.rsplit(":")[-1]), None, f"{log_dir}/{name}.log")
 
         @classmethod
-        def launch_lb(cls):
-            cls.process_lb = subprocess.Popen(lb.command(cls.lb_port), stdout=subprocess.DEVNULL)
-            cls.wait_server_ready(f"{cls.lb_url}/health")
+        def start_lb(cls, command):
+            return dsv4.Server("load balancer", lb.command(cls.lb_port), None, f"{log_dir}/load balancer.log")
 
         if test:
             test_gsm8k = test
@@ -286,13 +291,26 @@ class TestSupervision(unittest.TestCase):
         self.assertIn("line 99\nCUDA out of memory\n", message)
         self.assertNotIn("line 60\n", message)
 
+    def phases(self):
+        """What was printed of phases, without their seconds."""
+        lines = [line for line in self.stdout.getvalue().splitlines() if line.startswith("[phase] ")]
+        return [re.sub(r": \d+\.\d s$", "", line).removeprefix("[phase] ") for line in lines]
+
     def test_healthy_pair(self):
         self.assertEqual(self.run_pair(test=lambda case: case.assertIsNone(case.process_decode.poll())), [])
+        names = ("launch prefill", "launch decode", "start load balancer", "first request", "teardown")
+        self.assertEqual(self.phases(), [line for name in names for line in (f"{name} begins", name)])
+
+    def test_the_first_request_is_not_answered(self):
+        (message,) = self.run_pair(lb=Fate(answers=0))
+        self.assertRegex(message, r"first request: http://127.0.0.1:\d+ answered 500: ")
+        self.assertIn("first request failed", self.phases())
 
     def test_prefill_dies_while_both_load(self):
         pair = dict(prefill=Fate(healthy=NEVER, dies=1, code=7), decode=Fate(healthy=NEVER))
         (message,) = self.run_pair(**pair)
         self.assert_names(message, "prefill", 7)
+        self.assertEqual(self.phases()[:2], ["launch prefill begins", "launch prefill failed"])
 
     def test_decode_dies_while_both_load(self):
         (message,) = self.run_pair(prefill=Fate(healthy=NEVER), decode=Fate(healthy=NEVER, dies=1, code=7))
@@ -304,7 +322,18 @@ class TestSupervision(unittest.TestCase):
 
     def test_load_balancer_dies_while_it_starts(self):
         (message,) = self.run_pair(lb=Fate(healthy=NEVER, dies=1, code=7))
-        self.assertIn("load balancer exited with code 7", message)
+        self.assert_names(message, "load balancer", 7)
+        self.assertIn("start load balancer failed", self.phases())
+
+    def test_of_two_that_died_the_first_is_named(self):
+        def test(case):
+            for process in (case.process_decode, case.process_prefill):
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+            time.sleep(NEVER)
+
+        (message,) = self.run_pair(test=test)
+        self.assertIn("decode exited with code -9 (Killed)", message)
 
     def test_decode_dies_while_the_eval_client_retries_in_silence(self):
         questions = Path(self.log_dir, "questions.jsonl")

@@ -24,7 +24,7 @@ EMBEDDED = LADDER[-1]
 RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
 RUN = [
     "rung=embedded engine=pdkit.engine model=m",
-    "[phase] load prefill and decode: 4.3 s",
+    "[phase] launch prefill: 4.3 s",
     "Output throughput: 312.345 token/s",
     RESULT,
     "[phase] teardown: 5.1 s",
@@ -34,7 +34,7 @@ RUN = [
 class TestReport(unittest.TestCase):
     def test_phases_and_result_are_read(self):
         report = read_report(["noise\n", *(line + "\n" for line in RUN), "[prefill] [phase] not ours: 1.0 s\n"])
-        self.assertEqual(report.phases, (("load prefill and decode", 4.3), ("teardown", 5.1)))
+        self.assertEqual(report.phases, (("launch prefill", 4.3), ("teardown", 5.1)))
         self.assertEqual((report.result.rung, report.result.engine), ("embedded", "pdkit.engine"))
         self.assertEqual((report.result.score, report.result.gate), (0.985, ">0.95"))
         self.assertEqual((report.result.correct, report.result.examples), (197, 200))
@@ -50,18 +50,26 @@ class TestReport(unittest.TestCase):
             text,
             textwrap.dedent("""\
                 main job on rung embedded: PASSED
-                  engine                   pdkit.engine
-                  score                    0.985 of 200 examples (gate >0.95)
-                  throughput               312 output tokens/s
-                  load prefill and decode  4.3 s
-                  teardown                 5.1 s
-                  imports and the rest     51.8 s
-                  total                    61.2 s"""),
+                  engine                pdkit.engine
+                  score                 0.985 of 200 examples (gate >0.95)
+                  throughput            312 output tokens/s
+                  launch prefill        4.3 s
+                  teardown              5.1 s
+                  imports and the rest  51.8 s
+                  total                 61.2 s"""),
         )
 
     def test_summary_without_a_score_says_so(self):
         text = summary(EMBEDDED, read_report(RUN[:2]), ExitCode.FAILED, 9)
-        self.assertIn("score                    none, the test did not get that far\n", text)
+        self.assertIn("score                 none, the test did not get that far\n", text)
+
+    def test_a_phase_that_failed_is_named(self):
+        lines = ["[phase] launch prefill begins", "[phase] launch prefill failed: 1.0 s", "[phase] teardown: 2.0 s"]
+        report = read_report(lines)
+        self.assertEqual(report.phases, (("launch prefill", 1), ("teardown", 2)))
+        self.assertEqual(report.failed_phases, ("launch prefill",))
+        text = summary(EMBEDDED, report, ExitCode.FAILED, 9)
+        self.assertIn("\n  launch prefill        1.0 s, FAILED\n  teardown              2.0 s\n", text)
 
 
 TEST_FILE = """
