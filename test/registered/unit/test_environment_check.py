@@ -623,6 +623,60 @@ class TestNeeds(CheckCase):
         self.assertEqual(found, Needs("cuda", 2))
 
 
+def nic(name, state="4: ACTIVE", rate="400 Gb/sec (4X NDR)"):
+    """Files of one InfiniBand device as a recorded machine has them."""
+    files = {"state": state, "rate": rate, "link_layer": "InfiniBand"}
+    return {f"{name}/ports/1/{file}": f"{text}\n" for file, text in files.items()}
+
+
+class TestRecordedMachine(CheckCase):
+    """The main job's own plan against the description of a machine with 8 H200 and 8 NICs."""
+
+    NICS = {file: text for number in range(8) for file, text in nic(f"mlx5_{number}").items()}
+    MACHINE = replace(NODE, rdma=NICS)
+
+    @classmethod
+    def setUpClass(cls):
+        cls.needs = needs.of([registration(DSV4)], {})
+
+    def found(self, **changes):
+        recorded = Machine.from_json(replace(self.MACHINE, **changes).to_json())
+        return list(checks.of_machine(self.needs, recorded, {}))
+
+    def test_ready(self):
+        found = self.found()
+        self.assert_fine(found)
+        lines = [str(finding) for finding in found]
+        self.assertIn("GPUs: 8 found (NVIDIA H200), 8 GPUs of 141 GB needed", lines)
+        self.assertIn("GPU 7: 143000 of 143771 MiB free for decode", lines)
+        self.assertIn(f"RDMA: usable: {', '.join(f'mlx5_{number}' for number in range(8))}", lines)
+
+    def test_what_it_may_lack(self):
+        busy = replace(H200, free_mib=90000, processes=(GpuProcess(7, "python3", 53000),))
+        b200 = replace(H200, name="NVIDIA B200", memory_mib=183359, capability=(10, 0))
+        for changes, level, *says in (
+            ({"gpus": (H200,) * 7}, Level.ERROR, "GPUs: 7 found; the suite needs 8 GPUs of 141 GB"),
+            ({"gpus": (H200,) * 4 + (busy,) + (H200,) * 3}, Level.ERROR, "GPU 4: 90000 of", "decode takes 100640 MiB"),
+            ({"gpus": (b200,) + (H200,) * 7}, Level.ERROR, "GPU 0: NVIDIA B200"),
+            ({"driver_cuda": (12, 8)}, Level.ERROR, "driver"),
+            ({"rdma": {}}, Level.WARNING, "no usable device"),
+            ({"rdma": nic("mlx5_0", state="1: DOWN")}, Level.WARNING, "mlx5_0 skipped (state=1: DOWN)"),
+            ({"locked_bytes": 1 << 23}, Level.WARNING, "locked memory: limit 8 MiB"),
+            ({"shm_bytes": GIB}, Level.ERROR, "/dev/shm: 1.00 of 8 GiB free"),
+        ):
+            with self.subTest(says):
+                self.assert_one(self.found(**changes), level, *says)
+
+    def test_the_same_plan_on_fewer_gpus(self):
+        for width in (1, 2):
+            gpus_of = {"prefill": tuple(range(width)), "decode": tuple(range(width, 2 * width))}
+            narrow = tuple(replace(p, gpus=gpus_of.get(p.name, ())) for p in self.needs.processes)
+            wanted = replace(self.needs, gpu_count=2 * width, processes=narrow)
+            enough, short = (replace(self.MACHINE, gpus=(H200,) * n) for n in (2 * width, 2 * width - 1))
+            self.assert_fine(checks.of_machine(wanted, enough, {}))
+            self.assert_one(checks.of_machine(wanted, short, {}), Level.ERROR, f"the suite needs {2 * width} GPUs")
+
+
 class TestCommands(CheckCase):
     def run_command(self, command, *words, **environ):
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "HF_"))} | environ
@@ -661,11 +715,11 @@ class TestCommands(CheckCase):
         self.assertNotIn("Traceback", refused.stdout)
 
     def test_a_recorded_machine(self):
-        ready = self.write("ready.json", replace(NODE, rdma={"mlx5_0/ports/1/state": "ACTIVE"}).to_json())
+        ready = self.write("ready.json", TestRecordedMachine.MACHINE.to_json())
         done = self.run_command(COMMAND, "--machine", str(ready))
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertIn("8 found (NVIDIA H200), 8 GPUs of 141 GB needed", done.stdout)
-        self.assertIn("not checked with", done.stdout)
+        levels = [line.split()[0] for line in done.stdout.splitlines()]
+        self.assertEqual((set(levels[:-1]), levels[-1]), ({"ok"}, "not"), done.stdout)
         seven = self.write("seven.json", replace(NODE, gpus=NODE.gpus[1:]).to_json())
         done = self.run_command(COMMAND, "--machine", str(seven), "--json")
         self.assertEqual(done.returncode, 3)
