@@ -11,7 +11,7 @@ import pdkit
 from pdkit import process_tree
 from pdkit.console import Console
 from pdkit.interruption import Interruption
-from pdkit.options import Options
+from pdkit.options import HISTORY_VARIABLE, Options
 from pdkit.outcome import FileState, read_output
 from pdkit.results import Attempt
 
@@ -34,7 +34,10 @@ def python3_directory(executable: str, scratch: Path) -> str:
 
 
 def child_environment(options: Options, python3_from: str) -> dict[str, str]:
-    """Ours, but that children find this interpreter as `python3`, this package, and the retries that were asked for."""
+    """Ours, but that children find this interpreter as `python3`, this package, and the retries that were asked for.
+
+    What a test runs for its own purposes goes into no history.
+    """
     environment = dict(os.environ)
     package_root = str(Path(pdkit.__path__[0]).parent)
     for name, first in (("PATH", python3_from), ("PYTHONPATH", package_root)):
@@ -42,6 +45,7 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
         environment[name] = os.pathsep.join([first, rest] if rest else [first])
     environment["PYTHONUNBUFFERED"] = "1"
     environment["SGLANG_TEST_MAX_RETRY"] = str(options.test_max_retry)
+    environment[HISTORY_VARIABLE] = ""
     return environment
 
 

@@ -1,6 +1,5 @@
 """Runs the main job, `TestDisaggregationDSV4`, on the highest rung that this machine can run (`scripts/run.sh`)."""
 
-import argparse
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from pdkit.ci_register import CIRegisterNotFound
 from pdkit.exit_codes import ExitCode, NotReady
-from pdkit.options import Options, UsageError
+from pdkit.options import Options, Parser, UsageError, add_history_options, history_file
 from pdkit.registry import Registration, Selection, collect
 from pdkit.rung import LADDER, Gpu, Rung, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
 
@@ -23,11 +22,16 @@ class TestNotFound(Exception):
     """The test of a rung is not in this tree; the message is one line that says where it was looked for."""
 
 
-_PHASE = re.compile(r"\[phase\] (?P<name>.+?)(?P<failed> failed)?: (?P<seconds>[\d.]+) s")
+_PHASE = re.compile(r"\[phase\] (?P<name>.+?)(?P<failed> failed)?: (?P<seconds>\d+\.?\d*) s")
 _RESULT = re.compile(
-    r"rung=(?P<rung>\S+) engine=(?P<engine>.+) gsm8k=(?P<score>[\d.]+) examples=(?P<examples>\d+) gate=(?P<gate>\S+)"
+    r"rung=(?P<rung>\S+) engine=(?P<engine>.+) "
+    r"gsm8k=(?P<score>\d+\.?\d*) examples=(?P<examples>\d+) gate=(?P<gate>\S+)"
 )
-_THROUGHPUT = re.compile(r"Output throughput: (?P<tokens_per_s>[\d.]+) token/s")
+_THROUGHPUT = re.compile(r"Output throughput: (?P<tokens_per_s>\d+\.?\d*) token/s")
+_ACCEPTANCE = re.compile(
+    r"acceptance length: (?:PASS|FAIL), (?P<lowest>\d+\.?\d*).*"
+    r"|Speculative accept length .*: n=\d+ mean=(?P<mean>\d+\.?\d*) .*"
+)
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,21 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run printed: phases as (name, seconds) in order, which failed, the result, output tokens/s of the eval."""
+    """What a run printed: phases as (name, seconds) in order, which failed, the result, output tokens/s of the eval.
+
+    acceptance_length  tokens per verification step where the engine speculates, as the eval or its gate says
+    """
 
     phases: tuple[tuple[str, float], ...] = ()
     failed_phases: tuple[str, ...] = ()
     result: Result | None = None
     throughput: float | None = None
+    acceptance_length: float | None = None
 
 
 def read_report(lines: Iterable[str]) -> Report:
-    """Finds phases, result and throughput among the lines that the test and its `run_eval` printed."""
-    phases, failed, result, throughput = [], [], None, None
+    """Finds phases, result and speeds among the lines that the test and its `run_eval` printed."""
+    phases, failed, result, throughput, acceptance = [], [], None, None, None
     for line in lines:
         if match := _PHASE.fullmatch(line.strip()):
             phases.append((match["name"], float(match["seconds"])))
@@ -68,7 +76,9 @@ def read_report(lines: Iterable[str]) -> Report:
             )
         elif match := _THROUGHPUT.fullmatch(line.strip()):
             throughput = float(match["tokens_per_s"])
-    return Report(tuple(phases), tuple(failed), result, throughput)
+        elif match := _ACCEPTANCE.fullmatch(line.strip()):
+            acceptance = float(match["lowest"] or match["mean"])
+    return Report(tuple(phases), tuple(failed), result, throughput, acceptance)
 
 
 def verdict(code: ExitCode, report: Report, rung: Rung) -> ExitCode:
@@ -116,7 +126,7 @@ def registration_of(rung: Rung) -> Registration:
     raise TestNotFound(f"no registered test at {path}; run scripts/run.sh of a clone of the repository")
 
 
-def run(rung: Rung, report_dir: Path | None, environment_check: bool = True) -> ExitCode:
+def run(rung: Rung, report_dir: Path | None, history: Path | None = None, environment_check: bool = True) -> ExitCode:
     """Runs the test of `rung` as `test/run_suite.py` would, and ends with the summary.
 
     Raises TestNotFound, and NotReady where this machine lacks what the test needs.
@@ -129,7 +139,9 @@ def run(rung: Rung, report_dir: Path | None, environment_check: bool = True) -> 
         require([registration])
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
     os.environ.setdefault("SGLANG_PD_LOG_DIR", str(report_dir.absolute()))
-    options = Options(TEST_DIR / "registered", hw=registration.hw, suite=registration.suite, report_dir=report_dir)
+    options = Options(
+        TEST_DIR / "registered", registration.hw, registration.suite, report_dir=report_dir, history=history
+    )
     code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
     results = json.loads((report_dir / "results.json").read_text())
     with open(report_dir / results["files"][0]["attempts"][-1]["log"], errors="replace") as log:
@@ -140,7 +152,7 @@ def run(rung: Rung, report_dir: Path | None, environment_check: bool = True) -> 
 
 
 def main(argv: Sequence[str]) -> ExitCode:
-    parser = argparse.ArgumentParser(prog="scripts/run.sh", description=__doc__.strip(), allow_abbrev=False)
+    parser = Parser(prog="scripts/run.sh", description=__doc__.strip(), allow_abbrev=False)
     parser.add_argument("--rung", metavar="NAME", help=f"run this rung or fail: {', '.join(r.name for r in LADDER)}")
     parser.add_argument("--ladder", action="store_true", help="print the rungs, and which of them run here")
     parser.add_argument(
@@ -152,15 +164,16 @@ def main(argv: Sequence[str]) -> ExitCode:
         action="store_false",
         help="start even if this machine lacks what the rung needs",
     )
-    args = parser.parse_args(argv)
-    gpus = visible_gpus()
-    if args.ladder:
-        print(ladder(gpus))
-        return ExitCode.PASSED
+    add_history_options(parser)
     try:
+        args = parser.parse_args(argv)
+        gpus = visible_gpus()
+        if args.ladder:
+            print(ladder(gpus))
+            return ExitCode.PASSED
         rung = choose(gpus, args.rung)
         print(f"main job on rung {rung.name}: {rung.engine}", *why(rung, gpus).splitlines(), sep="\n  ", flush=True)
-        return run(rung, args.report_dir, args.environment_check)
+        return run(rung, args.report_dir, history_file(args, is_own_tree=True), args.environment_check)
     except (UnknownRung, UsageError) as error:
         code, message = ExitCode.BAD_USAGE, error
     except (RungUnavailable, TestNotFound, CIRegisterNotFound, NotReady) as error:

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from pdkit.near_miss import nearest
 
 DEFAULT_TIMEOUT_S = 1200.0
 EST_TIME_FACTOR = 1.5
+HISTORY_VARIABLE = "PDKIT_HISTORY"
 
 
 class UsageError(Exception):
@@ -36,6 +39,7 @@ class Options:
     test_max_retry: int = 0
     failfast: bool = True
     report_dir: Path | None = None
+    history: Path | None = None
     environment_check: bool = True
     list_only: bool = False
     json: bool = False
@@ -52,10 +56,10 @@ class Options:
     def timeout(self, est_time: float) -> float:
         """Seconds that one attempt at a file may take, from what the file says it takes."""
         if self.timeout_per_file is not None:
-            seconds = self.timeout_per_file
+            limit = self.timeout_per_file
         else:
-            seconds = max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
-        return seconds + (self.retry_timeout_increase if self.enable_retry else 0)
+            limit = max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
+        return limit + (self.retry_timeout_increase if self.enable_retry else 0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,22 +69,64 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the options)")
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """For argparse: a number of seconds, not negative. Raises ValueError."""
     value = float(text)
     if not math.isfinite(value) or value < 0:
         raise ValueError(text)
     return value
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
+    """For argparse: a whole number, not negative. Raises ValueError."""
     value = int(text)
     if value < 0:
         raise ValueError(text)
     return value
 
 
-_seconds.__name__ = "number of seconds"
-_natural.__name__ = "number"
+seconds.__name__ = "number of seconds"
+natural.__name__ = "number"
+
+
+def add_history_options(group):
+    """`--history FILE` and `--no-history`, which `history_file` reads."""
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help=f"append a record of this run there (default: {HISTORY_VARIABLE}, or {default_history({})} for the tests "
+        "of this repository); scripts/history.py reads it",
+    )
+    choice.add_argument("--no-history", action="store_true", help="append none")
+
+
+def default_history(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """What PDKIT_HISTORY names, nothing where it is empty; unset, a file in the state directory of the user (XDG).
+
+    https://specifications.freedesktop.org/basedir-spec
+    """
+    named = environ.get(HISTORY_VARIABLE)
+    if named is not None:
+        return Path(named) if named else None
+    state = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
+    return Path(state, "sglang-pd-suite", "history.jsonl")
+
+
+def history_file(args: argparse.Namespace, is_own_tree: bool) -> Path | None:
+    """Where a record of the run goes, if anywhere: runs of other trees only where they are told to.
+
+    Raises UsageError where a file that was named cannot be one.
+    """
+    if args.no_history:
+        return None
+    is_named = args.history or os.environ.get(HISTORY_VARIABLE)
+    path = args.history or (default_history() if is_named or is_own_tree else None)
+    if is_named and (path.is_dir() or not path.absolute().parent.is_dir()):
+        flag = "--history" if args.history else HISTORY_VARIABLE
+        raise UsageError(f"{flag} {path}: {'is a directory' if path.is_dir() else 'its directory does not exist'}")
+    return path
 
 
 def _parser(default_test_root: Path) -> Parser:
@@ -95,8 +141,8 @@ def _parser(default_test_root: Path) -> Parser:
     select.add_argument("--hw", metavar="NAME", help="hardware: cpu, cuda, amd, npu, xpu, musa, ...")
     select.add_argument("--suite", metavar="NAME", help="suite, for example stage-a-test-cpu")
     select.add_argument("--nightly", action="store_true", help="run nightly registrations instead of the others")
-    select.add_argument("--auto-partition-id", type=_natural, metavar="I", help="run partition I, from 0, ...")
-    select.add_argument("--auto-partition-size", type=_natural, metavar="N", help="... of N of about equal time")
+    select.add_argument("--auto-partition-id", type=natural, metavar="I", help="run partition I, from 0, ...")
+    select.add_argument("--auto-partition-size", type=natural, metavar="N", help="... of N of about equal time")
     select.add_argument(
         "--partition-model-file",
         type=Path,
@@ -117,7 +163,7 @@ def _parser(default_test_root: Path) -> Parser:
     run = parser.add_argument_group("how to run them")
     run.add_argument(
         "--timeout-per-file",
-        type=_seconds,
+        type=seconds,
         metavar="S",
         help=f"end a file after S seconds (default: {DEFAULT_TIMEOUT_S:.0f}, or {EST_TIME_FACTOR} x est_time if more)",
     )
@@ -135,23 +181,24 @@ def _parser(default_test_root: Path) -> Parser:
         help="start the first file even if this machine lacks what the suite needs",
     )
     run.add_argument("--report-dir", type=Path, metavar="DIR", help="keep logs and results.json there")
+    add_history_options(run)
 
     retry = parser.add_argument_group("retries")
     retry.add_argument(
         "--enable-retry", action="store_true", help="try a file again after a timeout or a missed measurement"
     )
-    retry.add_argument("--max-attempts", type=_natural, default=2, metavar="N", help="tries per file (default: 2)")
-    retry.add_argument("--retry-wait-seconds", type=_seconds, default=60.0, metavar="S", help="default: 60")
+    retry.add_argument("--max-attempts", type=natural, default=2, metavar="N", help="tries per file (default: 2)")
+    retry.add_argument("--retry-wait-seconds", type=seconds, default=60.0, metavar="S", help="default: 60")
     retry.add_argument(
         "--retry-timeout-increase",
-        type=_seconds,
+        type=seconds,
         default=600.0,
         metavar="S",
         help="with --enable-retry: added to the timeout of each try (default: 600)",
     )
     retry.add_argument(
         "--test-max-retry",
-        type=_natural,
+        type=natural,
         default=0,
         metavar="N",
         help="SGLANG_TEST_MAX_RETRY of the files: retries per test method (default: 0, whatever the environment says)",
@@ -204,7 +251,10 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
     if args.report_dir and args.report_dir.exists() and not args.report_dir.is_dir():
         raise UsageError(f"--report-dir {args.report_dir}: not a directory")
 
+    is_own_tree = args.test_root.absolute() == default_test_root.absolute()
+    args.history = None if args.list_only else history_file(args, is_own_tree)
     values = vars(args)
+    values.pop("no_history")
     values["partition_id"] = values.pop("auto_partition_id")
     values["partition_size"] = values.pop("auto_partition_size")
     return Options(**values)

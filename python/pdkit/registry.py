@@ -58,13 +58,15 @@ class Collection:
 class Selection:
     """What a command line means: `enabled` run in this order, `disabled` are only named.
 
-    `partition` maps the registrations of a partitioned suite to their partition, from 0.
+    `partition` maps the registrations of a partitioned suite to their partition, from 0. `measured` says of how many
+    files the times are measured ones, where the command line names a file of such.
     """
 
     enabled: tuple[Registration, ...]
     disabled: tuple[Registration, ...]
     partition: dict[Registration, int]
     why_empty: str = ""
+    measured: str = ""
 
     @property
     def est_time(self) -> float:
@@ -196,15 +198,20 @@ def _parse_estimates(text: str) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in estimates.items()}
 
 
-def with_estimates(registrations: list[Registration], estimates: dict[str, float]) -> list[Registration]:
-    """The registrations with the measured time where `estimates` has one for a path that ends like the file's."""
-    measured = []
-    for registration in registrations:
-        parts = Path(registration.filename).parts
-        tails = ("/".join(parts[-length:]) for length in range(len(parts), 0, -1))
-        found = next((estimates[tail] for tail in tails if tail in estimates), registration.est_time)
-        measured.append(replace(registration, est_time=found))
-    return measured
+def _estimate(registration: Registration, estimates: dict[str, float]) -> float | None:
+    """Seconds of the longest path in `estimates` that the path of the file ends with."""
+    parts = Path(registration.filename).parts
+    tails = ("/".join(parts[-length:]) for length in range(len(parts), 0, -1))
+    return next((estimates[tail] for tail in tails if tail in estimates), None)
+
+
+def with_estimates(
+    registrations: list[Registration], estimates: dict[str, float]
+) -> tuple[list[Registration], list[Registration]]:
+    """(the registrations, with the measured time where `estimates` has one; those that it has one for)."""
+    seconds = {registration: _estimate(registration, estimates) for registration in registrations}
+    measured = {r: replace(r, est_time=found) for r, found in seconds.items() if found is not None}
+    return [measured.get(registration, registration) for registration in registrations], list(measured)
 
 
 def check_names(collection: Collection, hw: str | None, suite: str | None):
@@ -238,8 +245,11 @@ def select(collection: Collection, options: Options) -> Selection:
     else:
         of_suite = chosen
 
+    measured_of = ""
     if options.partition_model_file:
-        chosen = with_estimates(chosen, live_estimates(options.partition_model_file))
+        chosen, measured = with_estimates(chosen, live_estimates(options.partition_model_file))
+        others = ", est_time of the others" if len(measured) < len(chosen) else ""
+        measured_of = f"times of {len(measured)} of {len(chosen)} files from {options.partition_model_file}{others}"
     enabled = [r for r in chosen if r.is_enabled]
     disabled = [r for r in chosen if not r.is_enabled]
 
@@ -251,7 +261,7 @@ def select(collection: Collection, options: Options) -> Selection:
         if options.partition_id is not None:
             enabled = [r for r in enabled if partition[r] == options.partition_id]
     why_empty = "" if enabled else _why_empty(options, of_suite, disabled, partition)
-    return Selection(tuple(enabled), tuple(disabled), partition, why_empty)
+    return Selection(tuple(enabled), tuple(disabled), partition, why_empty, measured_of)
 
 
 def _why_empty(options: Options, of_suite: list, disabled: list, partition: dict) -> str:

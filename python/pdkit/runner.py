@@ -7,6 +7,7 @@ import shlex
 import sys
 import tempfile
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 from pdkit.attempt import child_environment, python3_directory, run_attempt
@@ -32,7 +33,7 @@ class SuiteRun:
         self.console = Console(sys.stdout.buffer)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
         self.results: list[FileResult] = []
-        self.tic = time.monotonic()
+        self.began, self.tic = datetime.now(timezone.utc), time.monotonic()
 
     def run(self) -> ExitCode:
         self._print_header()
@@ -48,6 +49,7 @@ class SuiteRun:
         for registration in self.selection.disabled:
             self._add(FileResult(registration, FileState.DISABLED, registration.disabled or "no reason given"))
         self._write_results(finished=True)
+        self._append_history()
         self._print_summary()
         return self.exit_code
 
@@ -113,6 +115,8 @@ class SuiteRun:
                 f"SGLANG_TEST_MAX_RETRY={given} of the environment is ignored: "
                 f"{options.test_max_retry} retries per method (--test-max-retry)"
             )
+        if selection.measured:
+            self.console.line(selection.measured)
         for registration in selection.disabled:
             self.console.line(f"disabled: {registration.name}; {registration.disabled or 'no reason given'}")
 
@@ -179,6 +183,20 @@ class SuiteRun:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             self.console.line(f"SGLANG_TEST_METRICS_FILE {path}: {error.strerror}")
+
+
+    def _append_history(self):
+        path = self.options.history
+        if not path or not any(result.attempts for result in self.results):
+            return
+        from pdkit.history import record, store
+
+        seconds = time.monotonic() - self.tic
+        try:
+            done = record.of_run(self.options, self.results, self.logs, self.exit_code, self.began, seconds)
+            store.append(path, done)
+        except OSError as error:
+            self.console.line(f"history: no record in {path}: {error.strerror} (--history FILE, or --no-history)")
 
 
 def run_suite(selection: Selection, options: Options) -> ExitCode:

@@ -1,6 +1,7 @@
 """The command behind scripts/run.sh: verdict, closing summary, and what a skip, a wrong rung or Ctrl-C make of it."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -111,7 +112,7 @@ class TestMain(unittest.TestCase):
             patches.enter_context(patch.object(main_job, "TEST_DIR", self.test_dir))
             patches.enter_context(patch.object(main_job, "visible_gpus", lambda: gpus))
             patches.enter_context(patch.object(tempfile, "tempdir", str(self.test_dir)))
-            patches.enter_context(patch.dict("os.environ"))
+            patches.enter_context(patch.dict("os.environ", PDKIT_HISTORY=""))
             patches.enter_context(redirect_stdout(self.out))
             patches.enter_context(redirect_stderr(self.err))
             code = main(argv)
@@ -138,6 +139,19 @@ class TestMain(unittest.TestCase):
     def test_the_score_of_another_rung_is_no_pass(self):
         self.write_test(RESULT.replace("embedded", "8xH200"))
         self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
+
+    def test_a_run_is_recorded(self):
+        self.write_test(*RUN)
+        self.main("--history", str(self.test_dir / "history.jsonl"))
+        (line,) = (self.test_dir / "history.jsonl").read_text().splitlines()
+        self.assertEqual(json.loads(line)["measurements"][0]["correct"], 197)
+
+    def test_a_wrong_flag_is_one_line(self):
+        for words, line in (
+            (["--rungs"], "unrecognized arguments: --rungs (--help lists the options)"),
+            (["--history", "/absent/h.jsonl"], "--history /absent/h.jsonl: its directory does not exist"),
+        ):
+            self.assertEqual((self.main(*words), self.err.getvalue()), (ExitCode.BAD_USAGE, f"run.sh: error: {line}\n"))
 
     def test_unknown_rung(self):
         self.assertEqual(self.main("--rung", "8xH100"), ExitCode.BAD_USAGE)
@@ -210,7 +224,7 @@ class TestInterrupt(unittest.TestCase):
             with self.subTest(number.name), tempfile.TemporaryDirectory() as directory:
                 write_test(Path(directory), self.TEST)
                 command = [sys.executable, "-c", self.COMMAND, directory]
-                environment = {**os.environ, "TMPDIR": directory}
+                environment = {**os.environ, "TMPDIR": directory, "PDKIT_HISTORY": ""}
                 with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
                     try:
                         next(line for line in process.stdout if "started" in line)

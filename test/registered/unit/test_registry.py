@@ -260,7 +260,7 @@ class TestSelect(TreeCase):
 
     def test_the_longest_matching_path_wins(self):
         registration = Registration("/a/b/test_x.py", "b/test_x.py", "cpu", "s", 5)
-        (found,) = with_estimates([registration], {"test_x.py": 1, "b/test_x.py": 2})
+        (found,), _ = with_estimates([registration], {"test_x.py": 1, "b/test_x.py": 2})
         self.assertEqual(found.est_time, 2)
 
     def test_a_bad_model_file_is_bad_usage(self):

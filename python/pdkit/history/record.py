@@ -1,0 +1,173 @@
+"""One run as one line of JSON."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pdkit.exit_codes import ExitCode
+from pdkit.main_job import read_report
+from pdkit.options import Options
+from pdkit.results import FileResult
+
+VERSION = 1
+_STRICT = {"allow_inf_nan": False}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a test of the main job measured: `correct` of `examples`, phases in seconds, tokens per verification step."""
+
+    __pydantic_config__ = _STRICT
+
+    file: str
+    rung: str | None
+    engine: str | None
+    correct: int | None
+    examples: int | None
+    gate: str | None
+    throughput: float | None
+    acceptance_length: float | None
+    phases: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file that was started: its state, seconds of its last attempt, and what it was expected to take."""
+
+    __pydantic_config__ = _STRICT
+
+    file: str
+    hw: str
+    suite: str
+    state: str
+    seconds: float
+    est_time: float
+    attempts: int
+
+    @property
+    def passed(self) -> bool:
+        return self.state == "passed"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of `test/run_suite.py` or `scripts/run.sh`. `time`: when it began, in UTC; `seconds` in all."""
+
+    __pydantic_config__ = _STRICT
+
+    version: int
+    time: datetime
+    commit: str | None
+    modified: bool
+    sglang: str | None
+    python: str
+    host: str
+    cpus: int
+    hw: str
+    suite: str
+    seconds: float
+    exit_code: int
+    files: tuple[FileRecord, ...]
+    measurements: tuple[Measurement, ...]
+
+    @property
+    def revision(self) -> str:
+        """The commit as people write it, with a + where the tree had changes on top."""
+        return (self.commit or "?")[:8] + "+" * self.modified
+
+    def to_json(self) -> str:
+        """One line without its end."""
+        return json.dumps({**asdict(self), "time": self.time.isoformat(timespec="seconds")}, allow_nan=False)
+
+
+def _git(directory: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(directory), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _sglang() -> str | None:
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return None
+
+
+def measurement_of(file: str, lines: Iterable[str]) -> Measurement | None:
+    """What the output of a test tells; None where it tells of no phase and no score."""
+    report = read_report(lines)
+    if not (report.result or report.phases):
+        return None
+    result = report.result
+    return Measurement(
+        file=file,
+        rung=result.rung if result else None,
+        engine=result.engine if result else None,
+        correct=result.correct if result else None,
+        examples=result.examples if result else None,
+        gate=result.gate if result else None,
+        throughput=report.throughput,
+        acceptance_length=report.acceptance_length,
+        phases=dict(report.phases),
+    )
+
+
+def repository_path(options: Options, name: str) -> str:
+    """`registered/x.py` as TIMINGS and `--partition-model-file` have it: `test/registered/x.py`."""
+    return os.path.join(options.test_root.absolute().parent.name, name)
+
+
+def _measurements(options: Options, results: Sequence[FileResult], logs: Path) -> Iterable[Measurement]:
+    for result in results:
+        if result.attempts:
+            with open(logs / result.attempts[-1].log, errors="replace") as log:
+                if found := measurement_of(repository_path(options, result.registration.name), log):
+                    yield found
+
+
+def of_run(
+    options: Options,
+    results: Sequence[FileResult],
+    logs: Path,
+    exit_code: ExitCode,
+    began: datetime,
+    seconds: float,
+) -> Record:
+    """The record of a run that is over, from its results and the logs in the directory `logs`. Raises OSError."""
+    files = tuple(
+        FileRecord(
+            file=repository_path(options, result.registration.name),
+            hw=result.registration.hw,
+            suite=result.registration.suite,
+            state=result.state.value,
+            seconds=round(result.seconds, 3),
+            est_time=result.registration.est_time,
+            attempts=len(result.attempts),
+        )
+        for result in results
+        if result.attempts
+    )
+    return Record(
+        version=VERSION,
+        time=began,
+        commit=_git(options.test_root, "rev-parse", "HEAD"),
+        modified=bool(_git(options.test_root, "status", "--porcelain", "--untracked-files=no")),
+        sglang=_sglang(),
+        python=platform.python_version(),
+        host=platform.node(),
+        cpus=os.cpu_count() or 0,
+        hw=options.hw,
+        suite=options.suite,
+        seconds=round(seconds, 3),
+        exit_code=int(exit_code),
+        files=files,
+        measurements=tuple(_measurements(options, results, logs)),
+    )

@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""What earlier runs say: score, phases and acceptance length over time, drift or noise, and better time estimates.
+
+Each run of test/run_suite.py and scripts/run.sh appends a record to the history.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO / "python"))
+
+from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
+from pdkit.exit_codes import ExitCode  # noqa: E402
+from pdkit.history import store  # noqa: E402
+from pdkit.options import HISTORY_VARIABLE, Parser, UsageError, default_history, natural, seconds  # noqa: E402
+
+REGISTERED = REPO / "test" / "registered"
+
+
+def _figure(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: name an .svg, .png or .pdf file in a directory that exists")
+    return path
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="history.py", description=__doc__.strip(), allow_abbrev=False)
+    default = default_history()
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"histories, together (default: {default})")
+    parser.add_argument("--out", type=_figure, metavar="FIGURE", help="draw it into this .svg, .png or .pdf, too")
+    parser.add_argument("--json", action="store_true", help="print series and verdicts as JSON")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--est-time", action="store_true", help="print new est_time literals as a patch for git apply")
+    what.add_argument("--estimates", action="store_true", help="print file -> seconds for --partition-model-file")
+    parser.add_argument("--test-root", type=Path, default=REGISTERED, metavar="DIR", help="tree to propose est_time for")
+    parser.add_argument("--last", type=natural, default=20, metavar="N", help="runs of a file that its times are from")
+    parser.add_argument("--min-runs", type=natural, default=5, metavar="N", help="no est_time from fewer (%(default)s)")
+    parser.add_argument("--tolerance", type=seconds, default=0.1, metavar="SHARE", help="leave est_time if as close")
+    args = parser.parse_args(argv)
+    if not args.files and default is None:
+        raise UsageError(f"no history: {HISTORY_VARIABLE} is empty; name a FILE")
+    args.files = args.files or [default]
+    if args.last == 0 or args.min_runs == 0:
+        raise UsageError("--last and --min-runs: at least one run is needed")
+    return args
+
+
+def _propose(args, records) -> ExitCode:
+    from pdkit.history import est_time
+    from pdkit.history.series import seconds_of_files
+    from pdkit.registry import collect
+
+    collection = collect(args.test_root)
+    if collection.errors:
+        raise UsageError("\n".join(collection.errors))
+    root = args.test_root.absolute().parent
+    times = seconds_of_files(records, args.last)
+    proposals = est_time.propose(collection.registrations, times, root.name, args.min_runs, args.tolerance)
+    for proposal in proposals:
+        print(proposal, file=sys.stderr)
+    if not proposals:
+        print("est_time: no registration is further off than the tolerance, or has enough runs", file=sys.stderr)
+    print(est_time.patch(proposals, root.parent), end="")
+    return ExitCode.PASSED
+
+
+def _show(args, records) -> None:
+    from pdkit.history import drawing
+    from pdkit.history.series import main_job_series
+
+    all_series = main_job_series(records)
+    if args.json:
+        print(json.dumps([drawing.as_dict(series, len(all_series)) for series in all_series], indent=2))
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 160).print(drawing.terminal(records, all_series))
+    if args.out:
+        if not all_series:
+            raise UsageError(f"--out {args.out}: no run in the history measured a score or a phase")
+        drawing.draw(all_series, args.out)
+        print(f"drawn: {args.out}", file=sys.stderr)
+
+
+def main(argv: list[str]) -> ExitCode:
+    args = parse(argv)
+    history = store.read(args.files)
+    for line in history.skipped:
+        print(f"history.py: {line}", file=sys.stderr)
+    if not history.records:
+        print(f"history.py: error: no run in {', '.join(map(str, args.files))}", file=sys.stderr)
+        return ExitCode.NOTHING_RAN
+    if args.est_time:
+        return _propose(args, history.records)
+    if args.estimates:
+        from pdkit.history.est_time import estimates
+        from pdkit.history.series import seconds_of_files
+
+        print(json.dumps(estimates(seconds_of_files(history.records, args.last)), indent=2))
+    else:
+        _show(args, history.records)
+    return ExitCode.PASSED
+
+
+if __name__ == "__main__":
+    try:
+        code = main(sys.argv[1:])
+    except (UsageError, OSError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(*(f"history.py: error: {line}" for line in str(reason).splitlines()), sep="\n", file=sys.stderr)
+        code = ExitCode.BAD_USAGE
+    except CIRegisterNotFound as error:
+        print(f"history.py: error: {error}", file=sys.stderr)
+        code = ExitCode.NOT_READY
+    sys.exit(code)

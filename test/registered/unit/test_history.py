@@ -1,0 +1,373 @@
+"""The history of runs: records survive each other and broken lines, drift is told from noise, patches apply."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+import unittest.mock
+from datetime import datetime, timedelta, timezone
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from pdkit.ci_register import register_cpu_ci
+from pdkit.exit_codes import ExitCode
+from pdkit.history import drift, est_time, store
+from pdkit.history.record import FileRecord, Measurement, Record
+from pdkit.registry import Registration, collect
+from scipy.stats import mannwhitneyu
+from suite_trees import source_of, write_tree
+
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+RUN_SUITE = REPO / "test" / "run_suite.py"
+_SPEC = spec_from_file_location("history_script", REPO / "scripts" / "history.py")
+SCRIPT = module_from_spec(_SPEC)
+_SPEC.loader.exec_module(SCRIPT)
+MAIN_JOB = "test/registered/distributed/test_disaggregation_dsv4_embedded.py"
+SUITE = "stage-a-test-cpu"
+
+MEASURES = source_of(
+    """
+    def test_it(self):
+        print("[phase] launch prefill: 2.5 s")
+        print("Speculative accept length (per-request, from meta_info): n=200 mean=1.8312 min=1.0 max=2.0")
+        print("rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95", flush=True)
+    """
+)
+
+
+def record(number=0, correct=197, seconds=(100.0,), gsm8k=11.0, accepted=None, **changes):
+    """Run `number` of one a day; `seconds` of each file, the first of which is the main job's."""
+    names = [MAIN_JOB, *(f"test/registered/unit/test_{i}.py" for i in range(1, len(seconds)))]
+    files = tuple(FileRecord(name, "cpu", SUITE, "passed", s, 90, 1) for name, s in zip(names, seconds))
+    phases = {"launch prefill": 20.0 + number % 3, "gsm8k": gsm8k}
+    measured = Measurement(MAIN_JOB, "embedded", "pdkit.engine", correct, 200, ">0.95", 600.0, accepted, phases)
+    began = datetime(2026, 10, 1, 3, tzinfo=timezone.utc) + timedelta(days=number)
+    values = {
+        **{"version": 1, "time": began, "commit": f"{number:040x}", "modified": False, "sglang": "0.5.23"},
+        **{"python": "3.11", "host": "ci", "cpus": 2, "hw": "cpu", "suite": SUITE, "seconds": sum(seconds)},
+        **{"exit_code": 0, "files": files, "measurements": (measured,)},
+    }
+    return Record(**{**values, **changes})
+
+
+class HistoryCase(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.root = Path(directory.name)
+        self.file = self.root / "history.jsonl"
+
+    def write(self, *records):
+        for each in records:
+            store.append(self.file, each)
+
+    def history(self, *words):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            self.assertEqual(SCRIPT.main(list(map(str, words))), ExitCode.PASSED)
+        return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+    def shown(self, *words):
+        return {series["name"]: series for series in json.loads(self.history(self.file, "--json", *words).stdout)}
+
+
+class TestStore(HistoryCase):
+    def test_a_record_comes_back_as_it_was(self):
+        self.write(record(1, accepted=1.5), record(0))
+        self.assertEqual(store.read([self.file]).records, (record(0), record(1, accepted=1.5)))
+
+    def test_writers_do_not_break_each_other(self):
+        writers = [threading.Thread(target=lambda n=n: self.write(*map(record, range(n, n + 20)))) for n in (0, 20, 40)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        history = store.read([self.file])
+        self.assertEqual((len(history.records), history.skipped), (60, ()))
+
+    def test_a_torn_line_costs_itself_only(self):
+        self.write(record(0))
+        whole = self.file.read_bytes()
+        self.file.write_bytes(whole + whole[:300])
+        self.write(record(1))
+        history = store.read([self.file])
+        self.assertEqual(history.records, (record(0), record(1)))
+        self.assertEqual(len(history.skipped), 1)
+        self.assertIn(f"{self.file}:2: skipped, no record: Invalid JSON", history.skipped[0])
+
+    def test_nothing_is_left_of_a_line_that_does_not_fit(self):
+        self.write(record(0))
+        before = self.file.read_bytes()
+        limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
+        limited += "from pathlib import Path; from pdkit.history import store\n"
+        limited += "store.append(Path(sys.argv[1]), store.read([Path(sys.argv[1])]).records[0])"
+        done = subprocess.run([sys.executable, "-c", limited, str(self.file)], capture_output=True, text=True)
+        self.assertIn("File too large", done.stderr)
+        self.assertEqual(self.file.read_bytes(), before)
+
+    def test_each_line_that_is_no_record_is_told(self):
+        self.write(record(0))
+        good = json.loads(self.file.read_text())
+        broken = {
+            "not json": "Invalid JSON",
+            "[]": "object",
+            json.dumps({**good, "version": 2}): "a record of version 2, not 1",
+            json.dumps({**good, "seconds": float("nan")}): "finite number",
+            json.dumps({key: value for key, value in good.items() if key != "files"}): "files: Field required",
+            json.dumps({**good, "time": "yesterday"}): "time: ",
+            "\udcff\udcfe": "Invalid JSON",
+        }
+        with self.file.open("a", errors="surrogateescape") as file:
+            file.writelines(f"{line}\n" for line in broken)
+        history = store.read([self.file])
+        self.assertEqual(len(history.records), 1)
+        for number, (line, reason) in enumerate(zip(history.skipped, broken.values(), strict=True), start=2):
+            self.assertTrue(line.startswith(f"{self.file}:{number}: skipped, "), line)
+            self.assertIn(reason, line)
+
+
+class TestDrift(unittest.TestCase):
+    def test_rank_sums_are_counted_exactly(self):
+        ranks = [2, 4, 5, 5, 9, 12]
+        counts = drift.rank_sum_counts(ranks)
+        for size in range(len(ranks) + 1):
+            sums = [sum(chosen) for chosen in itertools.combinations(ranks, size)]
+            np.testing.assert_array_equal(counts[size], np.bincount(sums, minlength=counts.shape[1]))
+
+    def test_without_ties_it_is_the_exact_test_of_scipy(self):
+        values = [3.1, 2.0, 5.5, 4.2, 9.1, 8.7, 7.3, 9.9]
+        expected = [mannwhitneyu(values[:i], values[i:], method="exact").pvalue for i in range(1, 8)]
+        change = drift.change_of_values(values)
+        self.assertAlmostEqual(change.p_value, min(1, 7 * min(expected)))
+        self.assertEqual(change.at, 1 + int(np.argmin(expected)))
+
+    def test_the_shares_of_all_looks_add_up_to_the_level(self):
+        spent = sum(3 * drift.level_of_look(runs, 3, 0.01) for runs in range(1, 10000))
+        self.assertLessEqual(spent, 0.01)
+        self.assertGreater(spent, 0.0099)
+
+    def test_noise_is_seldom_called_drift_though_one_looks_after_each_run(self):
+        generator, alarms = np.random.default_rng(0), 0
+        for _ in range(100):
+            correct = generator.binomial(200, 0.97, 15)
+            alarms += any(
+                drift.change_of_counts(correct[:n], [200] * n, level=0.2).is_drift for n in range(2, len(correct) + 1)
+            )
+        self.assertLessEqual(alarms, 20)
+
+    def test_drift_is_seen_at_the_run_where_it_began(self):
+        generator = np.random.default_rng(1)
+        correct = [*generator.binomial(200, 0.98, 20), *generator.binomial(200, 0.92, 6)]
+        change = drift.change_of_counts(correct, [200] * 26)
+        self.assertTrue(change.is_drift)
+        self.assertEqual(change.at, 20)
+        seconds = [*generator.normal(11, 0.3, 20), *generator.normal(14, 0.3, 12)]
+        change = drift.change_of_values(np.round(seconds, 1))
+        self.assertTrue(change.is_drift)
+        self.assertEqual(change.at, 20)
+
+    def test_one_bad_run_among_many_is_told_only_if_it_is_far_off(self):
+        good = [196] * 30
+        self.assertFalse(drift.change_of_counts([*good, 190], [200] * 31).is_drift)
+        self.assertTrue(drift.change_of_counts([*good, 160], [200] * 31).is_drift)
+
+    def test_equal_values_do_not_drift(self):
+        self.assertEqual(drift.change_of_values([5.0] * 30).p_value, 1)
+        self.assertEqual(drift.change_of_counts([200] * 30, [200] * 30).p_value, 1)
+        self.assertIsNone(drift.change_of_values([5.0]))
+        self.assertIsNone(drift.change_of_counts([5], [6]))
+
+
+class TestEstTime(HistoryCase):
+    FORMS = {
+        "keyword": 'register_cpu_ci(est_time=90, suite="stage-a-test-cpu")',
+        "positional": 'register_cpu_ci(90, "stage-a-test-cpu")',
+        "float": 'register_cpu_ci(suite="stage-a-test-cpu", est_time=90.5)  # est_time=90',
+        "lines": 'register_cpu_ci(\n    suite="stage-a-test-cpu",\n    est_time=90,  # é: 90\n)',
+        "two": 'register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-large")\nregister_cpu_ci(est_time=90, '
+        'suite="stage-a-test-cpu")',
+        "pair": 'register_cpu_ci(est_time=90, stage="stage-a", runner_config="cpu")',
+        "é": 'X = "é"; register_cpu_ci(est_time=90, suite="stage-a-test-cpu")',
+    }
+
+    def tree(self, ends=("\n", "\r\n", "")):
+        files = {}
+        for (name, registration), end in zip(self.FORMS.items(), itertools.cycle(ends)):
+            source = source_of(registration=registration)
+            source = source.replace("\n", "\r\n") if end == "\r\n" else source
+            files[f"test_{name}.py"] = source if end else source.rstrip("\n")
+        root = write_tree(self.root / "test", {}) if (self.root / "test").mkdir() is None else None
+        for name, source in files.items():
+            (root / name).write_bytes(source.encode())
+        return root, files
+
+    def test_the_patch_applies_and_changes_the_literal_only(self):
+        root, files = self.tree()
+        subprocess.run(["git", "init", "-q", str(self.root)], check=True)
+        passed = [FileRecord(f"test/registered/{name}", "cpu", SUITE, "passed", 41.0, 90, 1) for name in files]
+        self.write(*(record(n, files=tuple(passed)) for n in range(5)))
+        done = self.history(self.file, "--est-time", "--test-root", root)
+        self.assertEqual(done.stderr.count(" -> 45, p90 of 5 runs is 41.0 s"), len(files), done.stderr)
+        subprocess.run(["git", "-C", str(self.root), "apply", "-"], input=done.stdout, text=True, check=True)
+        for name, source in files.items():
+            was = {"float": "est_time=90.5", "positional": "(90,"}.get(name[5:-3], "est_time=90")
+            new = {"float": "est_time=45.0", "positional": "(45,"}.get(name[5:-3], "est_time=45")
+            place = source.rindex(was) if "two" in name else source.index(was)
+            expected = source[:place] + new + source[place + len(was) :]
+            self.assertEqual((root / name).read_bytes().decode(), expected)
+        times = {(r.name, r.hw): r.est_time for r in collect(root).registrations}
+        self.assertEqual({hw: times[name, hw] for name, hw in times if "two" in name}, {"cpu": 45, "cuda": 90})
+
+    def test_what_is_proposed(self):
+        registration = Registration("/r/test/registered/test_x.py", "registered/test_x.py", "cpu", SUITE, 90)
+        key = ("test/registered/test_x.py", "cpu", SUITE)
+        for seconds, expected in (
+            ([40.0] * 4, []),
+            ([40.0] * 9 + [500.0], [40]),
+            ([40.0] * 8 + [500.0] * 2, [500]),
+            ([88.0] * 5, []),
+            ([84.0] * 5, []),
+            ([3.2] * 5, [4]),
+            ([0.01] * 5, [1]),
+            ([1234.0] * 5, [1250]),
+        ):
+            with self.subTest(seconds=seconds):
+                proposals = est_time.propose([registration], {key: seconds}, "test")
+                self.assertEqual([proposal.seconds for proposal in proposals], expected)
+        self.assertEqual(est_time.propose([registration], {(key[0], "cuda", SUITE): [40.0] * 5}, "test"), [])
+
+    def test_failed_and_retried_runs_tell_no_time(self):
+        slow = FileRecord(MAIN_JOB, "cpu", SUITE, "timed out", 1200.0, 90, 1)
+        again = FileRecord(MAIN_JOB, "cpu", SUITE, "passed", 500.0, 90, 2)
+        self.write(record(0), record(1, files=(slow,)), record(2, files=(again,)))
+        done = self.history(self.file, "--estimates")
+        self.assertEqual(json.loads(done.stdout), {MAIN_JOB: 100.0})
+
+
+class TestPartition(HistoryCase):
+    def test_estimates_of_the_history_even_out_the_partitions(self):
+        root = write_tree(self.root, {f"test_{name}.py": source_of() for name in "abcd"})
+        prefix = f"{self.root.name}/registered/test_"
+        seconds = {"a": 100.0, "b": 10.0, "c": 20.0}
+        files = tuple(FileRecord(f"{prefix}{name}.py", "cpu", SUITE, "passed", s, 5, 1) for name, s in seconds.items())
+        self.write(record(0, files=files))
+        estimates = self.root / "estimates.json"
+        estimates.write_text(self.history(self.file, "--estimates").stdout)
+        listed = {}
+        for rank in "01":
+            words = ["--hw", "cpu", "--suite", SUITE, "--test-root", str(root), "--partition-model-file"]
+            words += [str(estimates), "--auto-partition-size", "2", "--auto-partition-id", rank, "--no-history"]
+            done = subprocess.run([sys.executable, str(RUN_SUITE), *words], capture_output=True, text=True, timeout=300)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn(f"times of 3 of 4 files from {estimates}, est_time of the others\n", done.stdout)
+            listed[rank] = sorted(name for name in "abcd" if f"passed: registered/test_{name}.py" in done.stdout)
+        self.assertEqual(listed, {"0": ["a"], "1": ["b", "c", "d"]})
+
+
+class TestRuns(HistoryCase):
+    def run_suite(self, files, *words, **environment):
+        root = write_tree(self.root, {f"test_{number}.py": source for number, source in enumerate(files)})
+        command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", SUITE, "--test-root", str(root), *words]
+        environment = {**os.environ, "XDG_STATE_HOME": str(self.root / "state"), **environment}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=self.root)
+
+    def test_a_run_is_recorded_with_what_it_measured(self):
+        subprocess.run(["git", "init", "-q", str(self.root)], check=True)
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        subprocess.run(
+            ["git", "-C", str(self.root), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True
+        )
+        fail = source_of("def test_it(self): self.fail()")
+        done = self.run_suite([MEASURES, fail, source_of()], "--history", str(self.file))
+        self.assertEqual(done.returncode, 1, done.stderr)
+        ((run,), skipped) = store.read([self.file]).records, store.read([self.file]).skipped
+        self.assertEqual((skipped, run.exit_code, run.suite, len(run.commit), run.modified), ((), 1, SUITE, 40, False))
+        self.assertEqual([file.state for file in run.files], ["passed", "failed"])
+        self.assertEqual(run.files[0].file, f"{self.root.name}/registered/test_0.py")
+        self.assertGreater(run.files[0].seconds, 0)
+        self.assertLess(abs(datetime.now(timezone.utc) - run.time), timedelta(minutes=2))
+        (measured,) = run.measurements
+        self.assertEqual((measured.correct, measured.examples, measured.gate), (197, 200, ">0.95"))
+        self.assertEqual((measured.acceptance_length, measured.phases), (1.8312, {"launch prefill": 2.5}))
+
+    def test_the_variable_names_the_file_and_empty_means_none(self):
+        self.run_suite([source_of()], PDKIT_HISTORY="")
+        self.run_suite([source_of()], "--no-history", PDKIT_HISTORY=str(self.file))
+        self.assertFalse(self.file.exists())
+        self.run_suite([source_of()], PDKIT_HISTORY=str(self.file))
+        self.assertEqual(len(store.read([self.file]).records), 1)
+
+    def test_runs_within_tests_and_of_other_trees_leave_no_trace(self):
+        inner = source_of(
+            """
+            def test_it(self):
+                import os
+                self.assertEqual(os.environ["PDKIT_HISTORY"], "")
+            """
+        )
+        self.assertEqual(self.run_suite([inner], PDKIT_HISTORY=str(self.file)).returncode, 0)
+        environment = {name: value for name, value in os.environ.items() if name != "PDKIT_HISTORY"}
+        with unittest.mock.patch.dict("os.environ", environment, clear=True):
+            self.run_suite([source_of()])
+        self.assertFalse((self.root / "state").exists())
+
+    def test_a_history_that_cannot_be_written_is_told_and_changes_nothing_else(self):
+        done = self.run_suite([source_of()], "--history", "/proc/version")
+        self.assertEqual(done.returncode, 0)
+        self.assertRegex(done.stdout, r"history: no record in /proc/version: .*\(--history FILE, or --no-history\)")
+
+
+class TestScript(HistoryCase):
+    def test_series_and_drift(self):
+        noise = random.Random(0)
+        for number in range(30):
+            correct = 197 if number < 24 else 185
+            self.write(record(number, correct, gsm8k=round(11 + noise.random(), 1), accepted=1.8 + noise.random() / 10))
+        shown = self.shown()
+        self.assertEqual(set(shown), {"score", "acceptance length", "launch prefill", "gsm8k", "in all"})
+        self.assertEqual([name for name, series in shown.items() if series["drift"]], ["score"])
+        self.assertEqual(shown["score"]["since"], record(24).time.isoformat())
+        self.assertEqual(shown["score"]["counts"][-1], [185, 200])
+        text = self.history(self.file).stdout
+        self.assertIn("DRIFT 0.985 -> 0.925 since 2026-10-25 03:00", text)
+        self.assertIn("185/200 embedded", text)
+        self.assertIn("with probability 0.01 at most", text)
+
+    def test_a_failed_run_counts_for_the_score_but_not_for_the_times(self):
+        failed = FileRecord(MAIN_JOB, "cpu", SUITE, "failed", 900.0, 90, 1)
+        self.write(record(0), record(1, correct=150, gsm8k=500.0, files=(failed,)))
+        shown = self.shown()
+        self.assertEqual(shown["score"]["values"], [0.985, 0.75])
+        self.assertEqual((shown["gsm8k"]["values"], shown["in all"]["values"]), ([11.0], [100.0]))
+
+    def test_figures(self):
+        self.write(*(record(number, 200 - number % 4, accepted=1.8) for number in range(3)))
+        for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+            figure = self.root / f"history{suffix}"
+            self.history(self.file, "--out", figure)
+            self.assertEqual(figure.read_bytes()[: len(magic)], magic)
+        text = figure.read_text()
+        for title in ("embedded: score", "embedded: phases", "embedded: acceptance length"):
+            self.assertIn(f"<!-- {title} -->", text)
+
+    def test_broken_lines_are_told_and_skipped(self):
+        self.write(record(0))
+        with self.file.open("a") as file:
+            file.write("{\n")
+        self.assertIn(f"{self.file}:2: skipped, no record", self.history(self.file).stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
