@@ -4,7 +4,8 @@ A wrong hand-over of state leaves the model fluent and only makes its answers wo
 
     SGLANG_PD_MODEL    repository or directory to serve instead of sgl-project/DeepSeek-V4-Flash-FP8
     SGLANG_PD_GSM8K    GSM8K questions as a .jsonl file (default: run_eval downloads them)
-    SGLANG_PD_LOG_DIR  where the servers' logs go (default: a new temporary directory)
+    SGLANG_PD_LOG_DIR  where the servers' logs and the eval's transcript go (default: a new temporary directory)
+    SGLANG_PD_PROGRESS_S  seconds between two lines that say how far the eval is (default: 15)
 """
 
 import atexit
@@ -12,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -30,6 +32,7 @@ import sglang
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import kill_process_tree
 from sglang.srt.utils.network import is_port_available
+from sglang.test import simple_eval_common
 from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.run_eval import run_eval
 from sglang.test.server_fixtures import disaggregation_fixture
@@ -41,6 +44,7 @@ register_cuda_ci(est_time=250, suite="stage-c-test-dsv4-8-gpu-h200")
 CUDA_GRAPH_MAX_BS = (
     "--cuda-graph-max-bs-decode" if hasattr(ServerArgs, "cuda_graph_max_bs_decode") else "--cuda-graph-max-bs"
 )
+ANSWERS = re.compile(r"<p>(Correct|Extracted) Answer: (.*?)</p>")
 
 
 class TestDisaggregationDSV4(PDDisaggregationServerBase):
@@ -90,7 +94,7 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         )
 
     def test_gsm8k(self):
-        with phase("gsm8k"):
+        with phase("gsm8k"), Transcript(self.log_path("gsm8k", "jsonl")).open():
             metrics = run_eval(
                 SimpleNamespace(
                     base_url=self.lb_url,
@@ -176,8 +180,8 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         return Server(name, command, {**os.environ, **cls.server_env}, cls.log_path(name))
 
     @classmethod
-    def log_path(cls, name):
-        return os.path.join(cls.log_dir, f"{cls.__name__}.{name.replace(' ', '_')}.log")
+    def log_path(cls, name, kind="log"):
+        return os.path.join(cls.log_dir, f"{cls.__name__}.{name.replace(' ', '_')}.{kind}")
 
     @classmethod
     def launch_lb(cls):
@@ -358,6 +362,59 @@ class Supervisor:
         if self._armed:
             self._reported = True
             raise ServerDied(self.death)
+
+
+class Transcript:
+    """While open, each example that `run_eval` scores becomes a line of JSON at `path`; says now and then how far it is.
+
+    All releases hand their examples to `simple_eval_common.map_with_progress`, and their prompts to the OpenAI client.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.scores = []
+        self._seconds_between_lines = float(os.getenv("SGLANG_PD_PROGRESS_S") or 15)
+        self._printed_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._request = threading.local()
+
+    @contextlib.contextmanager
+    def open(self):
+        completions = simple_eval_common.openai.resources.Completions
+        create, map_with_progress = completions.create, simple_eval_common.map_with_progress
+
+        def create_and_count(*args, **kwargs):
+            completion = create(*args, **kwargs)
+            self._request.tokens = completion.usage and completion.usage.completion_tokens
+            return completion
+
+        def map_and_keep(score, examples, num_threads):
+            total = len(examples)
+            return map_with_progress(lambda example: self._keep(example, score, total), examples, num_threads)
+
+        with (
+            open(self.path, "w", encoding="utf-8") as self._file,
+            mock.patch.object(completions, "create", create_and_count),
+            mock.patch.object(simple_eval_common, "map_with_progress", map_and_keep),
+        ):
+            yield self
+
+    def _keep(self, example, score, total):
+        self._request.tokens, start = None, time.monotonic()
+        result = score(example)
+        seconds = time.monotonic() - start
+        *prompt, answer = (message["content"] for message in result.convo)
+        line = {"example": example, "score": result.score, "seconds": round(seconds, 3)}
+        line |= {"completion_tokens": self._request.tokens, "prompt": "\n".join(prompt), "answer": answer}
+        line |= {f"{kind.lower()}_answer": value for kind, value in ANSWERS.findall(result.html or "")}
+        with self._lock:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self.scores.append(result.score)
+            if time.monotonic() - self._printed_at >= self._seconds_between_lines:
+                self._printed_at, done = time.monotonic(), len(self.scores)
+                print(f"\n[progress] {done}/{total}, score so far {sum(self.scores) / done:.3f}", flush=True)
+        return result
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{"choices": [{"text": " 2"}]}')
+        self.wfile.write(b'{"choices": [{"text": " 2"}], "usage": {"completion_tokens": 3}}')
     def log_message(self, *_):
         pass
 
@@ -247,11 +247,15 @@ def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None):
         @classmethod
         def launch_server(cls, name, url, args):
             fate = {"prefill": prefill, "decode": decode}[name]
+            cls.log_dir = log_dir
             return dsv4.Server(name, fate.command(url.rsplit(":")[-1]), None, f"{log_dir}/{name}.log")
 
         @classmethod
         def start_lb(cls, command):
             return dsv4.Server("load balancer", lb.command(cls.lb_port), None, f"{log_dir}/load balancer.log")
+
+        def check_counters(self):
+            pass
 
         if test:
             test_gsm8k = test
@@ -335,11 +339,33 @@ class TestSupervision(unittest.TestCase):
         (message,) = self.run_pair(test=test)
         self.assertIn("decode exited with code -9 (Killed)", message)
 
-    def test_decode_dies_while_the_eval_client_retries_in_silence(self):
+    def ask(self, *answers):
+        """Questions whose right `answers` these are, behind 5 shots."""
         questions = Path(self.log_dir, "questions.jsonl")
-        questions.write_text(10 * (json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"))
+        rows = [{"question": "1+1?", "answer": f"#### {answer}"} for answer in [2] * 5 + [*answers]]
+        questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.enterContext(mock.patch.object(dsv4, "require_inputs"))
         self.enterContext(mock.patch.object(embedded.TestDisaggregationDSV4Embedded, "gsm8k_data_path", str(questions)))
+
+    def test_transcript_of_the_eval(self):
+        self.ask(2, 2, 3)
+        self.enterContext(mock.patch.dict(os.environ, SGLANG_PD_PROGRESS_S="1e-9"))
+        (message,) = self.run_pair(lb=Fate(answers=4))
+        self.assertIn("0.6666666666666666) not greater than 0.95", message)
+        self.assertIn("gate failed", self.phases())
+        lines = Path(self.log_dir, "Pair.gsm8k.jsonl").read_text().splitlines()
+        examples = sorted(map(json.loads, lines), key=lambda line: line["example"])
+        told = [(e["score"], e["correct_answer"], e["extracted_answer"], e["completion_tokens"]) for e in examples]
+        self.assertEqual(told, [(1, "2", "2", 3), (1, "2", "2", 3), (0, "3", "2", 3)])
+        self.assertTrue(examples[0]["prompt"].endswith("\nAnswer: #### 2\n\nQuestion: 1+1?\nAnswer:"))
+        self.assertEqual({e["answer"] for e in examples}, {" 2"})
+        self.assertTrue(all(0 < e["seconds"] < 60 for e in examples))
+        progress = [line for line in self.stdout.getvalue().splitlines() if line.startswith("[progress] ")]
+        self.assertEqual([line.split(",")[0] for line in progress], [f"[progress] {done}/3" for done in (1, 2, 3)])
+        self.assertRegex(progress[-1], r", score so far 0\.667$")
+
+    def test_decode_dies_while_the_eval_client_retries_in_silence(self):
+        self.ask(*[2] * 5)
         (message,) = self.run_pair(decode=Fate(dies=5, code=7))
         self.assert_names(message, "decode", 7)
         self.assertNotIn("All retry attempts exhausted", self.stdout.getvalue())
@@ -415,6 +441,10 @@ class TestSupervision(unittest.TestCase):
 
 class TestVerdict(unittest.TestCase):
     """What `test_gsm8k` concludes from a score and from what the two embedded engines say that they did."""
+
+    def setUp(self):
+        log_dir = self.enterContext(tempfile.TemporaryDirectory())
+        self.enterContext(mock.patch.object(dsv4.TestDisaggregationDSV4, "log_dir", log_dir, create=True))
 
     def verdict(self, score=1.0, prefill=None, decode=None):
         infos = {
