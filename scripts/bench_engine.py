@@ -15,7 +15,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,10 +22,13 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import pdkit
 import requests
-from pdkit import ports, process_tree
+from pdkit import ports
+from pdkit.guardian import Guarded
+from pdkit.run_token import new_token
 
-ASSETS = Path(process_tree.__file__).parent / "assets"
+ASSETS = Path(pdkit.__file__).parent / "assets"
 GOAL_TOKENS_PER_S, GOAL_GIB = 250, 6
 LENGTHS = (1, 32, 128, 512, 1024, 2048, 4000)
 
@@ -36,28 +38,24 @@ class Server:
 
     def __init__(self, logs, name, port, *command):
         self.name, self.url, self.log = name, f"http://127.0.0.1:{port}", logs / f"{name}.log"
-        self.since, self.token = time.time(), process_tree.new_token(os.environ)
+        address = ("--host", "127.0.0.1", "--port", str(port))
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
-                env=os.environ | {process_tree.TOKEN_VARIABLE: self.token},
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            self.guarded = Guarded([sys.executable, "-m", *command, *address], os.environ, new_token(os.environ), log)
 
     def wait_until_ready(self, timeout=300.0):
         deadline = time.monotonic() + timeout
-        while self.process.poll() is None and time.monotonic() < deadline:
+        while self.guarded.is_running and time.monotonic() < deadline:
             with contextlib.suppress(requests.RequestException):
                 return requests.get(self.url + "/health", timeout=30).raise_for_status()
             time.sleep(0.2)
         sys.exit(f"{self.name} did not get ready:\n{self.log.read_text()[-2000:]}")
 
     def end(self):
-        process_tree.end(self.process.pid, self.since, self.token)
+        self.guarded.end()
 
     @property
     def peak(self):
-        return peak_bytes(self.process.pid)
+        return peak_bytes(self.guarded.pid)
 
 
 def peak_bytes(pid):

@@ -24,6 +24,11 @@ def main(argv: list[str]) -> ExitCode:
 
         print((as_json if options.json else table)(selection, options))
         return ExitCode.PASSED if selection.enabled else ExitCode.NOTHING_RAN
+    if selection.enabled:
+        from pdkit.leftovers import end_earlier_runs
+
+        for line in end_earlier_runs():
+            print(line, flush=True)
     if options.environment_check and selection.enabled:
         from pdkit.environment_check.require import require
 

@@ -2,18 +2,20 @@
 
 import os
 import shlex
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pdkit
-from pdkit import process_tree
+from pdkit import gpu_memory, guardian, leftovers, ports
 from pdkit.console import Console
+from pdkit.guardian import Ending, Guarded
+from pdkit.hang import diagnose, py_spy
 from pdkit.interruption import Interruption
 from pdkit.options import HISTORY_VARIABLE, Options
 from pdkit.outcome import FileState, read_output
 from pdkit.results import Attempt
+from pdkit.run_token import new_token
 
 POLL_S = 0.25
 DRAIN_S = 5.0
@@ -44,6 +46,7 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
         rest = environment.get(name)
         environment[name] = os.pathsep.join([first, rest] if rest else [first])
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONFAULTHANDLER"] = "1"
     environment["SGLANG_TEST_MAX_RETRY"] = str(options.test_max_retry)
     environment[HISTORY_VARIABLE] = ""
     return environment
@@ -57,18 +60,26 @@ def _pump(source, log: Path, console: Console):
             console.write(chunk)
 
 
-def _wait(process: subprocess.Popen, timeout: float, interruption: Interruption) -> FileState | None:
-    """Why the process has to be ended, or None once it ended by itself."""
+def _wait(guarded: Guarded, timeout: float, interruption: Interruption) -> FileState | None:
+    """Why the command has to be ended, or None once it ended by itself."""
     deadline = time.monotonic() + timeout
-    while True:
-        try:
-            process.wait(max(0.0, min(POLL_S, deadline - time.monotonic())))
-            return None
-        except subprocess.TimeoutExpired:
-            if interruption:
-                return FileState.INTERRUPTED
-            if time.monotonic() >= deadline:
-                return FileState.TIMED_OUT
+    while not guarded.has_ended(max(0.0, min(POLL_S, deadline - time.monotonic()))):
+        if interruption:
+            return FileState.INTERRUPTED
+        if time.monotonic() >= deadline:
+            return FileState.TIMED_OUT
+    return None
+
+
+def _ending(guarded: Guarded, token: str, seconds: float) -> Ending:
+    """Ends what is left, by the token where the guardian was killed."""
+    ending = guarded.end()
+    if ending is None:
+        ended = leftovers.end_carriers(token)
+        unreleased = [f"{survivor} survived SIGKILL" for survivor in ended.survivors]
+        unreleased += ports.wait_until_free(ended.ports, guardian.PORTS_S)
+        ending = Ending(guarded.guardian_exit_code, seconds, ended.processes, tuple(unreleased))
+    return ending
 
 
 def run_attempt(
@@ -81,32 +92,32 @@ def run_attempt(
     test_max_retry: int = 0,
 ) -> Attempt:
     """Runs `command` in a new session for at most `timeout` seconds; whatever it started is gone afterwards."""
-    token = process_tree.new_token(environment)
-    started, tic = time.time(), time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env=environment | {process_tree.TOKEN_VARIABLE: token},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    pump = threading.Thread(target=_pump, args=(process.stdout, log, console), daemon=True)
+    memory = gpu_memory.observe()
+    token, tic = new_token(environment), time.monotonic()
+    guarded = Guarded(command, environment, token)
+    pump = threading.Thread(target=_pump, args=(guarded.output, log, console), daemon=True)
     pump.start()
-    forced = _wait(process, timeout, interruption)
-    seconds = time.monotonic() - tic
-    ended = process_tree.end(process.pid, started, token)
-    process.wait()
+    forced = _wait(guarded, timeout, interruption)
+    phase = None
+    if forced is FileState.TIMED_OUT and guarded.is_running:
+        phase, lines = diagnose(guarded.descendants(), log, py_spy())
+        log.with_suffix(".hang.txt").write_text("\n".join(lines) + "\n")
+        for line in lines:
+            console.line(line)
+    ending = _ending(guarded, token, time.monotonic() - tic)
+    forced = forced if ending.exit_code is None else None
     pump.join(DRAIN_S)
     if not pump.is_alive():
-        process.stdout.close()
+        guarded.output.close()
     with log.open(errors="replace") as lines:
         output = read_output(lines, test_max_retry)
     return Attempt(
         log=log.name,
-        seconds=seconds,
-        exit_code=None if forced else process.returncode,
+        seconds=ending.seconds,
+        exit_code=ending.exit_code,
         output=output,
         forced=forced,
-        leftovers=() if forced else tuple(ended),
+        hung_in=phase,
+        leftovers=() if forced else ending.ended,
+        unreleased=(*ending.unreleased, *gpu_memory.wait_for_release(memory)),
     )

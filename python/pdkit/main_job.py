@@ -132,9 +132,12 @@ def run(rung: Rung, report_dir: Path | None, history: Path | None = None, enviro
     Raises TestNotFound, and NotReady where this machine lacks what the test needs.
     """
     from pdkit.environment_check.require import require
+    from pdkit.leftovers import end_earlier_runs
     from pdkit.runner import run_suite
 
     registration = registration_of(rung)
+    for line in end_earlier_runs():
+        print(line, flush=True)
     if environment_check:
         require([registration])
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))

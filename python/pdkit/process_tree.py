@@ -1,26 +1,24 @@
-"""Finding and ending everything that one of our processes started, and nothing else."""
+"""Processes: who is alive, what is theirs, and how a set of them is ended."""
 
-import os
+import contextlib
 import time
-import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import psutil
 
-TOKEN_VARIABLE = "PDKIT_RUN_TOKEN"
 GRACE_S = 10.0
+KILL_S = 10.0
 POLL_S = 0.05
 
 
-def new_token(environment: dict[str, str]) -> str:
-    """A value of `TOKEN_VARIABLE` for a new process tree; it extends that of the tree we are in, if any."""
-    inherited = environment.get(TOKEN_VARIABLE)
-    own = uuid.uuid4().hex
-    return f"{inherited}:{own}" if inherited else own
+@dataclass(frozen=True)
+class Ended:
+    """What `end` did: descriptions of the processes it met, TCP ports they listened on, and who is alive after all."""
 
-
-def _carries(process: psutil.Process, token: str) -> bool:
-    value = process.environ().get(TOKEN_VARIABLE, "")
-    return value == token or value.startswith(token + ":")
+    processes: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
+    survivors: tuple[str, ...] = ()
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -31,37 +29,12 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def members(leader: int, since: float, token: str) -> list[psutil.Process]:
-    """Living processes that belong to the session leader `leader`, started at `since` (epoch seconds) with `token`.
-
-    They are those of its session, its descendants, and those that carry the token in their environment wherever they
-    went; the leader itself is one of them while it lives.
-    """
-    descendants = set()
-    if psutil.pid_exists(leader):
-        try:
-            descendants = {p.pid for p in psutil.Process(leader).children(recursive=True)}
-        except psutil.NoSuchProcess:
-            pass
-    found = []
-    for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
-        try:
-            if process.create_time() < since - 1 or not is_alive(process):
-                continue
-            ours = process.pid in descendants or os.getsid(process.pid) == leader or _carries(process, token)
-        except (psutil.Error, OSError):
-            continue
-        if ours:
-            found.append(process)
-    return found
-
-
-def _wait_gone(processes: list[psutil.Process], seconds: float):
-    deadline = time.monotonic() + seconds
-    while any(map(is_alive, processes)) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """Those alive, as far as one look at the table of processes can tell."""
+    try:
+        return [child for child in process.children(recursive=True) if is_alive(child)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def describe(process: psutil.Process) -> str:
@@ -73,18 +46,62 @@ def describe(process: psutil.Process) -> str:
     return f"pid {process.pid} ({command[:60]})"
 
 
-def end(leader: int, since: float, token: str, grace_s: float = GRACE_S) -> list[str]:
-    """Ends all `members`: SIGTERM, up to `grace_s` seconds of patience, SIGKILL; returns descriptions of them."""
-    ended = {}
-    for attempt in range(3):
-        processes = members(leader, since, token)
-        if not processes:
-            break
-        ended.update({p.pid: ended.get(p.pid) or describe(p) for p in processes})
-        for process in processes:
-            try:
-                process.terminate() if attempt == 0 else process.kill()
-            except psutil.NoSuchProcess:
-                pass
-        _wait_gone(processes, grace_s)
-    return list(ended.values())
+def describe_pid(pid: int) -> str:
+    try:
+        return describe(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return f"pid {pid} (gone)"
+
+
+def listening_ports(processes: Iterable[psutil.Process]) -> set[int]:
+    """TCP ports on which one of `processes` listens."""
+    ports = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            connections = process.net_connections(kind="tcp")
+            ports |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+    return ports
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether `condition` came true within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def end(
+    find: Callable[[], list[psutil.Process]],
+    are_gone: Callable[[], bool],
+    grace_s: float = GRACE_S,
+    kill_s: float = KILL_S,
+) -> Ended:
+    """Ends what `find` finds: SIGTERM, up to `grace_s` seconds of patience, then SIGKILL for up to `kill_s` seconds.
+
+    `find` is asked again and again, since what is being ended may start more; `are_gone` has the last word.
+    """
+    met: dict[int, str] = {}
+    ports: set[int] = set()
+
+    def terminate() -> bool:
+        new = [process for process in find() if process.pid not in met]
+        met.update((process.pid, describe(process)) for process in new)
+        ports.update(listening_ports(new))
+        for process in new:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        return are_gone()
+
+    def kill() -> bool:
+        for process in find():
+            met.setdefault(process.pid, describe(process))
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        return are_gone()
+
+    gone = wait_until(terminate, grace_s) or wait_until(kill, kill_s)
+    survivors = () if gone else tuple(map(describe, find()))
+    return Ended(tuple(met.values()), tuple(sorted(ports)), survivors)

@@ -11,21 +11,28 @@ NO_TESTS_EXIT_CODE = 5
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of one file; `exit_code` is None where we ended it, `forced` then says why."""
+    """One run of one file; `exit_code` is None where we ended it, `forced` then says why.
+
+    `hung_in` is the phase in which it ran out of time, `leftovers` the processes that it left behind, `unreleased` the
+    processes, ports and GPU memory that were there even after those were ended.
+    """
 
     log: str
     seconds: float
     exit_code: int | None
     output: Output
     forced: FileState | None = None
+    hung_in: str | None = None
     leftovers: tuple[str, ...] = ()
+    unreleased: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> tuple[FileState, str]:
         """State of the file had this been the only attempt, and why it is not simply passed."""
         counts = self.output.counts
         if self.forced:
-            return self.forced, f"after {self.seconds:.0f} s; its processes were ended"
+            where = f" in phase {self.hung_in}" if self.hung_in else ""
+            return self.forced, f"after {self.seconds:.0f} s{where}; its processes were ended"
         ran_none = counts is not None and not counts.executed and not counts.failed
         if self.exit_code and not (self.exit_code == NO_TESTS_EXIT_CODE and ran_none):
             return FileState.FAILED, _exit_reason(self.exit_code)
@@ -82,7 +89,9 @@ class FileResult:
                     "seconds": round(attempt.seconds, 3),
                     "exit_code": attempt.exit_code,
                     "log": attempt.log,
+                    "hung_in": attempt.hung_in,
                     "leftovers": list(attempt.leftovers),
+                    "unreleased": list(attempt.unreleased),
                 }
                 for attempt in self.attempts
             ],

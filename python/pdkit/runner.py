@@ -87,6 +87,8 @@ class SuiteRun:
             attempts.append(attempt)
             for leftover in attempt.leftovers:
                 self.console.line(f"{label} it left a process behind, ended now: {leftover}")
+            for line in attempt.unreleased:
+                self.console.line(f"{label} {line}")
             if count == options.attempts or not attempt.is_retriable or self.interruption:
                 break
             self.console.line(

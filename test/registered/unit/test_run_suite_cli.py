@@ -12,9 +12,11 @@ import unittest
 from pathlib import Path
 
 import psutil
+from detached import is_alive
 from pdkit import process_tree
 from pdkit.ci_register import register_cpu_ci
 from pdkit.exit_codes import MEANINGS
+from pdkit.run_token import TOKEN_VARIABLE, new_token
 from suite_trees import source_of, write_tree
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
@@ -83,7 +85,7 @@ class CommandCase(unittest.TestCase):
 
     def assert_sleeper_gone(self, output):
         pid = int(re.search(r"^sleeper (\d+)", output, re.MULTILINE)[1])
-        self.assertFalse(psutil.pid_exists(pid) and process_tree.is_alive(psutil.Process(pid)))
+        self.assertFalse(is_alive(pid))
 
 
 class TestRun(CommandCase):
@@ -269,8 +271,8 @@ class TestReport(CommandCase):
 class TestInterrupt(CommandCase):
     def interrupt(self, number):
         command = self.command({"test_0.py": HANG, "test_1.py": PASS}, *SUITE, "--report-dir", "report")
-        # lint: allow unended-process: what no signal ends, the runner ends after its timeout for a file
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.root)
+        self.addCleanup(process.kill)
         output = ""
         while "sleeper" not in output:
             output += process.stdout.readline()
@@ -284,6 +286,38 @@ class TestInterrupt(CommandCase):
         self.assert_sleeper_gone(output)
         results = json.loads((self.root / "report" / "results.json").read_text())
         self.assertEqual([entry["state"] for entry in results["files"]], ["interrupted", "not run"])
+
+    def start_and_hang(self, environment):
+        command = self.command({"test_0.py": HANG}, *SUITE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        for line in process.stdout:
+            if line.startswith(b"sleeper"):
+                return process, line.decode()
+
+    def test_sigkill(self):
+        process, output = self.start_and_hang(os.environ)
+        process.kill()
+        sleeper = int(output.split()[1])
+        self.assertTrue(process_tree.wait_until(lambda: not is_alive(sleeper), 20))
+
+    def test_sigkill_of_the_guardian_too(self):
+        environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}  # so that no other run takes the leftovers
+        process, output = self.start_and_hang(environment)
+        (guardian,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGSTOP)
+        guardian.kill()
+        process.kill()
+        process.wait()
+        sleeper = int(output.split()[1])
+        self.addCleanup(lambda: is_alive(sleeper) and os.kill(sleeper, signal.SIGKILL))
+        self.assertTrue(is_alive(sleeper))
+        done = self.run_suite({"test_0.py": PASS}, *SUITE, environment=environment)
+        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        self.assertRegex(done.stdout, rf"(?m)^left behind by an earlier run, .*; ended now: pid {sleeper} \(")
+        self.assertFalse(is_alive(sleeper))
 
     def test_sigint(self):
         self.interrupt(signal.SIGINT)

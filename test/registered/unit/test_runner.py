@@ -8,14 +8,17 @@ import sys
 import tempfile
 import time
 import unittest
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import psutil
-from pdkit import process_tree
+from detached import SLEEP, is_alive, orphaner, spawner
+from pdkit import gpu_memory
 from pdkit.attempt import child_environment, python3_directory, run_attempt
 from pdkit.ci_register import register_cpu_ci
 from pdkit.console import Console
+from pdkit.environment_check.machine import Gpu, GpuProcess
 from pdkit.exit_codes import ExitCode
 from pdkit.interruption import Interruption
 from pdkit.options import Options, UsageError, parse_options
@@ -226,17 +229,6 @@ class TestOptions(unittest.TestCase):
         self.assertTrue(parse_options(["--list"], Path("/")).list_only)
 
 
-SLEEPER = "import time; time.sleep(300)"
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(300)"
-SPAWN = "subprocess.Popen([sys.executable, '-c', {source!r}], start_new_session={session}, env={env}, stdout={out})"
-
-
-def spawner(source, session, then="", env="None", out="2"):
-    """A program that starts `source` and prints its process id, and then does `then`."""
-    start = SPAWN.format(source=source, session=session, env=env, out=out)
-    return f"import subprocess, sys, time; print({start}.pid, flush=True)\n{then}"
-
-
 class ProcessCase(unittest.TestCase):
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
@@ -251,7 +243,7 @@ class ProcessCase(unittest.TestCase):
         return attempt, log.read_text()
 
     def assert_gone(self, pid):
-        self.assertFalse(psutil.pid_exists(pid) and process_tree.is_alive(psutil.Process(pid)), f"{pid} is alive")
+        self.assertFalse(is_alive(pid), f"{pid} is alive")
 
 
 class TestRunAttempt(ProcessCase):
@@ -278,7 +270,7 @@ class TestRunAttempt(ProcessCase):
     def test_timeout_ends_the_whole_tree(self):
         for session in (False, True):
             with self.subTest(new_session=session):
-                attempt, log = self.run_python(spawner(SLEEPER, session, "time.sleep(300)"), timeout=0.7)
+                attempt, log = self.run_python(spawner(SLEEP, session, "time.sleep(300)"), timeout=0.7)
                 self.assertIs(attempt.forced, FileState.TIMED_OUT)
                 self.assertLess(attempt.seconds, 10)
                 self.assert_gone(int(log))
@@ -288,30 +280,48 @@ class TestRunAttempt(ProcessCase):
             "in the session": {"session": False},
             "in the session, without environment": {"session": False, "env": "{}"},
             "in a session of its own": {"session": True},
+            "in a session of its own, without environment, orphaned": None,
         }.items():
             with self.subTest(what):
-                attempt, log = self.run_python(spawner(SLEEPER, **options))
+                attempt, log = self.run_python(spawner(SLEEP, **options) if options else orphaner(SLEEP))
                 self.assert_gone(int(log))
                 self.assertEqual(attempt.exit_code, 0)
                 self.assertEqual(len(attempt.leftovers), 1)
                 self.assertIn(f"pid {int(log)} (", attempt.leftovers[0])
 
+    def test_a_file_whose_guardian_is_killed(self):
+        attempt, log = self.run_python(spawner(SLEEP, True, "import os; os.kill(os.getppid(), 9); time.sleep(300)"))
+        self.assertIs(attempt.verdict[0], FileState.FAILED)
+        self.assertEqual(attempt.exit_code, -signal.SIGKILL)
+        self.assert_gone(int(log))
+
+    def test_what_is_still_held_is_told(self):
+        gpu = Gpu("NVIDIA H200", 143_000, 143_000, (9, 0))
+        full = replace(gpu, free_mib=3_000, processes=(GpuProcess(7, "/usr/bin/python3", 140_000),))
+        observe = mock.Mock(side_effect=[(gpu,), (full,)])
+        wait = partial(gpu_memory.wait_for_release, seconds=0.0, observe=observe)
+        with mock.patch.multiple(gpu_memory, observe=observe, wait_for_release=wait):
+            attempt, _ = self.run_python("pass")
+        self.assertEqual(
+            attempt.unreleased, ("GPU 0: 140000 MiB more in use than before, by pid 7 (python3, 140000 MiB)",)
+        )
+
     def test_an_open_pipe_of_a_leftover_does_not_hang(self):
         tic = time.monotonic()
-        self.run_python(spawner(SLEEPER, True, out="None"))
+        self.run_python(spawner(SLEEP, True, out="None"))
         self.assertLess(time.monotonic() - tic, 10)
 
     def test_processes_of_others_stay(self):
-        other = subprocess.Popen([sys.executable, "-c", SLEEPER], start_new_session=True)
+        other = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
         self.addCleanup(other.wait)
         self.addCleanup(other.kill)
-        self.run_python(spawner(SLEEPER, True))
+        self.run_python(spawner(SLEEP, True))
         self.assertIsNone(other.poll())
 
     def test_interruption_ends_the_tree(self):
         with Interruption() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
-            attempt, log = self.run_python(spawner(SLEEPER, True, "time.sleep(300)"), interruption=interruption)
+            attempt, log = self.run_python(spawner(SLEEP, True, "time.sleep(300)"), interruption=interruption)
         self.assertIs(attempt.forced, FileState.INTERRUPTED)
         self.assertIs(interruption.requested_by, signal.SIGINT)
         for pid in log.split():
@@ -323,43 +333,6 @@ class TestRunAttempt(ProcessCase):
             tic = time.monotonic()
             interruption.sleep(60)
         self.assertLess(time.monotonic() - tic, 10)
-
-
-class TestProcessTree(ProcessCase):
-    def start(self, source):
-        token = process_tree.new_token({})
-        since = time.time()
-        environment = os.environ | {process_tree.TOKEN_VARIABLE: token}
-        command = [sys.executable, "-c", source]
-        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.PIPE)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process, since, token
-
-    def test_sigkill_follows_where_sigterm_is_ignored(self):
-        process, since, token = self.start(DEAF)
-        process.stdout.readline()
-        (ended,) = process_tree.end(process.pid, since, token, grace_s=0.3)
-        self.assertIn(f"pid {process.pid} (", ended)
-        self.assertEqual(process.wait(5), -signal.SIGKILL)
-
-    def test_sigterm_comes_first(self):
-        process, since, token = self.start(SLEEPER)
-        process_tree.end(process.pid, since, token)
-        self.assertEqual(process.wait(5), -signal.SIGTERM)
-
-    def test_a_descendant_without_token_and_session(self):
-        process, since, token = self.start(spawner(SLEEPER, True, "time.sleep(300)", env="{}"))
-        child = int(process.stdout.readline())
-        self.assertIn(child, [p.pid for p in process_tree.members(process.pid, since, token)])
-        process_tree.end(process.pid, since, token)
-        self.assert_gone(child)
-
-    def test_tokens_nest(self):
-        outer = process_tree.new_token({})
-        inner = process_tree.new_token({process_tree.TOKEN_VARIABLE: outer})
-        self.assertTrue(inner.startswith(outer + ":"))
 
 
 class TestChildEnvironment(ProcessCase):
