@@ -140,9 +140,7 @@ class TestGuardian(GuardianCase):
 
 class TestEnd(unittest.TestCase):
     def start(self, source):
-        process = subprocess.Popen(command(source), stdout=subprocess.PIPE)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
+        process = self.enterContext(subprocess.Popen(command(source), stdout=subprocess.PIPE))
         self.addCleanup(process.kill)
         return process
 
