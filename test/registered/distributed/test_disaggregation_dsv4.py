@@ -365,7 +365,7 @@ class Supervisor:
 
 
 class Transcript:
-    """While open, each example that `run_eval` scores becomes a line of JSON at `path`; says now and then how far it is.
+    """While open, each example that `run_eval` scores becomes a line of JSON at `path`; prints how far it is.
 
     All releases hand their examples to `simple_eval_common.map_with_progress`, and their prompts to the OpenAI client.
     """
