@@ -55,7 +55,7 @@ def py_spy() -> str | None:
 def dump(process: psutil.Process, command: str | None) -> str:
     """The stacks of a Python process. Raises PermissionError where it may not be traced, ValueError otherwise."""
     if command is None:
-        raise PermissionError("py-spy is not installed")
+        raise PermissionError("it is not installed")
     try:
         done = subprocess.run(
             [command, "dump", "--pid", str(process.pid)], capture_output=True, text=True, timeout=DUMP_S
@@ -64,7 +64,7 @@ def dump(process: psutil.Process, command: str | None) -> str:
         raise ValueError(f"py-spy did not answer within {DUMP_S:g} s") from None
     if done.returncode == 0:
         return done.stdout
-    said = " ".join(done.stderr.split()) or f"py-spy ended with {done.returncode}"
+    said = " ".join(done.stderr.partition("Stack backtrace:")[0].split()) or f"py-spy ended with {done.returncode}"
     raise (PermissionError if _FORBIDDEN.search(said) else ValueError)(said)
 
 
@@ -96,7 +96,8 @@ def stacks(processes: Iterable[psutil.Process], command: str | None) -> Iterator
             yield from text.rstrip().splitlines()
             yield ""
     if untraced:
-        yield "instead, faulthandler prints the stacks into the log, above: " + ", ".join(map(str, _abort(untraced)))
+        aborted = ", ".join(map(str, _abort(untraced))) or "none"
+        yield f"instead, faulthandler was made to print stacks above, ending the processes: {aborted}"
 
 
 def _abort(processes: list[psutil.Process]) -> list[int]:

@@ -19,7 +19,7 @@ from pdkit.exit_codes import MEANINGS
 from pdkit.run_token import TOKEN_VARIABLE, new_token
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
 SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu"]
@@ -37,6 +37,7 @@ HANG = source_of(
         import subprocess, sys, time
         sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
         child = subprocess.Popen(sleeper, start_new_session=True)
+        print("[phase] first request begins")
         print(f"sleeper {child.pid}", flush=True)
         time.sleep(300)
     """
@@ -157,7 +158,11 @@ class TestRun(CommandCase):
     def test_timeout(self):
         done = self.run_files(HANG, words=["--timeout-per-file", "1"])
         self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
-        self.assertRegex(done.stdout, r"timed out: registered/test_0\.py; .*after 1 s; its processes were ended")
+        why = "after 1 s in phase first request; its processes were ended"
+        self.assertRegex(done.stdout, rf"timed out: registered/test_0\.py; .*{why}")
+        self.assertIn("\nhangs in phase first request\n", done.stdout)
+        self.assertRegex(done.stdout, r"\n +T\.test_it \(test_0\.py:\d+\)\n")
+        self.assertIn("\nlast lines of test:\n", done.stdout)
         self.assert_sleeper_gone(done.stdout)
 
     def test_partitions_run_everything_once(self):

@@ -1,0 +1,55 @@
+"""Waiting for GPU memory: what is compared, for how long, and who is named."""
+
+import unittest
+from dataclasses import replace
+from unittest import mock
+
+from pdkit import gpu_memory
+from pdkit.ci_register import register_cpu_ci
+from pdkit.environment_check.machine import Gpu, GpuProcess
+
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+
+IDLE = Gpu("NVIDIA H200", memory_mib=143_000, free_mib=143_000, capability=(9, 0))
+STRANGER = GpuProcess(7, "/usr/bin/train", 20_000)
+OURS = GpuProcess(8, "/usr/bin/python3", 100_000)
+
+
+def holding(*processes):
+    return replace(IDLE, free_mib=IDLE.free_mib - sum(p.memory_mib for p in processes), processes=processes)
+
+
+class TestWaitForRelease(unittest.TestCase):
+    def wait(self, expected, *observed, seconds=60.0):
+        observe = mock.Mock(side_effect=observed)
+        with mock.patch.object(gpu_memory.time, "sleep") as self.sleep:
+            return gpu_memory.wait_for_release(expected, seconds, observe)
+
+    def test_no_gpu(self):
+        self.assertEqual(self.wait(()), [])
+
+    def test_until_it_is_free(self):
+        self.assertEqual(self.wait((IDLE,), (holding(OURS),), (holding(OURS),), (IDLE,)), [])
+        self.assertEqual(self.sleep.call_count, 2)
+
+    def test_what_was_there_before_is_not_waited_for(self):
+        self.assertEqual(self.wait((IDLE, holding(STRANGER)), (IDLE, holding(STRANGER))), [])
+
+    def test_some_context_more_is_no_matter(self):
+        self.assertEqual(self.wait((IDLE,), (replace(IDLE, free_mib=IDLE.free_mib - gpu_memory.SLACK_MIB),)), [])
+        more = replace(IDLE, free_mib=IDLE.free_mib - gpu_memory.SLACK_MIB - 1)
+        (line,) = self.wait((IDLE,), (more,), seconds=0)
+        self.assertEqual(line, "GPU 0: 513 MiB more in use than before, by no process that the driver names")
+
+    def test_who_holds_it_is_named(self):
+        (line,) = self.wait((IDLE, holding(STRANGER)), (IDLE, holding(STRANGER, OURS)), seconds=0)
+        self.assertEqual(line, "GPU 1: 100000 MiB more in use than before, by pid 8 (python3, 100000 MiB)")
+
+    def test_what_is_about_to_be_ended_is_waited_for(self):
+        before = gpu_memory.without([holding(STRANGER, OURS)], {OURS.pid})
+        self.assertEqual(before, (holding(STRANGER),))
+        self.assertEqual(self.wait(before, (holding(STRANGER, OURS),), (holding(STRANGER),)), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
