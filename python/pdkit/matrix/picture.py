@@ -14,6 +14,7 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a third of the size, and searchable
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
 
