@@ -154,7 +154,7 @@ class Request:
 
     def add_prompt_logits(self, start, logits):
         """logits [m, V] of prompt positions start..start+m-1; each scores the prompt token that follows it."""
-        if self.logprob_start_len >= len(self.ids) or not len(logits):
+        if self.logprob_start_len >= len(self.ids) or not len(logits) or not self._takes(logits):
             return
         if start == self.logprob_start_len:
             self.input_logprobs.append((None, self.ids[start]))
@@ -166,6 +166,8 @@ class Request:
 
     def add_output_logits(self, logits):
         """Choose the next token from logits [V] of the last position."""
+        if not self._takes(logits):
+            return
         if self.params.greedy:
             token = int(logits.argmax())
         else:
@@ -186,6 +188,20 @@ class Request:
                 self.output_top_logprobs.append(list(top))
             self._update_text_and_finish(token)
             self.notify()
+
+    def _takes(self, logits):
+        """Whether to go on with `logits` [..., V]; ends the request where they can be neither drawn from nor told.
+
+        JSON has no NaN. A greedy request without logprobs goes on, as SGLang's does.
+        """
+        if (self.return_logprob or not self.params.greedy) and not logits.isfinite().all():
+            place = len(self.output_ids)
+            self.abort(f"logits at output token {place} are not finite: model or state is corrupt", status=500)
+        return not self.is_aborted
+
+    @property
+    def is_aborted(self):
+        return self.finish_reason is not None and self.finish_reason["type"] == "abort"
 
     def abort(self, message, status=None):
         """End here; with a status the client gets it as an HTTP error."""

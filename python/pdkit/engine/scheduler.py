@@ -130,7 +130,7 @@ class Scheduler:
             self._prefills.appendleft((request, done, cache))
         else:
             request.add_output_logits(logits[-1])
-            done(request, cache)
+            done(request, None if request.is_aborted else cache)
 
     def _cached_prefix(self, request):
         found = None

@@ -41,7 +41,7 @@ async def _end(tasks):
 
 def raise_if_failed(request):
     """HTTPException for a request that ended with an error status."""
-    if request.finish_reason["type"] == "abort" and "status_code" in request.finish_reason:
+    if request.is_aborted and "status_code" in request.finish_reason:
         raise HTTPException(request.finish_reason["status_code"], request.finish_reason["message"])
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import threading
 import unittest
 from pathlib import Path
@@ -192,7 +193,7 @@ class TestPrefixCache(EngineTestCase):
 
 
 class TestScheduler(EngineTestCase):
-    def serve(self, requests, prefix_cache=None):
+    def serve(self, requests, prefix_cache=None, runner=runner):
         """Run all to their end, on a scheduler of their own; returns its counters."""
         finished = threading.Semaphore(0)
         for request in requests:
@@ -255,6 +256,36 @@ class TestScheduler(EngineTestCase):
             self.assertTrue(ended.wait(10))
         leave.assert_called_once_with(1)
         self.assertRegex(log.getvalue(), "Traceback(.|\n)*the torch thread failed; the server ends")
+
+    def test_logits_that_are_not_finite_end_their_request_and_no_other(self):
+        class Corrupt:
+            config = model.config
+
+            def prefill_step(self, ids, cache, keep_from):
+                logits = runner.prefill_step(ids, cache, keep_from)
+                return logits * math.nan if ids[0] == 11 else logits
+
+            def decode_step(self, tokens, cache):
+                logits = runner.decode_step(tokens, cache).clone()
+                logits[1] = math.nan
+                return logits
+
+        ids = prompt(10)
+        for corrupt in ([10, *ids], [11, *ids]):
+            sound, ended = self.request([12, *ids], tokens=4), self.request(corrupt, tokens=4)
+            self.serve([sound, ended], runner=Corrupt())
+            self.assertEqual((sound.finish_reason["type"], len(sound.output_ids)), ("length", 4))
+            self.assertEqual((ended.finish_reason["status_code"], len(ended.output_ids)), (500, 11 - corrupt[0]))
+
+    def test_prefill_hands_over_nothing_that_it_could_not_compute(self):
+        broken = SimpleNamespace(config=model.config, prefill_step=lambda ids, cache, _: torch.full((1, 9), math.nan))
+        scheduler, handed_over, done = Scheduler(broken), [], threading.Event()
+        request = self.request(prompt(3))
+        with mock.patch.object(state, "new_cache", lambda config: SimpleNamespace(get_seq_length=lambda: 3)):
+            scheduler.prefill(request, lambda _, cache: (handed_over.append(cache), done.set()))
+            scheduler.start()
+            self.assertTrue(done.wait(10))
+        self.assertEqual((handed_over, request.finish_reason["status_code"]), ([None], 500))
 
     def test_prompt_logprobs_are_complete_whatever_their_start(self):
         ids = prompt(300)

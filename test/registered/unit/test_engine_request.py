@@ -1,19 +1,23 @@
 """One sequence: what its parameters allow, which token comes next, when it ends and what its text is."""
 
+import math
 import unittest
 from collections import Counter
 from pathlib import Path
 
 import pdkit
 import torch
+from fastapi import HTTPException
 from pdkit.ci_register import register_cpu_ci
 from pdkit.engine.request import BadRequest, Request, SamplingParams
+from pdkit.engine.streams import raise_if_failed
 from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
 RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
 EOS = 1
+NOT_FINITE = "logits at output token {} are not finite: model or state is corrupt"
 
 tokenizer = AutoTokenizer.from_pretrained(RANDOM, local_files_only=True)
 
@@ -269,6 +273,34 @@ class TestSampling(unittest.TestCase):
             (logprob, token), top = one.output_logprobs[0], one.output_top_logprobs[0]
             self.assertEqual((logprob, token), (expected[one.output_ids[0]].item(), one.output_ids[0]))
             self.assertEqual(top, [(expected[4].item(), 4), (expected[0].item(), 0)])
+
+    def test_logits_that_are_not_finite_end_a_request_that_needs_their_probabilities(self):
+        corrupt = {"type": "abort", "message": NOT_FINITE.format(1), "status_code": 500}
+        for bad in (math.nan, math.inf, -math.inf):
+            logits = torch.tensor([2.0, bad, 0.0])
+            for options in ({"return_logprob": True}, {"temperature": 1}, {"temperature": 1, "return_logprob": True}):
+                with self.subTest(bad=bad, **options):
+                    one = request(ignore_eos=True, **options)
+                    one.add_output_logits(self.logits)
+                    one.add_output_logits(logits)
+                    self.assertEqual((one.finish_reason, len(one.output_ids)), (corrupt, 1))
+                    with self.assertRaises(HTTPException) as raised:
+                        raise_if_failed(one)
+                    self.assertIn(corrupt["message"], str(raised.exception))
+                    self.assertEqual(raised.exception.status_code, 500)
+            one = request()
+            one.add_output_logits(logits)
+            self.assertEqual((one.is_aborted, len(one.output_ids)), (False, 1))
+
+    def test_prompt_logits_that_are_not_finite_end_a_request_that_wants_them_told(self):
+        for wanted, finish in ((0, "abort"), (None, None)):
+            one = request(return_logprob=True, logprob_start_len=wanted)
+            one.add_prompt_logits(0, torch.full((3, 6), math.nan))
+            self.assertEqual(one.finish_reason and one.finish_reason["type"], finish)
+        one = request(return_logprob=True, logprob_start_len=0)
+        one.add_prompt_logits(0, torch.full((3, 6), math.nan))
+        one.add_output_logits(torch.zeros(6))
+        self.assertEqual((one.input_logprobs, one.output_ids), ([], []))
 
     def test_no_more_alternatives_than_tokens(self):
         one = request(return_logprob=True, top_logprobs_num=99)
