@@ -1,6 +1,7 @@
 """Mixins that launch the monolithic server which a `pdkit.parity_kit.ParityMixin` compares with.
 
-Put one before ParityMixin and a subclass of `TestDisaggregationDSV4`, whose `launch_server` and `supervisor` it uses.
+Put one before ParityMixin and a subclass of `TestDisaggregationDSV4`, whose `launch_server` and `supervisor` it uses: a
+monolithic server that dies, at any time, fails the class with the tail of its log.
 """
 
 import time
@@ -37,10 +38,13 @@ class _MonolithicMixin:
         from sglang.srt.utils import kill_process_tree
 
         process, cls.process_monolithic = cls.process_monolithic, None
-        if process is not None and process.poll() is None:
+        if process is None:
+            return
+        if process.poll() is None:
             time.sleep(0.1)  # a look of the supervisor that saw it is over before it ends
             kill_process_tree(process.pid)
             process.wait(STOP_TIMEOUT)
+        process.kill_orphans()
 
     @classmethod
     def tearDownClass(cls):
@@ -64,7 +68,8 @@ class MonolithicBesideMixin(_MonolithicMixin):
         with ThreadPoolExecutor(1) as pool:
             references = pool.submit(cls.take_references)
             super().launch_lb()
-            references.result()
+            with cls.failing_with_a_death():
+                references.result()
 
 
 class MonolithicFirstMixin(_MonolithicMixin):
@@ -74,7 +79,8 @@ class MonolithicFirstMixin(_MonolithicMixin):
     def start_prefill(cls):
         cls._start_monolithic()
         cls.wait_server_ready(f"{cls.monolithic_url}/health")
-        cls.take_references()
+        with cls.failing_with_a_death():
+            cls.take_references()
         cls._stop_monolithic()
         cls.monolithic_url = None
         super().start_prefill()

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -17,7 +18,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import psutil
+import requests
 from pdkit import ports, rung
+from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
 from sglang.test.server_fixtures import disaggregation_fixture
@@ -240,13 +243,13 @@ class Fate(SimpleNamespace):
         return ["python3", "-c", FAKE_SERVER, *map(str, fate)]
 
 
-def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None):
+def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixins=()):
     """The test class on fake servers: real processes and sockets, no model."""
 
-    class Pair(embedded.TestDisaggregationDSV4Embedded):
+    class Pair(*mixins, embedded.TestDisaggregationDSV4Embedded):
         @classmethod
         def launch_server(cls, name, url, args):
-            fate = {"prefill": prefill, "decode": decode}[name]
+            fate = {"prefill": prefill, "decode": decode, "monolithic": Fate()}[name]
             cls.log_dir = log_dir
             return dsv4.Server(name, fate.command(url.rsplit(":")[-1]), None, f"{log_dir}/{name}.log")
 
@@ -328,6 +331,47 @@ class TestSupervision(unittest.TestCase):
         (message,) = self.run_pair(lb=Fate(healthy=NEVER, dies=1, code=7))
         self.assert_names(message, "load balancer", 7)
         self.assertIn("start load balancer failed", self.phases())
+
+    def check_monolithic(self, mixin, still_there):
+        asked = []
+
+        class Asking:
+            @classmethod
+            def take_references(cls):
+                asked.append((cls.process_prefill is not None, requests.get(cls.monolithic_url).status_code))
+
+        def test(case):
+            self.assertEqual(case.process_monolithic is not None, still_there)
+
+        self.assertEqual(self.run_pair(mixins=(mixin, Asking), test=test), [])
+        self.assertEqual(asked, [(still_there, 200)])
+
+    def test_a_monolithic_server_is_asked_before_the_pair_is_launched(self):
+        self.check_monolithic(MonolithicFirstMixin, still_there=False)
+
+    def test_a_monolithic_server_is_asked_beside_the_pair(self):
+        self.check_monolithic(MonolithicBesideMixin, still_there=True)
+
+    def test_a_monolithic_server_dies_while_it_is_asked(self):
+        balancer_is_up = threading.Event()
+
+        class DiesWhenAsked:
+            @classmethod
+            def launch_lb(cls):
+                super().launch_lb()
+                balancer_is_up.set()
+
+            @classmethod
+            def take_references(cls):
+                if cls.process_prefill is not None:
+                    balancer_is_up.wait(NEVER)
+                cls.process_monolithic.kill()
+                cls.process_monolithic.wait()
+                requests.get(cls.monolithic_url)
+
+        for mixin in (MonolithicFirstMixin, MonolithicBesideMixin):
+            (message,) = self.run_pair(mixins=(mixin, DiesWhenAsked))
+            self.assertIn("monolithic exited with code -9 (Killed); last lines of", message)
 
     def test_of_two_that_died_the_first_is_named(self):
         def test(case):
