@@ -14,6 +14,8 @@ from pdkit.hang import diagnose, py_spy
 from pdkit.interruption import Interruption
 from pdkit.options import HISTORY_VARIABLE, Options
 from pdkit.outcome import FileState, read_output
+from pdkit.report.live import Live
+from pdkit.report.secrets import Redactor, secret_values
 from pdkit.results import Attempt
 from pdkit.run_token import new_token
 
@@ -52,12 +54,17 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
     return environment
 
 
-def _pump(source, log: Path, console: Console):
+def _pump(source, log: Path, console: Console | Live):
+    redactor = Redactor(secret_values(os.environ))
     with log.open("wb") as file:
-        while chunk := os.read(source.fileno(), 65536):
-            file.write(chunk)
+        while True:
+            chunk = os.read(source.fileno(), 65536)
+            clean = redactor.feed(chunk)
+            file.write(clean)
             file.flush()
-            console.write(chunk)
+            console.write(clean)
+            if not chunk:
+                return
 
 
 def _wait(guarded: Guarded, timeout: float, interruption: Interruption) -> FileState | None:
@@ -87,7 +94,7 @@ def run_attempt(
     environment: dict[str, str],
     log: Path,
     timeout: float,
-    console: Console,
+    console: Console | Live,
     interruption: Interruption,
     test_max_retry: int = 0,
 ) -> Attempt:

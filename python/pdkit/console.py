@@ -1,7 +1,10 @@
 """The console, shared by the runner's lines and the output of its children."""
 
+import shutil
 import threading
 from typing import BinaryIO
+
+CLEAR = b"\r\x1b[K"
 
 
 class Console:
@@ -12,17 +15,35 @@ class Console:
         self._lock = threading.Lock()
         self._at_margin = True
         self._is_open = True
+        self._status = b""
+        self.is_terminal = stream.isatty()
 
     def write(self, data: bytes):
         with self._lock:
-            if not (data and self._is_open):
+            if not data:
                 return
-            try:
-                self._stream.write(data)
-                self._stream.flush()
-            except OSError:
-                self._is_open = False
+            self._put((CLEAR if self._status else b"") + data)
             self._at_margin = data.endswith(b"\n")
+            if self._status and self._at_margin:
+                self._put(self._status)
+
+    def status(self, text: str):
+        """On a terminal, keeps `text` below all that was written, until it is replaced."""
+        with self._lock:
+            if not self.is_terminal or not self._at_margin:
+                return
+            width = shutil.get_terminal_size().columns - 1
+            self._put((CLEAR if self._status else b"") + text[:width].encode())
+            self._status = text[:width].encode()
+
+    def _put(self, data: bytes):
+        if not self._is_open:
+            return
+        try:
+            self._stream.write(data)
+            self._stream.flush()
+        except OSError:
+            self._is_open = False
 
     def line(self, text: str = ""):
         margin = "" if self._at_margin else "\n"

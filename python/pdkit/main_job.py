@@ -1,7 +1,6 @@
 """Runs the main job, `TestDisaggregationDSV4`, on the highest rung that this machine can run (`scripts/run.sh`)."""
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -141,7 +140,6 @@ def run(rung: Rung, report_dir: Path | None, history: Path | None = None, enviro
     if environment_check:
         require([registration])
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
-    os.environ.setdefault("SGLANG_PD_LOG_DIR", str(report_dir.absolute()))
     options = Options(
         TEST_DIR / "registered", registration.hw, registration.suite, report_dir=report_dir, history=history
     )

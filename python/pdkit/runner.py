@@ -17,7 +17,9 @@ from pdkit.interruption import Interruption
 from pdkit.options import Options, UsageError
 from pdkit.outcome import FileState, exit_code_of, tally
 from pdkit.registry import Registration, Selection, syntax_errors
-from pdkit.results import FileResult
+from pdkit.report import evidence, live
+from pdkit.report.live import Live
+from pdkit.results import Attempt, FileResult
 
 RULE = "=" * 60
 
@@ -37,6 +39,8 @@ class SuiteRun:
 
     def run(self) -> ExitCode:
         self._print_header()
+        if self.options.report_dir:
+            evidence.begin(self.logs, self.selection.enabled)
         total = len(self.selection.enabled)
         for number, registration in enumerate(self.selection.enabled, start=1):
             if self.interruption or (self._has_failed and not self.options.continue_on_error):
@@ -81,9 +85,7 @@ class SuiteRun:
             self.console.line(f"{label} {registration.name} ({plan})")
             self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            attempt = run_attempt(
-                command, self.environment, log, timeout, self.console, self.interruption, options.test_max_retry
-            )
+            attempt = self._attempt(command, log, timeout)
             attempts.append(attempt)
             for leftover in attempt.leftovers:
                 self.console.line(f"{label} it left a process behind, ended now: {leftover}")
@@ -101,6 +103,20 @@ class SuiteRun:
         if state.is_pass and len(attempts) > 1:
             state, reason = FileState.PASSED_ON_RETRY, f"first attempt: {attempts[0].verdict[0].value}"
         return FileResult(registration, state, reason, command, tuple(attempts))
+
+    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float) -> Attempt:
+        environment = self.environment | live.environment(self.console.is_terminal)
+        directory = None
+        if self.options.report_dir:
+            environment |= evidence.environment(log)
+            directory = evidence.directory_of(log)
+        with Live(self.console, directory) as console:
+            attempt = run_attempt(
+                command, environment, log, timeout, console, self.interruption, self.options.test_max_retry
+            )
+        if directory:
+            evidence.end(log)
+        return attempt
 
     def _print_header(self):
         options, selection = self.options, self.selection
@@ -185,7 +201,6 @@ class SuiteRun:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             self.console.line(f"SGLANG_TEST_METRICS_FILE {path}: {error.strerror}")
-
 
     def _append_history(self):
         path = self.options.history

@@ -191,8 +191,10 @@ class TestMain(unittest.TestCase):
 
     def test_server_logs_go_there_too_unless_told_otherwise(self):
         write_test(self.test_dir, "import os; print('server logs:', os.environ['SGLANG_PD_LOG_DIR'])")
-        self.main("--report-dir", str(self.test_dir))
-        self.assertIn(f"server logs: {self.test_dir}\n", self.printed)
+        with patch.dict("os.environ"):
+            os.environ.pop("SGLANG_PD_LOG_DIR", None)
+            self.main("--report-dir", str(self.test_dir))
+        self.assertRegex(self.printed, rf"server logs: {self.test_dir}/001-\w+\.1\n")
         with patch.dict("os.environ", SGLANG_PD_LOG_DIR="/mine"):
             self.main()
         self.assertIn("server logs: /mine\n", self.printed)

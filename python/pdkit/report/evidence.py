@@ -1,0 +1,73 @@
+"""Collecting what a run leaves behind, while it runs.
+
+environment.json          command, machine, versions, environment without secrets
+gpu_plan.json             who uses which GPUs and ports, for tests that need GPUs
+results.json              what became of each file
+001-test_x.1.log          output of a test file
+001-test_x.1/             what that run of the file left: logs of its servers, transcript of its eval,
+  records.jsonl             what it handed over (pdkit.report.record), phases among it
+  metrics.PID.jsonl         what it gave to SGLang's dump_metric
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pdkit.registry import Registration
+from pdkit.report.record import VARIABLE
+from pdkit.report.secrets import scrub, secret_values
+from pdkit.report.surroundings import describe
+
+ENVIRONMENT_FILE = "environment.json"
+GPU_PLAN_FILE = "gpu_plan.json"
+LOG_DIR_VARIABLE = "SGLANG_PD_LOG_DIR"
+METRICS_VARIABLE = "SGLANG_TEST_METRICS_OUTPUT"
+
+
+def directory_of(log: Path) -> Path:
+    """Where the run of a test file with this log leaves the rest."""
+    return log.with_suffix("")
+
+
+def begin(report_dir: Path, registrations: Iterable[Registration]) -> None:
+    """Writes down what is known before the first file runs."""
+    _write(report_dir / ENVIRONMENT_FILE, describe())
+    if plans := [plan for registration in registrations for plan in _gpu_plans(registration)]:
+        _write(report_dir / GPU_PLAN_FILE, plans)
+
+
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
+    from pdkit import gpu_plan
+    from pdkit.contract.release import ReleaseNotFound, installed
+    from pdkit.gpu_plan_drawing import as_text
+    from pdkit.launch_contract import ContractUnreadable, ask
+
+    if registration.hw != "cuda":
+        return []
+    try:
+        plans = gpu_plan.of_contract(ask(installed(), Path(registration.filename)), registration.suite)
+    except (ContractUnreadable, ReleaseNotFound):
+        return []
+    return [gpu_plan.as_data(plan) | {"drawing": as_text(plan)} for plan in plans if plan.gpus]
+
+
+def environment(log: Path) -> dict[str, str]:
+    """What tells a test file where to leave what belongs into the report; where the user said so, it goes there."""
+    directory = directory_of(log)
+    directory.mkdir(exist_ok=True)
+    ours = {LOG_DIR_VARIABLE: str(directory), METRICS_VARIABLE: str(directory / "metrics")}
+    return {VARIABLE: str(directory)} | {name: value for name, value in ours.items() if not os.environ.get(name)}
+
+
+def end(log: Path) -> None:
+    """After a run of a file: no secret stays in what it left, and no directory that it left empty."""
+    directory = directory_of(log)
+    scrub(directory, secret_values(os.environ))
+    if not any(directory.iterdir()):
+        directory.rmdir()

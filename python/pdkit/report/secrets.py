@@ -1,0 +1,70 @@
+"""Keeping secrets of the environment out of what is written: logs, records, reports."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+REMOVED = "(removed)"
+SHORTEST = 6  # a shorter value would be found in innocent text
+
+_WORDS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "AUTH"}
+_NOT_SECRET = {"EMPTY", "none", "None", "dummy"}  # what clients of local servers say that need no key
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable is one to hide, by the words of its name: HF_TOKEN is, ..._TOKENS_PER_RANK is not."""
+    return bool(_WORDS & set(re.split(r"[^A-Z0-9]+", name.upper())))
+
+
+def redacted(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment by name, without values that are secret and without user names and passwords in URLs."""
+    return {
+        name: REMOVED if is_secret(name) else _USERINFO.sub(REMOVED, value) for name, value in sorted(environ.items())
+    }
+
+
+def secret_values(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The texts that must not be written, longest first."""
+    values = {value.strip() for name, value in environ.items() if is_secret(name)}
+    values |= {userinfo for value in environ.values() for userinfo in _USERINFO.findall(value)}
+    return tuple(sorted((v for v in values - _NOT_SECRET if len(v) >= SHORTEST), key=len, reverse=True))
+
+
+class Redactor:
+    """Replaces `secrets` in a stream of bytes, also where a secret is cut in two."""
+
+    def __init__(self, secrets: Iterable[str]):
+        self._secrets = [secret.encode() for secret in secrets]
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """What may be written now; no data ends the stream, and gives the rest."""
+        is_end, data = not data, self._held + data
+        for secret in self._secrets:
+            data = data.replace(secret, REMOVED.encode())
+        held = 0 if is_end else max((self._begun(data, secret) for secret in self._secrets), default=0)
+        self._held = data[len(data) - held :]
+        return data[: len(data) - held]
+
+    @staticmethod
+    def _begun(data: bytes, secret: bytes) -> int:
+        """How many of the last bytes of `data` may be the first of `secret`."""
+        longest = min(len(secret) - 1, len(data))
+        return next((n for n in range(longest, 0, -1) if secret.startswith(data[-n:])), 0)
+
+
+def scrub(directory: Path, secrets: Iterable[str]) -> list[Path]:
+    """Replaces `secrets` in all files below `directory`; returns those that had some."""
+    secrets = [secret.encode() for secret in secrets]
+    changed = []
+    for path in sorted(directory.rglob("*")) if secrets else ():
+        if not path.is_file() or path.is_symlink():
+            continue
+        content = clean = path.read_bytes()
+        for secret in secrets:
+            clean = clean.replace(secret, REMOVED.encode())
+        if clean != content:
+            path.write_bytes(clean)
+            changed.append(path)
+    return changed

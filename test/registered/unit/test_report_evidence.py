@@ -1,0 +1,194 @@
+"""What a run leaves behind: real runs of small test files, secrets in their environment and output, a slow phase."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.console import Console
+from pdkit.report.live import Live
+from pdkit.report.record import FILE
+from pdkit.report.secrets import Redactor, is_secret, redacted, scrub, secret_values
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
+SECRET = "sk-0123456789"
+
+TEST_FILE = """
+import os, sys, unittest
+from pathlib import Path
+from pdkit.ci_register import register_cpu_ci
+from pdkit.report.record import record_table
+
+register_cpu_ci(est_time=1, suite="s")
+
+
+class TestX(unittest.TestCase):
+    def test_x(self):
+        print("[phase] launch prefill begins", flush=True)
+        Path(os.environ["SGLANG_PD_LOG_DIR"], "TestX.prefill.log").write_text("api_key='%s'" % os.environ["MY_API_KEY"])
+        Path(os.environ["SGLANG_TEST_METRICS_OUTPUT"] + ".1.jsonl").write_text("{}")
+        record_table("recovery", ["event", "eval"], [["SIGKILL", 1]])
+        print("the key is", os.environ["MY_API_KEY"], os.environ["PROXY"], flush=True)
+        print("[phase] launch prefill failed: 0.1 s", flush=True)
+        self.fail("on purpose")
+
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+
+class TestRun(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.report = cls.directory / "report"
+        (cls.directory / "tests").mkdir()
+        (cls.directory / "tests" / "test_x.py").write_text(TEST_FILE)
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "PDKIT_"))}
+        environ |= {"MY_API_KEY": SECRET, "PROXY": "http://me:hunter22@proxy:3128/"}
+        command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "s", "--skip-environment-check"]
+        command += ["--test-root", str(cls.directory / "tests"), "--report-dir", str(cls.report)]
+        cls.suite = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def test_all_is_kept(self):
+        self.assertEqual(self.suite.returncode, 1, self.suite.stdout)
+        names = {str(path.relative_to(self.report)) for path in self.report.rglob("*") if path.is_file()}
+        left = {f"001-test_x.1/{name}" for name in ("TestX.prefill.log", "metrics.1.jsonl", "records.jsonl")}
+        self.assertLessEqual({"environment.json", "results.json", "001-test_x.1.log"} | left, names)
+
+    def test_environment(self):
+        environment = json.loads((self.report / "environment.json").read_text())
+        self.assertEqual(environment["environment"]["MY_API_KEY"], "(removed)")
+        self.assertEqual(environment["environment"]["PROXY"], "http://(removed)@proxy:3128/")
+        self.assertEqual(environment["command"][1], str(RUN_SUITE))
+        self.assertIn("torch", environment["versions"])
+
+    def test_no_secret_anywhere(self):
+        self.assertIn("the key is (removed) http://(removed)@proxy:3128/\n", self.suite.stdout)
+        for path in filter(Path.is_file, self.report.rglob("*")):
+            for secret in (SECRET, "hunter22"):
+                self.assertNotIn(secret, path.read_text(), path)
+
+    def test_phases_are_recorded(self):
+        records = [json.loads(line) for line in (self.report / "001-test_x.1" / FILE).read_text().splitlines()]
+        phases = [(r["name"], r["state"]) for r in records if r["kind"] == "phase"]
+        self.assertEqual(phases, [("launch prefill", "begins"), ("launch prefill", "failed")])
+        self.assertEqual([r["title"] for r in records if r["kind"] == "table"], ["recovery"])
+
+
+class TestSecrets(unittest.TestCase):
+    def test_names(self):
+        for name in ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "npm_config__auth"):
+            self.assertTrue(is_secret(name), name)
+        for name in ("SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK", "PWD", "KEYBOARD", "MONKEY", "PATH"):
+            self.assertFalse(is_secret(name), name)
+
+    def test_values(self):
+        environ = {
+            "A_KEY": SECRET,
+            "OPENAI_API_KEY": "EMPTY",
+            "B_TOKEN": "abc",
+            "URL": "https://user:pa55@h/",
+            "C": "x",
+        }
+        self.assertEqual(secret_values(environ), (SECRET, "user:pa55"))
+        self.assertEqual(redacted(environ)["URL"], "https://(removed)@h/")
+
+    def test_a_secret_that_is_cut_in_two(self):
+        for cut in range(1, len(SECRET)):
+            redactor = Redactor([SECRET])
+            parts = [redactor.feed(part.encode()) for part in (f"a {SECRET[:cut]}", f"{SECRET[cut:]} b sk-01")]
+            self.assertEqual(b"".join([*parts, redactor.feed(b"")]), b"a (removed) b sk-01")
+
+    def test_nothing_is_held_back_without_need(self):
+        self.assertEqual(Redactor([SECRET]).feed(b"120/200"), b"120/200")
+        self.assertEqual(Redactor([]).feed(b"x"), b"x")
+
+    def test_scrub(self):
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            (directory / "a").write_text(f"x{SECRET}y")
+            (directory / "b").write_text("innocent")
+            self.assertEqual(scrub(directory, [SECRET]), [directory / "a"])
+            self.assertEqual((directory / "a").read_text(), "x(removed)y")
+
+
+class Terminal(io.BytesIO):
+    def isatty(self):
+        return True
+
+
+class TestLive(unittest.TestCase):
+    def setUp(self):
+        self.now = 0.0
+
+    def live(self, stream):
+        self.stream = stream
+        return Live(Console(stream), clock=lambda: self.now)
+
+    def said(self):
+        return [line for line in self.stream.getvalue().decode().splitlines() if line.startswith("[progress]")]
+
+    def test_a_line_now_and_then(self):
+        live = self.live(io.BytesIO())
+        live.write(b"[phase] launch prefill begins\n")
+        for self.now in range(1, 36):
+            live.tick()
+        self.assertEqual(self.said(), ["[progress] launch prefill 15 s", "[progress] launch prefill 30 s"])
+
+    def test_the_test_itself_says_how_far_it_is(self):
+        live = self.live(io.BytesIO())
+        live.write(b"[phase] gsm8k begins\n")
+        for self.now in range(1, 30):
+            if self.now == 14:
+                live.write(b"[progress] 120/200, score so far 0.983\n")
+            live.tick()
+        self.assertEqual(self.said()[1:], ["[progress] gsm8k 29 s, 120/200, score so far 0.983"])
+
+    def test_nothing_between_phases(self):
+        live = self.live(io.BytesIO())
+        live.write(b"[phase] a begins\n.[phase] a: 1.0 s\n")
+        for self.now in range(60):
+            live.tick()
+        self.assertEqual(self.said(), [])
+
+    def test_terminal_refreshes_one_line_below_the_output(self):
+        live = self.live(Terminal())
+        live.write(b"[phase] launch prefill begins\n")
+        self.now = 2
+        live.tick()
+        live.write(b"[prefill] loading\n")
+        written = self.stream.getvalue()
+        self.assertTrue(written.endswith(b"launch prefill 2 s\r\x1b[K[prefill] loading\nlaunch prefill 2 s"), written)
+
+    def test_a_line_that_comes_in_pieces(self):
+        live = self.live(io.BytesIO())
+        for byte in b"[phase] gsm8k begins\n":
+            live.write(bytes([byte]))
+        self.assertEqual(live.status(), "gsm8k 0 s")
+
+    def test_what_a_server_prints_is_no_phase(self):
+        live = self.live(io.BytesIO())
+        live.write(b"[prefill] [phase] gsm8k begins\n")
+        self.assertEqual(live.status(), "")
+
+    def test_only_a_terminal_hears_more_often(self):
+        from pdkit.report.live import environment
+
+        with mock.patch.dict(os.environ):
+            os.environ.pop("SGLANG_PD_PROGRESS_S", None)
+            self.assertEqual(environment(False), {})
+            self.assertEqual(environment(True), {"SGLANG_PD_PROGRESS_S": "5.0"})
+
+
+if __name__ == "__main__":
+    unittest.main()
