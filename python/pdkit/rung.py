@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdkit.cuda_devices import NoDriver, visible_handles
 from pdkit.near_miss import unknown
 
 DISTRIBUTED = Path("registered", "distributed")
@@ -69,44 +70,22 @@ LADDER = (
 assert not LADDER[-1].gpus, "the bottom rung runs anywhere"
 
 
-def visible_indices(count: int, uuids: Sequence[str], cuda_visible_devices: str | None) -> list[int]:
-    """Indices of the devices that CUDA would show, in its order; its list ends at the first entry that names none."""
-    if cuda_visible_devices is None:
-        return list(range(count))
-    indices = []
-    for entry in cuda_visible_devices.split(","):
-        entry = entry.strip()
-        by_uuid = [i for i, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
-        if entry.isdecimal() and int(entry) < count:
-            indices.append(int(entry))
-        elif len(by_uuid) == 1:
-            indices.append(by_uuid[0])
-        else:
-            break
-    return indices
-
-
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves of those that NVML finds; none where there is no NVIDIA driver."""
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
-        return tuple(
-            Gpu(
-                name=pynvml.nvmlDeviceGetName(handles[i]),
-                memory_mib=pynvml.nvmlDeviceGetMemoryInfo(handles[i]).total // 2**20,
-                capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handles[i])),
+        with visible_handles(environ) as handles:
+            return tuple(
+                Gpu(
+                    name=pynvml.nvmlDeviceGetName(handle),
+                    memory_mib=pynvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20,
+                    capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+                )
+                for handle in handles
             )
-            for i in visible_indices(len(handles), uuids, environ.get("CUDA_VISIBLE_DEVICES"))
-        )
-    finally:
-        pynvml.nvmlShutdown()
+    except NoDriver:
+        return ()
 
 
 def found(gpus: Sequence[Gpu]) -> str:

@@ -1,6 +1,10 @@
 """On which CPU socket the NICs and GPUs of this machine sit."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from pdkit.cuda_devices import NoDriver, visible_handles
 
 
 def _numa_node(device: Path) -> int | None:
@@ -17,19 +21,15 @@ def nic_sockets(sysfs: Path = Path("/sys")) -> dict[str, int]:
     return {name: node for name, node in nodes.items() if node is not None}
 
 
-def gpu_sockets(sysfs: Path = Path("/sys")) -> dict[int, int]:
-    """NUMA node by GPU, as NVML numbers them; none where there is no NVIDIA driver."""
+def gpu_sockets(sysfs: Path = Path("/sys"), environ: Mapping[str, str] = os.environ) -> dict[int, int]:
+    """NUMA node by GPU, as CUDA numbers the visible ones; none where there is no NVIDIA driver."""
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        with visible_handles(environ) as handles:
+            addresses = [pynvml.nvmlDeviceGetPciInfo(handle).busId for handle in handles]
+    except NoDriver:
         return {}
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        addresses = [pynvml.nvmlDeviceGetPciInfo(handle).busId for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
     nodes = {gpu: _numa_node(pci_device(sysfs, address)) for gpu, address in enumerate(addresses)}
     return {gpu: node for gpu, node in nodes.items() if node is not None}
 

@@ -43,7 +43,8 @@ def of_machine(needs: Needs, facts: Machine, environ: Mapping[str, str] = os.env
 def of_place(needs: Needs, environ: Mapping[str, str] = os.environ, has_gpus: bool = False) -> Iterator[Finding]:
     """What the software, the ports and the disks here say to the needs; packages for GPUs are imported only on some."""
     yield _python(environ)
-    yield from (error("contract", line, "it would fail once it is launched", "correct the test") for line in needs.errors)
+    fails = "it would fail once it is launched", "correct the test"
+    yield from (error("contract", line, *fails) for line in needs.errors)
     later = "this release still takes it", "change the test before the next one does not"
     yield from (warning("contract", line, *later) for line in needs.warnings)
     if needs.embedded:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from pdkit.cuda_devices import VISIBLE, NoDriver, visible_handles
 from pdkit.environment_check.machine import Gpu, GpuProcess
-from pdkit.rung import visible_indices
 
 MIB = 2**20
 
@@ -13,26 +13,20 @@ def observe(environ: Mapping[str, str]) -> dict:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return {"gpu_problem": f"no NVIDIA driver ({error})"}
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        visible = environ.get("CUDA_VISIBLE_DEVICES")
-        uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
-        gpus = tuple(_gpu(pynvml, handles[i]) for i in visible_indices(len(handles), uuids, visible))
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        problem = None
-        if not gpus:
-            problem = f"CUDA_VISIBLE_DEVICES={visible} hides all {len(handles)}" if handles else "the driver finds none"
-        return {
-            "gpus": gpus,
-            "gpu_problem": problem,
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "driver_cuda": (cuda // 1000, cuda % 1000 // 10),
-        }
-    finally:
-        pynvml.nvmlShutdown()
+        with visible_handles(environ) as handles:
+            cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+            return {
+                "gpus": tuple(_gpu(pynvml, handle) for handle in handles),
+                "gpu_problem": None if handles else _none_visible(pynvml.nvmlDeviceGetCount(), environ),
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+                "driver_cuda": (cuda // 1000, cuda % 1000 // 10),
+            }
+    except NoDriver as problem:
+        return {"gpu_problem": str(problem)}
+
+
+def _none_visible(count: int, environ: Mapping[str, str]) -> str:
+    return f"CUDA_VISIBLE_DEVICES={environ.get(VISIBLE)} hides all {count}" if count else "the driver finds none"
 
 
 def _gpu(pynvml, handle) -> Gpu:

@@ -1,14 +1,11 @@
 """Which rung of the ladder a machine runs."""
 
 import ast
-import sys
 import unittest
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 from pdkit.ci_register import register_cpu_ci
-from pdkit.rung import LADDER, Gpu, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
+from pdkit.rung import LADDER, Gpu, RungUnavailable, UnknownRung, choose, found, why
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
@@ -63,78 +60,6 @@ class TestAgreesWithTheTests(unittest.TestCase):
         self.assertEqual(ast.literal_eval(states["rung"]), TOP.name)
         self.assertEqual(1000 * ast.literal_eval(states["gpu_memory_gb"]), TOP.memory_mib)
         self.assertEqual(ast.unparse(states["decode_gpus"]), f"range(4, {TOP.gpus})")
-
-
-class FakeNVML(SimpleNamespace):
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, gpus, driver=True):
-        super().__init__(gpus=gpus, driver=driver, open=0)
-
-    def nvmlInit(self):
-        if not self.driver:
-            raise self.NVMLError("driver not loaded")
-        self.open += 1
-
-    def nvmlShutdown(self):
-        self.open -= 1
-
-    def nvmlDeviceGetCount(self):
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return index
-
-    def nvmlDeviceGetUUID(self, index):
-        return f"GPU-{'abcdefgh'[index]}0"
-
-    def nvmlDeviceGetName(self, index):
-        return self.gpus[index].name
-
-    def nvmlDeviceGetMemoryInfo(self, index):
-        return SimpleNamespace(total=self.gpus[index].memory_mib * 2**20)
-
-    def nvmlDeviceGetCudaComputeCapability(self, index):
-        return list(self.gpus[index].capability)
-
-
-class TestVisibleGpus(unittest.TestCase):
-    GPUS = (H200, H100, B200)
-
-    def visible(self, cuda_visible_devices=None, **nvml):
-        environ = {} if cuda_visible_devices is None else {"CUDA_VISIBLE_DEVICES": cuda_visible_devices}
-        fake = FakeNVML(self.GPUS, **nvml)
-        with patch.dict(sys.modules, pynvml=fake):
-            gpus = visible_gpus(environ)
-        self.assertEqual(fake.open, 0)
-        return [gpu.name for gpu in gpus]
-
-    def test_all_without_the_variable(self):
-        self.assertEqual(self.visible(), [gpu.name for gpu in self.GPUS])
-
-    def test_only_those_that_cuda_shows(self):
-        for value, expected in (
-            ("", []),
-            ("-1", []),
-            ("1", [H100]),
-            ("2, 0", [B200, H200]),
-            ("0,-1,1", [H200]),
-            ("0,7,1", [H200]),
-            ("GPU-b0,GPU-a", [H100, H200]),
-            ("GPU-", []),
-        ):
-            with self.subTest(value):
-                self.assertEqual(self.visible(value), [gpu.name for gpu in expected])
-
-    def test_none_without_a_driver(self):
-        self.assertEqual(self.visible(driver=False), [])
-
-    def test_numbers_survive(self):
-        with patch.dict(sys.modules, pynvml=FakeNVML([H200])):
-            (gpu,) = visible_gpus({})
-        self.assertEqual(gpu.memory_mib, H200.memory_mib)
-        self.assertEqual(gpu.capability, H200.capability)
 
 
 if __name__ == "__main__":
