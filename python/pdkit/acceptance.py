@@ -11,9 +11,11 @@ from typing import Any
 
 import requests
 
+from pdkit.server_info import read_server_info
+
 
 class AcceptanceError(RuntimeError):
-    """An engine that speculates gave no acceptance length, or a server could not be asked; one line says which."""
+    """An engine that speculates gave no acceptance length; one line says which, and why."""
 
 
 @dataclass(frozen=True)
@@ -28,48 +30,14 @@ class NotApplicable:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Tokens per verification step, of each data-parallel rank or of all requests together."""
+    """`length`: tokens per verification step, over all requests of `source` together."""
 
     algorithm: str
     source: str
-    lengths: tuple[float, ...]
-
-    def __post_init__(self):
-        assert self.lengths, self
-
-    @property
-    def lowest(self) -> float:
-        return min(self.lengths)
+    length: float
 
 
-def _decode_servers(info: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    # The mini LB nests what its workers say; prefill never verifies a draft.
-    return info.get("decode") or [info]
-
-
-def speculative_algorithm(info: Mapping[str, Any]) -> str | None:
-    """Name of the speculative algorithm, or None, in what a server or the mini LB answers to `/server_info`."""
-    names = {server.get("speculative_algorithm") for server in _decode_servers(info)}
-    return "+".join(sorted(name for name in names if name)) or None
-
-
-def from_server_info(info: Mapping[str, Any]) -> Acceptance | NotApplicable:
-    """`avg_spec_accept_length` of each rank that has one, since the server started or its cache was flushed.
-
-    SGLang adds to this average when it logs a decode batch, every 40 steps by default, so that a rank may have none
-    yet. Raises AcceptanceError if no rank of an engine that speculates has one.
-    """
-    algorithm = speculative_algorithm(info)
-    if algorithm is None:
-        return NotApplicable("the decode server does not speculate (speculative_algorithm is not set)")
-    states = [state for server in _decode_servers(info) for state in server.get("internal_states", ())]
-    lengths = tuple(state["avg_spec_accept_length"] for state in states if state.get("avg_spec_accept_length"))
-    if not lengths:
-        raise AcceptanceError(
-            f"the engine speculates ({algorithm}), but none of its {len(states)} ranks reports avg_spec_accept_length; "
-            "send it more requests first"
-        )
-    return Acceptance(algorithm, "/server_info, per rank", lengths)
+NOT_SPECULATING = NotApplicable("the decode server does not speculate (speculative_algorithm is not set)")
 
 
 def from_meta_info(algorithm: str | None, metas: Sequence[Mapping[str, Any]]) -> Acceptance | NotApplicable:
@@ -79,7 +47,7 @@ def from_meta_info(algorithm: str | None, metas: Sequence[Mapping[str, Any]]) ->
     `algorithm` speculates, but no request shows a verification step.
     """
     if algorithm is None:
-        return NotApplicable("the decode server does not speculate (speculative_algorithm is not set)")
+        return NOT_SPECULATING
     verified = [meta for meta in metas if meta.get("spec_verify_ct")]
     if not verified:
         raise AcceptanceError(
@@ -87,19 +55,7 @@ def from_meta_info(algorithm: str | None, metas: Sequence[Mapping[str, Any]]) ->
         )
     tokens = sum(meta["completion_tokens"] for meta in verified)
     steps = sum(meta["spec_verify_ct"] for meta in verified)
-    return Acceptance(algorithm, f"meta_info of {len(verified)} requests, {steps} steps", (tokens / steps,))
-
-
-def read_server_info(url: str, timeout: float = 30) -> Mapping[str, Any]:
-    """`/server_info` of a server, or `/get_server_info` where that is the only name (the mini LB). AcceptanceError."""
-    try:
-        answer = requests.get(f"{url}/server_info", timeout=timeout)
-        if answer.status_code == 404:
-            answer = requests.get(f"{url}/get_server_info", timeout=timeout)
-        answer.raise_for_status()
-        return answer.json()
-    except requests.RequestException as error:
-        raise AcceptanceError(f"{url} does not say whether it speculates: {error}") from None
+    return Acceptance(algorithm, f"meta_info of {len(verified)} requests, {steps} steps", tokens / steps)
 
 
 def generate(url: str, prompts: Sequence[str], max_new_tokens: int, timeout: float = 600) -> list[Mapping[str, Any]]:
@@ -116,14 +72,17 @@ def generate(url: str, prompts: Sequence[str], max_new_tokens: int, timeout: flo
 
 
 def measure(url: str, decode_url: str, prompts: Sequence[str], max_new_tokens: int = 256) -> Acceptance | NotApplicable:
-    """Acceptance length of `prompts` sent to `url` (the LB), if the server at `decode_url` speculates."""
-    algorithm = speculative_algorithm(read_server_info(decode_url))
+    """Acceptance length of `prompts` sent to `url` (the LB), if the server at `decode_url` speculates.
+
+    Raises AcceptanceError, and ServerInfoError where decode does not say whether it speculates.
+    """
+    algorithm = read_server_info(decode_url).get("speculative_algorithm")
     return from_meta_info(algorithm, generate(url, prompts, max_new_tokens) if algorithm else ())
 
 
 @dataclass(frozen=True)
 class AcceptanceGate:
-    """The lowest measured length must reach `minimum_ratio` of `reference`."""
+    """The measured length must reach `minimum_ratio` of `reference`. Raises ValueError where there is no reference."""
 
     measured: Acceptance
     reference: float | None
@@ -132,7 +91,7 @@ class AcceptanceGate:
     def __post_init__(self):
         if self.reference is None:
             raise ValueError(
-                f"the engine speculates ({self.measured.algorithm}) with acceptance length {self.measured.lowest:.4f}, "
+                f"the engine speculates ({self.measured.algorithm}) with acceptance length {self.measured.length:.4f}, "
                 "but there is no reference to compare with; set one"
             )
         if not self.reference >= 1 or not 0 < self.minimum_ratio <= 1:
@@ -146,18 +105,18 @@ class AcceptanceGate:
 
     @property
     def passed(self) -> bool:
-        return self.measured.lowest >= self.minimum
+        return self.measured.length >= self.minimum
 
     def report(self) -> str:
         """Measured, reference and threshold in one line."""
-        lengths = ", ".join(f"{length:.4f}" for length in self.measured.lengths)
+        measured = self.measured
         return (
-            f"acceptance length: {'PASS' if self.passed else 'FAIL'}, {lengths} ({self.measured.source}; "
-            f"{self.measured.algorithm}), needs {self.minimum:.4f} = {self.minimum_ratio:g} x {self.reference:g}; "
-            f"ratio {self.measured.lowest / self.reference:.4f}"
+            f"acceptance length: {'PASS' if self.passed else 'FAIL'}, {measured.length:.4f} ({measured.source}; "
+            f"{measured.algorithm}), needs {self.minimum:.4f} = {self.minimum_ratio:g} x {self.reference:g}; "
+            f"ratio {measured.length / self.reference:.4f}"
         )
 
     def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report, unless the lowest length reaches the minimum."""
+        """Raises AssertionError, whose message is the report, unless the length reaches the minimum."""
         if not self.passed:
             raise AssertionError(self.report())

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import httpx
 import requests
 
+from pdkit.server_info import read_server_info
+
 OK = "200"
 TIMEOUT = "timeout"
 CONNECTION = "connection error"
@@ -30,10 +32,6 @@ ABORTED = "200 aborted"
 
 GENERATION_PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
 ERROR_TEXT_LIMIT = 300
-
-
-class AccountingError(RuntimeError):
-    """A server could not be asked for its counters; one line says which."""
 
 
 def sequences_of(path: str, body: bytes | str | None) -> int:
@@ -317,15 +315,10 @@ def counters_of(info: Mapping[str, Any]) -> ServerCounters | None:
 
 
 def read_counters(urls: Sequence[str], timeout: float = 10) -> ServerCounters | None:
-    """Sum over the servers at `urls`; None where one does not offer counters. Raises AccountingError."""
+    """Sum over the servers at `urls`; None where one does not offer counters. Raises ServerInfoError."""
     total = ServerCounters()
     for url in urls:
-        try:
-            answer = requests.get(f"{url}/server_info", timeout=timeout)
-            answer.raise_for_status()
-            counters = counters_of(answer.json())
-        except (requests.RequestException, ValueError) as error:
-            raise AccountingError(f"{url} does not tell its counters: {error}") from None
+        counters = counters_of(read_server_info(url, timeout))
         if counters is None:
             return None
         total += counters

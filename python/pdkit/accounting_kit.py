@@ -8,7 +8,8 @@ Its unit is the attempt: what a client sent again after a failure is two, of whi
 
 import unittest
 
-from pdkit.accounting import AccountingError, HandoverAccount, Ledger, RequestAccount, read_pair
+from pdkit.accounting import HandoverAccount, Ledger, RequestAccount, read_pair
+from pdkit.server_info import ServerInfoError
 
 SETTLE_SECONDS = 10.0
 
@@ -48,7 +49,7 @@ class RequestAccountingMixin:
         did = None
         if before is not None:
             did = self._pair_counters(SETTLE_SECONDS).since(before)
-        own_result = f"failed: {_root(failure)!r}" if failure else "passed"
+        own_result = f"failed: {unwrapped(failure)!r}" if failure else "passed"
         account = RequestAccount(client, HandoverAccount(did, *client.sequences), own_result)
         print(account.report(), flush=True)
         if not account.passed:
@@ -61,12 +62,12 @@ class RequestAccountingMixin:
         decode_urls = getattr(self, "decode_urls", None) or [self.decode_url]
         try:
             return read_pair(prefill_urls, decode_urls, settle)
-        except AccountingError as error:
+        except ServerInfoError as error:
             raise AssertionError(f"request accounting: {error}") from None
 
 
-def _root(error):
-    """What SGLang's retry of test methods wrapped."""
+def unwrapped(error: BaseException) -> BaseException:
+    """What SGLang's retry of test methods wrapped in an Exception of its own."""
     while type(error) is Exception and error.__context__ is not None:
         error = error.__context__
     return error

@@ -4,7 +4,7 @@
         gsm8k_gate_policy = "auto"
 
 They work over any subclass of SGLang's `PDDisaggregationServerBase`: what they need of it is `lb_url`, `decode_url` and
-`model`. `gsm8k_data_path`, `min_score` and `baseline_url` are taken from the class where it has them.
+`model`. `gsm8k_data_path`, `min_score` and `monolithic_url` are taken from the class where it has them.
 """
 
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ class AccuracyGateMixin:
     """`test_gsm8k` with stated error rates.
 
     gsm8k_gate_policy   "first-look" (200 examples once), "sequential", or "auto", see `pdkit.gate.Policy`
-    baseline_url        where the class has one, a monolithic server of the same model: it is asked the same examples,
+    monolithic_url      where the class has one that is up, see `pdkit.monolithic_kit`: it is asked the same examples,
                         and the two are compared
     """
 
@@ -42,8 +42,8 @@ class AccuracyGateMixin:
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options)
         print(gate.report(), flush=True)
         gate.assert_passed()
-        if baseline_url := getattr(self, "baseline_url", None):
-            paired = paired_gate(gate, self.gsm8k_args(baseline_url))
+        if monolithic_url := getattr(self, "monolithic_url", None):
+            paired = paired_gate(gate, self.gsm8k_args(monolithic_url))
             print(paired.report(), flush=True)
             paired.assert_passed()
 
@@ -52,7 +52,7 @@ class AcceptanceLengthMixin:
     """Speculative decoding must accept about as much as the reference says, on prompts of GSM8K sent through the LB.
 
     acceptance_length_reference   tokens per verification step that a sound engine reaches on this load; where it is
-                                  None, the server at `baseline_url` is measured on the same prompts
+                                  None, the server at `monolithic_url` is measured on the same prompts
     acceptance_length_ratio       share of the reference that is asked for
     acceptance_length_prompts     how many prompts
     """
@@ -66,11 +66,11 @@ class AcceptanceLengthMixin:
         measured = acceptance.measure(self.lb_url, self.decode_url, prompts)
         if isinstance(measured, acceptance.NotApplicable):
             self.skipTest(measured.report())
-        reference, baseline_url = self.acceptance_length_reference, getattr(self, "baseline_url", None)
-        if reference is None and baseline_url:
-            baseline = acceptance.measure(baseline_url, baseline_url, prompts)
-            self.assertNotIsInstance(baseline, acceptance.NotApplicable, f"{baseline_url}, the baseline: {baseline}")
-            reference = baseline.lowest
+        reference, monolithic_url = self.acceptance_length_reference, getattr(self, "monolithic_url", None)
+        if reference is None and monolithic_url:
+            baseline = acceptance.measure(monolithic_url, monolithic_url, prompts)
+            self.assertNotIsInstance(baseline, acceptance.NotApplicable, f"{monolithic_url}, the baseline: {baseline}")
+            reference = baseline.length
         gate = acceptance.AcceptanceGate(measured, reference, self.acceptance_length_ratio)
         print(gate.report(), flush=True)
         gate.assert_passed()

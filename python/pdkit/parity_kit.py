@@ -32,6 +32,7 @@ from pdkit.parity_plan import (
     make_plan,
 )
 from pdkit.sequential_eval import default_dataset_path, read_dataset
+from pdkit.server_info import read_server_info
 
 PARAMETER_TOKENS = 24
 PARAMETER_PROMPT = 64
@@ -258,7 +259,7 @@ class ParityMixin:
 
     @classmethod
     def caches_prefixes(cls):
-        return not _server_info(cls.prefill_url).get("disable_radix_cache", True)
+        return not read_server_info(cls.prefill_url).get("disable_radix_cache", True)
 
     @classmethod
     def _references(cls):
@@ -290,7 +291,7 @@ class ParityMixin:
     @classmethod
     def parity_plan(cls) -> Plan:
         if cls._plan is None:
-            info = _server_info(cls.monolithic_url or cls.prefill_url)
+            info = read_server_info(cls.monolithic_url or cls.prefill_url)
             geometry = Geometry.of(cls._config(), info)
             cls._plan = make_plan(geometry, cls._prompts(geometry), cls.parity_options)
         return cls._plan
@@ -337,14 +338,3 @@ class ParityMixin:
 
 def _without(variations):
     return Round("without the parameters", tuple(each.without for each in variations), len(variations))
-
-
-def _server_info(url):
-    try:
-        response = requests.get(f"{url}/server_info", timeout=30)
-        if response.status_code == 404:
-            response = requests.get(f"{url}/get_server_info", timeout=30)
-        response.raise_for_status()
-        return response.json()
-    except (requests.RequestException, ValueError) as error:
-        raise RequestFailed(f"server_info of {url}: {error}") from None

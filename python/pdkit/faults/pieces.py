@@ -33,10 +33,6 @@ class Kind(Enum):
     C128_COUNT = "128x count"
 
     @property
-    def is_count(self) -> bool:
-        return self in COUNTS
-
-    @property
     def ratio(self) -> int:
         """Tokens an entry; 1 where each token has a row of its own."""
         owner, _, piece = self.value.partition(" ")

@@ -7,6 +7,8 @@ itself, and the accuracy gate says what its first look alone would have decided.
 import re
 from dataclasses import dataclass
 
+from pdkit.accounting_kit import unwrapped
+
 FIRST_LOOK = "accuracy gate"
 SEQUENTIAL = "sequential gate"
 CLIENT = "request accounting"
@@ -46,13 +48,6 @@ def checks_of(tests) -> list[str]:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())[:MESSAGE_LIMIT]
-
-
-def unwrapped(error: BaseException) -> BaseException:
-    """What SGLang's retry of test methods wrapped in an Exception of its own."""
-    while type(error) is Exception and error.__context__ is not None:
-        error = error.__context__
-    return error
 
 
 def verdicts_of(test: str, error: BaseException | None, output: str, seconds: float) -> dict[str, Verdict]:

@@ -16,7 +16,6 @@ from pdkit.accounting import (
     NOT_SENT,
     OK,
     TIMEOUT,
-    AccountingError,
     Attempt,
     ClientAccount,
     HandoverAccount,
@@ -31,6 +30,7 @@ from pdkit.accounting import (
 )
 from pdkit.accounting_kit import RequestAccountingMixin, provokes_failures
 from pdkit.ci_register import register_cpu_ci
+from pdkit.server_info import ServerInfoError
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -310,7 +310,7 @@ class TestCounters(unittest.TestCase):
 
     def test_a_server_that_does_not_answer_is_one_line(self):
         server = ScriptedServer(self, info=(503, {}))
-        with self.assertRaisesRegex(AccountingError, "does not tell its counters: 503") as caught:
+        with self.assertRaisesRegex(ServerInfoError, "does not tell its /server_info: 503") as caught:
             read_pair([server.url], [server.url])
         self.assertNotIn("\n", str(caught.exception))
 

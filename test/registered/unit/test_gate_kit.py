@@ -143,7 +143,7 @@ class TestAccuracyGate(KitTest):
         baseline = self.serve()
         for wrong, passes in ((6, True), (7, False)):
             engine = self.serve(wrong=range(100, 100 + wrong))
-            attributes = {"gsm8k_gate_policy": "first-look", "baseline_url": baseline.url}
+            attributes = {"gsm8k_gate_policy": "first-look", "monolithic_url": baseline.url}
             result, printed = self.run_kit(AccuracyGateMixin, engine, **attributes)
             self.assertIn(f"of 200 examples {wrong} right with the baseline only, 0 right", printed)
             self.assertEqual(result.wasSuccessful(), passes)
@@ -180,11 +180,11 @@ class TestAcceptanceLength(KitTest):
         baseline = self.serve(acceptance=1.8)
         for acceptance, passes in ((1.75, True), (1.6, False)):
             server = self.serve(acceptance=acceptance)
-            result, _ = self.run_kit(AcceptanceLengthMixin, server, baseline_url=baseline.url)
+            result, _ = self.run_kit(AcceptanceLengthMixin, server, monolithic_url=baseline.url)
             self.assertEqual(result.wasSuccessful(), passes)
 
     def test_a_baseline_that_does_not_speculate_is_a_failure(self):
-        attributes = {"baseline_url": self.serve().url}
+        attributes = {"monolithic_url": self.serve().url}
         result, _ = self.run_kit(AcceptanceLengthMixin, self.serve(acceptance=1.8), **attributes)
         self.assertIn("does not speculate", self.message(result))
 
