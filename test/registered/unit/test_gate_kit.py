@@ -5,14 +5,13 @@ import contextlib
 import io
 import json
 import tempfile
-import threading
 import unittest
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from pdkit.ci_register import register_cpu_ci
 from pdkit.gate_kit import AcceptanceLengthMixin, AccuracyGateMixin
 from pdkit.sequential_eval import few_shot_prompts
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
 
@@ -25,63 +24,40 @@ def write_gsm8k(path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-class BookServer(ThreadingHTTPServer):
+class BookServer(StubServer):
     """Knows the answers of a GSM8K file and gets the rows in `wrong` (counted after the shots) wrong.
 
     Speculates with so many accepted tokens a step where `acceptance` is given.
     """
 
     request_queue_size = 256
-    daemon_threads = True
 
-    def __init__(self, path, wrong=(), acceptance=None):
+    def __init__(self, test, path, wrong=(), acceptance=None):
         answers = {
             prompt: " no idea" if row in wrong else f" It is {row + 5}.\n#### {row + 5}"
             for row, prompt in enumerate(few_shot_prompts(path, ROWS))
         }
         prompts = self.prompts = []
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(JsonHandler):
             def do_GET(self):
                 algorithm = "EAGLE" if acceptance else None
-                self.send({"speculative_algorithm": algorithm, "internal_states": [{}], "data": [{"id": "book"}]})
+                self.answer(200, {"speculative_algorithm": algorithm, "data": [{"id": "book"}]})
 
             def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                request = self.body()
                 if self.path == "/generate":
                     steps = {"completion_tokens": acceptance * 10, "spec_verify_ct": 10}
-                    self.send([{"text": answers[text], "meta_info": steps} for text in request["text"]])
-                    return
+                    return self.answer(200, [{"text": answers[text], "meta_info": steps} for text in request["text"]])
                 if request["prompt"] not in answers:
-                    self.send({"error": "not a prompt of this data set"}, status=400)  # run_eval does not retry these
-                    return
+                    return self.answer(400, {"error": "not a prompt of this data set"})  # run_eval does not retry these
                 prompts.append(request["prompt"])
                 choice = {"index": 0, "text": answers[request["prompt"]], "finish_reason": "stop"}
                 usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-                self.send({"id": "1", "object": "text_completion", "created": 0, "choices": [choice], "usage": usage})
+                completion = {"id": "1", "object": "text_completion", "created": 0, "choices": [choice], "usage": usage}
+                self.answer(200, completion)
 
-            def send(self, content, status=200):
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def stop(self):
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
+        super().__init__(test, Handler)
 
 
 class KitTest(unittest.TestCase):
@@ -92,9 +68,7 @@ class KitTest(unittest.TestCase):
         write_gsm8k(self.path)
 
     def serve(self, **kwargs):
-        server = BookServer(self.path, **kwargs)
-        self.addCleanup(server.stop)
-        return server
+        return BookServer(self, self.path, **kwargs)
 
     def run_kit(self, mixin, server, **attributes):
         """Runs what `mixin` adds to a test of `server` as unittest would; returns the result and what was printed."""

@@ -23,6 +23,7 @@ from pdkit.matrix.session import Session, Subject, WorkerFailed
 from pdkit.matrix.truth import Truth
 from pdkit.matrix.verdicts import CLIENT, FIRST_LOOK, SEQUENTIAL, SERVERS, Verdict, checks_of, merged, verdicts_of
 from pdkit.matrix.worker import PatientLedger
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
@@ -269,6 +270,13 @@ class Tests(unittest.TestCase):
 """
 
 
+class Healthy(JsonHandler):
+    def do_GET(self):
+        self.answer(200)
+
+    do_POST = do_GET
+
+
 class TestSession(unittest.TestCase):
     """Real workers, whose servers are one that only answers to health checks."""
 
@@ -297,8 +305,7 @@ class TestSession(unittest.TestCase):
         self.addCleanup(directory.cleanup)
         self.directory = Path(directory.name)
         self.file = self.directory / "subjects.py"
-        url = f"http://127.0.0.1:{self.server.server_port}"
-        self.file.write_text(textwrap.dedent(SUBJECT).replace("{url}", url))
+        self.file.write_text(textwrap.dedent(SUBJECT).replace("{url}", StubServer(self, Healthy).url))
 
     def session(self, *tests):
         return Session([Subject("one", self.file, "Tests", tests)], self.directory / "logs")
