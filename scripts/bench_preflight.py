@@ -79,7 +79,7 @@ class Answer:
     cpu_seconds: float
 
     def __str__(self):
-        return f"exit {self.code} after {self.seconds:.1f} s, {self.cpu_seconds:.1f} s of CPU"
+        return f"exits {self.code} ({self.cpu_seconds:.1f} s of CPU)"
 
 
 def run(command: tuple[str, ...], env: Mapping[str, str]) -> Answer:
@@ -111,7 +111,7 @@ def new_lines(answer: Answer, usual: Answer) -> list[str]:
 
 
 def main() -> ExitCode:
-    untold = 0
+    untold, slowest = 0, 0.0
     with tempfile.TemporaryDirectory(prefix="bench-preflight-") as name:
         folder = Path(name)
         sane = {"SGLANG_PD_MODEL": model(folder / "whole"), "SGLANG_PD_GSM8K": str(NANO / "gsm8k_nano.jsonl")}
@@ -125,8 +125,10 @@ def main() -> ExitCode:
             in_suite = run((*suite, str(path.parents[1])), env)
             told = new_lines(check, usual["check"])
             untold += not (told and check.code and new_lines(in_suite, usual["suite"]) and in_suite.code)
-            print(f"{mistake.name}: {Path(mistake.check[-1]).name} {check}; run_suite.py {in_suite}")
+            slowest = max(slowest, check.seconds, in_suite.seconds)
+            print(f"{mistake.name}: {Path(mistake.check[-1]).name} {check}, run_suite.py {in_suite}")
             print(*(f"    {line}".replace(name, "/tmp") for line in told), sep="\n", flush=True)
+    print(f"the slowest took {slowest:.1f} s by the clock")
     return ExitCode.FAILED if untold else ExitCode.PASSED
 
 

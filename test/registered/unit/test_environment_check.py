@@ -314,9 +314,11 @@ class TestPackages(CheckCase):
             "mooncake/engine.py", "try:\n    import deep_gemm\nexcept OSError as e:\n    raise ImportError('no') from e"
         )
         self.write("flash_mla.py", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+        self.write("deep_ep.py", "import sys\nassert 'torch' in sys.modules, 'SGLang imports torch first'")
         paths = mock.patch.object(sys, "path", [str(self.root), *sys.path])
         environ = mock.patch.dict(os.environ, PYTHONPATH=str(self.root))
         launched = Needs("cuda", processes=[Process("T", "prefill", (0,), backend="mooncake", a2a="deepep")])
+        fine = packages.ROUTER, packages.Package("deep_ep", "", "")
         with paths, environ:
             for module, says in (
                 ("deep_gemm", "OSError: libcudart.so.12: no such file"),
@@ -324,7 +326,7 @@ class TestPackages(CheckCase):
                 ("flash_mla", "exit code -11"),
             ):
                 package = packages.Package(module, "it is needed", "install it")
-                found = packages.importable([package, packages.ROUTER, packages.Package("not_there", "", "")])
+                found = packages.importable([package, *fine, packages.Package("not_there", "", "")])
                 line = self.assert_one(found, Level.ERROR, f"{module} cannot be imported: {says}; it is needed; ")
                 self.assertTrue(line.endswith(f"{sys.executable} -c 'import torch, {module}'"), line)
             for has_gpus in (False, True):

@@ -367,6 +367,14 @@ class TestThreshold(LintCase):
         self.assert_sound("num_examples=200", "num_examples=1319")
         self.assert_sound("num_examples=200", "num_examples=None")
 
+    def test_a_threshold_that_only_lets_too_much_pass(self):
+        noise = thresholds.noise(0.95, 100, strict=False)
+        self.assertLess(noise.false_alarm, thresholds.RATE)
+        self.assertGreater(noise.miss, thresholds.RATE)
+        source = SOUND.replace("assertGreater(", "assertGreaterEqual(")
+        broken = "num_examples=100"
+        self.assert_breaks("noisy-threshold", "num_examples=200", broken, "0.95", "score >= 0.95 over 100", source)
+
     def test_too_high_a_threshold(self):
         self.assert_breaks("noisy-threshold", "0.95", "0.99", "min_score = 0.99", "523 examples can tell them apart")
 
