@@ -92,7 +92,6 @@ def print_library():
 
 
 def run_matrix(args, out: Path) -> ExitCode:
-    from pdkit.matrix import report
     from pdkit.matrix.results import Results, planned
     from pdkit.matrix.session import Session
     from pdkit.matrix.truth import truths_of
@@ -123,16 +122,25 @@ def run_matrix(args, out: Path) -> ExitCode:
                     progress.advance(task)
                     console.print(line_of(run), highlight=False)
     problems = results.problems(wanted)
+    write(results, problems, out)
+    return ExitCode.FAILED if problems else ExitCode.PASSED
+
+
+def write(results, problems, out: Path):
+    """Table and picture into `out`; prints the summary."""
+    from pdkit.matrix import report
+
     (out / "matrix.md").write_text(f"# Detection matrix\n\n{report.markdown(results, problems)}", encoding="utf-8")
     report.write_csv(results, out / "matrix.csv")
+    written = "matrix.md, matrix.csv"
     if find_spec("matplotlib"):
         from pdkit.matrix.picture import draw
 
         draw(results, out / "matrix.svg")
+        written += ", matrix.svg"
     else:
         print("no picture: matplotlib is not installed", file=sys.stderr)
-    print(f"\n{report.summary(results, problems)}\nwritten: {out}/matrix.md, matrix.csv, matrix.svg")
-    return ExitCode.FAILED if problems else ExitCode.PASSED
+    print(f"\n{report.summary(results, problems)}\nwritten: {out}/{written}")
 
 
 def line_of(run) -> str:

@@ -180,7 +180,10 @@ def compare(reference: Answer, candidate: Answer) -> Difference:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest of `values` that at least `share` of them do not exceed; 0 of none."""
+    """The smallest of `values` that at least `share` of them do not exceed; 0 of none.
+
+    Definition 1 of R. J. Hyndman, Y. Fan, Am. Stat. 50 (1996) 361-365: always one of the values.
+    """
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 

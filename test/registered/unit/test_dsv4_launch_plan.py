@@ -20,6 +20,7 @@ from unittest import mock
 import psutil
 import requests
 from pdkit import ports, rung
+from pdkit.integrity_kit import kv_checksum_args
 from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
@@ -96,6 +97,10 @@ class TestLaunchPlan(unittest.TestCase):
         prefill, decode = parse(self.plan.prefill_args()).nccl_port, parse(self.plan.decode_args()).nccl_port
         self.assertEqual((prefill, decode), (int(self.plan.prefill_nccl_port), int(self.plan.decode_nccl_port)))
         self.assertNotEqual(prefill, decode)
+
+    def test_the_installed_release_takes_the_checksum_flag_that_the_kit_names(self):
+        checked = parse(["--disaggregation-mode", "prefill", *kv_checksum_args()])
+        self.assertIs(getattr(checked, "disaggregation_enable_kv_checksum", True), True)
 
     def test_nics_of_each_side_are_those_of_its_gpus(self):
         environ = {"SGLANG_IS_IN_CI": "true", "SGLANG_CI_RDMA_ALL_DEVICES": ",".join(f"mlx5_{i}" for i in range(8))}

@@ -388,6 +388,7 @@ class TestOperatingCharacteristicScript(unittest.TestCase):
         self.assertLessEqual(max(rates["auto"] + rates["sequential"]), 1.0)
         self.assertAlmostEqual(rates["> 0.95 once"][0], 100 * binom.cdf(190, 200, 0.965), places=2)
         self.assertAlmostEqual(rates["TRT-LLM n=200"][1], 100 * binom.sf(176, 200, 0.93), places=2)
+        self.assertIn("miss a loss of accuracy of 0.124 (n=200) or 0.049 (n=1314)", out)
 
     def test_simulation_is_seeded_and_agrees_with_the_exact_value(self):
         rule = self.script.Rule("auto, one retry", GateOptions().plan(1314), retries=1)

@@ -376,7 +376,7 @@ class StubEngine(StubServer):
     """An engine whose answer to a prompt is the prompt's last ids; `change(ids, tokens)` makes it another one."""
 
     def __init__(self, test, change=lambda ids, tokens: tokens, status=200):
-        self.change, self.status, self.asked, self.cached = change, status, [], 0
+        self.change, self.status, self.asked, self.cached, self.noise = change, status, [], 0, 0.0
 
         class Handler(JsonHandler):
             def do_GET(self):
@@ -396,7 +396,7 @@ class StubEngine(StubServer):
 
             def result(self, ids, params):
                 tokens = self.server.change(ids, [ids[-1 - i % len(ids)] for i in range(params["max_new_tokens"])])
-                body = generate_body(tokens, [-0.1 * (token % 30) for token in tokens])
+                body = generate_body(tokens, [self.server.noise - 0.1 * (token % 30) for token in tokens])
                 body["meta_info"]["cached_tokens"] = self.server.cached
                 return body
 
@@ -466,14 +466,15 @@ class TestReferences(unittest.TestCase):
 class TestMixin(unittest.TestCase):
     """check_parity of a pair whose answers are those of a stub, against another stub."""
 
-    def check(self, round_, cached=0, **pair):
+    def check(self, round_, cached=0, noise=0.0, rounding=0.0, **pair):
         lb, monolithic = StubEngine(self, **pair), StubEngine(self)
-        lb.cached = cached
+        lb.cached, lb.noise = cached, noise
 
         class Case(ParityMixin, unittest.TestCase):
             bitwise, request_timeout = True, 5
             lb_url = prefill_url = decode_url = lb.url
             monolithic_url = monolithic.url
+            references = References(bitwise, request_timeout, rounding)
 
         with mock.patch("builtins.print"):
             Case("test_parity_alone").check_parity((round_,))
@@ -484,6 +485,14 @@ class TestMixin(unittest.TestCase):
     def test_one_other_token_fails(self):
         with self.assertRaisesRegex(AssertionError, "p3: token 3 is 99"):
             self.check(rounds(), change=lambda ids, tokens: tokens[:3] + [99] if ids[0] == 4 else tokens)
+
+    def test_float_rounding_is_granted_only_to_requests_that_are_served_together(self):
+        noise = FLOAT_ROUNDING / 2
+        self.check(rounds(), noise=noise, rounding=FLOAT_ROUNDING)
+        self.check(rounds(batch=True, in_flight=1), noise=noise, rounding=FLOAT_ROUNDING)
+        for round_, rounding in ((rounds(in_flight=1), FLOAT_ROUNDING), (rounds(), 0.0)):
+            with self.assertRaisesRegex(AssertionError, "logprobs differ first at token 0"):
+                self.check(round_, noise=noise, rounding=rounding)
 
     def test_an_error_fails(self):
         with self.assertRaisesRegex(AssertionError, "status 503"):
