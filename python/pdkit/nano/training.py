@@ -127,11 +127,10 @@ class Batches:
             yield f" {problem.answer}{EOS}", 1.0
 
 
-class TrainingForward:
-    """The model's forward pass without cache, with the losses of the language model and of the indexer."""
+class IndexerRecords:
+    """The indexer's scores and the mass that attention puts on the entries, kept while `recording()`."""
 
     def __init__(self, model: DeepseekV4ForCausalLM):
-        self._model = model
         self._recording = False
         self._scores: list[torch.Tensor] = []
         self._mass: list[torch.Tensor] = []
@@ -153,28 +152,49 @@ class TrainingForward:
         if self._recording:
             self._mass.append(outputs[1].detach().sum(1))
 
-    def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Language loss (weighted mean) and indexer loss (mean over sparse layers), in nats."""
-        with self._training_mode():
-            logits = self._logits(ids)
-            pairs = list(zip(self._scores, self._mass, strict=True))
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        targets = weights[:, 1:].flatten()
-        loss = (losses * targets).sum() / targets.sum()
-        return loss, torch.stack([alignment(*pair) for pair in pairs]).mean()
-
     @contextmanager
-    def _training_mode(self) -> Iterator[None]:
-        """Use windowed attention and record; the model is served, and validated, without either."""
-        config = self._model.config
-        served = config._attn_implementation
-        config._attn_implementation, self._recording = WINDOWED_ATTENTION, True
+    def recording(self) -> Iterator[None]:
+        """Keep what forward passes within show, until the end."""
+        self._recording = True
         try:
             yield
         finally:
-            config._attn_implementation, self._recording = served, False
+            self._recording = False
             self._scores.clear()
             self._mass.clear()
+
+    def loss(self) -> torch.Tensor:
+        """The mean over sparse layers of :func:`alignment`, in nats."""
+        pairs = zip(self._scores, self._mass, strict=True)
+        return torch.stack([alignment(*pair) for pair in pairs]).mean()
+
+
+class TrainingForward:
+    """The model's forward pass without cache, with the losses of the language model and of the indexer."""
+
+    def __init__(self, model: DeepseekV4ForCausalLM):
+        self._model = model
+        self._records = IndexerRecords(model)
+
+    def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Language loss (weighted mean) and indexer loss (mean over sparse layers), in nats."""
+        with self._windowed(), self._records.recording():
+            logits = self._logits(ids)
+            index_loss = self._records.loss()
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        targets = weights[:, 1:].flatten()
+        return (losses * targets).sum() / targets.sum(), index_loss
+
+    @contextmanager
+    def _windowed(self) -> Iterator[None]:
+        """Use windowed attention; the model is served, and validated, without it."""
+        config = self._model.config
+        served = config._attn_implementation
+        config._attn_implementation = WINDOWED_ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = served
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         core = self._model.model
@@ -279,7 +299,12 @@ def train(
 def _schedule(done: float) -> float:
     if done < WARMUP:
         return (done + 1e-3) / (WARMUP + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
+    return cosine((done - WARMUP) / (1 - WARMUP))
+
+
+def cosine(done: float) -> float:
+    """From 1 to 0 along half a cosine, as `done` goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _optimizer(model: DeepseekV4ForCausalLM) -> torch.optim.Optimizer:
