@@ -1,33 +1,6 @@
 #!/usr/bin/env python3
-"""Write a random DeepSeek-V4 of the size that SGLang's kernels demand: 28.5 M parameters and an MTP layer of 8.9 M.
+"""Write a random DeepSeek-V4 of the size that SGLang's kernels demand; see `python3 -m pdkit.kernel_nano --help`."""
 
-    scripts/env.sh python3 scripts/make_kernel_nano.py [--out DIR] [--seed S]
+from pdkit.kernel_nano.__main__ import main
 
-takes seconds. It solves nothing; what it is for is parity, integrity and the acceptance of drafts.
-"""
-
-from __future__ import annotations
-
-import argparse
-import time
-from pathlib import Path
-
-from pdkit.kernel_nano.checkpoint import WEIGHTS, cached, digest, save
-from pdkit.kernel_nano.model import KernelNano, randomize
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=cached("random"), help="directory (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the weights (default: %(default)s)")
-    options = parser.parse_args()
-    began = time.monotonic()
-    model = KernelNano()
-    randomize(model, options.seed)
-    path = save(model, options.out)
-    size = (path / WEIGHTS).stat().st_size / 1e6
-    print(f"wrote {path} ({size:.1f} MB, hash {digest(path)}) in {time.monotonic() - began:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+main()

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from pdkit.exit_codes import ExitCode
-from pdkit.kernel_nano import checkpoint
+from pdkit.kernel_nano import cache, checkpoint
 from pdkit.kernel_nano.model import KernelNano, rescale
 from pdkit.kernel_nano.training import SHOTS, BatchQueue, score, train, validation
 from pdkit.nano.problems import EVALUATION_ROWS, evaluation_set
@@ -34,7 +34,7 @@ VALIDATION_PROBLEMS = 48
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=checkpoint.cached("trained"), help="directory (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=cache.cached("trained"), help="directory (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=240, help="for training (default: %(default)s)")
     parser.add_argument("--save-every", type=float, default=60, help="seconds (default: %(default)s)")
@@ -78,7 +78,7 @@ def main() -> ExitCode:
         print("train_kernel_nano: this machine has no usable CUDA GPU; --device cpu trains for hours", file=sys.stderr)
         return ExitCode.NOT_READY
     torch.set_float32_matmul_precision("high")
-    (options.out / checkpoint.RECORD).unlink(missing_ok=True)
+    (options.out / cache.RECORD).unlink(missing_ok=True)
     began = time.monotonic()
     model, steps, tokens = fit(options)
     took = time.monotonic() - began
@@ -87,7 +87,7 @@ def main() -> ExitCode:
     shots, rows = evaluation[:SHOTS], evaluation[SHOTS : SHOTS + options.score_rows]
     found = score(checkpoint.load(options.out).to(options.device), rows, shots)
     record = {
-        "sha256": checkpoint.digest(options.out),
+        "sha256": cache.digest(options.out),
         "command": shlex.join(["python3", *sys.argv]),
         "seed": options.seed,
         "steps": steps,
@@ -103,7 +103,7 @@ def main() -> ExitCode:
         "solved": found.solved,
         "drafts right": found.drafted,
     }
-    (options.out / checkpoint.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (options.out / cache.RECORD).write_text(json.dumps(record, indent=2) + "\n")
     print(
         f"after fp8, {found.problems} evaluation rows, {SHOTS} shots: solved {found.solved:.4f}, "
         f"drafts right {found.drafted:.4f}\nwrote {options.out} (hash {record['sha256']}) after {took:.0f} s, {steps} steps",

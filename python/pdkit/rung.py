@@ -62,6 +62,15 @@ LADDER = (
         capability=(9, 0),
     ),
     Rung(
+        name="1xHopper",
+        engine="SGLang with a kernel-sized nano DeepSeek-V4: prefill and decode share one GPU",
+        test_file=DISTRIBUTED / "test_disaggregation_dsv4_1gpu.py",
+        needs="1 Hopper GPU of 80 GB",
+        gpus=1,
+        memory_mib=80_000,
+        capability=(9, 0),
+    ),
+    Rung(
         name="embedded",
         engine="pdkit.engine with a nano DeepSeek-V4 on CPU: prefill and decode in a process each",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,13 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pdkit.kernel_nano.cache import WEIGHTS
 from pdkit.kernel_nano.config import FIELDS
 from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks
 from pdkit.kernel_nano.model import KernelNano
 from pdkit.nano.model import ModelError
 from pdkit.nano.tokenizer import nano_tokenizer
-
-WEIGHTS = "model.safetensors"
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -123,31 +121,3 @@ def load(path: str | Path) -> KernelNano:
     if stored:
         raise ModelError(f"{file} does not fit the kernel-sized model: {min(stored)} is unknown")
     return model.eval()
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of the checkpoint's configuration and weights, the first 16 digits."""
-    found = hashlib.sha256()
-    for name in ("config.json", WEIGHTS):
-        found.update((Path(path) / name).read_bytes())
-    return found.hexdigest()[:16]
-
-
-RECORD = "training.json"
-
-
-def cached(kind: str) -> Path:
-    """Where the checkpoint of a `kind`, "random" or "trained", is kept in the user's cache (PDKIT_CACHE_DIR)."""
-    base = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-pd-suite"
-    return Path(os.getenv("PDKIT_CACHE_DIR") or base) / "kernel-nano" / kind
-
-
-def trained() -> Path | None:
-    """The trained checkpoint, if there is one whose hash its record states. Raises ModelError where it is another."""
-    path = cached("trained")
-    if not (path / RECORD).is_file():
-        return None
-    stated = json.loads((path / RECORD).read_text())["sha256"]
-    if (found := digest(path)) != stated:
-        raise ModelError(f"{path} is damaged: {RECORD} states hash {stated}, it is {found}; remove it and train again")
-    return path

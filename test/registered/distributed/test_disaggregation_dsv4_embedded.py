@@ -6,7 +6,7 @@ from pathlib import Path
 import pdkit
 import requests
 import test_disaggregation_dsv4 as dsv4
-from pdkit import ports
+from pdkit.claimed_ports import ClaimedPortsMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
@@ -14,7 +14,7 @@ register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
 ASSETS = Path(pdkit.__file__).parent / "assets"
 
 
-class TestDisaggregationDSV4Embedded(dsv4.TestDisaggregationDSV4):
+class TestDisaggregationDSV4Embedded(ClaimedPortsMixin, dsv4.TestDisaggregationDSV4):
     rung = "embedded"
     engine = "pdkit.engine"
     server_module = "pdkit.engine"
@@ -50,18 +50,6 @@ class TestDisaggregationDSV4Embedded(dsv4.TestDisaggregationDSV4):
         self.assertEqual((prefill["transfer"]["failed"], decode["transfer"]["failed"]), (0, 0))
         self.assertEqual(decode["engine"]["prefill_tokens"], 0)
         self.assertGreater(decode["engine"]["decode_tokens"], requests_served)
-
-    @classmethod
-    def configure(cls):
-        super().configure()
-        block = ports.claim()
-        cls.addClassCleanup(block.release)
-        names = [name for name in dir(cls) if name.endswith("_port")]
-        for name, port in zip(names, block.ports):
-            setattr(cls, name, str(port))
-        cls.prefill_url = f"http://{cls.base_host}:{cls.prefill_port}"
-        cls.decode_url = f"http://{cls.base_host}:{cls.decode_port}"
-        cls.base_url = cls.lb_url = f"http://{cls.base_host}:{cls.lb_port}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""A mixin that gives a disaggregation test ports of its own, so that several run on one machine.
+
+    class TestDisaggregationDSV4Here(ClaimedPortsMixin, TestDisaggregationDSV4):
+        pass
+"""
+
+from pdkit import ports
+
+
+class ClaimedPortsMixin:
+    """Every attribute `*_port` of the class is a port that nobody else uses; the URLs follow."""
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        block = ports.claim()
+        cls.addClassCleanup(block.release)
+        names = [name for name in dir(cls) if name.endswith("_port")]
+        for name, port in zip(names, block.ports):
+            setattr(cls, name, str(port))
+        cls.prefill_url = f"http://{cls.base_host}:{cls.prefill_port}"
+        cls.decode_url = f"http://{cls.base_host}:{cls.decode_port}"
+        cls.base_url = cls.lb_url = f"http://{cls.base_host}:{cls.lb_port}"

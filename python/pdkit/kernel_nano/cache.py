@@ -1,0 +1,52 @@
+"""Where kernel-sized checkpoints are kept: the user's cache directory, or PDKIT_CACHE_DIR."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+WEIGHTS = "model.safetensors"
+RECORD = "training.json"
+
+
+class DamagedCheckpoint(Exception):
+    """The trained checkpoint is not the one that its record speaks of; the message is one line."""
+
+
+def cached(kind: str) -> Path:
+    """Where the checkpoint of a `kind`, "random" or "trained", is kept."""
+    base = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-pd-suite"
+    return Path(os.getenv("PDKIT_CACHE_DIR") or base) / "kernel-nano" / kind
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a checkpoint's configuration and weights, the first 16 digits."""
+    found = hashlib.sha256()
+    for name in ("config.json", WEIGHTS):
+        found.update((Path(path) / name).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def is_trained(path: str | Path) -> bool:
+    """Whether the checkpoint has a record of its training. Raises DamagedCheckpoint where it speaks of another."""
+    record = Path(path) / RECORD
+    if not record.is_file():
+        return False
+    stated = json.loads(record.read_text())["sha256"]
+    if (found := digest(path)) != stated:
+        raise DamagedCheckpoint(f"{path}: {RECORD} states hash {stated}, it is {found}; remove it and train again")
+    return True
+
+
+def best() -> Path:
+    """The trained checkpoint, or else the random one, which may be yet to be written."""
+    path = cached("trained")
+    return path if (path / RECORD).is_file() else cached("random")
+
+
+def provide(path: str | Path) -> None:
+    """Write the random checkpoint, in seconds, if it is what `path` names and is not there."""
+    if Path(path) == cached("random") and not (cached("random") / WEIGHTS).is_file():
+        subprocess.run([sys.executable, "-m", "pdkit.kernel_nano", "--out", str(path)], check=True)

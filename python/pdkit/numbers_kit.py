@@ -1,0 +1,67 @@
+"""A mixin that prints what the hand-over costs beside a monolithic server in the same run; it asserts no time.
+
+    class TestDisaggregationDSV4OneGpu(PairNumbersMixin, MonolithicBesideMixin, ...):
+        pass
+"""
+
+import contextlib
+import io
+import random
+import statistics
+import time
+from types import SimpleNamespace
+
+import requests
+
+
+class PairNumbersMixin:
+    """Needs `lb_url`, `monolithic_url`, `model` and `gsm8k_data_path`.
+
+    handover_lengths     prompt lengths in tokens; handover_repeats: prompts of each
+    throughput_examples  how many GSM8K examples each server is asked
+    """
+
+    handover_lengths = (128, 512, 1024, 2048, 4096)
+    handover_repeats = 5
+    throughput_examples = 100
+
+    def test_report_throughput(self):
+        pair, alone = (self.eval_of(url)["output_throughput"] for url in (self.lb_url, self.monolithic_url))
+        print(
+            f"throughput of {self.throughput_examples} GSM8K examples: {pair:.0f} output tokens/s prefill and decode, "
+            f"{alone:.0f} monolithic, ratio {pair / alone:.2f}",
+            flush=True,
+        )
+
+    def eval_of(self, url):
+        """run_eval's metrics; what it prints is kept back, since a report reads it as the main job's."""
+        from sglang.test.run_eval import run_eval
+
+        args = SimpleNamespace(
+            base_url=url, model=self.model, eval_name="gsm8k", api="completion", max_tokens=512,
+            num_examples=self.throughput_examples, num_threads=128, gsm8k_data_path=self.gsm8k_data_path,
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            return run_eval(args)
+
+    def test_report_time_of_hand_over(self):
+        print("prompt tokens  one token: monolithic  prefill and decode  difference", flush=True)
+        rng = random.Random(0)
+        for length in self.handover_lengths:
+            alone, handed = [], []
+            for _ in range(self.handover_repeats):
+                ids = [rng.randrange(10, 250) for _ in range(length)]
+                alone.append(self.one_token(self.monolithic_url, ids))
+                handed.append(self.one_token(self.lb_url, ids))
+            one, two = statistics.median(alone), statistics.median(handed)
+            print(f"{length:13}  {one * 1e3:18.1f} ms  {two * 1e3:15.1f} ms  {(two - one) * 1e3:7.1f} ms", flush=True)
+
+    def one_token(self, url, ids):
+        """Seconds to an answer of one token."""
+        body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}}
+        begin = time.perf_counter()
+        answer = requests.post(f"{url}/generate", json=body, timeout=300)
+        seconds = time.perf_counter() - begin
+        self.assertEqual(answer.status_code, 200, answer.text[:300])
+        self.assertEqual(answer.json()["meta_info"]["completion_tokens"], 1)
+        return seconds

@@ -1,0 +1,97 @@
+"""The same test with SGLang's own engine and DeepSeek-V4's kernels on one Hopper GPU, which prefill and decode share.
+
+The model is as small as the kernels allow. Trained by `scripts/train_kernel_nano.py` it solves GSM8K-like problems;
+until then it is random, the score is not asked for, and what is left is that the pair answers as one server does.
+"""
+
+import os
+import unittest
+from pathlib import Path
+
+import pdkit
+import test_disaggregation_dsv4 as dsv4
+from pdkit.accounting_kit import RequestAccountingMixin
+from pdkit.claimed_ports import ClaimedPortsMixin
+from pdkit.gate_kit import AcceptanceLengthMixin
+from pdkit.integrity_kit import TransferIntegrityMixin
+from pdkit.kernel_nano import cache
+from pdkit.kernel_nano.truth_kit import ReferenceMixin
+from pdkit.monolithic_kit import MonolithicBesideMixin
+from pdkit.numbers_kit import PairNumbersMixin
+from pdkit.parity_kit import ParityMixin
+from pdkit.parity_plan import PlanOptions
+from sglang.test.ci.ci_register import register_cuda_ci
+
+register_cuda_ci(est_time=300, suite="stage-b-test-1-gpu-large")
+
+INDEXED = 2048  # tokens from which on there are more compressed entries than the indexer selects: 512 of 4 tokens each
+
+
+class TestDisaggregationDSV4OneGpu(
+    RequestAccountingMixin,
+    TransferIntegrityMixin,
+    AcceptanceLengthMixin,
+    ReferenceMixin,
+    PairNumbersMixin,
+    ParityMixin,
+    MonolithicBesideMixin,
+    ClaimedPortsMixin,
+    dsv4.TestDisaggregationDSV4,
+):
+    rung = "1xHopper"
+    backend = "mooncake_tcp"
+
+    model_name = os.getenv("SGLANG_PD_KERNEL_NANO") or str(cache.best())
+    gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
+
+    prefill_gpus = decode_gpus = range(1)
+    gpu_memory_gb = 80
+
+    # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with.
+    server_args = """
+        --trust-remote-code
+        --tp 1
+        --mem-fraction-static 0.3 --max-total-tokens 32768 --swa-full-tokens-ratio 0.5
+        --max-running-requests 32
+        --chunked-prefill-size 512 --context-length 8192
+        --sampling-backend pytorch --grammar-backend none
+        --random-seed 1
+        --watchdog-timeout 900
+        --speculative-algorithm EAGLE
+        --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
+    """.split() + [dsv4.CUDA_GRAPH_MAX_BS, "4"]
+
+    server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0"}
+
+    parity_options = PlanOptions(longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600))
+    acceptance_length_prompts = 32
+
+    @classmethod
+    def setUpClass(cls):
+        dsv4.require_gpus(cls)
+        cache.provide(cls.model_name)
+        cls.trained = cache.is_trained(cls.model_name)
+        super().setUpClass()
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        cls.baseline_url = cls.monolithic_url
+        cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
+        cls.rdma_devices = []
+
+    def test_gsm8k(self):
+        self.require_training()
+        super().test_gsm8k()
+
+    def test_report_throughput(self):
+        self.require_training()
+        super().test_report_throughput()
+
+    def require_training(self):
+        if not self.trained:
+            self.skipTest(f"accuracy gate off: {self.model} is random; scripts/train_kernel_nano.py trains a model")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,260 @@
+"""The kernel-sized model: configuration, fp8 checkpoint and back, MTP, training's losses, truth, the one-GPU plan."""
+
+import contextlib
+import json
+import os
+import tempfile
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from pdkit.ci_register import register_cpu_ci
+from pdkit.kernel_nano import cache, checkpoint, training
+from pdkit.kernel_nano.config import FIELDS, reference_config
+from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks, round_groups
+from pdkit.kernel_nano.model import KernelNano, randomize, rescale
+from pdkit.kernel_nano.truth import Truth, fp8_rounding, logprobs
+from pdkit.nano.model import ModelError
+from pdkit.nano.problems import evaluation_set, few_shot
+from safetensors.torch import load_file, save_file
+
+register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+
+ONE_GPU = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4_1gpu.py"
+
+
+class TestConfig(unittest.TestCase):
+    def test_what_the_kernels_fix(self):
+        self.assertEqual((FIELDS["num_attention_heads"], FIELDS["head_dim"], FIELDS["qk_rope_head_dim"]), (64, 512, 64))
+        self.assertEqual((FIELDS["index_head_dim"], FIELDS["sliding_window"], FIELDS["hc_mult"]), (128, 128, 4))
+        self.assertIn(FIELDS["index_n_heads"], (32, 64))
+        self.assertIn(FIELDS["index_topk"], (512, 1024))
+        for name in ("hidden_size", "moe_intermediate_size", "q_lora_rank", "o_lora_rank"):
+            self.assertEqual(FIELDS[name] % 128, 0, name)
+        self.assertEqual(len(FIELDS["compress_ratios"]), FIELDS["num_hidden_layers"] + 1)
+        self.assertEqual({0, 4, 128}, set(FIELDS["compress_ratios"]))
+
+    def test_rope_is_stretched_nowhere(self):
+        self.assertEqual(FIELDS["rope_scaling"]["factor"], 1.0)
+        for rope in reference_config().rope_parameters.values():
+            self.assertEqual(rope["rope_type"], "default")
+
+    def test_the_reference_is_the_same_model(self):
+        main, mtp = reference_config(), reference_config(mtp=True)
+        kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+        self.assertEqual((main.layer_types, main.mlp_layer_types), (kinds, ["hash_moe", "moe", "moe"]))
+        self.assertEqual((mtp.layer_types, mtp.mlp_layer_types), (["sliding_attention"], ["moe"]))
+        self.assertEqual((main.qk_rope_head_dim, main.index_topk, main.hc_sinkhorn_iters), (64, 512, 20))
+
+
+class TestFp8(unittest.TestCase):
+    def setUp(self):
+        self.weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
+        self.weight[:128, :128] *= 1000
+
+    def test_scales_are_powers_of_two_and_each_block_has_its_own(self):
+        _, scale = quantize_blocks(self.weight)
+        self.assertEqual(scale.shape, (2, 3))
+        self.assertTrue(torch.equal(scale.log2(), scale.log2().round()))
+        self.assertGreater(scale[0, 0], 100 * scale[0, 1])
+
+    def test_values_are_rounded_by_half_a_step_of_three_bits(self):
+        found = dequantize_blocks(*quantize_blocks(self.weight))
+        error = (found - self.weight).abs() / self.weight.abs()
+        large = self.weight.abs() > 0.1
+        self.assertLessEqual(error[large].max().item(), 2**-4)
+        self.assertGreater(error[large].max().item(), 2**-5)
+
+    def test_what_was_stored_is_stored_again(self):
+        found = dequantize_blocks(*quantize_blocks(self.weight))
+        self.assertTrue(torch.equal(dequantize_blocks(*quantize_blocks(found)), found))
+
+    def test_groups_have_scales_of_their_own(self):
+        x = torch.cat([torch.full((2, 128), 1e-3), torch.full((2, 128), 1e3)], dim=1) * 1.01
+        torch.testing.assert_close(round_groups(x), x, rtol=2**-4, atol=0)
+        self.assertEqual(round_groups(x.bfloat16()).dtype, torch.bfloat16)
+
+
+class TestModel(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+        cls.model = KernelNano()
+        randomize(cls.model, seed=3)
+        cls.path = checkpoint.save(cls.model, Path(cls.folder.name, "random"))
+        cls.read = checkpoint.load(cls.path)
+        text = few_shot(evaluation_set(4))
+        cls.ids = training.tokenizer()(text).input_ids[:128]
+
+    def test_read_back_is_what_was_written_but_for_rounding(self):
+        states = self.model.state_dict(), self.read.state_dict()
+        self.assertEqual(*(set(state) for state in states))
+        for name, before in states[0].items():
+            after = states[1][name]
+            largest = before.abs().max().item()
+            self.assertLessEqual((before - after).abs().max().item(), largest * 2**-4, name)
+        self.assertEqual(
+            checkpoint.tensors_of(self.read)["layers.0.attn.wq_b.weight"].dtype, torch.float8_e4m3fn
+        )
+
+    def test_names_are_those_that_transformers_gives_a_checkpoint(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.read.main.save_pretrained(folder)
+            saved = load_file(Path(folder, "model.safetensors"))
+        theirs = {}
+        for name, tensor in saved.items():  # three names that transformers 5 does not turn back
+            name = name.removeprefix("model.").replace("hc_head.hc_", "hc_head_").replace("embed_tokens.", "embed.")
+            theirs[name.replace(".attn.norm.", ".attn.kv_norm.")] = tensor
+        stored = load_file(self.path / cache.WEIGHTS)
+        ours = {name for name in stored if not name.endswith(".scale") or "hc_" in name}
+        self.assertEqual({name for name in ours if not name.startswith("mtp.")}, set(theirs))
+        for name, tensor in theirs.items():
+            found = stored[name]
+            if found.dtype is torch.float8_e4m3fn:
+                found = dequantize_blocks(found, stored[f"{name.removesuffix('.weight')}.scale"])
+            self.assertTrue(torch.equal(found.float(), tensor.float()), name)
+
+    def test_the_mtp_layer_is_stored(self):
+        names = {name for name in load_file(self.path / cache.WEIGHTS) if name.startswith("mtp.0.")}
+        for name in ("e_proj.scale", "h_proj.weight", "enorm.weight", "hnorm.weight", "norm.weight", "hc_head_fn",
+                     "attn.wkv.scale", "ffn.gate.bias", "ffn.experts.3.w2.weight"):  # fmt: skip
+            self.assertIn(f"mtp.0.{name}", names)
+        self.assertFalse([name for name in names if "compressor" in name or "tid2eid" in name])
+
+    def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(self):
+        stored = load_file(self.path / cache.WEIGHTS)
+        lacking = {name: tensor for name, tensor in stored.items() if name != "mtp.0.e_proj.scale"}
+        for tensors, reason in ((lacking, "mtp.0.e_proj.weight"), (stored | {"more": torch.ones(1)}, "more is unknown")):
+            with self.subTest(reason), tempfile.TemporaryDirectory() as folder:
+                save_file(tensors, Path(folder, cache.WEIGHTS))
+                with self.assertRaisesRegex(ModelError, reason) as caught:
+                    checkpoint.load(folder)
+                self.assertNotIn("\n", str(caught.exception))
+
+    def test_logits_are_those_of_transformers(self):
+        ids = torch.tensor([self.ids])
+        with torch.no_grad():
+            ours, _ = self.read(ids)
+            theirs = self.read.main(ids).logits
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    def test_the_draft_sees_the_next_token_and_no_later_one(self):
+        ids = torch.tensor([self.ids])
+        changed = ids.clone()
+        changed[0, 60] = (changed[0, 60] + 1) % 500
+        with torch.no_grad():
+            before, after = (self.read(each)[1][0] for each in (ids, changed))
+        moved = (before != after).any(-1).nonzero().squeeze(1).tolist()
+        self.assertEqual(moved[0], 59)
+
+    def test_rounding_is_within_its_own_tolerance_and_a_wrong_weight_is_not(self):
+        exact = tuple(logprobs(self.read, self.ids))
+        with fp8_rounding(self.read):
+            rounded = tuple(logprobs(self.read, self.ids))
+        self.assertEqual(tuple(logprobs(self.read, self.ids)), exact)
+        truth = Truth(exact, rounded, rounded)
+        self.assertGreater(truth.expected, 1e-4)
+        truth.assert_passed()
+        sinks = self.read.main.model.layers[1].self_attn.sinks
+        kept = sinks.clone()
+        with torch.no_grad():
+            sinks.fill_(50.0)  # attention of one layer is lost
+            wrong = tuple(logprobs(self.read, self.ids))
+            sinks.copy_(kept)
+        with self.assertRaisesRegex(AssertionError, "FAIL, 127 positions"):
+            Truth(exact, rounded, wrong).assert_passed()
+
+    def test_a_wide_matrix_starts_as_quiet_as_a_narrow_one(self):
+        model = KernelNano()
+        before = model.main.model.layers[0].self_attn.o_a_proj.weight.std().item()
+        rescale(model)
+        after = model.main.model.layers[0].self_attn.o_a_proj.weight.std().item()
+        self.assertAlmostEqual(after / before, (128 / 4096) ** 0.5, places=4)
+
+
+class TestTraining(unittest.TestCase):
+    def test_main_is_asked_for_the_next_token_and_mtp_for_the_one_after(self):
+        ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+        sure = [100.0 * torch.nn.functional.one_hot(ids.roll(-ahead, 1), 50) for ahead in (1, 2)]
+        records = SimpleNamespace(recording=contextlib.nullcontext, loss=lambda: torch.zeros(()))
+        weights = torch.ones(ids.shape)
+        for logits, right in (((sure[0], sure[1]), True), ((sure[1], sure[0]), False)):
+            found = training.losses(lambda *_, pair=logits, **__: pair, records, ids, weights)[:2]
+            for loss in found:
+                self.assertEqual(loss.item() < 1e-3, right)
+
+    def test_the_time_is_shared_out_and_the_sinkhorn_iterations_are_those_served_in_the_end(self):
+        self.assertAlmostEqual(sum(stage.share for stage in training.STAGES), 1)
+        self.assertIsNone(training.STAGES[-1].sinkhorn)
+        for stage in training.STAGES:
+            self.assertEqual(stage.length % training.WINDOW, 0)
+
+    def test_only_wide_matrices_learn_slowly(self):
+        model = torch.nn.Module()
+        model.wide, model.narrow = torch.nn.Linear(4096, 8, bias=False), torch.nn.Linear(128, 8)
+        groups = training.optimizer_of(model).param_groups
+        scales = {tuple(p.shape): group["scale"] for group in groups for p in group["params"]}
+        self.assertEqual(scales, {(8, 4096): 128 / 4096, (8, 128): 1.0, (8,): 1.0})
+
+    def test_validation_is_neither_trained_on_nor_evaluated(self):
+        problems, shots = training.validation(8, 0)
+        evaluated = {problem.key for problem in evaluation_set(8)}
+        self.assertEqual((len(problems), len(shots)), (8, 5))
+        self.assertTrue(evaluated - {problem.key for problem in problems})
+
+
+class TestCache(unittest.TestCase):
+    def setUp(self):
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.enterContext(mock.patch.dict(os.environ, PDKIT_CACHE_DIR=self.folder))
+        self.path = cache.cached("trained")
+        self.path.mkdir(parents=True)
+        (self.path / "config.json").write_text("{}")
+        (self.path / cache.WEIGHTS).write_bytes(b"weights")
+
+    def record(self, digest):
+        (self.path / cache.RECORD).write_text(json.dumps({"sha256": digest}))
+
+    def test_the_trained_model_is_preferred_once_it_is_recorded(self):
+        self.assertEqual(cache.best(), cache.cached("random"))
+        self.record(cache.digest(self.path))
+        self.assertEqual(cache.best(), self.path)
+        self.assertTrue(cache.is_trained(self.path))
+        self.assertFalse(cache.is_trained(cache.cached("random")))
+
+    def test_weights_that_are_not_those_of_the_record_are_refused(self):
+        self.record(cache.digest(self.path))
+        (self.path / cache.WEIGHTS).write_bytes(b"other weights")
+        with self.assertRaisesRegex(cache.DamagedCheckpoint, "remove it and train again"):
+            cache.is_trained(self.path)
+
+    def test_only_the_random_model_is_made_where_it_is_missing(self):
+        with mock.patch.object(cache.subprocess, "run") as run:
+            cache.provide("/somewhere/else")
+            run.assert_not_called()
+            cache.provide(cache.cached("random"))
+        self.assertIn("pdkit.kernel_nano", run.call_args.args[0])
+
+
+class TestOneGpuPlan(unittest.TestCase):
+    def test_the_release_takes_it_and_it_fits_one_gpu(self):
+        from pdkit.contract.release import installed
+        from pdkit.gpu_plan import of_contract
+        from pdkit.launch_contract import ask
+
+        contract = ask(installed(), ONE_GPU)
+        self.assertEqual(contract.errors, [])
+        (plan,) = of_contract(contract)
+        self.assertEqual((plan.gpus, plan.problems(), plan.warnings()), ((0,), [], []))
+        self.assertEqual([server.name for server in plan.servers], ["prefill", "decode", "server"])
+        self.assertEqual({server.mem_fraction for server in plan.servers}, {0.3})
+        self.assertEqual([server.transfer_backend for server in plan.servers][:2], ["mooncake_tcp"] * 2)
+        self.assertTrue(all(server.speculative for server in plan.servers))
+        self.assertTrue(all(port < 32768 for _, _, port in plan.ports))
+
+
+if __name__ == "__main__":
+    unittest.main()
