@@ -10,7 +10,7 @@ import requests
 class ReferenceMixin:
     """Needs a kernel-sized checkpoint as `model`, `parity_plan()` and `monolithic_url`."""
 
-    reference_prompts = 6
+    reference_prompts = 4
 
     def test_logprobs_are_those_of_transformers(self):
         from pdkit.kernel_nano.truth import Truth, expected

@@ -1,0 +1,90 @@
+"""A mixin that asks, beside a pair of any engine, whether parity sees what a faulty load balancer does.
+
+    class TestDisaggregationDSV4OneGpu(BalancerFaultsMixin, ParityMixin, ...):
+        pass
+
+It starts SGLang's mini load balancer a second time, with a switch (`pdkit.faults.load_balancer`), over the same servers.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+
+from pdkit.accounting_kit import provokes_failures
+from pdkit.faults.switch import VARIABLE, Switch, find
+from pdkit.parity import Parity
+from pdkit.parity_kit import RequestFailed, collect
+
+
+class BalancerFaultsMixin:
+    """Needs what ParityMixin needs, and `log_path`.
+
+    balancer_faults  names of faults of `pdkit.faults.library`, the most harmful to the servers last
+    """
+
+    balancer_faults = (
+        "prefill-late",
+        "request-duplicated",
+        "answers-swapped",
+        "first-token-repeated",
+        "stop-lost",
+        "sampling-lost",
+        "rooms-swapped",
+    )
+    faulty_lb_port = None
+    process_faulty_lb = None
+    fault_timeout = 30.0
+
+    @classmethod
+    def start_decode(cls):
+        super().start_decode()
+        folder = tempfile.TemporaryDirectory(prefix="fault-switch-")
+        cls.addClassCleanup(folder.cleanup)
+        cls.switch = Switch(os.path.join(folder.name, "switch"))
+        command = [sys.executable, "-m", "pdkit.faults.load_balancer", "--pd-disaggregation", "--mini-lb"]
+        command += ["--prefill", cls.prefill_url, "--decode", cls.decode_url]
+        command += ["--host", cls.base_host, "--port", cls.faulty_lb_port]
+        with open(cls.log_path("faulty load balancer"), "w") as log:
+            cls.process_faulty_lb = subprocess.Popen(
+                command, env={**os.environ, VARIABLE: str(cls.switch.path)}, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    @classmethod
+    def tearDownClass(cls):
+        process, cls.process_faulty_lb = cls.process_faulty_lb, None
+        with contextlib.suppress(AttributeError):
+            process.kill()
+            process.wait()
+        super().tearDownClass()
+
+    @provokes_failures
+    def test_seeded_faults_of_the_load_balancer(self):
+        url = f"http://{self.base_host}:{self.faulty_lb_port}"
+        self.wait_server_ready(f"{url}/health")
+        rounds = {"parity rooms": self.parity_plan().rooms[0], "parity request parameters": self.parameter_round()[1]}
+        rows, wrong = [], []
+        for name in (None, *self.balancer_faults):
+            self.switch.turn(name)
+            seen = {check: self.seen(url, round_) for check, round_ in rounds.items()}
+            harmless = name is None or bool(find(name).harmless)
+            verdict = "CAUGHT" if any(seen.values()) else "missed"
+            rows.append(f"  {name or 'no-fault':<22} {verdict}  met by {self.switch.met()} requests")
+            rows += [f"      {check}: {reason}" for check, reason in seen.items() if reason]
+            if any(seen.values()) == harmless:
+                wrong.append(name or "no fault")
+        self.switch.turn(None)
+        print("faults of the load balancer on the real engine", *rows, sep="\n", flush=True)
+        self.assertFalse(wrong, "seen where there is nothing to see, or not seen")
+
+    def seen(self, url, round_):
+        """What is wrong with the answers to a round sent to `url`, in one line; None if nothing is."""
+        reference, control = self.references_of(round_)
+        try:
+            candidate = collect(url, round_, self.fault_timeout)
+        except RequestFailed as failure:
+            return " ".join(str(failure).split())[:200]
+        names = tuple(probe.name for probe in round_.probes)
+        problems = Parity(round_.condition, names, reference, candidate, control).problems
+        return " ".join(problems[0].split())[:200] if problems else None
