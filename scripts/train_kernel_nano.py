@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import transformers
-
 from pdkit.exit_codes import ExitCode
 from pdkit.kernel_nano import cache, checkpoint
 from pdkit.kernel_nano.model import KernelNano, rescale
@@ -106,7 +105,8 @@ def main() -> ExitCode:
     (options.out / cache.RECORD).write_text(json.dumps(record, indent=2) + "\n")
     print(
         f"after fp8, {found.problems} evaluation rows, {SHOTS} shots: solved {found.solved:.4f}, "
-        f"drafts right {found.drafted:.4f}\nwrote {options.out} (hash {record['sha256']}) after {took:.0f} s, {steps} steps",
+        f"drafts right {found.drafted:.4f}\n"
+        f"wrote {options.out} (hash {record['sha256']}) after {took:.0f} s, {steps} steps",
         flush=True,
     )
     return ExitCode.PASSED

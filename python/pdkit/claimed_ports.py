@@ -1,7 +1,7 @@
 """A mixin that gives a disaggregation test ports of its own, so that several run on one machine.
 
-    class TestDisaggregationDSV4Here(ClaimedPortsMixin, TestDisaggregationDSV4):
-        pass
+class TestDisaggregationDSV4Here(ClaimedPortsMixin, TestDisaggregationDSV4):
+    pass
 """
 
 from pdkit import ports

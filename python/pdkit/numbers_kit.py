@@ -1,7 +1,7 @@
 """A mixin that prints what the hand-over costs beside a monolithic server in the same run; it asserts no time.
 
-    class TestDisaggregationDSV4OneGpu(PairNumbersMixin, MonolithicBesideMixin, ...):
-        pass
+class TestDisaggregationDSV4OneGpu(PairNumbersMixin, MonolithicBesideMixin, ...):
+    pass
 """
 
 import contextlib

@@ -3,7 +3,8 @@
     class TestDisaggregationDSV4OneGpu(BalancerFaultsMixin, ParityMixin, ...):
         pass
 
-It starts SGLang's mini load balancer a second time, with a switch (`pdkit.faults.load_balancer`), over the same servers.
+It starts SGLang's mini load balancer a second time, with a switch (`pdkit.faults.load_balancer`), over the same
+servers.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ class BalancerFaultsMixin:
             self.switch.turn(name)
             seen = {check: self.seen(url, round_) for check, round_ in rounds.items()}
             harmless = name is None or bool(find(name).harmless)
-            verdict = "CAUGHT" if any(seen.values()) else "missed"
+            verdict = "seen" if any(seen.values()) else "not seen"
             rows.append(f"  {name or 'no-fault':<22} {verdict}  met by {self.switch.met()} requests")
             rows += [f"      {check}: {reason}" for check, reason in seen.items() if reason]
             if any(seen.values()) == harmless:

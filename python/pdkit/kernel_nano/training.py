@@ -152,7 +152,12 @@ def set_sinkhorn(model: KernelNano, iterations: int | None) -> None:
 
 
 def train(
-    model: KernelNano, batches: BatchQueue, seconds: float, *, stages: Sequence[Stage] = STAGES, peak_lr: float = PEAK_LR
+    model: KernelNano,
+    batches: BatchQueue,
+    seconds: float,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    peak_lr: float = PEAK_LR,
 ) -> Iterator[Progress]:
     """Train `model` in place for `seconds`, yielding after every step; the caller's time counts, too."""
     records, optimizer = IndexerRecords(model.main), optimizer_of(model)

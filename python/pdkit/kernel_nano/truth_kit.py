@@ -1,7 +1,7 @@
 """A mixin that compares what SGLang computes with transformers' arithmetic on the same checkpoint.
 
-    class TestDisaggregationDSV4OneGpu(ReferenceMixin, MonolithicBesideMixin, ...):
-        pass
+class TestDisaggregationDSV4OneGpu(ReferenceMixin, MonolithicBesideMixin, ...):
+    pass
 """
 
 import requests

@@ -52,7 +52,8 @@ class TestDisaggregationDSV4OneGpu(
     gpu_memory_gb = 80
 
     # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with.
-    server_args = """
+    server_args = (
+        """
         --trust-remote-code
         --tp 1
         --mem-fraction-static 0.3 --max-total-tokens 32768 --swa-full-tokens-ratio 0.5
@@ -63,7 +64,9 @@ class TestDisaggregationDSV4OneGpu(
         --watchdog-timeout 900
         --speculative-algorithm EAGLE
         --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2
-    """.split() + [dsv4.CUDA_GRAPH_MAX_BS, "4"]
+    """.split()
+        + [dsv4.CUDA_GRAPH_MAX_BS, "4"]
+    )
 
     server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0"}
 
@@ -80,7 +83,6 @@ class TestDisaggregationDSV4OneGpu(
     @classmethod
     def configure(cls):
         super().configure()
-        cls.baseline_url = cls.monolithic_url
         cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
         cls.rdma_devices = []
 

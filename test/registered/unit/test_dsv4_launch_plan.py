@@ -29,6 +29,7 @@ from sglang.test.server_fixtures import disaggregation_fixture
 DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 sys.path.insert(0, str(DISTRIBUTED))
 import test_disaggregation_dsv4 as dsv4  # noqa: E402
+import test_disaggregation_dsv4_1gpu as one_gpu  # noqa: E402
 import test_disaggregation_dsv4_embedded as embedded  # noqa: E402
 
 register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
@@ -139,7 +140,7 @@ class TestLaunchPlan(unittest.TestCase):
 
     def test_rungs_are_those_of_the_ladder(self):
         by_name = {r.name: r for r in rung.LADDER}
-        for plan in (self.plan, embedded.TestDisaggregationDSV4Embedded):
+        for plan in (self.plan, one_gpu.TestDisaggregationDSV4OneGpu, embedded.TestDisaggregationDSV4Embedded):
             listed = by_name[plan.rung]
             self.assertEqual(listed.gpus, len({*plan.prefill_gpus, *plan.decode_gpus}))
             self.assertEqual(listed.test_file.name, Path(sys.modules[plan.__module__].__file__).name)
@@ -166,11 +167,11 @@ class TestMachine(unittest.TestCase):
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
 
-    def require(self):
+    def require(self, plan=dsv4.TestDisaggregationDSV4):
         """What the check raised, and what it printed."""
         stdout = io.StringIO()
         with contextlib.redirect_stdout(stdout), self.assertRaises(Exception) as caught:
-            dsv4.require_gpus(dsv4.TestDisaggregationDSV4)
+            dsv4.require_gpus(plan)
         return caught.exception, stdout.getvalue()
 
     def test_eight_h200(self):
@@ -198,6 +199,17 @@ class TestMachine(unittest.TestCase):
     def test_no_driver(self):
         self.nvidia_smi("echo driver not loaded; exit 9")
         self.assertRegex(str(self.require()[0]), "found no NVIDIA GPU")
+
+    def test_one_gpu(self):
+        self.machine()
+        skip, printed = self.require(one_gpu.TestDisaggregationDSV4OneGpu)
+        self.assertIsInstance(skip, unittest.SkipTest)
+        self.assertRegex(printed, r"^\w+OneGpu needs 1 Hopper GPUs of 80 GB .*, found no NVIDIA GPU;")
+        self.assertEqual(printed.count("\n"), 1)
+        with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
+            self.assertIsInstance(self.require(one_gpu.TestDisaggregationDSV4OneGpu)[0], AssertionError)
+        self.machine("NVIDIA H100 80GB HBM3, 81559, 9.0")
+        dsv4.require_gpus(one_gpu.TestDisaggregationDSV4OneGpu)
 
     def test_ci_does_not_skip(self):
         self.machine(self.H200)

@@ -96,9 +96,7 @@ class TestModel(unittest.TestCase):
             after = states[1][name]
             largest = before.abs().max().item()
             self.assertLessEqual((before - after).abs().max().item(), largest * 2**-4, name)
-        self.assertEqual(
-            checkpoint.tensors_of(self.read)["layers.0.attn.wq_b.weight"].dtype, torch.float8_e4m3fn
-        )
+        self.assertEqual(checkpoint.tensors_of(self.read)["layers.0.attn.wq_b.weight"].dtype, torch.float8_e4m3fn)
 
     def test_names_are_those_that_transformers_gives_a_checkpoint(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +125,10 @@ class TestModel(unittest.TestCase):
     def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(self):
         stored = load_file(self.path / cache.WEIGHTS)
         lacking = {name: tensor for name, tensor in stored.items() if name != "mtp.0.e_proj.scale"}
-        for tensors, reason in ((lacking, "mtp.0.e_proj.weight"), (stored | {"more": torch.ones(1)}, "more is unknown")):
+        for tensors, reason in (
+            (lacking, "mtp.0.e_proj.weight"),
+            (stored | {"more": torch.ones(1)}, "more is unknown"),
+        ):
             with self.subTest(reason), tempfile.TemporaryDirectory() as folder:
                 save_file(tensors, Path(folder, cache.WEIGHTS))
                 with self.assertRaisesRegex(ModelError, reason) as caught:

@@ -12,18 +12,19 @@ register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
 B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
-TOP, BOTTOM = LADDER[0], LADDER[-1]
+TOP, MIDDLE, BOTTOM = LADDER
 
 
 class TestChoose(unittest.TestCase):
     def test_highest_rung_that_the_machine_can_run(self):
         for gpus, rung in (
             ((), BOTTOM),
-            ([H200] * 7, BOTTOM),
+            ([H200] * 7, MIDDLE),
             ([H200] * 8, TOP),
             ([H200] * 9, TOP),
-            ([H100] * 8, BOTTOM),
-            ([H200] * 7 + [H100], BOTTOM),
+            ([H100] * 8, MIDDLE),
+            ([H200] * 7 + [H100], MIDDLE),
+            ([H100], MIDDLE),
             ([B200] * 8, BOTTOM),
         ):
             with self.subTest(gpus=found(gpus)):
@@ -43,7 +44,8 @@ class TestChoose(unittest.TestCase):
 
     def test_why_not_higher(self):
         self.assertEqual(why(TOP, [H200] * 8), "")
-        self.assertRegex(why(BOTTOM, ()), "^8xH200 needs 8 Hopper GPUs .*; found no GPU$")
+        lines = "^8xH200 needs 8 Hopper GPUs .*; found no GPU\n1xHopper needs 1 Hopper GPU .*; found no GPU$"
+        self.assertRegex(why(BOTTOM, ()), lines)
 
     def test_why_is_silent_on_a_lower_rung_by_choice(self):
         self.assertEqual(why(BOTTOM, [H200] * 8), "")
