@@ -1,7 +1,6 @@
 """What the engine is told on its command line: SGLang's flag names where SGLang has the flag."""
 
 import argparse
-import math
 import os
 from dataclasses import dataclass, fields
 
@@ -26,8 +25,8 @@ class EngineOptions:
     disaggregation_mode: str = "null"
     disaggregation_bootstrap_port: int = 8998
     disaggregation_transfer_backend: str = "tcp"
-    bootstrap_timeout: float = 300.0
-    transfer_timeout: float = 300.0
+    bootstrap_timeout: int = 300
+    transfer_timeout: int = 300
     log_level: str = "info"
 
     @property
@@ -43,7 +42,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv=None):
     """EngineOptions from a command line; argparse ends the process with one line and code 2 if it is wrong.
 
-    The timeouts come from the variables that SGLang reads them from.
+    The timeouts come from the variables that SGLang reads them from, and mean what they mean there: prefill gives up a
+    request whose decode server has not asked for it in time, decode one whose state has not come in time.
     """
     parser = _Parser(
         prog="python3 -m pdkit.engine", description="Embedded DeepSeek-V4 engine (CPU).", allow_abbrev=False
@@ -70,16 +70,16 @@ def parse(argv=None):
     ):
         given[name] = _seconds(os.environ.get(variable), getattr(EngineOptions, name))
         if given[name] is None:
-            parser.error(f"{variable}={os.environ[variable]!r} is not a positive number of seconds")
+            parser.error(f"{variable}={os.environ[variable]!r} is not a positive whole number of seconds")
     return EngineOptions(**{field.name: given[field.name] for field in fields(EngineOptions)})
 
 
 def _seconds(text, default):
     try:
-        value = float(text or default)
+        value = int(text or default)
     except ValueError:
         return None
-    return value if 0 < value < math.inf else None
+    return value if value > 0 else None
 
 
 def _positive(text):

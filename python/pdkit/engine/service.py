@@ -35,7 +35,7 @@ class Service:
         self.scheduler = Scheduler(ModelRunner(model, options.chunked_prefill_size), cache)
         backend = load_backend(options.disaggregation_transfer_backend)
         self.sender = PrefillSender(backend, options.bootstrap_timeout, options.transfer_timeout)
-        self.receiver = DecodeReceiver(backend, options.bootstrap_timeout + options.transfer_timeout)
+        self.receiver = DecodeReceiver(backend, options.transfer_timeout)
         self.running: dict[str, Request] = {}
         self.started = time.time()
 
@@ -91,6 +91,7 @@ class Service:
             "engine": {"name": "pdkit.engine", **asdict(self.scheduler.counters)},
             "transfer": asdict(counters if self.mode != "null" else TransferCounters()),
             "rooms": len(self.sender.rooms),
+            "sending": self.sender.sending,
         }
 
     def make_request(self, ask):
@@ -187,22 +188,21 @@ class Service:
     async def _prefill(self, request, ask):
         if ask.bootstrap_room is None:
             raise BadRequest("a prefill server needs a bootstrap_room: send requests through the load balancer")
-        await self._open_room(request, ask.bootstrap_room)
+        opened = await self._open_room(request, ask.bootstrap_room)
         try:
             handover = await self._compute_handover(request, ask.bootstrap_room)
             if handover is None:
-                self.sender.close(ask.bootstrap_room, ABORTED)
                 return
             await self.sender.deliver(handover)
             request.finish_reason = finish("length", length=0)
         except TransferError as error:
             request.finish_reason = finish("abort", message=str(error), status_code=500)
         finally:
-            self.sender.close(ask.bootstrap_room, ABORTED)
+            self.sender.close(ask.bootstrap_room, ABORTED, opened)
 
     async def _open_room(self, request, room):
         try:
-            await self.sender.open(room)
+            return await self.sender.open(room)
         except TransferError as error:
             raise BadRequest(str(error)) from None
 

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 
 import safetensors
@@ -64,10 +65,11 @@ class Handover:
 
 
 class TransferBackend:
-    """Plain TCP, and three places where a subclass can stand in the way of a hand-over.
+    """Plain TCP, and the places where a subclass can stand in the way of a hand-over.
 
     `outgoing` sees it on prefill before it is packed (returning None sends nothing: the room never becomes ready),
-    `wire` its bytes after the checksum was taken, `incoming` on decode after the checksum was verified.
+    `wire` its bytes after the checksum was taken, `incoming` on decode after the checksum was verified. `pieces` says
+    when they leave: it may wait before and between the pieces that it yields.
     """
 
     def outgoing(self, handover: Handover) -> Handover | None:
@@ -75,6 +77,9 @@ class TransferBackend:
 
     def wire(self, data: bytes) -> bytes:
         return data
+
+    async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
+        yield self.wire(data)
 
     def incoming(self, handover: Handover) -> Handover:
         return handover
@@ -138,14 +143,35 @@ class _Room:
         self.id = room_id
         self.payload = loop.create_future()
         self.outcome = loop.create_future()
-        self.taken = False
+        self.expiry = None
+        self.taken = self.sending = False
+
+    def fail(self, message):
+        """Whoever waits for it, here or on a decode server, is told why."""
+        self.expiry.cancel()
+        _fail(self.payload, message)
+        _fail(self.outcome, message)
+
+
+async def _unless_left(reader, awaited, reason):
+    """The result of `awaited`. Raises TransferError if the peer leaves, or speaks, before it is there."""
+    left, awaited = asyncio.ensure_future(reader.read(1)), asyncio.ensure_future(awaited)
+    try:
+        await asyncio.wait({left, awaited}, return_when=asyncio.FIRST_COMPLETED)
+        if left.done():
+            raise TransferError(reason)
+        return awaited.result()
+    finally:
+        left.cancel()
+        awaited.cancel()
+        await asyncio.gather(left, awaited, return_exceptions=True)
 
 
 class PrefillSender:
     """The prefill side: a TCP server of the rooms that are being prefilled or wait to be fetched.
 
-    bootstrap_timeout: seconds a connection waits for its room to be opened; transfer_timeout: seconds a room that is
-    ready waits to be fetched and acknowledged.
+    bootstrap_timeout: seconds from opening a room until a decode server must have asked for it; transfer_timeout:
+    seconds for a hand-over that has begun, and for a connection whose room is not open.
     """
 
     def __init__(self, backend, bootstrap_timeout, transfer_timeout):
@@ -158,24 +184,27 @@ class PrefillSender:
         self._server = await asyncio.start_server(self._serve, sock=sock, limit=LINE_LIMIT)
 
     async def open(self, room):
-        """Announce that `room` is being prefilled. Raises TransferError if it is in use."""
+        """Announce that `room` is being prefilled; returns what `close` knows it by. Raises TransferError if in use."""
         if room in self.rooms:
             raise TransferError(f"bootstrap room {room} is in use by another request")
         async with self._opened:
-            self.rooms[room] = _Room(room)
+            opened = self.rooms[room] = _Room(room)
+            reason = f"no decode server asked for bootstrap room {room} within {self.bootstrap_timeout:g} s"
+            opened.expiry = asyncio.get_running_loop().call_later(self.bootstrap_timeout, opened.fail, reason)
             self._opened.notify_all()
+        return opened
 
     async def deliver(self, handover):
         """Offer the hand-over of an open room and wait until decode has it. Raises TransferError; frees the room."""
         room = self.rooms.get(handover.room)
         if room is None:
             raise TransferError(f"bootstrap room {handover.room} is not open")
-        begin = time.perf_counter()
+        begin, longest = time.perf_counter(), self.bootstrap_timeout + self.transfer_timeout
         try:
             outgoing = self.backend.outgoing(handover)
-            if outgoing is not None:
+            if outgoing is not None and not room.payload.done():
                 room.payload.set_result(outgoing.pack())
-            await asyncio.wait_for(room.outcome, self.transfer_timeout)
+            await asyncio.wait_for(room.outcome, longest)
             self.counters.sent += 1
             self.counters.bytes += len(room.payload.result())
             self.counters.seconds += time.perf_counter() - begin
@@ -184,49 +213,52 @@ class PrefillSender:
             raise
         except asyncio.TimeoutError:
             self.counters.failed += 1
-            raise TransferError(
-                f"no decode server took bootstrap room {room.id} within {self.transfer_timeout:g} s"
-            ) from None
+            raise TransferError(f"bootstrap room {room.id} was not handed over within {longest:g} s") from None
         finally:
-            self.close(room.id, "the request has ended")
+            self.close(room.id, "the request has ended", room)
 
-    def close(self, room_id, reason):
-        """Free a room; whoever waits for it, here or on a decode server, is told why."""
-        room = self.rooms.pop(room_id, None)
-        if room is not None:
-            for future in (room.payload, room.outcome):
-                _fail(future, f"prefill gave up bootstrap room {room_id}: {reason}")
+    def close(self, room_id, reason, opened=None):
+        """Free a room, or only what `opened` returned; whoever waits for it is told why."""
+        room = self.rooms.get(room_id)
+        if room is not None and opened in (None, room):
+            del self.rooms[room_id]
+            room.fail(f"prefill gave up bootstrap room {room_id}: {reason}")
 
-    async def _take(self, room_id):
+    @property
+    def sending(self):
+        """How many hand-overs are on the wire."""
+        return sum(room.sending for room in self.rooms.values())
+
+    async def _is_open(self, room_id):
+        async with self._opened:
+            await self._opened.wait_for(lambda: room_id in self.rooms)
+
+    async def _take(self, room_id, reader):
         if not isinstance(room_id, int):
             raise TransferError(f"a bootstrap room is a number, not {room_id!r}")
-        async with self._opened:
-            try:
-                await asyncio.wait_for(self._opened.wait_for(lambda: room_id in self.rooms), self.bootstrap_timeout)
-            except asyncio.TimeoutError:
-                raise TransferError(
-                    f"bootstrap room {room_id} is unknown to prefill after {self.bootstrap_timeout:g} s"
-                ) from None
-        room = self.rooms[room_id]
+        try:
+            opened = asyncio.wait_for(self._is_open(room_id), self.transfer_timeout)
+            await _unless_left(reader, opened, f"decode left bootstrap room {room_id} before prefill opened it")
+        except asyncio.TimeoutError:
+            raise TransferError(
+                f"bootstrap room {room_id} is unknown to prefill after {self.transfer_timeout:g} s"
+            ) from None
+        room = self.rooms.get(room_id)
+        if room is None:
+            raise TransferError(f"prefill gave up bootstrap room {room_id}")
         if room.taken:
             raise TransferError(f"bootstrap room {room_id} was already taken")
         room.taken = True
+        room.expiry.cancel()
         return room
 
-    async def _ready(self, room, reader):
-        gone = asyncio.ensure_future(reader.read(1))
-        await asyncio.wait({gone, room.payload}, return_when=asyncio.FIRST_COMPLETED)
-        left = gone.done()
-        gone.cancel()
-        await asyncio.gather(gone, return_exceptions=True)
-        if left:
-            raise TransferError(f"decode left bootstrap room {room.id} before the hand-over")
-        return room.payload.result()
-
     async def _send(self, room, data, reader, writer):
-        _write_line(writer, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        writer.write(self.backend.wire(data))
-        await writer.drain()
+        async for piece in self.backend.pieces(data):
+            if not room.sending:
+                _write_line(writer, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                room.sending = True
+            writer.write(piece)
+            await writer.drain()
         answer = await _read_message(reader)
         if "error" in answer:
             raise TransferError(f"decode refused bootstrap room {room.id}: {answer['error']}")
@@ -235,8 +267,9 @@ class PrefillSender:
         room, sending = None, False
         try:
             message = await asyncio.wait_for(_read_message(reader), self.bootstrap_timeout)
-            room = await self._take(message.get("room"))
-            data = await self._ready(room, reader)
+            room = await self._take(message.get("room"), reader)
+            reason = f"decode left bootstrap room {room.id} before the hand-over"
+            data = await _unless_left(reader, room.payload, reason)
             sending = True
             await asyncio.wait_for(self._send(room, data, reader, writer), self.transfer_timeout)
             if not room.outcome.done():

@@ -21,8 +21,8 @@ BACKEND = "--disaggregation-transfer-backend"
 class FaultSwitchMixin:
     """Put it first. `switch` is there once the class is set up.
 
-    bootstrap_timeout  seconds after which decode gives up a room that prefill has not opened
-    transfer_timeout   seconds after which prefill gives up a hand-over that nobody fetches
+    bootstrap_timeout  seconds after which prefill gives up a room that no decode server asked for
+    transfer_timeout   seconds after which decode gives up a hand-over that has not come
     """
 
     switch = None

@@ -205,12 +205,28 @@ class TestOrder(TransferTestCase):
 
 
 class TestRooms(TransferTestCase):
-    async def test_an_unknown_room_is_refused_after_the_bootstrap_timeout(self):
-        await self.sender()
+    async def test_an_unknown_room_is_refused_after_the_transfer_timeout(self):
+        await self.sender(transfer_timeout=SOON)
         receiver, start = DecodeReceiver(TransferBackend(), 5.0), time.monotonic()
         await self.assertFails("room 7 is unknown to prefill after 0.3 s", self.fetch(7, receiver))
         self.assertGreaterEqual(time.monotonic() - start, SOON)
         self.assertEqual(receiver.counters, TransferCounters(failed=1))
+
+    async def test_decode_gives_up_a_room_that_does_not_come(self):
+        await self.sender()
+        await self.assertFails("did not arrive.* within 0.3 s", self.fetch(7, DecodeReceiver(TransferBackend(), SOON)))
+
+    async def test_a_decode_server_that_left_before_the_room_opened_is_forgotten(self):
+        sender = await self.sender()
+        early = asyncio.ensure_future(self.fetch())
+        await asyncio.sleep(0.02)
+        early.cancel()
+        await asyncio.wait({early})
+        await asyncio.sleep(0.02)
+        await sender.open(1)
+        delivery = asyncio.ensure_future(sender.deliver(handover()))
+        self.assertArrived(await self.fetch(), handover())
+        await delivery
 
     async def test_a_room_in_use_cannot_be_opened(self):
         sender = await self.sender()
@@ -245,11 +261,41 @@ class TestRooms(TransferTestCase):
         await self.assertFails("the request was aborted", delivery)
         self.assertEqual(sender.rooms, {})
 
-    async def test_a_room_that_nobody_fetches_is_freed(self):
-        sender = await self.sender(transfer_timeout=SOON)
+    async def test_a_room_that_nobody_asks_for_is_freed_after_the_bootstrap_timeout(self):
+        sender = await self.sender(bootstrap_timeout=SOON, transfer_timeout=5.0)
+        start = time.monotonic()
         await sender.open(1)
-        await self.assertFails("no decode server took bootstrap room 1 within 0.3 s", sender.deliver(handover()))
+        await self.assertFails("no decode server asked for bootstrap room 1 within 0.3 s", sender.deliver(handover()))
+        self.assertGreaterEqual(time.monotonic() - start, SOON)
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
+
+    async def test_the_bootstrap_timeout_counts_from_the_opening(self):
+        sender = await self.sender(bootstrap_timeout=SOON)
+        await sender.open(1)
+        await asyncio.sleep(1.5 * SOON)
+        await self.assertFails("no decode server asked for bootstrap room 1", self.fetch())
+        await self.assertFails("no decode server asked for bootstrap room 1", sender.deliver(handover()), within=0.1)
+
+    async def test_a_room_that_was_asked_for_does_not_expire(self):
+        sender = await self.sender(bootstrap_timeout=SOON)
+        await sender.open(1)
+        waiting = asyncio.ensure_future(self.fetch())
+        await asyncio.sleep(1.5 * SOON)
+        await sender.deliver(handover())
+        self.assertArrived(await waiting, handover())
+
+    async def test_the_end_of_a_request_leaves_a_room_that_was_opened_again_alone(self):
+        sender = await self.sender()
+        first = await sender.open(1)
+        delivery = asyncio.ensure_future(sender.deliver(handover()))
+        await asyncio.sleep(0)
+        sender.close(1, "the request was aborted")
+        await sender.open(1)
+        await self.assertFails("the request was aborted", delivery)
+        sender.close(1, "its end", first)
+        again = asyncio.ensure_future(sender.deliver(handover()))
+        self.assertArrived(await self.fetch(), handover())
+        await again
 
     async def test_a_cancelled_delivery_frees_its_room(self):
         sender = await self.sender()
@@ -438,7 +484,7 @@ class TestWhatArrivesIsChecked(TransferTestCase):
         sender = await self.sender(SendNothing(), transfer_timeout=SOON)
         await sender.open(1)
         waiting = asyncio.ensure_future(self.fetch())
-        await self.assertFails("no decode server took bootstrap room 1", sender.deliver(handover()))
+        await self.assertFails("room 1 was not handed over within 0.6 s", sender.deliver(handover()))
         await self.assertFails("gave up bootstrap room 1", waiting)
         self.assertEqual(sender.rooms, {})
 
