@@ -15,6 +15,7 @@ from pdkit import launch_contract
 from pdkit.contract import index, release
 from pdkit.exit_codes import ExitCode
 from pdkit.rung import LADDER
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -65,29 +66,34 @@ def flags_used(contract):
     return {word for process in processes for word in process.argv if word.startswith("--")}
 
 
-def deprecated(contract):
-    return sorted(flag for flag in flags_used(contract) if contract.flags.get(flag, {}).get("deprecated"))
+def differing(contract, common):
+    """Flags that this release does not share with all, and those that it deprecates."""
+    for flag in sorted(flags_used(contract)):
+        if contract.flags.get(flag, {}).get("deprecated"):
+            yield f"{flag} (deprecated)"
+        elif flag not in common:
+            yield flag
 
 
 def table(contracts, broken):
-    used = [flags_used(contract) for contract in contracts]
-    common = set.intersection(*used) if used else set()
-    columns = ["release", "flags", "variables", *(contracts[0].fixture if contracts else ())]
-    grid = Table(title="What the releases of SGLang say")
-    for column in [*columns, "used here, not everywhere", "deprecated", "plan"]:
+    common = set.intersection(*map(flags_used, contracts)) if contracts else set()
+    facts = list(contracts[0].fixture) if contracts else []
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ["release", "flags", "variables", *facts]:
         grid.add_column(column, justify="right" if column in ("flags", "variables") else "left")
-    for contract, flags in zip(contracts, used, strict=True):
+    grid.add_column("differing flags of the plan", no_wrap=True)
+    grid.add_column("plan")
+    for contract in contracts:
         grid.add_row(
             contract.release.version,
             str(len(contract.flags)),
             str(len(contract.variables)),
             *("yes" if value else "no" for value in contract.fixture.values()),
-            "\n".join(sorted(flags - common)),
-            "\n".join(deprecated(contract)),
+            "\n".join(differing(contract, common)),
             f"[red]{len(contract.errors)} refused[/]" if contract.errors else "[green]taken[/]",
         )
     for version in broken:
-        grid.add_row(version, *[""] * (len(columns) + 1), "[red]cannot be read[/]")
+        grid.add_row(version, *[""] * (len(facts) + 3), "[red]cannot be read[/]")
     return grid
 
 

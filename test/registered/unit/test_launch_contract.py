@@ -333,6 +333,15 @@ class TestMatrix(unittest.TestCase):
             self.assertFalse(len(versions) > 1 and found["releases"][0]["errors"])
             self.assertEqual(run.returncode, ExitCode.BAD_USAGE)
             self.assertRegex(run.stderr, "^contract_matrix: error: sglang 0.5.10: TestPD: .*ambiguous")
+        command = [sys.executable, self.SCRIPT, *arguments, "--flags=--old-switch"]
+        table = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}
+        )
+        rows = [line.split() for line in table.stdout.splitlines()]
+        for version in ("0.5.9", "0.5.10"):
+            (row,) = (row for row in rows if row[:1] == [version])
+            self.assertEqual(row[3:], ["yes", "no", "no", "--old-switch", "(deprecated)", "taken"], table.stdout)
+        self.assertNotEqual(*(row[1] for row in rows if row[:1] in (["0.5.9"], ["0.5.10"])))
 
     def test_no_wheels(self):
         run = subprocess.run([sys.executable, self.SCRIPT, "--wheels", "/nowhere"], capture_output=True, text=True)
