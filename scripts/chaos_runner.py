@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Kills the suite runner at random moments and counts what it leaves: processes, and TCP ports with a listener.
+
+    scripts/env.sh python3 scripts/chaos_runner.py                  # 20 rounds of each, on a suite of fake servers
+    scripts/env.sh python3 scripts/chaos_runner.py --rung embedded  # on the main job with the embedded engine
+
+The fake servers listen, fork, take a session of their own, orphan themselves and drop their environment. After SIGINT
+and SIGTERM it is counted at the runner's exit; after SIGKILL, of the runner or of its guardian too, after the next
+start of a runner. This process is a child subreaper, so that nothing that was started can get out of its sight; what is
+left in a round is ended before the next. Exit code 1 if anything was left.
+"""
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from pdkit import ports, process_tree
+from pdkit.exit_codes import ExitCode
+from pdkit.guardian import Children, become_subreaper
+from pdkit.run_token import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
+from pdkit.rung import LADDER
+
+RUN_SUITE = Path(__file__).resolve().parents[1] / "test" / "run_suite.py"
+PATIENCE_S = 120.0
+
+SERVER = """
+import os, socket, sys, time
+kind, ready = sys.argv[1:3]
+if kind in ("orphan", "bare orphan"):
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    if kind == "bare orphan":
+        os.execve(sys.executable, [sys.executable, "-IS", __file__, "session", ready], {})
+listener = socket.create_server(("127.0.0.1", 0))
+if os.fork():
+    os.close(os.open(ready, os.O_CREAT))
+    time.sleep(600)
+worker = socket.create_server(("127.0.0.1", 0))
+time.sleep(600)
+"""
+KINDS = ("child", "session", "orphan", "bare orphan")
+
+TEST = """
+import os, subprocess, sys, tempfile, time, unittest
+from pdkit.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+
+class T(unittest.TestCase):
+    def test_it(self):
+        with tempfile.TemporaryDirectory() as directory:
+            servers = []
+            for number, kind in enumerate({kinds!r}):
+                command = [sys.executable, "-IS", {server!r}, kind, os.path.join(directory, str(number))]
+                servers.append(subprocess.Popen(command, start_new_session=kind != "child"))
+            while len(os.listdir(directory)) < len(servers):
+                time.sleep(0.05)
+            time.sleep(0.3)
+            servers[0].kill()
+            servers[0].wait()
+
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+PASS = """
+import unittest
+from pdkit.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+
+class T(unittest.TestCase):
+    def test_it(self):
+        pass
+
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What is done to the runner; `kinds` of fake servers run meanwhile."""
+
+    name: str
+    signal: signal.Signals
+    on_guardian: bool = False
+    kinds: tuple[str, ...] = KINDS
+
+    @property
+    def needs_next_start(self) -> bool:
+        return self.signal is signal.SIGKILL
+
+
+ATTACKS = {
+    "int": Attack("SIGINT", signal.SIGINT),
+    "term": Attack("SIGTERM", signal.SIGTERM),
+    "kill": Attack("SIGKILL", signal.SIGKILL),
+    # Without its guardian and its environment, nothing tells an orphan from anybody else's process.
+    "kill-both": Attack("SIGKILL, guardian too", signal.SIGKILL, on_guardian=True, kinds=KINDS[:-1]),
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds until the signal; processes and listening ports when it came, and those that were left in the end."""
+
+    delay: float
+    met: tuple[int, int]
+    left: tuple[str, ...]
+    left_ports: tuple[int, ...]
+
+
+class Chaos:
+    def __init__(self, directory: Path, rung: str | None, environment: dict[str, str]):
+        self.directory, self.rung, self.environment = directory, rung, environment
+        self.me, self.children = psutil.Process(), Children()
+        server = directory / "server.py"
+        server.write_text(SERVER)
+        for attack in ATTACKS.values():
+            self.tree(attack.kinds, *[TEST.format(kinds=attack.kinds, server=str(server))] * 2)
+        self.tree((), PASS)
+
+    def tree(self, kinds: Sequence[str], *sources: str) -> Path:
+        """A tree of test files, named by the kinds of servers that they start."""
+        root = self.directory / ("-".join(kinds).replace(" ", "_") or "next") / "registered"
+        root.mkdir(parents=True, exist_ok=True)
+        for number, source in enumerate(sources):
+            (root / f"test_{number}.py").write_text(source)
+        return root
+
+    def command(self, kinds: Sequence[str]) -> list[str]:
+        if kinds and self.rung:
+            report = tempfile.mkdtemp(dir=self.directory)
+            return [sys.executable, "-m", "pdkit.main_job", "--rung", self.rung, "--report-dir", report]
+        root = self.tree(kinds)
+        return [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "stage-a-test-cpu", "--test-root", str(root)]
+
+    def start(self, kinds: Sequence[str]) -> subprocess.Popen:
+        with open(self.directory / "log", "ab") as log:
+            return subprocess.Popen(self.command(kinds), env=self.environment, stdout=log, stderr=log)
+
+    def undisturbed(self, kinds: Sequence[str]) -> float:
+        """Seconds that a run takes. Raises SystemExit where it does not pass."""
+        tic = time.monotonic()
+        if code := self.start(kinds).wait():
+            sys.exit(f"an undisturbed run ended with {code}; its output: {self.directory / 'log'}")
+        return time.monotonic() - tic
+
+    def alive(self) -> list[psutil.Process]:
+        self.children.are_gone()
+        return process_tree.descendants(self.me)
+
+    def round(self, attack: Attack, delay: float) -> Round:
+        runner = self.start(attack.kinds)
+        try:
+            runner.wait(delay)
+        except subprocess.TimeoutExpired:
+            pass
+        there = process_tree.descendants(self.me)
+        listened = process_tree.listening_ports(there)
+        if runner.returncode is None and attack.on_guardian:
+            self.kill_with_guardian(runner)
+        else:
+            runner.send_signal(attack.signal)  # nothing happens where it ended meanwhile
+        runner.wait(PATIENCE_S)
+        if attack.needs_next_start:
+            self.undisturbed(())
+        left = self.alive()
+        taken = listened | process_tree.listening_ports(left)
+        left_ports = sorted({port for port, _ in ports.listeners()} & taken)
+        described = tuple(map(process_tree.describe, left))
+        process_tree.end(self.alive, self.children.are_gone, grace_s=1.0)
+        return Round(delay, (len(there), len(listened)), described, tuple(left_ports))
+
+    def kill_with_guardian(self, runner: subprocess.Popen):
+        """Stops the runner first: it would otherwise see that its guardian died, and end the rest."""
+        runner.send_signal(signal.SIGSTOP)
+        for child in process_tree.descendants(psutil.Process(runner.pid)):
+            try:
+                if GUARDIAN_VARIABLE in child.environ():
+                    child.kill()
+            except psutil.Error:
+                pass
+        runner.kill()
+
+
+def table(rounds: dict[Attack, list[Round]]) -> str:
+    rows = [("signal", "rounds", "at (s)", "processes met", "ports met", "left", "ports left")]
+    for attack, found in rounds.items():
+        delays = [each.delay for each in found]
+        rows.append((
+            attack.name,
+            str(len(found)),
+            f"{min(delays):.1f}-{max(delays):.1f}",
+            f"{statistics.mean(each.met[0] for each in found):.1f}",
+            f"{statistics.mean(each.met[1] for each in found):.1f}",
+            str(sum(len(each.left) for each in found)),
+            str(sum(len(each.left_ports) for each in found)),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> ExitCode:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=20, help="of each attack (default: %(default)s)")
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME",
+                        help=f"default: {' '.join(ATTACKS)}")  # fmt: skip
+    parser.add_argument("--rung", choices=[rung.name for rung in LADDER], help="the main job instead of fake servers")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error("--rounds: at least 1")
+
+    become_subreaper()
+    # Below a token of this process: a run beside it leaves alone what this one leaves behind.
+    environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}
+    rng, rounds = random.Random(args.seed), {}
+    directory = Path(tempfile.mkdtemp(prefix="chaos_runner_"))
+    chaos = Chaos(directory, args.rung, environment)
+    try:
+        for attack in map(ATTACKS.get, args.attacks):
+            seconds = chaos.undisturbed(attack.kinds)
+            print(f"{attack.name}: an undisturbed run takes {seconds:.1f} s", flush=True)
+            rounds[attack] = []
+            for number in range(1, args.rounds + 1):
+                found = chaos.round(attack, rng.uniform(0, seconds))
+                rounds[attack].append(found)
+                left = "; ".join([*found.left, *(f"port {port}" for port in found.left_ports)]) or "nothing"
+                met = f"{found.met[0]} processes, {found.met[1]} ports"
+                print(f"  {number}/{args.rounds} after {found.delay:.1f} s, {met}: left {left}", flush=True)
+    finally:
+        process_tree.end(chaos.alive, chaos.children.are_gone, grace_s=1.0)
+    print(table(rounds))
+    print(f"output of the runners: {directory / 'log'}")
+    was_clean = not any(each.left or each.left_ports for found in rounds.values() for each in found)
+    return ExitCode.PASSED if was_clean else ExitCode.FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The chaos script: it finds nothing left by the runner, and finds what a worse runner would leave."""
+
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from detached import LISTEN, command, orphaner
+from pdkit.ci_register import register_cpu_ci
+from pdkit.guardian import become_subreaper
+
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "chaos_runner.py"
+
+
+class TestChaosRunner(unittest.TestCase):
+    def test_nothing_is_left(self):
+        words = ["--rounds", "1", "--attacks", "term", "kill-both", "--seed", "3"]
+        done = subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=300)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertEqual(len(re.findall(r"^  1/1 after .*: left nothing$", done.stdout, re.MULTILINE)), 2, done.stdout)
+        self.assertEqual(len(re.findall(r"^SIG.* 1 .* 0 +0$", done.stdout, re.MULTILINE)), 2, done.stdout)
+
+    def test_what_is_left_is_seen(self):
+        become_subreaper()
+        script = runpy.run_path(str(SCRIPT))
+        with tempfile.TemporaryDirectory() as directory:
+
+            class Careless(script["Chaos"]):
+                def command(self, kinds):
+                    return command(orphaner(LISTEN, "time.sleep(300)"))
+
+            attack = script["Attack"]("SIGTERM", signal.SIGTERM)
+            found = Careless(Path(directory), None, dict(os.environ)).round(attack, 3.0)
+        self.assertEqual((len(found.left), len(found.left_ports)), (1, 1), found)
+        self.assertGreaterEqual(found.met[0], 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
