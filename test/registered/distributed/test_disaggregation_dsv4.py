@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,7 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         require_gpus(cls)
         require_inputs(cls)
         cls.configure()
+        cls.addClassCleanup(lock_ports(cls).close)
         require_free_ports(cls)
         print(f"rung={cls.rung} engine={cls.engine} model={cls.model}", flush=True)
         cls.launch_all()
@@ -473,6 +475,20 @@ def require_inputs(plan):
         with open(questions, encoding="utf-8") as lines:
             count = sum(1 for _ in lines)
         assert count >= 205, f"GSM8K questions {questions}: {count}, but 5 shots and 200 to score are needed"
+
+
+def lock_ports(plan):
+    """A lock on the plan's ports, derived ones included: a check alone lets two runs pass that start at once.
+
+    An abstract Unix address (unix(7)) has the scope of the ports, and is free again when its holder dies.
+    """
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind(f"\0sglang-pd-ports-{plan.lb_port}")
+    except OSError:
+        lock.close()
+        raise AssertionError(f"another run on this machine has the ports from {plan.lb_port} on; wait for it") from None
+    return lock
 
 
 def require_free_ports(plan):

@@ -8,11 +8,13 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unittest
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -569,11 +571,38 @@ class TestBeforeLaunch(unittest.TestCase):
             with self.assertRaisesRegex(AssertionError, rf"^in use: port {second} \(prefill_port\); "):
                 dsv4.require_free_ports(plan)
 
-    def test_claimed_blocks_differ(self):
-        first, second = ports.claim(), ports.claim()
-        self.addCleanup(first.release)
-        self.addCleanup(second.release)
-        self.assertFalse({*first.ports} & {*second.ports})
+    def test_two_runs_with_the_same_ports(self):
+        block = ports.claim()
+        self.addCleanup(block.release)
+        plan, elsewhere = (SimpleNamespace(lb_port=str(port)) for port in block.ports[:2])
+        with dsv4.lock_ports(plan) as lock, dsv4.lock_ports(elsewhere):
+            address = lock.getsockname().decode()
+            with self.assertRaisesRegex(AssertionError, f"^another run .* has the ports from {plan.lb_port} on"):
+                dsv4.lock_ports(plan)
+        bind = f"import socket, time; s = socket.socket(socket.AF_UNIX); s.bind({address!r}); print(); time.sleep(300)"
+        other = self.enterContext(subprocess.Popen([sys.executable, "-c", bind], stdout=subprocess.PIPE))
+        self.addCleanup(other.kill)
+        other.stdout.readline()
+        with self.assertRaisesRegex(AssertionError, "^another run"):
+            dsv4.lock_ports(plan)
+        other.kill()
+        other.wait()
+        dsv4.lock_ports(plan).close()
+
+    def test_two_runs_of_the_embedded_rung_do_not_meet(self):
+        class Other(embedded.TestDisaggregationDSV4Embedded):
+            pass
+
+        claimed = []
+        for plan in (embedded.TestDisaggregationDSV4Embedded, Other):
+            self.addCleanup(plan.doClassCleanups)
+            with mock.patch.dict(os.environ), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                plan.configure()
+            self.addCleanup(dsv4.lock_ports(plan).close)
+            dsv4.require_free_ports(plan)
+            claimed += [getattr(plan, name) for name in dir(plan) if name.endswith("_port")]
+        self.assertEqual(len({*claimed}), 2 * 6, claimed)
 
     def test_questions(self):
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as questions:
