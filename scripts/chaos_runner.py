@@ -117,12 +117,16 @@ ATTACKS = {
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds until the signal; processes and listening ports when it came, and those that were left in the end."""
+    """Seconds until the signal; processes and listening ports when it came, and those that were left in the end.
+
+    `in_time` is False where the runner had ended before.
+    """
 
     delay: float
     met: tuple[int, int]
     left: tuple[str, ...]
     left_ports: tuple[int, ...]
+    in_time: bool = True
 
 
 class Chaos:
@@ -166,17 +170,19 @@ class Chaos:
         return process_tree.descendants(self.me)
 
     def round(self, attack: Attack, delay: float) -> Round:
-        runner = self.start(attack.kinds)
+        tic, runner = time.monotonic(), self.start(attack.kinds)
         try:
             runner.wait(delay)
         except subprocess.TimeoutExpired:
             pass
+        delay = time.monotonic() - tic
         there = process_tree.descendants(self.me)
         listened = process_tree.listening_ports(there)
-        if runner.returncode is None and attack.on_guardian:
+        in_time = runner.poll() is None
+        if in_time and attack.on_guardian:
             self.kill_with_guardian(runner)
         else:
-            runner.send_signal(attack.signal)  # nothing happens where it ended meanwhile
+            runner.send_signal(attack.signal)
         runner.wait(PATIENCE_S)
         if attack.needs_next_start:
             self.undisturbed(())
@@ -185,7 +191,7 @@ class Chaos:
         left_ports = sorted({port for port, _ in ports.listeners()} & taken)
         described = tuple(map(process_tree.describe, left))
         process_tree.end(self.alive, self.children.are_gone, grace_s=1.0)
-        return Round(delay, (len(there), len(listened)), described, tuple(left_ports))
+        return Round(delay, (len(there), len(listened)), described, tuple(left_ports), in_time)
 
     def kill_with_guardian(self, runner: subprocess.Popen):
         """Stops the runner first: it would otherwise see that its guardian died, and end the rest."""
@@ -238,8 +244,11 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
             seconds = chaos.undisturbed(attack.kinds)
             print(f"{attack.name}: an undisturbed run takes {seconds:.1f} s", flush=True)
             rounds[attack] = []
-            for number in range(1, args.rounds + 1):
+            while (number := len(rounds[attack]) + 1) <= args.rounds:
                 found = chaos.round(attack, rng.uniform(0, seconds))
+                if not found.in_time:
+                    seconds = min(seconds, found.delay)
+                    continue
                 rounds[attack].append(found)
                 left = "; ".join([*found.left, *(f"port {port}" for port in found.left_ports)]) or "nothing"
                 met = f"{found.met[0]} processes, {found.met[1]} ports"
