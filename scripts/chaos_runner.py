@@ -233,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     if args.rounds < 1:
         parser.error("--rounds: at least 1")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.INTERRUPTED))
     become_subreaper()
     # Below a token of this process: a run beside it leaves alone what this one leaves behind.
     environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}

@@ -292,7 +292,9 @@ class TestInterrupt(CommandCase):
         results = json.loads((self.root / "report" / "results.json").read_text())
         self.assertEqual([entry["state"] for entry in results["files"]], ["interrupted", "not run"])
 
-    def start_and_hang(self, environment):
+    def start_and_hang(self):
+        """(environment, runner, sleeper): below a token of its own, so that no run beside it takes the leftovers."""
+        environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}
         command = self.command({"test_0.py": HANG}, *SUITE)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         self.addCleanup(process.stdout.close)
@@ -300,23 +302,20 @@ class TestInterrupt(CommandCase):
         self.addCleanup(process.kill)
         for line in process.stdout:
             if line.startswith(b"sleeper"):
-                return process, line.decode()
+                return environment, process, int(line.split()[1])
 
     def test_sigkill(self):
-        process, output = self.start_and_hang(os.environ)
+        _, process, sleeper = self.start_and_hang()
         process.kill()
-        sleeper = int(output.split()[1])
         self.assertTrue(process_tree.wait_until(lambda: not is_alive(sleeper), 20))
 
     def test_sigkill_of_the_guardian_too(self):
-        environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}  # so that no other run takes the leftovers
-        process, output = self.start_and_hang(environment)
+        environment, process, sleeper = self.start_and_hang()
         (guardian,) = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGSTOP)
         guardian.kill()
         process.kill()
         process.wait()
-        sleeper = int(output.split()[1])
         self.addCleanup(lambda: is_alive(sleeper) and os.kill(sleeper, signal.SIGKILL))
         self.assertTrue(is_alive(sleeper))
         done = self.run_suite({"test_0.py": PASS}, *SUITE, environment=environment)
