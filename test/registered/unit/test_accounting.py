@@ -187,6 +187,7 @@ class TestLedger(unittest.TestCase):
             with self.assertRaises(requests.Timeout):
                 requests.post(f"{server.url}/generate", json={"text": "a"}, timeout=60)
         self.assertEqual(ledger.account().outcomes, {TIMEOUT: 2})
+        self.assertIn("read timeout=0.1", ledger.attempts[-1].error, "and not the client's own 60 s")
 
     def test_gives_up_so_that_a_dead_server_costs_no_backoff(self):
         server = ScriptedServer(self, (500, ERROR))
