@@ -57,6 +57,16 @@ class SuiteRun:
         self._print_summary()
         return self.exit_code
 
+    def _draw_report(self):
+        """Draws what was kept; a report that cannot be drawn is no failure of what was tested."""
+        from pdkit.report.write import write
+
+        try:
+            for line in write(self.logs):
+                self.console.line(line)
+        except Exception as error:
+            self.console.line(f"no report could be drawn from {self.logs}: {type(error).__name__}: {error}")
+
     @property
     def states(self) -> list[FileState]:
         return [result.state for result in self.results]
@@ -157,6 +167,7 @@ class SuiteRun:
         line("========== TIMINGS END ==========")
         if self.options.report_dir:
             line(f"logs and results.json: {self.logs}")
+            self._draw_report()
         line(f"{self.exit_code.name.lower().replace('_', ' ')} in {time.monotonic() - self.tic:.1f} s")
         line(tally(self.states))
 

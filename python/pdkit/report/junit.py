@@ -1,0 +1,44 @@
+"""The report as JUnit XML, which CI servers show: one test case for each test file."""
+
+from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+from pdkit.report.model import FileRun, Report
+
+_SKIPPED = ("disabled", "not run", "all skipped", "nothing ran")
+
+
+def junit(report: Report) -> str:
+    suite = TestSuite(report.title)
+    for name, value in (("hw", report.hw), ("result", report.verdict)):
+        suite.add_property(name, value)
+    for run in report.files:
+        suite.add_testcase(_case(run))
+    suite.update_statistics()
+    xml = JUnitXml()
+    xml.add_testsuite(suite)
+    return xml.tostring().decode()
+
+
+def _case(run: FileRun) -> TestCase:
+    directory, _, name = run.file.rpartition("/")
+    case = TestCase(name, directory.replace("/", "."), run.seconds)
+    if run.is_bad:
+        where = f" in phase {run.failed_phase}" if run.failed_phase else ""
+        kind = Failure if run.state == "failed" else Error
+        outcome = kind(f"{run.state}{where}: {run.death or run.reason}", run.state)
+        outcome.text = _printable(run.failure)
+        case.result = [outcome]
+    elif run.state in _SKIPPED:
+        case.result = [Skipped(f"{run.state}: {run.reason}" if run.reason else run.state)]
+    if run.score:
+        low, high = run.score.interval
+        case.system_out = (
+            f"score {run.score.value:.3f} ({run.score.correct} of {run.score.examples}), "
+            f"exact 95 % interval {low:.3f} to {high:.3f}, gate >{run.score.threshold}"
+        )
+    return case
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that XML 1.0 cannot hold."""
+    return "".join(c if c in "\t\n\r" or c >= " " else "?" for c in text)
