@@ -9,7 +9,7 @@ from pdkit.report.model import Distribution, FileRun, Phase, Report, Score
 
 WRONG_SHOWN = 30
 _ENVIRONMENT = Environment(
-    loader=PackageLoader("pdkit.report"),
+    loader=PackageLoader("pdkit", "assets"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,

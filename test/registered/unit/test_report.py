@@ -1,21 +1,37 @@
-"""The report of a run: what is read, and what JUnit, GitHub, terminal and HTML make of it."""
+"""The report of a recorded run: what is read, and what JUnit, GitHub, terminal and HTML make of it.
 
+`report.tar.xz` was left by the embedded rung on questions of which 12 have a wrong answer beside them.
+"""
+
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import unittest
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 from junitparser import JUnitXml
 from pdkit.ci_register import register_cpu_ci
+from pdkit.report.html import page
+from pdkit.report.junit import junit
+from pdkit.report.markdown import markdown
 from pdkit.report.model import Distribution, Phase, Score
-from pdkit.report.read import read_directory
-from pdkit.report.write import STEP_SUMMARY_VARIABLE
+from pdkit.report.read import NoReport, read_directory
+from pdkit.report.terminal import terminal
+from pdkit.report.write import STEP_SUMMARY_VARIABLE, write
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
+RECORDED = Path(__file__).with_name("report.tar.xz")
 RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 DEATH = """
 import os, unittest
@@ -43,6 +59,13 @@ if __name__ == "__main__":
 """
 
 
+def recorded(directory):
+    """The recorded report directory, unpacked."""
+    with tarfile.open(RECORDED) as archive:
+        archive.extractall(directory, filter="data")
+    return directory / "report"
+
+
 def run_suite(directory, source):
     """The report directory and the output of a real run of one test file."""
     (directory / "tests").mkdir()
@@ -53,6 +76,102 @@ def run_suite(directory, source):
     environ |= {STEP_SUMMARY_VARIABLE: str(directory / "step.md")}
     run = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return directory / "report", run
+
+
+class Balanced(HTMLParser):
+    """Collects what is wrong with the nesting of elements."""
+
+    VOID = {"meta", "link", "br", "hr", "img"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.wrong, self.ids = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append((tag, self.getpos()))
+
+
+class TestRecorded(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.directory = recorded(Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
+        cls.report = read_directory(cls.directory)
+        (cls.run_,) = cls.report.files
+
+    def test_score(self):
+        score = self.run_.score
+        self.assertEqual(
+            (score.rung, score.engine, score.correct, score.examples), ("embedded", "pdkit.engine", 188, 200)
+        )
+        self.assertEqual((score.value, score.threshold, score.passed), (0.94, 0.95, False))
+        low, high = score.interval
+        self.assertTrue(0.89 < low < 0.94 < high < 0.97)
+        self.assertEqual((self.report.title, self.report.verdict), ("main job on rung embedded", "failed"))
+
+    def test_phases(self):
+        names = [phase.name for phase in self.run_.phases]
+        first = ["launch prefill", "launch decode", "start load balancer", "first request", "gsm8k", "gate", "teardown"]
+        self.assertEqual(names, first)
+        self.assertEqual(self.run_.failed_phase, "gate")
+        for phase, following in pairwise(self.run_.phases):
+            self.assertLess(phase.start + phase.seconds, following.start + 0.1)
+        self.assertLess(self.run_.phases[-1].start, self.run_.seconds)
+
+    def test_examples(self):
+        run = self.run_
+        self.assertEqual((len(run.examples), len(run.wrong)), (200, 12))
+        wrong = run.wrong[0]
+        self.assertTrue(wrong.question.startswith("Question: ") and wrong.question.endswith("Answer:"))
+        self.assertEqual(wrong.question.count("Question: "), 1)
+        self.assertEqual(int(wrong.correct_answer), int(wrong.extracted_answer) + 1)
+        self.assertEqual(wrong.reason, f"answered {wrong.extracted_answer}, {wrong.correct_answer} is right")
+        self.assertTrue(all(example.tokens_per_s > 0 for example in run.examples))
+        self.assertGreater(run.throughput, 0)
+
+    def test_what_the_test_handed_over(self):
+        (table,) = self.run_.tables
+        self.assertEqual((table.columns, table.rows[0][0]), (("event", "loading", "eval"), "SIGKILL prefill"))
+        self.assertEqual(dict(self.run_.metrics)["gsm8k_score"], "0.94")
+
+    def test_logs(self):
+        names = [log.name for log in self.run_.logs]
+        self.assertEqual(names, ["decode", "load balancer", "prefill", "test"])
+        self.assertEqual({log.died for log in self.run_.logs}, {False})
+        self.assertIn("not greater than 0.95", self.run_.failure)
+
+    def test_junit(self):
+        (suite,) = JUnitXml.fromstring(junit(self.report).encode())
+        (case,) = suite
+        self.assertEqual((suite.tests, suite.failures, case.name), (1, 1, "test_recorded.py"))
+        self.assertIn("failed in phase gate", case.result[0].message)
+        self.assertIn("score 0.940 (188 of 200)", case.system_out)
+
+    def test_markdown(self):
+        text = markdown(self.report)
+        self.assertIn("## main job on rung embedded: failed\n", text)
+        self.assertIn("**Score 0.940** (188 of 200), exact 95 % interval ", text)
+        self.assertIn("| SIGKILL prefill | ", text)
+        self.assertIn("failed in phase gate", text)
+
+    def test_terminal(self):
+        self.assertIn("score 0.940 (188 of 200), exact 95 % interval ", terminal(self.report)[0])
+        self.assertTrue(terminal(self.report)[1].endswith("failed in phase gate"))
+
+    def test_html_is_well_formed_and_needs_nothing_else(self):
+        text = page(self.report)
+        balanced = Balanced(text)
+        self.assertEqual((balanced.wrong, balanced.open), ([], []))
+        self.assertEqual(len(balanced.ids), len(set(balanced.ids)))
+        self.assertIn("<title>main job on rung embedded: failed</title>", text)
+        self.assertNotRegex(text, r"<script|<iframe|<img|@import|url\(|(src|href)=\"(https?:)?//")
+        self.assertNotRegex(text, r'role="img"(?! aria-label="[^"]+")')
 
 
 class TestDeath(unittest.TestCase):
@@ -98,6 +217,44 @@ class TestDeath(unittest.TestCase):
         self.assertIn("no report could be drawn from", run.stdout)
 
 
+class TestBroken(unittest.TestCase):
+    def setUp(self):
+        self.directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
+        self.evidence = next(path for path in self.directory.iterdir() if path.is_dir())
+
+    def test_no_run(self):
+        for spoil in ("", "[]", "{"):
+            (self.directory / "results.json").write_text(spoil)
+            with self.subTest(spoil), self.assertRaisesRegex(NoReport, "no results.json of a run"):
+                read_directory(self.directory)
+
+    def test_lines_that_were_cut(self):
+        for name in ("records.jsonl", "TestDisaggregationDSV4Recorded.gsm8k.jsonl"):
+            with open(self.evidence / name, "a") as file:
+                file.write('{"kind": "tab')
+        (self.directory / "environment.json").write_text("{")
+        report = read_directory(self.directory)
+        self.assertEqual((len(report.files[0].examples), len(report.files[0].tables)), (200, 1))
+        self.assertEqual(len(report.notes), 3)
+        self.assertIn("Not all of the report could be read", page(report))
+
+    def test_only_results(self):
+        shutil.rmtree(self.evidence)
+        for path in self.directory.glob("*.log"):
+            path.unlink()
+        report = read_directory(self.directory)
+        self.assertEqual((report.files[0].score, report.files[0].phases), (None, ()))
+        self.assertEqual(Balanced(page(report)).wrong, [])
+
+    def test_a_run_that_was_killed(self):
+        results = json.loads((self.directory / "results.json").read_text())
+        results |= {"result": None, "exit_code": None, "finished": False}
+        (self.directory / "results.json").write_text(json.dumps(results))
+        report = read_directory(self.directory)
+        self.assertEqual((report.result, report.verdict), (None, "did not end"))
+        self.assertIn("none: it did not end", page(report))
+
+
 class TestModel(unittest.TestCase):
     def test_quantiles(self):
         distribution = Distribution(tuple(range(1, 201)))
@@ -117,6 +274,117 @@ class TestModel(unittest.TestCase):
         self.assertEqual(
             [Phase("x", state, 0, 1).is_bad for state in ("passed", "failed", "unfinished")], [False, True, True]
         )
+
+
+def browser():
+    """Path of a Chromium, or None."""
+    return os.environ.get("PDKIT_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+class TestInBrowser(unittest.TestCase):
+    """The page as one sees it: real Chromium, wide and on a phone."""
+
+    @classmethod
+    def setUpClass(cls):
+        if browser() is None:
+            reason = "no Chromium to look at the report with: scripts/browser.sh installs one, PDKIT_BROWSER names one"
+            if os.environ.get("SGLANG_IS_IN_CI") == "true":
+                raise AssertionError(reason)
+            print(reason, flush=True)
+            raise unittest.SkipTest(reason)
+        from playwright.sync_api import sync_playwright
+
+        cls.directory = recorded(Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
+        with mock.patch.dict(os.environ):
+            os.environ.pop(STEP_SUMMARY_VARIABLE, None)
+            write(cls.directory)
+        playwright = cls.enterClassContext(sync_playwright())
+        # Chromium's sandbox does not start as root; the page is our own.
+        cls.chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        cls.addClassCleanup(cls.chromium.close)
+
+    def visit(self, width, scheme="light"):
+        page = self.chromium.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        self.addCleanup(page.close)
+        self.said, self.asked = [], []
+        page.on("console", lambda message: self.said.append(message.text))
+        page.on("pageerror", lambda error: self.said.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.goto((self.directory / "report.html").as_uri())
+        return page
+
+    def test_key_figures_are_on_screen(self):
+        for width in (1280, 390):
+            page = self.visit(width)
+            self.assertEqual(page.title(), "main job on rung embedded: failed")
+            figures = [
+                "0.940",
+                "188 of 200 right",
+                "gate 0.95",
+                "Failed in phase: gate",
+                "12 of 200",
+                "not greater than 0.95",
+            ]
+            figures += ["output tokens/s", "launch prefill", "Latency of a request", "Token rate of a request"]
+            figures += ["No acceptance length", "No test of this run uses a GPU", "SIGKILL prefill", "is right"]
+            for figure in figures:
+                with self.subTest(figure, width=width):
+                    box = page.get_by_text(figure).first.bounding_box()
+                    self.assertIsNotNone(box, "not rendered")
+                    self.assertGreater(min(box["width"], box["height"]), 5)
+                    self.assertTrue(0 <= box["x"] and box["x"] + box["width"] <= width, box)
+
+    def test_nothing_is_complained_about_or_fetched(self):
+        page = self.visit(1280)
+        page.wait_for_load_state("networkidle")
+        self.assertEqual(self.said, [])
+        self.assertEqual([url for url in self.asked if not url.startswith(("file:", "data:"))], [])
+
+    def test_no_horizontal_scrolling(self):
+        for width in (1280, 390, 320):
+            page = self.visit(width)
+            for details in page.locator("details").all():
+                details.evaluate("element => { element.open = true }")
+            with self.subTest(width=width):
+                self.assertLessEqual(page.evaluate("document.documentElement.scrollWidth"), width)
+
+    def test_drawings(self):
+        page = self.visit(1280)
+        bars = [bar.bounding_box() for bar in page.locator(".timeline .bar").all()]
+        self.assertEqual(len(bars), 7)
+        self.assertTrue(all(bar["width"] >= 3 and bar["height"] > 5 for bar in bars), bars)
+        self.assertEqual([bar["x"] for bar in bars], sorted(bar["x"] for bar in bars))
+        gate, point = (page.locator(f".score .{name}").bounding_box() for name in ("gate", "point"))
+        interval = page.locator(".score .interval").bounding_box()
+        middle = point["x"] + point["width"] / 2
+        self.assertTrue(interval["x"] < middle < gate["x"] < interval["x"] + interval["width"])
+        for histogram in page.locator(".histogram").all():
+            self.assertGreater(max(bar.bounding_box()["height"] for bar in histogram.locator("span").all()), 50)
+
+    def test_without_colour_vision(self):
+        """What is bad says so by words and pattern, and texts stand out from their ground in light and dark."""
+        page = self.visit(1280)
+        self.assertIn("failed ✗", page.locator(".timeline li", has_text="gate").inner_text())
+        self.assertIn("gradient", page.locator(".bar.striped").evaluate("bar => getComputedStyle(bar).backgroundImage"))
+        for scheme in ("light", "dark"):
+            page = self.visit(1280, scheme)
+            ground = page.locator(".card").first.evaluate("card => getComputedStyle(card).backgroundColor")
+            for selector in ("h2", ".badge.bad", ".scale", ".facts dt", ".reason"):
+                ink = page.locator(f".card {selector}").first.evaluate("element => getComputedStyle(element).color")
+                with self.subTest(selector, scheme=scheme):
+                    self.assertGreater(contrast(ink, ground), 4.5)
+
+
+def contrast(one, two):
+    """Contrast ratio of two `rgb(...)` colours by WCAG 2.1, 1 to 21."""
+    light, dark = sorted(map(luminance, (one, two)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour):
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
 
 
 if __name__ == "__main__":
