@@ -26,8 +26,8 @@ class FaultSwitchMixin:
     """
 
     switch = None
-    bootstrap_timeout = 8
-    transfer_timeout = 15
+    bootstrap_timeout = 30
+    transfer_timeout = 45
 
     @classmethod
     def configure(cls):

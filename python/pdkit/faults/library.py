@@ -274,7 +274,7 @@ def _of_the_load_balancer():
             "request-duplicated",
             "each request is also sent to both servers a second time, the answer thrown away",
             1,
-            "the copy has a room and a state of its own, and results do not depend on who else is served: work is lost",
+            "",
         ),
         ("first-token-repeated", "the answer begins with its first token twice", 1, ""),
         ("sampling-lost", "decode gets no sampling parameters", 1, ""),
