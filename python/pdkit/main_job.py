@@ -1,6 +1,8 @@
 """Runs the main job, `TestDisaggregationDSV4`, on the highest rung that this machine can run (`scripts/run.sh`)."""
 
+import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -12,9 +14,19 @@ from pdkit.ci_register import CIRegisterNotFound
 from pdkit.exit_codes import ExitCode, NotReady
 from pdkit.options import Options, Parser, UsageError, add_history_options, history_file
 from pdkit.registry import Registration, Selection, collect
-from pdkit.rung import LADDER, Gpu, Rung, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
+from pdkit.rung import DISTRIBUTED, LADDER, Gpu, Rung, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
 
 TEST_DIR = Path(__file__).resolve().parents[2] / "test"
+
+
+ATTACHED = {
+    "base_url": ("URL", "its load balancer, without /v1"),
+    "baseline_url": ("URL", "a monolithic server of the same model: answers are compared with it"),
+    "prefill_urls": ("URL,...", "its prefill servers, to read their counters; nobody else may use them meanwhile"),
+    "decode_urls": ("URL,...", "its decode servers, likewise"),
+    "model": ("NAME", "what it must serve (default: whatever it serves)"),
+    "tokenizer": ("DIR", "config and tokenizer of its model, for the comparison (default: what it says it loaded)"),
+}
 
 
 class TestNotFound(Exception):
@@ -132,13 +144,42 @@ def run(rung: Rung, report_dir: Path | None, history: Path | None = None, enviro
     """
     from pdkit.environment_check.require import require
     from pdkit.leftovers import end_earlier_runs
-    from pdkit.runner import run_suite
 
     registration = registration_of(rung)
     for line in end_earlier_runs():
         print(line, flush=True)
     if environment_check:
         require([registration])
+    return _run(rung, registration, report_dir, history)
+
+
+def run_attached(args: argparse.Namespace) -> ExitCode:
+    """Runs the checks that need no launch against a deployment that is already there.
+
+    Raises UsageError and NotReady where it is not what it is said to be.
+    """
+    from pdkit import attached
+    from pdkit.environment_check.dataset import check
+    from pdkit.environment_check.finding import Level
+
+    for name in ATTACHED:
+        if given := getattr(args, name):
+            os.environ[attached.variable(name)] = given
+    deployment = attached.Deployment.of()
+    served = attached.probe(deployment)
+    for finding in check(os.environ.get("SGLANG_PD_GSM8K") or None):
+        if finding.level is Level.ERROR:
+            raise NotReady(str(finding))
+    print(f"main job on {deployment.base_url}, which serves {', '.join(served.names)}: nothing is launched", flush=True)
+    rung = Rung("attached", f"at {deployment.base_url}", DISTRIBUTED / "attached_deployment.py")
+    name = str(rung.test_file)
+    registration = Registration(str(TEST_DIR / rung.test_file), name, hw="cpu", suite="attached", est_time=600)
+    return _run(rung, registration, args.report_dir, history_file(args, is_own_tree=True))
+
+
+def _run(rung: Rung, registration: Registration, report_dir: Path | None, history: Path | None) -> ExitCode:
+    from pdkit.runner import run_suite
+
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
     options = Options(
         TEST_DIR / "registered", registration.hw, registration.suite, report_dir=report_dir, history=history
@@ -166,8 +207,20 @@ def main(argv: Sequence[str]) -> ExitCode:
         help="start even if this machine lacks what the rung needs",
     )
     add_history_options(parser)
+    there = parser.add_argument_group(
+        "a deployment that is there", "nothing is launched or ended; a key that it wants is SGLANG_PD_API_KEY"
+    )
+    for name, (metavar, meaning) in ATTACHED.items():
+        there.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=meaning)
     try:
         args = parser.parse_args(argv)
+        attaches = args.base_url or os.environ.get("SGLANG_PD_BASE_URL")
+        if attaches and (args.rung or args.ladder):
+            raise UsageError("--rung and --ladder launch servers, --base-url names some that are there: choose one")
+        if not attaches and any(getattr(args, name) for name in ATTACHED):
+            raise UsageError(f"--{', --'.join(n.replace('_', '-') for n in ATTACHED if n != 'base_url')} need --base-url")
+        if attaches:
+            return run_attached(args)
         gpus = visible_gpus()
         if args.ladder:
             print(ladder(gpus))

@@ -189,6 +189,7 @@ class ParityMixin:
     references       those answers; classes may share them
     parity_options   how much is sent
     request_timeout  seconds for one request
+    tokenizer_path   config and tokenizer of the model; None where `model` names them
     """
 
     bitwise = False
@@ -196,6 +197,7 @@ class ParityMixin:
     references = None
     parity_options = PlanOptions()
     request_timeout = 300.0
+    tokenizer_path = None
     _plan = _parameter_rounds = None
 
     def test_parity_alone(self):
@@ -317,14 +319,14 @@ class ParityMixin:
     def _config(cls):
         from transformers.utils import cached_file
 
-        with open(cached_file(cls.model, "config.json"), encoding="utf-8") as file:
+        with open(cached_file(cls.tokenizer_path or cls.model, "config.json"), encoding="utf-8") as file:
             return json.load(file)
 
     @classmethod
     def _prompts(cls, geometry):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(cls.model)
+        tokenizer = AutoTokenizer.from_pretrained(cls.tokenizer_path or cls.model)
         vocabulary = sorted(set(range(min(geometry.vocab_size, len(tokenizer)))) - set(tokenizer.all_special_ids))
         prompts = Prompts(vocabulary, tokenizer(cls._natural_text())["input_ids"])
         cls._parameter_ids = prompts.random_ids(PARAMETER_PROMPT)

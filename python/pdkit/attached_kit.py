@@ -1,0 +1,126 @@
+"""Mixins for a class whose servers somebody else runs: it launches nothing, ends nothing, empties no cache.
+
+    class TestDisaggregationDSV4Attached(AttachedMixin, ApiMixin, RequestAccountingMixin, ParityMixin, ...):
+        pass
+"""
+
+import contextlib
+import os
+import tempfile
+from dataclasses import replace
+from types import SimpleNamespace
+
+import openai
+import requests
+
+from pdkit import attached
+from pdkit.accounting_kit import provokes_failures
+from pdkit.parity_plan import PlanOptions
+
+
+class AttachedMixin:
+    """Takes the place of the launch; put it before all others. `pdkit.attached` says what the environment names."""
+
+    rung = "attached"
+    parity_options = PlanOptions(tokens=12, rooms=16, in_flight=16)
+    test_parity_prefix_cached = None  # it is about caches that are emptied
+    supervisor = SimpleNamespace(interrupting=contextlib.nullcontext)
+    deployment = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.deployment = attached.Deployment.of()
+        attached.send_key(cls.deployment)
+        served = attached.probe(cls.deployment)
+        cls.model = cls.deployment.model if cls.deployment.model in served.names else served.names[0]
+        cls.tokenizer_path = cls.deployment.tokenizer or served.model_path
+        cls.base_url = cls.lb_url = cls.deployment.base_url
+        cls.monolithic_url = cls.baseline_url = cls.deployment.baseline_url
+        cls.prefill_urls, cls.decode_urls = cls.deployment.prefill_urls, cls.deployment.decode_urls
+        cls.prefill_url, cls.decode_url = (urls[0] if urls else None for urls in (cls.prefill_urls, cls.decode_urls))
+        cls.engine = f"at {cls.lb_url}"
+        cls.log_dir = os.getenv("SGLANG_PD_LOG_DIR") or tempfile.mkdtemp(prefix=f"{cls.rung}-")
+        print(f"rung={cls.rung} engine={cls.engine} model={cls.model}", flush=True)
+
+    @classmethod
+    def tearDownClass(cls):
+        pass
+
+    def setUp(self):
+        super().setUp()
+        if self._testMethodName.startswith("test_parity") and not self.monolithic_url:
+            self.skipTest(f"parity needs a server to compare with: {attached.variable('baseline_url')}")
+
+    def _pair_counters(self, settle=0.0):
+        return super()._pair_counters(settle) if self.prefill_urls else None
+
+    @classmethod
+    def parity_plan(cls):
+        """The same rounds, but for what they want of caches, which are not ours to empty."""
+        plan = super().parity_plan()
+        return replace(
+            plan, **{name: tuple(map(_whatever_is_cached, rounds)) for name, rounds in vars(plan).items()}
+        )
+
+    @classmethod
+    def caches_prefixes(cls):
+        return False
+
+
+def _whatever_is_cached(round_):
+    return replace(round_, flush=False, cold=False, cached=frozenset())
+
+
+class ApiMixin:
+    """The interfaces that clients use agree with each other. Needs `lb_url` and `model`."""
+
+    api_prompt = "Question: What is 1 + 1?\nAnswer:"
+    api_tokens = 16
+    api_timeout = 120
+
+    def test_api_streamed_equals_whole(self):
+        whole, streamed = self._complete(), self._complete(stream=True)
+        chunks = [chunk for chunk in streamed if chunk.choices]
+        self.assertEqual("".join(chunk.choices[0].text for chunk in chunks), whole.choices[0].text)
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason]
+        self.assertEqual(reasons, [whole.choices[0].finish_reason])
+
+    def test_api_generate_equals_completion(self):
+        whole = self._complete()
+        sampling = {"temperature": 0, "max_new_tokens": self.api_tokens}
+        body = {"text": self.api_prompt, "sampling_params": sampling}
+        answer = requests.post(f"{self.lb_url}/generate", json=body, timeout=self.api_timeout)
+        self.assertEqual(answer.status_code, 200, answer.text[:300])
+        self.assertEqual(answer.json()["text"], whole.choices[0].text)
+        meta = answer.json()["meta_info"]
+        self.assertEqual(
+            (meta["prompt_tokens"], meta["completion_tokens"]),
+            (whole.usage.prompt_tokens, whole.usage.completion_tokens),
+        )
+
+    def test_api_chat_answers(self):
+        messages = [{"role": "user", "content": "What is 1 + 1?"}]
+        answer = self._client().chat.completions.create(
+            model=self.model, messages=messages, max_tokens=self.api_tokens, temperature=0
+        )
+        self.assertIn(answer.choices[0].finish_reason, ("stop", "length"))
+        self.assertGreater(answer.usage.completion_tokens, 0)
+
+    @provokes_failures
+    def test_api_refuses_what_is_wrong(self):
+        for path, body in (
+            ("/v1/completions", {"model": self.model, "prompt": "1", "max_tokens": "many"}),
+            ("/v1/completions", {"model": self.model, "prompt": "1", "temperature": "hot"}),
+            ("/generate", {"text": "1", "sampling_params": "x"}),
+        ):
+            answer = requests.post(f"{self.lb_url}{path}", json=body, timeout=self.api_timeout)
+            self.assertIn(answer.status_code, range(400, 500), f"{path} {body}: {answer.text[:300]}")
+            self.assertTrue(answer.text, f"{path} {body}: the refusal says nothing")
+
+    def _client(self):
+        return openai.OpenAI(base_url=f"{self.lb_url}/v1", timeout=self.api_timeout, max_retries=0)
+
+    def _complete(self, **options):
+        return self._client().completions.create(
+            model=self.model, prompt=self.api_prompt, max_tokens=self.api_tokens, temperature=0, **options
+        )
