@@ -45,7 +45,6 @@ def _write(path: Path, data: Any) -> None:
 def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
     from pdkit import gpu_plan
     from pdkit.contract.release import ReleaseNotFound, installed
-    from pdkit.gpu_plan_drawing import as_text
     from pdkit.launch_contract import ContractUnreadable, ask
 
     if registration.hw != "cuda":
@@ -54,7 +53,7 @@ def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
         plans = gpu_plan.of_contract(ask(installed(), Path(registration.filename)), registration.suite)
     except (ContractUnreadable, ReleaseNotFound):
         return []
-    return [gpu_plan.as_data(plan) | {"drawing": as_text(plan)} for plan in plans if plan.gpus]
+    return [gpu_plan.as_data(plan) for plan in plans if plan.gpus]
 
 
 def environment(log: Path) -> dict[str, str]:

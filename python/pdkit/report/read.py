@@ -114,7 +114,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         phases=_phases(records, seconds),
         score=_score(told.result, examples),
         throughput=told.throughput,
-        acceptance_lengths=_floats(_ACCEPTANCE, everything),
+        acceptance_lengths=_floats(_ACCEPTANCE, everything) or tuple(filter(None, [told.acceptance_length])),
         decode_rates=_floats(_DECODE_RATE, everything),
         examples=tuple(sorted(examples, key=lambda example: example.number)),
         tables=tuple(_table(record) for record in records if record.get("kind") == "table"),

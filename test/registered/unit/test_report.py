@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 from junitparser import JUnitXml
+from pdkit import gpu_plan
 from pdkit.ci_register import register_cpu_ci
 from pdkit.report.html import page
 from pdkit.report.junit import junit
@@ -245,6 +246,18 @@ class TestBroken(unittest.TestCase):
         report = read_directory(self.directory)
         self.assertEqual((report.files[0].score, report.files[0].phases), (None, ()))
         self.assertEqual(Balanced(page(report)).wrong, [])
+
+    def test_gpu_plan(self):
+        server = gpu_plan.Server("decode", tp=4, attention_dp=4, base_gpu_id=4, ports={"http": 21200})
+        plan = gpu_plan.GpuPlan(
+            "TestX", (server,), {"load balancer": {"http": 21000}}, gpu_plan.Runner("8-gpu", 8, None)
+        )
+        (self.directory / "gpu_plan.json").write_text(json.dumps([gpu_plan.as_data(plan)]))
+        text = page(read_directory(self.directory))
+        self.assertIn("4 of 8 GPUs used, runner 8-gpu.", text)
+        self.assertEqual(re.findall(r'<td class="used">(.*?) </td>', text), [f"tp{i} dp{i}" for i in range(4)])
+        self.assertIn("<strong>load balancer</strong>: ports 21000 http", text)
+        self.assertEqual(Balanced(text).wrong, [])
 
     def test_a_run_that_was_killed(self):
         results = json.loads((self.directory / "results.json").read_text())
