@@ -191,11 +191,11 @@ def lengths_of(geometry: Geometry, options: PlanOptions) -> tuple[int, ...]:
 def make_plan(geometry: Geometry, prompts: Prompts, options: PlanOptions = PlanOptions()) -> Plan:
     """All rounds but those of sampling parameters, which follow from reference answers."""
     lengths = lengths_of(geometry, options)
+    random = [(f"random-{length}", prompts.random_ids(length)) for length in lengths]
+    natural = [(f"natural-{length}", prompts.natural_ids(length)) for length in lengths[2::3]]
     alone = Round(
         "alone, cold cache",
-        tuple(
-            generate_probe(f"random-{length}", prompts.random_ids(length), options.alone_tokens) for length in lengths
-        ),
+        tuple(generate_probe(name, ids, options.alone_tokens) for name, ids in random + natural),
         flush=True,
         cold=True,
     )

@@ -308,6 +308,12 @@ class TestPlan(unittest.TestCase):
         beginnings = {each[:8] for each in ids}
         self.assertEqual(len(ids), len(beginnings))
 
+    def test_both_kinds_of_prompts_in_each_condition(self):
+        plan = self.plan()
+        for round_ in (*plan.alone, *plan.cached, *plan.concurrent):
+            kinds = {probe.name.split("-")[0] for probe in round_.probes}
+            self.assertEqual(kinds, {"random", "natural"}, round_.condition)
+
     def test_the_same_seed_gives_the_same_plan(self):
         self.assertEqual(self.plan(), self.plan())
         self.assertNotEqual(self.plan(), make_plan(self.geometry(), self.prompts(seed=1)))
