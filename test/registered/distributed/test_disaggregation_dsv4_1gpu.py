@@ -51,14 +51,17 @@ class TestDisaggregationDSV4OneGpu(
     prefill_gpus = decode_gpus = range(1)
     gpu_memory_gb = 80
 
-    # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with.
+    # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with. The pool holds all
+    # requests at full length, since decode cannot retract one: SGLang 0.5.17 to 0.5.23 has no `get_cpu_copy` for the
+    # pool of DeepSeek-V4, and the attempt ends the server with a NotImplementedError.
     server_args = (
         """
         --trust-remote-code
         --tp 1
-        --mem-fraction-static 0.3 --max-total-tokens 32768 --swa-full-tokens-ratio 0.5
-        --max-running-requests 32
-        --chunked-prefill-size 512 --context-length 8192
+        --mem-fraction-static 0.3
+        --max-running-requests 32 --context-length 8192
+        --max-total-tokens 262144 --swa-full-tokens-ratio 0.5
+        --chunked-prefill-size 512
         --sampling-backend pytorch --grammar-backend none
         --random-seed 1
         --watchdog-timeout 900

@@ -1,5 +1,6 @@
 """Request accounting: attempts that clients retry in silence are seen, and so is what only the servers know."""
 
+import contextlib
 import json
 import threading
 import unittest
@@ -391,6 +392,19 @@ class TestMixin(unittest.TestCase):
     def test_a_skip_stays_a_skip(self):
         result = self.run_test(lambda case, lb: case.skipTest("no GPU"))
         self.assertEqual((len(result.skipped), result.failures, result.errors), (1, [], []))
+
+    def test_a_server_that_died_is_what_is_told(self):
+        @contextlib.contextmanager
+        def failing_with_a_death():
+            raise AssertionError("decode exited with code -9")
+            yield
+
+        body = mock.Mock()
+        result = self.run_test(body, failing_with_a_death=staticmethod(failing_with_a_death))
+        message = self.message(result)
+        self.assertIn("decode exited with code -9", message)
+        self.assertNotIn("server_info", message)
+        body.assert_not_called()
 
     def test_what_is_meant_to_fail_is_not_accounted_for(self):
         lb = ScriptedServer(self, (500, ERROR))

@@ -255,6 +255,11 @@ class TestOneGpuPlan(unittest.TestCase):
         self.assertEqual([server.transfer_backend for server in plan.servers][:2], ["mooncake_tcp"] * 2)
         self.assertTrue(all(server.speculative for server in plan.servers))
         self.assertTrue(all(port < 32768 for _, _, port in plan.ports))
+        for process in contract.tests[0].processes:
+            if process.settings:
+                given = dict(zip(process.argv, process.argv[1:]))
+                needed = int(given["--max-running-requests"]) * int(given["--context-length"])
+                self.assertGreaterEqual(int(given["--max-total-tokens"]), needed, process.name)
 
 
 if __name__ == "__main__":
