@@ -52,8 +52,8 @@ class TestDisaggregationDSV4OneGpu(
     gpu_memory_gb = 80
 
     # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with. The pool holds all
-    # requests at full length, since decode cannot retract one: SGLang 0.5.17 to 0.5.23 has no `get_cpu_copy` for the
-    # pool of DeepSeek-V4, and the attempt ends the server with a NotImplementedError.
+    # requests at full length, since decode cannot retract one: the pool of DeepSeek-V4 has no `get_cpu_copy` (seen on
+    # SGLang 0.5.17, the same in the source of 0.5.23), and the attempt ends the server with a NotImplementedError.
     server_args = (
         """
         --trust-remote-code
