@@ -1,0 +1,80 @@
+"""scripts/soak.py counts what failed, goes on where it was stopped, and ends what it started."""
+
+import contextlib
+import io
+import sys
+import tempfile
+import textwrap
+import unittest
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from unittest.mock import patch
+
+from pdkit.ci_register import register_cpu_ci
+from pdkit.exit_codes import ExitCode
+
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+
+_SPEC = spec_from_file_location("soak_script", Path(__file__).resolve().parents[3] / "scripts" / "soak.py")
+SOAK = module_from_spec(_SPEC)
+sys.modules["soak_script"] = SOAK
+_SPEC.loader.exec_module(SOAK)
+
+RUN = """
+import sys
+from pathlib import Path
+directory = Path(sys.argv[sys.argv.index("--report-dir") + 1])
+with open(directory.parent / "started", "a") as file:
+    file.write(directory.name + " ")
+print("rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95")
+sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
+"""
+
+
+class TestSoak(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.out = Path(directory.name)
+        (self.out / "fake.py").write_text(textwrap.dedent(RUN))
+
+    def soak(self, *words):
+        printed = io.StringIO()
+        command = (sys.executable, str(self.out / "fake.py"))
+        with patch.object(SOAK, "COMMAND", command), contextlib.redirect_stdout(printed):
+            code = SOAK.main(["--out", str(self.out), *words])
+        self.printed = printed.getvalue()
+        return code
+
+    @property
+    def started(self):
+        return (self.out / "started").read_text().split()
+
+    def test_clean_runs(self):
+        self.assertEqual(self.soak("--runs", "4", "--jobs", "2"), ExitCode.PASSED)
+        self.assertIn("4 runs, 0 failures; a failure rate above 52.7% is refuted at 95 %\n", self.printed)
+        self.assertIn("scores: 0.985 to 0.985\n", self.printed)
+        self.assertRegex(self.printed, r"\n    3  passed +\d+\.\d s  0\.985  #")
+
+    def test_it_goes_on_where_it_was_stopped(self):
+        self.soak("--runs", "2")
+        self.assertEqual(self.soak("--runs", "3"), ExitCode.PASSED)
+        self.assertEqual(self.started, ["run-001", "run-002", "run-003"])
+        self.assertIn("3 runs, 0 failures", self.printed)
+
+    def test_a_failure_is_named_and_ends_it(self):
+        (self.out / "bad").touch()
+        self.assertEqual(self.soak("--runs", "4"), ExitCode.FAILED)
+        self.assertIn(f"failed: run 2, exit code 1: {self.out}/run-002\n", self.printed)
+        self.assertNotIn("run-004", self.started)
+        self.assertEqual(self.soak("--runs", "4", "--keep-going"), ExitCode.FAILED)
+        self.assertIn("4 runs, 1 failures\n", self.printed)
+
+    def test_quantiles(self):
+        values = [float(n) for n in range(1, 51)]
+        self.assertEqual((SOAK.quantile(values, 0.5), SOAK.quantile(values, 0.9)), (25, 45))
+        self.assertEqual(SOAK.quantile([3.0], 0.9), 3)
+
+
+if __name__ == "__main__":
+    unittest.main()
