@@ -33,7 +33,7 @@ def main(argv: list[str]) -> ExitCode:
     if args.record:
         print(machine.observe(args.root).to_json())
         return ExitCode.PASSED
-    recorded = machine.Machine.from_json(args.machine.read_text()) if args.machine else None
+    recorded = machine.Machine.from_json(args.machine.read_text(errors="replace")) if args.machine else None
     collection = collect(args.test_root)
     if collection.errors:
         raise UsageError("\n".join(collection.errors))

@@ -19,7 +19,7 @@ import requests
 from pdkit.exit_codes import NotReady
 from pdkit.options import UsageError
 
-CONNECT_S, ANSWER_S = 5, 30
+CONNECT_S, ANSWER_S = 5, 10
 
 
 def _url(field_name: str, text: str) -> str:

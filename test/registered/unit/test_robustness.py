@@ -1,0 +1,293 @@
+"""Bad input, as a table: what is typed, the line that says what is wrong, the exit code. Real processes, no traceback."""
+
+import os
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdkit.ci_register import register_cpu_ci
+from suite_trees import source_of, write_tree
+
+register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+CPU = "--hw cpu --suite stage-a-test-cpu"
+BASE = "--base-url {good}"
+HISTORY_LINE = '{"version": 1}'
+NAN = """
+    def test_it(self):
+        print("rung=embedded engine=pdkit.engine gsm8k=nan examples=200 gate=>0.95")
+        self.assertGreater(float("nan"), 0.95)
+"""
+COMMANDS = {
+    "run_suite.py": ("test/run_suite.py",),
+    "run.sh": ("-m", "pdkit.main_job"),
+    "history.py": ("scripts/history.py",),
+    "soak.py": ("scripts/soak.py",),
+    "check_environment.py": ("scripts/check_environment.py",),
+    "lint_registered.py": ("scripts/lint_registered.py",),
+    "new_pd_test.py": ("scripts/new_pd_test.py",),
+    "gpu_plan.py": ("scripts/gpu_plan.py",),
+    "launch_contract": ("-m", "pdkit.launch_contract"),
+    "engine": ("-m", "pdkit.engine"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`words` go to `command`, `{x}` in them names a file or server below; `line` must be the last on stderr."""
+
+    command: str
+    words: str
+    line: str
+    code: int = 2
+    environ: dict = field(default_factory=dict)
+    where: str = "stderr"
+    lines: int | None = 1
+
+    def __str__(self):
+        environ = " ".join(f"{name}={value}" for name, value in self.environ.items())
+        return f"{environ} {self.command} {self.words}".strip()
+
+
+def gsm8k(name):
+    return {"SGLANG_PD_GSM8K": f"{{{name}}}"}
+
+
+ROWS = (
+    # test/run_suite.py: flags
+    Row("run_suite.py", "", "--hw and --suite missing"),
+    Row("run_suite.py", "--hw cpu", "--suite missing: say what to run"),
+    Row("run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"),
+    Row("run_suite.py", f"{CPU} extra", "unexpected argument 'extra'"),
+    Row("run_suite.py", "--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
+    Row("run_suite.py", "--hw cpu --suite stage-a-test-gpu", "unknown suite 'stage-a-test-gpu'; nearest known: stage-a"),
+    Row("run_suite.py", "--hw cuda --suite stage-a-test-cpu", "is not for hardware 'cuda' but for: cpu"),
+    Row("run_suite.py", f"{CPU} --timeout-per-file soon", "invalid number of seconds value: 'soon'"),
+    Row("run_suite.py", f"{CPU} --timeout-per-file nan", "invalid number of seconds value: 'nan'"),
+    Row("run_suite.py", f"{CPU} --timeout-per-file 0", "--timeout-per-file 0: no file can run in no time"),
+    Row("run_suite.py", f"{CPU} --max-attempts 0", "--max-attempts 0: a file is tried at least once"),
+    Row("run_suite.py", f"{CPU} --max-attempts -1", "invalid number value: '-1'"),
+    Row("run_suite.py", f"{CPU} --auto-partition-id 1", "--auto-partition-id needs --auto-partition-size"),
+    Row("run_suite.py", f"{CPU} --auto-partition-size 2 --auto-partition-id 2", "unknown partition 2; nearest known: 1"),
+    Row("run_suite.py", f"{CPU} --json", "--json goes with --list"),
+    Row("run_suite.py", f"{CPU} --test-root {{absent}}", "--test-root {absent}: no such directory"),
+    Row("run_suite.py", f"{CPU} --report-dir {{text}}", "--report-dir {text}: not a directory"),
+    Row("run_suite.py", f"{CPU} --history {{absent}}/x", "--history {absent}/x: its directory does not exist"),
+    Row("run_suite.py", f"{CPU} --history {{root}}", "--history {root}: is a directory"),
+    Row("run_suite.py", f"{CPU} --history x --no-history", "argument --no-history: not allowed with argument --history"),
+    Row("run_suite.py", CPU, "PDKIT_HISTORY {absent}/x: its directory does", environ={"PDKIT_HISTORY": "{absent}/x"}),
+    # files that it reads
+    Row("run_suite.py", f"{CPU} --partition-model-file {{absent}}", "--partition-model-file {absent}: No such file"),
+    Row("run_suite.py", f"{CPU} --partition-model-file {{root}}", "--partition-model-file {root}: Is a directory"),
+    Row("run_suite.py", f"{CPU} --partition-model-file {{binary}}", "--partition-model-file {binary}: not a text file"),
+    Row("run_suite.py", f"{CPU} --partition-model-file {{text}}", "--partition-model-file {text}: expected a JSON object"),
+    Row("run_suite.py", f"{CPU} --partition-model-file {{nan}}", "--partition-model-file {nan}: expected a JSON object"),
+    Row("run_suite.py", f"{CPU} --test-root {{unregistered}}", "No CI registry found in {unregistered}/test_x.py"),
+    Row("run_suite.py", f"{CPU} --test-root {{no_python}}", "{no_python}/test_x.py:1: not valid Python"),
+    Row("run_suite.py", f"{CPU} --test-root {{computed}}", "est_time is a required constant in register_cpu_ci()"),
+    Row("run_suite.py", f"{CPU} --test-root {{empty}}", "nothing ran: no file is registered", 4, where="stdout"),
+    Row("run_suite.py", f"{CPU} --test-root {{nan_score}}", "0 passed, 1 failed, 0 skipped", 1, where="stdout"),
+    # scripts/run.sh: flags
+    Row("run.sh", "--rungs", "unrecognized arguments: --rungs"),
+    Row("run.sh", "--rung 8xH100", "unknown rung '8xH100'; nearest known: "),
+    Row("run.sh", "--rung 8xH200", "rung 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU", 3),
+    Row("run.sh", "--rung embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
+    Row("run.sh", "--model x", "need --base-url"),
+    Row("run.sh", f"{BASE} --rung embedded", "choose one"),
+    # a deployment that is no such thing
+    Row("run.sh", "--base-url localhost:30000", "localhost:30000 is no URL like http://host:port"),
+    Row("run.sh", "--base-url http://127.0.0.1:99999", "http://127.0.0.1:99999 is no URL like"),
+    Row("run.sh", "--base-url http://127.0.0.1:8000/v1", "leave /v1 of http://127.0.0.1:8000/v1 away"),
+    Row("run.sh", "--base-url http://me:secret@127.0.0.1:80", "no credentials in a URL, they reach logs"),
+    Row("run.sh", f"{BASE} --prefill-urls {{good}}", "name both kinds, or none"),
+    Row("run.sh", BASE, "SGLANG_PD_API_KEY: has spaces or", environ={"SGLANG_PD_API_KEY": "two words\n"}),
+    Row("run.sh", "--base-url http://127.0.0.1:9", "cannot be reached: Connection refused", 3),
+    Row("run.sh", "--base-url http://no.such.host.invalid", "cannot be reached: ", 3),
+    Row("run.sh", "--base-url {never}", "{never}/v1/models: no answer within 10 s", 3),
+    Row("run.sh", "--base-url {closing}", "{closing}/v1/models: cannot be reached: ", 3),
+    Row("run.sh", "--base-url {garbage}", "{garbage}/v1/models: ", 3),
+    Row("run.sh", "--base-url {half}", "{half}/v1/models: ", 3),
+    Row("run.sh", "--base-url {error500}", "{error500}/v1/models: status 500: oh no", 3),
+    Row("run.sh", "--base-url {locked}", "{locked}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY", 3),
+    Row("run.sh", "--base-url {locked}", "does not accept the key in SGL", 3, environ={"SGLANG_PD_API_KEY": "sk-wrong"}),
+    Row("run.sh", "--base-url {page}", "{page} is no SGLang server: /v1/models names no model", 3),
+    Row("run.sh", "--base-url {listing}", "{listing} is no SGLang server: /v1/models names no model", 3),
+    Row("run.sh", "--base-url {openai}", "{openai} serves m, but is no SGLang server", 3),
+    Row("run.sh", f"{BASE} --model other", "{good} serves m, not other (SGLANG_PD_MODEL)"),
+    Row("run.sh", f"{BASE} --baseline-url {{openai}}", "{openai} serves m, but is no SGLang server", 3),
+    # data sets
+    Row("run.sh", BASE, "{absent}: No such file or directory", 3, gsm8k("absent")),
+    Row("run.sh", BASE, "{root}: Is a directory", 3, gsm8k("root")),
+    Row("run.sh", BASE, "{text}: not lines of JSON", 3, gsm8k("text")),
+    Row("run.sh", BASE, "{binary}: not lines of JSON", 3, gsm8k("binary")),
+    Row("run.sh", BASE, "{broken_line}: not lines of JSON", 3, gsm8k("broken_line")),
+    Row("run.sh", BASE, "{no_answer}: row 2 has no question or no answer", 3, gsm8k("no_answer")),
+    Row("run.sh", BASE, "{numbers}: ", 3, gsm8k("numbers")),
+    Row("run.sh", BASE, "{empty_file}: no questions", 3, gsm8k("empty_file")),
+    # histories
+    Row("history.py", "{absent}", "{absent}: No such file or directory"),
+    Row("history.py", "{root}", "{root}: Is a directory"),
+    Row("history.py", "{empty_file}", "no run in {empty_file}", 4),
+    Row("history.py", "{text}", "no run in {text}", 4, lines=2),
+    Row("history.py", "{history}", "no run in {history}", 4, lines=3),
+    Row("history.py", "{binary}", "no run in {binary}", 4, lines=None),
+    Row("history.py", "{text} --out x.txt", "x.txt: name an .svg, .png or .pdf file"),
+    Row("history.py", "{text} --est-time --estimates", "argument --estimates: not allowed with argument --est-time"),
+    Row("history.py", "{text} --last 0", "at least one run is needed"),
+    Row("history.py", "", "no history: PDKIT_HISTORY is empty; name a FILE", environ={"PDKIT_HISTORY": ""}),
+    # other scripts
+    Row("soak.py", "", "the following arguments are required: --out"),
+    Row("soak.py", "--out {text}", "--out {text}: File exists"),
+    Row("soak.py", "--out {root}/soak --runs 0", "--runs and --jobs: at least 1"),
+    Row("check_environment.py", "--suite x", "unknown suite 'x'"),
+    Row("check_environment.py", "--machine {absent}", "{absent}: No such file or directory"),
+    Row("check_environment.py", "--machine {text}", "error: "),
+    Row("check_environment.py", "--machine {binary}", "error: "),
+    Row("lint_registered.py", "{absent}", "{absent}: No such file or directory"),
+    Row("lint_registered.py", "--rule", "unrecognized arguments: --rule"),
+    Row("new_pd_test.py", "X", "the following arguments are required: --suite"),
+    Row("new_pd_test.py", "X --suite y", "unknown suite 'y'"),
+    Row("new_pd_test.py", "X --suite stage-a-test-cpu --directory {absent}", "--directory {absent}: no such directory"),
+    Row("gpu_plan.py", "{absent}", "gpu_plan: error: "),
+    Row("launch_contract", "{absent}", "error: "),
+    Row("engine", "", "the following arguments are required: --model-path"),
+    Row("engine", "--model-path x --port 70000", "70000 is not a port (1-65535)"),
+    Row("engine", "--model-path x --chunked-prefill-size 0", "0 is not positive"),
+    Row("engine", "--model-path x --load-format gguf", "invalid choice: 'gguf'"),
+)
+
+
+def http(body, status="200 OK", length=None):
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n{body}".encode()
+
+
+MODELS, INFO = http('{"data": [{"id": "m"}]}'), http('{"model_path": "/models/m"}')
+SERVERS = {
+    "good": {"/v1/models": MODELS, "/model_info": INFO},
+    "openai": {"/v1/models": MODELS},
+    "page": {"/v1/models": http("<html>hello</html>")},
+    "listing": {"/v1/models": http('[1, {"data": NaN}]')},
+    "error500": {"/v1/models": http("oh\nno", "500 Internal Server Error")},
+    "locked": {"/v1/models": http("{}", "401 Unauthorized")},
+    "half": {"/v1/models": http('{"data": [{"id"', length=500)},
+    "garbage": {"/v1/models": b"\x00\xffSSH-2.0-OpenSSH\r\n\r\n"},
+    "closing": {"/v1/models": b""},
+    "never": {"/v1/models": None},
+}
+
+
+class Handler(socketserver.StreamRequestHandler):
+    """Answers with the bytes that the server has for a path; None: never."""
+
+    def handle(self):
+        path = (self.rfile.readline().split() or [b"", b"/"])[1].decode()
+        while self.rfile.readline().strip():
+            pass
+        answer = self.server.answers.get(path, http("{}", "404 Not Found"))
+        if answer is None:
+            self.server.over.wait(60)
+        else:
+            self.wfile.write(answer)
+
+
+class Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+
+class TestBadInput(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        root = Path(directory.name)
+        cls.names = {"root": root, "absent": root / "absent"}
+        row = '{"question": "q", "answer": "#### 1"}\n'
+        contents = {
+            "text": b"hello there\n",
+            "binary": b"\x80\xff\x00\n\xfe" * 9,
+            "empty_file": b"",
+            "nan": b'{"test_x.py": NaN}',
+            "broken_line": (row + row[:20] + "\n" + row).encode(),
+            "no_answer": (row + '{"question": "q"}\n').encode(),
+            "numbers": b"1\n2\n",
+            "history": (HISTORY_LINE + "\n" + HISTORY_LINE[:-2] + "\n").encode(),
+        }
+        for name, content in contents.items():
+            cls.names[name] = root / name
+            cls.names[name].write_bytes(content)
+        trees = {
+            "unregistered": "import unittest\n",
+            "no_python": "register_cpu_ci(\n",
+            "computed": source_of(registration='register_cpu_ci(est_time=2 * 5, suite="stage-a-test-cpu")'),
+            "nan_score": source_of(NAN),
+            "empty": None,
+        }
+        for name, source in trees.items():
+            (root / "trees" / name).mkdir(parents=True)
+            cls.names[name] = write_tree(root / "trees" / name, {"test_x.py": source} if source else {})
+        for name, answers in SERVERS.items():
+            server = Server(("127.0.0.1", 0), Handler)
+            server.answers, server.over = answers, threading.Event()
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+            for cleanup in (server.server_close, server.shutdown, server.over.set):
+                cls.addClassCleanup(cleanup)
+            cls.names[name] = f"http://127.0.0.1:{server.server_address[1]}"
+        began = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            cls.done = dict(zip(map(id, ROWS), pool.map(cls.run_row, ROWS)))
+        print(f"{len(ROWS)} rows in {time.monotonic() - began:.1f} s", flush=True)
+
+    @classmethod
+    def fill(cls, text):
+        for name, value in cls.names.items():
+            text = text.replace(f"{{{name}}}", str(value))
+        return text
+
+    @classmethod
+    def run_row(cls, row):
+        hidden = ("SGLANG_PD_", "PDKIT_HISTORY", "CUDA_VISIBLE_DEVICES")
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        environ |= {"CUDA_VISIBLE_DEVICES": "", "XDG_STATE_HOME": str(cls.names["root"])}
+        environ |= {name: cls.fill(value) for name, value in row.environ.items()}
+        words = [cls.fill(word) for word in row.words.split()]
+        path, *rest = COMMANDS[row.command]
+        command = [sys.executable, *([path] if path == "-m" else [str(REPO / path)]), *rest, *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environ, cwd=cls.names["root"], timeout=300
+        )
+
+    def test_each_row_gets_its_line_and_its_code(self):
+        self.assertGreaterEqual(len(ROWS), 40)
+        self.assertEqual(len({str(row) for row in ROWS}), len(ROWS))
+        for row in ROWS:
+            with self.subTest(str(row)):
+                done = self.done[id(row)]
+                self.assertNotIn("Traceback", done.stderr if row.where == "stdout" else done.stdout + done.stderr)
+                self.assertEqual(done.returncode, row.code, done.stdout + done.stderr)
+                said = done.stderr.splitlines() if row.where == "stderr" else done.stdout.splitlines()
+                self.assertTrue(said, "nothing is said")
+                if row.where == "stderr":
+                    self.assertIn(self.fill(row.line), said[-1])
+                    if row.lines is not None:
+                        self.assertEqual(len(said), row.lines, done.stderr)
+                else:
+                    self.assertTrue(any(self.fill(row.line) in line for line in said), done.stdout)
+
+    def test_nothing_is_left_in_the_directory_where_it_was_typed(self):
+        mine = {Path(str(self.names[name])).name for name in ("text", "binary", "empty_file", "nan", "broken_line")}
+        mine |= {"no_answer", "numbers", "history", "trees", "soak"}
+        self.assertEqual({path.name for path in self.names["root"].iterdir()} - mine, set())
+
+
+if __name__ == "__main__":
+    unittest.main()
