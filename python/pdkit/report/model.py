@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdkit.gate_math import exact_interval
-
 PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
 
 
@@ -80,6 +78,8 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """Exact 95 % interval (Clopper-Pearson) of the accuracy that this score is a sample of."""
+        from pdkit.gate_math import exact_interval  # scipy: only a run with a score pays for it
+
         return exact_interval(self.correct, self.examples)
 
 
