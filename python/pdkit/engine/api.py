@@ -155,22 +155,26 @@ def create_app(service):
 
     @app.api_route("/generate", methods=["POST", "PUT"])
     async def generate(body: GenerateBody, http_request: Request):
-        arrived, asks = time.time(), body.asks()
+        arrived = time.time()
         if not body.stream:
+            asks = body.asks()
             results = [_result(request, arrived) for request in await run_to_end(service, asks, http_request)]
             return results if body.is_batch or len(results) > 1 else results[0]
-        requests = [service.make_request(ask) for ask in asks]
-
-        def chunk(index):
-            result = _result(requests[index], arrived)
-            return sse(result if len(requests) == 1 and not body.is_batch else {"index": index, **result})
 
         async def events():
             try:
+                asks = body.asks()
+                requests = [service.make_request(ask) for ask in asks]
+
+                def chunk(index):
+                    result = _result(requests[index], arrived)
+                    return sse(result if len(requests) == 1 and not body.is_batch else {"index": index, **result})
+
                 async for event in interleave(service, asks, requests, chunk):
                     yield event
             except BadRequest as error:
-                yield sse({"error": {"message": str(error), "type": "invalid_request_error", "code": 400}})
+                detail = {"message": str(error), "type": "invalid_request_error", "code": 400, "retryable": False}
+                yield sse({"error": detail})
             yield sse("[DONE]")
 
         return StreamingResponse(events(), media_type="text/event-stream")

@@ -29,16 +29,24 @@ def fan_out(prompts, params, is_batch, rid=None, bootstrap_room=None, **fields):
 
     prompts: texts or lists of ids. params: SamplingParams of all, or a list. is_batch: False if the client sent a
     prompt and no list of them. fields: of Ask; a value for all or a list with one a prompt, None for the default.
+    Of bootstrap fields there may be one a sequence, as the Rust router sends for n > 1: those of the prompts count,
+    which are the first, as in SGLang's `GenerateReqInput`.
     """
     if not prompts:
         raise BadRequest("the batch is empty")
     count = len(prompts)
     params = _spread("sampling_params", params, count)
-    columns = {name: _spread(name, value, count) for name, value in fields.items()}
     numbers = {each.n for each in params}
     if len(numbers) > 1:
         raise BadRequest("n must be the same for every prompt of a batch")
     samples = numbers.pop()
+
+    def of_prompts(name, value):
+        per_sequence = isinstance(value, list) and name.startswith("bootstrap_") and len(value) == count * samples
+        return _spread(name, value[:count] if per_sequence else value, count)
+
+    bootstrap_room = of_prompts("bootstrap_room", bootstrap_room) if isinstance(bootstrap_room, list) else bootstrap_room
+    columns = {name: of_prompts(name, value) for name, value in fields.items()}
     rids, rooms = _rids(rid, count, samples, is_batch), _rooms(bootstrap_room, count, samples)
     asks = []
     for index, prompt in enumerate(prompts):

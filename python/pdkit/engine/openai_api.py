@@ -120,7 +120,7 @@ class ChatBody(Body):
     top_logprobs: int | None = None
 
 
-def usage(requests, samples):
+def usage(requests, samples, cache_report):
     """OpenAI's usage of the choices of one call; `samples` choices share a prompt."""
     prompt = sum(len(request.ids) for request in requests[::samples])
     completion = sum(len(request.output_ids) for request in requests)
@@ -129,11 +129,13 @@ def usage(requests, samples):
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": cached} if cache_report else None,
     }
 
 
 class _Completion:
+    """A streamed choice ends with its last text."""
+
     name = chunk_name = "text_completion"
     logprobs = staticmethod(completion_logprobs)
 
@@ -142,11 +144,17 @@ class _Completion:
         return {"text": text}
 
     @staticmethod
-    def delta(text, first):
-        return {"text": text}
+    def chunks(request, index, text, first, logprobs):
+        return [_choice(index, {"text": text}, logprobs, request.finish_reason)]
+
+    @staticmethod
+    def endings(requests):
+        return []
 
 
 class _Chat:
+    """A streamed choice begins with its role; all end together, after the last text of any."""
+
     name, chunk_name = "chat.completion", "chat.completion.chunk"
     logprobs = staticmethod(chat_logprobs)
 
@@ -155,12 +163,17 @@ class _Chat:
         return {"message": {"role": "assistant", "content": text, "reasoning_content": None, "tool_calls": None}}
 
     @staticmethod
-    def delta(text, first):
-        return {"delta": {"role": "assistant", "content": text} if first else {"content": text}}
+    def chunks(request, index, text, first, logprobs):
+        opening = [_choice(index, {"delta": {"role": "assistant", "content": ""}})] if first else []
+        return opening + ([_choice(index, {"delta": {"content": text}}, logprobs)] if text else [])
+
+    @staticmethod
+    def endings(requests):
+        return [_choice(index, {"delta": {}}, reason=each.finish_reason) for index, each in enumerate(requests)]
 
 
-def _choice(request, index, content, logprobs):
-    reason = request.finish_reason or {}
+def _choice(index, content, logprobs=None, reason=None):
+    reason = reason or {}
     return {
         "index": index,
         **content,
@@ -178,7 +191,7 @@ def _echo(service, body, index):
 
 
 async def _answer(service, kind, body, asks, http_request):
-    created = int(time.time())
+    created, cache_report = int(time.time()), service.options.enable_cache_report
 
     def frame(request, name, choices, **more):
         return {"id": request.rid, "object": name, "created": created, "model": body.model, "choices": choices, **more}
@@ -187,23 +200,23 @@ async def _answer(service, kind, body, asks, http_request):
         requests = await run_to_end(service, asks, http_request)
         choices = [
             _choice(
-                request,
                 index,
                 kind.whole(_echo(service, body, index) + request.text),
                 kind.logprobs(request, 0) if request.return_logprob else None,
+                request.finish_reason,
             )
             for index, request in enumerate(requests)
         ]
-        return frame(requests[0], kind.name, choices, usage=usage(requests, body.n))
+        return frame(requests[0], kind.name, choices, usage=usage(requests, body.n, cache_report))
     requests = [service.make_request(ask) for ask in asks]
 
     sent_text, sent_tokens = {}, {}
 
-    def chunk(index):
+    def event(index):
         request = requests[index]
         reason = request.finish_reason or {}
         if "status_code" in reason:
-            return {"error": error_body(reason["message"], reason["status_code"])}
+            return [{"error": error_body(reason["message"], reason["status_code"])}]
         first = index not in sent_text
         text = request.text[sent_text.get(index, 0) :]
         if first:
@@ -213,17 +226,21 @@ async def _answer(service, kind, body, asks, http_request):
         sent_tokens[index] = len(request.output_logprobs)
         if known < sent_tokens[index]:
             logprobs = kind.logprobs(request, known)
-        return frame(request, kind.chunk_name, [_choice(request, index, kind.delta(text, first), logprobs)])
+        return [frame(request, kind.chunk_name, [each]) for each in kind.chunks(request, index, text, first, logprobs)]
 
     async def events():
         try:
-            async for data in interleave(service, asks, requests, chunk):
-                yield sse(data)
-                if "error" in data:
+            async for frames in interleave(service, asks, requests, event):
+                for data in frames:
+                    yield sse(data)
+                if any("error" in data for data in frames):
                     break
             else:
+                for choice in kind.endings(requests):
+                    yield sse(frame(requests[0], kind.chunk_name, [choice]))
                 if body.stream_options and body.stream_options.include_usage:
-                    yield sse(frame(requests[0], kind.chunk_name, [], usage=usage(requests, body.n)))
+                    counts = usage(requests, body.n, cache_report)
+                    yield sse(frame(requests[0], kind.chunk_name, [], usage=counts))
         except BadRequest as error:
             yield sse({"error": error_body(str(error), 400, "BadRequestError")})
         yield sse("[DONE]")

@@ -22,6 +22,7 @@ class EngineOptions:
     context_length: int | None = None
     chunked_prefill_size: int = 128
     disable_radix_cache: bool = False
+    enable_cache_report: bool = False
     disaggregation_mode: str = "null"
     disaggregation_bootstrap_port: int = 8998
     disaggregation_transfer_backend: str = "tcp"
@@ -59,6 +60,7 @@ def parse(argv=None):
     add("--chunked-prefill-size", type=_positive, default=EngineOptions.chunked_prefill_size,
         help="tokens a prefill step; also the grain of the prefix cache")  # fmt: skip
     add("--disable-radix-cache", action="store_true", help="no prefix cache")
+    add("--enable-cache-report", action="store_true", help="cached tokens in the usage of OpenAI's answers")
     add("--disaggregation-mode", choices=MODES, default="null")
     add("--disaggregation-bootstrap-port", type=_port, default=EngineOptions.disaggregation_bootstrap_port)
     add("--disaggregation-transfer-backend", default="tcp", metavar="tcp|MODULE:CLASS")

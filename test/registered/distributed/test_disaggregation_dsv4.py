@@ -179,6 +179,10 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
         address = urlparse(url)
         command = ["python3", "-m", cls.server_module, "--model-path", cls.model, *args]
         command += ["--host", address.hostname, "--port", str(address.port)]
+        return cls.launch(name, command)
+
+    @classmethod
+    def launch(cls, name, command):
         return Server(name, command, {**os.environ, **cls.server_env}, cls.log_path(name))
 
     @classmethod

@@ -466,6 +466,26 @@ class TestOpenAI(EngineTestCase):
         self.assertEqual(spelled.decode(errors="replace"), choice.message.content)
         self.assertIn("\ufffd", choice.message.content)
 
+    def test_a_streamed_chat_begins_with_its_role_and_ends_all_choices_together(self):
+        """As `OpenAIServingChat._generate_chat_stream` of SGLang."""
+        ask = {"model": "random", "messages": [{"role": "user", "content": "1"}], "max_tokens": 5, "temperature": 0, "n": 2,
+               "stream": True, "stop_token_ids": [], "ignore_eos": True}  # fmt: skip
+        for server in (mono, lb):
+            choices = [chunk["choices"][0] for chunk in events(server.post("/v1/chat/completions", ask, stream=True))]
+            for index in (0, 1):
+                mine = [choice for choice in choices if choice["index"] == index]
+                self.assertEqual(mine[0]["delta"], {"role": "assistant", "content": ""})
+                self.assertEqual(mine[-1]["delta"], {})
+                self.assertEqual({choice["finish_reason"] for choice in mine[:-1]}, {None})
+                self.assertTrue(all(choice["delta"]["content"] for choice in mine[1:-1]))
+            self.assertEqual([(c["index"], c["finish_reason"]) for c in choices[-2:]], [(0, "length"), (1, "length")])
+
+    def test_usage_has_cached_tokens_only_where_they_are_asked_for(self):
+        """`--enable-cache-report`, as in SGLang's `UsageProcessor`."""
+        for client in self.clients:
+            usage = client.completions.create(model="random", prompt="1", max_tokens=1).usage
+            self.assertIsNone(usage.prompt_tokens_details)
+
     def test_chat_content_may_be_parts_and_its_options_null(self):
         for client in self.clients:
             ask = {"model": "random", "max_tokens": 6, "temperature": 0}
@@ -571,6 +591,15 @@ class TestBadRequests(EngineTestCase):
             with self.subTest(body=body):
                 for server in (mono, prefill, decode):
                     self.assertRefused(server.post("/generate", self.room | body), 400, pattern)
+
+    def test_a_stream_of_generate_that_is_refused_says_so_in_its_only_event(self):
+        """SGLang has answered 200 before it looks at the request (`serve_generate_request`)."""
+        for body, pattern in (({"input_ids": [5] * CONTEXT}, "longer than"), ({"text": "1", "rid": []}, "rid"), ({}, "text")):
+            response = mono.post("/generate", body | {"stream": True}, stream=True)
+            self.assertEqual(response.status_code, 200)
+            (event,) = events(response)
+            self.assertEqual((event["error"]["code"], event["error"]["retryable"]), (400, False))
+            self.assertRegex(event["error"]["message"], pattern)
 
     def test_too_long(self):
         for server in (mono, lb, prefill, decode):

@@ -1,0 +1,91 @@
+"""What clients of prefill and decode meet: every endpoint, edge and refusal, through the mini LB and the Rust router.
+
+The servers answer as SGLang's do; SGLang's own kits, run from the installed package, say so too.
+"""
+
+import unittest
+from dataclasses import replace
+
+import openai
+import requests
+import test_disaggregation_dsv4_embedded as embedded
+from broken_router import BREAKAGES, BrokenRouter
+from pdkit.monolithic_kit import MonolithicBesideMixin
+from pdkit.protocol import MINI_LB, Client, question_prompts
+from pdkit.protocol_kit import ProtocolMixin
+from pdkit.router_kit import RustRouterBesideMixin
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kits.abort_timeout_kit import AbortAllMixin
+from sglang.test.kits.basic_api_contract_kit import BasicAPIContractMixin
+from sglang.test.kits.pd_parity_kit import PDLogprobParityMixin
+
+register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
+
+
+class TestDisaggregationDSV4Protocol(
+    ProtocolMixin,
+    RustRouterBesideMixin,
+    PDLogprobParityMixin,
+    BasicAPIContractMixin,
+    AbortAllMixin,
+    MonolithicBesideMixin,
+    embedded.TestDisaggregationDSV4Embedded,
+):
+    bitwise = True
+    parallel_samples = True
+    json_schema = False
+    prefix_cache_tokens = 256
+    rendered_chat = "<|user|>{}<|assistant|>"
+    unending_tokens = 3500
+    sustained_seconds = 15
+    idle_seconds = 8
+
+    parity_logprob_delta = 0
+    parity_cached_prefix_min_prompt_tokens = 128
+    abort_all_max_new_tokens = 3500
+
+    test_gsm8k = None
+
+    @classmethod
+    def prompts(cls, count):
+        return question_prompts(cls.gsm8k_data_path, count)
+
+    def test_each_scenario_can_fail(self):
+        self.settle_seconds, self.sustained_seconds, self.idle_seconds = 2, 2, 1.5
+        for name, breakage, pattern in BREAKAGES:
+            with self.subTest(scenario=name), BrokenRouter(self.lb_url, breakage) as router:
+                client = Client(replace(MINI_LB, tells_of_leaving=True), router.url, self.model, self.request_timeout)
+                self.clients, self.lone_router_url = [client], router.url
+                method = getattr(type(self), name)
+                with self.assertRaisesRegex((AssertionError, openai.OpenAIError), pattern):
+                    method.scenario(self, client) if hasattr(method, "scenario") else method(self)
+            client.close()
+            for url in (self.prefill_url, self.decode_url):
+                requests.post(f"{url}/abort_request", json={"abort_all": True}, timeout=self.request_timeout)
+            self.assertIdle()
+
+    @classmethod
+    def monolithic_args(cls):
+        return ["--disaggregation-mode", "null"]
+
+    # The parity kit starts SGLang for its references, and then the pair; here all are up.
+
+    @classmethod
+    def take_references(cls):
+        cls.references = [cls._generate(base_url=cls.monolithic_url, input_ids=ids) for ids in cls.parity_prompts]
+
+    def _collect_references(self):
+        return self.references
+
+    @classmethod
+    def launch_all(cls):
+        if cls.process_lb is None:
+            super().launch_all()
+
+    def test_abort_all(self):
+        self.base_url, self.process = self.monolithic_url, self.process_monolithic
+        super().test_abort_all()
+
+
+if __name__ == "__main__":
+    unittest.main()
