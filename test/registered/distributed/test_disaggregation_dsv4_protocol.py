@@ -43,6 +43,7 @@ class TestDisaggregationDSV4Protocol(
     parity_logprob_delta = 0
     parity_cached_prefix_min_prompt_tokens = 128
     abort_all_max_new_tokens = 3500
+    abort_all_sleep = 4
 
     test_gsm8k = None
 
