@@ -1,0 +1,138 @@
+"""Clients of a load balancer, against a stub: what they put together, and how far an answer is compared."""
+
+import json
+import socket
+import threading
+import unittest
+
+import requests
+from pdkit.ci_register import register_cpu_ci
+from pdkit.protocol import MINI_LB, Client, Reference, ask_reference, counting_prompts
+from pdkit.relay import Relay
+from pdkit.router_kit import is_ready, router_command
+from stub_server import JsonHandler, StubServer
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+TOKENS = [" 9", " 10", " 11"]
+
+
+class Handler(JsonHandler):
+    """Goes on with TOKENS; the margin of each over the second best is in `server.margins`."""
+
+    def do_GET(self):
+        self.answer(self.server.ready)
+
+    def do_POST(self):
+        body = self.body()
+        if body.get("stream"):
+            return self._stream()
+        if self.path == "/generate":
+            tops = [[[-0.1, index, None], [-0.1 - margin, 9, None]] for index, margin in enumerate(self.server.margins)]
+            return self.answer(200, {"output_ids": [0, 1, 2], "meta_info": {"output_top_logprobs": tops}})
+        logprobs = {"tokens": TOKENS, "token_logprobs": [-0.1] * 3, "top_logprobs": [], "text_offset": []}
+        choice = {"index": 0, "text": "".join(TOKENS), "finish_reason": "length", "logprobs": logprobs}
+        self.answer(200, {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]})
+
+    def _stream(self):
+        events = [{"choices": [{"index": 0, "text": token, "finish_reason": None}]} for token in ["", *TOKENS]]
+        events[-1]["choices"][0] |= {"finish_reason": "stop", "matched_stop": 7}
+        events.append({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}})
+        lines = [json.dumps({"id": "1", "object": "text_completion", "created": 1, "model": "m"} | e) for e in events]
+        content = "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"]).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+class TestClient(unittest.TestCase):
+    def setUp(self):
+        self.server = StubServer(self, Handler)
+        self.client = Client(MINI_LB, self.server.url, "m", 10)
+        self.addCleanup(self.client.close)
+
+    def test_a_stream_is_put_together(self):
+        streamed = self.client.complete("8", 3, stream=True)
+        self.assertEqual((streamed.text, streamed.texts), ("".join(TOKENS), TOKENS))
+        self.assertEqual((streamed.finish_reasons, streamed.matched_stop, streamed.ids), (["stop"], 7, {"1"}))
+        self.assertEqual(streamed.usage.completion_tokens, 3)
+
+    def test_a_reference_is_certain_up_to_the_first_near_tie(self):
+        for margins, margin, certain in (
+            ((5, 5, 5), 2, 3),
+            ((5, 1, 5), 2, 1),
+            ((1, 5, 5), 2, 0),
+            ((5, 0.01, 5), 0, 3),
+        ):
+            self.server.margins = margins
+            reference = ask_reference(self.client, "8", 3, margin)
+            self.assertEqual((reference.certain, reference.certain_text), (certain, "".join(TOKENS[:certain])))
+            self.assertEqual((reference.prompt, reference.text, reference.ids), ("8", "".join(TOKENS), (0, 1, 2)))
+
+    def test_text_that_no_token_spells_is_compared_where_all_is_certain(self):
+        self.assertEqual(Reference("", "\u00e9", ("\u00c3", "\u00a9"), (1, 2), 2).certain_text, "\u00e9")
+
+    def test_a_refused_generate_raises(self):
+        with self.assertRaises(requests.ConnectionError):
+            Client(MINI_LB, "http://127.0.0.1:1", "m", 1).generate(text="1")
+
+
+class TestPrompts(unittest.TestCase):
+    def test_each_counts_from_a_number_of_its_own(self):
+        self.assertEqual(counting_prompts(2)[1], "200 201 202 203 204 205 206 207 208")
+        self.assertEqual(len(set(counting_prompts(50))), 50)
+
+
+class TestRouter(unittest.TestCase):
+    def test_command(self):
+        command = router_command([("http://p:1", 2)], ["http://d:3", "http://e:4"], "127.0.0.1", 5, 6, "--policy", "random")
+        line = " ".join(command)
+        self.assertIn("--pd-disaggregation --prefill http://p:1 2 --decode http://d:3 --decode http://e:4", line)
+        self.assertIn("--host 127.0.0.1 --port 5 --prometheus-host 127.0.0.1 --prometheus-port 6", line)
+        self.assertTrue(line.endswith("--policy random"))
+        self.assertNotIn("--mini-lb", line)
+
+    def test_readiness(self):
+        server = StubServer(self, Handler)
+        for server.ready, ready in ((200, True), (503, False)):
+            self.assertEqual(is_ready(server.url), ready)
+        self.assertFalse(is_ready("http://127.0.0.1:1"))
+
+
+class TestRelay(unittest.TestCase):
+    def test_a_server_appears_and_leaves(self):
+        server = StubServer(self, Handler)
+        server.ready = 200
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = free.getsockname()
+        url = f"http://{address[0]}:{address[1]}"
+        self.assertFalse(is_ready(url))
+        with Relay(address, server.server_address):
+            self.assertTrue(is_ready(url))
+            self.assertTrue(is_ready(url))
+        self.assertFalse(is_ready(url))
+
+    def test_an_end_of_one_direction_is_passed_on(self):
+        with socket.create_server(("127.0.0.1", 0)) as upstream, socket.create_server(("127.0.0.1", 0)) as free:
+            address = free.getsockname()
+            free.close()
+
+            def serve():
+                connection, _ = upstream.accept()
+                with connection:
+                    said = b"".join(iter(lambda: connection.recv(100), b""))
+                    connection.sendall(said[::-1])
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            with Relay(address, upstream.getsockname()), socket.create_connection(address) as client:
+                client.sendall(b"abc")
+                client.shutdown(socket.SHUT_WR)
+                self.assertEqual(client.recv(100), b"cba")
+            thread.join()
+
+
+if __name__ == "__main__":
+    unittest.main()
