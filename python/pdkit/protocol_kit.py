@@ -247,7 +247,7 @@ class ProtocolMixin:
 
     @through_each_load_balancer
     def test_first_token_is_the_end_of_text(self, client):
-        params = {"temperature": 0, "max_new_tokens": 256}
+        params = {"temperature": 0, "max_new_tokens": 96}
         ask = {"sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         answer = client.generate(text=(self.rendered_chat or "{}").format(self.prompts(1)[0]), **ask)
         if answer["meta_info"]["finish_reason"]["type"] != "stop":

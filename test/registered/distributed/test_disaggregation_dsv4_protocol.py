@@ -58,8 +58,9 @@ class TestDisaggregationDSV4Protocol(
                 client = Client(replace(MINI_LB, tells_of_leaving=True), router.url, self.model, self.request_timeout)
                 self.clients, self.lone_router_url = [client], router.url
                 method = getattr(type(self), name)
-                with self.assertRaisesRegex((AssertionError, openai.OpenAIError), pattern):
+                with self.assertRaisesRegex((AssertionError, openai.OpenAIError), pattern) as seen:
                     method.scenario(self, client) if hasattr(method, "scenario") else method(self)
+                print(f"broken router: {name} fails: {str(seen.exception)[:120]!r}", flush=True)
             client.close()
             for url in (self.prefill_url, self.decode_url):
                 requests.post(f"{url}/abort_request", json={"abort_all": True}, timeout=self.request_timeout)
