@@ -226,7 +226,7 @@ class BrokenRouter(ThreadingHTTPServer):
             answer, other["answer"] = other["answer"], answer
             other["met"].set()
             return answer
-        if not mine["met"].wait(0.5):
+        if not mine["met"].wait(5):
             with self.lock:
                 self.waiting = None
         return mine["answer"]

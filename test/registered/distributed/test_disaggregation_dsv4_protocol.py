@@ -52,7 +52,7 @@ class TestDisaggregationDSV4Protocol(
         return question_prompts(cls.gsm8k_data_path, count)
 
     def test_each_scenario_can_fail(self):
-        self.settle_seconds, self.sustained_seconds, self.idle_seconds = 2, 2, 1.5
+        self.settle_seconds, self.sustained_seconds, self.idle_seconds = 2, 3, 1.5
         for name, breakage, pattern in BREAKAGES:
             with self.subTest(scenario=name), BrokenRouter(self.lb_url, breakage) as router:
                 client = Client(replace(MINI_LB, tells_of_leaving=True), router.url, self.model, self.request_timeout)
