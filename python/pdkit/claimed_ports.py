@@ -13,11 +13,13 @@ class ClaimedPortsMixin:
     @classmethod
     def configure(cls):
         super().configure()
-        block = ports.claim()
-        cls.addClassCleanup(block.release)
-        names = [name for name in dir(cls) if name.endswith("_port")]
-        for name, port in zip(names, block.ports):
-            setattr(cls, name, str(port))
+        free = []
+        for name in [name for name in dir(cls) if name.endswith("_port")]:
+            if not free:
+                block = ports.claim()
+                cls.addClassCleanup(block.release)
+                free = list(block.ports)
+            setattr(cls, name, str(free.pop(0)))
         cls.prefill_url = f"http://{cls.base_host}:{cls.prefill_port}"
         cls.decode_url = f"http://{cls.base_host}:{cls.decode_port}"
         cls.base_url = cls.lb_url = f"http://{cls.base_host}:{cls.lb_port}"

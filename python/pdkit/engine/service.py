@@ -92,6 +92,7 @@ class Service:
             "transfer": asdict(counters if self.mode != "null" else TransferCounters()),
             "rooms": len(self.sender.rooms),
             "sending": self.sender.sending,
+            "received_from": dict(self.receiver.received_from),
         }
 
     def make_request(self, ask):

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 
@@ -289,10 +290,14 @@ class PrefillSender:
 
 
 class DecodeReceiver:
-    """The decode side. timeout: seconds from asking for a room to having its state."""
+    """The decode side. timeout: seconds from asking for a room to having its state.
+
+    received_from: hand-overs by prefill server, as `host:port`.
+    """
 
     def __init__(self, backend, timeout):
         self.backend, self.timeout, self.counters = backend, timeout, TransferCounters()
+        self.received_from = Counter()
 
     async def fetch(self, host, port, room, accept):
         """The verified hand-over of `room` from the prefill server at host:port.
@@ -313,6 +318,7 @@ class DecodeReceiver:
             self.counters.failed += 1
             raise TransferError(f"hand-over of bootstrap room {room} from {host}:{port} failed: {error}") from None
         self.counters.received += 1
+        self.received_from[f"{host}:{port}"] += 1
         return handover
 
     async def _fetch(self, host, port, room, accept):

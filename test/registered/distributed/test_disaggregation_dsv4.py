@@ -315,6 +315,7 @@ class Supervisor:
         self.death = None
         self._reported = False
         self._armed = False
+        self._let_die = set()
         self._stopped = threading.Event()
         self._previous_handlers = {
             signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._interrupt),
@@ -336,6 +337,10 @@ class Supervisor:
         finally:
             self._armed = False
 
+    def let_die(self, process):
+        """`process` is about to be ended on purpose: that is no death."""
+        self._let_die.add(process)
+
     def stop(self):
         """Ends the watch; returns what nobody was told yet: a death since the last test, or None."""
         self._stopped.set()
@@ -351,7 +356,8 @@ class Supervisor:
                 return
 
     def _find_death(self):
-        ended = [each for each in self.processes().items() if each[1] is not None and each[1].poll() is not None]
+        watched = {name: process for name, process in self.processes().items() if process is not None}
+        ended = [each for each in watched.items() if each[1].poll() is not None and each[1] not in self._let_die]
         if ended and not self.death:
             name, process = min(ended, key=lambda each: getattr(each[1], "ended_at", math.inf))
             code = process.returncode

@@ -1,0 +1,76 @@
+"""The recovery table: what each event did to the requests of each phase, and how long it took to be over."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pdkit.recovery.clients import Fate, Outcome
+
+FILE_NAME = "recovery_table.json"
+BEGIN, END = "<!-- recovery table -->", "<!-- end of recovery table -->"
+COLUMNS = "event", "requests", "through", "served", "failed", "wrong", "time to error", "time to recovery"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Requests of one phase through one router.
+
+    to_error     seconds from the event to the last client's error, or from sending what was sent after the event
+    to_recovery  seconds from the restart, or the thaw, to the first right answer
+    """
+
+    event: str
+    phase: str
+    router: str
+    served: int
+    failed: int
+    wrong: int
+    to_error: float | None
+    to_recovery: float | None = None
+
+    @classmethod
+    def of(cls, event: str, phase: str, router: str, outcomes: Sequence[Outcome], seconds: Sequence[float]) -> "Row":
+        """seconds: for each outcome, from the event, or from its request, to its end."""
+        fates = [outcome.fate for outcome in outcomes]
+        ends = [after for after, fate in zip(seconds, fates) if fate in (Fate.FAILED, Fate.HUNG)]
+        failed = fates.count(Fate.FAILED) + fates.count(Fate.HUNG)
+        longest = max(ends, default=None)
+        return cls(event, phase, router, fates.count(Fate.SERVED), failed, fates.count(Fate.WRONG), longest)
+
+    def cells(self) -> tuple[str, ...]:
+        counts = (str(self.served), str(self.failed), str(self.wrong))
+        return self.event, self.phase, self.router, *counts, _seconds(self.to_error), _seconds(self.to_recovery)
+
+
+def _seconds(value):
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def save(rows: Sequence[Row], path: Path, **about) -> None:
+    """about: what else the reader must know, by name (rung, engine, bounds)."""
+    Path(path).write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def load(path: Path) -> tuple[dict, list[Row]]:
+    """(about, rows). Raises ValueError with one line if it is no such file."""
+    try:
+        record = json.loads(Path(path).read_text())
+        rows = [Row(**row) for row in record.pop("rows")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no {FILE_NAME} of a recovery test: {error}") from None
+    return record, rows
+
+
+def insert(document: str, table: str) -> str:
+    """`document` with `table` between its two markers. Raises ValueError without them."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the document has no {BEGIN} ... {END}")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"

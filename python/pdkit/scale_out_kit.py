@@ -1,0 +1,212 @@
+"""A mixin for two prefill and two decode servers behind one router: pairs are right under load, and fail alone.
+
+    class TestDisaggregationDSV4ScaleOut(ScaleOutMixin, FleetMixin, TestDisaggregationDSV4Embedded): ...
+"""
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+import requests
+
+from pdkit.recovery.clients import Ask, Client, Fate, token_ids
+
+POLL_S = 0.05
+
+
+class ScaleOutMixin:
+    """Put it before FleetMixin.
+
+    load       requests that are in flight at once, through each router
+    lengths    of their prompts; tokens
+    returning  within which a restarted pair must serve
+    settling   within which servers must have let go of everything, and the router must know who lives
+    """
+
+    load = 40
+    lengths = range(20, 420)
+    new_tokens = 12
+    slack = 5
+    returning = 120
+    settling = 15
+
+    prefill_2_port = decode_2_port = bootstrap_2_port = None
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        for name in ("prefill", "decode", "bootstrap"):
+            if getattr(cls, f"{name}_2_port") is None:
+                setattr(cls, f"{name}_2_port", str(int(getattr(cls, f"{name}_port")) + 10))
+        cls.prefill_2_url = f"http://{cls.base_host}:{cls.prefill_2_port}"
+        cls.decode_2_url = f"http://{cls.base_host}:{cls.decode_2_port}"
+
+    @classmethod
+    def prefills(cls):
+        return [*super().prefills(), (cls.prefill_2_url, cls.bootstrap_2_port)]
+
+    @classmethod
+    def decodes(cls):
+        return [*super().decodes(), cls.decode_2_url]
+
+    @classmethod
+    def prefill_2_args(cls):
+        return [cls.bootstrap_2_port if arg == cls.bootstrap_port else arg for arg in cls.prefill_args()]
+
+    @classmethod
+    def decode_2_args(cls):
+        return cls.decode_args()
+
+    @classmethod
+    def start_prefill(cls):
+        super().start_prefill()
+        cls.fleet["prefill 2"] = cls.launch_server("prefill 2", cls.prefill_2_url, cls.prefill_2_args())
+
+    @classmethod
+    def start_decode(cls):
+        super().start_decode()
+        cls.fleet["decode 2"] = cls.launch_server("decode 2", cls.decode_2_url, cls.decode_2_args())
+
+    @classmethod
+    def launch_lb(cls):
+        for url in (cls.prefill_2_url, cls.decode_2_url):
+            cls.wait_server_ready(f"{url}/health")
+        super().launch_lb()
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        try:
+            cls.asks = cls.right_asks()
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def right_asks(cls):
+        """The load, and what the first pair alone answers to each."""
+        stride = len(cls.lengths) // cls.load
+        asks = [Ask(token_ids(length, "load"), cls.new_tokens) for length in cls.lengths[::stride]][: cls.load]
+        first_pair = [cls.sent_by_hand(ask, room) for room, ask in enumerate(asks)]
+        outcomes = [decode.result() for prefill, decode in first_pair]
+        assert all(outcome.fate is Fate.SERVED for outcome in outcomes), f"before any load: {outcomes}"
+        return [replace(ask, right=outcome.text) for ask, outcome in zip(asks, outcomes)]
+
+    @classmethod
+    def sent_by_hand(cls, ask, room):
+        bootstrap = {"bootstrap_host": cls.base_host, "bootstrap_port": int(cls.bootstrap_port), "bootstrap_room": room}
+        ask = replace(ask, more=bootstrap)
+        return [Client(url, ask, cls.returning) for url in (cls.prefill_url, cls.decode_url)]
+
+    def test_pairs_are_right_under_load(self):
+        """Each decode server got from each prefill server as many hand-overs as that one sent it."""
+        before = self.handovers()
+        clients = [Client(url, ask, self.bound) for ask in self.asks for url in self.routers().values()]
+        outcomes = [client.result() for client in clients]
+        self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
+        self.wait_idle()
+        sent, received, failed = (after - earlier for after, earlier in zip(self.handovers(), before))
+        print(f"hand-overs by (prefill, decode): {dict(received)}; sent: {dict(sent)}", flush=True)
+        self.assertEqual(failed.total(), 0)
+        self.assertEqual(sent.total(), len(clients))
+        for prefill in sent:
+            self.assertEqual(sum(count for pair, count in received.items() if pair[0] == prefill), sent[prefill])
+        self.assertEqual(len(received), 4, "every prefill server works with every decode server")
+
+    def test_one_dead_pair_does_not_take_the_rest_down(self):
+        self.addCleanup(self.revive)
+        for name in ("prefill 2", "decode 2"):
+            self.end(name)
+        fates = self.fates()
+        self.assertEqual(fates["mini LB"].keys(), {Fate.SERVED, Fate.FAILED}, "it knows nothing of who lives")
+        self.assertNotIn(Fate.WRONG, fates["Rust router"])
+        self.wait_until_all_served("Rust router")
+        self.revive()
+
+    def test_one_bad_decode_server_does_not_spoil_the_others(self):
+        """It says that it is well, and refuses what it is handed."""
+        self.addCleanup(self.mend)
+        self.spoil()
+        fates = self.fates()
+        for router in self.routers():
+            self.assertIn(Fate.SERVED, fates[router], router)
+            self.assertIn(Fate.FAILED, fates[router], router)
+        self.wait_idle()
+        self.mend()
+        for router in self.routers():
+            self.wait_until_all_served(router)
+
+    def spoil(self):
+        """Makes decode 2 refuse every hand-over."""
+        self.skipTest("this engine offers no way to refuse a hand-over")
+
+    def mend(self):
+        """Makes decode 2 take them again."""
+
+    @property
+    def bound(self):
+        return self.router_timeout + self.slack
+
+    def fates(self):
+        """How many requests of the load had which fate, by router; none may be wrong, hang or fail without a word."""
+        clients = {name: [Client(url, ask, self.bound) for ask in self.asks] for name, url in self.routers().items()}
+        fates = {}
+        for router, each in clients.items():
+            outcomes = [client.result() for client in each]
+            fates[router] = Counter(outcome.fate for outcome in outcomes)
+            longest = max(outcome.seconds for outcome in outcomes)
+            counts = ", ".join(f"{count} {fate.value}" for fate, count in fates[router].items())
+            print(f"{self._testMethodName}, {router}: {counts}; the longest took {longest:.1f} s", flush=True)
+            bad = [outcome for outcome in outcomes if outcome.fate in (Fate.WRONG, Fate.HUNG)]
+            self.assertEqual(bad, [], router)
+            unclear = [outcome for outcome in outcomes if outcome.fate is Fate.FAILED and not outcome.is_clear]
+            self.assertEqual(unclear, [], router)
+        return fates
+
+    def wait_until_all_served(self, router):
+        deadline, url = time.monotonic() + self.settling, self.routers()[router]
+        while True:
+            outcomes = [client.result() for client in [Client(url, ask, self.bound) for ask in self.asks]]
+            failed = [outcome for outcome in outcomes if outcome.fate is not Fate.SERVED]
+            if not failed:
+                return
+            self.assertLess(time.monotonic(), deadline, f"{router} still fails: {failed[0]}")
+            # lint: allow sleep-as-readiness: a poll
+            time.sleep(POLL_S)
+
+    def revive(self):
+        """Starts again what is dead, and waits until every router serves all."""
+        dead = [name for name in ("prefill 2", "decode 2") if self.process(name).poll() is not None]
+        for name in dead:
+            self.start_again(name)
+        for url in (self.prefill_2_url, self.decode_2_url) if dead else ():
+            self.wait_server_ready(f"{url}/health")
+        for router in self.routers() if dead else ():
+            self.wait_until_all_served(router)
+
+    def handovers(self):
+        """(sent by prefill, received by (prefill, decode), failed by server), as the servers count them."""
+        sent, received, failed = Counter(), Counter(), Counter()
+        for url, bootstrap_port in self.prefills():
+            transfer = self.info(url)["transfer"]
+            sent[bootstrap_port], failed[url] = transfer["sent"], transfer["failed"]
+        for url in self.decodes():
+            info = self.info(url)
+            failed[url] = info["transfer"]["failed"]
+            for address, count in info["received_from"].items():
+                received[address.rpartition(":")[2], url] = count
+        return sent, received, failed
+
+    def wait_idle(self):
+        deadline = time.monotonic() + self.settling
+        while True:
+            infos = [self.info(url) for url in (*(url for url, _ in self.prefills()), *self.decodes())]
+            held = [(each["rooms"], each["internal_states"][0]["running_requests"]) for each in infos]
+            if not any(any(counts) for counts in held):
+                return
+            self.assertLess(time.monotonic(), deadline, f"(rooms, requests) still held: {held}")
+            # lint: allow sleep-as-readiness: a poll
+            time.sleep(POLL_S)
+
+    def info(self, url):
+        return requests.get(f"{url}/server_info", timeout=self.settling).json()

@@ -1,0 +1,54 @@
+"""Two prefill and two decode servers behind one router, SGLang's mini LB and its router: pairs are right and fail alone.
+
+The model is a random DeepSeek-V4: an answer from another request's state is a wrong answer.
+"""
+
+import os
+import tempfile
+import unittest
+
+import test_disaggregation_dsv4_embedded as embedded
+from pdkit.fleet_kit import FleetMixin
+from pdkit.recovery import held
+from pdkit.scale_out_kit import ScaleOutMixin
+from sglang.test.ci.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=80, suite="stage-a-test-cpu")
+
+
+class TestDisaggregationDSV4ScaleOut(ScaleOutMixin, FleetMixin, embedded.TestDisaggregationDSV4Embedded):
+    model_name = str(embedded.ASSETS / "random-dsv4")
+    random_weights = ["--load-format", "dummy", "--random-seed", "1"]
+
+    test_gsm8k = None  # random weights solve nothing
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        directory = tempfile.TemporaryDirectory(prefix="hand-overs-")
+        cls.addClassCleanup(directory.cleanup)
+        cls.valve = held.Valve(os.path.join(directory.name, "valve"))
+        cls.valve.turn(None)
+        cls.server_env = {**cls.server_env, held.VARIABLE: str(cls.valve.path)}
+
+    @classmethod
+    def prefill_args(cls):
+        return super().prefill_args() + cls.random_weights
+
+    @classmethod
+    def decode_args(cls):
+        return super().decode_args() + cls.random_weights
+
+    @classmethod
+    def decode_2_args(cls):
+        return super().decode_2_args() + ["--disaggregation-transfer-backend", "pdkit.recovery.held:HeldTransfer"]
+
+    def spoil(self):
+        self.valve.turn(held.Valve.REFUSE)
+
+    def mend(self):
+        self.valve.turn(None)
+
+
+if __name__ == "__main__":
+    unittest.main()
