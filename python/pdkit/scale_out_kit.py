@@ -171,7 +171,6 @@ class ScaleOutMixin:
             if not failed:
                 return
             self.assertLess(time.monotonic(), deadline, f"{router} still fails: {failed[0]}")
-            # lint: allow sleep-as-readiness: a poll
             time.sleep(POLL_S)
 
     def revive(self):
@@ -205,7 +204,6 @@ class ScaleOutMixin:
             if not any(any(counts) for counts in held):
                 return
             self.assertLess(time.monotonic(), deadline, f"(rooms, requests) still held: {held}")
-            # lint: allow sleep-as-readiness: a poll
             time.sleep(POLL_S)
 
     def info(self, url):

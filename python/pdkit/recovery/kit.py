@@ -188,7 +188,6 @@ class RecoveryMixin:
         self.freeze_all(victims)
         self.turn_valve(None)
         late = self.send(IDLE)
-        # lint: allow sleep-as-readiness: the freeze itself
         time.sleep(1.0)
         for victim in victims:
             self.thaw(victim)
@@ -258,7 +257,6 @@ class RecoveryMixin:
             info = requests.get(f"{self.prefill_url}/server_info", timeout=self.settling).json()
             if (info["rooms"], info["sending"]) == (rooms, sending):
                 return
-            # lint: allow sleep-as-readiness: a poll
             time.sleep(POLL_S)
 
     def account(self, event, clients, struck, served, may_hang=False):
@@ -292,7 +290,6 @@ class RecoveryMixin:
             self.assertIsNot(outcome.fate, Fate.WRONG, f"on the way back: {outcome}")
             if outcome.fate is Fate.SERVED:
                 return client.ended_at - begun
-            # lint: allow sleep-as-readiness: a poll
             time.sleep(5 * POLL_S)
         self.fail(f"{url} does not serve {self.returning} s after the return: {outcome}")
 
@@ -332,7 +329,6 @@ class RecoveryMixin:
             held_now = {name: self.held_by(url) for name, url in servers.items()}
             if not any(any(counts) for counts in held_now.values()):
                 return
-            # lint: allow sleep-as-readiness: a poll
             time.sleep(POLL_S)
         self.fail(f"{self.settling} s later, (rooms, requests) are still held: {held_now}")
 

@@ -40,7 +40,6 @@ class BootstrapMessagesMixin:
             with self.subTest(late=second), ThreadPoolExecutor(2) as pool:
                 room = self.new_room()
                 early = pool.submit(self.timed_post, first, ask, room)
-                # lint: allow sleep-as-readiness: how late the second one is
                 time.sleep(LATE_S)
                 late = pool.submit(self.timed_post, second, ask, room)
                 answers = {first: early.result(), second: late.result()}
@@ -53,7 +52,6 @@ class BootstrapMessagesMixin:
             with self.subTest(twice=twice), ThreadPoolExecutor(3) as pool:
                 room = self.new_room()
                 doubles = [pool.submit(self.timed_post, twice, ask, room) for _ in range(2)]
-                # lint: allow sleep-as-readiness: both wait for their peer then; the outcome does not rest on it
                 time.sleep(LATE_S)
                 single = pool.submit(self.timed_post, once, ask, room).result()
                 answers = [double.result() for double in doubles]

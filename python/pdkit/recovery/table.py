@@ -9,7 +9,7 @@ from pdkit.recovery.clients import Fate, Outcome
 
 FILE_NAME = "recovery_table.json"
 BEGIN, END = "<!-- recovery table -->", "<!-- end of recovery table -->"
-COLUMNS = "event", "requests", "through", "served", "failed", "wrong", "time to error", "time to recovery"
+COLUMNS = "event", "requests", "answered", "failed", "wrong"
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,34 @@ class Row:
         longest = max(ends, default=None)
         return cls(event, phase, router, fates.count(Fate.SERVED), failed, fates.count(Fate.WRONG), longest)
 
-    def cells(self) -> tuple[str, ...]:
-        counts = (str(self.served), str(self.failed), str(self.wrong))
-        return self.event, self.phase, self.router, *counts, _seconds(self.to_error), _seconds(self.to_recovery)
 
-
-def _seconds(value):
-    return "-" if value is None else f"{value:.1f} s"
+def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(columns, lines): a line for each event and phase; each router has its times."""
+    routers = list(dict.fromkeys(row.router for row in rows))
+    times = [f"{what}, {router}" for what in ("time to error", "time to recovery") for router in routers]
+    lines, groups = [], {}
+    for row in rows:
+        groups.setdefault((row.event, row.phase), {}).setdefault(row.router, []).append(row)
+    for (event, phase), by_router in groups.items():
+        every = [row for each in by_router.values() for row in each]
+        counts = [str(sum(getattr(row, name) for row in every)) for name in ("served", "failed", "wrong")]
+        spans = [
+            _longest(getattr(row, name) for row in by_router.get(router, ()))
+            for name in ("to_error", "to_recovery")
+            for router in routers
+        ]
+        lines.append([event, phase, *counts, *spans])
+    return [*COLUMNS, *times], lines
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    columns, lines = grid(rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
+
+
+def _longest(spans):
+    longest = max((span for span in spans if span is not None), default=None)
+    return "-" if longest is None else f"{longest:.1f} s"
 
 
 def save(rows: Sequence[Row], path: Path, **about) -> None:

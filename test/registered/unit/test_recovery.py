@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 import unittest
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -135,6 +136,18 @@ class TestTable(unittest.TestCase):
         row = self.row(Fate.FAILED, Fate.HUNG, Fate.SERVED, Fate.WRONG)
         self.assertEqual((row.served, row.failed, row.wrong, row.to_error), (1, 2, 1, 2))
         self.assertIsNone(self.row(Fate.SERVED).to_error)
+
+    def test_shows_a_line_for_each_event_and_phase(self):
+        through = {name: replace(self.row(Fate.FAILED, Fate.SERVED), router=name) for name in ("mini LB", "Rust router")}
+        slow = replace(through["Rust router"], to_error=8.25, to_recovery=3.0)
+        shown = table.markdown([through["mini LB"], slow, replace(slow, event="decode frozen", wrong=1)])
+        self.assertEqual(
+            shown.splitlines()[2:],
+            [
+                "| decode killed | streaming | 2 | 2 | 0 | 1.0 s | 8.2 s | - | 3.0 s |",
+                "| decode frozen | streaming | 1 | 1 | 1 | - | 8.2 s | - | 3.0 s |",
+            ],
+        )
 
     def test_survives_its_file(self):
         rows = [self.row(Fate.FAILED), self.row(Fate.SERVED)]

@@ -1,0 +1,36 @@
+"""Shows the table that a recovery test left in its log directory, or puts it into a document between its markers.
+
+scripts/env.sh python3 scripts/recovery_table.py FILE [--into README.md]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pdkit.exit_codes import ExitCode
+from pdkit.recovery import table
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"{table.FILE_NAME} of a run; it says where")
+    parser.add_argument("--into", type=Path, metavar="DOCUMENT", help="replace what stands there between the markers")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
+    try:
+        about, rows = table.load(args.file)
+        shown = table.markdown(rows)
+        if args.into:
+            args.into.write_text(table.insert(args.into.read_text(), shown))
+    except (OSError, ValueError) as error:
+        print(f"recovery_table: {error}", file=sys.stderr)
+        return ExitCode.BAD_USAGE
+    print(shown, *(f"{name}: {value}" for name, value in about.items()), sep="\n")
+    return ExitCode.PASSED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
