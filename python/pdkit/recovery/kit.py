@@ -23,6 +23,7 @@ import requests
 
 from pdkit.recovery import held, table
 from pdkit.recovery.clients import Ask, Client, Fate, judge_answer, token_ids
+from pdkit.report.record import record_table
 
 BEFORE, DURING, STREAMING, IDLE, GONE, FROZEN = (
     "before the hand-over", "during it", "streaming", "idle", "sent while it is gone", "sent while it is frozen",
@@ -42,7 +43,7 @@ class RecoveryMixin:
     returning       within which a restarted server must serve
     """
 
-    bootstrap_timeout = 8
+    bootstrap_timeout = 6
     waiting_timeout = 8
     slack = 5
     impatience = 3
@@ -107,7 +108,8 @@ class RecoveryMixin:
             about = {"rung": cls.rung, "engine": cls.engine, "bound_s": bound}
             path = os.path.join(cls.log_dir, table.FILE_NAME)
             table.save(rows, path, **about)
-            print(f"{table.markdown(rows)}\nno client waited longer than {bound} s; {path}", flush=True)
+            print(f"{table.markdown(rows)}\nbound of a client: {bound} s; {path}", flush=True)
+            record_table("recovery", *table.grid(rows), note=f"no client waits longer than {bound} s")
         super().tearDownClass()
 
     # The events
@@ -191,9 +193,9 @@ class RecoveryMixin:
         time.sleep(1.0)
         for victim in victims:
             self.thaw(victim)
-        thawed = time.monotonic()
+        to_recovery = self.recoveries(time.monotonic())
         rows = self.account(event, clients, struck, IN_FLIGHT) + self.account(event, {FROZEN: late}, None, (FROZEN,))
-        self.add(rows, {name: self.until_served(url, thawed) for name, url in self.routers().items()})
+        self.add(rows, to_recovery)
         self.wait_idle(self.servers())
 
     def while_away(self, event, phase, victims):
@@ -207,9 +209,7 @@ class RecoveryMixin:
         begun = time.monotonic()
         for victim in victims:
             bring(victim)
-        with ThreadPoolExecutor(len(self.routers())) as pool:
-            waits = {name: pool.submit(self.until_served, url, begun) for name, url in self.routers().items()}
-        self.add(rows, {name: wait.result() for name, wait in waits.items()})
+        self.add(rows, self.recoveries(begun))
         restarted = [name for name, process in others.items() if process is not self.process(name) or process.poll()]
         self.assertEqual(restarted, [], "had to be restarted, too")
         self.wait_idle(self.servers())
@@ -279,6 +279,12 @@ class RecoveryMixin:
                         self.assertIs(outcome.fate, Fate.FAILED, about)
                         self.assertTrue(outcome.is_clear, about)
         return rows
+
+    def recoveries(self, begun):
+        """`until_served` of each router, by name."""
+        with ThreadPoolExecutor(len(self.routers())) as pool:
+            waits = {name: pool.submit(self.until_served, url, begun) for name, url in self.routers().items()}
+        return {name: wait.result() for name, wait in waits.items()}
 
     def until_served(self, url, begun):
         """Seconds from `begun` to the first right answer."""
