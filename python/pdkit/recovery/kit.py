@@ -232,12 +232,12 @@ class RecoveryMixin:
             self.wait_idle(self.servers())
             self.turn_valve(held.Valve.HOLD)
             clients = {phase: self.send(phase, patience) for phase in (BEFORE, DURING)}
-            self.wait_in_phase(clients)
+            staged = self.wait_in_phase(clients)
             clients[STREAMING] = self.send(STREAMING, patience)
             for client in clients[STREAMING].values():
                 client.begun.wait(self.router_timeout)
             every = [client for by_router in clients.values() for client in by_router.values()]
-            if all(client.outcome is None for client in every):
+            if staged and all(client.outcome is None for client in every):
                 return clients
             self.turn_valve(None)
             outcomes = [client.result() for client in every]
@@ -248,16 +248,17 @@ class RecoveryMixin:
             self.valve.turn(word)
 
     def wait_in_phase(self, clients):
-        """Until prefill holds a room for each, and those of DURING are half sent."""
+        """True once prefill holds a room for each, and those of DURING are half sent; False if that does not come."""
         if self.valve is None:
-            return
+            return True
         deadline = time.monotonic() + self.waiting_timeout
         rooms, sending = sum(map(len, clients.values())), len(clients[DURING])
         while time.monotonic() < deadline:
             info = requests.get(f"{self.prefill_url}/server_info", timeout=self.settling).json()
             if (info["rooms"], info["sending"]) == (rooms, sending):
-                return
+                return True
             time.sleep(POLL_S)
+        return False
 
     def account(self, event, clients, struck, served, may_hang=False):
         """Rows of clients by phase and router, once all have ended. Phases of `served` must get their answers.
