@@ -19,11 +19,22 @@ class FleetMixin:
     told not to retry (it would send a request up to five times more, each time waiting for the server that lives) and
     to look after its workers each second instead of each minute.
 
-    router_timeout  seconds after which a router gives a request up, streams included
+    Seconds, all of them:
+    router_timeout     after which a router gives a request up, streams included
+    bootstrap_timeout  after which prefill gives up a request that no decode server asked for
+    waiting_timeout    after which decode gives up a hand-over that has not come
+    slack              that a client waits longer than the router does
+    settling           within which servers must have let go of everything, and routers know who lives
+    returning          within which a restarted server must serve
     """
 
     fleet = None
     router_timeout = 10
+    bootstrap_timeout = 6
+    waiting_timeout = 8
+    slack = 5
+    settling = 15
+    returning = 120
     router_port = router_metrics_port = None
     router_args = """
         --policy random --disable-retries
@@ -56,6 +67,11 @@ class FleetMixin:
             if getattr(cls, name) is None:
                 setattr(cls, name, str(int(cls.lb_port) + offset))
         cls.router_url = f"http://{cls.base_host}:{cls.router_port}"
+        cls.server_env = {
+            **cls.server_env,
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.bootstrap_timeout),
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.waiting_timeout),
+        }
 
     @classmethod
     def start_prefill(cls):

@@ -18,18 +18,14 @@ POLL_S = 0.05
 class ScaleOutMixin:
     """Put it before FleetMixin.
 
-    load       requests that are in flight at once, through each router
-    lengths    of their prompts; tokens
-    returning  within which a restarted pair must serve
-    settling   within which servers must have let go of everything, and the router must know who lives
+    load     requests that are in flight at once, through each router
+    lengths  of their prompts; tokens
     """
 
-    load = 40
+    load = 32
     lengths = (20, 60, 100, 150, 250)
-    new_tokens = 12
-    slack = 5
-    returning = 120
-    settling = 15
+    new_tokens = 8
+    router_timeout = waiting_timeout = 30
 
     prefill_2_port = decode_2_port = bootstrap_2_port = None
 

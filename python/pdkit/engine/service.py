@@ -268,6 +268,7 @@ class Service:
         finally:
             fetching.cancel()
             waiting.cancel()
+            await asyncio.gather(fetching, waiting, return_exceptions=True)
 
     def _continue(self, request, handover):
         """On the torch thread: take the first token and the state, and step on from there."""

@@ -36,19 +36,10 @@ ATTEMPTS = 3
 class RecoveryMixin:
     """Put it before FleetMixin.
 
-    bootstrap_timeout, waiting_timeout  SGLANG_DISAGGREGATION_*_TIMEOUT of the servers; seconds, as all that follows
-    slack           what a client waits longer than the router does
-    impatience      how long a client waits whose router is frozen
-    settling        within which servers must have let go of everything, and routers know who lives
-    returning       within which a restarted server must serve
+    impatience  seconds that a client waits whose router is frozen
     """
 
-    bootstrap_timeout = 6
-    waiting_timeout = 8
-    slack = 5
     impatience = 3
-    settling = 15
-    returning = 120
     recovery_rows = None
 
     # How requests are kept in a phase until the event strikes; None where the engine offers no way.
@@ -68,11 +59,6 @@ class RecoveryMixin:
     def configure(cls):
         super().configure()
         cls.recovery_rows = []
-        cls.server_env = {
-            **cls.server_env,
-            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.bootstrap_timeout),
-            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.waiting_timeout),
-        }
 
     @classmethod
     def setUpClass(cls):

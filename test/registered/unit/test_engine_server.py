@@ -696,6 +696,11 @@ class TestFailures(EngineTestCase):
         self.assertRefused(decode.post("/generate", body), 500, "room 22")
         self.assertIdle(BOOTSTRAP_TIMEOUT / 2)
 
+    def test_all_of_a_batch_fail_at_once(self):
+        body = self.ask([23, 24], [free_port] * 2, text=["12 plus 5", "1"], bootstrap_host=["127.0.0.1"] * 2)
+        self.assertRefused(decode.post("/generate", body), 500, "room 2[34]")
+        self.assertNotIn("never retrieved", decode.log.read_text())
+
     def test_a_room_that_no_decode_asks_for(self):
         start = time.monotonic()
         pattern = f"no decode server asked for bootstrap room 2 within {BOOTSTRAP_TIMEOUT} s"
