@@ -29,12 +29,12 @@ class FleetMixin:
     """
 
     fleet = None
-    router_timeout = 10
+    router_timeout = 15
     bootstrap_timeout = 6
-    waiting_timeout = 8
+    waiting_timeout = 10
     slack = 5
-    settling = 15
-    returning = 120
+    settling = 30
+    returning = 300
     router_port = router_metrics_port = None
     router_args = """
         --policy random --disable-retries

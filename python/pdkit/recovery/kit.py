@@ -29,7 +29,8 @@ BEFORE, DURING, STREAMING, IDLE, GONE, FROZEN = (
     "before the hand-over", "during it", "streaming", "idle", "sent while it is gone", "sent while it is frozen",
 )  # fmt: skip
 IN_FLIGHT = (BEFORE, DURING, STREAMING)
-POLL_S = 0.02
+POLL_S, RETURN_POLL_S = 0.02, 0.3
+BLINK_S = 0.5
 ATTEMPTS = 3
 
 
@@ -49,10 +50,10 @@ class RecoveryMixin:
     def asks(cls):
         """What is in flight in each phase."""
         return {
-            BEFORE: Ask(token_ids(held.HELD_BEFORE), 16),
-            DURING: Ask(token_ids(held.HELD_DURING), 16),
-            STREAMING: Ask("The recovery of a deployment: " + "one two three " * 8, 120, stream=True),
-            IDLE: Ask(token_ids(70), 16),
+            BEFORE: Ask(token_ids(held.HELD_BEFORE), 4),
+            DURING: Ask(token_ids(held.HELD_DURING), 4),
+            STREAMING: Ask("one two three", 80, stream=True),
+            IDLE: Ask(token_ids(70), 8),
         }
 
     @classmethod
@@ -262,6 +263,8 @@ class RecoveryMixin:
                     self.assertIsNot(outcome.fate, Fate.WRONG, about)
                     if phase in served:
                         self.assertIs(outcome.fate, Fate.SERVED, about)
+                    elif outcome.fate is Fate.SERVED and seconds < BLINK_S:
+                        continue  # its last word was under way when the event struck
                     elif not (may_hang and outcome.fate is Fate.HUNG):
                         self.assertIs(outcome.fate, Fate.FAILED, about)
                         self.assertTrue(outcome.is_clear, about)
@@ -283,7 +286,7 @@ class RecoveryMixin:
             self.assertIsNot(outcome.fate, Fate.WRONG, f"on the way back: {outcome}")
             if outcome.fate is Fate.SERVED:
                 return client.ended_at - begun
-            time.sleep(5 * POLL_S)
+            time.sleep(RETURN_POLL_S)
         self.fail(f"{url} does not serve {self.returning} s after the return: {outcome}")
 
     # Survivors
