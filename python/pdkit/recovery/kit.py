@@ -263,7 +263,7 @@ class RecoveryMixin:
                     self.assertIsNot(outcome.fate, Fate.WRONG, about)
                     if phase in served:
                         self.assertIs(outcome.fate, Fate.SERVED, about)
-                    elif outcome.fate is Fate.SERVED and seconds < BLINK_S:
+                    elif outcome.fate is Fate.SERVED and struck is not None and seconds < BLINK_S:
                         continue  # its last word was under way when the event struck
                     elif not (may_hang and outcome.fate is Fate.HUNG):
                         self.assertIs(outcome.fate, Fate.FAILED, about)
