@@ -11,7 +11,9 @@ from pdkit.recovery.kit import HeldHandoversMixin, RecoveryMixin
 from pdkit.recovery.messages import BootstrapMessagesMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=150, suite="stage-a-test-cpu")
+register_cpu_ci(
+    est_time=150, suite="stage-a-test-cpu", disabled="new: not yet held 20 times in a row on an idle machine (issue 6)"
+)
 
 
 class TestDisaggregationDSV4Recovery(

@@ -13,7 +13,9 @@ from pdkit.recovery import held
 from pdkit.scale_out_kit import ScaleOutMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=80, suite="stage-a-test-cpu")
+register_cpu_ci(
+    est_time=80, suite="stage-a-test-cpu", disabled="new: not yet held 20 times in a row on an idle machine (issue 6)"
+)
 
 
 class TestDisaggregationDSV4ScaleOut(ScaleOutMixin, FleetMixin, embedded.TestDisaggregationDSV4Embedded):
