@@ -36,7 +36,7 @@ class TestTestSh(unittest.TestCase):
         (self.root / "test" / "run_suite.py").write_text(RUNNER)
 
     def start(self, *args, **environment):
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [self.root / "scripts" / "test.sh", *args],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
@@ -44,11 +44,10 @@ class TestTestSh(unittest.TestCase):
             text=True,
             start_new_session=True,
         )
-        self.addCleanup(process.kill)
-        return process
 
     def code_and_output(self, *args, **environment):
         process = self.start(*args, **environment)
+        self.addCleanup(process.kill)
         output, _ = process.communicate(timeout=30)
         return process.returncode, output
 
@@ -71,6 +70,7 @@ class TestTestSh(unittest.TestCase):
 
     def test_a_signal_is_told_to_both(self):
         process = self.start(SECONDS_0="60", SECONDS_1="60")
+        self.addCleanup(process.kill)
         self.assertIn("began 0", process.stdout.readline())
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=30)
