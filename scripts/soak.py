@@ -121,7 +121,7 @@ def summary(runs: list[Run], out: Path) -> str:
     slowest = max(seconds)
     lines = [
         f"  {run.number:>3}  {'FAILED' if run.failed else 'passed'}  {run.seconds:6.1f} s  "
-        f"{'-' if run.score is None else format(run.score, '.3f'):>5}  {'#' * round(WIDTH * run.seconds / slowest)}"
+        f"{'-' if run.score is None else format(run.score, '.3f'):>5}  {'#' * round(WIDTH * run.seconds / (slowest or 1))}"
         for run in runs
     ]
     lines += [f"failed: run {run.number}, exit code {run.exit_code}: {out}/run-{run.number:03d}" for run in failures]

@@ -119,4 +119,5 @@ def import_problem(module: str) -> str | None:
         return f"no answer within {IMPORT_TIMEOUT_S:.0f} s"
     if not run.returncode:
         return None
-    return " ".join(run.stderr.split())[-200:] or f"exit code {run.returncode}"
+    told = "" if run.returncode < 0 else " ".join(run.stderr.split())[-200:]
+    return told or f"exit code {run.returncode}"
