@@ -123,8 +123,8 @@ def _without_the_last_text(path, event):
 
 
 def _ending_twice(path, event):
-    reasons = [choice.get("finish_reason") for choice in event.get("choices", ())]
-    return [event, event] if any(reasons) else [event]
+    ending = [choice | {"text": ""} for choice in event.get("choices", ()) if choice.get("finish_reason")]
+    return [event, event | {"choices": ending}] if ending else [event]
 
 
 def _with_ids_of_its_own(path, event):

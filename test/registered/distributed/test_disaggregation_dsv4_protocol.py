@@ -20,7 +20,7 @@ from sglang.test.kits.basic_api_contract_kit import BasicAPIContractMixin
 from sglang.test.kits.pd_parity_kit import PDLogprobParityMixin
 
 register_cpu_ci(
-    est_time=120, suite="stage-a-test-cpu", disabled="new: not yet held 20 times in a row on an idle machine (issue 6)"
+    est_time=180, suite="stage-a-test-cpu", disabled="new: not yet held 20 times in a row on an idle machine (issue 6)"
 )
 
 
