@@ -77,7 +77,7 @@ class Soak:
         self.processes.discard(process)
         if self.stop.is_set():
             return None
-        run = Run(number, code, round(time.monotonic() - began, 1), self._score(directory))
+        run = Run(number, code, round(time.monotonic() - began, 3), self._score(directory))
         draft = directory / "soak.json.part"
         draft.write_text(json.dumps(asdict(run)) + "\n")
         draft.rename(directory / "soak.json")
