@@ -32,6 +32,7 @@ IN_FLIGHT = (BEFORE, DURING, STREAMING)
 POLL_S, RETURN_POLL_S = 0.02, 0.3
 BLINK_S = 0.5
 ATTEMPTS = 3
+HELD_TRANSFER = ["--disaggregation-transfer-backend", "pdkit.recovery.held:HeldTransfer"]
 
 
 class RecoveryMixin:
@@ -355,8 +356,8 @@ class RecoveryMixin:
         self.recovery_rows.extend(replace(row, to_recovery=to_recovery[row.router]) for row in rows)
 
 
-class HeldHandoversMixin:
-    """For the embedded engine: hand-overs wait until the event strikes. Put it between RecoveryMixin and the rung."""
+class HandoverValveMixin:
+    """For the embedded engine: `valve` rules the servers whose transfer backend is `HELD_TRANSFER`."""
 
     @classmethod
     def configure(cls):
@@ -367,6 +368,10 @@ class HeldHandoversMixin:
         cls.valve.turn(None)
         cls.server_env = {**cls.server_env, held.VARIABLE: str(cls.valve.path)}
 
+
+class HeldHandoversMixin(HandoverValveMixin):
+    """Hand-overs wait until the event strikes. Put it between RecoveryMixin and the rung."""
+
     @classmethod
     def prefill_args(cls):
-        return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.recovery.held:HeldTransfer"]
+        return super().prefill_args() + HELD_TRANSFER

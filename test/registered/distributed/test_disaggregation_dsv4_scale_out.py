@@ -3,13 +3,12 @@
 The model is a random DeepSeek-V4: an answer from another request's state is a wrong answer.
 """
 
-import os
-import tempfile
 import unittest
 
 import test_disaggregation_dsv4_embedded as embedded
 from pdkit.fleet_kit import FleetMixin
 from pdkit.recovery import held
+from pdkit.recovery.kit import HELD_TRANSFER, HandoverValveMixin
 from pdkit.scale_out_kit import ScaleOutMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
@@ -18,20 +17,13 @@ register_cpu_ci(
 )
 
 
-class TestDisaggregationDSV4ScaleOut(ScaleOutMixin, FleetMixin, embedded.TestDisaggregationDSV4Embedded):
+class TestDisaggregationDSV4ScaleOut(
+    HandoverValveMixin, ScaleOutMixin, FleetMixin, embedded.TestDisaggregationDSV4Embedded
+):
     model_name = str(embedded.ASSETS / "random-dsv4")
     random_weights = ["--load-format", "dummy", "--random-seed", "1"]
 
     test_gsm8k = None  # random weights solve nothing
-
-    @classmethod
-    def configure(cls):
-        super().configure()
-        directory = tempfile.TemporaryDirectory(prefix="hand-overs-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.valve = held.Valve(os.path.join(directory.name, "valve"))
-        cls.valve.turn(None)
-        cls.server_env = {**cls.server_env, held.VARIABLE: str(cls.valve.path)}
 
     @classmethod
     def prefill_args(cls):
@@ -43,7 +35,7 @@ class TestDisaggregationDSV4ScaleOut(ScaleOutMixin, FleetMixin, embedded.TestDis
 
     @classmethod
     def decode_2_args(cls):
-        return super().decode_2_args() + ["--disaggregation-transfer-backend", "pdkit.recovery.held:HeldTransfer"]
+        return super().decode_2_args() + HELD_TRANSFER
 
     def spoil(self):
         self.valve.turn(held.Valve.REFUSE)
