@@ -150,7 +150,7 @@ def create_app(service):
 
     @app.post("/abort_request")
     async def abort_request(body: AbortBody):
-        await service.abort([each for each in service.running.values() if body.abort_all or each.rid == body.rid])
+        service.abort([each for each in service.running.values() if body.abort_all or each.rid == body.rid])
         return Response()
 
     @app.api_route("/generate", methods=["POST", "PUT"])

@@ -75,10 +75,10 @@ class Service:
             await self.on_torch_thread(self.scheduler.prefix_cache.clear)
         return True
 
-    async def abort(self, requests):
-        """End running requests and free their rooms."""
+    def abort(self, requests):
+        """End running requests and free their rooms: all at the next step of the model, for which nobody waits."""
+        self.scheduler.call(lambda: [request.abort(ABORTED) for request in requests])
         for request in requests:
-            await self.on_torch_thread(lambda request=request: request.abort(ABORTED))
             self.sender.close(request.room, ABORTED)
 
     def server_info(self):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from pdkit.ci_register import register_cpu_ci
 from pdkit.engine.request import BadRequest, Request, SamplingParams
+from pdkit.engine.service import Service as EngineService
 from pdkit.engine.streams import interleave
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
@@ -61,6 +62,20 @@ class TestLock(unittest.TestCase):
         one.abort("gone")
         self.assertEqual(seen, [True, True])
         self.assertFalse(one.lock.locked())
+
+
+class TestAbort(unittest.TestCase):
+    def test_many_end_at_one_step_and_nobody_waits_for_it(self):
+        """As in SGLang, whose /abort_request answers at once: its kit gives it 10 s for 32 requests."""
+        tokenizer, steps, closed = SimpleNamespace(decode=lambda ids, **_: ""), [], []
+        requests = [Request([1], SamplingParams(), tokenizer, frozenset(), room=room) for room in (7, 8)]
+        service = EngineService.__new__(EngineService)
+        service.scheduler = SimpleNamespace(call=steps.append)
+        service.sender = SimpleNamespace(close=lambda room, why: closed.append(room))
+        service.abort(requests)
+        self.assertEqual((len(steps), closed), (1, [7, 8]))
+        steps[0]()
+        self.assertEqual([each.finish_reason["type"] for each in requests], ["abort"] * 2)
 
 
 if __name__ == "__main__":
