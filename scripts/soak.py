@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Runs the main job again and again, and says how often it failed and how long it took. A flaky test shows here.
+"""Runs the main job, or test files, again and again, and says how often that failed and how long it took.
 
-Each run is a process `scripts/run.sh --rung embedded` of its own, in a directory of its own below --out. Runs that are
-finished there count: the same command again goes on where it was stopped.
+Each run is a process of its own, with a directory of its own below --out. Runs that are finished there count: the same
+command again goes on where it was stopped.
 """
 
 import argparse
@@ -44,8 +44,8 @@ class Run:
 class Soak:
     """The runs below one directory; `stop` makes the rest not begin."""
 
-    def __init__(self, out: Path, rung: str):
-        self.out, self.rung = out, rung
+    def __init__(self, out: Path, rung: str, file: Path | None = None):
+        self.out, self.rung, self.file = out, rung, file
         self.stop = threading.Event()
         self.processes: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
@@ -62,14 +62,13 @@ class Soak:
             return done
         directory = self._directory(number)
         directory.mkdir(parents=True, exist_ok=True)
-        command = [*COMMAND, "--rung", self.rung, "--report-dir", str(directory), "--history", str(self._history)]
         began = time.monotonic()
         with (directory / "output.log").open("wb") as output:
             with self._lock:
                 if self.stop.is_set():
                     return None
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                    self._command(directory), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                     env={**os.environ, "PYTHONPATH": str(REPO / "python")},
                 )  # fmt: skip
                 self.processes.add(process)
@@ -82,6 +81,11 @@ class Soak:
         draft.write_text(json.dumps(asdict(run)) + "\n")
         draft.rename(directory / "soak.json")
         return run
+
+    def _command(self, directory: Path) -> list[str]:
+        if self.file:
+            return [sys.executable, str(self.file), "-f"]
+        return [*COMMAND, "--rung", self.rung, "--report-dir", str(directory), "--history", str(self._history)]
 
     def interrupt(self):
         """Tells what runs to end its servers, and waits for it."""
@@ -142,10 +146,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="how many at a time (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and results are kept")
     parser.add_argument("--rung", default="embedded", choices=[rung.name for rung in LADDER], help="%(default)s")
+    parser.add_argument("--file", type=Path, metavar="TEST_FILE", help="run this test file instead of the main job")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     args = parser.parse_args(argv)
     if not args.runs or not args.jobs:
         raise UsageError("--runs and --jobs: at least 1")
+    if args.file and not args.file.is_file():
+        raise UsageError(f"--file {args.file}: no such file")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -156,7 +163,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> ExitCode:
     args = parse(argv)
-    soak, runs = Soak(args.out, args.rung), []
+    soak, runs = Soak(args.out, args.rung, args.file), []
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for run in pool.map(soak.run, range(1, args.runs + 1)):

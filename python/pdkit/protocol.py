@@ -98,7 +98,9 @@ class Client:
     def _create(self, endpoint, stream, **options):
         options = {"model": self.model, "temperature": 0} | options
         if not stream:
-            return endpoint.create(**options)
+            whole = endpoint.create(**options)
+            assert whole.choices, f"an answer without choices: {whole.model_dump_json()}"
+            return whole
         with endpoint.create(stream=True, stream_options={"include_usage": True}, **options) as chunks:
             return Streamed.of(chunks)
 

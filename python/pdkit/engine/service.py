@@ -76,10 +76,14 @@ class Service:
         return True
 
     def abort(self, requests):
-        """End running requests and free their rooms: all at the next step of the model, for which nobody waits."""
-        self.scheduler.call(lambda: [request.abort(ABORTED) for request in requests])
-        for request in requests:
-            self.sender.close(request.room, ABORTED)
+        """End running requests, then free their rooms: all at the next step of the model, for which nobody waits."""
+        loop = asyncio.get_running_loop()
+
+        def free_rooms(_):
+            for request in requests:
+                loop.call_soon_threadsafe(self.sender.close, request.room, ABORTED)
+
+        self.scheduler.call(lambda: [request.abort(ABORTED) for request in requests], free_rooms)
 
     def server_info(self):
         counters = self.sender.counters if self.mode == "prefill" else self.receiver.counters
@@ -197,7 +201,8 @@ class Service:
             await self.sender.deliver(handover)
             request.finish_reason = finish("length", length=0)
         except TransferError as error:
-            request.finish_reason = finish("abort", message=str(error), status_code=500)
+            message = ABORTED if request.is_aborted else str(error)
+            request.finish_reason = finish("abort", message=message, status_code=500)
         finally:
             self.sender.close(ask.bootstrap_room, ABORTED, opened)
 

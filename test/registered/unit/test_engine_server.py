@@ -720,9 +720,10 @@ class TestFailures(EngineTestCase):
             self.assertRefused(sending.result(), 500, "decode refused bootstrap room 4")
 
     def test_prefill_is_aborted_before_decode_comes(self):
+        before = prefill.info()["engine"]["prefill_tokens"]
         with ThreadPoolExecutor(2) as pool:
             sending = pool.submit(prefill.post, "/generate", self.ask(5, rid="early"))
-            self.eventually(lambda: prefill.busy == (1, 1))
+            self.eventually(lambda: prefill.info()["engine"]["prefill_tokens"] > before)
             prefill.post("/abort_request", {"rid": "early"})
             self.assertRefused(sending.result(10), 500, "aborted")
 

@@ -1,5 +1,6 @@
 """Streams of a server whose torch thread goes on while an event is being written."""
 
+import asyncio
 import threading
 import unittest
 from types import SimpleNamespace
@@ -64,18 +65,20 @@ class TestLock(unittest.TestCase):
         self.assertFalse(one.lock.locked())
 
 
-class TestAbort(unittest.TestCase):
-    def test_many_end_at_one_step_and_nobody_waits_for_it(self):
+class TestAbort(unittest.IsolatedAsyncioTestCase):
+    async def test_many_end_at_one_step_and_nobody_waits_for_it(self):
         """As in SGLang, whose /abort_request answers at once: its kit gives it 10 s for 32 requests."""
         tokenizer, steps, closed = SimpleNamespace(decode=lambda ids, **_: ""), [], []
         requests = [Request([1], SamplingParams(), tokenizer, frozenset(), room=room) for room in (7, 8)]
         service = EngineService.__new__(EngineService)
-        service.scheduler = SimpleNamespace(call=steps.append)
+        service.scheduler = SimpleNamespace(call=lambda action, done: steps.append(lambda: done(action())))
         service.sender = SimpleNamespace(close=lambda room, why: closed.append(room))
         service.abort(requests)
-        self.assertEqual((len(steps), closed), (1, [7, 8]))
+        self.assertEqual((len(steps), closed), (1, []))
         steps[0]()
         self.assertEqual([each.finish_reason["type"] for each in requests], ["abort"] * 2)
+        await asyncio.sleep(0)
+        self.assertEqual(closed, [7, 8])
 
 
 if __name__ == "__main__":

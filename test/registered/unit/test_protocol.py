@@ -32,7 +32,8 @@ class Handler(JsonHandler):
             return self.answer(200, {"output_ids": [0, 1, 2], "meta_info": {"output_top_logprobs": tops}})
         logprobs = {"tokens": TOKENS, "token_logprobs": [-0.1] * 3, "top_logprobs": [], "text_offset": []}
         choice = {"index": 0, "text": "".join(TOKENS), "finish_reason": "length", "logprobs": logprobs}
-        self.answer(200, {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]})
+        choices = {"choices": [choice]} if body["prompt"] else {"error": {"message": "empty"}}
+        self.answer(200, {"id": "1", "object": "text_completion", "created": 1, "model": "m"} | choices)
 
     def _stream(self):
         events = [{"choices": [{"index": 0, "text": token, "finish_reason": None}]} for token in ["", *TOKENS]]
@@ -58,6 +59,10 @@ class TestClient(unittest.TestCase):
         self.assertEqual((streamed.text, streamed.texts), ("".join(TOKENS), TOKENS))
         self.assertEqual((streamed.finish_reasons, streamed.matched_stop, streamed.ids), (["stop"], 7, {"1"}))
         self.assertEqual(streamed.usage.completion_tokens, 3)
+
+    def test_an_error_with_status_200_is_told(self):
+        with self.assertRaisesRegex(AssertionError, 'without choices: .*"message":"empty"'):
+            self.client.complete("", 3)
 
     def test_a_reference_is_certain_up_to_the_first_near_tie(self):
         for margins, margin, certain in (

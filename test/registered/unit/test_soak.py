@@ -70,6 +70,15 @@ class TestSoak(unittest.TestCase):
         self.assertEqual(self.soak("--runs", "4", "--keep-going"), ExitCode.FAILED)
         self.assertIn("4 runs, 1 failures\n", self.printed)
 
+    def test_runs_of_a_test_file(self):
+        for code, content in ((ExitCode.PASSED, "import sys; assert sys.argv[1:] == ['-f']"), (ExitCode.FAILED, "1 / 0")):
+            file = self.out / f"test_{code}.py"
+            file.write_text(content)
+            self.assertEqual(self.soak("--runs", "2", "--file", str(file), "--out", str(self.out / str(code))), code)
+        self.assertIn("ZeroDivisionError", (self.out / "1" / "run-001" / "output.log").read_text())
+        with self.assertRaisesRegex(SOAK.UsageError, "no such file"):
+            self.soak("--file", "nowhere.py")
+
     def test_quantiles(self):
         values = [float(n) for n in range(1, 51)]
         self.assertEqual((SOAK.quantile(values, 0.5), SOAK.quantile(values, 0.9)), (25, 45))
