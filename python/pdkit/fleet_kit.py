@@ -9,7 +9,7 @@ import os
 import signal
 from collections import Counter
 
-ROUTER = ["python3", "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+from pdkit.router_kit import metrics_at, router_command
 
 
 class FleetMixin:
@@ -82,7 +82,7 @@ class FleetMixin:
     @classmethod
     def start_decode(cls):
         super().start_decode()
-        metrics = ["--prometheus-host", cls.base_host, "--prometheus-port", cls.router_metrics_port]
+        metrics = metrics_at(cls.base_host, cls.router_metrics_port)
         cls.process_lb = cls.start("load balancer", cls._router_command(cls.lb_port, "--mini-lb"))
         cls.fleet["router"] = cls.start("router", cls._router_command(cls.router_port, *metrics, *cls.router_args))
 
@@ -94,12 +94,8 @@ class FleetMixin:
 
     @classmethod
     def _router_command(cls, port, *options):
-        command = [*ROUTER, "--host", cls.base_host, "--port", port]
-        for url, bootstrap_port in cls.prefills():
-            command += ["--prefill", url, bootstrap_port]
-        for url in cls.decodes():
-            command += ["--decode", url]
-        return [*command, "--request-timeout-secs", str(cls.router_timeout), *options]
+        timeout = ["--request-timeout-secs", str(cls.router_timeout)]
+        return router_command(cls.prefills(), cls.decodes(), cls.base_host, port, *timeout, *options)
 
     @classmethod
     def start(cls, name, command):

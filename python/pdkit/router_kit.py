@@ -10,8 +10,8 @@ from pdkit import ports
 STOP_TIMEOUT = 60
 
 
-def router_command(prefill, decode, host, port, metrics_port, *more):
-    """Command line of the Rust router in PD mode.
+def router_command(prefill, decode, host, port, *more):
+    """Command line of a router in PD mode: the Rust one, or with "--mini-lb" the fixture's.
 
     prefill: (URL, bootstrap port) of each prefill server; decode: URL of each decode server; more: further flags.
     """
@@ -20,9 +20,12 @@ def router_command(prefill, decode, host, port, metrics_port, *more):
         command += ["--prefill", url, str(bootstrap_port)]
     for url in decode:
         command += ["--decode", url]
-    command += ["--host", host, "--port", str(port)]
-    # Without these its metrics are served to the whole network, on one port for all routers of a machine.
-    return command + ["--prometheus-host", host, "--prometheus-port", str(metrics_port), "--log-level", "warn", *more]
+    return [*command, "--host", host, "--port", str(port), *more]
+
+
+def metrics_at(host, port):
+    """Flags without which the Rust router serves its metrics to the whole network, on one port for all of a machine."""
+    return ["--prometheus-host", host, "--prometheus-port", str(port)]
 
 
 class RustRouterBesideMixin:
@@ -46,7 +49,8 @@ class RustRouterBesideMixin:
         """Starts a router at `url` that knows our prefill server and `decode_url`; does not wait for it."""
         host, port = url.removeprefix("http://").split(":")
         prefill = [(cls.prefill_url, cls.bootstrap_port)]
-        command = router_command(prefill, [decode_url], host, port, next(cls._free_ports), *cls.router_args)
+        options = [*metrics_at(host, next(cls._free_ports)), "--log-level", "warn", *cls.router_args]
+        command = router_command(prefill, [decode_url], host, port, *options)
         watched = cls.supervisor.processes
         process = cls._routers[name] = cls.launch(name, command)
         cls.supervisor.processes = lambda: {**watched(), name: process}

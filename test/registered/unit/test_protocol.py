@@ -92,11 +92,10 @@ class TestPrompts(unittest.TestCase):
 
 class TestRouter(unittest.TestCase):
     def test_command(self):
-        command = router_command([("http://p:1", 2)], ["http://d:3", "http://e:4"], "127.0.0.1", 5, 6, "--policy", "random")
+        command = router_command([("http://p:1", 2)], ["http://d:3", "http://e:4"], "127.0.0.1", 5, "--policy", "random")
         line = " ".join(command)
         self.assertIn("--pd-disaggregation --prefill http://p:1 2 --decode http://d:3 --decode http://e:4", line)
-        self.assertIn("--host 127.0.0.1 --port 5 --prometheus-host 127.0.0.1 --prometheus-port 6", line)
-        self.assertTrue(line.endswith("--policy random"))
+        self.assertTrue(line.endswith("--host 127.0.0.1 --port 5 --policy random"))
         self.assertNotIn("--mini-lb", line)
 
     def test_readiness(self):
