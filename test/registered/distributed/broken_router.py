@@ -19,7 +19,7 @@ class Breakage:
     answer          of (path, status, JSON body): the status and the body that the client gets
     event           of (path, JSON event of a stream): the events that the client gets
     at_most         more requests at a time are answered with 503
-    swaps           two answers of one path and status that are waited for at a time go to each other's clients
+    swaps           answers to different requests, of one path and status, that are ready at a time, change places
     reads_on        goes on reading a stream whose client has left
     loses_one_in    every so many requests one gets 502
     forgets_after   the first request after so many idle seconds gets 502
@@ -182,7 +182,7 @@ class BrokenRouter(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.breakage = target, breakage
         self.lock, self.seen, self.in_flight, self.last = threading.Lock(), 0, 0, time.monotonic()
-        self.waiting, self.closed = {}, False
+        self.waiting, self.closed = [], False
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
@@ -217,20 +217,21 @@ class BrokenRouter(ThreadingHTTPServer):
             self.in_flight -= 1
             self.last = time.monotonic()
 
-    def swap(self, kind, answer):
-        """The answer of another request of that kind that is ready at about the same time, where there is one."""
+    def swap(self, kind, request, answer):
+        """The answer to another request of that kind that is ready at about the same time, where there is one."""
+        mine = {"kind": kind, "request": request, "answer": answer, "met": threading.Event()}
         with self.lock:
-            other = self.waiting.pop(kind, None)
-            if other is None:
-                mine = self.waiting[kind] = {"answer": answer, "met": threading.Event()}
-        if other is not None:
+            others = (each for each in self.waiting if each["kind"] == kind and each["request"] != request)
+            other = next(others, None)
+            self.waiting.remove(other) if other else self.waiting.append(mine)
+        if other:
             answer, other["answer"] = other["answer"], answer
             other["met"].set()
             return answer
         if not mine["met"].wait(5):
             with self.lock:
-                if self.waiting.get(kind) is mine:
-                    del self.waiting[kind]
+                if mine in self.waiting:
+                    self.waiting.remove(mine)
         return mine["answer"]
 
 
@@ -267,7 +268,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = json.dumps(body).encode()
         except ValueError:
             pass
-        self._send(status, self.server.swap((self.path, status), content) if breakage.swaps else content)
+        if breakage.swaps:
+            content = self.server.swap((self.path, status), data, content)
+        self._send(status, content)
 
     def _stream(self, response):
         self.send_response(response.status_code)
