@@ -150,7 +150,8 @@ class Chaos:
     def command(self, kinds: Sequence[str]) -> list[str]:
         if kinds and self.rung:
             report = tempfile.mkdtemp(dir=self.directory)
-            return [sys.executable, "-m", "pdkit.main_job", "--rung", self.rung, "--report-dir", report]
+            words = ["--rung", self.rung, "--report-dir", report, "--no-history"]
+            return [sys.executable, "-m", "pdkit.main_job", *words]
         root = self.tree(kinds)
         return [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "stage-a-test-cpu", "--test-root", str(root)]
 
@@ -237,14 +238,17 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     become_subreaper()
     # Below a token of this process: a run beside it leaves alone what this one leaves behind.
     environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}
-    rng, rounds = random.Random(args.seed), {}
+    rng, rounds, usual = random.Random(args.seed), {}, {}
     directory = Path(tempfile.mkdtemp(prefix="chaos_runner_"))
     chaos = Chaos(directory, args.rung, environment)
     try:
         for attack in map(ATTACKS.get, args.attacks):
-            seconds = chaos.undisturbed(attack.kinds)
-            print(f"{attack.name}: an undisturbed run takes {seconds:.1f} s", flush=True)
-            rounds[attack] = []
+            kinds = KINDS if args.rung else attack.kinds
+            if kinds not in usual:
+                usual[kinds] = chaos.undisturbed(kinds)
+                print(f"an undisturbed run takes {usual[kinds]:.1f} s", flush=True)
+            print(attack.name, flush=True)
+            seconds, rounds[attack] = usual[kinds], []
             while (number := len(rounds[attack]) + 1) <= args.rounds:
                 found = chaos.round(attack, rng.uniform(0, seconds))
                 if not found.in_time:

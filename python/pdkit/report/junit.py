@@ -1,9 +1,12 @@
 """The report as JUnit XML, which CI servers show: one test case for each test file."""
 
+import re
+
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from pdkit.report.model import FileRun, Report
 
+_NO_CHAR = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _SKIPPED = ("disabled", "not run", "all skipped", "nothing ran")
 
 
@@ -25,11 +28,11 @@ def _case(run: FileRun) -> TestCase:
     if run.is_bad:
         where = f" in phase {run.failed_phase}" if run.failed_phase else ""
         kind = Failure if run.state == "failed" else Error
-        outcome = kind(f"{run.state}{where}: {run.death or run.reason}", run.state)
+        outcome = kind(_printable(f"{run.state}{where}: {run.death or run.reason}"), run.state)
         outcome.text = _printable(run.failure)
         case.result = [outcome]
     elif run.state in _SKIPPED:
-        case.result = [Skipped(f"{run.state}: {run.reason}" if run.reason else run.state)]
+        case.result = [Skipped(_printable(f"{run.state}: {run.reason}") if run.reason else run.state)]
     if run.score:
         low, high = run.score.interval
         case.system_out = (
@@ -40,5 +43,5 @@ def _case(run: FileRun) -> TestCase:
 
 
 def _printable(text: str) -> str:
-    """Without the control characters that XML 1.0 cannot hold."""
-    return "".join(c if c in "\t\n\r" or c >= " " else "?" for c in text)
+    """With a ? for each character that XML 1.0 cannot hold (its production 2, Char)."""
+    return _NO_CHAR.sub("?", text)

@@ -205,6 +205,6 @@ def _failure(lines: list[str]) -> str:
         return ""
     rest = lines[start + 1 :]
     end = next((i for i, line in enumerate(rest) if line == _RULE or re.match(r"Ran \d+ tests? in ", line)), len(rest))
-    rest = [line for line in rest[:end] if line.strip()]
+    rest = [line for line in rest[:end] if line.strip("- ")]
     kept = rest if len(rest) <= FAILURE_LINES else [*rest[:20], "...", *rest[-(FAILURE_LINES - 21) :]]
     return "\n".join(kept)

@@ -41,6 +41,12 @@ class TestChaosRunner(unittest.TestCase):
         self.assertEqual((len(found.left), len(found.left_ports)), (1, 1), found)
         self.assertGreaterEqual(found.met[0], 2)
 
+    def test_killed_main_jobs_are_no_history(self):
+        script = runpy.run_path(str(SCRIPT))
+        with tempfile.TemporaryDirectory() as directory:
+            command = script["Chaos"](Path(directory), "embedded", dict(os.environ)).command(script["KINDS"])
+        self.assertIn("--no-history", command)
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -46,13 +46,14 @@ class TestX(unittest.TestCase):
     def test_x(self):
         print("[phase] launch prefill begins", flush=True)
         logs = Path(os.environ["SGLANG_PD_LOG_DIR"])
+        (logs / "TestA.prefill.log").write_text("of another class, comes first by name\\n")
         (logs / "TestX.prefill.log").write_text("prefill loads\\n")
         batch = "Decode batch, accept len: 1.90, gen throughput (token/s): 812.5, "
         (logs / "TestX.decode.log").write_text(f"{batch}\\n<b>CUDA out of memory</b> \\x1b[31m\\n")
-        print("[supervisor] decode exited with code 7", flush=True)
+        print("[supervisor] decode exited with code 7 \\x1b[0m", flush=True)
         print("[phase] launch prefill failed: 0.1 s", flush=True)
         print("[phase] teardown begins", flush=True)
-        self.fail("decode exited with code 7 \\x1b[0m")
+        self.fail("decode exited with code 7 \\x1b[0m \\ufffe \\u2713")
 
 
 if __name__ == "__main__":
@@ -183,11 +184,13 @@ class TestDeath(unittest.TestCase):
         (cls.run_,) = read_directory(cls.directory).files
 
     def test_the_first_that_died_is_shown_first(self):
-        self.assertEqual((self.run_.death, self.run_.failed_phase), ("decode exited with code 7", "launch decode"))
-        self.assertEqual([(log.name, log.died) for log in self.run_.logs][:2], [("decode", True), ("prefill", False)])
+        death = "decode exited with code 7 \x1b[0m"
+        self.assertEqual((self.run_.death, self.run_.failed_phase), (death, "launch decode"))
+        order = [("decode", True), ("prefill", False), ("prefill", False), ("test", False)]
+        self.assertEqual([(log.name, log.died) for log in self.run_.logs], order)
         lines = self.suite.stdout.splitlines()
         at = lines.index("tests/test_x.py failed in phase launch decode")
-        self.assertEqual(lines[at + 1], "  died first: decode exited with code 7")
+        self.assertEqual(lines[at + 1], f"  died first: {death}")
         self.assertIn("<b>CUDA out of memory</b>", lines[at + 4])
 
     def test_a_phase_that_did_not_end(self):
@@ -203,7 +206,8 @@ class TestDeath(unittest.TestCase):
         self.assertIn("&lt;b&gt;CUDA out of memory&lt;/b&gt;", text)
         self.assertNotIn("<b>CUDA", text)
         (case,) = JUnitXml.fromstring((self.directory / "junit.xml").read_bytes()).__iter__().__next__()
-        self.assertIn("decode exited with code 7 ?[0m", case.result[0].text)
+        self.assertEqual(case.result[0].message, "failed in phase launch decode: decode exited with code 7 ?[0m")
+        self.assertIn("decode exited with code 7 ?[0m ? \u2713", case.result[0].text)
         self.assertEqual((self.root / "step.md").read_text(), (self.directory / "summary.md").read_text())
         self.assertIn(f"report: {self.directory / 'report.html'}\n", self.suite.stdout)
         self.assertEqual(self.suite.returncode, 1)
