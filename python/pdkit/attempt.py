@@ -4,6 +4,7 @@ import os
 import shlex
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pdkit
@@ -13,7 +14,7 @@ from pdkit.guardian import Ending, Guarded
 from pdkit.hang import diagnose, py_spy
 from pdkit.interruption import Interruption
 from pdkit.options import HISTORY_VARIABLE, Options
-from pdkit.outcome import FileState, read_output
+from pdkit.outcome import FileState, Output, read_output
 from pdkit.report.live import Live
 from pdkit.report.secrets import Redactor, secret_values
 from pdkit.results import Attempt
@@ -54,17 +55,24 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
     return environment
 
 
-def _pump(source, log: Path, console: Console | Live):
+def _chunks(source) -> Iterator[bytes]:
+    """The output as it comes, without secrets."""
     redactor = Redactor(secret_values(os.environ))
-    with log.open("wb") as file:
-        while True:
-            chunk = os.read(source.fileno(), 65536)
-            clean = redactor.feed(chunk)
-            file.write(clean)
+    while chunk := os.read(source.fileno(), 65536):
+        yield redactor.feed(chunk)
+    yield redactor.feed(b"")
+
+
+def _pump(source, log: Path, console: Console | Live):
+    """Passes all output on, if to the console alone: nobody may wait for a log that cannot be written."""
+    chunks = _chunks(source)
+    with console.keeping(log), log.open("wb") as file:
+        for chunk in chunks:
+            console.write(chunk)
+            file.write(chunk)
             file.flush()
-            console.write(clean)
-            if not chunk:
-                return
+    for chunk in chunks:
+        console.write(chunk)
 
 
 def _wait(guarded: Guarded, timeout: float, interruption: Interruption) -> FileState | None:
@@ -108,7 +116,8 @@ def run_attempt(
     phase = None
     if forced is FileState.TIMED_OUT and guarded.is_running:
         phase, lines = diagnose(guarded.descendants(), log, py_spy())
-        log.with_suffix(".hang.txt").write_text("\n".join(lines) + "\n")
+        with console.keeping(log):
+            log.with_suffix(".hang.txt").write_text("\n".join(lines) + "\n")
         for line in lines:
             console.line(line)
     ending = _ending(guarded, token, time.monotonic() - tic)
@@ -116,7 +125,8 @@ def run_attempt(
     pump.join(DRAIN_S)
     if not pump.is_alive():
         guarded.output.close()
-    with log.open(errors="replace") as lines:
+    output = Output()
+    with console.keeping(log), log.open(errors="replace") as lines:
         output = read_output(lines, test_max_retry)
     return Attempt(
         log=log.name,

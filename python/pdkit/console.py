@@ -2,6 +2,9 @@
 
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 CLEAR = b"\r\x1b[K"
@@ -44,6 +47,14 @@ class Console:
             self._stream.flush()
         except OSError:
             self._is_open = False
+
+    @contextmanager
+    def keeping(self, path: Path, hint: str = "") -> Iterator[None]:
+        """What is written within, and cannot be, is said in a line and stops nothing."""
+        try:
+            yield
+        except OSError as error:
+            self.line(f"cannot be kept: {error.filename or path}: {error.strerror}{hint}")
 
     def line(self, text: str = ""):
         margin = "" if self._at_margin else "\n"

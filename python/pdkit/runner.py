@@ -39,8 +39,6 @@ class SuiteRun:
 
     def run(self) -> ExitCode:
         self._print_header()
-        if self.options.report_dir:
-            evidence.begin(self.logs, self.selection.enabled)
         total = len(self.selection.enabled)
         for number, registration in enumerate(self.selection.enabled, start=1):
             if self.interruption or (self._has_failed and not self.options.continue_on_error):
@@ -125,7 +123,8 @@ class SuiteRun:
                 command, environment, log, timeout, console, self.interruption, self.options.test_max_retry
             )
         if directory:
-            evidence.end(log)
+            with self.console.keeping(directory):
+                evidence.end(log)
         return attempt
 
     def _print_header(self):
@@ -191,8 +190,9 @@ class SuiteRun:
         }
         path = self.logs / "results.json"
         draft = path.with_suffix(".json.part")
-        draft.write_text(json.dumps(document, indent=2) + "\n")
-        draft.replace(path)
+        with self.console.keeping(path):
+            draft.write_text(json.dumps(document, indent=2) + "\n")
+            draft.replace(path)
 
     def _append_metrics(self, result: FileResult):
         """One record per file where SGLang's CI asks for them with SGLANG_TEST_METRICS_FILE."""
@@ -207,11 +207,8 @@ class SuiteRun:
         }
         if not result.state.is_pass:
             record["error"] = f"{result.state.value}: {result.reason}"
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            self.console.line(f"SGLANG_TEST_METRICS_FILE {path}: {error.strerror}")
+        with self.console.keeping(path), open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _append_history(self):
         path = self.options.history
@@ -220,17 +217,15 @@ class SuiteRun:
         from pdkit.history import record, store
 
         seconds = time.monotonic() - self.tic
-        try:
+        with self.console.keeping(path, " (--history FILE, or --no-history)"):
             done = record.of_run(self.options, self.results, self.logs, self.exit_code, self.began, seconds)
             store.append(path, done)
-        except OSError as error:
-            self.console.line(f"history: no record in {path}: {error.strerror} (--history FILE, or --no-history)")
 
 
 def run_suite(selection: Selection, options: Options) -> ExitCode:
     """Runs the enabled files of `selection` and prints what became of them.
 
-    Raises UsageError, before anything ran, where a file is not Python or the report directory cannot be made.
+    Raises UsageError, before anything ran, where a file is not Python or the report directory cannot be written.
     """
     if errors := syntax_errors(selection.enabled):
         raise UsageError("\n".join(errors))
@@ -238,6 +233,8 @@ def run_suite(selection: Selection, options: Options) -> ExitCode:
         logs = options.report_dir.absolute() if options.report_dir else Path(scratch)
         try:
             logs.mkdir(parents=True, exist_ok=True)
+            if options.report_dir:
+                evidence.begin(logs, selection.enabled)
         except OSError as error:
-            raise UsageError(f"--report-dir {logs}: {error.strerror}") from None
+            raise UsageError(f"--report-dir {error.filename}: {error.strerror}") from None
         return SuiteRun(selection, options, logs, Path(scratch), interruption).run()

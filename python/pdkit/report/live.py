@@ -21,7 +21,7 @@ _PROGRESS = re.compile(r"\[progress\] (?P<text>.+)")
 
 
 class Live:
-    """Follows the output of one test file; `write` and `line` pass on to the console.
+    """Follows the output of one test file; `write`, `line` and `keeping` pass on to the console.
 
     On a terminal the last line is refreshed each second; elsewhere a line is printed for each LINE_EVERY_S that a
     phase takes, unless the test printed one itself. With a `directory`, each phase becomes a record there, `at` in
@@ -59,6 +59,9 @@ class Live:
     def line(self, text: str = ""):
         self._console.line(text)
 
+    def keeping(self, path: Path):
+        return self._console.keeping(path)
+
     def _read(self, line: str):
         with self._lock:
             if match := _PROGRESS.fullmatch(line):
@@ -75,7 +78,8 @@ class Live:
             self._phases.pop(name, None)
             state = {"state": "failed" if match["failed"] else "passed", "seconds": float(match["seconds"])}
         if self._directory:
-            append(self._directory, "phase", name=name, at=round(now - self._start, 2), **state)
+            with self.keeping(self._directory):
+                append(self._directory, "phase", name=name, at=round(now - self._start, 2), **state)
 
     def status(self) -> str:
         """`gsm8k 31 s, 120/200, score so far 0.983`, or nothing between phases."""

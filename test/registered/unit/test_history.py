@@ -326,7 +326,7 @@ class TestRuns(HistoryCase):
     def test_a_history_that_cannot_be_written_is_told_and_changes_nothing_else(self):
         done = self.run_suite([source_of()], "--history", "/proc/version")
         self.assertEqual(done.returncode, 0)
-        self.assertRegex(done.stdout, r"history: no record in /proc/version: .*\(--history FILE, or --no-history\)")
+        self.assertRegex(done.stdout, r"cannot be kept: /proc/version: .*\(--history FILE, or --no-history\)")
 
 
 class TestScript(HistoryCase):

@@ -156,9 +156,9 @@ class TestRun(CommandCase):
         self.assertIn("killed by SIGKILL", done.stdout)
 
     def test_timeout(self):
-        done = self.run_files(HANG, words=["--timeout-per-file", "1"])
+        done = self.run_files(HANG, words=["--timeout-per-file", "3"])
         self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
-        why = "after 1 s in phase first request; its processes were ended"
+        why = "after 3 s in phase first request; its processes were ended"
         self.assertRegex(done.stdout, rf"timed out: registered/test_0\.py; .*{why}")
         self.assertIn("\nhangs in phase first request\n", done.stdout)
         self.assertRegex(done.stdout, r"\n +T\.test_it \(test_0\.py:\d+\)\n")
@@ -271,6 +271,39 @@ class TestReport(CommandCase):
         environment = {"PEEK": str(self.root / "report/results.json")}
         done = self.run_files(PASS, peek, words=["--report-dir", "report"], environment=environment)
         self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
+
+    def test_what_cannot_be_kept_is_said_and_changes_no_verdict(self):
+        removes = source_of(
+            """
+            def test_it(self):
+                import os, shutil
+                print("[phase] gate begins", flush=True)
+                shutil.rmtree(os.environ["SGLANG_PD_LOG_DIR"])
+                print("[phase] gate: 1.0 s", flush=True)
+            """
+        )
+        for spoil, source in (("results.json", PASS), (".", removes)):
+            with self.subTest(spoil):
+                report = self.root / spoil.strip(".")
+                (report / spoil).mkdir(parents=True, exist_ok=True)
+                done = self.run_files(source, words=["--report-dir", str(report)])
+                self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+                self.assertRegex(done.stdout, rf"(?m)^cannot be kept: {report}/.*: (Is a|No such file or) directory$")
+
+    def test_a_full_disk_hangs_nothing_and_is_no_pass(self):
+        """A limit on the size of files stands in for it: writing fails in the same way."""
+        talks = source_of("""
+            def test_it(self):
+                print("x" * 4095, flush=True)
+                for _ in range(100):
+                    print("y" * 4095, flush=True)
+        """)
+        command = self.command({"test_0.py": talks}, *SUITE, "--report-dir", str(self.root / "report"))
+        limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *command]
+        done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+        self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+        self.assertRegex(done.stdout, r"(?m)^cannot be kept: /.*/001-test_0.1.log: File too large$")
+        self.assertEqual(done.stdout.count("y" * 4095), 100)
 
 
 class TestInterrupt(CommandCase):
@@ -415,6 +448,11 @@ class TestBadInput(CommandCase):
     def test_report_directory_cannot_be_made(self):
         done = self.run_files(PASS, words=["--report-dir", "/dev/null/report"])
         self.assert_usage_error(done, "--report-dir /dev/null/report: Not a directory")
+
+    def test_report_directory_cannot_be_written(self):
+        (self.root / "report" / "environment.json").mkdir(parents=True)
+        done = self.run_files(PASS, words=["--report-dir", str(self.root / "report")])
+        self.assert_usage_error(done, f"--report-dir {self.root}/report/environment.json: Is a directory")
 
     def test_without_sglang(self):
         command = [sys.executable, "-I", "-S", *self.command({"test_a.py": PASS}, "--list")[1:]]
