@@ -30,18 +30,9 @@ PAGE = 256  # of the prefix cache, SGLang's for DeepSeek-V4
 INDEXED = 2048  # tokens from which on there are more compressed entries than the indexer selects: 512 of 4 tokens each
 
 
-class TestDisaggregationDSV4OneGpu(
-    RequestAccountingMixin,
-    TransferIntegrityMixin,
-    AcceptanceLengthMixin,
-    ReferenceMixin,
-    PairNumbersMixin,
-    BalancerFaultsMixin,
-    ParityMixin,
-    MonolithicBesideMixin,
-    ClaimedPortsMixin,
-    dsv4.TestDisaggregationDSV4,
-):
+class OneGpuPlan(ClaimedPortsMixin):
+    """What is launched; put it before `dsv4.TestDisaggregationDSV4`."""
+
     rung = "1xHopper"
     backend = "mooncake_tcp"
 
@@ -73,14 +64,10 @@ class TestDisaggregationDSV4OneGpu(
 
     server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0"}
 
-    parity_options = PlanOptions(longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600))
-    acceptance_length_prompts = 32
-
     @classmethod
     def setUpClass(cls):
         dsv4.require_gpus(cls)
         cache.provide(cls.model_name)
-        cls.trained = cache.is_trained(cls.model_name)
         super().setUpClass()
 
     @classmethod
@@ -88,6 +75,30 @@ class TestDisaggregationDSV4OneGpu(
         super().configure()
         cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
         cls.rdma_devices = []
+
+    @classmethod
+    def require_training(cls):
+        """Raises SkipTest where the model is random."""
+        if not cache.is_trained(cls.model_name):
+            raise unittest.SkipTest(
+                f"accuracy gate off: {cls.model_name} is random; scripts/train_kernel_nano.py trains a model"
+            )
+
+
+class TestDisaggregationDSV4OneGpu(
+    RequestAccountingMixin,
+    TransferIntegrityMixin,
+    AcceptanceLengthMixin,
+    ReferenceMixin,
+    PairNumbersMixin,
+    BalancerFaultsMixin,
+    ParityMixin,
+    MonolithicBesideMixin,
+    OneGpuPlan,
+    dsv4.TestDisaggregationDSV4,
+):
+    parity_options = PlanOptions(longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600))
+    acceptance_length_prompts = 32
 
     @classmethod
     def take_references(cls):
@@ -108,10 +119,6 @@ class TestDisaggregationDSV4OneGpu(
     def test_report_throughput(self):
         self.require_training()
         super().test_report_throughput()
-
-    def require_training(self):
-        if not self.trained:
-            self.skipTest(f"accuracy gate off: {self.model} is random; scripts/train_kernel_nano.py trains a model")
 
 
 if __name__ == "__main__":

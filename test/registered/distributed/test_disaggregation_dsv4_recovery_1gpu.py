@@ -1,0 +1,52 @@
+"""SGLang's own servers on one GPU: parts die and freeze, clients hear of it, service resumes."""
+
+import json
+import unittest
+
+import test_disaggregation_dsv4 as dsv4
+import test_disaggregation_dsv4_1gpu as one_gpu
+from pdkit.fleet_kit import FleetMixin
+from pdkit.recovery.clients import Ask
+from pdkit.recovery.kit import BEFORE, DURING, IDLE, STREAMING, RecoveryMixin
+from pdkit.recovery.messages import BootstrapMessagesMixin
+from sglang.test.ci.ci_register import register_cuda_ci
+
+register_cuda_ci(est_time=600, suite="stage-b-test-1-gpu-large")
+
+LONG = 110  # solved problems of about 70 tokens: sixteen chunks of prefill
+
+
+class TestDisaggregationDSV4RecoveryOneGpu(
+    RecoveryMixin, BootstrapMessagesMixin, FleetMixin, one_gpu.OneGpuPlan, dsv4.TestDisaggregationDSV4
+):
+    bitwise = False
+    router_timeout = 20
+    bootstrap_timeout = waiting_timeout = 10
+    server_args = [*one_gpu.OneGpuPlan.server_args, "--disable-radix-cache"]  # long prompts are to stay long
+
+    test_gsm8k = None
+    test_a_bootstrap_message_is_duplicate = None  # what SGLang does with it is not defined
+
+    @classmethod
+    def setUpClass(cls):
+        dsv4.require_gpus(cls)
+        cls.require_training()
+        super().setUpClass()
+
+    @classmethod
+    def asks(cls):
+        """Nothing holds a hand-over here: long prompts queue for prefill, whose chunks leave one by one."""
+        with open(cls.gsm8k_data_path, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        shots = [f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows]
+        question = f"Question: {rows[-1]['question']}\nAnswer:"
+        return {
+            BEFORE: Ask("".join(shots[:LONG]) + question, 8),
+            DURING: Ask("".join(shots[LONG : 2 * LONG]) + question, 8),
+            STREAMING: Ask("".join(shots[:5]) + question, 1000, stream=True),
+            IDLE: Ask("".join(shots[:5]) + question, 8),
+        }
+
+
+if __name__ == "__main__":
+    unittest.main()
