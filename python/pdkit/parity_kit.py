@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -130,7 +130,9 @@ class References:
     """Monolithic answers, taken once.
 
     bitwise   an answer depends on its request alone: one is taken for each distinct request, and rounds share them.
-              Otherwise each round is sent as it stands, twice: reference and control arm.
+              Otherwise the reference is the answer to each request alone, and the control arm the round as it stands:
+              a server that is asked the same twice repeats itself, but not what a pair, which batches in its own way,
+              makes of requests that are served together. Both arms that are compared are under load, or neither is.
     rounding  what counts as equal for requests that are served together, if bitwise
     """
 
@@ -146,7 +148,7 @@ class References:
             return self._take_bitwise(url, round_), None
         if round_ not in self._arms:
             self._require(url, round_)
-            self._arms[round_] = tuple(self._arm(url, round_) for _ in range(2))
+            self._arms[round_] = self._take_alone(url, round_), self._arm(url, round_)
         return self._arms[round_]
 
     def answer(self, url: str | None, probe: Probe) -> Answer:
@@ -161,6 +163,13 @@ class References:
         if distribution.equal < len(round_.probes):
             self.rounding = FLOAT_ROUNDING
         return distribution
+
+    def _take_alone(self, url, round_):
+        unknown = {probe.key: probe for probe in round_.probes if probe.key not in self._answers}
+        if unknown:
+            alone = replace(round_, probes=tuple(unknown.values()), in_flight=1, batch=False)
+            self._answers.update(zip(unknown, self._arm(url, alone)))
+        return [self._answers[probe.key] for probe in round_.probes]
 
     def _arm(self, url, round_):
         if round_.flush:

@@ -446,12 +446,15 @@ class TestReferences(unittest.TestCase):
         self.assertEqual((len(engine.asked), control), (6, None))
         self.assertEqual(reference, again)
 
-    def test_otherwise_each_round_is_sent_twice(self):
+    def test_otherwise_each_request_is_asked_alone_and_each_round_as_it_stands(self):
         engine = StubEngine(self)
         references = References(bitwise=False, timeout=5)
-        reference, control = references.take(engine.url, rounds())
-        self.assertEqual((len(engine.asked), len(control)), (12, 6))
-        self.assertIs(references.take(None, rounds())[0], reference)
+        reference, control = references.take(engine.url, rounds(batch=True))
+        self.assertEqual([isinstance(body["input_ids"][0], list) for body in engine.asked], [False] * 6 + [True])
+        self.assertEqual(len(control), 6)
+        self.assertIs(references.take(None, rounds(batch=True))[0], reference)
+        references.take(engine.url, rounds())
+        self.assertEqual(len(engine.asked), 7 + 6, "what is known from being alone is not asked again")
 
     def test_without_a_server_and_without_answers_nothing_passes(self):
         for bitwise in (True, False):
