@@ -21,12 +21,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import psutil
 from pdkit import ports, process_tree
+from pdkit.command import run_command
 from pdkit.exit_codes import ExitCode
 from pdkit.guardian import Children, become_subreaper
+from pdkit.options import Parser, UsageError, natural
 from pdkit.run_token import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
 from pdkit.rung import LADDER
 
@@ -209,6 +212,8 @@ class Chaos:
 def table(rounds: dict[Attack, list[Round]]) -> str:
     rows = [("signal", "rounds", "at (s)", "processes met", "ports met", "left", "ports left")]
     for attack, found in rounds.items():
+        if not found:
+            continue
         delays = [each.delay for each in found]
         rows.append((
             attack.name,
@@ -223,48 +228,43 @@ def table(rounds: dict[Attack, list[Round]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def main(argv: Sequence[str] | None = None) -> ExitCode:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=20, help="of each attack (default: %(default)s)")
+def main(argv: Sequence[str]) -> ExitCode:
+    parser = Parser(prog="chaos_runner.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=natural, default=20, help="of each attack (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME",
                         help=f"default: {' '.join(ATTACKS)}")  # fmt: skip
     parser.add_argument("--rung", choices=[rung.name for rung in LADDER], help="the main job instead of fake servers")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error("--rounds: at least 1")
+    if not args.rounds:
+        raise UsageError("--rounds: at least 1")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.INTERRUPTED))
     become_subreaper()
     # Below a token of this process: a run beside it leaves alone what this one leaves behind.
     environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}
-    rng, rounds, usual = random.Random(args.seed), {}, {}
+    rng, usual = random.Random(args.seed), {}
+    rounds: dict[Attack, list[Round]] = {ATTACKS[name]: [] for name in args.attacks}
     directory = Path(tempfile.mkdtemp(prefix="chaos_runner_"))
     chaos = Chaos(directory, args.rung, environment)
     try:
-        for attack in map(ATTACKS.get, args.attacks):
+        for number, attack in product(range(1, args.rounds + 1), rounds):
             kinds = KINDS if args.rung else attack.kinds
             if kinds not in usual:
                 usual[kinds] = chaos.undisturbed(kinds)
                 print(f"an undisturbed run takes {usual[kinds]:.1f} s", flush=True)
-            print(attack.name, flush=True)
-            seconds, rounds[attack] = usual[kinds], []
-            while (number := len(rounds[attack]) + 1) <= args.rounds:
-                found = chaos.round(attack, rng.uniform(0, seconds))
-                if not found.in_time:
-                    seconds = min(seconds, found.delay)
-                    continue
-                rounds[attack].append(found)
-                left = "; ".join([*found.left, *(f"port {port}" for port in found.left_ports)]) or "nothing"
-                met = f"{found.met[0]} processes, {found.met[1]} ports"
-                print(f"  {number}/{args.rounds} after {found.delay:.1f} s, {met}: left {left}", flush=True)
+            while not (found := chaos.round(attack, rng.uniform(0, usual[kinds]))).in_time:
+                usual[kinds] = min(usual[kinds], found.delay)
+            rounds[attack].append(found)
+            left = "; ".join([*found.left, *(f"port {port}" for port in found.left_ports)]) or "nothing"
+            met = f"{found.met[0]} processes, {found.met[1]} ports"
+            print(f"{number}/{args.rounds} {attack.name} after {found.delay:.1f} s, {met}: left {left}", flush=True)
     finally:
         process_tree.end(chaos.alive, chaos.children.are_gone, grace_s=1.0)
-    print(table(rounds))
-    print(f"output of the runners: {directory / 'log'}")
+        print(table(rounds), f"output of the runners: {directory / 'log'}", sep="\n", flush=True)
     was_clean = not any(each.left or each.left_ports for found in rounds.values() for each in found)
     return ExitCode.PASSED if was_clean else ExitCode.FAILED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("chaos_runner.py", main, sys.argv[1:]))

@@ -9,7 +9,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
+from pdkit.command import run_command  # noqa: E402
 from pdkit.environment_check import machine, needs  # noqa: E402
 from pdkit.environment_check.check import check, of_machine  # noqa: E402
 from pdkit.environment_check.finding import Level  # noqa: E402
@@ -53,15 +53,4 @@ def main(argv: list[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except (UsageError, machine.BadDescription) as error:
-        print(*(f"check_environment.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        code = ExitCode.BAD_USAGE
-    except OSError as error:
-        print(f"check_environment.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        code = ExitCode.BAD_USAGE
-    except CIRegisterNotFound as error:
-        print(f"check_environment.py: error: {error}", file=sys.stderr)
-        code = ExitCode.NOT_READY
-    sys.exit(code)
+    sys.exit(run_command("check_environment.py", main, sys.argv[1:]))

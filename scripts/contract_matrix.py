@@ -5,15 +5,16 @@
 Each release is asked by its own parser, environment registry and fixture, from its wheel, without being installed.
 """
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
 from pdkit import launch_contract
+from pdkit.command import run_command
 from pdkit.contract import index, release
-from pdkit.exit_codes import ExitCode
+from pdkit.exit_codes import ExitCode, NotReady
+from pdkit.options import Parser
 from pdkit.rung import LADDER
 from rich import box
 from rich.console import Console
@@ -23,12 +24,13 @@ TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
 CACHE = Path(os.getenv("PDKIT_CACHE_DIR") or Path(os.getenv("XDG_CACHE_HOME") or "~/.cache", "sglang-pd-suite"))
 
 
-class NothingToAsk(Exception):
+class NothingToAsk(NotReady):
     """No wheel; the message is one line that says what to do."""
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="contract_matrix",
         description=__doc__.splitlines()[0],
         epilog="Exit codes: 0 every release takes the plan; 2 one refuses it, or bad usage; 3 no wheel could be had.",
         allow_abbrev=False,
@@ -101,12 +103,7 @@ def main(argv):
     args = parse(argv)
     console, progress = Console(soft_wrap=False), Console(stderr=True)
     contracts, broken = [], {}
-    try:
-        found = wheels(args, progress.print)
-    except (NothingToAsk, index.IndexUnavailable, release.ReleaseNotFound) as error:
-        progress.print(f"contract_matrix: error: {error}", soft_wrap=True, markup=False)
-        return ExitCode.NOT_READY
-    for version, wheel in found.items():
+    for version, wheel in wheels(args, progress.print).items():
         with progress.status(f"asking sglang {version}"), release.unpacked(wheel) as unpacked:
             try:
                 contracts.append(launch_contract.ask(unpacked, args.test_file, args.flags, dict(args.env)))
@@ -124,4 +121,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("contract_matrix", main, sys.argv[1:]))

@@ -3,16 +3,16 @@
 scripts/env.sh python3 scripts/gpu_plan.py [TEST_FILE]
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from pdkit import gpu_plan, launch_contract
-from pdkit.contract.release import ReleaseNotFound
-from pdkit.exit_codes import ExitCode
+from pdkit.command import run_command
+from pdkit.exit_codes import ExitCode, UsageError
 from pdkit.gpu_plan_drawing import draw, memory_problems
 from pdkit.memory_estimate import UnknownModel, of_config
+from pdkit.options import Parser
 from pdkit.rung import LADDER
 from pdkit.sockets import gpu_sockets, nic_sockets
 from rich.console import Console
@@ -20,12 +20,13 @@ from rich.console import Console
 TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
 
 
-class BadConfig(Exception):
+class BadConfig(UsageError):
     """No estimate from what the user named; the message is one line."""
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="gpu_plan",
         description=__doc__.splitlines()[0],
         epilog="Exit codes: 0 it fits; 2 SGLang refuses a flag, or bad usage; 3 it does not fit, or SGLang is missing.",
         allow_abbrev=False,
@@ -53,15 +54,10 @@ def model_of(plan, config):
 
 def main(argv):
     args = parse(argv)
-    try:
-        with launch_contract.release_of(args.sglang_wheel) as release:
-            contract = launch_contract.ask(release, args.test_file, args.flags, dict(args.env))
-        plans = gpu_plan.of_contract(contract, args.suite)
-        models = [model_of(plan, args.config) for plan in plans]
-    except (launch_contract.ContractUnreadable, ReleaseNotFound, BadConfig) as error:
-        print(f"gpu_plan: error: {error}", file=sys.stderr)
-        not_installed = isinstance(error, ReleaseNotFound) and not args.sglang_wheel
-        return ExitCode.NOT_READY if not_installed else ExitCode.BAD_USAGE
+    with launch_contract.release_of(args.sglang_wheel) as release:
+        contract = launch_contract.ask(release, args.test_file, args.flags, dict(args.env))
+    plans = gpu_plan.of_contract(contract, args.suite)
+    models = [model_of(plan, args.config) for plan in plans]
     problems, nics, gpus = [], nic_sockets(), gpu_sockets()
     for plan, model in zip(plans, models, strict=True):
         problems += plan.problems() + (memory_problems(plan, model) if model else [])
@@ -80,4 +76,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("gpu_plan", main, sys.argv[1:]))

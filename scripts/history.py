@@ -12,7 +12,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
+from pdkit.command import run_command  # noqa: E402
 from pdkit.exit_codes import ExitCode  # noqa: E402
 from pdkit.history import store  # noqa: E402
 from pdkit.options import HISTORY_VARIABLE, Parser, UsageError, default_history, natural, seconds  # noqa: E402
@@ -107,13 +107,4 @@ def main(argv: list[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except (UsageError, OSError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(*(f"history.py: error: {line}" for line in str(reason).splitlines()), sep="\n", file=sys.stderr)
-        code = ExitCode.BAD_USAGE
-    except CIRegisterNotFound as error:
-        print(f"history.py: error: {error}", file=sys.stderr)
-        code = ExitCode.NOT_READY
-    sys.exit(code)
+    sys.exit(run_command("history.py", main, sys.argv[1:]))

@@ -11,10 +11,10 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
+from pdkit.command import run_command  # noqa: E402
 from pdkit.exit_codes import ExitCode  # noqa: E402
 from pdkit.lint.check import RULES, lint  # noqa: E402
-from pdkit.options import Parser, UsageError  # noqa: E402
+from pdkit.options import Parser  # noqa: E402
 
 REGISTERED = REPO / "test" / "registered"
 
@@ -37,13 +37,4 @@ def main(argv: list[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except (OSError, UsageError) as error:
-        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"lint_registered.py: error: {reason}", file=sys.stderr)
-        code = ExitCode.BAD_USAGE
-    except CIRegisterNotFound as error:
-        print(f"lint_registered.py: error: {error}", file=sys.stderr)
-        code = ExitCode.NOT_READY
-    sys.exit(code)
+    sys.exit(run_command("lint_registered.py", main, sys.argv[1:]))

@@ -13,13 +13,12 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
-from pdkit.contract.release import ReleaseNotFound  # noqa: E402
+from pdkit.command import run_command  # noqa: E402
 from pdkit.exit_codes import ExitCode  # noqa: E402
 from pdkit.gpu_plan import of_contract  # noqa: E402
-from pdkit.launch_contract import ContractUnreadable, report  # noqa: E402
+from pdkit.launch_contract import report  # noqa: E402
 from pdkit.options import Parser, UsageError  # noqa: E402
-from pdkit.scaffold import Refused, check, new_test, render  # noqa: E402
+from pdkit.scaffold import check, new_test, render  # noqa: E402
 
 FLAGS = ("--flags", "--prefill-flags", "--decode-flags")
 DIRECTORY = REPO / "test" / "registered" / "distributed"
@@ -68,12 +67,4 @@ def main(argv: list[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-    except (UsageError, Refused, ContractUnreadable) as error:
-        print(*(f"new_pd_test.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        code = ExitCode.BAD_USAGE
-    except (CIRegisterNotFound, ReleaseNotFound) as error:
-        print(f"new_pd_test.py: error: {error}", file=sys.stderr)
-        code = ExitCode.NOT_READY
-    sys.exit(code)
+    sys.exit(run_command("new_pd_test.py", main, sys.argv[1:]))

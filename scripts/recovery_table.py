@@ -3,16 +3,17 @@
 scripts/env.sh python3 scripts/recovery_table.py FILE [--into README.md]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from pdkit.exit_codes import ExitCode
+from pdkit.command import run_command
+from pdkit.exit_codes import ExitCode, UsageError
+from pdkit.options import Parser
 from pdkit.recovery import table
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="recovery_table", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("file", type=Path, metavar="FILE", help=f"{table.FILE_NAME} of a run; it says where")
     parser.add_argument("--into", type=Path, metavar="DOCUMENT", help="replace what stands there between the markers")
     return parser.parse_args(argv)
@@ -25,12 +26,11 @@ def main(argv):
         shown = table.markdown(rows)
         if args.into:
             args.into.write_text(table.insert(args.into.read_text(), shown))
-    except (OSError, ValueError) as error:
-        print(f"recovery_table: {error}", file=sys.stderr)
-        return ExitCode.BAD_USAGE
+    except ValueError as error:
+        raise UsageError(error) from None
     print(shown, *(f"{name}: {value}" for name, value in about.items()), sep="\n")
     return ExitCode.PASSED
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("recovery_table", main, sys.argv[1:]))

@@ -19,6 +19,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
+from pdkit.command import run_command  # noqa: E402
 from pdkit.exit_codes import ExitCode  # noqa: E402
 from pdkit.options import Parser, UsageError, natural  # noqa: E402
 from pdkit.rung import LADDER  # noqa: E402
@@ -189,9 +190,4 @@ if __name__ == "__main__":
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = main(sys.argv[1:])
-    except UsageError as error:
-        print(f"soak.py: error: {error}", file=sys.stderr)
-        code = ExitCode.BAD_USAGE
-    sys.exit(code)
+    sys.exit(run_command("soak.py", main, sys.argv[1:]))

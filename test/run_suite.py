@@ -1,14 +1,13 @@
 """Runs the registered tests of one suite, e.g. `run_suite.py --hw cpu --suite stage-a-test-cpu` (see --help)."""
 
-import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "python"))
 
-from pdkit.ci_register import CIRegisterNotFound  # noqa: E402
-from pdkit.exit_codes import ExitCode, NotReady  # noqa: E402
+from pdkit.command import run_command  # noqa: E402
+from pdkit.exit_codes import ExitCode  # noqa: E402
 from pdkit.options import UsageError, parse_options  # noqa: E402
 from pdkit.registry import collect, select  # noqa: E402
 
@@ -39,18 +38,4 @@ def main(argv: list[str]) -> ExitCode:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except UsageError as error:
-        print(*(f"run_suite.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        code = ExitCode.BAD_USAGE
-    except (CIRegisterNotFound, NotReady) as error:
-        print(*(f"run_suite.py: error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-        code = ExitCode.NOT_READY
-    except KeyboardInterrupt:
-        code = ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.PASSED
-    sys.exit(code)
+    sys.exit(run_command("run_suite.py", main, sys.argv[1:]))

@@ -14,11 +14,13 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from pdkit.exit_codes import NotReady
+
 MODULE_NAME = "pdkit._sglang_ci_register"
 RELATIVE_PATH = Path("test", "ci", "ci_register.py")
 
 
-class CIRegisterNotFound(ImportError):
+class CIRegisterNotFound(NotReady, ImportError):
     """The interpreter has no SGLang, or one without `sglang.test.ci`."""
 
 

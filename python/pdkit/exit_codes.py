@@ -3,6 +3,10 @@
 from enum import IntEnum
 
 
+class UsageError(Exception):
+    """The command line cannot be obeyed; the message has one line for each reason."""
+
+
 class NotReady(Exception):
     """The environment cannot run what was asked for; the message has one line for each reason."""
 

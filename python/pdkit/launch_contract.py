@@ -23,15 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pdkit
+from pdkit.command import run_command
 from pdkit.contract.flags import Finding
-from pdkit.contract.release import Release, ReleaseNotFound, installed, unpacked
-from pdkit.exit_codes import ExitCode
+from pdkit.contract.release import Release, installed, unpacked
+from pdkit.exit_codes import ExitCode, UsageError
+from pdkit.options import Parser
 
 TIMEOUT_S = 120.0
 INHERITED = ("SGLANG_PD_", "SGLANG_TEST_", "SGLANG_CI_", "SGLANG_IS_IN_CI")  # what a test may look at
 
 
-class ContractUnreadable(Exception):
+class ContractUnreadable(UsageError):
     """Release or test file cannot be asked; the message is one line."""
 
 
@@ -177,7 +179,7 @@ def _test_contract(plan: Mapping) -> TestContract:
 
 
 def release_of(wheel: Path | None):
-    """A context manager that gives the installed release, or the one in `wheel`. Raises ReleaseNotFound."""
+    """A context manager that gives the installed release, or the one in `wheel`. Raises ReleaseNotFound, or BadWheel."""
     return unpacked(wheel) if wheel else nullcontext(installed())
 
 
@@ -247,8 +249,8 @@ def report(contract: Contract) -> Iterable[str]:
     yield from (f"warning: {line}" for line in contract.warnings)
 
 
-def main(argv: list[str]) -> ExitCode:
-    parser = argparse.ArgumentParser(
+def _main(argv: Sequence[str]) -> ExitCode:
+    parser = Parser(
         prog="launch_contract",
         description="Ask a release of SGLang whether it takes what a PD test launches it with; starts nothing.",
         epilog="Exit codes: 0 it takes it all; 2 it refuses something, or bad usage; 3 no SGLang is installed.",
@@ -260,17 +262,16 @@ def main(argv: list[str]) -> ExitCode:
         "--real-imports", action="store_true", help="import SGLang's dependencies too: slower, same answer"
     )
     args = parser.parse_args(argv)
-    try:
-        with release_of(args.sglang_wheel) as release:
-            contract = ask(release, args.test_file, args.flags, dict(args.env), args.real_imports)
-    except (ContractUnreadable, ReleaseNotFound) as error:
-        print(f"launch_contract: error: {error}", file=sys.stderr)
-        not_installed = isinstance(error, ReleaseNotFound) and not args.sglang_wheel
-        return ExitCode.NOT_READY if not_installed else ExitCode.BAD_USAGE
+    with release_of(args.sglang_wheel) as release:
+        contract = ask(release, args.test_file, args.flags, dict(args.env), args.real_imports)
     print(json.dumps(as_data(contract), indent=2) if args.json else "\n".join(report(contract)))
     for line in contract.errors:
         print(f"launch_contract: error: {line} (sglang {contract.release.version})", file=sys.stderr)
     return ExitCode.BAD_USAGE if contract.errors else ExitCode.PASSED
+
+
+def main(argv: Sequence[str]) -> ExitCode:
+    return run_command("launch_contract", _main, argv)
 
 
 if __name__ == "__main__":

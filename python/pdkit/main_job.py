@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdkit.ci_register import CIRegisterNotFound
+from pdkit.command import run_command
 from pdkit.exit_codes import ExitCode, NotReady
 from pdkit.options import Options, Parser, UsageError, add_history_options, history_file
 from pdkit.registry import Registration, Selection, collect
-from pdkit.rung import DISTRIBUTED, LADDER, Gpu, Rung, RungUnavailable, UnknownRung, choose, found, visible_gpus, why
+from pdkit.rung import DISTRIBUTED, LADDER, Gpu, Rung, choose, found, visible_gpus, why
 
 TEST_DIR = Path(__file__).resolve().parents[2] / "test"
 
@@ -29,7 +29,7 @@ ATTACHED = {
 }
 
 
-class TestNotFound(Exception):
+class TestNotFound(NotReady):
     """The test of a rung is not in this tree; the message is one line that says where it was looked for."""
 
 
@@ -193,7 +193,7 @@ def _run(rung: Rung, registration: Registration, report_dir: Path | None, histor
     return code
 
 
-def main(argv: Sequence[str]) -> ExitCode:
+def _main(argv: Sequence[str]) -> ExitCode:
     parser = Parser(prog="scripts/run.sh", description=__doc__.strip(), allow_abbrev=False)
     parser.add_argument("--rung", metavar="NAME", help=f"run this rung or fail: {', '.join(r.name for r in LADDER)}")
     parser.add_argument("--ladder", action="store_true", help="print the rungs, and which of them run here")
@@ -212,28 +212,25 @@ def main(argv: Sequence[str]) -> ExitCode:
     )
     for name, (metavar, meaning) in ATTACHED.items():
         there.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=meaning)
-    try:
-        args = parser.parse_args(argv)
-        attaches = args.base_url or os.environ.get("SGLANG_PD_BASE_URL")
-        if attaches and (args.rung or args.ladder):
-            raise UsageError("--rung and --ladder launch servers, --base-url names some that are there: choose one")
-        if not attaches and any(getattr(args, name) for name in ATTACHED):
-            raise UsageError(f"--{', --'.join(n.replace('_', '-') for n in ATTACHED if n != 'base_url')} need --base-url")
-        if attaches:
-            return run_attached(args)
-        gpus = visible_gpus()
-        if args.ladder:
-            print(ladder(gpus))
-            return ExitCode.PASSED
-        rung = choose(gpus, args.rung)
-        print(f"main job on rung {rung.name}: {rung.engine}", *why(rung, gpus).splitlines(), sep="\n  ", flush=True)
-        return run(rung, args.report_dir, history_file(args, is_own_tree=True), args.environment_check)
-    except (UnknownRung, UsageError) as error:
-        code, message = ExitCode.BAD_USAGE, error
-    except (RungUnavailable, TestNotFound, CIRegisterNotFound, NotReady) as error:
-        code, message = ExitCode.NOT_READY, error
-    print(*(f"run.sh: error: {line}" for line in str(message).splitlines()), sep="\n", file=sys.stderr)
-    return code
+    args = parser.parse_args(argv)
+    attaches = args.base_url or os.environ.get("SGLANG_PD_BASE_URL")
+    if attaches and (args.rung or args.ladder):
+        raise UsageError("--rung and --ladder launch servers, --base-url names some that are there: choose one")
+    if not attaches and any(getattr(args, name) for name in ATTACHED):
+        raise UsageError(f"--{', --'.join(n.replace('_', '-') for n in ATTACHED if n != 'base_url')} need --base-url")
+    if attaches:
+        return run_attached(args)
+    gpus = visible_gpus()
+    if args.ladder:
+        print(ladder(gpus))
+        return ExitCode.PASSED
+    rung = choose(gpus, args.rung)
+    print(f"main job on rung {rung.name}: {rung.engine}", *why(rung, gpus).splitlines(), sep="\n  ", flush=True)
+    return run(rung, args.report_dir, history_file(args, is_own_tree=True), args.environment_check)
+
+
+def main(argv: Sequence[str]) -> ExitCode:
+    return run_command("run.sh", _main, argv)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdkit.exit_codes import MEANINGS
+from pdkit.exit_codes import MEANINGS, UsageError
 from pdkit.near_miss import nearest
 
 DEFAULT_TIMEOUT_S = 1200.0
 EST_TIME_FACTOR = 1.5
 HISTORY_VARIABLE = "PDKIT_HISTORY"
-
-
-class UsageError(Exception):
-    """The command line cannot be obeyed; the message is one line that says why."""
 
 
 @dataclass(frozen=True)

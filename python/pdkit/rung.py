@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdkit.cuda_devices import NoDriver, visible_handles
+from pdkit.exit_codes import NotReady, UsageError
 from pdkit.near_miss import unknown
 
 DISTRIBUTED = Path("registered", "distributed")
 
 
-class RungUnavailable(Exception):
+class RungUnavailable(NotReady):
     """This machine cannot run the rung asked for; the message is one line that says why."""
 
 
-class UnknownRung(Exception):
+class UnknownRung(UsageError):
     """No rung has the name asked for; the message is one line that names the nearest."""
 
 

@@ -28,7 +28,7 @@ _GPUS = re.compile(r"(\d+)(?:\+(\d+))?")
 _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
 
 
-class Refused(Exception):
+class Refused(UsageError):
     """The test would not keep the rules; the message has one line for each reason."""
 
 

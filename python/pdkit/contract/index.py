@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pdkit.exit_codes import NotReady
+
 FIRST = (0, 5, 12)  # the first release that serves DeepSeek-V4
 
 
-class IndexUnavailable(Exception):
+class IndexUnavailable(NotReady):
     """pip could not list or fetch releases; the message is one line."""
 
 

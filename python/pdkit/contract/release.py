@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pdkit.exit_codes import NotReady, UsageError
 
-class ReleaseNotFound(Exception):
+
+class ReleaseNotFound(NotReady):
     """No SGLang where one was expected; the message is one line that says what to do."""
+
+
+class BadWheel(UsageError):
+    """A file is no wheel of SGLang; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +41,22 @@ def installed() -> Release:
 
 
 def version_of_wheel(wheel: Path) -> str:
-    """Version that the metadata in a wheel of SGLang states. Raises ReleaseNotFound."""
+    """Version that the metadata in a wheel of SGLang states. Raises BadWheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
             headers = archive.read(names[0]).decode().split("\n\n")[0].splitlines() if names else []
     except (OSError, zipfile.BadZipFile) as error:
-        raise ReleaseNotFound(f"{wheel}: {getattr(error, 'strerror', None) or 'not a wheel'}") from None
+        raise BadWheel(f"{wheel}: {getattr(error, 'strerror', None) or 'not a wheel'}") from None
     fields = dict(line.split(": ", 1) for line in headers if ": " in line)
     if fields.get("Name") != "sglang":
-        raise ReleaseNotFound(f"{wheel}: a wheel of {fields.get('Name', 'nothing known')}, not of sglang")
+        raise BadWheel(f"{wheel}: a wheel of {fields.get('Name', 'nothing known')}, not of sglang")
     return fields["Version"]
 
 
 @contextmanager
 def unpacked(wheel: Path) -> Iterator[Release]:
-    """The Python sources of a wheel, in a temporary directory. Raises ReleaseNotFound."""
+    """The Python sources of a wheel, in a temporary directory. Raises BadWheel."""
     version = version_of_wheel(wheel)
     with tempfile.TemporaryDirectory(prefix=f"sglang-{version}-") as folder, zipfile.ZipFile(wheel) as archive:
         sources = [name for name in archive.namelist() if name.startswith("sglang/") and name.endswith(".py")]

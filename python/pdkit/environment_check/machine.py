@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from pdkit.exit_codes import UsageError
+
 INFINIBAND = Path("sys/class/infiniband")
 RDMA_FILES = ("ports/*/state", "ports/*/rate", "ports/*/link_layer", "ports/*/gids/*", "ports/*/gid_attrs/types/*")
 UNLIMITED = -1
 CAP_IPC_LOCK = 14
 
 
-class BadDescription(Exception):
+class BadDescription(UsageError):
     """A recorded machine cannot be read; the message is one line."""
 
 

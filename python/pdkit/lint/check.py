@@ -42,6 +42,9 @@ def lint(paths: Iterable[Path]) -> list[Finding]:
 
     Raises OSError where a path cannot be read, CIRegisterNotFound without SGLang.
     """
+    paths = list(paths)
+    for path in paths:
+        path.stat()
     files = [f for path in paths for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     files = list(dict.fromkeys(file.absolute() for file in files))
     collections = {root: collect(root) for root in dict.fromkeys(map(test_root_of, files))}

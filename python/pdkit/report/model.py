@@ -105,7 +105,10 @@ class Log:
 
 @dataclass(frozen=True)
 class FileRun:
-    """One test file, by its last attempt. `death` says which process died first, whose log is the first of `logs`."""
+    """One test file, by its last attempt. `death` says which process died first, whose log is the first of `logs`.
+
+    launched  (name, command) of each process that the test started
+    """
 
     file: str
     state: str
@@ -115,6 +118,7 @@ class FileRun:
     counts: Mapping[str, int]
     command: str
     log: str
+    launched: tuple[tuple[str, str], ...] = ()
     phases: tuple[Phase, ...] = ()
     score: Score | None = None
     throughput: float | None = None

@@ -5,9 +5,11 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pdkit.exit_codes import UsageError
 from pdkit.main_job import read_report
 from pdkit.report import model
 from pdkit.report.evidence import ENVIRONMENT_FILE, GPU_PLAN_FILE, directory_of
@@ -17,12 +19,14 @@ TAIL_LINES = 40
 FAILURE_LINES = 80
 
 _RULE = "=" * 70
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_LAUNCH = re.compile(r"\[(?P<name>[a-z][\w -]*)\] (?P<command>.+)\n\[(?P=name)\] log: .+")
 _DEATH = re.compile(r"\[supervisor\] (?P<death>.+ exited with code .+)")
 _ACCEPTANCE = re.compile(r"\baccept len: (?P<length>[\d.]+)")
 _DECODE_RATE = re.compile(r"\bgen throughput \(token/s\): (?P<rate>[\d.]+)")
 
 
-class NoReport(Exception):
+class NoReport(UsageError):
     """There is no run to report on; the message is one line."""
 
 
@@ -55,8 +59,9 @@ class _Reader:
         return found
 
     def lines(self, path: Path) -> list[str]:
+        """Without colours; none where there is no such file."""
         try:
-            return path.read_text(errors="replace").splitlines() if path.exists() else []
+            return _ANSI.sub("", path.read_text(errors="replace")).splitlines() if path.exists() else []
         except OSError as error:
             self.notes.append(f"{path.relative_to(self.root)} cannot be read: {error.strerror}")
             return []
@@ -111,6 +116,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
     examples = [e for path in sorted(directory.glob("*.jsonl")) for e in _examples(reader, path)]
     return model.FileRun(
         **base,
+        launched=_launched(lines),
         phases=_phases(records, seconds),
         score=_score(told.result, examples),
         throughput=told.throughput,
@@ -125,6 +131,13 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         failure=_failure(lines),
         death=death,
     )
+
+
+def _launched(lines: list[str]) -> tuple[tuple[str, str], ...]:
+    """Name and command of each process, told by a line in front of the one that says where its log is."""
+    pairs = map("\n".join, pairwise(lines))
+    found = [(match["name"], match["command"]) for pair in pairs if (match := _LAUNCH.fullmatch(pair))]
+    return tuple(dict.fromkeys(found))
 
 
 def _phases(records: Iterable[dict], seconds: float) -> tuple[model.Phase, ...]:

@@ -34,7 +34,7 @@ import test_disaggregation_dsv4 as dsv4  # noqa: E402
 import test_disaggregation_dsv4_1gpu as one_gpu  # noqa: E402
 import test_disaggregation_dsv4_embedded as embedded  # noqa: E402
 
-register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=75, suite="stage-a-test-cpu")
 
 
 def parse(args):

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from pdkit.ci_register import register_cpu_ci
 from pdkit.lint import thresholds
@@ -435,6 +436,11 @@ class TestExemption(LintCase):
 
 
 class TestCommand(LintCase):
+    def test_what_is_absent_is_told_before_a_tree_is_read(self):
+        with mock.patch("pdkit.lint.check.collect") as collect, self.assertRaises(FileNotFoundError):
+            lint([Path("/absent.py")])
+        collect.assert_not_called()
+
     def run_lint(self, *words):
         command = [sys.executable, COMMAND, *words]
         return subprocess.run(command, capture_output=True, text=True, cwd=self.registered, env={**os.environ})

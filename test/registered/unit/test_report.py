@@ -50,10 +50,10 @@ class TestX(unittest.TestCase):
         (logs / "TestX.prefill.log").write_text("prefill loads\\n")
         batch = "Decode batch, accept len: 1.90, gen throughput (token/s): 812.5, "
         (logs / "TestX.decode.log").write_text(f"{batch}\\n<b>CUDA out of memory</b> \\x1b[31m\\n")
-        print("[supervisor] decode exited with code 7 \\x1b[0m", flush=True)
+        print("[supervisor] decode exited with code 7 \\x07", flush=True)
         print("[phase] launch prefill failed: 0.1 s", flush=True)
         print("[phase] teardown begins", flush=True)
-        self.fail("decode exited with code 7 \\x1b[0m \\ufffe \\u2713")
+        self.fail("decode exited with code 7 \\x1b[31m\\x07\\x1b[0m \\ufffe \\u2713")
 
 
 if __name__ == "__main__":
@@ -83,7 +83,7 @@ def run_suite(directory, source):
 class Balanced(HTMLParser):
     """Collects what is wrong with the nesting of elements."""
 
-    VOID = {"meta", "link", "br", "hr", "img"}
+    VOID = {"meta", "link", "br", "hr", "img", "wbr"}
 
     def __init__(self, text):
         super().__init__()
@@ -137,6 +137,11 @@ class TestRecorded(unittest.TestCase):
         self.assertTrue(all(example.tokens_per_s > 0 for example in run.examples))
         self.assertGreater(run.throughput, 0)
 
+    def test_commands(self):
+        self.assertEqual([name for name, _ in self.run_.launched], ["prefill", "decode", "load balancer"])
+        self.assertRegex(self.run_.launched[0][1], "^python3 -m pdkit.engine --model-path .* --port 31806$")
+        self.assertIn("--disaggregation-mode decode", page(self.report))
+
     def test_what_the_test_handed_over(self):
         (table,) = self.run_.tables
         self.assertEqual((table.columns, table.rows[0][0]), (("event", "loading", "eval"), "SIGKILL prefill"))
@@ -184,7 +189,7 @@ class TestDeath(unittest.TestCase):
         (cls.run_,) = read_directory(cls.directory).files
 
     def test_the_first_that_died_is_shown_first(self):
-        death = "decode exited with code 7 \x1b[0m"
+        death = "decode exited with code 7 \x07"
         self.assertEqual((self.run_.death, self.run_.failed_phase), (death, "launch decode"))
         order = [("decode", True), ("prefill", False), ("prefill", False), ("test", False)]
         self.assertEqual([(log.name, log.died) for log in self.run_.logs], order)
@@ -203,11 +208,11 @@ class TestDeath(unittest.TestCase):
 
     def test_all_forms_are_written(self):
         text = (self.directory / "report.html").read_text()
-        self.assertIn("&lt;b&gt;CUDA out of memory&lt;/b&gt;", text)
+        self.assertIn("&lt;b&gt;CUDA out of memory&lt;/b&gt; </pre>", text)
         self.assertNotIn("<b>CUDA", text)
         (case,) = JUnitXml.fromstring((self.directory / "junit.xml").read_bytes()).__iter__().__next__()
-        self.assertEqual(case.result[0].message, "failed in phase launch decode: decode exited with code 7 ?[0m")
-        self.assertIn("decode exited with code 7 ?[0m ? \u2713", case.result[0].text)
+        self.assertEqual(case.result[0].message, "failed in phase launch decode: decode exited with code 7 ?")
+        self.assertIn("decode exited with code 7 ? ? \u2713", case.result[0].text)
         self.assertEqual((self.root / "step.md").read_text(), (self.directory / "summary.md").read_text())
         self.assertIn(f"report: {self.directory / 'report.html'}\n", self.suite.stdout)
         self.assertEqual(self.suite.returncode, 1)
