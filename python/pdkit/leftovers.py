@@ -12,9 +12,14 @@ from pdkit.run_token import GUARDIAN_VARIABLE, TOKEN_VARIABLE, Owner, abandoned_
 Found = dict[psutil.Process, Owner]
 
 
+def _us() -> set[int]:
+    """This process, and those that we run in."""
+    return {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+
+
 def _others() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    """Living processes of this user, but for us and those that we run in, with the environment they started with."""
-    us = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    """Living processes of this user, but for `_us`, with the environment they started with."""
+    us = _us()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid not in us and process.uids().real == os.getuid() and process_tree.is_alive(process):
@@ -30,7 +35,7 @@ def _abandoned() -> tuple[Found, Found]:
             guardians[process] = owner
         elif owner := abandoned_by(environment.get(TOKEN_VARIABLE, ""), own):
             rest[process] = owner
-    us = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    us = _us()
     for process, owner in [*guardians.items(), *rest.items()]:
         for child in process_tree.descendants(process):
             if child not in guardians and child.pid not in us:

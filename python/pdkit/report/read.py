@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pdkit.exit_codes import UsageError
-from pdkit.main_job import read_report
+from pdkit.main_job import Result, read_report
 from pdkit.report import model
 from pdkit.report.evidence import ENVIRONMENT_FILE, GPU_PLAN_FILE, directory_of
 from pdkit.report.record import FILE as RECORDS_FILE
@@ -118,7 +118,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         **base,
         launched=_launched(lines),
         phases=_phases(records, seconds),
-        score=_score(told.result, examples),
+        score=_score(told.result),
         throughput=told.throughput,
         acceptance_lengths=_floats(_ACCEPTANCE, everything) or tuple(filter(None, [told.acceptance_length])),
         decode_rates=_floats(_DECODE_RATE, everything),
@@ -176,7 +176,7 @@ def _example(line: dict) -> model.Example:
     )
 
 
-def _score(result, examples: list[model.Example]) -> model.Score | None:
+def _score(result: Result | None) -> model.Score | None:
     if result is None or not result.examples:
         return None
     return model.Score(result.rung, result.engine, result.correct, result.examples, float(result.gate.lstrip(">= ")))
