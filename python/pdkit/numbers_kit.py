@@ -14,6 +14,18 @@ from types import SimpleNamespace
 import requests
 
 
+def quiet_eval(base_url, model, gsm8k_data_path, examples):
+    """run_eval's metrics; what it prints is kept back, since a report reads it as the main job's."""
+    from sglang.test.run_eval import run_eval
+
+    args = SimpleNamespace(
+        base_url=base_url, model=model, eval_name="gsm8k", api="completion", max_tokens=512,
+        num_examples=examples, num_threads=128, gsm8k_data_path=gsm8k_data_path,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run_eval(args)
+
+
 class PairNumbersMixin:
     """Needs `lb_url`, `monolithic_url`, `model` and `gsm8k_data_path`.
 
@@ -26,23 +38,15 @@ class PairNumbersMixin:
     throughput_examples = 100
 
     def test_report_throughput(self):
-        pair, alone = (self.eval_of(url)["output_throughput"] for url in (self.lb_url, self.monolithic_url))
+        pair, alone = (
+            quiet_eval(url, self.model, self.gsm8k_data_path, self.throughput_examples)["output_throughput"]
+            for url in (self.lb_url, self.monolithic_url)
+        )
         print(
             f"throughput of {self.throughput_examples} GSM8K examples: {pair:.0f} output tokens/s prefill and decode, "
             f"{alone:.0f} monolithic, ratio {pair / alone:.2f}",
             flush=True,
         )
-
-    def eval_of(self, url):
-        """run_eval's metrics; what it prints is kept back, since a report reads it as the main job's."""
-        from sglang.test.run_eval import run_eval
-
-        args = SimpleNamespace(
-            base_url=url, model=self.model, eval_name="gsm8k", api="completion", max_tokens=512,
-            num_examples=self.throughput_examples, num_threads=128, gsm8k_data_path=self.gsm8k_data_path,
-        )  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()):
-            return run_eval(args)
 
     def test_report_time_of_hand_over(self):
         print("prompt tokens  one token: monolithic  prefill and decode  difference", flush=True)

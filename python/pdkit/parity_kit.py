@@ -190,8 +190,8 @@ class References:
             raise RequestFailed(f"{round_.condition}: no monolithic answers were taken and no monolithic server is up")
 
 
-class ParityMixin:
-    """The pair answers as a monolithic server of the same model does.
+class ParityArms:
+    """What is sent, and what a monolithic server answers.
 
     bitwise          the engine's answers depend on the request alone, to the bit; otherwise a control arm is taken
     monolithic_url   a monolithic server that stays up; None if its answers were taken before, see MonolithicFirstMixin
@@ -208,69 +208,6 @@ class ParityMixin:
     request_timeout = 300.0
     tokenizer_path = None
     _plan = _parameter_rounds = None
-
-    def test_parity_alone(self):
-        self.check_parity(self.parity_plan().alone)
-
-    def test_parity_prefix_cached(self):
-        rounds = self.parity_plan().cached
-        if not rounds:
-            self.skipTest("the model's prompts are shorter than a page of the prefix cache")
-        self.check_parity(rounds)
-
-    def test_parity_concurrent(self):
-        self.check_parity(self.parity_plan().concurrent)
-
-    def test_parity_shared_prefix(self):
-        self.check_parity(self.parity_plan().shared_prefix)
-
-    def test_parity_rooms(self):
-        self.check_parity(self.parity_plan().rooms)
-
-    def test_parity_request_parameters(self):
-        variations, round_ = self.parameter_round()
-        arms = (self.references_of(each)[0] for each in (round_, _without(variations)))
-        for variation, answer, plain in zip(variations, *arms):
-            self.assertNotEqual(answer, plain, f"{variation.probe.name} changes nothing here: choose another prompt")
-        self.check_parity((round_,))
-
-    def check_parity(self, rounds):
-        """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""
-        parities = []
-        for round_ in rounds:
-            reference, control = self.references_of(round_)
-            if round_.flush:
-                flush([self.prefill_url, self.decode_url], self.request_timeout)
-            candidate = collect(self.lb_url, round_, self.request_timeout)
-            together = round_.in_flight > 1 or round_.batch
-            rounding = self._references().rounding if together else 0.0
-            names = tuple(probe.name for probe in round_.probes)
-            parities.append(Parity(round_.condition, names, reference, candidate, control, rounding))
-            if self.bitwise:
-                self._assert_parity(parities[-1])
-            if self.caches_prefixes():
-                self._check_cached(round_, candidate)
-        if not self.bitwise:
-            self._assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
-
-    @staticmethod
-    def _assert_parity(parity):
-        print(parity.report(), flush=True)
-        parity.assert_passed()
-
-    def _check_cached(self, round_, arm):
-        for probe, answer in zip(round_.probes, arm):
-            share = (
-                f"{round_.condition}: {answer.cached_tokens} of {probe.prompt_length} tokens of {probe.name} came from"
-            )
-            if probe.name in round_.cached:
-                self.assertGreater(answer.cached_tokens, 0, f"{share} prefill's cache")
-            if round_.cold:
-                self.assertEqual(answer.cached_tokens, 0, f"{share} a cache that is empty")
-
-    @classmethod
-    def caches_prefixes(cls):
-        return not read_server_info(cls.prefill_url).get("disable_radix_cache", True)
 
     @classmethod
     def _references(cls):
@@ -345,6 +282,73 @@ class ParityMixin:
     def _natural_text(cls):
         rows = read_dataset(getattr(cls, "gsm8k_data_path", None) or default_dataset_path()).rows
         return "\n\n".join(f"{row['question']}\n{row['answer']}" for row in map(json.loads, rows[:400]))
+
+
+class ParityMixin(ParityArms):
+    """The pair answers as a monolithic server of the same model does."""
+
+    def test_parity_alone(self):
+        self.check_parity(self.parity_plan().alone)
+
+    def test_parity_prefix_cached(self):
+        rounds = self.parity_plan().cached
+        if not rounds:
+            self.skipTest("the model's prompts are shorter than a page of the prefix cache")
+        self.check_parity(rounds)
+
+    def test_parity_concurrent(self):
+        self.check_parity(self.parity_plan().concurrent)
+
+    def test_parity_shared_prefix(self):
+        self.check_parity(self.parity_plan().shared_prefix)
+
+    def test_parity_rooms(self):
+        self.check_parity(self.parity_plan().rooms)
+
+    def test_parity_request_parameters(self):
+        variations, round_ = self.parameter_round()
+        arms = (self.references_of(each)[0] for each in (round_, _without(variations)))
+        for variation, answer, plain in zip(variations, *arms):
+            self.assertNotEqual(answer, plain, f"{variation.probe.name} changes nothing here: choose another prompt")
+        self.check_parity((round_,))
+
+    def check_parity(self, rounds):
+        """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""
+        parities = []
+        for round_ in rounds:
+            reference, control = self.references_of(round_)
+            if round_.flush:
+                flush([self.prefill_url, self.decode_url], self.request_timeout)
+            candidate = collect(self.lb_url, round_, self.request_timeout)
+            together = round_.in_flight > 1 or round_.batch
+            rounding = self._references().rounding if together else 0.0
+            names = tuple(probe.name for probe in round_.probes)
+            parities.append(Parity(round_.condition, names, reference, candidate, control, rounding))
+            if self.bitwise:
+                self._assert_parity(parities[-1])
+            if self.caches_prefixes():
+                self._check_cached(round_, candidate)
+        if not self.bitwise:
+            self._assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
+
+    @staticmethod
+    def _assert_parity(parity):
+        print(parity.report(), flush=True)
+        parity.assert_passed()
+
+    def _check_cached(self, round_, arm):
+        for probe, answer in zip(round_.probes, arm):
+            share = (
+                f"{round_.condition}: {answer.cached_tokens} of {probe.prompt_length} tokens of {probe.name} came from"
+            )
+            if probe.name in round_.cached:
+                self.assertGreater(answer.cached_tokens, 0, f"{share} prefill's cache")
+            if round_.cold:
+                self.assertEqual(answer.cached_tokens, 0, f"{share} a cache that is empty")
+
+    @classmethod
+    def caches_prefixes(cls):
+        return not read_server_info(cls.prefill_url).get("disable_radix_cache", True)
 
 
 def _without(variations):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pdkit.faults.fault import Encounter, Fault, Where
@@ -16,10 +17,10 @@ class UnknownFault(ValueError):
 
 
 class Switch:
-    """The file at `path`. One process turns it; the others read it."""
+    """The file at `path`. One process turns it; the others read it. `library`: the faults that there are, by name."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, library: Mapping = LIBRARY):
+        self.path, self.library = Path(path), library
         self._meetings = self.path.with_name(self.path.name + ".met")
         self._text, self._encounters = None, {}
 
@@ -34,12 +35,16 @@ class Switch:
     def turn(self, name: str | None):
         """Turn the fault on, None: all off; either begins a new run. Raises UnknownFault."""
         if name is not None:
-            find(name)
+            find(name, self.library)
         run = json.loads(self._read() or "{}").get("run", 0) + 1
         self._meetings.write_bytes(b"")
         new = self.path.with_name(self.path.name + ".new")
         new.write_text(json.dumps({"run": run, "fault": name}))
         os.replace(new, self.path)
+
+    def name(self) -> str | None:
+        """The name of the fault that is on."""
+        return json.loads(self._read() or "{}").get("fault")
 
     def met(self) -> int:
         """How many requests met the fault since it was turned on, in all processes together."""
@@ -55,7 +60,7 @@ class Switch:
         text = self._read()
         if text != self._text:
             name = json.loads(text or "{}").get("fault")
-            fault = find(name) if name else None
+            fault = find(name, self.library) if name else None
             self._text, self._encounters = text, {fault.where: Encounter(fault)} if fault else {}
         return next((self._encounters[place] for place in places if place in self._encounters), None)
 
@@ -66,8 +71,8 @@ class Switch:
             return ""
 
 
-def find(name: str) -> Fault:
+def find(name: str, library: Mapping[str, Fault] = LIBRARY) -> Fault:
     """Raises UnknownFault."""
-    if name not in LIBRARY:
-        raise UnknownFault(unknown("fault", name, LIBRARY))
-    return LIBRARY[name]
+    if name not in library:
+        raise UnknownFault(unknown("fault", name, library))
+    return library[name]

@@ -9,7 +9,7 @@ from pdkit.protocol_kit import ProtocolMixin
 from pdkit.router_kit import RustRouterBesideMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=240, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")
 
 
 class TestDisaggregationDSV4ProtocolOneGpu(

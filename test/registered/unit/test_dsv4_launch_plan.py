@@ -24,6 +24,7 @@ import requests
 from pdkit import ports, rung
 from pdkit.integrity_kit import kv_checksum_args
 from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
+from pdkit.parity_plan import Round, completion_probe, generate_probe
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
 from sglang.test.server_fixtures import disaggregation_fixture
@@ -218,6 +219,17 @@ class TestMachine(unittest.TestCase):
         with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
             failure, _ = self.require()
         self.assertIsInstance(failure, AssertionError)
+
+
+class TestOneGpu(unittest.TestCase):
+    def test_pages_from_the_cache_are_not_asked_of_prompts_of_unknown_length(self):
+        case = one_gpu.TestDisaggregationDSV4OneGpu("test_parity_rooms")
+        probes = completion_probe("text", "a text", 4), generate_probe("short", range(257), 4)
+        cold = SimpleNamespace(cached_tokens=0)
+        case._check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold])
+        long = generate_probe("long", range(513), 4)
+        with self.assertRaisesRegex(AssertionError, "prefill's cache"):
+            case._check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
 
 
 FAKE_SERVER = """

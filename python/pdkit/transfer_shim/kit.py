@@ -1,0 +1,152 @@
+"""A mixin that asks which check sees which wrong transfer of the real engine, in one launch.
+
+    class TestDisaggregationDSV4FaultsOneGpu(TransferFaultsMixin, MonolithicBesideMixin, ...):
+        pass
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+
+import requests
+
+from pdkit import acceptance
+from pdkit.accounting import Ledger
+from pdkit.accounting_kit import provokes_failures
+from pdkit.faults.switch import Switch
+from pdkit.parity import Parity
+from pdkit.numbers_kit import quiet_eval
+from pdkit.parity_kit import ParityArms, RequestFailed, collect, flush
+from pdkit.parity_plan import Round, generate_probe
+from pdkit.report.record import record_table
+from pdkit.sequential_eval import few_shot_prompts
+from pdkit.transfer_shim.backends import PIECES_VARIABLE, SWITCH_VARIABLE
+from pdkit.transfer_shim.blocks import pieces_of
+from pdkit.transfer_shim.library import LIBRARY
+
+NO_FAULT = "no fault"
+SHORT = 160
+
+
+class TransferFaultsMixin(ParityArms):
+    """Put it before a mixin with a monolithic server. Needs a model in DeepSeek's own format.
+
+    transfer_faults       names of faults of `pdkit.transfer_shim.library`
+    fault_timeout         seconds for one request while a fault is on
+    handover_timeout      seconds after which SGLang gives up a hand-over
+    """
+
+    server_module = "pdkit.transfer_shim.server"
+    transfer_faults = tuple(LIBRARY)
+    accuracy_examples = 60
+    acceptance_prompts = 8
+    acceptance_ratio = 0.95
+    fault_timeout = 30.0
+    handover_timeout = 10
+    returning = 60
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        directory = tempfile.TemporaryDirectory(prefix="transfer-faults-")
+        cls.addClassCleanup(directory.cleanup)
+        cls.transfer_switch = Switch(os.path.join(directory.name, "switch"), LIBRARY)
+        cls.server_env = {
+            **cls.server_env,
+            SWITCH_VARIABLE: str(cls.transfer_switch.path),
+            PIECES_VARIABLE: json.dumps(pieces_of(cls._ratios())),
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.handover_timeout),
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.handover_timeout),
+        }
+
+    @classmethod
+    def take_references(cls):
+        for round_ in (*cls.parity_plan().alone, *cls.parity_plan().rooms):
+            cls.references_of(round_)
+
+    @classmethod
+    def _ratios(cls):
+        config = cls._config()
+        return config["compress_ratios"][: config["num_hidden_layers"]]
+
+    @provokes_failures
+    def test_seeded_faults_of_the_transfer(self):
+        prompts = few_shot_prompts(self.gsm8k_data_path, self.acceptance_prompts)
+        self.accepted = acceptance.measure(self.monolithic_url, self.monolithic_url, prompts).length
+        checks = {
+            "parity alone": lambda: self.parity_of(self.parity_plan().alone[0]),
+            "parity rooms": lambda: self.parity_of(self.parity_plan().rooms[0]),
+            "accuracy": self.accuracy,
+            "acceptance": lambda: self.acceptance_of(prompts),
+        }
+        rows, wrong = [], []
+        for name in (None, *self.transfer_faults):
+            self.overwrite()
+            self.transfer_switch.turn(name)
+            ledger = Ledger([self.lb_url], self.fault_timeout)
+            with ledger.open():
+                seen = {check: self.message_of(look) for check, look in checks.items()}
+            account = ledger.account()
+            seen["accounting"] = account.report() if account.problems else None
+            met = self.transfer_switch.met()
+            self.transfer_switch.turn(None)
+            rows.append([name or NO_FAULT, met, *("seen" if each else "" for each in seen.values())])
+            print(f"fault of the transfer: {name or NO_FAULT}, met {met} times", flush=True)
+            for check, message in seen.items():
+                print(f"    {check}: {' '.join(message.split())[:SHORT] if message else 'nothing'}", flush=True)
+            fault = name and LIBRARY[name]
+            expected = bool(fault and not fault.harmless and not fault.unseen)
+            if any(seen.values()) != expected or bool(met) != bool(name):
+                wrong.append(name or NO_FAULT)
+            self.until_served()
+        record_table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
+        self.assertFalse(wrong, "seen where nothing was to be seen, not seen although it should be, or never met")
+
+    def parity_of(self, round_):
+        """What is wrong with the answers to a round; None if nothing is."""
+        reference, control = self.references_of(round_)
+        with contextlib.suppress(RequestFailed):
+            flush([self.prefill_url, self.decode_url], self.fault_timeout)
+        candidate = collect(self.lb_url, round_, self.fault_timeout)
+        names = tuple(probe.name for probe in round_.probes)
+        problems = Parity(round_.condition, names, reference, candidate, control).problems
+        return problems[0] if problems else None
+
+    def accuracy(self):
+        score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
+        return None if score > self.min_score else f"score {score:.3f}"
+
+    def acceptance_of(self, prompts):
+        length = acceptance.measure(self.lb_url, self.decode_url, prompts).length
+        return None if length >= self.acceptance_ratio * self.accepted else f"{length:.3f} of {self.accepted:.3f}"
+
+    @staticmethod
+    def message_of(look):
+        try:
+            return look()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def overwrite(self):
+        """Decode's pages get other content: what is not written must not be found there by chance."""
+        length = max(probe.prompt_length for probe in self.parity_plan().alone[0].probes)
+        probes = [
+            generate_probe(f"other-{seed}", [10 + (seed * index) % 240 for index in range(length)], 2)
+            for seed in (7, 11, 13)
+        ]
+        for url in (self.prefill_url, self.decode_url):
+            with contextlib.suppress(RequestFailed):
+                flush([url], self.fault_timeout)
+        collect(self.lb_url, Round("other content", tuple(probes), len(probes)), self.fault_timeout)
+
+    def until_served(self):
+        """What a fault broke must not be taken for what the next one does."""
+        deadline, body = time.monotonic() + self.returning, {"text": "1", "sampling_params": {"max_new_tokens": 2}}
+        while True:
+            answer = requests.post(f"{self.lb_url}/generate", json=body, timeout=self.fault_timeout)
+            if answer.status_code == 200:
+                return
+            self.assertLess(time.monotonic(), deadline, f"not served after the fault was off: {answer.text[:300]}")
+            time.sleep(0.5)

@@ -1,0 +1,369 @@
+"""Faults of a transfer, through the wrapped modules of both backends: bytes in prefill's memory, bytes in decode's."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from pdkit.ci_register import register_cpu_ci
+from pdkit.faults.switch import Switch, UnknownFault
+from pdkit.parity_plan import Round, generate_probe
+from pdkit.transfer_shim import backends, kit
+from pdkit.transfer_shim.blocks import Block, Memory, Regions, from_before, half, lost, pieces_of, swapped
+from pdkit.transfer_shim.library import LIBRARY
+from stub_server import JsonHandler, StubServer
+
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+
+RATIOS = (0, 4, 128)
+PAGES, SIZE = 4, 8  # pages of a region, bytes of a page
+POOLS, STATES = pieces_of(RATIOS)
+METADATA = 10
+MESSAGES = b"pools", b"metadata", b"states", b"128x", b"draft"
+TARGET = 1_000_000
+
+
+def region(number):
+    return 1000 * (number + 1)
+
+
+class Ram:
+    """Bytes by address: prefill's regions hold what says whose they are, decode's are empty."""
+
+    def __init__(self):
+        self.bytes = {}
+        for number in range(len(POOLS) + METADATA + len(STATES)):
+            for at in range(PAGES * SIZE):
+                self.bytes[region(number) + at] = (number, at)
+
+    def copy(self, source, target, length):
+        for at in range(length):
+            self.bytes[target + at] = self.bytes.get(source + at)
+
+    def written(self):
+        return {address: byte for address, byte in self.bytes.items() if address >= TARGET}
+
+
+class FakeEngine:
+    ram = None
+
+    def get_rpc_port(self):
+        return 7
+
+    def batch_register_memory(self, addresses, sizes):
+        return 0
+
+    def batch_transfer_sync_write(self, session, sources, targets, lengths):
+        for block in zip(sources, targets, lengths):
+            self.ram.copy(*block)
+        return 0
+
+
+class FakeAgent:
+    ram = None
+
+    def __init__(self, name):
+        self.heard = []
+
+    def register_memory(self, regions, mem_type=None, backends=()):
+        return object()
+
+    def prep_xfer_dlist(self, agent_name, xfer_list, mem_type=None, backends=()):
+        return types.SimpleNamespace(rows=xfer_list, peer=agent_name)
+
+    def get_xfer_descs(self, descs, mem_type=None):
+        return types.SimpleNamespace(rows=np.asarray(descs))
+
+    def make_prepped_xfer(self, operation, local, local_rows, remote, remote_rows, notif_msg=b""):
+        return types.SimpleNamespace(rows=(local.rows[local_rows], remote.rows[remote_rows]), message=notif_msg)
+
+    def initialize_xfer(self, operation, local, remote, peer, notif_msg=b""):
+        assert len(local.rows), "NIXL refuses an empty list"
+        return types.SimpleNamespace(rows=(local.rows, remote.rows), message=notif_msg)
+
+    def transfer(self, handle, notif_msg=b""):
+        for (source, length, _), (target, _, _) in zip(*handle.rows):
+            self.ram.copy(int(source), int(target), int(length))
+        if handle.message:
+            self.heard.append(handle.message)
+        return "PROC"
+
+    def check_xfer_state(self, handle):
+        return "DONE"
+
+    def send_notif(self, peer, message):
+        self.heard.append(message)
+
+
+class ShimTest(unittest.TestCase):
+    def setUp(self):
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.switch = Switch(Path(folder, "switch"), LIBRARY)
+        self.ram = FakeEngine.ram = FakeAgent.ram = Ram()
+
+    def tap(self):
+        return backends.Tap(self.switch, Regions(POOLS, STATES))
+
+    def groups(self):
+        """Numbers of the regions that are handed over together: pools, metadata, target's states, 128x, draft's."""
+        numbers = iter(range(len(POOLS) + METADATA + len(STATES)))
+        return [[next(numbers) for _ in range(size)] for size in (len(POOLS), METADATA, len(STATES) - 2, 1, 1)]
+
+    def mooncake(self):
+        """A function that hands over pages (first, count) of all regions, as SGLang's Mooncake manager asks for it."""
+        engine = backends.wrapped_engine(FakeEngine, self.tap())()
+        groups = self.groups()
+        for group in groups:
+            engine.batch_register_memory([region(number) for number in group], [PAGES * SIZE] * len(group))
+
+        def hand_over(first, count):
+            for group in groups:
+                sources = [region(number) + first * SIZE for number in group]
+                targets = [TARGET + source for source in sources]
+                said = engine.batch_transfer_sync_write("decode", sources, targets, [count * SIZE] * len(group))
+                self.assertEqual(said, 0)
+
+        return hand_over
+
+    def nixl(self):
+        """The same as the NIXL manager asks for it: pools by rows of prepared lists, the rest by descriptors."""
+        self.agent = agent = backends.wrapped_agent(FakeAgent, self.tap())("prefill")
+        groups = self.groups()
+        for group in (*groups[:2], sum(groups[2:], [])):
+            agent.register_memory([(region(number), PAGES * SIZE, 0, "") for number in group], "VRAM")
+        rows = [(region(number) + page * SIZE, SIZE, 0) for number in groups[0] for page in range(PAGES)]
+        local = agent.prep_xfer_dlist("", np.array(rows, dtype=np.uint64), "VRAM")
+        remote = [(TARGET + address, size, device) for address, size, device in rows]
+        remote = agent.prep_xfer_dlist("decode", np.array(remote, dtype=np.uint64), "VRAM")
+
+        def hand_over(first, count):
+            chosen = [place * PAGES + page for place in range(len(POOLS)) for page in range(first, first + count)]
+            handles = [agent.make_prepped_xfer("WRITE", local, chosen, remote, chosen, MESSAGES[0])]
+            for name, group in zip(MESSAGES[1:], groups[1:]):
+                sources = [(region(number) + first * SIZE, count * SIZE, 0) for number in group]
+                targets = [(TARGET + address, size, device) for address, size, device in sources]
+                descs = (agent.get_xfer_descs(each, "VRAM") for each in (sources, targets))
+                handles.append(agent.initialize_xfer("WRITE", *descs, "decode", name))
+            for handle in handles:
+                self.assertIn(agent.transfer(handle), ("DONE", "PROC"))
+                self.assertEqual(agent.check_xfer_state(handle), "DONE")
+
+        return hand_over
+
+    def written(self, backend, fault):
+        """Decode's memory after a hand-over of one page without, and one of three pages with the fault."""
+        self.ram = FakeEngine.ram = FakeAgent.ram = Ram()
+        hand_over = backend()
+        self.switch.turn(None)
+        hand_over(0, 1)
+        self.switch.turn(fault)
+        hand_over(0, 1)
+        hand_over(1, 3)
+        return self.ram.written()
+
+    def test_without_a_fault_everything_arrives(self):
+        for backend in (self.mooncake, self.nixl):
+            written = self.written(backend, None)
+            self.assertEqual({address - TARGET: byte for address, byte in written.items()}, Ram().bytes)
+            self.assertEqual(self.switch.met(), 0)
+
+    def test_each_fault_does_the_same_through_both_backends(self):
+        right = self.written(self.mooncake, None)
+        for name, fault in LIBRARY.items():
+            with self.subTest(fault=name):
+                if fault.early:
+                    continue  # see test_reported_early
+                wrong = self.written(self.mooncake, name)
+                met = self.switch.met()
+                self.assertEqual(wrong == right, bool(fault.environment or name == "transfer-slow"))
+                self.assertEqual(met > 0, not fault.environment)
+                self.assertEqual(self.written(self.nixl, name), wrong)
+                self.assertEqual(self.agent.heard, [*MESSAGES] * 3)
+
+    def test_reported_early(self):
+        for backend in (self.mooncake, self.nixl):
+            before = len(self.written(backend, "reported-early"))
+            self.assertLess(before, len(Ram().bytes), "nothing was to be written yet")
+            deadline = time.monotonic() + 5
+            while len(self.ram.written()) < len(Ram().bytes):
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.01)
+
+    def test_what_a_fault_leaves_out_is_the_piece_that_it_names(self):
+        written = self.written(self.mooncake, "128x-compressed-lost")
+        missing = {Ram().bytes[address] for address in Ram().bytes if TARGET + address not in written}
+        self.assertEqual({number for number, _ in missing}, {POOLS.index("128x compressed")})
+        self.assertEqual(min(at for _, at in missing), SIZE, "the first page came before the fault")
+
+    def test_environment_of_a_fault(self):
+        tap, name = self.tap(), "SGLANG_TEST_DISAGG_FAILURE_PROB"
+
+        def look(_):
+            values.append(os.environ.get(name))
+            if len(values) == 3:
+                raise StopIteration
+            self.switch.turn("polls-fail" if len(values) == 1 else None)
+
+        values = []
+        with mock.patch.dict(os.environ), mock.patch.object(backends.time, "sleep", look):
+            os.environ.pop(name, None)
+            with self.assertRaises(StopIteration):
+                backends.watch_environment(tap)
+        self.assertEqual(values, [None, LIBRARY["polls-fail"].environment[name], None])
+
+    def test_another_library(self):
+        with self.assertRaisesRegex(UnknownFault, "window-lost"):
+            self.switch.turn("window-lots")
+
+
+class TestBlocks(unittest.TestCase):
+    def test_pieces_of_a_model(self):
+        pools, states = pieces_of((0, 4, 128, 4))
+        self.assertEqual(pools, ("4x compressed",) * 2 + ("indexer compressed",) * 2 + ("128x compressed",))
+        self.assertEqual(states[:4] + states[-2:], ("window",) * 4 + ("128x buffers", "draft window"))
+
+    def test_regions_take_joined_pages_apart_once_they_saw_one(self):
+        regions = Regions(("a",), ())
+        regions.register([(100, 64)])
+        self.assertEqual(regions.named([Block(100, 0, 24)]), [Block(100, 0, 24, "a")])
+        self.assertEqual(regions.named([Block(124, 0, 8)]), [Block(124, 0, 8, "a")])
+        self.assertEqual([block.source for block in regions.named([Block(100, 0, 24)])], [100, 108, 116])
+        self.assertEqual([regions.piece(address) for address in (99, 100, 163, 164)], ["unknown", "a", "a", "unknown"])
+
+    def test_changes(self):
+        blocks = [Block(1, 11, 4, "a"), Block(5, 15, 4, "a"), Block(9, 19, 4, "b")]
+        memory = Memory()
+        self.assertEqual(lost("a")(blocks, memory), blocks[2:])
+        self.assertEqual([block.length for block in half("b")(blocks, memory)], [4, 4, 2])
+        self.assertEqual([block.source for block in swapped("a", "b")(blocks, memory)], [5, 1, 9])
+        self.assertEqual(from_before("a")(blocks, memory), blocks, "nothing was before")
+        later = [Block(100, 15, 4, "a"), Block(9, 19, 4, "b")]
+        self.assertEqual([block.source for block in from_before("a")(later, memory)], [1, 9])
+
+
+class TestKit(unittest.TestCase):
+    """The mixin over a stub that stands for pair and monolithic server, and errs as the switch says."""
+
+    def setUp(self):
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.switch = switch = Switch(Path(folder, "switch"), LIBRARY)
+        self.does = {}
+        test = self
+
+        class Handler(JsonHandler):
+            def do_POST(self):
+                fault = switch.name() if self.server is test.pair else None
+                if self.path.startswith("/flush_cache"):
+                    return self.answer(200, {})
+                body = self.body()
+                if fault and "unmet" not in test.does[fault]:
+                    switch.record()
+                if "fails" in test.does.get(fault, ""):
+                    return self.answer(500, {"error": {"message": "transfer failed"}})
+                ids = body.get("input_ids") or [1]
+                count = body["sampling_params"]["max_new_tokens"]
+                logprob = -9.0 if "errs" in test.does.get(fault, "") else -0.1
+                meta = {"finish_reason": {"type": "length"}, "prompt_tokens": len(ids), "completion_tokens": count}
+                meta |= {
+                    "output_token_logprobs": [[logprob, ids[-1], None]] * count,
+                    "output_top_logprobs": [[[logprob, ids[-1], None]]] * count,
+                }
+                self.answer(200, {"text": "", "output_ids": [ids[-1]] * count, "meta_info": meta})
+
+        self.pair, self.alone = StubServer(self, Handler), StubServer(self, Handler)
+        probes = tuple(generate_probe(f"p{i}", (i + 1, i + 2), 4) for i in range(6))
+        plan = types.SimpleNamespace(alone=(Round("alone", probes),), rooms=(Round("rooms", probes, 3),))
+        score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
+        length = lambda url, *_: 1.0 if url == self.pair.url and self.on("drafts") else 1.9  # noqa: E731
+        measure = lambda *given: types.SimpleNamespace(length=length(*given))  # noqa: E731
+        self.enterContext(mock.patch.object(kit, "quiet_eval", score))
+        self.enterContext(mock.patch.object(kit.acceptance, "measure", measure))
+        self.enterContext(mock.patch.object(kit, "few_shot_prompts", lambda *_: ["1"]))
+        self.records = self.enterContext(mock.patch.object(kit, "record_table"))
+
+        class Case(kit.TransferFaultsMixin, unittest.TestCase):
+            lb_url = prefill_url = decode_url = self.pair.url
+            monolithic_url = self.alone.url
+            transfer_switch, backend, model, min_score, gsm8k_data_path, returning = switch, "stub", "m", 0.95, None, 0
+
+            @classmethod
+            def parity_plan(cls):
+                return plan
+
+        self.case = Case("test_seeded_faults_of_the_transfer")
+
+    def on(self, what):
+        return what in self.does.get(self.switch.name(), "")
+
+    def seen(self, **does):
+        """Columns that saw each fault that `does` something."""
+        self.does = {name.replace("_", "-"): what for name, what in does.items()}
+        type(self.case).transfer_faults = tuple(self.does)
+        with mock.patch("builtins.print"):
+            self.case.test_seeded_faults_of_the_transfer()
+        (_, columns, rows), _ = self.records.call_args
+        return {row[0]: [column for column, mark in zip(columns[2:], row[2:]) if mark] for row in rows}
+
+    def test_each_check_sees_its_fault(self):
+        seen = self.seen(
+            transfer_slow="nothing", window_lost="errs", pages_halved="forgets", buffers_lost="drafts",
+            polls_fail="fails", indexer_compressed_lost="nothing",
+        )  # fmt: skip
+        self.assertEqual(seen["no fault"], [])
+        self.assertEqual(seen["transfer-slow"], [])
+        self.assertEqual(seen["window-lost"], ["parity alone", "parity rooms"])
+        self.assertEqual((seen["pages-halved"], seen["buffers-lost"]), (["accuracy"], ["acceptance"]))
+        self.assertEqual(seen["polls-fail"], ["parity alone", "parity rooms", "accounting"])
+
+    def test_what_it_fails_for(self):
+        for name, what in (
+            ("window_lost", "nothing"),
+            ("transfer_slow", "errs"),
+            ("window_lost", "errs unmet"),
+            ("indexer_compressed_lost", "errs"),
+        ):
+            with self.subTest(fault=name, does=what), self.assertRaisesRegex(AssertionError, name.replace("_", "-")):
+                self.seen(**{name: what})
+
+
+class TestServer(unittest.TestCase):
+    def test_each_process_of_a_server_has_the_wrapped_backend(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for package, text in {
+                "mooncake/engine.py": "class TransferEngine: pass\n",
+                "sglang/launch_server.py": (
+                    "import multiprocessing\n"
+                    "def report():\n"
+                    "    from mooncake.engine import TransferEngine\n"
+                    "    print('engine of', TransferEngine.__module__, flush=True)\n"
+                    "if __name__ == '__main__':\n"
+                    "    from sglang.launch_server import report\n"
+                    "    report()\n"
+                    "    process = multiprocessing.get_context('spawn').Process(target=report)\n"
+                    "    process.start()\n"
+                    "    process.join()\n"
+                ),
+            }.items():
+                path = Path(folder, package)
+                path.parent.mkdir()
+                path.with_name("__init__.py").touch()
+                path.write_text(text)
+            environ = os.environ | {
+                "PYTHONPATH": os.pathsep.join([folder, str(Path(backends.__file__).parents[2])]),
+                backends.SWITCH_VARIABLE: str(Path(folder, "switch")),
+                backends.PIECES_VARIABLE: json.dumps([POOLS, STATES]),
+            }
+            command = [sys.executable, "-m", "pdkit.transfer_shim.server"]
+            run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
+        self.assertEqual(run.stdout, "engine of pdkit.transfer_shim.backends\n" * 2, run.stderr[-2000:])
+
+
+if __name__ == "__main__":
+    unittest.main()
