@@ -19,6 +19,7 @@ from pdkit.contract import environment, flags, recording, settings
 from pdkit.contract.stand_ins import Importer, is_stand_in
 
 SERVER, ROUTER = "sglang.launch_server", recording.ROUTER
+SERVERS = SERVER, "pdkit.transfer_shim.server"  # the latter hands its arguments on
 MODEL = ["--model-path", "dummy"]
 
 
@@ -57,16 +58,16 @@ def process(launch: recording.Launch, request: Mapping, parsers: Mapping[str, fl
     answer = {"module": launch.module, "argv": argv, "env": env, "settings": None, "ports": {}}
     parser = parsers.get(launch.module)
     answer["checked"] = parser is not None
-    if launch.module == SERVER:
+    if launch.module in SERVERS:
         argv += request["extra_argv"]
         env.update(request["extra_env"])
     findings = environment.check(Path(request["root"], "sglang", "srt", "environ.py"), env)
     if parser:
-        required = MODEL if launch.module == SERVER else []
+        required = MODEL if launch.module in SERVERS else []
         on_flags, accepted = flags.check(parser, argv, required)
         findings = on_flags + findings
         args = flags.by_name(parser, parser.parse_args([*required, *accepted]))
-        if launch.module == SERVER:
+        if launch.module in SERVERS:
             answer["settings"] = settings.of_server(args)
             answer["ports"] = settings.ports_of_server(args, sys.modules["sglang.srt.server_args"])
         else:
@@ -120,7 +121,7 @@ def answer(request: Mapping) -> dict:
         module = recording.import_test(Path(request["test"]))
     except Exception as error:
         raise Unreadable(f"{request['test']}: cannot be imported: {type(error).__name__}: {error}") from error
-    parsers = {SERVER: parser, ROUTER: router_parser()}
+    parsers = {**dict.fromkeys(SERVERS, parser), ROUTER: router_parser()}
     plans = [recording.record(test, baseline) for test in recording.pd_tests(module, fixture)]
     result["registrations"] = registrations(request["test"])
     result["plans"] = [

@@ -31,14 +31,16 @@ SHORT = 160
 
 
 class TransferFaultsMixin(ParityArms):
-    """Put it before a mixin with a monolithic server. Needs a model in DeepSeek's own format.
+    """Put it before a mixin with a monolithic server.
 
+    compress_ratios       tokens a compressed entry, for each layer of the model without its draft
     transfer_faults       names of faults of `pdkit.transfer_shim.library`
     fault_timeout         seconds for one request while a fault is on
     handover_timeout      seconds after which SGLang gives up a hand-over
     """
 
     server_module = "pdkit.transfer_shim.server"
+    compress_ratios = ()
     transfer_faults = tuple(LIBRARY)
     accuracy_examples = 60
     acceptance_prompts = 8
@@ -56,7 +58,7 @@ class TransferFaultsMixin(ParityArms):
         cls.server_env = {
             **cls.server_env,
             SWITCH_VARIABLE: str(cls.transfer_switch.path),
-            PIECES_VARIABLE: json.dumps(pieces_of(cls._ratios())),
+            PIECES_VARIABLE: json.dumps(pieces_of(cls.compress_ratios)),
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.handover_timeout),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.handover_timeout),
         }
@@ -65,11 +67,6 @@ class TransferFaultsMixin(ParityArms):
     def take_references(cls):
         for round_ in (*cls.parity_plan().alone, *cls.parity_plan().rooms):
             cls.references_of(round_)
-
-    @classmethod
-    def _ratios(cls):
-        config = cls._config()
-        return config["compress_ratios"][: config["num_hidden_layers"]]
 
     @provokes_failures
     def test_seeded_faults_of_the_transfer(self):

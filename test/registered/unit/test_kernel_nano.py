@@ -241,6 +241,17 @@ class TestCache(unittest.TestCase):
 
 
 class TestOneGpuPlan(unittest.TestCase):
+    def test_each_file_of_the_rung_can_be_asked_before_it_runs(self):
+        from pdkit.contract.release import installed
+        from pdkit.gpu_plan import of_contract
+        from pdkit.launch_contract import ask
+
+        for path in sorted(ONE_GPU.parent.glob("*_1gpu*.py")):
+            with self.subTest(file=path.name):
+                contract = ask(installed(), path)
+                self.assertEqual(contract.errors, [])
+                self.assertEqual([plan.problems() for plan in of_contract(contract)], [[]])
+
     def test_the_release_takes_it_and_it_fits_one_gpu(self):
         from pdkit.contract.release import installed
         from pdkit.gpu_plan import of_contract
