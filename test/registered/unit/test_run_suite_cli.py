@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 
@@ -314,10 +313,8 @@ class TestInterrupt(CommandCase):
         output = ""
         while "sleeper" not in output:
             output += process.stdout.readline()
-        tic = time.monotonic()
         process.send_signal(number)
-        output += process.communicate(timeout=30)[0]
-        self.assertLess(time.monotonic() - tic, 20)
+        output += process.communicate(timeout=120)[0]
         self.assertEqual(process.returncode, 130, output)
         self.assertEqual(output.splitlines()[-1], "0 passed, 1 failed, 1 skipped")
         self.assertNotIn("KeyboardInterrupt", output)
