@@ -39,7 +39,7 @@ class TestDisaggregationDSV4Protocol(
     prefix_cache_tokens = 256
     rendered_chat = "<|user|>{}<|assistant|>"
     unending_tokens = 3500
-    sustained_seconds = 15
+    sustained_seconds = 10
     idle_seconds = 8
 
     parity_logprob_delta = 0
