@@ -33,19 +33,22 @@ VALIDATION_PROBLEMS = 48
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=cache.cached("trained"), help="directory (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"directory (default: {cache.cached('trained')}, or the like)")
+    cache.add_hidden_size(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=240, help="for training (default: %(default)s)")
     parser.add_argument("--save-every", type=float, default=60, help="seconds (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=4, help="processes that draw batches (default: %(default)s)")
     parser.add_argument("--score-rows", type=int, default=200, help="of the evaluation file (default: %(default)s)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.out = options.out or cache.cached("trained", options.hidden_size)
+    return options
 
 
 def fit(options: argparse.Namespace) -> tuple[KernelNano, int, int]:
     """Train a new model, showing progress: (model, steps, tokens)."""
-    model = KernelNano(options.seed)
+    model = KernelNano(options.seed, options.hidden_size)
     rescale(model)
     model.to(options.device).train()
     problems, shots = validation(VALIDATION_PROBLEMS, options.seed)

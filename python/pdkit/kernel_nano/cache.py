@@ -1,11 +1,14 @@
 """Where kernel-sized checkpoints are kept: the user's cache directory, or PDKIT_CACHE_DIR."""
 
+import argparse
 import hashlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from pdkit.kernel_nano.config import DEEPEP_HIDDEN, HIDDEN
 
 WEIGHTS = "model.safetensors"
 RECORD = "training.json"
@@ -15,10 +18,19 @@ class DamagedCheckpoint(Exception):
     """The trained checkpoint is not the one that its record speaks of; the message is one line."""
 
 
-def cached(kind: str) -> Path:
+def cached(kind: str, hidden_size: int = HIDDEN) -> Path:
     """Where the checkpoint of a `kind`, "random" or "trained", is kept."""
     base = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-pd-suite"
-    return Path(os.getenv("PDKIT_CACHE_DIR") or base) / "kernel-nano" / kind
+    name = kind if hidden_size == HIDDEN else f"{kind}-{hidden_size}"
+    return Path(os.getenv("PDKIT_CACHE_DIR") or base) / "kernel-nano" / name
+
+
+def add_hidden_size(parser: argparse.ArgumentParser) -> None:
+    """`--hidden-size` of what writes a checkpoint."""
+    parser.add_argument(
+        "--hidden-size", type=int, choices=(HIDDEN, DEEPEP_HIDDEN), default=HIDDEN,
+        help=f"{DEEPEP_HIDDEN} is the least that DeepEP moves (default: %(default)s)",
+    )  # fmt: skip
 
 
 def digest(path: str | Path) -> str:
@@ -40,13 +52,15 @@ def is_trained(path: str | Path) -> bool:
     return True
 
 
-def best() -> Path:
+def best(hidden_size: int = HIDDEN) -> Path:
     """The trained checkpoint, or else the random one, which may be yet to be written."""
-    path = cached("trained")
-    return path if (path / RECORD).is_file() else cached("random")
+    path = cached("trained", hidden_size)
+    return path if (path / RECORD).is_file() else cached("random", hidden_size)
 
 
 def provide(path: str | Path) -> None:
     """Write the random checkpoint, in seconds, if it is what `path` names and is not there."""
-    if Path(path) == cached("random") and not (cached("random") / WEIGHTS).is_file():
-        subprocess.run([sys.executable, "-m", "pdkit.kernel_nano", "--out", str(path)], check=True)
+    for hidden_size in (HIDDEN, DEEPEP_HIDDEN):
+        if Path(path) == cached("random", hidden_size) and not (Path(path) / WEIGHTS).is_file():
+            command = [sys.executable, "-m", "pdkit.kernel_nano", "--hidden-size", str(hidden_size)]
+            subprocess.run(command, check=True)

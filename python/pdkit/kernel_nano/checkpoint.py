@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pdkit.kernel_nano.cache import WEIGHTS
-from pdkit.kernel_nano.config import FIELDS
+from pdkit.kernel_nano.config import DEEPEP_HIDDEN, HIDDEN, fields
 from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks
 from pdkit.kernel_nano.model import KernelNano
 from pdkit.nano.model import ModelError
@@ -95,7 +95,7 @@ def save(model: KernelNano, path: str | Path) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     nano_tokenizer().save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(FIELDS, indent=1) + "\n")
+    (path / "config.json").write_text(json.dumps(fields(model.hidden_size), indent=1) + "\n")
     unfinished = path / f".{WEIGHTS}.{os.getpid()}"
     save_file(tensors_of(model), unfinished, metadata={"format": "pt"})
     unfinished.replace(path / WEIGHTS)
@@ -110,7 +110,10 @@ def load(path: str | Path) -> KernelNano:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"no readable weights at {file}: {error}; scripts/make_kernel_nano.py writes some") from None
-    model = KernelNano().requires_grad_(False)
+    embedding = stored.get("embed.weight")
+    if embedding is None or embedding.shape[1:] not in ((HIDDEN,), (DEEPEP_HIDDEN,)):
+        raise ModelError(f"{file} does not fit the kernel-sized model: embed.weight is missing or of another shape")
+    model = KernelNano(hidden_size=embedding.shape[1]).requires_grad_(False)
     for own, whole in model.state_dict().items():
         for name, target in _pieces(own, whole):
             scale = stored.pop(f"{name.removesuffix('.weight')}.scale", None) if _FP8.search(name) else None

@@ -2,16 +2,19 @@
 
 Fixed by them: 64 heads of 448 + 64 dimensions, an indexer of 64 heads of 128 that selects 512 entries, a window of 128,
 fp8 blocks of 128 x 128 (so every width is a multiple of 128), four residual streams, one MTP layer. Layers hold each
-kind of state once: sliding, 4x and 128x.
+kind of state once: sliding, 4x and 128x. DeepEP moves hidden states of a few sizes only, of which `DEEPEP_HIDDEN` is the
+smallest (`SWITCH_HIDDEN` of its `csrc/kernels/launch.cuh`); there experts are as wide as four tensor-parallel ranks need.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import DeepseekV4Config
+if TYPE_CHECKING:
+    from transformers import DeepseekV4Config
 
 BLOCK = 128
+DEEPEP_HIDDEN = 2048
 KINDS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
 FIELDS: dict[str, Any] = {
@@ -86,6 +89,17 @@ FIELDS: dict[str, Any] = {
 }
 """What config.json says; DeepSeek's own names, which SGLang reads."""
 
+HIDDEN = FIELDS["hidden_size"]
+
+
+def fields(hidden_size: int = HIDDEN) -> dict[str, Any]:
+    """config.json of the model of that width: `HIDDEN`, or `DEEPEP_HIDDEN`."""
+    if hidden_size == HIDDEN:
+        return FIELDS
+    assert hidden_size == DEEPEP_HIDDEN, hidden_size
+    return FIELDS | {"hidden_size": hidden_size, "intermediate_size": 4 * BLOCK, "moe_intermediate_size": 4 * BLOCK}
+
+
 _SHARED = """
     hidden_size moe_intermediate_size head_dim num_attention_heads num_key_value_heads num_hidden_layers
     q_lora_rank o_lora_rank o_groups index_head_dim index_n_heads index_topk sliding_window n_routed_experts
@@ -95,16 +109,19 @@ _SHARED = """
 """.split()
 
 
-def reference_config(*, mtp: bool = False, initializer_range: float = 0.05) -> DeepseekV4Config:
+def reference_config(*, mtp: bool = False, hidden_size: int = HIDDEN) -> DeepseekV4Config:
     """The same model for transformers; with `mtp` the MTP layer's, which transformers does not know, as a model."""
+    from transformers import DeepseekV4Config
+
+    ours = fields(hidden_size)
     layers = 1 if mtp else FIELDS["num_hidden_layers"]
     first = FIELDS["num_hidden_layers"] if mtp else 0
     hashed = 0 if mtp else FIELDS["num_hash_layers"]
     return DeepseekV4Config(
-        **{name: FIELDS[name] for name in _SHARED} | {"num_hidden_layers": layers},
+        **{name: ours[name] for name in _SHARED} | {"num_hidden_layers": layers},
         architectures=FIELDS["architectures"],
         layer_types=[KINDS[ratio] for ratio in FIELDS["compress_ratios"][first : first + layers]],
         mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (layers - hashed),
         partial_rotary_factor=FIELDS["qk_rope_head_dim"] / FIELDS["head_dim"],
-        initializer_range=initializer_range,
+        initializer_range=0.05,
     )

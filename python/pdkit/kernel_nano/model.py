@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from transformers import DeepseekV4ForCausalLM
 
-from pdkit.kernel_nano.config import reference_config
+from pdkit.kernel_nano.config import BLOCK, HIDDEN, reference_config
 from pdkit.nano.experts import NAME as DENSE_EXPERTS
 from pdkit.nano.model import hash_routes
 from pdkit.nano.windowed_attention import NAME as WINDOWED_ATTENTION
 
 
-def _build(mtp: bool) -> DeepseekV4ForCausalLM:
+def _build(mtp: bool, hidden_size: int) -> DeepseekV4ForCausalLM:
     return DeepseekV4ForCausalLM._from_config(
-        reference_config(mtp=mtp),
+        reference_config(mtp=mtp, hidden_size=hidden_size),
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation=DENSE_EXPERTS,
@@ -30,14 +30,14 @@ class Mtp(nn.Module):
     the main model's.
     """
 
-    def __init__(self):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        donor = _build(mtp=True)
+        donor = _build(mtp=True, hidden_size=hidden_size)
         donor.config._attn_implementation = WINDOWED_ATTENTION
         norm = type(donor.model.norm)
-        size, eps = donor.config.hidden_size, donor.config.rms_norm_eps
-        self.enorm, self.hnorm, self.norm = norm(size, eps=eps), norm(size, eps=eps), donor.model.norm
-        self.e_proj, self.h_proj = nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)
+        eps = donor.config.rms_norm_eps
+        self.enorm, self.hnorm, self.norm = norm(hidden_size, eps=eps), norm(hidden_size, eps=eps), donor.model.norm
+        self.e_proj, self.h_proj = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(2))
         self.layer, self.hc_head = donor.model.layers[0], donor.model.hc_head
 
     def forward(self, streams: torch.Tensor, following: torch.Tensor, **layer) -> torch.Tensor:
@@ -49,10 +49,10 @@ class Mtp(nn.Module):
 class KernelNano(nn.Module):
     """`main` predicts the next token, `mtp` the one after it."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, hidden_size: int = HIDDEN):
         super().__init__()
         torch.manual_seed(seed)
-        self.main, self.mtp = _build(mtp=False), Mtp()
+        self.main, self.mtp = _build(mtp=False, hidden_size=hidden_size), Mtp(hidden_size)
         routes = np.random.default_rng(seed)
         for layer in self.main.model.layers:
             if layer.mlp.is_hash:
@@ -62,6 +62,10 @@ class KernelNano(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.main.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.main.config.hidden_size
 
     def streams(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """Residual streams ``[B, S, hc, D]`` after the last layer, and what the MTP layer is called with.
@@ -109,8 +113,9 @@ class KernelNano(nn.Module):
 def rescale(model: KernelNano) -> None:
     """Make a new model's wide matrices as quiet as its narrow ones: std 0.05 is for a fan-in of 128."""
     for name, weight in model.named_parameters():
-        if name.endswith((".o_a_proj.weight", ".o_b_proj.weight")):
-            weight.mul_((128 / weight.shape[1]) ** 0.5)
+        if weight.dim() > 1 and not name.endswith(("embed_tokens.weight", "mtp.e_proj.weight", "mtp.h_proj.weight")):
+            narrow = 4 * HIDDEN if "hc" in name.split(".")[-2] else BLOCK
+            weight.mul_((narrow / weight.shape[-1]) ** 0.5)
 
 
 @torch.no_grad()
