@@ -305,6 +305,12 @@ class ParityMixin(ParityArms):
     def test_parity_rooms(self):
         self.check_parity(self.parity_plan().rooms)
 
+    def test_parity_where_the_indexer_chooses(self):
+        rounds = self.parity_plan().indexed
+        if not rounds:
+            self.skipTest("the model has no indexer, or its prompts are too short for it to choose")
+        self.check_parity(rounds)
+
     def test_parity_request_parameters(self):
         variations, round_ = self.parameter_round()
         arms = (self.references_of(each)[0] for each in (round_, _without(variations)))

@@ -23,6 +23,7 @@ class Geometry:
     chunk    what chunked prefill computes at a time, None if unknown
     page     what the prefix cache keeps or forgets as one, None if unknown
     context  the longest prompt and output together
+    chosen   above it the indexer has to choose among compressed entries, None without one
     """
 
     vocab_size: int
@@ -31,6 +32,7 @@ class Geometry:
     chunk: int | None = None
     page: int | None = None
     context: int = 4096
+    chosen: int | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], info: Mapping[str, Any]) -> "Geometry":
@@ -49,6 +51,7 @@ class Geometry:
             context=min(
                 filter(None, (info.get("context_length"), config.get("max_position_embeddings"))), default=4096
             ),
+            chosen=config["index_topk"] * min(used) if used and config.get("index_topk") else None,
         )
 
     def boundaries(self, longest: int) -> tuple[int, ...]:
@@ -154,7 +157,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Sizes of the rounds. Lengths and tokens; `rooms` and `in_flight` count requests."""
+    """Sizes of the rounds. Lengths and tokens; `rooms`, `in_flight` and `indexed` count requests."""
 
     longest: int = 1000
     alone_tokens: int = 4
@@ -164,6 +167,7 @@ class PlanOptions:
     rooms: int = 64
     in_flight: int = 32
     extra_lengths: tuple[int, ...] = (700, 1000)
+    indexed: int = 8
 
 
 @dataclass(frozen=True)
@@ -175,10 +179,11 @@ class Plan:
     concurrent: tuple[Round, ...]
     shared_prefix: tuple[Round, ...]
     rooms: tuple[Round, ...]
+    indexed: tuple[Round, ...]
 
     @property
     def rounds(self) -> tuple[Round, ...]:
-        return (*self.alone, *self.cached, *self.concurrent, *self.shared_prefix, *self.rooms)
+        return (*self.alone, *self.cached, *self.concurrent, *self.shared_prefix, *self.rooms, *self.indexed)
 
 
 def lengths_of(geometry: Geometry, options: PlanOptions) -> tuple[int, ...]:
@@ -205,6 +210,7 @@ def make_plan(geometry: Geometry, prompts: Prompts, options: PlanOptions = PlanO
         concurrent=_concurrent(geometry, prompts, lengths, options),
         shared_prefix=_shared_prefix(geometry, prompts, options),
         rooms=_rooms(prompts, options),
+        indexed=_indexed(geometry, prompts, options),
     )
 
 
@@ -286,6 +292,20 @@ def _rooms(prompts, options):
         for index in range(options.rooms)
     )
     return (Round(f"{options.rooms} different prompts of one length", probes, options.in_flight, flush=True),)
+
+
+def _indexed(geometry, prompts, options):
+    """Long prompts alone, of which a third to two thirds of the compressed entries are not chosen.
+
+    Enough of them that a test of signs sees what only long prompts show.
+    """
+    first = (geometry.chosen or 0) * 3 // 2
+    last = min(2 * first, geometry.context - 8 * options.tokens)
+    if not first or last < first or not options.indexed:
+        return ()
+    lengths = np.linspace(first, last, options.indexed).astype(int).tolist()
+    probes = [generate_probe(f"indexed-{n}", prompts.random_ids(n), options.alone_tokens) for n in lengths]
+    return (Round("the indexer chooses", tuple(probes), flush=True, cold=True),)
 
 
 @dataclass(frozen=True)

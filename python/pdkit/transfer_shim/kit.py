@@ -7,6 +7,7 @@
 import contextlib
 import json
 import os
+import random
 import tempfile
 import time
 
@@ -28,6 +29,12 @@ from pdkit.transfer_shim.library import LIBRARY
 
 NO_FAULT = "no fault"
 SHORT = 160
+
+
+def scrambled(texts):
+    """The words of each text in another order, the same each time: what follows is hard to draft."""
+    rng = random.Random(0)
+    return [" ".join(rng.sample(words := text.split(), len(words))) for text in texts]
 
 
 class TransferFaultsMixin(ParityArms):
@@ -65,18 +72,21 @@ class TransferFaultsMixin(ParityArms):
 
     @classmethod
     def take_references(cls):
-        for round_ in (*cls.parity_plan().alone, *cls.parity_plan().rooms):
+        plan = cls.parity_plan()
+        for round_ in (*plan.alone, *plan.rooms, *plan.indexed):
             cls.references_of(round_)
 
     @provokes_failures
     def test_seeded_faults_of_the_transfer(self):
         prompts = few_shot_prompts(self.gsm8k_data_path, self.acceptance_prompts)
-        self.accepted = acceptance.measure(self.monolithic_url, self.monolithic_url, prompts).length
+        strange = scrambled(prompts)
         checks = {
             "parity alone": lambda: self.parity_of(self.parity_plan().alone[0]),
             "parity rooms": lambda: self.parity_of(self.parity_plan().rooms[0]),
+            "parity indexed": lambda: self.parity_of(self.parity_plan().indexed[0]),
             "accuracy": self.accuracy,
-            "acceptance": lambda: self.acceptance_of(prompts),
+            "acceptance": self.acceptance_check(prompts),
+            "acceptance, scrambled": self.acceptance_check(strange),
         }
         rows, wrong = [], []
         for name in (None, *self.transfer_faults):
@@ -115,9 +125,17 @@ class TransferFaultsMixin(ParityArms):
         score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
         return None if score > self.min_score else f"score {score:.3f}"
 
-    def acceptance_of(self, prompts):
-        length = acceptance.measure(self.lb_url, self.decode_url, prompts).length
-        return None if length >= self.acceptance_ratio * self.accepted else f"{length:.3f} of {self.accepted:.3f}"
+    def acceptance_check(self, prompts):
+        """A look at the acceptance length of `prompts`; the monolithic server's is taken now."""
+        accepted = acceptance.measure(self.monolithic_url, self.monolithic_url, prompts).length
+
+        def look():
+            length = acceptance.measure(self.lb_url, self.decode_url, prompts).length
+            found = f"{length:.3f} of {accepted:.3f}"
+            print(f"    accepted: {found}", flush=True)
+            return None if length >= self.acceptance_ratio * accepted else found
+
+        return look
 
     @staticmethod
     def message_of(look):
@@ -128,7 +146,8 @@ class TransferFaultsMixin(ParityArms):
 
     def overwrite(self):
         """Decode's pages get other content: what is not written must not be found there by chance."""
-        length = max(probe.prompt_length for probe in self.parity_plan().alone[0].probes)
+        probes = (*self.parity_plan().alone[0].probes, *self.parity_plan().indexed[0].probes)
+        length = max(probe.prompt_length for probe in probes)
         probes = [
             generate_probe(f"other-{seed}", [10 + (seed * index) % 240 for index in range(length)], 2)
             for seed in (7, 11, 13)

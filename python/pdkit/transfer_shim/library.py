@@ -36,7 +36,6 @@ class TransferFault:
     unseen: str = ""
 
 
-FEW_CHOOSE = "the indexer chooses above 2048 tokens only: too few of the prompts are as long for a test of signs"
 DRAFT_LOOKS_AT = "the draft of the trained nano goes by the hidden state and the last token: it accepts as much"
 SKIPPED = "SGLang 24878: one backend skipped it"
 
@@ -56,7 +55,6 @@ LIBRARY: dict[str, TransferFault] = {
                 f"{kind.value}: never written",
                 lost(kind.value),
                 resembles=SKIPPED,
-                unseen=FEW_CHOOSE if kind is Kind.INDEXER_COMPRESSED else "",
             )
             for kind in COMPRESSED
         ),

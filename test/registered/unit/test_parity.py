@@ -275,10 +275,11 @@ class TestPlan(unittest.TestCase):
             "vocab_size": 9,
             "sliding_window": 128,
             "compress_ratios": [0, 4, 128, 4],
+            "index_topk": 512,
             "max_position_embeddings": 10**6,
         }
         found = Geometry.of(deepseek, {"chunked_prefill_size": 8192, "page_size": 256, "context_length": None})
-        self.assertEqual(found, Geometry(9, 128, (4, 128), 8192, 256, 10**6))
+        self.assertEqual(found, Geometry(9, 128, (4, 128), 8192, 256, 10**6, 2048))
         self.assertEqual(Geometry.of({"vocab_size": 9}, {}).ratios, ())
 
     def test_lengths_are_around_every_edge(self):
@@ -338,6 +339,14 @@ class TestPlan(unittest.TestCase):
             self.assertNotEqual(len(a), len(c))
             self.assertTrue(a[:prefix] == b[:prefix] == c[:prefix])
             self.assertNotEqual(a[prefix], b[prefix])
+
+    def test_long_prompts_make_the_indexer_choose(self):
+        large = Geometry(vocab_size=520, ratios=(4, 128), context=8192, chosen=2048)
+        (round_,) = make_plan(large, self.prompts(), PlanOptions(indexed=24)).indexed
+        lengths = [probe.prompt_length for probe in round_.probes]
+        self.assertEqual((len(set(lengths)), min(lengths), max(lengths), round_.in_flight), (24, 3072, 6144, 1))
+        for geometry in (replace(large, context=3000), replace(large, chosen=None)):
+            self.assertEqual(make_plan(geometry, self.prompts()).indexed, ())
 
     def test_a_model_without_window_compression_or_known_pages(self):
         plan = make_plan(Geometry(vocab_size=100), self.prompts())
