@@ -23,3 +23,28 @@ class ClaimedPortsMixin:
         cls.prefill_url = f"http://{cls.base_host}:{cls.prefill_port}"
         cls.decode_url = f"http://{cls.base_host}:{cls.decode_port}"
         cls.base_url = cls.lb_url = f"http://{cls.base_host}:{cls.lb_port}"
+
+
+class ClaimedRendezvousMixin(ClaimedPortsMixin):
+    """For DP attention: a server then listens on the ports that follow the one of --dist-init-addr, too.
+
+    Unset, that is its own port + 233 (`ZMQ_TCP_PORT_DELTA`), where another run may have its servers.
+    """
+
+    @classmethod
+    def rendezvous(cls):
+        block = ports.claim()
+        cls.addClassCleanup(block.release)
+        return ["--dist-init-addr", f"127.0.0.1:{block.ports[0]}"]
+
+    @classmethod
+    def prefill_args(cls):
+        return super().prefill_args() + cls.rendezvous()
+
+    @classmethod
+    def decode_args(cls):
+        return super().decode_args() + cls.rendezvous()
+
+    @classmethod
+    def monolithic_args(cls):
+        return super().monolithic_args() + cls.rendezvous()

@@ -18,7 +18,12 @@ from pdkit.options import Options, UsageError
 
 PROJECT_SUITES = {
     "cpu": ("stage-a-test-cpu",),
-    "cuda": ("stage-b-test-1-gpu-large", "stage-c-test-dsv4-8-gpu-h200"),
+    "cuda": (
+        "stage-b-test-1-gpu-large",
+        "stage-b-test-2-gpu-large",
+        "stage-c-test-4-gpu-h100",
+        "stage-c-test-dsv4-8-gpu-h200",
+    ),
 }
 
 _REGISTERS = re.compile(rb"^register_\w+_ci\s*\(", re.MULTILINE)

@@ -22,6 +22,7 @@ from pdkit.monolithic_kit import MonolithicBesideMixin
 from pdkit.numbers_kit import PairNumbersMixin
 from pdkit.parity_kit import ParityMixin
 from pdkit.parity_plan import PlanOptions
+from pdkit.placement_kit import PlacementMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")
@@ -42,17 +43,13 @@ class OneGpuPlan(ClaimedPortsMixin):
     prefill_gpus = decode_gpus = range(1)
     gpu_memory_gb = 80
 
-    # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with. The pool holds all
-    # requests at full length, since decode cannot retract one: the pool of DeepSeek-V4 has no `get_cpu_copy` (seen on
-    # SGLang 0.5.17, the same in the source of 0.5.23), and the attempt ends the server with a NotImplementedError.
-    server_args = (
+    # The pool holds the 32 requests at full length, since decode cannot retract one: the pool of DeepSeek-V4 has no
+    # `get_cpu_copy` (seen on SGLang 0.5.17, the same in the source of 0.5.23), and the attempt ends the server with a
+    # NotImplementedError.
+    nano_args = (
         """
         --trust-remote-code
-        --tp 1
-        --mem-fraction-static 0.3
-        --max-running-requests 32 --context-length 8192
-        --max-total-tokens 262144 --swa-full-tokens-ratio 0.5
-        --chunked-prefill-size 512
+        --context-length 8192 --max-total-tokens 262144 --swa-full-tokens-ratio 0.5
         --sampling-backend pytorch --grammar-backend none
         --random-seed 1
         --watchdog-timeout 900
@@ -61,6 +58,12 @@ class OneGpuPlan(ClaimedPortsMixin):
     """.split()
         + [dsv4.CUDA_GRAPH_MAX_BS, "4"]
     )
+    # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with.
+    server_args = """
+        --tp 1
+        --mem-fraction-static 0.3
+        --max-running-requests 32 --chunked-prefill-size 512
+    """.split() + nano_args
 
     server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0"}
 
@@ -92,12 +95,15 @@ class TestDisaggregationDSV4OneGpu(
     ReferenceMixin,
     PairNumbersMixin,
     BalancerFaultsMixin,
+    PlacementMixin,
     ParityMixin,
     MonolithicBesideMixin,
     OneGpuPlan,
     dsv4.TestDisaggregationDSV4,
 ):
-    parity_options = PlanOptions(longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600))
+    parity_options = PlanOptions(
+        longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600), indexed=24
+    )
     acceptance_length_prompts = 32
 
     @classmethod

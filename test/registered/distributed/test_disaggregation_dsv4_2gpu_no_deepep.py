@@ -1,0 +1,16 @@
+"""The same as test_disaggregation_dsv4_2gpu.py without DeepEP: tokens go to the experts by NCCL's collectives."""
+
+import unittest
+
+import test_disaggregation_dsv4_2gpu as two_gpus
+from sglang.test.ci.ci_register import register_cuda_ci
+
+register_cuda_ci(est_time=400, suite="stage-b-test-2-gpu-large")
+
+
+class TestDisaggregationDSV4TwoGpusNoDeepEP(two_gpus.TestDisaggregationDSV4TwoGpus):
+    server_args = [*two_gpus.TestDisaggregationDSV4TwoGpus.plan_args, "--ep-size", "2"]
+
+
+if __name__ == "__main__":
+    unittest.main()
