@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 
 from pdkit import process_tree
+from pdkit.report.live import PHASE
 
 DUMP_S = 20.0
 ABORT_S = 2.0
 TAIL_LINES = 15
 NO_CORE_DUMP = 1  # see core(5): also keeps a core_pattern that is a pipe from getting one
 
-_PHASE = re.compile(r"\[phase\] (?P<name>.+?)(?P<what> begins|(?: failed)?: [\d.]+ s)")
 _SOURCE = re.compile(r"\[(?!phase\]|supervisor\])(?P<name>[a-z][\w -]*)\] ")
 _FORBIDDEN = re.compile(r"permission|not permitted", re.IGNORECASE)
 
@@ -29,8 +29,8 @@ def open_phase(lines: Iterable[str]) -> str | None:
     """The phase that began last and has not ended."""
     phases = []
     for line in lines:
-        if match := _PHASE.fullmatch(line.strip()):
-            if match["what"] == " begins":
+        if match := PHASE.fullmatch(line.strip()):
+            if match["begins"]:
                 phases.append(match["name"])
             elif match["name"] in phases:
                 phases.remove(match["name"])
