@@ -15,6 +15,7 @@ import psutil
 
 from pdkit import process_tree
 from pdkit.report.live import PHASE
+from pdkit.report.secrets import cleaned
 
 DUMP_S = 20.0
 ABORT_S = 2.0
@@ -53,7 +54,7 @@ def py_spy() -> str | None:
 
 
 def dump(process: psutil.Process, command: str | None) -> str:
-    """The stacks of a Python process. Raises PermissionError where it may not be traced, ValueError otherwise."""
+    """The stacks of a Python process, without secrets. Raises PermissionError where it may not be traced, ValueError otherwise."""
     if command is None:
         raise PermissionError("it is not installed")
     try:
@@ -63,7 +64,7 @@ def dump(process: psutil.Process, command: str | None) -> str:
     except subprocess.TimeoutExpired:
         raise ValueError(f"py-spy did not answer within {DUMP_S:g} s") from None
     if done.returncode == 0:
-        return done.stdout
+        return cleaned(done.stdout)
     said = " ".join(done.stderr.partition("Stack backtrace:")[0].split()) or f"py-spy ended with {done.returncode}"
     raise (PermissionError if _FORBIDDEN.search(said) else ValueError)(said)
 
