@@ -12,6 +12,8 @@ from unittest import mock
 
 from pdkit.ci_register import register_cpu_ci
 from pdkit.console import Console
+from pdkit.report import evidence
+from pdkit.report.evidence import GPU_PLAN_FILE
 from pdkit.report.live import Live
 from pdkit.report.record import FILE
 from pdkit.report.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
@@ -107,6 +109,22 @@ class TestRun(unittest.TestCase):
         phases = [(r["name"], r["state"]) for r in records if r["kind"] == "phase"]
         self.assertEqual(phases, [("launch prefill", "begins"), ("launch prefill", "failed")])
         self.assertEqual([r["title"] for r in records if r["kind"] == "table"], ["recovery"])
+
+
+class TestAgain(unittest.TestCase):
+    def test_nothing_of_an_earlier_run_is_left(self):
+        with tempfile.TemporaryDirectory() as name:
+            log, directory = Path(name, "001-test_x.1.log"), Path(name, "001-test_x.1")
+            directory.mkdir()
+            old = [directory / FILE, directory / "metrics.1.jsonl", log.with_suffix(".hang.txt")]
+            old += [Path(name, GPU_PLAN_FILE), Path(name, "report.html")]
+            theirs = [Path(name, "notes.txt"), Path(name, "001-test_x.2.log")]
+            for path in old + theirs:
+                path.write_text("{}")
+            evidence.begin(Path(name), ())
+            evidence.environment(log)
+            self.assertEqual([path for path in old if path.exists()], [])
+            self.assertEqual([path for path in theirs if not path.exists()], [])
 
 
 class TestSecrets(unittest.TestCase):
