@@ -199,14 +199,15 @@ def _metric(line: dict) -> tuple[str, str]:
 
 
 def _logs(root: Path, servers: dict[Path, list[str]], log: Path, lines: list[str], death: str | None) -> tuple:
+    """Who died first comes first; where nobody did it was the test that failed."""
     victim = death.split(" exited ")[0] if death else None
     found = []
-    for path, content in servers.items():
-        name = path.stem.rpartition(".")[2].replace("_", " ")
-        found.append(model.Log(name, str(path.relative_to(root)), tuple(content[-TAIL_LINES:]), name == victim))
     for path in sorted(log.parent.glob(f"{log.stem}.hang.txt")):
         found.append(model.Log("where it hung", path.name, tuple(path.read_text(errors="replace").splitlines())))
     found.append(model.Log("test", log.name, tuple(lines[-TAIL_LINES:])))
+    for path, content in servers.items():
+        name = path.stem.rpartition(".")[2].replace("_", " ")
+        found.append(model.Log(name, str(path.relative_to(root)), tuple(content[-TAIL_LINES:]), name == victim))
     return tuple(sorted(found, key=lambda each: not each.died))
 
 

@@ -149,7 +149,7 @@ class TestRecorded(unittest.TestCase):
 
     def test_logs(self):
         names = [log.name for log in self.run_.logs]
-        self.assertEqual(names, ["decode", "load balancer", "prefill", "test"])
+        self.assertEqual(names, ["test", "decode", "load balancer", "prefill"])
         self.assertEqual({log.died for log in self.run_.logs}, {False})
         self.assertIn("not greater than 0.95", self.run_.failure)
 
@@ -166,6 +166,7 @@ class TestRecorded(unittest.TestCase):
         self.assertIn("**Score 0.940** (188 of 200), exact 95 % interval ", text)
         self.assertIn("| SIGKILL prefill | ", text)
         self.assertIn("failed in phase gate", text)
+        self.assertIn("End of 001-test_recorded.1.log:\n", text)
 
     def test_terminal(self):
         self.assertIn("score 0.940 (188 of 200), exact 95 % interval ", terminal(self.report)[0])
@@ -191,7 +192,7 @@ class TestDeath(unittest.TestCase):
     def test_the_first_that_died_is_shown_first(self):
         death = "decode exited with code 7 \x07"
         self.assertEqual((self.run_.death, self.run_.failed_phase), (death, "launch decode"))
-        order = [("decode", True), ("prefill", False), ("prefill", False), ("test", False)]
+        order = [("decode", True), ("test", False), ("prefill", False), ("prefill", False)]
         self.assertEqual([(log.name, log.died) for log in self.run_.logs], order)
         lines = self.suite.stdout.splitlines()
         at = lines.index("tests/test_x.py failed in phase launch decode")
