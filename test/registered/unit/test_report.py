@@ -234,7 +234,7 @@ class TestBroken(unittest.TestCase):
         self.evidence = next(path for path in self.directory.iterdir() if path.is_dir())
 
     def test_no_run(self):
-        for spoil in ("", "[]", "{"):
+        for spoil in ("", "[]", "{", '{"files": 1}', '{"files": [1]}'):
             (self.directory / "results.json").write_text(spoil)
             with self.subTest(spoil), self.assertRaisesRegex(NoReport, "no results.json of a run"):
                 read_directory(self.directory)
@@ -248,6 +248,21 @@ class TestBroken(unittest.TestCase):
         self.assertEqual((len(report.files[0].examples), len(report.files[0].tables)), (200, 1))
         self.assertEqual(len(report.notes), 3)
         self.assertIn("Not all of the report could be read", page(report))
+
+    def test_lines_that_say_something_else(self):
+        def append(name, *lines):
+            with open(self.evidence / name, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+        phase = {"kind": "phase", "name": "x", "at": 1.0, "state": "begins"}
+        append("records.jsonl", {"kind": "phase"}, phase | {"at": "soon"}, phase | {"state": "passed"})
+        append("records.jsonl", {"kind": "table", "rows": 3}, {"kind": "of the future"})
+        example = {"example": 1, "score": 1.0, "seconds": 1.0, "prompt": "p", "answer": "a"}
+        append("x.jsonl", example | {"seconds": float("nan")}, example | {"seconds": "1"})
+        report = read_directory(self.directory)
+        self.assertEqual((len(report.files[0].examples), len(report.files[0].tables)), (200, 1))
+        self.assertEqual([note.partition(": ")[2] for note in report.notes], [f"{n} lines cannot be read" for n in (4, 2)])
+        page(report)
 
     def test_only_results(self):
         shutil.rmtree(self.evidence)
