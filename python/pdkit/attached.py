@@ -18,6 +18,7 @@ import requests
 
 from pdkit.exit_codes import NotReady
 from pdkit.options import UsageError
+from pdkit.report.secrets import cleaned
 
 CONNECT_S, ANSWER_S = 5, 10
 
@@ -25,14 +26,14 @@ CONNECT_S, ANSWER_S = 5, 10
 def _url(field_name: str, text: str) -> str:
     name = f"--{field_name.replace('_', '-')} or {variable(field_name)}"
     url = text.rstrip("/")
-    parts = urlsplit(url)
+    if any(sign in url for sign in "@?#"):
+        raise UsageError(f"{name}: no credentials in a URL, they reach logs; put the key into SGLANG_PD_API_KEY")
     try:
+        parts = urlsplit(url)
         well_formed = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         well_formed = False
-    if parts.username or parts.password:
-        raise UsageError(f"{name}: no credentials in a URL, they reach logs; put the key into SGLANG_PD_API_KEY")
-    if not well_formed or parts.query or parts.fragment:
+    if not well_formed:
         raise UsageError(f"{name}: {text} is no URL like http://host:port")
     if parts.path.endswith("/v1"):
         raise UsageError(f"{name}: leave /v1 of {text} away, other paths are asked, too")
@@ -104,7 +105,8 @@ def _get(url: str, key: str | None):
         hint = "does not accept the key in" if key else "wants a key: set"
         raise NotReady(f"{url}: status {answer.status_code}, it {hint} {variable('api_key')}")
     if answer.status_code != 200:
-        return answer.status_code, " ".join(content.decode("utf-8", "replace").split())[:120]
+        text = " ".join(content.decode("utf-8", "replace").split())
+        return answer.status_code, cleaned(text, {"API_KEY": key or ""})[:120]
     try:
         return 200, answer.json()
     except ValueError:
@@ -155,7 +157,7 @@ def send_key(deployment: Deployment) -> None:
     if not deployment.api_key:
         return
     os.environ["OPENAI_API_KEY"] = deployment.api_key
-    origins = {urlsplit(url)[:2] for url in deployment.urls}
+    origins = {urlsplit(requests.Request("GET", url).prepare().url)[:2] for url in deployment.urls}
     send = requests.Session.send
 
     def send_with_key(session, request, **options):

@@ -10,6 +10,8 @@ from pdkit import ports
 class ClaimedPortsMixin:
     """Every attribute `*_port` of the class is a port that nobody else uses; the URLs follow."""
 
+    prefill_nccl_port = decode_nccl_port = None  # fixtures before 0.5.18 have none, and leave NCCL's to chance
+
     @classmethod
     def configure(cls):
         super().configure()

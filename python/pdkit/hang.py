@@ -14,13 +14,14 @@ from pathlib import Path
 import psutil
 
 from pdkit import process_tree
+from pdkit.report.live import PHASE
+from pdkit.report.secrets import cleaned
 
 DUMP_S = 20.0
 ABORT_S = 2.0
 TAIL_LINES = 15
 NO_CORE_DUMP = 1  # see core(5): also keeps a core_pattern that is a pipe from getting one
 
-_PHASE = re.compile(r"\[phase\] (?P<name>.+?)(?P<what> begins|(?: failed)?: [\d.]+ s)")
 _SOURCE = re.compile(r"\[(?!phase\]|supervisor\])(?P<name>[a-z][\w -]*)\] ")
 _FORBIDDEN = re.compile(r"permission|not permitted", re.IGNORECASE)
 
@@ -29,8 +30,8 @@ def open_phase(lines: Iterable[str]) -> str | None:
     """The phase that began last and has not ended."""
     phases = []
     for line in lines:
-        if match := _PHASE.fullmatch(line.strip()):
-            if match["what"] == " begins":
+        if match := PHASE.fullmatch(line.strip()):
+            if match["begins"]:
                 phases.append(match["name"])
             elif match["name"] in phases:
                 phases.remove(match["name"])
@@ -53,7 +54,7 @@ def py_spy() -> str | None:
 
 
 def dump(process: psutil.Process, command: str | None) -> str:
-    """The stacks of a Python process. Raises PermissionError where it may not be traced, ValueError otherwise."""
+    """The stacks of a Python process, without secrets. Raises PermissionError where it may not be traced, ValueError otherwise."""
     if command is None:
         raise PermissionError("it is not installed")
     try:
@@ -63,7 +64,7 @@ def dump(process: psutil.Process, command: str | None) -> str:
     except subprocess.TimeoutExpired:
         raise ValueError(f"py-spy did not answer within {DUMP_S:g} s") from None
     if done.returncode == 0:
-        return done.stdout
+        return cleaned(done.stdout)
     said = " ".join(done.stderr.partition("Stack backtrace:")[0].split()) or f"py-spy ended with {done.returncode}"
     raise (PermissionError if _FORBIDDEN.search(said) else ValueError)(said)
 

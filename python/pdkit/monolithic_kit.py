@@ -13,18 +13,20 @@ STOP_TIMEOUT = 60
 class _MonolithicMixin:
     """A server that is watched like the others. `monolithic_args()`: its command line."""
 
-    monolithic_port = None
+    monolithic_port = monolithic_nccl_port = None
     process_monolithic = None
 
     @classmethod
     def monolithic_args(cls):
-        return list(cls.server_args)
+        return [*cls.server_args, "--nccl-port", cls.monolithic_nccl_port]
 
     @classmethod
     def configure(cls):
         super().configure()
         if cls.monolithic_port is None:
             cls.monolithic_port = str(int(cls.lb_port) + 600)
+        if cls.monolithic_nccl_port is None:
+            cls.monolithic_nccl_port = str(int(cls.monolithic_port) + 1)
         cls.monolithic_url = f"http://{cls.base_host}:{cls.monolithic_port}"
 
     @classmethod

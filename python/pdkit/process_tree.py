@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from pdkit.report.secrets import cleaned
+
 GRACE_S = 10.0
 KILL_S = 10.0
 POLL_S = 0.05
@@ -38,9 +40,9 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def describe(process: psutil.Process) -> str:
-    """`pid 123 (python3 -m server)`, the command line cut to 60 characters."""
+    """`pid 123 (python3 -m server)`, the command line without secrets and cut to 60 characters."""
     try:
-        command = " ".join(process.cmdline()) or process.name()
+        command = cleaned(" ".join(process.cmdline())) or process.name()
     except psutil.Error:
         command = "gone"
     return f"pid {process.pid} ({command[:60]})"

@@ -19,6 +19,7 @@ from pdkit.outcome import FileState, exit_code_of, tally
 from pdkit.registry import Registration, Selection, syntax_errors
 from pdkit.report import evidence, live
 from pdkit.report.live import Live
+from pdkit.report.surroundings import command_line
 from pdkit.results import Attempt, FileResult
 
 RULE = "=" * 60
@@ -174,7 +175,7 @@ class SuiteRun:
         if not self.options.report_dir:
             return
         document = {
-            "command": [sys.executable, *sys.argv],
+            "command": command_line(),
             "hw": self.options.hw,
             "suite": self.options.suite,
             "nightly": self.options.nightly,

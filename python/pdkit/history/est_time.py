@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pdkit import ci_register
+from pdkit.exit_codes import UsageError
 from pdkit.registry import Registration
 
 QUANTILE = 0.9
@@ -68,18 +69,19 @@ def propose(
 
 
 def _literal(source: bytes, registration: Registration) -> ast.Constant:
-    """The est_time of the call in `source` that made `registration`. Raises ValueError where there is none, or two."""
+    """The est_time of the call in `source` that made `registration`. Raises UsageError where there is none, or two."""
     found = []
     for statement in ast.parse(source).body:
         visitor = ci_register.load().RegistryVisitor(registration.filename)
         visitor.visit_Module(ast.Module(body=[statement], type_ignores=[]))
         for entry in visitor.registries:
-            if (entry.backend.name.lower(), entry.effective_suite) == (registration.hw, registration.suite):
+            which = entry.backend.name.lower(), entry.effective_suite, entry.nightly
+            if which == (registration.hw, registration.suite, registration.nightly):
                 call = statement.value
                 named = {keyword.arg: keyword.value for keyword in call.keywords}
                 found.append(named["est_time"] if "est_time" in named else call.args[0])
     if len(found) != 1:
-        raise ValueError(f"{registration.filename} registers {len(found)} times for {registration.suite}")
+        raise UsageError(f"{registration.filename} registers {len(found)} times for {registration.suite}")
     return found[0]
 
 

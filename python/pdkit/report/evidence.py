@@ -11,6 +11,7 @@ results.json              what became of each file
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pdkit.report.surroundings import describe
 
 ENVIRONMENT_FILE = "environment.json"
 GPU_PLAN_FILE = "gpu_plan.json"
+DRAWN_AT_THE_END = ("results.json", "report.html", "junit.xml", "summary.md")
 LOG_DIR_VARIABLE = "SGLANG_PD_LOG_DIR"
 METRICS_VARIABLE = "SGLANG_TEST_METRICS_OUTPUT"
 
@@ -32,7 +34,10 @@ def directory_of(log: Path) -> Path:
 
 
 def begin(report_dir: Path, registrations: Iterable[Registration]) -> None:
-    """Writes down what is known before the first file runs."""
+    """Writes down what is known before the first file runs, and removes what an earlier run left there."""
+    for path in (report_dir / name for name in (GPU_PLAN_FILE, *DRAWN_AT_THE_END)):
+        if path.is_file():
+            path.unlink()
     _write(report_dir / ENVIRONMENT_FILE, describe())
     if plans := [plan for registration in registrations for plan in _gpu_plans(registration)]:
         _write(report_dir / GPU_PLAN_FILE, plans)
@@ -59,6 +64,8 @@ def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
 def environment(log: Path) -> dict[str, str]:
     """What tells a test file where to leave what belongs into the report; where the user said so, it goes there."""
     directory = directory_of(log)
+    shutil.rmtree(directory, ignore_errors=True)
+    log.with_suffix(".hang.txt").unlink(missing_ok=True)
     directory.mkdir(exist_ok=True)
     ours = {LOG_DIR_VARIABLE: str(directory), METRICS_VARIABLE: str(directory / "metrics")}
     return {VARIABLE: str(directory)} | {name: value for name, value in ours.items() if not os.environ.get(name)}

@@ -1,6 +1,7 @@
 """Reading a report directory, also one of a run that was killed: what is missing or broken is a note, not an error."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -71,9 +72,10 @@ def read_directory(root: Path) -> model.Report:
     """The run that left `root`. Raises NoReport where there is no results.json in it."""
     reader = _Reader(root)
     results = reader.json("results.json", None)
-    if not isinstance(results, dict):
+    entries = results.get("files", []) if isinstance(results, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise NoReport(f"{root}: no results.json of a run with --report-dir" + "".join(f"; {n}" for n in reader.notes))
-    files = tuple(_file(reader, entry) for entry in results.get("files", ()))
+    files = tuple(_file(reader, entry) for entry in entries)
     scored = [run.score for run in files if run.score]
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
     return model.Report(
@@ -108,7 +110,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         return model.FileRun(**base)
     log = reader.root / log_name
     directory, lines = directory_of(log), reader.lines(log)
-    records = reader.json_lines(directory / RECORDS_FILE, dict)
+    records = reader.json_lines(directory / RECORDS_FILE, _record)
     told = read_report(lines)
     death = next((match["death"] for line in lines if (match := _DEATH.search(line))), None)
     servers = {path: reader.lines(path) for path in sorted(directory.glob("*.log"))}
@@ -123,7 +125,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         acceptance_lengths=_floats(_ACCEPTANCE, everything) or tuple(filter(None, [told.acceptance_length])),
         decode_rates=_floats(_DECODE_RATE, everything),
         examples=tuple(sorted(examples, key=lambda example: example.number)),
-        tables=tuple(_table(record) for record in records if record.get("kind") == "table"),
+        tables=tuple(_table(record) for record in records if record["kind"] == "table"),
         metrics=tuple(
             m for path in sorted(directory.glob("metrics.*.jsonl")) for m in reader.json_lines(path, _metric)
         ),
@@ -140,11 +142,27 @@ def _launched(lines: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _record(line: dict) -> dict:
+    """What a test handed over. Raises ValueError, KeyError or TypeError where it is not what its kind has."""
+    if line["kind"] == "phase":
+        names = ("at",) if line["state"] == "begins" else ("at", "seconds")
+        return line | {"name": str(line["name"])} | {name: _finite(line[name]) for name in names}
+    if line["kind"] == "table":
+        _table(line)
+    return line
+
+
+def _finite(number: Any) -> float:
+    if not math.isfinite(number):
+        raise ValueError(number)
+    return number
+
+
 def _phases(records: Iterable[dict], seconds: float) -> tuple[model.Phase, ...]:
     begun: dict[str, float] = {}
     phases = []
     for record in records:
-        if record.get("kind") != "phase":
+        if record["kind"] != "phase":
             continue
         name, at = record["name"], record["at"]
         if record["state"] == "begins":
@@ -167,7 +185,7 @@ def _example(line: dict) -> model.Example:
     return model.Example(
         number=line["example"],
         score=line["score"],
-        seconds=line["seconds"],
+        seconds=_finite(line["seconds"]),
         completion_tokens=line.get("completion_tokens"),
         prompt=line["prompt"],
         answer=line["answer"],
@@ -199,14 +217,15 @@ def _metric(line: dict) -> tuple[str, str]:
 
 
 def _logs(root: Path, servers: dict[Path, list[str]], log: Path, lines: list[str], death: str | None) -> tuple:
+    """Who died first comes first; where nobody did it was the test that failed."""
     victim = death.split(" exited ")[0] if death else None
     found = []
-    for path, content in servers.items():
-        name = path.stem.rpartition(".")[2].replace("_", " ")
-        found.append(model.Log(name, str(path.relative_to(root)), tuple(content[-TAIL_LINES:]), name == victim))
     for path in sorted(log.parent.glob(f"{log.stem}.hang.txt")):
         found.append(model.Log("where it hung", path.name, tuple(path.read_text(errors="replace").splitlines())))
     found.append(model.Log("test", log.name, tuple(lines[-TAIL_LINES:])))
+    for path, content in servers.items():
+        name = path.stem.rpartition(".")[2].replace("_", " ")
+        found.append(model.Log(name, str(path.relative_to(root)), tuple(content[-TAIL_LINES:]), name == victim))
     return tuple(sorted(found, key=lambda each: not each.died))
 
 

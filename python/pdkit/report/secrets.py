@@ -1,5 +1,7 @@
 """Keeping secrets of the environment out of what is written: logs, records, reports."""
 
+import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,27 +9,36 @@ from pathlib import Path
 REMOVED = "(removed)"
 SHORTEST = 6  # a shorter value would be found in innocent text
 
-_WORDS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "AUTH"}
+_WORDS = {"KEY", "KEYS", "SECRETS", "PASS", "PWD", "PAT", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "AUTH", "COOKIE"}
+_ENDS = ("TOKEN", "APIKEY", "SECRET", "PASSWORD", "PASSWD")
 _NOT_SECRET = {"EMPTY", "none", "None", "dummy"}  # what clients of local servers say that need no key
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_USERINFO = re.compile(r"(?<=://)[^/?#\s]+(?=@)")
 
 
 def is_secret(name: str) -> bool:
     """Whether a variable is one to hide, by the words of its name: HF_TOKEN is, ..._TOKENS_PER_RANK is not."""
-    return bool(_WORDS & set(re.split(r"[^A-Z0-9]+", name.upper())))
+    words = re.split(r"[^A-Z0-9]+", name.upper())
+    return name != "PWD" and any(word in _WORDS or word.endswith(_ENDS) for word in words)
 
 
 def redacted(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment by name, without values that are secret and without user names and passwords in URLs."""
-    return {
-        name: REMOVED if is_secret(name) else _USERINFO.sub(REMOVED, value) for name, value in sorted(environ.items())
-    }
+    """The environment by name, without values that are secret, and without secrets in the others."""
+    return {name: REMOVED if is_secret(name) else cleaned(value, environ) for name, value in sorted(environ.items())}
+
+
+def cleaned(text: str, environ: Mapping[str, str] = os.environ) -> str:
+    """`text` without the secrets of the environment, and without user names and passwords in URLs."""
+    for secret in secret_values(environ):
+        text = text.replace(secret, REMOVED)
+    return _USERINFO.sub(REMOVED, text)
 
 
 def secret_values(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The texts that must not be written, longest first."""
-    values = {value.strip() for name, value in environ.items() if is_secret(name)}
-    values |= {userinfo for value in environ.values() for userinfo in _USERINFO.findall(value)}
+    """The texts that must not be written, longest first; those of several lines by line, all also as JSON has them."""
+    values = {line.strip() for name, value in environ.items() if is_secret(name) for line in value.splitlines()}
+    userinfos = {userinfo for value in environ.values() for userinfo in _USERINFO.findall(value)}
+    values |= userinfos | {userinfo.partition(":")[2] for userinfo in userinfos}
+    values |= {json.dumps(value)[1:-1] for value in values}
     return tuple(sorted((v for v in values - _NOT_SECRET if len(v) >= SHORTEST), key=len, reverse=True))
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pdkit.report.secrets import redacted
+from pdkit.report.secrets import cleaned, redacted
 
 PACKAGES = (
     "sglang",
@@ -29,7 +29,7 @@ PACKAGES = (
 def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Plain data; `environment` is without secrets, absent packages are left out."""
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": command_line(),
         "directory": os.getcwd(),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -40,6 +40,10 @@ def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "environment": redacted(environ),
     }
+
+
+def command_line() -> list[str]:
+    return [sys.executable, *map(cleaned, sys.argv)]
 
 
 def _version(package: str) -> str | None:

@@ -222,6 +222,22 @@ class TestMachine(unittest.TestCase):
 
 
 class TestOneGpu(unittest.TestCase):
+    def test_a_rendezvous_port_for_each_server_whether_the_fixture_pins_them_or_not(self):
+        fixture = disaggregation_fixture.PDDisaggregationServerBase
+        for pins in (True, False):
+            with self.subTest(pins), mock.patch.object(fixture, "setUpClass", classmethod(lambda cls: None)):
+                plan = type("Plan", (one_gpu.TestDisaggregationDSV4OneGpu,), {})
+                plan.bootstrap_port, plan.lb_port, plan.base_host = "1", "2", "127.0.0.1"
+                plan.prefill_port, plan.decode_port = "3", "4"
+                if pins:
+                    plan.prefill_nccl_port, plan.decode_nccl_port = "5", "6"
+                plan.configure()
+                self.addCleanup(plan.doClassCleanups)
+                args = plan.prefill_args(), plan.decode_args(), plan.monolithic_args()
+                drawn = {port for each in args if (port := parse(each).nccl_port)}
+                self.assertEqual(len(drawn), 3)
+                self.assertTrue(all(22000 < port < 32000 for port in drawn), drawn)
+
     def test_pages_from_the_cache_are_not_asked_of_prompts_of_unknown_length(self):
         case = one_gpu.TestDisaggregationDSV4OneGpu("test_parity_rooms")
         probes = completion_probe("text", "a text", 4), generate_probe("short", range(257), 4)

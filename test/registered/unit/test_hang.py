@@ -34,6 +34,7 @@ class TestPhases(unittest.TestCase):
             ([begins.format("a"), begins.format("b"), ended.format("a")], "b"),
             ([ended.format("gsm8k"), begins.format("gsm8k") + "\n"], "gsm8k"),
             ([begins.format("gsm8k"), ended.format("gate")], "gsm8k"),
+            ([".sF" + begins.format("gsm8k")], "gsm8k"),
         ):
             with self.subTest(lines):
                 self.assertEqual(hang.open_phase(lines), expected)

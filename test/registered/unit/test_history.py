@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import ExitCode
+from pdkit.exit_codes import ExitCode, UsageError
 from pdkit.history import drift, est_time, store
 from pdkit.history.record import FileRecord, Measurement, Record
 from pdkit.registry import Registration, collect
@@ -229,6 +229,20 @@ class TestEstTime(HistoryCase):
             self.assertEqual((root / name).read_bytes().decode(), expected)
         times = {(r.name, r.hw): r.est_time for r in collect(root).registrations}
         self.assertEqual({hw: times[name, hw] for name, hw in times if "two" in name}, {"cpu": 45, "cuda": 90})
+
+    def test_a_file_that_is_also_nightly_in_its_suite(self):
+        night = 'register_cpu_ci(est_time={}, suite="stage-a-test-cpu", nightly=True)'
+        day = night.replace(", nightly=True", "")
+        source = source_of(registration=f"{day.format(90)}\n{night.format(70)}")
+        proposals = [
+            est_time.Proposal(Registration("test_x.py", "test_x.py", "cpu", SUITE, 90, nightly), seconds, seconds, 5)
+            for nightly, seconds in ((False, 40), (True, 50))
+        ]
+        expected = source_of(registration=f"{day.format(40)}\n{night.format(50)}")
+        self.assertEqual(est_time.rewrite(source.encode(), proposals).decode(), expected)
+        twice = source_of(registration=f"{day.format(90)}\n{day.format(90)}")
+        with self.assertRaisesRegex(UsageError, "test_x.py registers 2 times for stage-a-test-cpu"):
+            est_time.rewrite(twice.encode(), proposals[:1])
 
     def test_what_is_proposed(self):
         registration = Registration("/r/test/registered/test_x.py", "registered/test_x.py", "cpu", SUITE, 90)

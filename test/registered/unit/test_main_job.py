@@ -17,6 +17,7 @@ from pdkit import main_job
 from pdkit.ci_register import register_cpu_ci
 from pdkit.exit_codes import ExitCode
 from pdkit.main_job import main, read_report, summary
+from pdkit.report import evidence
 from pdkit.rung import LADDER, Gpu
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
@@ -198,6 +199,12 @@ class TestMain(unittest.TestCase):
         with patch.dict("os.environ", SGLANG_PD_LOG_DIR="/mine"):
             self.main()
         self.assertIn("server logs: /mine\n", self.printed)
+
+    def test_ctrl_c_before_the_test_starts(self):
+        self.write_test(*RUN)
+        with patch.object(evidence, "begin", lambda *_: signal.raise_signal(signal.SIGINT)):
+            self.assertEqual(self.main(), ExitCode.INTERRUPTED)
+        self.assertIn("score                 none, the test did not get that far", self.printed)
 
     def test_ladder(self):
         self.assertEqual(self.main("--ladder", gpus=[Gpu("NVIDIA H200", 143_771, (9, 0))]), ExitCode.PASSED)

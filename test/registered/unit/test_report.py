@@ -149,7 +149,7 @@ class TestRecorded(unittest.TestCase):
 
     def test_logs(self):
         names = [log.name for log in self.run_.logs]
-        self.assertEqual(names, ["decode", "load balancer", "prefill", "test"])
+        self.assertEqual(names, ["test", "decode", "load balancer", "prefill"])
         self.assertEqual({log.died for log in self.run_.logs}, {False})
         self.assertIn("not greater than 0.95", self.run_.failure)
 
@@ -166,6 +166,7 @@ class TestRecorded(unittest.TestCase):
         self.assertIn("**Score 0.940** (188 of 200), exact 95 % interval ", text)
         self.assertIn("| SIGKILL prefill | ", text)
         self.assertIn("failed in phase gate", text)
+        self.assertIn("End of 001-test_recorded.1.log:\n", text)
 
     def test_terminal(self):
         self.assertIn("score 0.940 (188 of 200), exact 95 % interval ", terminal(self.report)[0])
@@ -191,7 +192,7 @@ class TestDeath(unittest.TestCase):
     def test_the_first_that_died_is_shown_first(self):
         death = "decode exited with code 7 \x07"
         self.assertEqual((self.run_.death, self.run_.failed_phase), (death, "launch decode"))
-        order = [("decode", True), ("prefill", False), ("prefill", False), ("test", False)]
+        order = [("decode", True), ("test", False), ("prefill", False), ("prefill", False)]
         self.assertEqual([(log.name, log.died) for log in self.run_.logs], order)
         lines = self.suite.stdout.splitlines()
         at = lines.index("tests/test_x.py failed in phase launch decode")
@@ -233,7 +234,7 @@ class TestBroken(unittest.TestCase):
         self.evidence = next(path for path in self.directory.iterdir() if path.is_dir())
 
     def test_no_run(self):
-        for spoil in ("", "[]", "{"):
+        for spoil in ("", "[]", "{", '{"files": 1}', '{"files": [1]}'):
             (self.directory / "results.json").write_text(spoil)
             with self.subTest(spoil), self.assertRaisesRegex(NoReport, "no results.json of a run"):
                 read_directory(self.directory)
@@ -247,6 +248,21 @@ class TestBroken(unittest.TestCase):
         self.assertEqual((len(report.files[0].examples), len(report.files[0].tables)), (200, 1))
         self.assertEqual(len(report.notes), 3)
         self.assertIn("Not all of the report could be read", page(report))
+
+    def test_lines_that_say_something_else(self):
+        def append(name, *lines):
+            with open(self.evidence / name, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+        phase = {"kind": "phase", "name": "x", "at": 1.0, "state": "begins"}
+        append("records.jsonl", {"kind": "phase"}, phase | {"at": "soon"}, phase | {"state": "passed"})
+        append("records.jsonl", {"kind": "table", "rows": 3}, {"kind": "of the future"})
+        example = {"example": 1, "score": 1.0, "seconds": 1.0, "prompt": "p", "answer": "a"}
+        append("x.jsonl", example | {"seconds": float("nan")}, example | {"seconds": "1"})
+        report = read_directory(self.directory)
+        self.assertEqual((len(report.files[0].examples), len(report.files[0].tables)), (200, 1))
+        self.assertEqual([note.partition(": ")[2] for note in report.notes], [f"{n} lines cannot be read" for n in (4, 2)])
+        page(report)
 
     def test_only_results(self):
         shutil.rmtree(self.evidence)

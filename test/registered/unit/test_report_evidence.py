@@ -12,17 +12,20 @@ from unittest import mock
 
 from pdkit.ci_register import register_cpu_ci
 from pdkit.console import Console
+from pdkit.report import evidence
+from pdkit.report.evidence import GPU_PLAN_FILE
 from pdkit.report.live import Live
 from pdkit.report.record import FILE
-from pdkit.report.secrets import Redactor, is_secret, redacted, scrub, secret_values
+from pdkit.report.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
+from pdkit.report.surroundings import command_line
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
 RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
 SECRET = "sk-0123456789"
 
 TEST_FILE = """
-import os, sys, unittest
+import os, subprocess, sys, unittest
 from pathlib import Path
 from pdkit.ci_register import register_cpu_ci
 from pdkit.report.record import record_table
@@ -37,6 +40,13 @@ class TestX(unittest.TestCase):
         Path(os.environ["SGLANG_TEST_METRICS_OUTPUT"] + ".1.jsonl").write_text("{}")
         record_table("recovery", ["event", "eval"], [["SIGKILL", 1]])
         print("the key is", os.environ["MY_API_KEY"], os.environ["PROXY"], flush=True)
+        subprocess.Popen(["sh", "-c", "sleep 60; : $0", os.environ["MY_API_KEY"]], start_new_session=True)
+        if os.environ.get("HANG"):
+            source = "import time; print('up', flush=True); time.sleep(60)"
+            child = subprocess.Popen([sys.executable, "-c", source, os.environ["MY_API_KEY"]], stdout=subprocess.PIPE)
+            child.stdout.readline()
+            print("ready", flush=True)
+            child.wait()
         print("[phase] launch prefill failed: 0.1 s", flush=True)
         self.fail("on purpose")
 
@@ -54,10 +64,18 @@ class TestRun(unittest.TestCase):
         (cls.directory / "tests").mkdir()
         (cls.directory / "tests" / "test_x.py").write_text(TEST_FILE)
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "PDKIT_"))}
-        environ |= {"MY_API_KEY": SECRET, "PROXY": "http://me:hunter22@proxy:3128/"}
+        environ |= {"MY_API_KEY": SECRET, "PROXY": "http://me:hunter22@proxy:3128/", "HEADER": f"Bearer {SECRET}"}
         command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "s", "--skip-environment-check"]
-        command += ["--test-root", str(cls.directory / "tests"), "--report-dir", str(cls.report)]
-        cls.suite = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command += ["--test-root", str(cls.directory / "tests")]
+
+        def run(report, *words, **more):
+            arguments = [*command, "--report-dir", str(report), *words]
+            return subprocess.run(
+                arguments, env=environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+
+        cls.suite = run(cls.report)
+        cls.hung = run(cls.directory / "hung", "--timeout-per-file", "6", HANG="1")
 
     def test_all_is_kept(self):
         self.assertEqual(self.suite.returncode, 1, self.suite.stdout)
@@ -70,6 +88,7 @@ class TestRun(unittest.TestCase):
         self.assertEqual(environment["environment"]["MY_API_KEY"], "(removed)")
         self.assertEqual(environment["environment"]["PROXY"], "http://(removed)@proxy:3128/")
         self.assertEqual(environment["command"][1], str(RUN_SUITE))
+        self.assertEqual(environment["environment"]["HEADER"], "Bearer (removed)")
         self.assertIn("torch", environment["versions"])
 
     def test_no_secret_anywhere(self):
@@ -78,6 +97,13 @@ class TestRun(unittest.TestCase):
             for secret in (SECRET, "hunter22"):
                 self.assertNotIn(secret, path.read_text(), path)
 
+    def test_no_secret_of_an_argument(self):
+        self.assertRegex(self.suite.stdout, r"ended now: pid \d+ \(sh -c .*\(removed\)\)")
+        stacks = next((self.directory / "hung").glob("*.hang.txt")).read_text()
+        self.assertIn("time.sleep(60) (removed)", stacks)
+        for path in filter(Path.is_file, (self.directory / "hung").rglob("*")):
+            self.assertNotIn(SECRET, path.read_text(), path)
+
     def test_phases_are_recorded(self):
         records = [json.loads(line) for line in (self.report / "001-test_x.1" / FILE).read_text().splitlines()]
         phases = [(r["name"], r["state"]) for r in records if r["kind"] == "phase"]
@@ -85,9 +111,28 @@ class TestRun(unittest.TestCase):
         self.assertEqual([r["title"] for r in records if r["kind"] == "table"], ["recovery"])
 
 
+class TestAgain(unittest.TestCase):
+    def test_nothing_of_an_earlier_run_is_left(self):
+        with tempfile.TemporaryDirectory() as name:
+            log, directory = Path(name, "001-test_x.1.log"), Path(name, "001-test_x.1")
+            directory.mkdir()
+            old = [directory / FILE, directory / "metrics.1.jsonl", log.with_suffix(".hang.txt")]
+            old += [Path(name, GPU_PLAN_FILE), Path(name, "report.html")]
+            theirs = [Path(name, "notes.txt"), Path(name, "001-test_x.2.log")]
+            for path in old + theirs:
+                path.write_text("{}")
+            evidence.begin(Path(name), ())
+            evidence.environment(log)
+            self.assertEqual([path for path in old if path.exists()], [])
+            self.assertEqual([path for path in theirs if not path.exists()], [])
+
+
 class TestSecrets(unittest.TestCase):
     def test_names(self):
-        for name in ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "npm_config__auth"):
+        for name in (
+            *("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "npm_config__auth", "PGPASSWORD"),
+            *("GITHUB_PAT", "MYSQL_PWD", "SESSION_COOKIE", "AccessToken", "DB_PASS", "LITELLM_KEYS"),
+        ):
             self.assertTrue(is_secret(name), name)
         for name in ("SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK", "PWD", "KEYBOARD", "MONKEY", "PATH"):
             self.assertFalse(is_secret(name), name)
@@ -102,6 +147,23 @@ class TestSecrets(unittest.TestCase):
         }
         self.assertEqual(secret_values(environ), (SECRET, "user:pa55"))
         self.assertEqual(redacted(environ)["URL"], "https://(removed)@h/")
+
+    def test_a_password_by_itself_and_with_an_at_sign(self):
+        environ = {"URL": "https://user:hunter@22@h/a@b"}
+        self.assertEqual(secret_values(environ), ("user:hunter@22", "hunter@22"))
+        self.assertEqual(redacted(environ)["URL"], "https://(removed)@h/a@b")
+
+    def test_a_secret_as_json_has_it_and_each_of_its_lines(self):
+        environ = {"A_KEY": 'quo"ted\\key', "SSH_KEY": "-----BEGIN\nbase64 of it\n"}
+        for text in (environ["A_KEY"], json.dumps(environ["A_KEY"])[1:-1], "base64 of it"):
+            self.assertEqual(cleaned(f"x {text} y", environ), f"x {REMOVED} y")
+
+    def test_the_command_of_the_run(self):
+        with mock.patch.object(sys, "argv", ["x", SECRET]), mock.patch.dict(os.environ, A_KEY=SECRET):
+            self.assertEqual(command_line()[1:], ["x", REMOVED])
+
+    def test_urls_in_other_texts(self):
+        self.assertEqual(cleaned("curl http://me:pw@h:80/x", {}), "curl http://(removed)@h:80/x")
 
     def test_a_secret_that_is_cut_in_two(self):
         for cut in range(1, len(SECRET)):

@@ -109,6 +109,7 @@ ROWS = (
     # a deployment that is no such thing
     Row("run.sh", "--base-url localhost:30000", "localhost:30000 is no URL like http://host:port"),
     Row("run.sh", "--base-url http://127.0.0.1:99999", "http://127.0.0.1:99999 is no URL like"),
+    Row("run.sh", "--base-url http://[::1", "http://[::1 is no URL like http://host:port"),
     Row("run.sh", "--base-url http://127.0.0.1:8000/v1", "leave /v1 of http://127.0.0.1:8000/v1 away"),
     Row("run.sh", "--base-url http://me:secret@127.0.0.1:80", "no credentials in a URL, they reach logs"),
     Row("run.sh", f"{BASE} --prefill-urls {{good}}", "name both kinds, or none"),
