@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import wraps
 from itertools import cycle, islice
 
@@ -443,9 +443,19 @@ class ProtocolMixin:
         references = [self.reference(prompt) for prompt in self.prompts(8)]
         asked = list(islice(cycle(references), count))
         with ThreadPoolExecutor(count) as pool:
-            for reference, whole in zip(asked, pool.map(lambda each: client.complete(each.prompt, 24), asked)):
+            answers = [pool.submit(client.complete, each.prompt, 24) for each in asked]
+            late = wait(answers, self.request_timeout * 0.75).not_done
+            self.assertFalse(late, f"{len(late)} of {count} wait for an answer, and the servers say: {self._held()}")
+            for reference, answer in zip(asked, answers):
+                whole = answer.result()
                 self.assertGoesOn(whole.choices[0].text, reference)
                 self.assertEqual(whole.usage.completion_tokens, 24)
+
+    def _held(self):
+        """What prefill and decode tell of themselves, but for their settings."""
+        infos = [requests.get(f"{url}/server_info", timeout=10).json() for url in (self.prefill_url, self.decode_url)]
+        told = ("rooms", "sending", "internal_states", "engine", "transfer")
+        return [{name: info.get(name) for name in told} for info in infos]
 
     @through_each_load_balancer
     def test_one_prefix_from_many_clients(self, client):

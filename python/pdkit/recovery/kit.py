@@ -207,9 +207,13 @@ class RecoveryMixin:
         self.assertEqual(restarted, [], "had to be restarted, too")
         self.wait_idle(self.servers())
         with self.subTest("all is as before"):
-            clients = {phase: self.send(phase) for phase in self.right_asks}
-            outcomes = [client.result() for each in clients.values() for client in each.values()]
-            self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
+            for _ in range(ATTEMPTS):  # on a starved machine an answer may take longer than the router's timeout
+                clients = [client for phase in self.right_asks for client in self.send(phase).values()]
+                unserved = [outcome for client in clients if (outcome := client.result()).fate is not Fate.SERVED]
+                self.assertNotIn(Fate.WRONG, [outcome.fate for outcome in unserved], unserved)
+                if not unserved:
+                    break
+            self.assertEqual(unserved, [])
 
     # Clients
 
