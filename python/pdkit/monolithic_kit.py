@@ -79,10 +79,14 @@ class MonolithicFirstMixin(_MonolithicMixin):
 
     @classmethod
     def start_prefill(cls):
+        cls.ask_monolithic()
+        super().start_prefill()
+
+    @classmethod
+    def ask_monolithic(cls):
         cls._start_monolithic()
         cls.wait_server_ready(f"{cls.monolithic_url}/health")
         with cls.failing_with_a_death():
             cls.take_references()
         cls._stop_monolithic()
         cls.monolithic_url = None
-        super().start_prefill()

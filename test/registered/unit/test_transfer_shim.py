@@ -279,7 +279,8 @@ class TestKit(unittest.TestCase):
 
         self.pair, self.alone = StubServer(self, Handler), StubServer(self, Handler)
         probes = tuple(generate_probe(f"p{i}", (i + 1, i + 2), 4) for i in range(6))
-        plan = types.SimpleNamespace(alone=(Round("alone", probes),), rooms=(Round("rooms", probes, 3),))
+        plan = {"alone": (Round("alone", probes),), "rooms": (Round("rooms", probes, 3),), "indexed": (Round("i", probes),)}
+        plan = types.SimpleNamespace(**plan)
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
         length = lambda url, *_: 1.0 if url == self.pair.url and self.on("drafts") else 1.9  # noqa: E731
         measure = lambda *given: types.SimpleNamespace(length=length(*given))  # noqa: E731
@@ -314,20 +315,22 @@ class TestKit(unittest.TestCase):
     def test_each_check_sees_its_fault(self):
         seen = self.seen(
             transfer_slow="nothing", window_lost="errs", pages_halved="forgets", buffers_lost="drafts",
-            polls_fail="fails", indexer_compressed_lost="nothing",
+            polls_fail="fails", draft_window_lost="nothing",
         )  # fmt: skip
         self.assertEqual(seen["no fault"], [])
         self.assertEqual(seen["transfer-slow"], [])
-        self.assertEqual(seen["window-lost"], ["parity alone", "parity rooms"])
-        self.assertEqual((seen["pages-halved"], seen["buffers-lost"]), (["accuracy"], ["acceptance"]))
-        self.assertEqual(seen["polls-fail"], ["parity alone", "parity rooms", "accounting"])
+        parity = ["parity alone", "parity rooms", "parity indexed"]
+        self.assertEqual(seen["window-lost"], parity)
+        self.assertEqual(seen["pages-halved"], ["accuracy"])
+        self.assertEqual(seen["buffers-lost"], ["acceptance", "acceptance, scrambled"])
+        self.assertEqual(seen["polls-fail"], [*parity, "accounting"])
 
     def test_what_it_fails_for(self):
         for name, what in (
             ("window_lost", "nothing"),
             ("transfer_slow", "errs"),
             ("window_lost", "errs unmet"),
-            ("indexer_compressed_lost", "errs"),
+            ("draft_window_lost", "errs"),
         ):
             with self.subTest(fault=name, does=what), self.assertRaisesRegex(AssertionError, name.replace("_", "-")):
                 self.seen(**{name: what})
