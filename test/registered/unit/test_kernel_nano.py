@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from pdkit.ci_register import register_cpu_ci
 from pdkit.kernel_nano import cache, checkpoint, training
-from pdkit.kernel_nano.config import FIELDS, reference_config
+from pdkit.kernel_nano.config import DEEPEP_HIDDEN, FIELDS, fields, reference_config
 from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks, round_groups
 from pdkit.kernel_nano.model import KernelNano, randomize, rescale
 from pdkit.kernel_nano.truth import Truth, fp8_rounding, logprobs
@@ -35,6 +35,13 @@ class TestConfig(unittest.TestCase):
             self.assertEqual(FIELDS[name] % 128, 0, name)
         self.assertEqual(len(FIELDS["compress_ratios"]), FIELDS["num_hidden_layers"] + 1)
         self.assertEqual({0, 4, 128}, set(FIELDS["compress_ratios"]))
+
+    def test_the_wide_one_is_what_deepep_moves_and_four_ranks_share(self):
+        wide = fields(DEEPEP_HIDDEN)
+        self.assertEqual({name for name in wide if wide[name] != FIELDS[name]},
+                         {"hidden_size", "intermediate_size", "moe_intermediate_size"})  # fmt: skip
+        self.assertEqual((wide["hidden_size"], wide["moe_intermediate_size"] % (4 * 128)), (2048, 0))
+        self.assertEqual(reference_config(hidden_size=DEEPEP_HIDDEN).moe_intermediate_size, 512)
 
     def test_rope_is_stretched_nowhere(self):
         self.assertEqual(FIELDS["rope_scaling"]["factor"], 1.0)
@@ -128,6 +135,7 @@ class TestModel(unittest.TestCase):
         for tensors, reason in (
             (lacking, "mtp.0.e_proj.weight"),
             (stored | {"more": torch.ones(1)}, "more is unknown"),
+            (stored | {"embed.weight": torch.ones(1024, 256)}, "embed.weight is missing or of another shape"),
         ):
             with self.subTest(reason), tempfile.TemporaryDirectory() as folder:
                 save_file(tensors, Path(folder, cache.WEIGHTS))
@@ -221,6 +229,7 @@ class TestCache(unittest.TestCase):
 
     def test_the_trained_model_is_preferred_once_it_is_recorded(self):
         self.assertEqual(cache.best(), cache.cached("random"))
+        self.assertEqual(cache.best(DEEPEP_HIDDEN).name, "random-2048")
         self.record(cache.digest(self.path))
         self.assertEqual(cache.best(), self.path)
         self.assertTrue(cache.is_trained(self.path))
@@ -237,16 +246,18 @@ class TestCache(unittest.TestCase):
             cache.provide("/somewhere/else")
             run.assert_not_called()
             cache.provide(cache.cached("random"))
-        self.assertIn("pdkit.kernel_nano", run.call_args.args[0])
+            self.assertEqual(run.call_args.args[0][-4:], ["-m", "pdkit.kernel_nano", "--hidden-size", "128"])
+            cache.provide(cache.cached("random", DEEPEP_HIDDEN))
+        self.assertEqual(run.call_args.args[0][-1], "2048")
 
 
-class TestOneGpuPlan(unittest.TestCase):
-    def test_each_file_of_the_rung_can_be_asked_before_it_runs(self):
+class TestGpuPlans(unittest.TestCase):
+    def test_each_file_for_gpus_can_be_asked_before_it_runs(self):
         from pdkit.contract.release import installed
         from pdkit.gpu_plan import of_contract
         from pdkit.launch_contract import ask
 
-        for path in sorted(ONE_GPU.parent.glob("*_1gpu*.py")):
+        for path in sorted(ONE_GPU.parent.glob("*[1248]gpu*.py")):
             with self.subTest(file=path.name):
                 contract = ask(installed(), path)
                 self.assertEqual(contract.errors, [])

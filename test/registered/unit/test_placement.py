@@ -1,0 +1,58 @@
+"""On which GPUs servers are, as the driver tells, against the plan."""
+
+import subprocess
+import unittest
+from types import SimpleNamespace
+from unittest import mock
+
+from pdkit import placement_kit
+from pdkit.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+
+class TestPlacement(unittest.TestCase):
+    def setUp(self):
+        # Each server is a shell; what uses the GPU is its child.
+        self.servers = [self.server() for _ in range(2)]
+        self.gpus = [SimpleNamespace(processes=()) for _ in range(4)]
+        observe = lambda environ: {"gpus": tuple(self.gpus)}  # noqa: E731
+        self.enterContext(mock.patch.object(placement_kit.nvml, "observe", observe))
+
+    def server(self):
+        process = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+        child = int(process.stdout.readline())
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        self.addCleanup(subprocess.run, ["kill", str(child)])
+        return process, child
+
+    def check(self, prefill, decode):
+        """What the test says where the children of the servers use these GPUs."""
+        for (_, child), used in zip(self.servers, (prefill, decode)):
+            for gpu in used:
+                self.gpus[gpu].processes += (SimpleNamespace(pid=child),)
+
+        class Case(placement_kit.PlacementMixin, unittest.TestCase):
+            prefill_gpus, decode_gpus = range(0, 2), range(2, 4)
+            process_prefill, process_decode = (process for process, _ in self.servers)
+
+        with mock.patch("builtins.print"):
+            result = Case("test_servers_are_on_the_gpus_of_the_plan").run()
+        return "skipped" if result.skipped else "failed" if result.failures else "passed"
+
+    def test_as_planned(self):
+        self.assertEqual(self.check((0, 1), (2, 3)), "passed")
+
+    def test_decode_beside_prefill(self):
+        self.assertEqual(self.check((0, 1), (0, 1)), "failed")
+
+    def test_a_rank_is_missing(self):
+        self.assertEqual(self.check((0, 1), (2,)), "failed")
+
+    def test_a_driver_that_names_none_of_ours(self):
+        self.assertEqual(self.check((), ()), "skipped")
+
+
+if __name__ == "__main__":
+    unittest.main()
