@@ -31,6 +31,7 @@ def _url(field_name: str, text: str) -> str:
     try:
         parts = urlsplit(url)
         well_formed = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        requests.Request("GET", url).prepare()  # its InvalidURL is a ValueError
     except ValueError:
         well_formed = False
     if not well_formed:

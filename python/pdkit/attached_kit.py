@@ -22,7 +22,7 @@ class AttachedMixin:
     """Takes the place of the launch; put it before all others. `pdkit.attached` says what the environment names."""
 
     rung = "attached"
-    parity_options = PlanOptions(tokens=12, rooms=16, in_flight=16)
+    parity_options = PlanOptions(tokens=12, rooms=16, in_flight=16, indexed=0)
     test_parity_prefix_cached = None  # it is about caches that are emptied
     supervisor = SimpleNamespace(interrupting=contextlib.nullcontext)
     deployment = None

@@ -187,8 +187,8 @@ def _run(rung: Rung, registration: Registration, report_dir: Path | None, histor
     code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
     results = json.loads((report_dir / "results.json").read_text())
     report = Report()
-    for attempt in results["files"][0]["attempts"][-1:]:
-        with open(report_dir / attempt["log"], errors="replace") as log:
+    if attempts := results["files"][0]["attempts"]:
+        with open(report_dir / attempts[-1]["log"], errors="replace") as log:
             report = read_report(log)
     code = verdict(code, report, rung)
     print("\n" + summary(rung, report, code, results["seconds"]), flush=True)

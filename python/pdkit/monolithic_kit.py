@@ -84,6 +84,7 @@ class MonolithicFirstMixin(_MonolithicMixin):
 
     @classmethod
     def ask_monolithic(cls):
+        """All of the monolithic server's life; `pdkit.contract.recording` leaves it out by this name."""
         cls._start_monolithic()
         cls.wait_server_ready(f"{cls.monolithic_url}/health")
         with cls.failing_with_a_death():

@@ -354,7 +354,9 @@ class ParityMixin(ParityArms):
 
     @classmethod
     def caches_prefixes(cls):
-        return not read_server_info(cls.prefill_url).get("disable_radix_cache", True)
+        """Whether a prefix is found again; not among data-parallel ranks with a cache each: the next may be asked."""
+        info = read_server_info(cls.prefill_url)
+        return not info.get("disable_radix_cache", True) and info.get("dp_size", 1) == 1
 
 
 def _without(variations):

@@ -167,7 +167,7 @@ class PlanOptions:
     rooms: int = 64
     in_flight: int = 32
     extra_lengths: tuple[int, ...] = (700, 1000)
-    indexed: int = 8
+    indexed: int = 24
 
 
 @dataclass(frozen=True)

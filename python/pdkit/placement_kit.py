@@ -8,12 +8,13 @@ import os
 
 import psutil
 
+from pdkit import process_tree
 from pdkit.environment_check import nvml
 
 
 def used_gpus(pid, gpus):
     """Indices of `gpus` that the process `pid` or a descendant of it uses."""
-    tree = {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    tree = {pid, *(child.pid for child in process_tree.descendants(psutil.Process(pid)))}
     return [index for index, gpu in enumerate(gpus) if tree & {process.pid for process in gpu.processes}]
 
 
@@ -21,11 +22,13 @@ class PlacementMixin:
     """Needs `process_prefill`, `process_decode`, and the GPUs that each is planned on."""
 
     def test_servers_are_on_the_gpus_of_the_plan(self):
-        gpus = nvml.observe(os.environ).get("gpus", ())
+        observed = nvml.observe(os.environ)
+        gpus = observed.get("gpus", ())
         planned = {"prefill": list(self.prefill_gpus), "decode": list(self.decode_gpus)}
         processes = {"prefill": self.process_prefill, "decode": self.process_decode}
         found = {name: used_gpus(process.pid, gpus) for name, process in processes.items()}
         print(f"GPUs in use, as the driver tells: {found}", flush=True)
         if not any(found.values()):
-            self.skipTest("the driver names no process of ours: in a container it may know them by other numbers")
+            problem = observed.get("gpu_problem") or "in a container it may know them by other numbers"
+            self.skipTest(f"the driver names no process of ours: {problem}")
         self.assertEqual(found, planned)

@@ -444,8 +444,8 @@ class ProtocolMixin:
         asked = list(islice(cycle(references), count))
         with ThreadPoolExecutor(count) as pool:
             answers = [pool.submit(client.complete, each.prompt, 24) for each in asked]
-            late = wait(answers, self.request_timeout * 0.75).not_done
-            self.assertFalse(late, f"{len(late)} of {count} wait for an answer, and the servers say: {self._held()}")
+            if late := wait(answers, self.request_timeout * 0.75).not_done:
+                self.fail(f"{len(late)} of {count} wait for an answer, and the servers say: {self._held()}")
             for reference, answer in zip(asked, answers):
                 whole = answer.result()
                 self.assertGoesOn(whole.choices[0].text, reference)
@@ -453,9 +453,15 @@ class ProtocolMixin:
 
     def _held(self):
         """What prefill and decode tell of themselves, but for their settings."""
-        infos = [requests.get(f"{url}/server_info", timeout=10).json() for url in (self.prefill_url, self.decode_url)]
         told = ("rooms", "sending", "internal_states", "engine", "transfer")
-        return [{name: info.get(name) for name in told} for info in infos]
+        held = []
+        for url in (self.prefill_url, self.decode_url):
+            try:
+                info = requests.get(f"{url}/server_info", timeout=10).json()
+                held.append({name: info.get(name) for name in told})
+            except (requests.RequestException, ValueError) as error:
+                held.append(f"{url}: {error}")
+        return held
 
     @through_each_load_balancer
     def test_one_prefix_from_many_clients(self, client):

@@ -207,12 +207,12 @@ class RecoveryMixin:
         self.assertEqual(restarted, [], "had to be restarted, too")
         self.wait_idle(self.servers())
         with self.subTest("all is as before"):
-            for _ in range(ATTEMPTS):  # on a starved machine an answer may take longer than the router's timeout
+            for _ in range(ATTEMPTS):
                 clients = [client for phase in self.right_asks for client in self.send(phase).values()]
                 unserved = [outcome for client in clients if (outcome := client.result()).fate is not Fate.SERVED]
-                self.assertNotIn(Fate.WRONG, [outcome.fate for outcome in unserved], unserved)
-                if not unserved:
+                if not unserved or any(outcome.seconds < self.router_timeout - 1 for outcome in unserved):
                     break
+                print(f"{rows[0].event}: given up by the router, on a starved machine perhaps: {unserved}", flush=True)
             self.assertEqual(unserved, [])
 
     # Clients

@@ -12,7 +12,7 @@ SHORTEST = 6  # a shorter value would be found in innocent text
 _WORDS = {"KEY", "KEYS", "SECRETS", "PASS", "PWD", "PAT", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "AUTH", "COOKIE"}
 _ENDS = ("TOKEN", "APIKEY", "SECRET", "PASSWORD", "PASSWD")
 _NOT_SECRET = {"EMPTY", "none", "None", "dummy"}  # what clients of local servers say that need no key
-_USERINFO = re.compile(r"(?<=://)[^/?#\s]+(?=@)")
+_USERINFO = re.compile(r"""(?<=://)[^/?#\s"'<>,]+(?=@)""")
 
 
 def is_secret(name: str) -> bool:

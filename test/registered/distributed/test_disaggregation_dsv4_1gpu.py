@@ -101,9 +101,7 @@ class TestDisaggregationDSV4OneGpu(
     OneGpuPlan,
     dsv4.TestDisaggregationDSV4,
 ):
-    parity_options = PlanOptions(
-        longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600), indexed=24
-    )
+    parity_options = PlanOptions(longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600))
     acceptance_length_prompts = 32
 
     @classmethod

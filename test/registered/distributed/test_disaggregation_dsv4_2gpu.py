@@ -2,7 +2,8 @@
 
 The model is the nano of the width that DeepEP moves, trained by `scripts/train_kernel_nano.py --hidden-size 2048`.
 
-    SGLANG_PD_DEEPEP_MODE  SGLang's --deepep-mode: "normal" where there is no RDMA device for the low-latency kernels
+    SGLANG_PD_KERNEL_NANO_2048  such a checkpoint, instead of the one in the cache
+    SGLANG_PD_DEEPEP_MODE       SGLang's --deepep-mode: "normal" where there is no RDMA device for the low-latency kernels
 """
 
 import os
@@ -34,7 +35,7 @@ class TestDisaggregationDSV4TwoGpus(
     dsv4.TestDisaggregationDSV4,
 ):
     rung = "2xHopper"
-    model_name = os.getenv("SGLANG_PD_KERNEL_NANO") or str(cache.best(DEEPEP_HIDDEN))
+    model_name = os.getenv("SGLANG_PD_KERNEL_NANO_2048") or str(cache.best(DEEPEP_HIDDEN))
 
     prefill_gpus = decode_gpus = range(2)
 
@@ -55,10 +56,6 @@ class TestDisaggregationDSV4TwoGpus(
 
     parity_options = one_gpu.TestDisaggregationDSV4OneGpu.parity_options
     acceptance_length_prompts = 32
-
-    @classmethod
-    def caches_prefixes(cls):
-        return False  # each data-parallel rank has a cache of its own, and the next request may meet another rank
 
     def test_gsm8k(self):
         self.require_training()

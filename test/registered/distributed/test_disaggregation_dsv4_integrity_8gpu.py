@@ -8,7 +8,6 @@ from pdkit.gate_kit import AcceptanceLengthMixin
 from pdkit.integrity_kit import TransferIntegrityMixin
 from pdkit.monolithic_kit import MonolithicFirstMixin
 from pdkit.parity_kit import ParityMixin
-from pdkit.parity_plan import PlanOptions
 from pdkit.placement_kit import PlacementMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
@@ -24,19 +23,12 @@ class TestDisaggregationDSV4Integrity8GPU(
     MonolithicFirstMixin,
     dsv4.TestDisaggregationDSV4,
 ):
-    parity_options = PlanOptions(indexed=24)
-
     test_gsm8k = None  # test_disaggregation_dsv4.py asks that
 
     @classmethod
     def take_references(cls):
         super().take_references()
         cls.take_acceptance_reference()
-
-    @classmethod
-    def caches_prefixes(cls):
-        return False  # each data-parallel rank has a cache of its own, and the next request may meet another rank
-
 
 if __name__ == "__main__":
     unittest.main()

@@ -33,6 +33,7 @@ DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 sys.path.insert(0, str(DISTRIBUTED))
 import test_disaggregation_dsv4 as dsv4  # noqa: E402
 import test_disaggregation_dsv4_1gpu as one_gpu  # noqa: E402
+import test_disaggregation_dsv4_2gpu as two_gpus  # noqa: E402
 import test_disaggregation_dsv4_embedded as embedded  # noqa: E402
 
 register_cpu_ci(est_time=75, suite="stage-a-test-cpu")
@@ -222,7 +223,7 @@ class TestMachine(unittest.TestCase):
 
 
 class TestOneGpu(unittest.TestCase):
-    def test_a_rendezvous_port_for_each_server_whether_the_fixture_pins_them_or_not(self):
+    def test_an_nccl_port_for_each_server_whether_the_fixture_pins_them_or_not(self):
         fixture = disaggregation_fixture.PDDisaggregationServerBase
         for pins in (True, False):
             with self.subTest(pins), mock.patch.object(fixture, "setUpClass", classmethod(lambda cls: None)):
@@ -237,6 +238,20 @@ class TestOneGpu(unittest.TestCase):
                 drawn = {port for each in args if (port := parse(each).nccl_port)}
                 self.assertEqual(len(drawn), 3)
                 self.assertTrue(all(22000 < port < 32000 for port in drawn), drawn)
+
+    def test_with_dp_attention_each_server_meets_its_ranks_at_a_port_of_its_own(self):
+        fixture = disaggregation_fixture.PDDisaggregationServerBase
+        with mock.patch.object(fixture, "setUpClass", classmethod(lambda cls: None)):
+            plan = type("Plan", (two_gpus.TestDisaggregationDSV4TwoGpus,), {})
+            plan.bootstrap_port, plan.lb_port, plan.base_host = "1", "2", "127.0.0.1"
+            plan.prefill_port, plan.decode_port = "3", "4"
+            plan.configure()
+            self.addCleanup(plan.doClassCleanups)
+            args = plan.prefill_args(), plan.decode_args(), plan.monolithic_args()
+        met = {int(each[each.index("--dist-init-addr") + 1].removeprefix("127.0.0.1:")) for each in args}
+        ports = {int(getattr(plan, name)) for name in dir(plan) if name.endswith("_port")}
+        self.assertEqual(len(met), 3)
+        self.assertFalse(ports & {port + offset for port in met for offset in range(7)})
 
     def test_pages_from_the_cache_are_not_asked_of_prompts_of_unknown_length(self):
         case = one_gpu.TestDisaggregationDSV4OneGpu("test_parity_rooms")

@@ -164,6 +164,8 @@ class TestSecrets(unittest.TestCase):
 
     def test_urls_in_other_texts(self):
         self.assertEqual(cleaned("curl http://me:pw@h:80/x", {}), "curl http://(removed)@h:80/x")
+        body = '{"url": "http://h:30000", "mail": "a@b"}'
+        self.assertEqual(cleaned(body, {}), body)
 
     def test_a_secret_that_is_cut_in_two(self):
         for cut in range(1, len(SECRET)):
