@@ -24,6 +24,7 @@ class AttachedMixin:
     rung = "attached"
     parity_options = PlanOptions(tokens=12, rooms=16, in_flight=16, indexed=0)
     test_parity_prefix_cached = None  # it is about caches that are emptied
+    test_parity_where_the_indexer_chooses = None  # thousands of tokens a prompt, for somebody else to pay
     supervisor = SimpleNamespace(interrupting=contextlib.nullcontext)
     deployment = None
 

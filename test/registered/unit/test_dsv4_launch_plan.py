@@ -328,6 +328,13 @@ def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixi
     return Pair
 
 
+def runs(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class TestSupervision(unittest.TestCase):
     def setUp(self):
         self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
@@ -351,7 +358,7 @@ class TestSupervision(unittest.TestCase):
         for log in Path(self.log_dir).glob("*.log"):
             orphan = int(log.read_text().split()[1])
             deadline = time.monotonic() + 10
-            while psutil.pid_exists(orphan) and psutil.Process(orphan).status() != psutil.STATUS_ZOMBIE:
+            while runs(orphan):
                 self.assertLess(time.monotonic(), deadline, f"{log} left process {orphan}")
                 time.sleep(0.1)
 
