@@ -111,7 +111,8 @@ def record(test: type, baseline: Mapping[str, str]) -> Plan:
     RecordedProcess.commands = []
     problem = None
     try:
-        if hasattr(test, "ask_monolithic"):  # it has ended before the pair takes its GPUs; all but its ports is among their flags
+        # A monolithic server that has ended before the pair takes its GPUs; all but its ports is among their flags.
+        if hasattr(test, "ask_monolithic"):
             test.ask_monolithic = lambda: None
         (getattr(test, "configure", None) or test.setUpClass)()
         if not RecordedProcess.commands:

@@ -3,7 +3,7 @@
 The model is the nano of the width that DeepEP moves, trained by `scripts/train_kernel_nano.py --hidden-size 2048`.
 
     SGLANG_PD_KERNEL_NANO_2048  such a checkpoint, instead of the one in the cache
-    SGLANG_PD_DEEPEP_MODE       SGLang's --deepep-mode: "normal" where there is no RDMA device for the low-latency kernels
+    SGLANG_PD_DEEPEP_MODE       SGLang's --deepep-mode, if not auto
 """
 
 import os

@@ -30,5 +30,6 @@ class TestDisaggregationDSV4Integrity8GPU(
         super().take_references()
         cls.take_acceptance_reference()
 
+
 if __name__ == "__main__":
     unittest.main()
