@@ -1,5 +1,7 @@
 """Waiting for GPU memory: what is compared, for how long, and who is named."""
 
+import os
+import subprocess
 import unittest
 from dataclasses import replace
 from unittest import mock
@@ -13,6 +15,7 @@ register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 IDLE = Gpu("NVIDIA H200", memory_mib=143_000, free_mib=143_000, capability=(9, 0))
 STRANGER = GpuProcess(7, "/usr/bin/train", 20_000)
 OURS = GpuProcess(8, "/usr/bin/python3", 100_000)
+LIVING = {STRANGER.pid}
 
 
 def holding(*processes):
@@ -22,7 +25,8 @@ def holding(*processes):
 class TestWaitForRelease(unittest.TestCase):
     def wait(self, expected, *observed, seconds=60.0):
         observe = mock.Mock(side_effect=observed)
-        with mock.patch.object(gpu_memory.time, "sleep") as self.sleep:
+        alive = mock.patch.object(gpu_memory, "is_alive", lambda process: process.pid in LIVING)
+        with alive, mock.patch.object(gpu_memory.time, "sleep") as self.sleep:
             return gpu_memory.wait_for_release(expected, seconds, observe)
 
     def test_no_gpu(self):
@@ -32,8 +36,13 @@ class TestWaitForRelease(unittest.TestCase):
         self.assertEqual(self.wait((IDLE,), (holding(OURS),), (holding(OURS),), (IDLE,)), [])
         self.assertEqual(self.sleep.call_count, 2)
 
-    def test_what_was_there_before_is_not_waited_for(self):
-        self.assertEqual(self.wait((IDLE, holding(STRANGER)), (IDLE, holding(STRANGER))), [])
+    def test_what_a_living_process_holds_is_not_waited_for(self):
+        for before in (IDLE, holding(STRANGER), holding(replace(STRANGER, memory_mib=1000))):
+            self.assertEqual(self.wait((IDLE, before), (IDLE, holding(STRANGER))), [])
+
+    def test_a_stranger_that_ends_hides_nothing(self):
+        (line,) = self.wait((holding(STRANGER),), (holding(OURS),), seconds=0)
+        self.assertIn("100000 MiB more in use than before, by pid 8", line)
 
     def test_some_context_more_is_no_matter(self):
         self.assertEqual(self.wait((IDLE,), (replace(IDLE, free_mib=IDLE.free_mib - gpu_memory.SLACK_MIB),)), [])
@@ -46,9 +55,15 @@ class TestWaitForRelease(unittest.TestCase):
         self.assertEqual(line, "GPU 1: 100000 MiB more in use than before, by pid 8 (python3, 100000 MiB)")
 
     def test_what_is_about_to_be_ended_is_waited_for(self):
-        before = gpu_memory.without([holding(STRANGER, OURS)], {OURS.pid})
-        self.assertEqual(before, (holding(STRANGER),))
+        before = (holding(STRANGER, OURS),)
         self.assertEqual(self.wait(before, (holding(STRANGER, OURS),), (holding(STRANGER),)), [])
+        self.assertEqual(self.sleep.call_count, 1)
+
+    def test_who_is_alive(self):
+        self.assertTrue(gpu_memory.is_alive(GpuProcess(os.getpid(), "python3", 1)))
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        self.assertFalse(gpu_memory.is_alive(GpuProcess(dead.pid, "true", 1)))
 
 
 if __name__ == "__main__":

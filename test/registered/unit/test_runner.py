@@ -28,6 +28,7 @@ from pdkit.results import Attempt
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 RULE = "-" * 70
+NO_PID = 2**22 + 1  # more than Linux has
 
 
 def unittest_closing(ran, verdict, progress="."):
@@ -297,13 +298,13 @@ class TestRunAttempt(ProcessCase):
 
     def test_what_is_still_held_is_told(self):
         gpu = Gpu("NVIDIA H200", 143_000, 143_000, (9, 0))
-        full = replace(gpu, free_mib=3_000, processes=(GpuProcess(7, "/usr/bin/python3", 140_000),))
+        full = replace(gpu, free_mib=3_000, processes=(GpuProcess(NO_PID, "/usr/bin/python3", 140_000),))
         observe = mock.Mock(side_effect=[(gpu,), (full,)])
         wait = partial(gpu_memory.wait_for_release, seconds=0.0, observe=observe)
         with mock.patch.multiple(gpu_memory, observe=observe, wait_for_release=wait):
             attempt, _ = self.run_python("pass")
         self.assertEqual(
-            attempt.unreleased, ("GPU 0: 140000 MiB more in use than before, by pid 7 (python3, 140000 MiB)",)
+            attempt.unreleased, (f"GPU 0: 140000 MiB more in use than before, by pid {NO_PID} (python3, 140000 MiB)",)
         )
 
     def test_an_open_pipe_of_a_leftover_does_not_hang(self):
