@@ -4,8 +4,13 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import httpx
 import openai
 import requests
+
+# An open connection that idles is not used again after so many seconds. By default that is 5 in httpx as in uvicorn:
+# a request may then be sent just when the server closes.
+IDLE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,10 @@ class Client:
 
     @cached_property
     def openai(self):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=self.timeout)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=self.timeout,
+            http_client=openai.DefaultHttpxClient(limits=httpx.Limits(keepalive_expiry=IDLE_S)),
+        )  # fmt: skip
 
     def complete(self, prompt, max_tokens, stream=False, ignore_eos=True, extra=None, **options):
         """A completion, or its Streamed. `extra`: parameters of SGLang that OpenAI's client does not know."""

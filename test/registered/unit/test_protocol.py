@@ -3,11 +3,12 @@
 import json
 import socket
 import threading
+import time
 import unittest
 
 import requests
 from pdkit.ci_register import register_cpu_ci
-from pdkit.protocol import MINI_LB, Client, Reference, ask_reference, counting_prompts
+from pdkit.protocol import IDLE_S, MINI_LB, Client, Reference, ask_reference, counting_prompts
 from pdkit.relay import Relay
 from pdkit.router_kit import is_ready, router_command
 from stub_server import JsonHandler, StubServer
@@ -75,6 +76,24 @@ class TestClient(unittest.TestCase):
             reference = ask_reference(self.client, "8", 3, margin)
             self.assertEqual((reference.certain, reference.certain_text), (certain, "".join(TOKENS[:certain])))
             self.assertEqual((reference.prompt, reference.text, reference.ids), ("8", "".join(TOKENS), (0, 1, 2)))
+
+    def test_no_connection_is_used_that_the_server_may_be_closing(self):
+        class Impatient(Handler):
+            protocol_version = "HTTP/1.1"
+            asked = False
+
+            def do_POST(self):
+                if self.asked:
+                    self.close_connection = True  # the time for another request was over, but it is on its way
+                    return
+                self.asked = True
+                super().do_POST()
+
+        client = Client(MINI_LB, StubServer(self, Impatient).url, "m", 10)
+        self.addCleanup(client.close)
+        client.complete("8", 3)
+        time.sleep(1.5 * IDLE_S)
+        self.assertEqual(client.complete("8", 3).choices[0].text, "".join(TOKENS))
 
     def test_text_that_no_token_spells_is_compared_where_all_is_certain(self):
         self.assertEqual(Reference("", "\u00e9", ("\u00c3", "\u00a9"), (1, 2), 2).certain_text, "\u00e9")
