@@ -15,9 +15,9 @@ from pdkit.server_info import ServerInfoError
 SETTLE_SECONDS = 10.0
 
 
-def provokes_failures(test):
-    """Marks a test whose requests are meant to fail: it is not accounted for."""
-    test.provokes_failures = True
+def unaccounted(test):
+    """Marks a test whose requests are meant to fail, or that makes none."""
+    test.unaccounted = True
     return test
 
 
@@ -36,7 +36,7 @@ class RequestAccountingMixin:
     attempt_timeout = None
 
     def _callTestMethod(self, method):
-        if getattr(method, "provokes_failures", False):
+        if getattr(method, "unaccounted", False):
             return super()._callTestMethod(method)
         before = self._pair_counters()
         ledger, failure = Ledger([self.lb_url], self.attempt_timeout), None

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import requests
 
 from pdkit.accounting import HandoverAccount, PairCounters, read_pair
-from pdkit.accounting_kit import SETTLE_SECONDS, provokes_failures
+from pdkit.accounting_kit import SETTLE_SECONDS, unaccounted
 from pdkit.integrity import Outcome, Rejections
 from pdkit.parity_kit import collect, flush
 from pdkit.parity_plan import Round, generate_probe
@@ -47,7 +47,7 @@ class TransferIntegrityMixin:
     integrity_requests = 16
     integrity_tokens = 8
 
-    @provokes_failures
+    @unaccounted
     def test_corrupted_handover_is_rejected(self):
         if not self.corrupted_lengths and not self.corruption_is_random:
             self.skipTest("nothing corrupts hand-overs here; set corrupted_lengths or corruption_is_random")

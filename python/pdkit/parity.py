@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from operator import eq, sub
 from typing import Any
 
 from scipy.stats import binomtest
@@ -179,6 +180,13 @@ def compare(reference: Answer, candidate: Answer) -> Difference:
     return Difference(diverged, tuple(_delta(reference, candidate, i) for i in range(told)), tuple(other))
 
 
+def agree(reference: Answer, candidate: Answer) -> bool:
+    """Whether two answers say the same as far as both go: by their tokens or, where they tell none, by their texts."""
+    if reference.tokens or candidate.tokens:
+        return all(map(eq, reference.tokens, candidate.tokens))
+    return all(map(eq, reference.text or "", candidate.text or ""))
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """The smallest of `values` that at least `share` of them do not exceed; 0 of none.
 
@@ -251,7 +259,7 @@ class Parity:
 
     Tests of all requests together are blind to a fault of a few. Besides, therefore, a single answer fails that is off
     by more than GROSS_FLOOR nats and GROSS_FACTOR times the control's largest difference, which is a rule of thumb, or
-    whose tokens are right and whose finish reason or prompt length is not.
+    that says the same as far as it goes, and whose finish reason or prompt length is another.
     """
 
     condition: str
@@ -335,14 +343,22 @@ class Parity:
                 f"logprobs: the candidate is further away in {sum(further)} of {len(further)} requests; "
                 f"exact sign test p = {p_value:.2g} <= {LEVEL / 2:g}"
             )
-        for name, ours, theirs in zip(self.names, candidate.differences, control.differences):
-            if ours.diverged is None and (other := {"finish", "prompt_tokens"} & {*ours.other} - {*theirs.other}):
-                found.append(f"{name}: another {' and '.join(sorted(other))}")
+        ends = zip(self.names, self._other_ends(self.candidate), self._other_ends(self.control))
+        found += [f"{name}: another {' and '.join(other)}" for name, *both in ends if (other := sorted(sub(*both)))]
         limit = max(GROSS_FLOOR, GROSS_FACTOR * max(control.largest))
         for name, largest in zip(self.names, candidate.largest):
             if largest > limit:
                 found.append(f"{name}: a logprob is off by {largest:.3g}, more than {limit:.3g}")
         return tuple(found)
+
+    def _other_ends(self, arm):
+        """For each request: which of finish reason and prompt length differ, where nothing that was said does."""
+        return [
+            {name for name in ("finish", "prompt_tokens") if getattr(ours, name) != getattr(theirs, name)}
+            if agree(ours, theirs)
+            else set()
+            for ours, theirs in zip(self.reference, arm)
+        ]
 
     def report(self, most: int = 8) -> str:
         """Both distributions and what is wrong, the first `most` of it."""

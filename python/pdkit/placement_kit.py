@@ -9,6 +9,7 @@ import os
 import psutil
 
 from pdkit import process_tree
+from pdkit.accounting_kit import unaccounted
 from pdkit.environment_check import nvml
 
 
@@ -21,6 +22,7 @@ def used_gpus(pid, gpus):
 class PlacementMixin:
     """Needs `process_prefill`, `process_decode`, and the GPUs that each is planned on."""
 
+    @unaccounted
     def test_servers_are_on_the_gpus_of_the_plan(self):
         observed = nvml.observe(os.environ)
         gpus = observed.get("gpus", ())

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-from pdkit.accounting_kit import provokes_failures
+from pdkit.accounting_kit import unaccounted
 from pdkit.faults.switch import VARIABLE, Switch, find
 from pdkit.parity import Parity
 from pdkit.parity_kit import RequestFailed, collect
@@ -64,7 +64,7 @@ class BalancerFaultsMixin:
             process.wait()
         super().tearDownClass()
 
-    @provokes_failures
+    @unaccounted
     def test_seeded_faults_of_the_load_balancer(self):
         url = f"http://{self.base_host}:{self.faulty_lb_port}"
         self.wait_server_ready(f"{url}/health")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pdkit.faults.switch import Switch
-from pdkit.transfer_shim.blocks import Block, Memory, Regions
+from pdkit.transfer_shim.blocks import METADATA, Block, Memory, Regions
 from pdkit.transfer_shim.library import LIBRARY
 
 SWITCH_VARIABLE, PIECES_VARIABLE = "PDKIT_TRANSFER_FAULT_FILE", "PDKIT_TRANSFER_PIECES"
@@ -56,6 +56,10 @@ class Tap:
             self.switch.record()
         return result if fault.change else blocks
 
+    def is_early(self, fault, blocks: list[Block]) -> bool:
+        """Whether the transfer of `blocks` is reported before it is done. Metadata are not: decode waits for them."""
+        return fault.early and any(self.regions.piece(block.source) not in METADATA for block in blocks)
+
 
 def wrapped_engine(original, tap):
     """A class that SGLang takes for Mooncake's TransferEngine."""
@@ -76,10 +80,11 @@ def wrapped_engine(original, tap):
             blocks = tap.changed(fault, [Block(*map(int, each)) for each in zip(sources, targets, lengths)])
             if fault is None:
                 return self._engine.batch_transfer_sync_write(session, sources, targets, lengths)
-            if fault.early:
+            if tap.is_early(fault, blocks):
                 threading.Timer(fault.delay, self._write, (session, blocks)).start()
                 return 0
-            time.sleep(fault.delay)
+            if not fault.early:
+                time.sleep(fault.delay)
             return self._write(session, blocks)
 
         def _write(self, session, blocks):
@@ -155,6 +160,7 @@ def wrapped_agent(original, tap):
             blocks = tap.changed(fault, asked)
             if fault is None:
                 return None
+            early = tap.is_early(fault, blocks)
             if not fault.early:
                 time.sleep(fault.delay)
             if not blocks:
@@ -166,9 +172,9 @@ def wrapped_agent(original, tap):
                 super().get_xfer_descs(np.array(local, dtype=np.uint64), source_kind),
                 super().get_xfer_descs(np.array(remote, dtype=np.uint64), target_kind),
                 peer,
-                b"" if fault.early else message,
+                b"" if early else message,
             )
-            return Announced(peer, message, transfer, fault.delay) if fault.early else transfer
+            return Announced(peer, message, transfer, fault.delay) if early else transfer
 
         def transfer(self, handle, *args, **options):
             if not isinstance(handle, Announced):

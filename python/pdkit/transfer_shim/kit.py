@@ -15,7 +15,7 @@ import requests
 
 from pdkit import acceptance
 from pdkit.accounting import Ledger
-from pdkit.accounting_kit import provokes_failures
+from pdkit.accounting_kit import unaccounted
 from pdkit.faults.switch import Switch
 from pdkit.parity import Parity
 from pdkit.numbers_kit import quiet_eval
@@ -76,7 +76,7 @@ class TransferFaultsMixin(ParityArms):
         for round_ in (*plan.alone, *plan.rooms, *plan.indexed):
             cls.references_of(round_)
 
-    @provokes_failures
+    @unaccounted
     def test_seeded_faults_of_the_transfer(self):
         prompts = few_shot_prompts(self.gsm8k_data_path, self.acceptance_prompts)
         strange = scrambled(prompts)

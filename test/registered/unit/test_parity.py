@@ -253,6 +253,25 @@ class TestControlRule(unittest.TestCase):
         candidate[kept] = replace(candidate[kept], finish="abort")
         self.assertEqual(replace(parity, candidate=candidate).problems, (f"p{kept}: another finish",))
 
+    def test_an_answer_that_goes_on_where_it_should_end_fails(self):
+        """And one of other tokens does not: noise may end it elsewhere."""
+        parity = self.parity(2)
+        at = next(i for i, same in enumerate(parity.candidate_distribution.same_tokens) if same)
+
+        def with_(**fields):
+            arm = list(parity.candidate)
+            arm[at] = replace(arm[at], finish="length 9", logprobs=(), alternatives=(), **fields)
+            return replace(parity, candidate=arm).problems
+
+        tokens = parity.reference[at].tokens
+        self.assertEqual(with_(tokens=(*tokens, 77)), (f"p{at}: another finish",))
+        self.assertEqual(with_(tokens=(*tokens[:-1], 77, 78)), ())
+        reference = list(parity.reference)
+        reference[at] = replace(reference[at], tokens=(), logprobs=(), alternatives=(), text="8 9")
+        parity = replace(parity, reference=reference)
+        self.assertEqual(with_(tokens=(), text="8 9 10"), (f"p{at}: another finish",))
+        self.assertEqual(with_(tokens=(), text="8 10 11"), ())
+
     def test_the_report_shows_both_distributions(self):
         report = self.parity(1, noise=0.2).report()
         for part in (

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from pdkit import placement_kit
+from pdkit.accounting_kit import RequestAccountingMixin
 from pdkit.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -33,7 +34,8 @@ class TestPlacement(unittest.TestCase):
             for gpu in used:
                 self.gpus[gpu].processes += (SimpleNamespace(pid=child),)
 
-        class Case(placement_kit.PlacementMixin, unittest.TestCase):
+        class Case(RequestAccountingMixin, placement_kit.PlacementMixin, unittest.TestCase):
+            lb_url = "http://127.0.0.1:1"  # nobody is there: the test asks no server
             prefill_gpus, decode_gpus = range(0, 2), range(2, 4)
             process_prefill, process_decode = (process for process, _ in self.servers)
 
