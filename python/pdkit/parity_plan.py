@@ -168,6 +168,7 @@ class PlanOptions:
     in_flight: int = 32
     extra_lengths: tuple[int, ...] = (700, 1000)
     indexed: int = 24
+    indexed_tokens: int = 12
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def _indexed(geometry, prompts, options):
     if not first or last < first or not options.indexed:
         return ()
     lengths = np.linspace(first, last, options.indexed).astype(int).tolist()
-    probes = [generate_probe(f"indexed-{n}", prompts.random_ids(n), options.alone_tokens) for n in lengths]
+    probes = [generate_probe(f"indexed-{n}", prompts.random_ids(n), options.indexed_tokens) for n in lengths]
     return (Round("the indexer chooses", tuple(probes), flush=True, cold=True),)
 
 

@@ -24,6 +24,7 @@ class BalancerFaultsMixin:
 
     balancer_faults  names of faults of `pdkit.faults.library`, the most harmful to the servers last
     unseen_faults    why parity does not see some of them although they are harmful
+    rooms_only       why some are asked for prompts of one length only
     """
 
     balancer_faults = (
@@ -37,6 +38,10 @@ class BalancerFaultsMixin:
     )
     unseen_faults = {
         "request-duplicated": "the answers are right; it takes the servers' own counts of requests to see it"
+    }
+    rooms_only = {
+        "rooms-swapped": "SGLang's prefill may end by an illegal memory access when it fills a room of another length "
+        "(0.5.17, once in six launches)"
     }
     faulty_lb_port = None
     process_faulty_lb = None
@@ -72,7 +77,8 @@ class BalancerFaultsMixin:
         rows, wrong = [], []
         for name in (None, *self.balancer_faults):
             self.switch.turn(name)
-            seen = {check: self.seen(url, round_) for check, round_ in rounds.items()}
+            asked = ["parity rooms"] if name in self.rooms_only else list(rounds)
+            seen = {check: self.seen(url, rounds[check]) for check in asked}
             expected = not (name is None or find(name).harmless or name in self.unseen_faults)
             verdict = "seen" if any(seen.values()) else "not seen"
             rows.append(f"  {name or 'no-fault':<22} {verdict}  met by {self.switch.met()} requests")

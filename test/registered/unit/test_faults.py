@@ -19,6 +19,7 @@ from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
 from pdkit.engine.transfer import DecodeReceiver, Handover, PrefillSender, TransferError, load_backend
 from pdkit.faults import LIBRARY, Switch, Where, ground_truth, messages, pieces
+from pdkit.faults.beside_kit import BalancerFaultsMixin
 from pdkit.faults.fault import Encounter, same_beginning
 from pdkit.faults.pieces import Kind
 from pdkit.faults.switch import VARIABLE, UnknownFault
@@ -356,6 +357,44 @@ class TestMessages(unittest.TestCase):
 
         with mock.patch.object(messages, "PARTNER_TIMEOUT_S", 0.01):
             self.assertEqual(asyncio.run(three()), ["b", "a", "c"])
+
+
+class TestBesideKit(unittest.TestCase):
+    """The mixin that asks a pair of any engine through a faulty balancer; `sees` says which check sees which fault."""
+
+    def asked(self, **sees):
+        """(fault, check) of all looks. Raises AssertionError where the mixin's test fails."""
+        rounds, looks, on = {"parity rooms": 1, "parity request parameters": 2}, [], []
+        sees = {name.replace("_", "-"): checks for name, checks in sees.items()}
+
+        class Case(BalancerFaultsMixin, unittest.TestCase):
+            base_host, faulty_lb_port, switch = "127.0.0.1", "1", mock.Mock(turn=on.append, met=lambda: 1)
+            wait_server_ready = mock.Mock()
+            parity_plan = lambda self: mock.Mock(rooms=(rounds["parity rooms"],))  # noqa: E731
+            parameter_round = lambda self: (None, rounds["parity request parameters"])  # noqa: E731
+
+            def seen(self, url, round_):
+                check = next(name for name in rounds if rounds[name] == round_)
+                looks.append((on[-1], check))
+                return "why" if check in sees.get(on[-1], ()) else None
+
+        with mock.patch("builtins.print"):
+            Case("test_seeded_faults_of_the_load_balancer").test_seeded_faults_of_the_load_balancer()
+        return looks
+
+    def test_what_it_fails_for(self):
+        harmful = {
+            name.replace("-", "_"): ["parity rooms"]
+            for name in BalancerFaultsMixin.balancer_faults
+            if not LIBRARY[name].harmless and name not in BalancerFaultsMixin.unseen_faults
+        }
+        looks = self.asked(**harmful)
+        self.assertEqual(len(looks), 2 * (1 + len(BalancerFaultsMixin.balancer_faults)) - 1)
+        self.assertNotIn(("rooms-swapped", "parity request parameters"), looks)
+        self.assertEqual(looks[-1][0], "rooms-swapped")
+        for name, checks in (("stop_lost", []), ("prefill_late", ["parity rooms"])):
+            with self.subTest(fault=name, seen=checks), self.assertRaisesRegex(AssertionError, name.replace("_", "-")):
+                self.asked(**harmful | {name: checks})
 
 
 class TestGroundTruth(unittest.TestCase):
