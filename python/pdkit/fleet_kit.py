@@ -71,6 +71,9 @@ class FleetMixin:
             **cls.server_env,
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.bootstrap_timeout),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.waiting_timeout),
+            # The Rust router sends on connections that idle. After 5 s, by default, SGLang closes them: what is sent
+            # just then, or to a server that is frozen meanwhile, fails with 502.
+            "SGLANG_TIMEOUT_KEEP_ALIVE": "120",
         }
 
     @classmethod

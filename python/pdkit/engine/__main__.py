@@ -49,7 +49,7 @@ async def serve(options, service, sock, bootstrap_socket):
     print(f"pdkit.engine: {options.disaggregation_mode} server ready on {options.host}:{options.port}", flush=True)
     config = uvicorn.Config(
         create_app(service), log_level=options.log_level, access_log=options.log_level == "debug",
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=2, timeout_keep_alive=options.keep_alive,
     )  # fmt: skip
     await uvicorn.Server(config).serve(sockets=[sock])
 

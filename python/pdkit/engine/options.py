@@ -28,6 +28,7 @@ class EngineOptions:
     disaggregation_transfer_backend: str = "tcp"
     bootstrap_timeout: int = 300
     transfer_timeout: int = 300
+    keep_alive: int = 5
     log_level: str = "info"
 
     @property
@@ -69,6 +70,7 @@ def parse(argv=None):
     for name, variable in (
         ("bootstrap_timeout", "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"),
         ("transfer_timeout", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"),
+        ("keep_alive", "SGLANG_TIMEOUT_KEEP_ALIVE"),
     ):
         given[name] = _seconds(os.environ.get(variable), getattr(EngineOptions, name))
         if given[name] is None:

@@ -1,10 +1,12 @@
 """The engine as its users meet it: a monolithic server, a prefill and a decode server behind the real load balancer."""
 
 import contextlib
+import http.client
 import io
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -30,6 +32,7 @@ RANDOM = PACKAGE / "assets" / "random-dsv4"
 LENGTHS = (1, 3, 4, 5, 31, 32, 33, 127, 128, 129, 512, 513, 700)
 CONTEXT = 4096
 BOOTSTRAP_TIMEOUT = 5
+SPARE_KEEP_ALIVE = 1  # seconds; the others have SGLang's default
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
     "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(BOOTSTRAP_TIMEOUT),
@@ -46,13 +49,13 @@ def prompt(length, seed=0):
 class Server:
     """One process and its log; ended whatever happens."""
 
-    def __init__(self, name, port, *command):
+    def __init__(self, name, port, *command, **environment):
         self.name, self.port, self.url = name, port, f"http://127.0.0.1:{port}"
         self.log = Path(logs.name) / f"{name}.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
-                env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT,
+                env=ENVIRONMENT | environment, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         unittest.addModuleCleanup(self.end)
 
@@ -93,10 +96,11 @@ class Server:
         return info["rooms"], info["internal_states"][0]["running_requests"]
 
 
-def engine(name, port, mode, *arguments):
+def engine(name, port, mode, *arguments, **environment):
     return Server(
         name, port, "pdkit.engine", "--model-path", str(RANDOM), "--load-format", "dummy", "--random-seed", "7",
         "--served-model-name", "random", "--log-level", "warning", "--disaggregation-mode", mode, *arguments,
+        **environment,
     )  # fmt: skip
 
 
@@ -110,7 +114,8 @@ def setUpModule():
     mono = engine("mono", one, "null")
     prefill = engine("prefill", two, "prefill", "--disaggregation-bootstrap-port", str(bootstrap_port))
     decode = engine("decode", three, "decode", "--disaggregation-bootstrap-port", str(bootstrap_port))
-    spare = engine("spare", four, "prefill", "--disaggregation-bootstrap-port", str(spare_bootstrap_port))
+    spare = engine("spare", four, "prefill", "--disaggregation-bootstrap-port", str(spare_bootstrap_port),
+                   SGLANG_TIMEOUT_KEEP_ALIVE=str(SPARE_KEEP_ALIVE))  # fmt: skip
     lb = Server("lb", five, "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb",
                 "--prefill", prefill.url, "--decode", decode.url)  # fmt: skip
     for server in (mono, prefill, decode, spare, lb):
@@ -768,6 +773,18 @@ class TestFailures(EngineTestCase):
             spare.process.wait(10)
             self.assertLess(time.monotonic() - start, 6)
         self.assertNotIn("Traceback", spare.log.read_text())
+
+
+class TestConnections(EngineTestCase):
+    def test_an_idle_connection_stays_open_as_long_as_the_environment_says(self):
+        connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=30) for server in (mono, spare)]
+        for connection in connections:
+            self.addCleanup(connection.close)
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+        time.sleep(1.5 * SPARE_KEEP_ALIVE)
+        long, short = (bool(select.select([connection.sock], [], [], 0)[0]) for connection in connections)
+        self.assertEqual((long, short), (False, True), "what the server closed can be read: as the end")
 
 
 class TestCommandLine(EngineTestCase):
