@@ -9,7 +9,7 @@ import os
 import signal
 from collections import Counter
 
-from pdkit.router_kit import metrics_at, router_command
+from pdkit.router_kit import kept_alive, metrics_at, router_command
 
 
 class FleetMixin:
@@ -71,9 +71,7 @@ class FleetMixin:
             **cls.server_env,
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.bootstrap_timeout),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.waiting_timeout),
-            # The Rust router sends on connections that idle. After 5 s, by default, SGLang closes them: what is sent
-            # just then, or to a server that is frozen meanwhile, fails with 502.
-            "SGLANG_TIMEOUT_KEEP_ALIVE": "120",
+            **kept_alive(120),  # longer than anything is frozen
         }
 
     @classmethod

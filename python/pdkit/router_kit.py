@@ -8,6 +8,16 @@ import requests
 from pdkit import ports
 
 STOP_TIMEOUT = 60
+KEEP_ALIVE_S = 15
+
+
+def kept_alive(seconds):
+    """Environment of servers that close a connection which idles for so long; SGLang's default is 5 s.
+
+    The Rust router sends on connections that idle. What it sends just when one is closed, or to a server that is frozen
+    meanwhile, is lost, and the other server of the pair waits for it: let no test be idle for about as long.
+    """
+    return {"SGLANG_TIMEOUT_KEEP_ALIVE": str(seconds)}
 
 
 def router_command(prefill, decode, host, port, *more):
@@ -42,6 +52,7 @@ class RustRouterBesideMixin:
         cls.addClassCleanup(block.release)
         cls._free_ports = iter(block.ports)
         cls._routers = {}
+        cls.server_env = {**cls.server_env, **kept_alive(KEEP_ALIVE_S)}
         cls.router_url = f"http://{cls.base_host}:{next(cls._free_ports)}"
 
     @classmethod

@@ -20,7 +20,7 @@ class TestDisaggregationDSV4ProtocolOneGpu(
     unending_tokens = 7000
     settle_seconds = 10
     sustained_seconds = 20
-    idle_seconds = 8
+    idle_seconds = 18
 
     test_gsm8k = None
 
