@@ -37,7 +37,7 @@ class TransferFault:
     unseen: str = ""
 
 
-DRAFT_LOOKS_AT = "the draft of the trained nano goes by the hidden state and the last token: it accepts as much"
+DRAFT_LOOKS_AT = "the draft of the trained nano goes mostly by hidden state and last token: it accepts nearly as much"
 INDEXER_CHOOSES = "seen by few of the long prompts: most of what is chosen is the same, or matters little to what is said"
 SKIPPED = "SGLang 24878: one backend skipped it"
 

@@ -322,7 +322,7 @@ class TestKit(unittest.TestCase):
         parity = ["parity alone", "parity rooms", "parity indexed"]
         self.assertEqual(seen["window-lost"], parity)
         self.assertEqual(seen["pages-halved"], ["accuracy"])
-        self.assertEqual(seen["buffers-lost"], ["acceptance", "acceptance, scrambled"])
+        self.assertEqual(seen["buffers-lost"], ["acceptance", "acceptance, first tokens"])
         self.assertEqual(seen["polls-fail"], [*parity, "accounting"])
 
     def test_a_known_gap_may_be_seen_or_not(self):
