@@ -107,7 +107,7 @@ def run_attempt(
     test_max_retry: int = 0,
 ) -> Attempt:
     """Runs `command` in a new session for at most `timeout` seconds; whatever it started is gone afterwards."""
-    memory = gpu_memory.observe()
+    memory = gpu_memory.unaccounted()
     token, tic = new_token(environment), time.monotonic()
     guarded = Guarded(command, environment, token)
     pump = threading.Thread(target=_pump, args=(guarded.output, log, console), daemon=True)

@@ -31,13 +31,19 @@ def is_alive(process: GpuProcess) -> bool:
         return False
 
 
-def wait_for_release(
-    before: Sequence[Gpu], seconds: float = WAIT_S, observe: Callable[[], Sequence[Gpu]] = observe
-) -> list[str]:
-    """Waits until no GPU has more memory in use, beyond that of living processes; then, one line for each that has.
+def unaccounted(observe: Callable[[], Sequence[Gpu]] = observe) -> tuple[int, ...]:
+    """MiB in use on each GPU that no living process holds: contexts, other containers, and what a run leaves."""
+    return tuple(map(_unaccounted, observe()))
 
-    before  the GPUs while everything that they named had its own memory
-    """
+
+def _unaccounted(gpu: Gpu) -> int:
+    return gpu.memory_mib - gpu.free_mib - sum(each.memory_mib for each in gpu.processes if is_alive(each))
+
+
+def wait_for_release(
+    before: Sequence[int], seconds: float = WAIT_S, observe: Callable[[], Sequence[Gpu]] = observe
+) -> list[str]:
+    """Waits until no GPU has more `unaccounted` memory than `before`; then, one line for each that has."""
     deadline = time.monotonic() + seconds
     while before:
         lines = [line for number, pair in enumerate(zip(before, observe())) if (line := _still_held(number, *pair))]
@@ -47,16 +53,10 @@ def wait_for_release(
     return []
 
 
-def _still_held(number: int, before: Gpu, now: Gpu) -> str | None:
-    living = [process for process in now.processes if is_alive(process)]
-    more = _beyond(now, living) - _beyond(before, before.processes)
+def _still_held(number: int, before: int, now: Gpu) -> str | None:
+    more = _unaccounted(now) - before
     if more <= SLACK_MIB:
         return None
-    dead = [p for p in now.processes if p not in living]
-    who = ", ".join(f"pid {p.pid} ({os.path.basename(p.name)}, {p.memory_mib} MiB)" for p in dead)
-    return f"GPU {number}: {more} MiB more in use than before, by {who or 'no process that the driver names'}"
-
-
-def _beyond(gpu: Gpu, processes: Sequence[GpuProcess]) -> int:
-    """MiB in use that `processes` do not hold."""
-    return gpu.memory_mib - gpu.free_mib - sum(process.memory_mib for process in processes)
+    dead = (f"pid {p.pid} ({os.path.basename(p.name)}, {p.memory_mib} MiB)" for p in now.processes if not is_alive(p))
+    who = ", ".join(dead) or "no process that the driver names"
+    return f"GPU {number}: {more} MiB more in use than before, by {who}"

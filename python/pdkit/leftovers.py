@@ -55,7 +55,7 @@ def end_earlier_runs(grace_s: float = process_tree.GRACE_S) -> Iterator[str]:
     for process, owner in rest.items():
         what = process_tree.describe(process)
         yield f"left behind by an earlier run, whose runner (pid {owner.pid}) is gone; ended now: {what}"
-    memory = gpu_memory.observe()
+    memory = gpu_memory.unaccounted()
     process_tree.wait_until(lambda: not any(map(process_tree.is_alive, guardians)), guardian.LIMIT_S)
 
     def find() -> list[psutil.Process]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from operator import eq, sub
+from operator import eq
 from typing import Any
 
 from scipy.stats import binomtest
@@ -181,10 +181,17 @@ def compare(reference: Answer, candidate: Answer) -> Difference:
 
 
 def agree(reference: Answer, candidate: Answer) -> bool:
-    """Whether two answers say the same as far as both go: by their tokens or, where they tell none, by their texts."""
+    """Whether one answer begins with all that the other says: its tokens or, where both tell none, its characters."""
     if reference.tokens or candidate.tokens:
         return all(map(eq, reference.tokens, candidate.tokens))
     return all(map(eq, reference.text or "", candidate.text or ""))
+
+
+def other_end(reference: Answer, candidate: Answer) -> set[str]:
+    """Which of "finish" and "prompt_tokens" differ, where nothing that was said does."""
+    if not agree(reference, candidate):
+        return set()
+    return {name for name in ("finish", "prompt_tokens") if getattr(reference, name) != getattr(candidate, name)}
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -343,22 +350,14 @@ class Parity:
                 f"logprobs: the candidate is further away in {sum(further)} of {len(further)} requests; "
                 f"exact sign test p = {p_value:.2g} <= {LEVEL / 2:g}"
             )
-        ends = zip(self.names, self._other_ends(self.candidate), self._other_ends(self.control))
-        found += [f"{name}: another {' and '.join(other)}" for name, *both in ends if (other := sorted(sub(*both)))]
+        for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, self.control):
+            if other := sorted(other_end(reference, ours) - other_end(reference, theirs)):
+                found.append(f"{name}: another {' and '.join(other)}")
         limit = max(GROSS_FLOOR, GROSS_FACTOR * max(control.largest))
         for name, largest in zip(self.names, candidate.largest):
             if largest > limit:
                 found.append(f"{name}: a logprob is off by {largest:.3g}, more than {limit:.3g}")
         return tuple(found)
-
-    def _other_ends(self, arm):
-        """For each request: which of finish reason and prompt length differ, where nothing that was said does."""
-        return [
-            {name for name in ("finish", "prompt_tokens") if getattr(ours, name) != getattr(theirs, name)}
-            if agree(ours, theirs)
-            else set()
-            for ours, theirs in zip(self.reference, arm)
-        ]
 
     def report(self, most: int = 8) -> str:
         """Both distributions and what is wrong, the first `most` of it."""

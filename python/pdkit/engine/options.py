@@ -45,7 +45,8 @@ def parse(argv=None):
     """EngineOptions from a command line; argparse ends the process with one line and code 2 if it is wrong.
 
     The timeouts come from the variables that SGLang reads them from, and mean what they mean there: prefill gives up a
-    request whose decode server has not asked for it in time, decode one whose state has not come in time.
+    request whose decode server has not asked for it in time, decode one whose state has not come in time, and each
+    closes a connection that idles for longer than it is kept alive.
     """
     parser = _Parser(
         prog="python3 -m pdkit.engine", description="Embedded DeepSeek-V4 engine (CPU).", allow_abbrev=False

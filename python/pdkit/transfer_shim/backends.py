@@ -52,13 +52,13 @@ class Tap:
             if fault.name != self._name:
                 self._name, self._memory = fault.name, Memory()
             result = list(fault.change(pages, self._memory)) if fault.change else blocks
-        if fault.delay or (fault.change and result != pages):
+        if (fault.delay and not self.is_on_time(fault, blocks)) or (fault.change and result != pages):
             self.switch.record()
         return result if fault.change else blocks
 
-    def is_early(self, fault, blocks: list[Block]) -> bool:
-        """Whether the transfer of `blocks` is reported before it is done. Metadata are not: decode waits for them."""
-        return fault.early and any(self.regions.piece(block.source) not in METADATA for block in blocks)
+    def is_on_time(self, fault, blocks: list[Block]) -> bool:
+        """Whether nothing is late. Of what is reported early, metadata are not: decode waits for them."""
+        return not fault.delay or (fault.early and all(self.regions.piece(each.source) in METADATA for each in blocks))
 
 
 def wrapped_engine(original, tap):
@@ -80,11 +80,12 @@ def wrapped_engine(original, tap):
             blocks = tap.changed(fault, [Block(*map(int, each)) for each in zip(sources, targets, lengths)])
             if fault is None:
                 return self._engine.batch_transfer_sync_write(session, sources, targets, lengths)
-            if tap.is_early(fault, blocks):
+            if tap.is_on_time(fault, blocks):
+                return self._write(session, blocks)
+            if fault.early:
                 threading.Timer(fault.delay, self._write, (session, blocks)).start()
                 return 0
-            if not fault.early:
-                time.sleep(fault.delay)
+            time.sleep(fault.delay)
             return self._write(session, blocks)
 
         def _write(self, session, blocks):
@@ -160,8 +161,9 @@ def wrapped_agent(original, tap):
             blocks = tap.changed(fault, asked)
             if fault is None:
                 return None
-            early = tap.is_early(fault, blocks)
-            if not fault.early:
+            late = not tap.is_on_time(fault, blocks)
+            early = late and fault.early
+            if late and not early:
                 time.sleep(fault.delay)
             if not blocks:
                 return Announced(peer, message)

@@ -35,7 +35,7 @@ class TransferFaultsMixin(ParityArms):
 
     compress_ratios       tokens a compressed entry, for each layer of the model without its draft
     transfer_faults       names of faults of `pdkit.transfer_shim.library`
-    first_tokens          of an answer, whose drafts see little but what was handed over
+    first_tokens          of a short answer, most of which is drafted from what was handed over
     fault_timeout         seconds for one request while a fault is on
     handover_timeout      seconds after which SGLang gives up a hand-over
     """

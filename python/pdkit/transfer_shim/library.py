@@ -38,7 +38,7 @@ class TransferFault:
 
 
 DRAFT_LOOKS_AT = "the draft of the trained nano goes mostly by hidden state and last token: it accepts nearly as much"
-INDEXER_CHOOSES = "seen by few of the long prompts: most of what is chosen is the same, or matters little to what is said"
+INDEXER_CHOOSES = "most of what is chosen stays the same: few long prompts show it, after another training perhaps none"
 SKIPPED = "SGLang 24878: one backend skipped it"
 
 LIBRARY: dict[str, TransferFault] = {

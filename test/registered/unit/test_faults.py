@@ -362,39 +362,40 @@ class TestMessages(unittest.TestCase):
 class TestBesideKit(unittest.TestCase):
     """The mixin that asks a pair of any engine through a faulty balancer; `sees` says which check sees which fault."""
 
-    def asked(self, **sees):
-        """(fault, check) of all looks. Raises AssertionError where the mixin's test fails."""
-        rounds, looks, on = {"parity rooms": 1, "parity request parameters": 2}, [], []
-        sees = {name.replace("_", "-"): checks for name, checks in sees.items()}
+    harmful = {
+        name: ["parity rooms"]
+        for name in BalancerFaultsMixin.balancer_faults
+        if not LIBRARY[name].harmless and name not in BalancerFaultsMixin.unseen_faults
+    }
+
+    def ask(self, sees, breaks=None):
+        """Raises AssertionError where the mixin's test fails. A server is broken from the fault `breaks` on."""
+        rounds, turned = {"parity rooms": 1, "parity request parameters": 2}, []
 
         class Case(BalancerFaultsMixin, unittest.TestCase):
-            base_host, faulty_lb_port, switch = "127.0.0.1", "1", mock.Mock(turn=on.append, met=lambda: 1)
-            wait_server_ready = mock.Mock()
+            base_host, faulty_lb_port, switch = "127.0.0.1", "1", mock.Mock(turn=turned.append, met=lambda: 1)
+            wait_server_ready, fault_timeout = mock.Mock(), 0
             parity_plan = lambda self: mock.Mock(rooms=(rounds["parity rooms"],))  # noqa: E731
             parameter_round = lambda self: (None, rounds["parity request parameters"])  # noqa: E731
 
             def seen(self, url, round_):
                 check = next(name for name in rounds if rounds[name] == round_)
-                looks.append((on[-1], check))
-                return "why" if check in sees.get(on[-1], ()) else None
+                return "why" if breaks and breaks in turned or check in sees.get(turned[-1], ()) else None
 
         with mock.patch("builtins.print"):
             Case("test_seeded_faults_of_the_load_balancer").test_seeded_faults_of_the_load_balancer()
-        return looks
+
+    def test_all_is_seen_that_should_be(self):
+        self.ask(self.harmful)
 
     def test_what_it_fails_for(self):
-        harmful = {
-            name.replace("-", "_"): ["parity rooms"]
-            for name in BalancerFaultsMixin.balancer_faults
-            if not LIBRARY[name].harmless and name not in BalancerFaultsMixin.unseen_faults
-        }
-        looks = self.asked(**harmful)
-        self.assertEqual(len(looks), 2 * (1 + len(BalancerFaultsMixin.balancer_faults)) - 1)
-        self.assertNotIn(("rooms-swapped", "parity request parameters"), looks)
-        self.assertEqual(looks[-1][0], "rooms-swapped")
-        for name, checks in (("stop_lost", []), ("prefill_late", ["parity rooms"])):
-            with self.subTest(fault=name, seen=checks), self.assertRaisesRegex(AssertionError, name.replace("_", "-")):
-                self.asked(**harmful | {name: checks})
+        for name, checks in (("stop-lost", []), ("prefill-late", ["parity rooms"])):
+            with self.subTest(fault=name, seen=checks), self.assertRaisesRegex(AssertionError, name):
+                self.ask(self.harmful | {name: checks})
+
+    def test_a_server_that_broke_is_no_fault_seen(self):
+        with self.assertRaisesRegex(AssertionError, "after answers-swapped"):
+            self.ask(self.harmful, breaks="answers-swapped")
 
 
 class TestGroundTruth(unittest.TestCase):

@@ -15,7 +15,7 @@ register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 IDLE = Gpu("NVIDIA H200", memory_mib=143_000, free_mib=143_000, capability=(9, 0))
 STRANGER = GpuProcess(7, "/usr/bin/train", 20_000)
 OURS = GpuProcess(8, "/usr/bin/python3", 100_000)
-LIVING = {STRANGER.pid}
+CONTAINED = GpuProcess(9, "a process outside this container", 30_000)
 
 
 def holding(*processes):
@@ -23,11 +23,16 @@ def holding(*processes):
 
 
 class TestWaitForRelease(unittest.TestCase):
-    def wait(self, expected, *observed, seconds=60.0):
-        observe = mock.Mock(side_effect=observed)
-        alive = mock.patch.object(gpu_memory, "is_alive", lambda process: process.pid in LIVING)
-        with alive, mock.patch.object(gpu_memory.time, "sleep") as self.sleep:
-            return gpu_memory.wait_for_release(expected, seconds, observe)
+    def setUp(self):
+        self.living = {STRANGER.pid, OURS.pid}
+        self.enterContext(mock.patch.object(gpu_memory, "is_alive", lambda process: process.pid in self.living))
+        self.sleep = self.enterContext(mock.patch.object(gpu_memory.time, "sleep"))
+
+    def wait(self, before, *observed, seconds=60.0):
+        """What is told after our process has ended."""
+        before = gpu_memory.unaccounted(lambda: before)
+        self.living.discard(OURS.pid)
+        return gpu_memory.wait_for_release(before, seconds, mock.Mock(side_effect=observed))
 
     def test_no_gpu(self):
         self.assertEqual(self.wait(()), [])
@@ -36,9 +41,14 @@ class TestWaitForRelease(unittest.TestCase):
         self.assertEqual(self.wait((IDLE,), (holding(OURS),), (holding(OURS),), (IDLE,)), [])
         self.assertEqual(self.sleep.call_count, 2)
 
-    def test_what_a_living_process_holds_is_not_waited_for(self):
+    def test_what_is_about_to_be_ended_is_waited_for(self):
+        self.assertEqual(self.wait((holding(STRANGER, OURS),), (holding(STRANGER, OURS),), (holding(STRANGER),)), [])
+        self.assertEqual(self.sleep.call_count, 1)
+
+    def test_what_others_hold_is_not_waited_for(self):
         for before in (IDLE, holding(STRANGER), holding(replace(STRANGER, memory_mib=1000))):
             self.assertEqual(self.wait((IDLE, before), (IDLE, holding(STRANGER))), [])
+        self.assertEqual(self.wait((holding(CONTAINED),), (holding(CONTAINED),)), [])
 
     def test_a_stranger_that_ends_hides_nothing(self):
         (line,) = self.wait((holding(STRANGER),), (holding(OURS),), seconds=0)
@@ -54,11 +64,8 @@ class TestWaitForRelease(unittest.TestCase):
         (line,) = self.wait((IDLE, holding(STRANGER)), (IDLE, holding(STRANGER, OURS)), seconds=0)
         self.assertEqual(line, "GPU 1: 100000 MiB more in use than before, by pid 8 (python3, 100000 MiB)")
 
-    def test_what_is_about_to_be_ended_is_waited_for(self):
-        before = (holding(STRANGER, OURS),)
-        self.assertEqual(self.wait(before, (holding(STRANGER, OURS),), (holding(STRANGER),)), [])
-        self.assertEqual(self.sleep.call_count, 1)
 
+class TestAlive(unittest.TestCase):
     def test_who_is_alive(self):
         self.assertTrue(gpu_memory.is_alive(GpuProcess(os.getpid(), "python3", 1)))
         dead = subprocess.Popen(["true"])

@@ -300,8 +300,9 @@ class TestRunAttempt(ProcessCase):
         gpu = Gpu("NVIDIA H200", 143_000, 143_000, (9, 0))
         full = replace(gpu, free_mib=3_000, processes=(GpuProcess(NO_PID, "/usr/bin/python3", 140_000),))
         observe = mock.Mock(side_effect=[(gpu,), (full,)])
+        before = partial(gpu_memory.unaccounted, observe)
         wait = partial(gpu_memory.wait_for_release, seconds=0.0, observe=observe)
-        with mock.patch.multiple(gpu_memory, observe=observe, wait_for_release=wait):
+        with mock.patch.multiple(gpu_memory, unaccounted=before, wait_for_release=wait):
             attempt, _ = self.run_python("pass")
         self.assertEqual(
             attempt.unreleased, (f"GPU 0: 140000 MiB more in use than before, by pid {NO_PID} (python3, 140000 MiB)",)

@@ -282,7 +282,7 @@ class TestKit(unittest.TestCase):
         plan = {"alone": (Round("alone", probes),), "rooms": (Round("rooms", probes, 3),), "indexed": (Round("i", probes),)}
         plan = types.SimpleNamespace(**plan)
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
-        length = lambda url, *_: 1.0 if url == self.pair.url and self.on("drafts") else 1.9  # noqa: E731
+        length = lambda url, _, prompts, tokens: 1.0 if self.drafts_badly(url, tokens) else 1.9  # noqa: E731
         measure = lambda *given: types.SimpleNamespace(length=length(*given))  # noqa: E731
         self.enterContext(mock.patch.object(kit, "quiet_eval", score))
         self.enterContext(mock.patch.object(kit.acceptance, "measure", measure))
@@ -300,6 +300,9 @@ class TestKit(unittest.TestCase):
 
         self.case = Case("test_seeded_faults_of_the_transfer")
 
+    def drafts_badly(self, url, tokens):
+        return url == self.pair.url and (self.on("drafts") or tokens < 100 and self.on("starts"))
+
     def on(self, what):
         return what in self.does.get(self.switch.name(), "")
 
@@ -315,7 +318,7 @@ class TestKit(unittest.TestCase):
     def test_each_check_sees_its_fault(self):
         seen = self.seen(
             transfer_slow="nothing", window_lost="errs", pages_halved="forgets", buffers_lost="drafts",
-            polls_fail="fails", draft_window_lost="nothing",
+            polls_fail="fails", draft_window_lost="starts",
         )  # fmt: skip
         self.assertEqual(seen["no fault"], [])
         self.assertEqual(seen["transfer-slow"], [])
@@ -323,6 +326,7 @@ class TestKit(unittest.TestCase):
         self.assertEqual(seen["window-lost"], parity)
         self.assertEqual(seen["pages-halved"], ["accuracy"])
         self.assertEqual(seen["buffers-lost"], ["acceptance", "acceptance, first tokens"])
+        self.assertEqual(seen["draft-window-lost"], ["acceptance, first tokens"])
         self.assertEqual(seen["polls-fail"], [*parity, "accounting"])
 
     def test_a_known_gap_may_be_seen_or_not(self):
