@@ -11,6 +11,7 @@ from dataclasses import replace
 import requests
 
 from pdkit.recovery.clients import Ask, Client, Fate, token_ids
+from pdkit.report.record import record_table
 
 POLL_S = 0.05
 
@@ -29,10 +30,12 @@ class ScaleOutMixin:
     bootstrap_timeout = 10
 
     prefill_2_port = decode_2_port = bootstrap_2_port = None
+    fate_rows = None
 
     @classmethod
     def configure(cls):
         super().configure()
+        cls.fate_rows = []
         for name in ("prefill", "decode", "bootstrap"):
             if getattr(cls, f"{name}_2_port") is None:
                 setattr(cls, f"{name}_2_port", str(int(getattr(cls, f"{name}_port")) + 10))
@@ -79,6 +82,13 @@ class ScaleOutMixin:
         except BaseException:
             cls.tearDownClass()
             raise
+
+    @classmethod
+    def tearDownClass(cls):
+        rows, cls.fate_rows = cls.fate_rows, None
+        if rows:
+            record_table("scale-out", ["event", "router", *(fate.value for fate in Fate), "longest"], rows)
+        super().tearDownClass()
 
     @classmethod
     def right_asks(cls):
@@ -155,6 +165,8 @@ class ScaleOutMixin:
             longest = max(outcome.seconds for outcome in outcomes)
             counts = ", ".join(f"{count} {fate.value}" for fate, count in fates[router].items())
             print(f"{self._testMethodName}, {router}: {counts}; the longest took {longest:.1f} s", flush=True)
+            event = self._testMethodName.removeprefix("test_").replace("_", " ")
+            self.fate_rows.append([event, router, *(str(fates[router][fate]) for fate in Fate), f"{longest:.1f} s"])
             bad = [outcome for outcome in outcomes if outcome.fate in (Fate.WRONG, Fate.HUNG)]
             self.assertEqual(bad, [], router)
             unclear = [outcome for outcome in outcomes if outcome.fate is Fate.FAILED and not outcome.is_clear]

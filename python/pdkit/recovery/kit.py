@@ -102,7 +102,8 @@ class RecoveryMixin:
             path = os.path.join(cls.log_dir, table.FILE_NAME)
             table.save(rows, path, **about)
             print(f"{table.markdown(rows)}\nbound of a client: {bound} s; {path}", flush=True)
-            record_table("recovery", *table.grid(rows), note=f"no client waits longer than {bound} s")
+            for title, part in table.parts(rows):
+                record_table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
         super().tearDownClass()
 
     # The events
@@ -128,11 +129,20 @@ class RecoveryMixin:
     def test_decode_freezes(self):
         self.freeze_longer(["decode"], served=())
 
+    def test_decode_freezes_while_idle(self):
+        self.freeze_idle(["decode"])
+
     def test_prefill_freezes(self):
         self.freeze_longer(["prefill"], served=(STREAMING,))
 
+    def test_prefill_freezes_while_idle(self):
+        self.freeze_idle(["prefill"])
+
     def test_routers_freeze(self):
         self.freeze_longer(["load balancer", "router"], served=(), patience=self.impatience)
+
+    def test_routers_freeze_while_idle(self):
+        self.freeze_idle(["load balancer", "router"], patience=self.impatience)
 
     def test_decode_freezes_for_a_moment(self):
         self.freeze_shortly(["decode"])
@@ -175,6 +185,14 @@ class RecoveryMixin:
         self.survivors_serve(victims)
         self.back(victims, rows, self.thaw)
 
+    def freeze_idle(self, victims, patience=None):
+        event = f"{self.title(victims)} frozen"
+        self.wait_idle(self.servers())
+        self.freeze_all(victims)
+        rows = self.account(event, {IDLE: self.send(IDLE, patience)}, None, (), may_hang=patience is not None)
+        self.survivors_serve(victims)
+        self.back(victims, rows, self.thaw)
+
     def freeze_shortly(self, victims):
         """A freeze that is over before anybody gives up costs time and nothing else."""
         event = f"{self.title(victims)} frozen for a moment"
@@ -203,7 +221,7 @@ class RecoveryMixin:
         for victim in victims:
             bring(victim)
         self.add(rows, self.recoveries(begun))
-        restarted = [name for name, process in others.items() if process is not self.process(name) or process.poll()]
+        restarted = [name for name, process in others.items() if process is not self.process(name) or process.poll() is not None]
         self.assertEqual(restarted, [], "had to be restarted, too")
         self.wait_idle(self.servers())
         with self.subTest("all is as before"):

@@ -8,7 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from pdkit.recovery.clients import Fate, judge_answer
+from pdkit.recovery import table
+from pdkit.recovery.clients import Fate, Outcome, judge_answer
 
 IDLE = "idle"
 LATE_S = 1.0
@@ -26,6 +27,7 @@ class BootstrapMessagesMixin:
         bounds = {"prefill": self.bootstrap_timeout, "decode": self.waiting_timeout}
         for side, wait in waits.items():
             fate, error, seconds = wait.result()
+            self.note("bootstrap message lost", f"{side} waits", wait.result())
             with self.subTest(waits=side):
                 self.assertIs(fate, Fate.FAILED, error)
                 self.assertRegex(error, "^500: .*room")
@@ -43,6 +45,7 @@ class BootstrapMessagesMixin:
                 time.sleep(LATE_S)
                 late = pool.submit(self.timed_post, second, ask, room)
                 answers = {first: early.result(), second: late.result()}
+                self.note(f"bootstrap message {LATE_S:g} s late", f"{first} waits", *answers.values())
                 self.assertIs(answers["decode"][0], Fate.SERVED, answers)
 
     def test_a_bootstrap_message_is_duplicate(self):
@@ -55,6 +58,7 @@ class BootstrapMessagesMixin:
                 time.sleep(LATE_S)
                 single = pool.submit(self.timed_post, once, ask, room).result()
                 answers = [double.result() for double in doubles]
+                self.note("bootstrap message duplicate", f"{twice} hears twice", single, *answers)
                 refused = [error for fate, error, _ in answers if fate is Fate.FAILED]
                 self.assertEqual(len(refused), 1, answers)
                 self.assertRegex(refused[0], "^(4..|500): .*room.*(in use|already taken)")
@@ -70,6 +74,12 @@ class BootstrapMessagesMixin:
         answer = self.post(self.servers()[side], ask)
         fate, _, error = judge_answer(answer.status_code, answer.content, ask.right)
         return fate, error, time.monotonic() - begun
+
+    def note(self, event, phase, *answers):
+        """A row of the table; answers: of `timed_post`."""
+        outcomes = [Outcome(fate, "", error, None, seconds) for fate, error, seconds in answers]
+        spans = [outcome.seconds for outcome in outcomes]
+        self.recovery_rows.append(table.Row.of(event, phase, table.BY_HAND, outcomes, spans))
 
     def new_room(self):
         return time.monotonic_ns()

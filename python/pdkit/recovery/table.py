@@ -10,6 +10,7 @@ from pdkit.recovery.clients import Fate, Outcome
 FILE_NAME = "recovery_table.json"
 BEGIN, END = "<!-- recovery table -->", "<!-- end of recovery table -->"
 COLUMNS = "event", "requests", "answered", "failed", "wrong"
+BY_HAND = "by hand"  # in place of a router: prefill and decode are sent a request each
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Row:
         return cls(event, phase, router, fates.count(Fate.SERVED), failed, fates.count(Fate.WRONG), longest)
 
 
+def parts(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """(title, rows) of what went through routers and of what was sent by hand, where there is any."""
+    by_hand = [row for row in rows if row.router == BY_HAND]
+    routed = [row for row in rows if row.router != BY_HAND]
+    return [(title, part) for title, part in (("recovery", routed), ("bootstrap messages", by_hand)) if part]
+
+
 def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(columns, lines): a line for each event and phase; each router has its times."""
     routers = list(dict.fromkeys(row.router for row in rows))
@@ -59,8 +67,12 @@ def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    columns, lines = grid(rows)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines))
+    """A table of each of the `parts`."""
+    tables = []
+    for _, part in parts(rows):
+        columns, lines = grid(part)
+        tables.append("\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *lines)))
+    return "\n\n".join(tables)
 
 
 def _longest(spans):

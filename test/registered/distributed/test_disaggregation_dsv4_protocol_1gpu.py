@@ -9,7 +9,7 @@ from pdkit.protocol_kit import ProtocolMixin
 from pdkit.router_kit import RustRouterBesideMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=300, suite="stage-b-test-1-gpu-large")
 
 
 class TestDisaggregationDSV4ProtocolOneGpu(
@@ -19,8 +19,6 @@ class TestDisaggregationDSV4ProtocolOneGpu(
     prefix_cache_tokens = 3 * one_gpu.PAGE  # with EAGLE less than two pages are not kept
     unending_tokens = 7000
     settle_seconds = 10
-    sustained_seconds = 20
-    idle_seconds = 18
 
     test_gsm8k = None
 

@@ -2,16 +2,22 @@
 
 import json
 import socket
+import sys
 import threading
 import time
 import unittest
+from pathlib import Path
 
 import requests
 from pdkit.ci_register import register_cpu_ci
 from pdkit.protocol import IDLE_S, MINI_LB, Client, Reference, ask_reference, counting_prompts
+from pdkit.protocol_kit import ProtocolMixin
 from pdkit.relay import Relay
 from pdkit.router_kit import is_ready, router_command
 from stub_server import JsonHandler, StubServer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from broken_router import BREAKAGES  # noqa: E402
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
@@ -47,6 +53,12 @@ class Handler(JsonHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+
+class TestBreakages(unittest.TestCase):
+    def test_each_scenario_is_shown_a_broken_router(self):
+        scenarios = {name for name in dir(ProtocolMixin) if name.startswith("test_")}
+        self.assertEqual({scenario for scenario, *_ in BREAKAGES}, scenarios)
 
 
 class TestClient(unittest.TestCase):

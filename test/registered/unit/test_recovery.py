@@ -149,6 +149,13 @@ class TestTable(unittest.TestCase):
             ],
         )
 
+    def test_what_was_sent_by_hand_has_a_table_of_its_own(self):
+        by_hand = replace(self.row(Fate.FAILED), router=table.BY_HAND)
+        first, second = table.markdown([self.row(Fate.SERVED), by_hand]).split("\n\n")
+        self.assertEqual(table.markdown([by_hand]), second)
+        self.assertIn("time to error, mini LB", first)
+        self.assertIn("time to error, by hand", second)
+
     def test_survives_its_file(self):
         rows = [self.row(Fate.FAILED), self.row(Fate.SERVED)]
         with tempfile.TemporaryDirectory() as directory:

@@ -166,12 +166,13 @@ EVENTS = {name for name in dir(RecoveryMixin) if name.startswith("test_")}
 KILLS = {name for name in EVENTS if "killed" in name}
 MOMENTS = {name for name in EVENTS if "moment" in name}
 MESSAGES = {name for name in dir(BootstrapMessagesMixin) if name.startswith("test_")}
+IMPATIENT = {"test_routers_freeze", "test_routers_freeze_while_idle"}
 LATE = {"test_a_bootstrap_message_is_late"}
 # What is broken: in which scenarios it must show.
 BROKEN = {
     AnswersOfOthers: EVENTS | MESSAGES - {"test_a_bootstrap_message_is_lost"},
     WordlessErrors: (EVENTS - MOMENTS) | (MESSAGES - LATE),
-    HangingClients: (EVENTS - MOMENTS - {"test_routers_freeze"}) | (MESSAGES - LATE),
+    HangingClients: (EVENTS - MOMENTS - IMPATIENT) | (MESSAGES - LATE),
     NoReturn: EVENTS,
     LostAfterwards: EVENTS - MOMENTS,
     RestartOfAll: KILLS,
@@ -213,7 +214,7 @@ class Pairs:
     asks = [Ask((number,), 1, right="right") for number in range(8)]
 
     def setUp(self):
-        self.down, self.known, self.served = set(), Counter(), Counter()
+        self.down, self.known, self.served, self.fate_rows = set(), Counter(), Counter(), []
 
     def routers(self):
         return ROUTERS
