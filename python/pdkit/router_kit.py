@@ -86,6 +86,14 @@ class RustRouterBesideMixin:
                     process.wait(STOP_TIMEOUT)
 
 
+def healthy_workers(router_url, timeout=10):
+    """How many servers a Rust router sends to; 0 while it has no pair."""
+    try:
+        return requests.get(f"{router_url}/readiness", timeout=timeout).json().get("healthy_workers", 0)
+    except (requests.RequestException, ValueError):
+        return 0
+
+
 def is_ready(router_url, timeout=10):
     """Whether a Rust router says that it has a prefill and a decode server. False also while it does not listen."""
     try:

@@ -13,7 +13,7 @@ from pdkit.ci_register import register_cpu_ci
 from pdkit.protocol import IDLE_S, MINI_LB, Client, Reference, ask_reference, counting_prompts
 from pdkit.protocol_kit import ProtocolMixin
 from pdkit.relay import Relay
-from pdkit.router_kit import is_ready, router_command
+from pdkit.router_kit import healthy_workers, is_ready, router_command
 from stub_server import JsonHandler, StubServer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -134,6 +134,21 @@ class TestRouter(unittest.TestCase):
         for server.ready, ready in ((200, True), (503, False)):
             self.assertEqual(is_ready(server.url), ready)
         self.assertFalse(is_ready("http://127.0.0.1:1"))
+
+
+    def test_how_many_servers_it_knows(self):
+        class Ready(JsonHandler):
+            def do_GET(self):
+                self.answer(*self.server.says)
+
+        server = StubServer(self, Ready)
+        for server.says, known in (
+            ((200, {"status": "ready", "healthy_workers": 3, "total_workers": 4}), 3),
+            ((503, {"status": "not ready", "reason": "insufficient healthy workers"}), 0),
+            ((200, b"OK"), 0),
+        ):
+            self.assertEqual(healthy_workers(server.url), known)
+        self.assertEqual(healthy_workers("http://127.0.0.1:1"), 0)
 
 
 class TestRelay(unittest.TestCase):
