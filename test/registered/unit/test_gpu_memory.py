@@ -69,6 +69,7 @@ class TestAlive(unittest.TestCase):
     def test_who_is_alive(self):
         self.assertTrue(gpu_memory.is_alive(GpuProcess(os.getpid(), "python3", 1)))
         dead = subprocess.Popen(["true"])
+        self.addCleanup(dead.kill)
         dead.wait()
         self.assertFalse(gpu_memory.is_alive(GpuProcess(dead.pid, "true", 1)))
 
