@@ -7,12 +7,9 @@ It needs `launch_server`, `log_path` and `supervisor` of `TestDisaggregationDSV4
 
 import os
 import signal
-import time
 from collections import Counter
 
-from pdkit.router_kit import healthy_workers, kept_alive, metrics_at, router_command
-
-POLL_S = 0.1
+from pdkit.router_kit import kept_alive, metrics_at, router_command
 
 
 class FleetMixin:
@@ -92,13 +89,9 @@ class FleetMixin:
 
     @classmethod
     def launch_lb(cls):
-        """Both routers were started with the servers; the Rust one listens before it has heard of each of them."""
-        for url in cls.routers().values():
-            cls.wait_server_ready(f"{url}/health")
-        wanted, deadline = len(cls.prefills()) + len(cls.decodes()), time.monotonic() + cls.returning
-        while (known := healthy_workers(cls.router_url)) < wanted:
-            assert time.monotonic() < deadline, f"{cls.router_url} knows {known} of {wanted} servers"
-            time.sleep(POLL_S)
+        """Both routers were started with the servers; the Rust one listens before it has heard of a pair."""
+        cls.wait_server_ready(f"{cls.lb_url}/health")
+        cls.wait_server_ready(f"{cls.router_url}/readiness")
 
     @classmethod
     def _router_command(cls, port, *options):

@@ -12,6 +12,7 @@ import requests
 
 from pdkit.recovery.clients import Ask, Client, Fate, token_ids
 from pdkit.report.record import record_table
+from pdkit.router_kit import healthy_workers
 
 POLL_S = 0.05
 
@@ -78,10 +79,19 @@ class ScaleOutMixin:
     def setUpClass(cls):
         super().setUpClass()
         try:
+            cls.wait_until_all_are_known()
             cls.asks = cls.right_asks()
         except BaseException:
             cls.tearDownClass()
             raise
+
+    @classmethod
+    def wait_until_all_are_known(cls):
+        """The Rust router is ready with one pair."""
+        wanted, deadline = len(cls.prefills()) + len(cls.decodes()), time.monotonic() + cls.settling
+        while (known := healthy_workers(cls.router_url)) < wanted:
+            assert time.monotonic() < deadline, f"{cls.router_url} knows {known} of {wanted} servers"
+            time.sleep(POLL_S)
 
     @classmethod
     def tearDownClass(cls):
