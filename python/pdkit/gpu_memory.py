@@ -7,11 +7,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-import psutil
-
 from pdkit import process_tree
 from pdkit.environment_check import nvml
-from pdkit.environment_check.machine import Gpu, GpuProcess
+from pdkit.environment_check.machine import Gpu
 
 WAIT_S = 60.0
 POLL_S = 1.0
@@ -23,21 +21,13 @@ def observe() -> tuple[Gpu, ...]:
     return nvml.observe({}).get("gpus", ())
 
 
-def is_alive(process: GpuProcess) -> bool:
-    """Whether `process` still runs, as far as this PID namespace tells."""
-    try:
-        return process_tree.is_alive(psutil.Process(process.pid))
-    except psutil.NoSuchProcess:
-        return False
-
-
 def unaccounted(observe: Callable[[], Sequence[Gpu]] = observe) -> tuple[int, ...]:
     """MiB in use on each GPU that no living process holds: contexts, other containers, and what a run leaves."""
     return tuple(map(_unaccounted, observe()))
 
 
 def _unaccounted(gpu: Gpu) -> int:
-    return gpu.memory_mib - gpu.free_mib - sum(each.memory_mib for each in gpu.processes if is_alive(each))
+    return gpu.memory_mib - gpu.free_mib - sum(each.memory_mib for each in gpu.processes if process_tree.is_pid_alive(each.pid))
 
 
 def wait_for_release(
@@ -57,6 +47,7 @@ def _still_held(number: int, before: int, now: Gpu) -> str | None:
     more = _unaccounted(now) - before
     if more <= SLACK_MIB:
         return None
-    dead = (f"pid {p.pid} ({os.path.basename(p.name)}, {p.memory_mib} MiB)" for p in now.processes if not is_alive(p))
-    who = ", ".join(dead) or "no process that the driver names"
+    dead = [each for each in now.processes if not process_tree.is_pid_alive(each.pid)]
+    named = (f"pid {each.pid} ({os.path.basename(each.name)}, {each.memory_mib} MiB)" for each in dead)
+    who = ", ".join(named) or "no process that the driver names"
     return f"GPU {number}: {more} MiB more in use than before, by {who}"

@@ -31,6 +31,14 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def is_pid_alive(pid: int) -> bool:
+    """As far as this PID namespace tells."""
+    try:
+        return is_alive(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
+
+
 def descendants(process: psutil.Process) -> list[psutil.Process]:
     """Those alive, as far as one look at the table of processes can tell."""
     try:

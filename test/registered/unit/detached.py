@@ -30,8 +30,7 @@ def command(source: str) -> tuple[str, ...]:
     return (sys.executable, "-c", source)
 
 
-def is_alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and process_tree.is_alive(psutil.Process(pid))
+is_alive = process_tree.is_pid_alive
 
 
 def listening(process: psutil.Process) -> set[int]:

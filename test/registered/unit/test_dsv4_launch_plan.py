@@ -21,7 +21,7 @@ from unittest import mock
 
 import psutil
 import requests
-from pdkit import ports, rung
+from pdkit import ports, process_tree, rung
 from pdkit.integrity_kit import kv_checksum_args
 from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
 from pdkit.parity_plan import Round, completion_probe, generate_probe
@@ -328,13 +328,6 @@ def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixi
     return Pair
 
 
-def runs(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 class TestSupervision(unittest.TestCase):
     def setUp(self):
         self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
@@ -358,7 +351,7 @@ class TestSupervision(unittest.TestCase):
         for log in Path(self.log_dir).glob("*.log"):
             orphan = int(log.read_text().split()[1])
             deadline = time.monotonic() + 10
-            while runs(orphan):
+            while process_tree.is_pid_alive(orphan):
                 self.assertLess(time.monotonic(), deadline, f"{log} left process {orphan}")
                 time.sleep(0.1)
 

@@ -6,7 +6,7 @@ import unittest
 from dataclasses import replace
 from unittest import mock
 
-from pdkit import gpu_memory
+from pdkit import gpu_memory, process_tree
 from pdkit.ci_register import register_cpu_ci
 from pdkit.environment_check.machine import Gpu, GpuProcess
 
@@ -25,7 +25,7 @@ def holding(*processes):
 class TestWaitForRelease(unittest.TestCase):
     def setUp(self):
         self.living = {STRANGER.pid, OURS.pid}
-        self.enterContext(mock.patch.object(gpu_memory, "is_alive", lambda process: process.pid in self.living))
+        self.enterContext(mock.patch.object(process_tree, "is_pid_alive", self.living.__contains__))
         self.sleep = self.enterContext(mock.patch.object(gpu_memory.time, "sleep"))
 
     def wait(self, before, *observed, seconds=60.0):
@@ -67,11 +67,11 @@ class TestWaitForRelease(unittest.TestCase):
 
 class TestAlive(unittest.TestCase):
     def test_who_is_alive(self):
-        self.assertTrue(gpu_memory.is_alive(GpuProcess(os.getpid(), "python3", 1)))
+        self.assertTrue(process_tree.is_pid_alive(os.getpid()))
         dead = subprocess.Popen(["true"])
         self.addCleanup(dead.kill)
         dead.wait()
-        self.assertFalse(gpu_memory.is_alive(GpuProcess(dead.pid, "true", 1)))
+        self.assertFalse(process_tree.is_pid_alive(dead.pid))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,24 @@ BROKEN = {
 }
 
 
-class TestRecovery(unittest.TestCase):
+class Scenarios:
+    """`broken`: by deployment, in which of the `scenarios` it must show that it is not `sound`."""
+
+    def test_a_sound_deployment_passes(self):
+        for scenario in self.scenarios:
+            with self.subTest(scenario):
+                self.assertTrue(self.passes(self.sound, scenario))
+
+    def test_a_broken_one_fails(self):
+        for broken, scenarios in self.broken.items():
+            for scenario in scenarios:
+                with self.subTest(scenario, broken=broken.__name__):
+                    self.assertFalse(self.passes(broken, scenario))
+
+
+class TestRecovery(Scenarios, unittest.TestCase):
+    sound, scenarios, broken = Deployment, EVENTS | MESSAGES, BROKEN
+
     def setUp(self):
         clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
         self.enterContext(mock.patch.object(kit, "time", clock))
@@ -191,17 +208,6 @@ class TestRecovery(unittest.TestCase):
     def passes(self, deployment, scenario):
         case = type("Case", (deployment, RecoveryMixin, BootstrapMessagesMixin, unittest.TestCase), {})
         return case(scenario).run().wasSuccessful()
-
-    def test_a_sound_deployment_passes(self):
-        for scenario in EVENTS | MESSAGES:
-            with self.subTest(scenario):
-                self.assertTrue(self.passes(Deployment, scenario))
-
-    def test_a_broken_one_fails(self):
-        for broken, scenarios in BROKEN.items():
-            for scenario in scenarios:
-                with self.subTest(scenario, broken=broken.__name__):
-                    self.assertFalse(self.passes(broken, scenario))
 
 
 class Pairs:
@@ -328,23 +334,16 @@ BROKEN_PAIRS = {
 }
 
 
-class TestScaleOut(unittest.TestCase):
+class TestScaleOut(Scenarios, unittest.TestCase):
+    sound, scenarios, broken = Pairs, {LOAD, DEAD, BAD}, BROKEN_PAIRS
+
     def passes(self, pairs, scenario):
         case = type("Case", (pairs, ScaleOutMixin, unittest.TestCase), {})(scenario)
         with mock.patch.object(scale_out_kit, "Client", case.client), mock.patch("builtins.print"):
             return case.run().wasSuccessful()
 
-    def test_sound_pairs_pass(self):
-        self.assertEqual({LOAD, DEAD, BAD}, {name for name in dir(ScaleOutMixin) if name.startswith("test_")})
-        for scenario in (LOAD, DEAD, BAD):
-            with self.subTest(scenario):
-                self.assertTrue(self.passes(Pairs, scenario))
-
-    def test_broken_ones_fail(self):
-        for broken, scenarios in BROKEN_PAIRS.items():
-            for scenario in scenarios:
-                with self.subTest(scenario, broken=broken.__name__):
-                    self.assertFalse(self.passes(broken, scenario))
+    def test_all_scenarios_are_here(self):
+        self.assertEqual(self.scenarios, {name for name in dir(ScaleOutMixin) if name.startswith("test_")})
 
 
 if __name__ == "__main__":
