@@ -1,4 +1,4 @@
-"""scripts/test.sh: two halves side by side, neither of which can fail unseen."""
+"""scripts/test.sh and halves.py: two halves side by side, neither of which can fail unseen."""
 
 import os
 import shutil
@@ -30,7 +30,8 @@ class TestTestSh(unittest.TestCase):
         self.root = Path(directory.name)
         (self.root / "scripts").mkdir()
         (self.root / "test").mkdir()
-        shutil.copy(REPO / "scripts" / "test.sh", self.root / "scripts")
+        for script in ("test.sh", "halves.py"):
+            shutil.copy(REPO / "scripts" / script, self.root / "scripts")
         (self.root / "scripts" / "env.sh").write_text('#!/bin/sh\nexec "$@"\n')
         (self.root / "scripts" / "env.sh").chmod(0o755)
         (self.root / "test" / "run_suite.py").write_text(RUNNER)
