@@ -11,9 +11,7 @@ from pdkit.recovery.kit import HeldHandoversMixin, RecoveryMixin
 from pdkit.recovery.messages import BootstrapMessagesMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(
-    est_time=240, suite="stage-a-test-cpu", disabled="new: not yet held 20 times in a row on an idle machine (issue 6)"
-)
+register_cpu_ci(est_time=280, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Recovery(
