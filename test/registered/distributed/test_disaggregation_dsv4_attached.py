@@ -21,7 +21,7 @@ from pdkit.exit_codes import ExitCode
 from pdkit.monolithic_kit import MonolithicBesideMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=110, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=200, suite="stage-a-test-cpu")
 
 KEY = "sk-a-key-that-nobody-may-see"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pdkit.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=130, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=250, suite="stage-a-test-cpu")
 
 MATRIX = Path(__file__).resolve().parents[3] / "scripts" / "detection_matrix.py"
 SEEN_BY = {

@@ -13,7 +13,7 @@ from pdkit.monolithic_kit import MonolithicBesideMixin
 from pdkit.parity_kit import ParityMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=80, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=145, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Integrity(

@@ -12,7 +12,7 @@ from pdkit.recovery.kit import HELD_TRANSFER, HandoverValveMixin
 from pdkit.scale_out_kit import ScaleOutMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=100, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4ScaleOut(

@@ -14,7 +14,7 @@ from pdkit.ci_register import register_cpu_ci
 from pdkit.server_info import ServerInfoError
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 def info(algorithm="EAGLE"):

@@ -14,7 +14,7 @@ from detached import LISTEN, command, orphaner
 from pdkit.ci_register import register_cpu_ci
 from pdkit.guardian import become_subreaper
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "chaos_runner.py"
 

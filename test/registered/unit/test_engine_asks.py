@@ -6,7 +6,7 @@ from pdkit.ci_register import register_cpu_ci
 from pdkit.engine.asks import ROOMS, fan_out
 from pdkit.engine.request import BadRequest, SamplingParams
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 
 def rooms(prompts, room, n=1, **fields):

@@ -25,7 +25,7 @@ from pdkit import ports
 from pdkit.ci_register import register_cpu_ci
 from pdkit.engine.__main__ import bind, listen
 
-register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=115, suite="stage-a-test-cpu")
 
 PACKAGE = Path(pdkit.__file__).parent
 RANDOM = PACKAGE / "assets" / "random-dsv4"

@@ -10,7 +10,7 @@ from pdkit.engine.request import BadRequest, Request, SamplingParams
 from pdkit.engine.service import Service as EngineService
 from pdkit.engine.streams import interleave
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 
 class Service:

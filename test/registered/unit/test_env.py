@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pdkit.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
 

@@ -22,7 +22,7 @@ from pdkit.environment_check.needs import Needs, Process
 from pdkit.registry import Registration
 from pdkit.sources import UNKNOWN, read
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = REPO / "scripts" / "check_environment.py"

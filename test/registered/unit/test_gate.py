@@ -18,7 +18,7 @@ from pdkit.exit_codes import ExitCode
 from pdkit.gate import AccuracyGate, GateOptions, PairedGate, Policy, ScoredSlice, Verdict
 from scipy.stats import beta, binom, norm
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "gate_operating_characteristic.py"
 DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200, "step": 100}

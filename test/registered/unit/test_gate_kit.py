@@ -13,7 +13,7 @@ from pdkit.gate_kit import AcceptanceLengthMixin, AccuracyGateMixin
 from pdkit.sequential_eval import few_shot_prompts
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
 MAIN_TEST = Path(__file__).resolve().parents[1] / "distributed" / "test_disaggregation_dsv4.py"
 ROWS = 1205

@@ -22,7 +22,7 @@ from pdkit.gpu_plan import GpuPlan, Runner, Server, span
 from pdkit.gpu_plan_drawing import as_text, memory_lines, memory_problems
 from pdkit.memory_estimate import Tensor, UnknownModel, of_config
 
-register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
 DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"

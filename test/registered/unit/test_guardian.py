@@ -14,7 +14,7 @@ from pdkit.ci_register import register_cpu_ci
 from pdkit.guardian import Guarded
 from pdkit.run_token import TOKEN_VARIABLE, new_token
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 
 class GuardianCase(unittest.TestCase):

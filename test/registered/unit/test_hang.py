@@ -14,7 +14,7 @@ from detached import SLEEP, command, is_alive
 from pdkit import hang
 from pdkit.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 HANG = "import time\ndef waits_for_godot():\n    print('up', flush=True)\n    time.sleep(300)\nwaits_for_godot()"
 PTRACE_SEIZE = 0x4206

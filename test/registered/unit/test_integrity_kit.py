@@ -11,7 +11,7 @@ from pdkit.parity_kit import collect
 from pdkit.parity_plan import Round, generate_probe
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 CORRUPTED = (6, 7)
 GENERATED = {"output_ids": [5], "meta_info": {"output_token_logprobs": [[-0.5, 5, None]]}}

@@ -19,7 +19,7 @@ from pdkit.contract.release import Release, ReleaseNotFound, installed, unpacked
 from pdkit.exit_codes import ExitCode
 from release_wheels import SERVER_ARGS, write_wheel
 
-register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
 DSV4 = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4.py"
 

@@ -12,7 +12,7 @@ from pdkit import leftovers, ports, process_tree, run_token
 from pdkit.ci_register import register_cpu_ci
 from pdkit.run_token import GUARDIAN_VARIABLE, TOKEN_VARIABLE, Owner, abandoned_by, carries, new_token
 
-register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 RUNNER = """
 import os, signal, subprocess, sys, time

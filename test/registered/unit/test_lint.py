@@ -12,7 +12,7 @@ from pdkit.ci_register import register_cpu_ci
 from pdkit.lint import thresholds
 from pdkit.lint.check import RULES, lint
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = REPO / "scripts" / "lint_registered.py"

@@ -20,7 +20,7 @@ from pdkit.main_job import main, read_report, summary
 from pdkit.report import evidence
 from pdkit.rung import LADDER, Gpu
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 EMBEDDED = LADDER[-1]
 RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"

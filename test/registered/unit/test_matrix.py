@@ -25,7 +25,7 @@ from pdkit.matrix.verdicts import CLIENT, FIRST_LOOK, SEQUENTIAL, SERVERS, Verdi
 from pdkit.matrix.worker import PatientLedger
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "detection_matrix.py"
 CHECKS = [FIRST_LOOK, CLIENT, "parity alone"]

@@ -41,7 +41,7 @@ from pdkit.nano.training import (
     train,
 )
 
-register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=50, suite="stage-a-test-cpu")
 
 ASSETS = Path(pdkit.__path__[0]) / "assets"
 RANDOM = ASSETS / "random-dsv4"

@@ -24,7 +24,7 @@ from pdkit.parity_plan import (
 )
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 NANO = {
     "vocab_size": 520,

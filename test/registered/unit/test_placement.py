@@ -9,7 +9,7 @@ from pdkit import placement_kit
 from pdkit.accounting_kit import RequestAccountingMixin
 from pdkit.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 class TestPlacement(unittest.TestCase):

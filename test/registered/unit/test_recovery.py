@@ -16,7 +16,7 @@ from pdkit.recovery import held, table
 from pdkit.recovery.clients import Ask, Client, Fate, Outcome, token_ids
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 RIGHT = "one two three"
 WHOLE = Ask(token_ids(5), 3, right=RIGHT)

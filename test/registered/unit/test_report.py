@@ -28,7 +28,7 @@ from pdkit.report.read import NoReport, read_directory
 from pdkit.report.terminal import terminal
 from pdkit.report.write import STEP_SUMMARY_VARIABLE, write
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=11, suite="stage-a-test-cpu")
 
 RECORDED = Path(__file__).with_name("report.tar.xz")
 RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"

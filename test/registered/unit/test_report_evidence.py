@@ -19,7 +19,7 @@ from pdkit.report.record import FILE
 from pdkit.report.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
 from pdkit.report.surroundings import command_line
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
 RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
 SECRET = "sk-0123456789"

@@ -15,7 +15,7 @@ from pathlib import Path
 from pdkit.ci_register import register_cpu_ci
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 CPU = "--hw cpu --suite stage-a-test-cpu"

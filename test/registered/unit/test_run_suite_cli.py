@@ -18,7 +18,7 @@ from pdkit.exit_codes import MEANINGS
 from pdkit.run_token import TOKEN_VARIABLE, new_token
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
 RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
 SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu"]

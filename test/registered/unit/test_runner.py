@@ -25,7 +25,7 @@ from pdkit.options import Options, UsageError, parse_options
 from pdkit.outcome import FileState, Output, TestCounts, exit_code_of, read_output, tally
 from pdkit.results import Attempt
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 RULE = "-" * 70
 NO_PID = 2**22 + 1  # more than Linux has

@@ -16,7 +16,7 @@ from pdkit.lint.check import lint
 from pdkit.options import UsageError
 from pdkit.registry import collect
 
-register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = REPO / "scripts" / "new_pd_test.py"

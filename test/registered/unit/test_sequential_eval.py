@@ -20,7 +20,7 @@ from pdkit.sequential_eval import (
     recover_correct,
 )
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 NANO = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
 

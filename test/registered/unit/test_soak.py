@@ -13,7 +13,7 @@ from unittest.mock import patch
 from pdkit.ci_register import register_cpu_ci
 from pdkit.exit_codes import ExitCode
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 _SPEC = spec_from_file_location("soak_script", Path(__file__).resolve().parents[3] / "scripts" / "soak.py")
 SOAK = module_from_spec(_SPEC)

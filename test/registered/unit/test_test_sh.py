@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pdkit.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 RUNNER = """

@@ -20,7 +20,7 @@ from pdkit.transfer_shim.blocks import Block, Memory, Regions, from_before, half
 from pdkit.transfer_shim.library import LIBRARY
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=16, suite="stage-a-test-cpu")
 
 RATIOS = (0, 4, 128)
 PAGES, SIZE = 4, 8  # pages of a region, bytes of a page
