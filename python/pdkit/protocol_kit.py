@@ -518,7 +518,12 @@ class ProtocolMixin:
                 if time.monotonic() > deadline:
                     return
                 kind, client = kinds[step % len(kinds)], self.clients[(step + step // len(kinds)) % len(self.clients)]
-                kind(client, references[step % len(references)])
+                begun = self.sustained_seconds - (deadline - time.monotonic())
+                try:
+                    kind(client, references[step % len(references)])
+                except openai.APITimeoutError as error:
+                    what = f"{kind.__name__} through the {client.name}, sent {begun:.1f} s after the load began"
+                    raise AssertionError(f"{what}: no answer in {self.request_timeout} s") from error
                 served[kind.__name__, client.name] += 1
 
         with ThreadPoolExecutor(self.sustained_clients) as pool:
