@@ -1,6 +1,7 @@
-"""Runs a suite's two halves side by side: `halves.py OPTIONS`, for test/run_suite.py. What the second printed follows the first.
+"""Runs a suite's two halves side by side: `halves.py OPTIONS`, which go to test/run_suite.py.
 
-A signal is told to both. The exit code is the first half's, unless it passed: then the second's.
+What the second printed follows the first. A signal is told to both. The exit code is the first half's, unless it passed:
+then the second's.
 """
 
 import shutil
@@ -27,8 +28,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, tell)
     with tempfile.TemporaryFile() as printed:
         for half, streams in enumerate(({}, {"stdout": printed, "stderr": subprocess.STDOUT})):
-            command = [sys.executable, RUNNER, *sys.argv[1:], "--auto-partition-id", str(half), "--auto-partition-size", "2"]
-            halves.append(subprocess.Popen(command, **streams))
+            part = ["--auto-partition-id", str(half), "--auto-partition-size", "2"]
+            halves.append(subprocess.Popen([sys.executable, RUNNER, *sys.argv[1:], *part], **streams))
         if told:
             tell()
         codes = [half.wait() for half in halves]

@@ -27,7 +27,8 @@ def unaccounted(observe: Callable[[], Sequence[Gpu]] = observe) -> tuple[int, ..
 
 
 def _unaccounted(gpu: Gpu) -> int:
-    return gpu.memory_mib - gpu.free_mib - sum(each.memory_mib for each in gpu.processes if process_tree.is_pid_alive(each.pid))
+    held = sum(each.memory_mib for each in gpu.processes if process_tree.is_pid_alive(each.pid))
+    return gpu.memory_mib - gpu.free_mib - held
 
 
 def wait_for_release(

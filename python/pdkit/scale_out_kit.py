@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import requests
 
+from pdkit import process_tree
 from pdkit.recovery.clients import Ask, Client, Fate, token_ids
 from pdkit.report.record import record_table
 from pdkit.router_kit import healthy_workers
@@ -88,10 +89,9 @@ class ScaleOutMixin:
     @classmethod
     def wait_until_all_are_known(cls):
         """The Rust router is ready with one pair."""
-        wanted, deadline = len(cls.prefills()) + len(cls.decodes()), time.monotonic() + cls.settling
-        while (known := healthy_workers(cls.router_url)) < wanted:
-            assert time.monotonic() < deadline, f"{cls.router_url} knows {known} of {wanted} servers"
-            time.sleep(POLL_S)
+        wanted = len(cls.prefills()) + len(cls.decodes())
+        known = process_tree.wait_until(lambda: healthy_workers(cls.router_url) >= wanted, cls.settling)
+        assert known, f"{cls.router_url} knows {healthy_workers(cls.router_url)} of {wanted} servers"
 
     @classmethod
     def tearDownClass(cls):
