@@ -71,7 +71,7 @@ class FleetMixin:
             **cls.server_env,
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.bootstrap_timeout),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.waiting_timeout),
-            **kept_alive(120),  # longer than anything is frozen
+            **kept_alive(),
         }
 
     @classmethod

@@ -537,7 +537,6 @@ class ProtocolMixin:
         self.assertTrue(text)
 
     def test_first_request_after_idle(self):
-        """Connections that were kept open meanwhile are closed by then, see `router_kit.KEEP_ALIVE_S`."""
         reference = self.reference(self.prompts(1)[0])
         for client in self.clients:
             self._assertServes(client)

@@ -8,14 +8,15 @@ import requests
 from pdkit import ports
 
 STOP_TIMEOUT = 60
-KEEP_ALIVE_S = 15
+KEEP_ALIVE_S = 120
 
 
-def kept_alive(seconds):
+def kept_alive(seconds=KEEP_ALIVE_S):
     """Environment of servers that close a connection which idles for so long; SGLang's default is 5 s.
 
-    The Rust router sends on connections that idle. What it sends just when one is closed, or to a server that is frozen
-    meanwhile, is lost, and the other server of the pair waits for it: let no test be idle for about as long.
+    The Rust router sends on connections that idle. What it sends just when a server closes one, or to a server that is
+    frozen meanwhile, is lost, and the other server of the pair waits for it. So servers keep them longer than the router
+    itself, and longer than anything is frozen; `scripts/router_idle.py` shows what happens if they do not.
     """
     return {"SGLANG_TIMEOUT_KEEP_ALIVE": str(seconds)}
 
@@ -52,7 +53,7 @@ class RustRouterBesideMixin:
         cls.addClassCleanup(block.release)
         cls._free_ports = iter(block.ports)
         cls._routers = {}
-        cls.server_env = {**cls.server_env, **kept_alive(KEEP_ALIVE_S)}
+        cls.server_env = {**cls.server_env, **kept_alive()}
         cls.router_url = f"http://{cls.base_host}:{next(cls._free_ports)}"
 
     @classmethod

@@ -38,7 +38,7 @@ class TestDisaggregationDSV4Protocol(
     rendered_chat = "<|user|>{}<|assistant|>"
     unending_tokens = 3500
     sustained_seconds = 10
-    idle_seconds = 18
+    idle_seconds = 10
 
     parity_logprob_delta = 0
     parity_cached_prefix_min_prompt_tokens = 128
