@@ -21,7 +21,7 @@ from pdkit.parity_kit import ParityMixin
 from pdkit.placement_kit import PlacementMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=400, suite="stage-b-test-2-gpu-large")
+register_cuda_ci(est_time=520, suite="stage-b-test-2-gpu-large")
 
 
 class TestDisaggregationDSV4TwoGpus(

@@ -5,7 +5,7 @@ import unittest
 import test_disaggregation_dsv4_2gpu as two_gpus
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=400, suite="stage-b-test-2-gpu-large")
+register_cuda_ci(est_time=520, suite="stage-b-test-2-gpu-large")
 
 
 class TestDisaggregationDSV4TwoGpusNoDeepEP(two_gpus.TestDisaggregationDSV4TwoGpus):

@@ -11,7 +11,7 @@ from pdkit.recovery.kit import BEFORE, DURING, IDLE, STREAMING, RecoveryMixin
 from pdkit.recovery.messages import BootstrapMessagesMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=420, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=600, suite="stage-b-test-1-gpu-large")
 
 LONG = 110  # solved problems of about 70 tokens: sixteen chunks of prefill
 
