@@ -25,37 +25,11 @@ from types import SimpleNamespace
 import pdkit
 import requests
 from pdkit import ports
-from pdkit.guardian import Guarded
-from pdkit.run_token import new_token
+from pdkit.guarded_server import GuardedServer
 
 ASSETS = Path(pdkit.__file__).parent / "assets"
 GOAL_TOKENS_PER_S, GOAL_GIB = 250, 6
 LENGTHS = (1, 32, 128, 512, 1024, 2048, 4000)
-
-
-class Server:
-    """One process of the benchmark, its log in `logs`."""
-
-    def __init__(self, logs, name, port, *command):
-        self.name, self.url, self.log = name, f"http://127.0.0.1:{port}", logs / f"{name}.log"
-        address = ("--host", "127.0.0.1", "--port", str(port))
-        with open(self.log, "w") as log:
-            self.guarded = Guarded([sys.executable, "-m", *command, *address], os.environ, new_token(os.environ), log)
-
-    def wait_until_ready(self, timeout=300.0):
-        deadline = time.monotonic() + timeout
-        while self.guarded.is_running and time.monotonic() < deadline:
-            with contextlib.suppress(requests.RequestException):
-                return requests.get(self.url + "/health", timeout=30).raise_for_status()
-            time.sleep(0.2)
-        sys.exit(f"{self.name} did not get ready:\n{self.log.read_text()[-2000:]}")
-
-    def end(self):
-        self.guarded.end()
-
-    @property
-    def peak(self):
-        return peak_bytes(self.guarded.pid)
 
 
 def peak_bytes(pid):
@@ -81,7 +55,7 @@ def start(logs, model, load, stack):
         ("router", four, "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb",
          "--prefill", f"http://127.0.0.1:{two}", "--decode", f"http://127.0.0.1:{three}"),
     ):  # fmt: skip
-        servers.append(Server(logs, name, port, *command))
+        servers.append(GuardedServer(logs, name, port, *command))
         stack.callback(servers[-1].end)
     for server in servers:
         server.wait_until_ready()
@@ -182,7 +156,7 @@ def main(argv=None):
             )  # fmt: skip
 
         print("\npeak memory (resident; pages that processes share count in each)")
-        peaks = {server.name: server.peak for server in (monolithic, prefill, decode, router)}
+        peaks = {server.name: peak_bytes(server.guarded.pid) for server in (monolithic, prefill, decode, router)}
         peaks["eval client"] = peak_bytes(os.getpid())
         for name, peak in peaks.items():
             print(f"{name:<14}  {peak / 2**30:5.2f} GiB")

@@ -3,12 +3,11 @@
 
     scripts/env.sh python3 scripts/router_idle.py [--keep-alive 2 120]
 
-For each --keep-alive, in seconds: prefill and decode of the embedded engine, which close a connection after so long, the
-router, and bursts with --pause between them. A request without an answer in --timeout seconds is lost: prefill's half of
-it went to a connection that was just being closed, and decode waits for the hand-over.
+For each --keep-alive: prefill and decode of the embedded engine, which close a connection that idles for so many
+seconds, the router, and bursts with --pause between them. A request without an answer in --timeout seconds is lost:
+prefill's half of it went to a connection that was just being closed, and decode waits for the hand-over.
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -18,12 +17,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pdkit
 import psutil
 import requests
-from bench_engine import ASSETS, Server
 from pdkit import ports
+from pdkit.command import run_command
+from pdkit.exit_codes import ExitCode
+from pdkit.guarded_server import GuardedServer
+from pdkit.options import Parser, natural, seconds
 from pdkit.router_kit import kept_alive, metrics_at
 
+NANO = Path(pdkit.__file__).parent / "assets" / "nano-dsv4"
 QUESTION = {"prompt": "Question: David buys 5 eggs. How many eggs?\nAnswer:", "max_tokens": 1, "temperature": 0}
 
 
@@ -32,7 +36,7 @@ def start(logs, stack):
     block = ports.claim()
     stack.callback(block.release)
     one, two, three, bootstrap, metrics, *_ = block.ports
-    engine = ("pdkit.engine", "--model-path", str(ASSETS / "nano-dsv4"), "--log-level", "warning")
+    engine = ("pdkit.engine", "--model-path", str(NANO), "--log-level", "warning")
     room = ("--disaggregation-bootstrap-port", str(bootstrap))
     servers = []
     for name, port, *command in (
@@ -42,7 +46,7 @@ def start(logs, stack):
          "--prefill", f"http://127.0.0.1:{one}", str(bootstrap), "--decode", f"http://127.0.0.1:{two}",
          "--log-level", "warn", *metrics_at("127.0.0.1", metrics)),
     ):  # fmt: skip
-        servers.append(Server(logs, name, port, *command))
+        servers.append(GuardedServer(logs, name, port, *command))
         stack.callback(servers[-1].end)
     for server in servers:
         server.wait_until_ready()
@@ -61,14 +65,25 @@ def answered(url, timeout):
     return False
 
 
-def kept(prefill):
+def open_connections(prefill):
     """How many connections to prefill are open."""
     port = int(prefill.url.rpartition(":")[2])
-    return sum(each.status == "ESTABLISHED" and each.raddr and each.raddr.port == port for each in psutil.net_connections("tcp"))
+    remote = [each.raddr.port for each in psutil.net_connections("tcp") if each.raddr and each.status == "ESTABLISHED"]
+    return remote.count(port)
 
 
-def bursts(keep_alive, options):
-    """Requests lost by a pair that keeps connections for `keep_alive` seconds."""
+def watch(prefill, seconds):
+    """Says when idle connections are closed."""
+    began, before = time.monotonic(), open_connections(prefill)
+    while before and (idle := time.monotonic() - began) < seconds:
+        if (now := open_connections(prefill)) < before:
+            print(f"{'':11}{before - now} of {before} connections were closed after {idle:.0f} s", flush=True)
+            before = now
+        time.sleep(1)
+
+
+def lost_requests(keep_alive, options):
+    """How many requests a pair that keeps connections for `keep_alive` seconds has lost."""
     lost, jitter = 0, random.Random(0)
     with contextlib.ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="router_idle_")))
@@ -78,32 +93,29 @@ def bursts(keep_alive, options):
         for number in range(options.rounds):
             found = list(pool.map(lambda _: answered(router.url, options.timeout), range(options.clients)))
             lost += found.count(False)
-            print(f"\r{keep_alive:5} s  burst {number + 1} of {options.rounds}: {lost} lost", end="", flush=True)
-            time.sleep(options.pause + jitter.uniform(-0.6, 0.1))
+            print(f"\r{keep_alive:5} s    burst {number + 1} of {options.rounds}: {lost} lost", end="", flush=True)
+            time.sleep(max(0, options.pause + jitter.uniform(-0.6, 0.1)))
         print(flush=True)
-        began, before = time.monotonic(), kept(prefill)
-        while options.watch and before and time.monotonic() - began < options.watch:
-            if (now := kept(prefill)) < before:
-                print(f"         {before - now} of {before} connections were closed after {time.monotonic() - began:.0f} s")
-                before = now
-            time.sleep(1)
+        watch(prefill, options.watch)
     return lost
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--keep-alive", type=int, nargs="+", default=[2, 120], help="seconds (default: 2 120)")
-    parser.add_argument("--pause", type=float, default=2, help="seconds between bursts (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=40, help="bursts (default: %(default)s)")
-    parser.add_argument("--clients", type=int, default=48, help="requests in a burst (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=12, help="seconds (default: %(default)s)")
-    parser.add_argument("--watch", type=float, default=0, help="seconds, in the end: when are idle connections closed")
-    options = parser.parse_args()
-    lost = {each: bursts(each, options) for each in options.keep_alive}
-    print(f"\nrequests without an answer, of {options.rounds * options.clients}, {options.pause:g} s between bursts")
+def main(argv):
+    parser = Parser(prog="router_idle.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--keep-alive", type=natural, nargs="+", default=[2, 120], metavar="S", help="seconds (default: 2 120)")
+    add("--pause", type=seconds, default=2, metavar="S", help="seconds between bursts (default: %(default)s)")
+    add("--rounds", type=natural, default=40, metavar="N", help="bursts (default: %(default)s)")
+    add("--clients", type=natural, default=48, metavar="N", help="requests in a burst (default: %(default)s)")
+    add("--timeout", type=seconds, default=12, metavar="S", help="seconds (default: %(default)s)")
+    add("--watch", type=seconds, default=0, metavar="S", help="then look for so long when idle connections are closed")
+    options = parser.parse_args(argv)
+    lost = {each: lost_requests(each, options) for each in options.keep_alive}
+    print(f"\nrequests without an answer, of {options.rounds * options.clients}, bursts {options.pause:g} s apart")
     for keep_alive, count in lost.items():
         print(f"  servers close idle connections after {keep_alive:4} s: {count}")
+    return ExitCode.PASSED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("router_idle.py", main, sys.argv[1:]))

@@ -14,9 +14,9 @@ KEEP_ALIVE_S = 120
 def kept_alive(seconds=KEEP_ALIVE_S):
     """Environment of servers that close a connection which idles for so long; SGLang's default is 5 s.
 
-    The Rust router sends on connections that idle. What it sends just when a server closes one, or to a server that is
-    frozen meanwhile, is lost, and the other server of the pair waits for it. So servers keep them longer than the router
-    itself, and longer than anything is frozen; `scripts/router_idle.py` shows what happens if they do not.
+    The Rust router sends on connections that idle, and closes them itself after 90 s. What it sends just when a server
+    closes one, or to a server that is frozen meanwhile, is lost, and the other server of the pair waits for it. So
+    servers keep them longer than the router, and than anything is frozen; `scripts/router_idle.py` shows the loss.
     """
     return {"SGLANG_TIMEOUT_KEEP_ALIVE": str(seconds)}
 

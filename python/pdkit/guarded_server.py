@@ -1,0 +1,33 @@
+"""A server that a script starts: guarded, its log in a file, ended with the script."""
+
+import contextlib
+import os
+import sys
+import time
+
+import requests
+
+from pdkit.guardian import Guarded
+from pdkit.run_token import new_token
+
+
+class GuardedServer:
+    """`python3 -m command...` at a port of 127.0.0.1; its output is kept in `logs`."""
+
+    def __init__(self, logs, name, port, *command):
+        self.name, self.url, self.log = name, f"http://127.0.0.1:{port}", logs / f"{name}.log"
+        address = ("--host", "127.0.0.1", "--port", str(port))
+        with open(self.log, "w") as log:
+            self.guarded = Guarded([sys.executable, "-m", *command, *address], os.environ, new_token(os.environ), log)
+
+    def wait_until_ready(self, timeout=300.0):
+        """Returns once it answers /health; ends the script, with the end of its log, if it dies or takes too long."""
+        deadline = time.monotonic() + timeout
+        while self.guarded.is_running and time.monotonic() < deadline:
+            with contextlib.suppress(requests.RequestException):
+                return requests.get(self.url + "/health", timeout=30).raise_for_status()
+            time.sleep(0.2)
+        sys.exit(f"{self.name} did not get ready:\n{self.log.read_text()[-2000:]}")
+
+    def end(self):
+        self.guarded.end()
