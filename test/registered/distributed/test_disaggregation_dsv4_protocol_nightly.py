@@ -5,7 +5,7 @@ import unittest
 import test_disaggregation_dsv4_protocol as protocol
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=290, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=330, suite="stage-a-test-cpu", nightly=True)
 
 
 class TestDisaggregationDSV4ProtocolNightly(protocol.TestDisaggregationDSV4Protocol):
