@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import pdkit
 import requests
 from pdkit import ports
-from pdkit.guarded_server import GuardedServer
+from pdkit.guarded_server import start_all
 
 ASSETS = Path(pdkit.__file__).parent / "assets"
 GOAL_TOKENS_PER_S, GOAL_GIB = 250, 6
@@ -47,19 +47,14 @@ def start(logs, model, load, stack):
     one, two, three, four, bootstrap, *_ = block.ports
     engine = ("pdkit.engine", "--model-path", str(model), "--log-level", "warning", *load)
     room = ("--disaggregation-bootstrap-port", str(bootstrap))
-    servers = []
-    for name, port, *command in (
+    commands = (
         ("monolithic", one, *engine),
         ("prefill", two, *engine, "--disaggregation-mode", "prefill", *room),
         ("decode", three, *engine, "--disaggregation-mode", "decode", *room),
         ("router", four, "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb",
          "--prefill", f"http://127.0.0.1:{two}", "--decode", f"http://127.0.0.1:{three}"),
-    ):  # fmt: skip
-        servers.append(GuardedServer(logs, name, port, *command))
-        stack.callback(servers[-1].end)
-    for server in servers:
-        server.wait_until_ready()
-    return servers
+    )  # fmt: skip
+    return start_all(logs, commands, stack)
 
 
 def evaluate(url, examples, threads):

@@ -23,12 +23,15 @@ import requests
 from pdkit import ports
 from pdkit.command import run_command
 from pdkit.exit_codes import ExitCode
-from pdkit.guarded_server import GuardedServer
+from pdkit.guarded_server import start_all
 from pdkit.options import Parser, natural, seconds
-from pdkit.router_kit import kept_alive, metrics_at
+from pdkit.process_tree import wait_until
+from pdkit.router_kit import is_ready, kept_alive, metrics_at
 
 NANO = Path(pdkit.__file__).parent / "assets" / "nano-dsv4"
-QUESTION = {"prompt": "Question: David buys 5 eggs. How many eggs?\nAnswer:", "max_tokens": 1, "temperature": 0}
+PROMPT = "Question: David buys 5 eggs. How many eggs?\nAnswer:"
+QUESTION = {"model": "nano", "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
+READY_S = 120
 
 
 def start(logs, stack):
@@ -38,30 +41,23 @@ def start(logs, stack):
     one, two, three, bootstrap, metrics, *_ = block.ports
     engine = ("pdkit.engine", "--model-path", str(NANO), "--log-level", "warning")
     room = ("--disaggregation-bootstrap-port", str(bootstrap))
-    servers = []
-    for name, port, *command in (
+    commands = (
         ("prefill", one, *engine, "--disaggregation-mode", "prefill", *room),
         ("decode", two, *engine, "--disaggregation-mode", "decode", *room),
         ("router", three, "sglang_router.launch_router", "--pd-disaggregation", "--policy", "round_robin",
          "--prefill", f"http://127.0.0.1:{one}", str(bootstrap), "--decode", f"http://127.0.0.1:{two}",
          "--log-level", "warn", *metrics_at("127.0.0.1", metrics)),
-    ):  # fmt: skip
-        servers.append(GuardedServer(logs, name, port, *command))
-        stack.callback(servers[-1].end)
-    for server in servers:
-        server.wait_until_ready()
-    deadline = time.monotonic() + 120
-    while not requests.get(f"{servers[-1].url}/readiness", timeout=10).ok:
-        if time.monotonic() > deadline:
-            sys.exit("the router found no pair in 120 s")
-        time.sleep(0.2)
-    return servers[0], servers[-1]
+    )  # fmt: skip
+    prefill, _, router = start_all(logs, commands, stack)
+    if not wait_until(lambda: is_ready(router.url), READY_S):
+        sys.exit(f"the router found no pair in {READY_S} s")
+    return prefill, router
 
 
 def answered(url, timeout):
     """Whether one request is answered in time."""
     with contextlib.suppress(requests.RequestException):
-        return requests.post(f"{url}/v1/completions", json={**QUESTION, "model": "nano"}, timeout=timeout).ok
+        return requests.post(f"{url}/v1/completions", json=QUESTION, timeout=timeout).ok
     return False
 
 
@@ -72,10 +68,10 @@ def open_connections(prefill):
     return remote.count(port)
 
 
-def watch(prefill, seconds):
+def watch(prefill, duration):
     """Says when idle connections are closed."""
     began, before = time.monotonic(), open_connections(prefill)
-    while before and (idle := time.monotonic() - began) < seconds:
+    while before and (idle := time.monotonic() - began) < duration:
         if (now := open_connections(prefill)) < before:
             print(f"{'':11}{before - now} of {before} connections were closed after {idle:.0f} s", flush=True)
             before = now

@@ -1,4 +1,4 @@
-"""A server that a script starts: guarded, its log in a file, ended with the script."""
+"""Servers that a script starts: guarded, their logs in files, ended with the script."""
 
 import contextlib
 import os
@@ -31,3 +31,14 @@ class GuardedServer:
 
     def end(self):
         self.guarded.end()
+
+
+def start_all(logs, commands, stack):
+    """A GuardedServer for each (name, port, *command), started side by side, once all are ready; `stack` ends them."""
+    servers = []
+    for name, port, *command in commands:
+        servers.append(GuardedServer(logs, name, port, *command))
+        stack.callback(servers[-1].end)
+    for server in servers:
+        server.wait_until_ready()
+    return servers
