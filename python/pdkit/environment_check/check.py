@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pdkit
-from pdkit import ports
+from pdkit import indexer_schedule, ports
 from pdkit.environment_check import dataset, gpus, machine, model, packages, rdma
 from pdkit.environment_check.finding import Finding, error, ok, warning
 from pdkit.environment_check.machine import UNLIMITED, Machine
@@ -180,10 +180,16 @@ def _gids(rules: rdma.Rules, devices: list[str]) -> Iterator[Finding]:
 
 def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Iterator[Finding]:
     wanted: dict[packages.Package, None] = {}
+    exposed = False
     for process in needs.processes:
         if process.gpus:
             dsv4 = any(model.is_dsv4(name, model.locate(name, environ)) for name in process.models)
             wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, dsv4))
+            exposed |= dsv4 and indexer_schedule.is_exposed({**environ, **process.env})
+    if exposed:
+        what = f"{indexer_schedule.release()} lets the indexer's kernel read past what is mapped"
+        why = "a batch of 128 tokens can end a server by an illegal memory access"
+        yield warning("sglang", what, why, f"export {indexer_schedule.SWITCH}=0, or take 0.5.18 or newer")
     yield from map(packages.installed, wanted)
     if has_gpus:
         yield from packages.importable(wanted)

@@ -21,6 +21,7 @@ class Process:
     model  what it loads (draft model included), a directory or a repository; `weights` False for dummy ones
     a2a    its MoE all-to-all backend; `backend` what transfers the state; `nics` the RDMA devices it is given
     ports  those it listens on, by what they are for
+    env    variables that the test sets for it
     """
 
     test: str
@@ -33,6 +34,7 @@ class Process:
     backend: str | None = None
     nics: tuple[str, ...] = ()
     ports: Mapping[str, int] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,4 +151,5 @@ def _processes(test, plan) -> Iterator[Process]:
             backend=server.transfer_backend,
             nics=server.nics,
             ports=process.ports,
+            env=process.env,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pdkit
 import test_disaggregation_dsv4 as dsv4
+from pdkit import indexer_schedule
 from pdkit.accounting_kit import RequestAccountingMixin
 from pdkit.claimed_ports import ClaimedPortsMixin
 from pdkit.faults.beside_kit import BalancerFaultsMixin
@@ -65,7 +66,7 @@ class OneGpuPlan(ClaimedPortsMixin):
         --max-running-requests 32 --chunked-prefill-size 512
     """.split() + nano_args
 
-    server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0"}
+    server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0", **indexer_schedule.environment()}
 
     @classmethod
     def setUpClass(cls):

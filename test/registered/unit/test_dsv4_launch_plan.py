@@ -89,6 +89,10 @@ class TestLaunchPlan(unittest.TestCase):
             {"SGLANG_DSV4_FP4_EXPERTS": "0", "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"},
         )
 
+    def test_environment_on_one_gpu(self):
+        # The suite's own release is safe from the indexer's out-of-bounds read, and takes SGLang's own schedule.
+        self.assertEqual(one_gpu.OneGpuPlan.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0"})
+
     def test_model(self):
         self.assertEqual(self.plan.model, "sgl-project/DeepSeek-V4-Flash-FP8")
         with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, DEFAULT_MODEL_CACHE_DIR=cache):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+from pdkit import indexer_schedule
 from pdkit.ci_register import register_cpu_ci
 from pdkit.environment_check import check as checks
 from pdkit.environment_check import dataset, gpus, machine, model, needs, packages, rdma
@@ -338,6 +339,25 @@ class TestPackages(CheckCase):
         site = self.site("sgl_kernel", "sglang_router")
         self.assert_fine(self.found("none", "fake", False, site))
         self.assert_one(self.found(None, "nixl", False, site), Level.ERROR, "nixl._api is not installed", "nixl")
+
+    def test_a_release_whose_indexer_reads_out_of_bounds(self):
+        def told(release, environ=None, model="DeepSeek-V4-Flash", **env):
+            with mock.patch.object(indexer_schedule, "release", lambda: release):
+                server = Process("T", "prefill", (0,), models=(model,), env=env or indexer_schedule.environment())
+                found = checks.of_place(Needs("cuda", processes=(server,)), environ or {})
+                return [str(finding) for finding in found if finding.subject == "sglang"]
+
+        switch = "SGLANG_OPT_USE_JIT_INDEXER_METADATA"
+        for release in ("0.5.12", "0.5.15", "0.5.16", "0.5.17"):
+            (line,) = told(release, **{switch: "1"})
+            for says in (release, "128 tokens", "illegal memory access", f"export {switch}=0", "0.5.18"):
+                self.assertIn(says, line)
+            self.assertEqual(told(release), [])
+            self.assertEqual(told(release, {switch: "false"}, OTHER="1"), [])
+            self.assertEqual(len(told(release, {switch: "true"}, OTHER="1")), 1)
+            self.assertEqual(told(release, model="Llama", **{switch: "1"}), [])
+        for release in ("0.5.13", "0.5.14", "0.5.18", "0.5.23", None):
+            self.assertEqual(told(release, **{switch: "1"}), [])
 
     def test_flash_mla_of_a_release(self):
         for source, modules in (
