@@ -2,7 +2,7 @@
 
 The acceptance length is the number of tokens that one verification step of the target model yields, the bonus token
 included: between 1 (no draft token is ever accepted) and `speculative_num_draft_tokens`. Draft state that is lost on
-the way to decode leaves every answer right and only lowers this number.
+the way to decode leaves every answer right and only lowers this number: at first, since an answer makes new state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 
 import requests
 
+from pdkit.gate_math import Discordance, mcnemar
 from pdkit.server_info import read_server_info
 
 
@@ -30,11 +31,12 @@ class NotApplicable:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """`length`: tokens per verification step, over all requests of `source` together."""
+    """`length`: tokens per verification step, over all requests of `source` together; `steps` of each of them."""
 
     algorithm: str
     source: str
     length: float
+    steps: tuple[int, ...] = ()
 
 
 NOT_SPECULATING = NotApplicable("the decode server does not speculate (speculative_algorithm is not set)")
@@ -54,8 +56,9 @@ def from_meta_info(algorithm: str | None, metas: Sequence[Mapping[str, Any]]) ->
             f"the engine speculates ({algorithm}), but none of {len(metas)} requests reports a verification step"
         )
     tokens = sum(meta["completion_tokens"] for meta in verified)
-    steps = sum(meta["spec_verify_ct"] for meta in verified)
-    return Acceptance(algorithm, f"meta_info of {len(verified)} requests, {steps} steps", tokens / steps)
+    steps = tuple(meta.get("spec_verify_ct") or 0 for meta in metas)
+    source = f"meta_info of {len(verified)} requests, {sum(steps)} steps"
+    return Acceptance(algorithm, source, tokens / sum(steps), steps)
 
 
 def generate(url: str, prompts: Sequence[str], max_new_tokens: int, timeout: float = 600) -> list[Mapping[str, Any]]:
@@ -118,5 +121,43 @@ class AcceptanceGate:
 
     def assert_passed(self) -> None:
         """Raises AssertionError, whose message is the report, unless the length reaches the minimum."""
+        if not self.passed:
+            raise AssertionError(self.report())
+
+
+@dataclass(frozen=True)
+class FirstDrafts:
+    """Verification steps that the same short answers took, through the pair and at a server that hands nothing over.
+
+    Fails where the pair's took more steps than chance explains: exact sign test over the answers whose steps differ
+    (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566), one-sided, at a probability of at most `level`.
+    Raises ValueError where the answers do not pair up.
+    """
+
+    measured: Acceptance
+    reference: Acceptance
+    level: float = 5e-5
+
+    @property
+    def found(self) -> Discordance:
+        pairs = list(zip(self.measured.steps, self.reference.steps, strict=True))
+        return mcnemar([ours > theirs for ours, theirs in pairs], [ours < theirs for ours, theirs in pairs])
+
+    @property
+    def passed(self) -> bool:
+        return self.found.p_value > self.level
+
+    def report(self) -> str:
+        """Both sides, what differs and the rule, in one line."""
+        found = self.found
+        return (
+            f"drafts after the hand-over: {'PASS' if self.passed else 'FAIL'}, {found.lost} of {found.examples} answers "
+            f"took more steps than the reference's, {found.gained} fewer ({self.measured.length:.4f} and "
+            f"{self.reference.length:.4f} tokens a step; {self.measured.algorithm}); exact sign test p = "
+            f"{found.p_value:.2g}, fails at <= {self.level:g}"
+        )
+
+    def assert_passed(self) -> None:
+        """Raises AssertionError, whose message is the report, where drafts were lost."""
         if not self.passed:
             raise AssertionError(self.report())

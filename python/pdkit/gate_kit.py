@@ -1,4 +1,4 @@
-"""Mixins that put the accuracy gate and the acceptance-length gate on a disaggregation test.
+"""Mixins that put the accuracy gate and the acceptance-length gates on a disaggregation test.
 
     class TestDisaggregationDSV4Gated(AccuracyGateMixin, TestDisaggregationDSV4):
         gsm8k_gate_policy = "auto"
@@ -82,3 +82,38 @@ class AcceptanceLengthMixin:
     def measure_acceptance(cls, url, decode_url):
         prompts = few_shot_prompts(getattr(cls, "gsm8k_data_path", None), cls.acceptance_length_prompts)
         return acceptance.measure(url, decode_url, prompts)
+
+
+class FirstDraftsMixin:
+    """What decode drafts first, from the draft state that was handed over, must be accepted as at `monolithic_url`.
+
+    first_drafts_prompts   how many prompts of GSM8K
+    first_drafts_tokens    of each answer. The first one comes with the hand-over; with one draft token a step, an even
+                           number of others is such that each refused draft costs a step
+    """
+
+    first_drafts_prompts = 64
+    first_drafts_tokens = 25
+    first_drafts_reference = None
+
+    def test_drafts_after_the_hand_over(self):
+        measured = self.measure_first_drafts(self.lb_url, self.decode_url)
+        if isinstance(measured, acceptance.NotApplicable):
+            self.skipTest(measured.report())
+        if self.first_drafts_reference is None:
+            self.take_first_drafts_reference()
+        gate = acceptance.FirstDrafts(measured, self.first_drafts_reference)
+        print(gate.report(), flush=True)
+        gate.assert_passed()
+
+    @classmethod
+    def take_first_drafts_reference(cls):
+        """From the monolithic server; to be called while it is up where it stops before the test asks."""
+        cls.first_drafts_reference = cls.measure_first_drafts(cls.monolithic_url, cls.monolithic_url)
+        baseline = cls.first_drafts_reference
+        assert isinstance(baseline, acceptance.Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
+
+    @classmethod
+    def measure_first_drafts(cls, url, decode_url):
+        prompts = few_shot_prompts(getattr(cls, "gsm8k_data_path", None), cls.first_drafts_prompts)
+        return acceptance.measure(url, decode_url, prompts, cls.first_drafts_tokens)

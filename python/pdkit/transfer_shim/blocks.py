@@ -16,6 +16,7 @@ METADATA = (
     "first token", "cached tokens", "first logprob", "first logprob's token", "top logprobs", "top logprobs' tokens",
     "draft probabilities", "draft tokens", "draft hidden state", "room",
 )  # fmt: skip
+FIRST_DRAFT = "draft probabilities", "draft tokens", "draft hidden state"
 DRAFT_WINDOW = "draft window"
 UNKNOWN = "unknown"
 POOLS, METADATA_CALL = 0, 1

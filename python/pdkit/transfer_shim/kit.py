@@ -16,6 +16,7 @@ from pdkit import acceptance
 from pdkit.accounting import Ledger
 from pdkit.accounting_kit import unaccounted
 from pdkit.faults.switch import Switch
+from pdkit.gate_kit import FirstDraftsMixin
 from pdkit.parity import Parity
 from pdkit.numbers_kit import quiet_eval
 from pdkit.parity_kit import ParityArms, RequestFailed, collect, flush
@@ -30,12 +31,11 @@ NO_FAULT = "no fault"
 SHORT = 160
 
 
-class TransferFaultsMixin(ParityArms):
+class TransferFaultsMixin(FirstDraftsMixin, ParityArms):
     """Put it before a mixin with a monolithic server.
 
     compress_ratios       tokens a compressed entry, for each layer of the model without its draft
     transfer_faults       names of faults of `pdkit.transfer_shim.library`
-    first_tokens          of a short answer, most of which is drafted from what was handed over
     fault_timeout         seconds for one request while a fault is on
     handover_timeout      seconds after which SGLang gives up a hand-over
     """
@@ -45,11 +45,13 @@ class TransferFaultsMixin(ParityArms):
     transfer_faults = tuple(LIBRARY)
     accuracy_examples = 60
     acceptance_prompts = 32
+    acceptance_tokens = 96
     acceptance_ratio = 0.95
-    first_tokens = 24
     fault_timeout = 30.0
     handover_timeout = 10
     returning = 60
+
+    test_drafts_after_the_hand_over = None  # asked beside the faults
 
     @classmethod
     def configure(cls):
@@ -73,15 +75,15 @@ class TransferFaultsMixin(ParityArms):
 
     @unaccounted
     def test_seeded_faults_of_the_transfer(self):
-        prompts = few_shot_prompts(self.gsm8k_data_path, self.acceptance_prompts)
         checks = {
             "parity alone": lambda: self.parity_of(self.parity_plan().alone[0]),
             "parity rooms": lambda: self.parity_of(self.parity_plan().rooms[0]),
             "parity indexed": lambda: self.parity_of(self.parity_plan().indexed[0]),
             "accuracy": self.accuracy,
-            "acceptance": self.acceptance_check(prompts, 256),
-            "acceptance, first tokens": self.acceptance_check(prompts, self.first_tokens),
+            "acceptance": self.acceptance_check(),
+            "first drafts": self.first_drafts,
         }
+        self.take_first_drafts_reference()
         rows, wrong = [], []
         for name in (None, *self.transfer_faults):
             self.overwrite()
@@ -113,24 +115,34 @@ class TransferFaultsMixin(ParityArms):
             flush([self.prefill_url, self.decode_url], self.fault_timeout)
         candidate = collect(self.lb_url, round_, self.fault_timeout)
         names = tuple(probe.name for probe in round_.probes)
-        problems = Parity(round_.condition, names, reference, candidate, control).problems
-        return problems[0] if problems else None
+        parity = Parity(round_.condition, names, reference, candidate, control)
+        print(f"    {round_.condition}: {parity.candidate_distribution.report()}", flush=True)
+        return parity.problems[0] if parity.problems else None
 
     def accuracy(self):
         score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
         return None if score > self.min_score else f"score {score:.3f}"
 
-    def acceptance_check(self, prompts, tokens):
-        """A look at the acceptance length of answers to `prompts`; the monolithic server's is taken now."""
-        accepted = acceptance.measure(self.monolithic_url, self.monolithic_url, prompts, tokens).length
+    def acceptance_check(self):
+        """A look at the acceptance length; the monolithic server's is taken now."""
+        prompts = few_shot_prompts(self.gsm8k_data_path, self.acceptance_prompts)
+        tokens = self.acceptance_tokens
+        reference = acceptance.measure(self.monolithic_url, self.monolithic_url, prompts, tokens).length
 
         def look():
-            length = acceptance.measure(self.lb_url, self.decode_url, prompts, tokens).length
-            found = f"{length:.3f} of {accepted:.3f}"
-            print(f"    accepted: {found}", flush=True)
-            return None if length >= self.acceptance_ratio * accepted else found
+            measured = acceptance.measure(self.lb_url, self.decode_url, prompts, tokens)
+            return self.verdict(acceptance.AcceptanceGate(measured, reference, self.acceptance_ratio))
 
         return look
+
+    def first_drafts(self):
+        measured = self.measure_first_drafts(self.lb_url, self.decode_url)
+        return self.verdict(acceptance.FirstDrafts(measured, self.first_drafts_reference))
+
+    @staticmethod
+    def verdict(gate):
+        print(f"    {gate.report()}", flush=True)
+        return None if gate.passed else gate.report()
 
     @staticmethod
     def message_of(look):

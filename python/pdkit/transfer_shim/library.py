@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pdkit.faults.pieces import COMPRESSED, Kind
-from pdkit.transfer_shim.blocks import DRAFT_WINDOW, Change, from_before, half, lost, swapped
+from pdkit.transfer_shim.blocks import DRAFT_WINDOW, FIRST_DRAFT, Change, from_before, half, lost, swapped
 
 SLOW_S, LATE_S = 0.02, 0.25
 FAILING_POLLS = "0.001"
@@ -37,7 +37,7 @@ class TransferFault:
     unseen: str = ""
 
 
-DRAFT_LOOKS_AT = "the draft of the trained nano goes mostly by hidden state and last token: it accepts nearly as much"
+DRAFT_LOOKS_AT = "the draft of the trained nano goes by hidden state and last token alone: no first draft is refused for it"
 INDEXER_CHOOSES = "most of what is chosen stays the same: few long prompts show it, after another training perhaps none"
 SKIPPED = "SGLang 24878: one backend skipped it"
 
@@ -65,15 +65,15 @@ LIBRARY: dict[str, TransferFault] = {
         TransferFault(
             "draft-window-lost", "the window of the draft is never written", lost(DRAFT_WINDOW), unseen=DRAFT_LOOKS_AT
         ),
+        TransferFault("first-draft-lost", "decode verifies the first draft of another request", lost(*FIRST_DRAFT)),
         TransferFault(
             "first-token-lost", "decode goes on after the first token of another request", lost("first token")
         ),
         TransferFault("pages-halved", "the second half of each page of compressed entries is lost", half(*POOLS)),
         TransferFault(
             "pages-swapped",
-            "the first two pages of all compressed entries change places",
+            "the first two pages of all compressed entries change places, also where the second is not full",
             swapped(*POOLS),
-            harmless="decode attends to a set: entries carry their positions, and each kind is swapped alike",
         ),
         TransferFault(
             "pages-of-the-request-before",

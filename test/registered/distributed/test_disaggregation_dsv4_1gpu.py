@@ -15,7 +15,7 @@ from pdkit import indexer_schedule
 from pdkit.accounting_kit import RequestAccountingMixin
 from pdkit.claimed_ports import ClaimedPortsMixin
 from pdkit.faults.beside_kit import BalancerFaultsMixin
-from pdkit.gate_kit import AcceptanceLengthMixin
+from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
 from pdkit.integrity_kit import TransferIntegrityMixin
 from pdkit.kernel_nano import cache
 from pdkit.kernel_nano.truth_kit import ReferenceMixin
@@ -26,7 +26,7 @@ from pdkit.parity_plan import PlanOptions
 from pdkit.placement_kit import PlacementMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=260, suite="stage-b-test-1-gpu-large")
 
 PAGE = 256  # of the prefix cache, SGLang's for DeepSeek-V4
 INDEXED = 2048  # tokens from which on there are more compressed entries than the indexer selects: 512 of 4 tokens each
@@ -93,6 +93,7 @@ class TestDisaggregationDSV4OneGpu(
     RequestAccountingMixin,
     TransferIntegrityMixin,
     AcceptanceLengthMixin,
+    FirstDraftsMixin,
     ReferenceMixin,
     PairNumbersMixin,
     BalancerFaultsMixin,

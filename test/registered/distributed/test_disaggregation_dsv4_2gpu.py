@@ -13,7 +13,7 @@ import test_disaggregation_dsv4 as dsv4
 import test_disaggregation_dsv4_1gpu as one_gpu
 from pdkit.accounting_kit import RequestAccountingMixin
 from pdkit.claimed_ports import ClaimedRendezvousMixin
-from pdkit.gate_kit import AcceptanceLengthMixin
+from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
 from pdkit.kernel_nano import cache
 from pdkit.kernel_nano.config import DEEPEP_HIDDEN
 from pdkit.monolithic_kit import MonolithicBesideMixin
@@ -27,6 +27,7 @@ register_cuda_ci(est_time=520, suite="stage-b-test-2-gpu-large")
 class TestDisaggregationDSV4TwoGpus(
     RequestAccountingMixin,
     AcceptanceLengthMixin,
+    FirstDraftsMixin,
     PlacementMixin,
     ParityMixin,
     ClaimedRendezvousMixin,

@@ -4,7 +4,7 @@ import unittest
 
 import test_disaggregation_dsv4 as dsv4
 from pdkit.accounting_kit import RequestAccountingMixin
-from pdkit.gate_kit import AcceptanceLengthMixin
+from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
 from pdkit.integrity_kit import TransferIntegrityMixin
 from pdkit.monolithic_kit import MonolithicFirstMixin
 from pdkit.parity_kit import ParityMixin
@@ -18,6 +18,7 @@ class TestDisaggregationDSV4Integrity8GPU(
     RequestAccountingMixin,
     TransferIntegrityMixin,
     AcceptanceLengthMixin,
+    FirstDraftsMixin,
     PlacementMixin,
     ParityMixin,
     MonolithicFirstMixin,
@@ -29,6 +30,7 @@ class TestDisaggregationDSV4Integrity8GPU(
     def take_references(cls):
         super().take_references()
         cls.take_acceptance_reference()
+        cls.take_first_drafts_reference()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pdkit.acceptance import (
     Acceptance,
     AcceptanceError,
     AcceptanceGate,
+    FirstDrafts,
     NotApplicable,
     from_meta_info,
     measure,
@@ -51,6 +52,7 @@ class TestMetaInfo(unittest.TestCase):
         measured = from_meta_info("EAGLE", [meta(100, 50), meta(10, 10), {"completion_tokens": 1}])
         self.assertEqual(measured.length, 110 / 60)
         self.assertIn("2 requests, 60 steps", measured.source)
+        self.assertEqual(measured.steps, (50, 10, 0))
 
     def test_speculation_without_a_verification_step_is_an_error(self):
         for metas in ([], [{"completion_tokens": 5}], [{"completion_tokens": 5, "spec_verify_ct": 0}]):
@@ -91,6 +93,33 @@ class TestGate(unittest.TestCase):
         for reference, ratio in ((0.9, 0.95), (float("nan"), 0.95), (2.0, 0.0), (2.0, 1.1)):
             with self.subTest(reference=reference, ratio=ratio), self.assertRaises(ValueError):
                 self.gate(1.7, reference=reference, ratio=ratio)
+
+
+class TestFirstDrafts(unittest.TestCase):
+    def gate(self, more, fewer=0, equal=40):
+        theirs = (12,) * (more + fewer + equal)
+        ours = (13,) * more + (11,) * fewer + (12,) * equal
+        return FirstDrafts(*(Acceptance("EAGLE", "test", 25 * len(s) / sum(s), s) for s in (ours, theirs)))
+
+    def test_more_steps_than_chance_explains(self):
+        for more, fewer in ((0, 0), (14, 0), (0, 40), (20, 20), (24, 8)):
+            self.gate(more, fewer).assert_passed()
+        for more, fewer in ((15, 0), (30, 4), (60, 20)):
+            with self.subTest(more=more, fewer=fewer), self.assertRaises(AssertionError):
+                self.gate(more, fewer).assert_passed()
+
+    def test_the_failure_message_is_the_report(self):
+        gate = self.gate(15, equal=49)
+        with self.assertRaises(AssertionError) as caught:
+            gate.assert_passed()
+        self.assertEqual(str(caught.exception), gate.report())
+        for says in ("FAIL, 15 of 64 answers took more steps", "0 fewer", "2.0833 tokens", "p = 3.1e-05, fails at <= 5e-05"):
+            self.assertIn(says, gate.report())
+
+    def test_answers_that_do_not_pair_up(self):
+        one, two = (Acceptance("EAGLE", "test", 2.0, steps) for steps in ((12,), (12, 12)))
+        with self.assertRaises(ValueError):
+            FirstDrafts(one, two).assert_passed()
 
 
 class TestServers(unittest.TestCase):

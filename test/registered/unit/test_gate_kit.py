@@ -9,7 +9,7 @@ import unittest
 from pathlib import Path
 
 from pdkit.ci_register import register_cpu_ci
-from pdkit.gate_kit import AcceptanceLengthMixin, AccuracyGateMixin
+from pdkit.gate_kit import AcceptanceLengthMixin, AccuracyGateMixin, FirstDraftsMixin
 from pdkit.sequential_eval import few_shot_prompts
 from stub_server import JsonHandler, StubServer
 
@@ -32,7 +32,7 @@ class BookServer(StubServer):
 
     request_queue_size = 256
 
-    def __init__(self, test, path, wrong=(), acceptance=None):
+    def __init__(self, test, path, wrong=(), acceptance=None, steps=10):
         answers = {
             prompt: " no idea" if row in wrong else f" It is {row + 5}.\n#### {row + 5}"
             for row, prompt in enumerate(few_shot_prompts(path, ROWS))
@@ -47,8 +47,8 @@ class BookServer(StubServer):
             def do_POST(self):
                 request = self.body()
                 if self.path == "/generate":
-                    steps = {"completion_tokens": acceptance * 10, "spec_verify_ct": 10}
-                    return self.answer(200, [{"text": answers[text], "meta_info": steps} for text in request["text"]])
+                    meta = {"completion_tokens": acceptance * steps, "spec_verify_ct": steps}
+                    return self.answer(200, [{"text": answers[text], "meta_info": meta} for text in request["text"]])
                 if request["prompt"] not in answers:
                     return self.answer(400, {"error": "not a prompt of this data set"})  # run_eval does not retry these
                 prompts.append(request["prompt"])
@@ -160,6 +160,24 @@ class TestAcceptanceLength(KitTest):
     def test_a_baseline_that_does_not_speculate_is_a_failure(self):
         attributes = {"monolithic_url": self.serve().url}
         result, _ = self.run_kit(AcceptanceLengthMixin, self.serve(acceptance=1.8), **attributes)
+        self.assertIn("does not speculate", self.message(result))
+
+
+class TestFirstDrafts(KitTest):
+    def test_against_a_baseline(self):
+        baseline = self.serve(acceptance=2.0)
+        for steps, passes in ((10, True), (9, True), (11, False)):
+            server = self.serve(acceptance=20 / steps, steps=steps)
+            result, printed = self.run_kit(FirstDraftsMixin, server, monolithic_url=baseline.url)
+            with self.subTest(steps=steps):
+                self.assertEqual(result.wasSuccessful(), passes)
+                self.assertIn(f"{0 if passes else 64} of 64 answers took more steps", printed)
+
+    def test_no_speculation_is_a_skip_and_a_baseline_without_is_a_failure(self):
+        result, _ = self.run_kit(FirstDraftsMixin, self.serve(), monolithic_url=self.serve().url)
+        ((_, reason),) = result.skipped
+        self.assertIn("does not speculate", reason)
+        result, _ = self.run_kit(FirstDraftsMixin, self.serve(acceptance=2.0), monolithic_url=self.serve().url)
         self.assertIn("does not speculate", self.message(result))
 
 

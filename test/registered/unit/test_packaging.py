@@ -13,7 +13,12 @@ register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
 OUR_MODULES = {"pdkit"} | {path.stem for path in (REPO / "test").rglob("*.py")}
-DISTRIBUTION = {"sglang_router": "sglang-router", "pynvml": "nvidia-ml-py"}
+DISTRIBUTION = {
+    "sglang_router": "sglang-router",
+    "pynvml": "nvidia-ml-py",
+    "deep_gemm": "sgl-deep-gemm",
+    "cuda": "cuda-python",
+}
 
 
 def requirement_lines(section="options", field="install_requires"):
