@@ -323,7 +323,7 @@ class TestKit(unittest.TestCase):
     def test_each_check_sees_its_fault(self):
         seen = self.seen(
             transfer_slow="nothing", window_lost="errs", pages_halved="forgets", buffers_lost="drafts",
-            polls_fail="fails", draft_window_lost="starts",
+            polls_fail="fails", first_draft_lost="starts",
         )  # fmt: skip
         self.assertEqual(seen["no fault"], [])
         self.assertEqual(seen["transfer-slow"], [])
@@ -331,7 +331,7 @@ class TestKit(unittest.TestCase):
         self.assertEqual(seen["window-lost"], parity)
         self.assertEqual(seen["pages-halved"], ["accuracy"])
         self.assertEqual(seen["buffers-lost"], ["acceptance", "first drafts"])
-        self.assertEqual(seen["draft-window-lost"], ["first drafts"])
+        self.assertEqual(seen["first-draft-lost"], ["first drafts"])
         self.assertEqual(seen["polls-fail"], [*parity, "accounting"])
 
     def test_a_known_gap_may_be_seen_or_not(self):
@@ -343,7 +343,7 @@ class TestKit(unittest.TestCase):
             ("window_lost", "nothing"),
             ("transfer_slow", "errs"),
             ("window_lost", "errs unmet"),
-            ("draft_window_lost", "nothing"),
+            ("first_draft_lost", "nothing"),
             ("indexer_compressed_lost", "errs unmet"),
         ):
             with self.subTest(fault=name, does=what), self.assertRaisesRegex(AssertionError, name.replace("_", "-")):
