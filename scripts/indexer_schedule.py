@@ -126,8 +126,9 @@ def main(argv: Sequence[str]) -> ExitCode:
     args = parser.parse_args(argv)
     import torch
 
-    if not torch.cuda.is_available():
-        raise NotReady("no GPU; this asks one of compute capability 9.0")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise NotReady("no Hopper GPU is visible; this asks one of compute capability 9.0")
+    sglangs_plan()
     if args.arm:
         print(json.dumps(arm(args.arm[0], int(args.arm[1]))))
         return ExitCode.PASSED

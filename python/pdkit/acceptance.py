@@ -2,7 +2,8 @@
 
 The acceptance length is the number of tokens that one verification step of the target model yields, the bonus token
 included: between 1 (no draft token is ever accepted) and `speculative_num_draft_tokens`. Draft state that is lost on
-the way to decode leaves every answer right and only lowers this number: at first, since an answer makes new state.
+the way to decode leaves every answer right and only lowers this number, and only for the first steps: decode then
+computes draft state of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import requests
 
-from pdkit.gate_math import Discordance, mcnemar
+from pdkit.gate_math import Signs, sign_test
 from pdkit.server_info import read_server_info
 
 
@@ -31,7 +32,10 @@ class NotApplicable:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """`length`: tokens per verification step, over all requests of `source` together; `steps` of each of them."""
+    """`length`: tokens per verification step, over all requests of `source` together.
+
+    `steps`: verification steps of each request, 0 where it had none; empty where they are not known.
+    """
 
     algorithm: str
     source: str
@@ -129,9 +133,8 @@ class AcceptanceGate:
 class FirstDrafts:
     """Verification steps that the same short answers took, through the pair and at a server that hands nothing over.
 
-    Fails where the pair's took more steps than chance explains: exact sign test over the answers whose steps differ
-    (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566), one-sided, at a probability of at most `level`.
-    Raises ValueError where the answers do not pair up.
+    Fails where the pair's took more than chance explains, by `gate_math.sign_test` at a one-sided probability of at
+    most `level`. Raises ValueError where the answers do not pair up.
     """
 
     measured: Acceptance
@@ -139,9 +142,8 @@ class FirstDrafts:
     level: float = 5e-5
 
     @property
-    def found(self) -> Discordance:
-        pairs = list(zip(self.measured.steps, self.reference.steps, strict=True))
-        return mcnemar([ours > theirs for ours, theirs in pairs], [ours < theirs for ours, theirs in pairs])
+    def found(self) -> Signs:
+        return sign_test(self.measured.steps, self.reference.steps)
 
     @property
     def passed(self) -> bool:
@@ -151,10 +153,10 @@ class FirstDrafts:
         """Both sides, what differs and the rule, in one line."""
         found = self.found
         return (
-            f"drafts after the hand-over: {'PASS' if self.passed else 'FAIL'}, {found.lost} of {found.examples} answers "
-            f"took more steps than the reference's, {found.gained} fewer ({self.measured.length:.4f} and "
-            f"{self.reference.length:.4f} tokens a step; {self.measured.algorithm}); exact sign test p = "
-            f"{found.p_value:.2g}, fails at <= {self.level:g}"
+            f"drafts after the hand-over: {'PASS' if self.passed else 'FAIL'}, {found.larger} of "
+            f"{len(self.measured.steps)} answers took more steps than the reference's, {found.smaller} fewer "
+            f"({self.measured.length:.4f} and {self.reference.length:.4f} tokens a step; {self.measured.algorithm}); "
+            f"exact sign test p = {found.p_value:.2g}, fails at <= {self.level:g}"
         )
 
     def assert_passed(self) -> None:

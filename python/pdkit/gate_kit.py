@@ -4,7 +4,8 @@
         gsm8k_gate_policy = "auto"
 
 They work over any subclass of SGLang's `PDDisaggregationServerBase`: what they need of it is `lb_url`, `decode_url` and
-`model`. `gsm8k_data_path`, `min_score` and `monolithic_url` are taken from the class where it has them.
+`model`. `gsm8k_data_path`, `min_score` and `monolithic_url` are taken from the class where it has them, which
+`FirstDraftsMixin` asks of it.
 """
 
 from types import SimpleNamespace
@@ -55,11 +56,13 @@ class AcceptanceLengthMixin:
                                   None, the server at `monolithic_url` is measured on the same prompts
     acceptance_length_ratio       share of the reference that is asked for
     acceptance_length_prompts     how many prompts
+    acceptance_length_tokens      of each answer
     """
 
     acceptance_length_reference = None
     acceptance_length_ratio = 0.95
     acceptance_length_prompts = 64
+    acceptance_length_tokens = 256
 
     def test_acceptance_length(self):
         measured = self.measure_acceptance(self.lb_url, self.decode_url)
@@ -81,15 +84,16 @@ class AcceptanceLengthMixin:
     @classmethod
     def measure_acceptance(cls, url, decode_url):
         prompts = few_shot_prompts(getattr(cls, "gsm8k_data_path", None), cls.acceptance_length_prompts)
-        return acceptance.measure(url, decode_url, prompts)
+        return acceptance.measure(url, decode_url, prompts, cls.acceptance_length_tokens)
 
 
 class FirstDraftsMixin:
-    """What decode drafts first, from the draft state that was handed over, must be accepted as at `monolithic_url`.
+    """Drafts of the first tokens after the hand-over must be accepted as often as those of the monolithic server.
 
+    monolithic_url         it, up when the test asks, unless `take_first_drafts_reference` was called while it was
     first_drafts_prompts   how many prompts of GSM8K
     first_drafts_tokens    of each answer. The first one comes with the hand-over; with one draft token a step, an even
-                           number of others is such that each refused draft costs a step
+                           number of others, so that even a single refused draft costs a step
     """
 
     first_drafts_prompts = 64
@@ -109,9 +113,9 @@ class FirstDraftsMixin:
     @classmethod
     def take_first_drafts_reference(cls):
         """From the monolithic server; to be called while it is up where it stops before the test asks."""
-        cls.first_drafts_reference = cls.measure_first_drafts(cls.monolithic_url, cls.monolithic_url)
-        baseline = cls.first_drafts_reference
+        baseline = cls.measure_first_drafts(cls.monolithic_url, cls.monolithic_url)
         assert isinstance(baseline, acceptance.Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
+        cls.first_drafts_reference = baseline
 
     @classmethod
     def measure_first_drafts(cls, url, decode_url):

@@ -240,6 +240,30 @@ class Discordance:
     p_value: float
 
 
+@dataclass(frozen=True)
+class Signs:
+    """In how many pairs the first value is larger, and in how many smaller; equal ones say nothing.
+
+    `p_value` is one-sided: how likely at least so many larger ones are, if either is as likely.
+    """
+
+    larger: int
+    smaller: int
+    p_value: float
+
+
+def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> Signs:
+    """Exact sign test of paired values (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566).
+
+    Raises ValueError when the two do not pair up.
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    larger, smaller = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    differing = larger + smaller
+    p_value = binomtest(larger, differing, 0.5, alternative="greater").pvalue if differing else 1.0
+    return Signs(larger, smaller, float(p_value))
+
+
 def mcnemar(baseline: Sequence[bool], candidate: Sequence[bool]) -> Discordance:
     """Exact McNemar test of paired outcomes (sequences of booleans, equal length).
 

@@ -1,11 +1,11 @@
 """A defect of some releases of SGLang that ends servers of DeepSeek-V4, and the switch that avoids it.
 
 The indexer's kernel is DeepGEMM's `sm90_fp8_paged_mqa_logits`; which SM scores which rows (a row is a token) is planned
-before. Until 0.5.17 SGLang's plan (`paged_mqa_metadata.cuh`) starts an SM without work at the row after the last, and
-the DeepGEMM that some of these releases pin first reads the length of the row it starts at. With 128 rows, the lengths
-fill the 512 bytes that PyTorch gives them, and where these are the last that are mapped, the server ends by an illegal
-memory access. DeepGEMM's own plan starts such an SM at row 0, as SGLang's does since 0.5.18. Read in the wheels of all
-releases; `scripts/indexer_schedule.py` shows it.
+before. To 0.5.17 SGLang's plan (`paged_mqa_metadata.cuh`) starts an SM without work at the row after the last, and the
+DeepGEMM that some of these releases pin reads the length of the row it starts at before it looks for work
+(`SM90PagedMQALogitsScheduler`, until 0.1.3 `PagedMQALogitsScheduler`). The lengths of 128 rows fill the 512 bytes of
+their allocation; if the next page is not mapped, the server ends by an illegal memory access. DeepGEMM's own plan, and
+SGLang's since 0.5.18, start such an SM at row 0, if any row has an entry. `scripts/indexer_schedule.py` shows it.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 READ_PAST_THE_END = ("0.5.12", "0.5.15", "0.5.16", "0.5.17")
 SWITCH = "SGLANG_OPT_USE_JIT_INDEXER_METADATA"
-OFF = "0", "false"
+OFF = "0", "false", "no", "n"
 
 
 def release() -> str | None:

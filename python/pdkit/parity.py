@@ -13,9 +13,7 @@ from itertools import chain
 from operator import eq
 from typing import Any
 
-from scipy.stats import binomtest
-
-from pdkit.gate_math import mcnemar
+from pdkit.gate_math import mcnemar, sign_test
 
 # What another order of summation does to a float32 logprob of a nano model: about 1e-6; a hand-over without its last
 # token does 1e-2. Used only on a machine where batching was seen to change bits without any hand-over.
@@ -260,8 +258,7 @@ class Parity:
     probability of at most LEVEL:
 
       tokens    exact McNemar test of requests whose tokens only the control, or only the candidate, keeps
-      logprobs  exact sign test of which of the two has the larger |difference of logprob| on each request
-                (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566); ties say nothing, and what is
+      logprobs  exact sign test of which of the two has the larger |difference of logprob| on each request; what is
                 below RESOLUTION is equal: a pair may run other kernels than a server that repeats itself to the bit
 
     Tests of all requests together are blind to a fault of a few. Besides, therefore, a single answer fails that is off
@@ -343,12 +340,11 @@ class Parity:
                 f"candidate only; exact McNemar p = {tokens.p_value:.2g} <= {LEVEL / 2:g}"
             )
         visible = [[max(each, RESOLUTION) for each in arm.largest] for arm in (candidate, control)]
-        further = [ours > theirs for ours, theirs in zip(*visible) if ours != theirs]
-        p_value = binomtest(sum(further), len(further), 0.5, alternative="greater").pvalue if further else 1.0
-        if p_value <= LEVEL / 2:
+        further = sign_test(*visible)
+        if further.p_value <= LEVEL / 2:
             found.append(
-                f"logprobs: the candidate is further away in {sum(further)} of {len(further)} requests; "
-                f"exact sign test p = {p_value:.2g} <= {LEVEL / 2:g}"
+                f"logprobs: the candidate is further away in {further.larger} of {further.larger + further.smaller} "
+                f"requests; exact sign test p = {further.p_value:.2g} <= {LEVEL / 2:g}"
             )
         for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, self.control):
             if other := sorted(other_end(reference, ours) - other_end(reference, theirs)):

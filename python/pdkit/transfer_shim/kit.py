@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
+import textwrap
 import time
 
 import requests
@@ -16,22 +17,21 @@ from pdkit import acceptance
 from pdkit.accounting import Ledger
 from pdkit.accounting_kit import unaccounted
 from pdkit.faults.switch import Switch
-from pdkit.gate_kit import FirstDraftsMixin
+from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
 from pdkit.parity import Parity
 from pdkit.numbers_kit import quiet_eval
 from pdkit.parity_kit import ParityArms, RequestFailed, collect, flush
 from pdkit.parity_plan import Round, generate_probe
 from pdkit.report.record import record_table
-from pdkit.sequential_eval import few_shot_prompts
 from pdkit.transfer_shim.backends import PIECES_VARIABLE, SWITCH_VARIABLE
 from pdkit.transfer_shim.blocks import pieces_of
 from pdkit.transfer_shim.library import LIBRARY
 
 NO_FAULT = "no fault"
-SHORT = 160
+SHORT = 300
 
 
-class TransferFaultsMixin(FirstDraftsMixin, ParityArms):
+class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
     """Put it before a mixin with a monolithic server.
 
     compress_ratios       tokens a compressed entry, for each layer of the model without its draft
@@ -44,14 +44,13 @@ class TransferFaultsMixin(FirstDraftsMixin, ParityArms):
     compress_ratios = ()
     transfer_faults = tuple(LIBRARY)
     accuracy_examples = 60
-    acceptance_prompts = 32
-    acceptance_tokens = 96
-    acceptance_ratio = 0.95
+    acceptance_length_prompts = 32
+    acceptance_length_tokens = 96
     fault_timeout = 30.0
     handover_timeout = 10
     returning = 60
 
-    test_drafts_after_the_hand_over = None  # asked beside the faults
+    test_acceptance_length = test_drafts_after_the_hand_over = None  # asked with each fault
 
     @classmethod
     def configure(cls):
@@ -80,13 +79,15 @@ class TransferFaultsMixin(FirstDraftsMixin, ParityArms):
             "parity rooms": lambda: self.parity_of(self.parity_plan().rooms[0]),
             "parity indexed": lambda: self.parity_of(self.parity_plan().indexed[0]),
             "accuracy": self.accuracy,
-            "acceptance": self.acceptance_check(),
+            "acceptance": self.acceptance_length,
             "first drafts": self.first_drafts,
         }
+        self.take_acceptance_reference()
         self.take_first_drafts_reference()
         rows, wrong = [], []
         for name in (None, *self.transfer_faults):
             self.overwrite()
+            print(f"fault of the transfer: {name or NO_FAULT}", flush=True)
             self.transfer_switch.turn(name)
             ledger = Ledger([self.lb_url], self.fault_timeout)
             with ledger.open():
@@ -96,9 +97,10 @@ class TransferFaultsMixin(FirstDraftsMixin, ParityArms):
             met = self.transfer_switch.met()
             self.transfer_switch.turn(None)
             rows.append([name or NO_FAULT, met, *("seen" if each else "" for each in seen.values())])
-            print(f"fault of the transfer: {name or NO_FAULT}, met {met} times", flush=True)
+            print(f"  met {met} times", flush=True)
             for check, message in seen.items():
-                print(f"    {check}: {' '.join(message.split())[:SHORT] if message else 'nothing'}", flush=True)
+                shown = textwrap.shorten(message, SHORT, placeholder=" ...") if message else "not seen"
+                print(f"  {check}: {shown}", flush=True)
             fault = name and LIBRARY[name]
             expected = bool(fault and not fault.harmless)
             known_gap = bool(fault and fault.unseen)
@@ -117,23 +119,16 @@ class TransferFaultsMixin(FirstDraftsMixin, ParityArms):
         names = tuple(probe.name for probe in round_.probes)
         parity = Parity(round_.condition, names, reference, candidate, control)
         print(f"    {round_.condition}: {parity.candidate_distribution.report()}", flush=True)
-        return parity.problems[0] if parity.problems else None
+        return "; ".join(parity.problems) or None
 
     def accuracy(self):
         score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
         return None if score > self.min_score else f"score {score:.3f}"
 
-    def acceptance_check(self):
-        """A look at the acceptance length; the monolithic server's is taken now."""
-        prompts = few_shot_prompts(self.gsm8k_data_path, self.acceptance_prompts)
-        tokens = self.acceptance_tokens
-        reference = acceptance.measure(self.monolithic_url, self.monolithic_url, prompts, tokens).length
-
-        def look():
-            measured = acceptance.measure(self.lb_url, self.decode_url, prompts, tokens)
-            return self.verdict(acceptance.AcceptanceGate(measured, reference, self.acceptance_ratio))
-
-        return look
+    def acceptance_length(self):
+        measured = self.measure_acceptance(self.lb_url, self.decode_url)
+        reference, ratio = self.acceptance_length_reference, self.acceptance_length_ratio
+        return self.verdict(acceptance.AcceptanceGate(measured, reference, ratio))
 
     def first_drafts(self):
         measured = self.measure_first_drafts(self.lb_url, self.decode_url)

@@ -21,7 +21,7 @@ from unittest import mock
 
 import psutil
 import requests
-from pdkit import ports, process_tree, rung
+from pdkit import indexer_schedule, ports, process_tree, rung
 from pdkit.integrity_kit import kv_checksum_args
 from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
 from pdkit.parity_plan import Round, completion_probe, generate_probe
@@ -90,8 +90,8 @@ class TestLaunchPlan(unittest.TestCase):
         )
 
     def test_environment_on_one_gpu(self):
-        # The suite's own release is safe from the indexer's out-of-bounds read, and takes SGLang's own schedule.
-        self.assertEqual(one_gpu.OneGpuPlan.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0"})
+        safe = indexer_schedule.environment()
+        self.assertEqual(one_gpu.OneGpuPlan.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0", **safe})
 
     def test_model(self):
         self.assertEqual(self.plan.model, "sgl-project/DeepSeek-V4-Flash-FP8")

@@ -285,8 +285,7 @@ class TestKit(unittest.TestCase):
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
         self.enterContext(mock.patch.object(kit, "quiet_eval", score))
         self.enterContext(mock.patch.object(kit.acceptance, "measure", self.accepted))
-        for module in (kit, gate_kit):
-            self.enterContext(mock.patch.object(module, "few_shot_prompts", lambda _, count: ["1"] * count))
+        self.enterContext(mock.patch.object(gate_kit, "few_shot_prompts", lambda _, count: ["1"] * count))
         self.records = self.enterContext(mock.patch.object(kit, "record_table"))
 
         class Case(kit.TransferFaultsMixin, unittest.TestCase):
