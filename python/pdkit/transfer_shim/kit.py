@@ -10,6 +10,7 @@ import os
 import tempfile
 import textwrap
 import time
+from dataclasses import replace
 
 import requests
 
@@ -49,6 +50,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
     fault_timeout = 30.0
     handover_timeout = 10
     returning = 60
+    other_length = 600
 
     test_acceptance_length = test_drafts_after_the_hand_over = None  # asked with each fault
 
@@ -113,13 +115,21 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
     def parity_of(self, round_):
         """What is wrong with the answers to a round; None if nothing is."""
         reference, control = self.references_of(round_)
-        with contextlib.suppress(RequestFailed):
-            flush([self.prefill_url, self.decode_url], self.fault_timeout)
-        candidate = collect(self.lb_url, round_, self.fault_timeout)
+        candidate = self.answers(round_)
         names = tuple(probe.name for probe in round_.probes)
         parity = Parity(round_.condition, names, reference, candidate, control)
         print(f"    {round_.condition}: {parity.candidate_distribution.report()}", flush=True)
         return "; ".join(parity.problems) or None
+
+    def answers(self, round_):
+        """The pair's. What is sent alone begins with empty caches each time, see `overwrite`."""
+        if round_.in_flight > 1:
+            return collect(self.lb_url, round_, self.fault_timeout)
+        answers = []
+        for probe in round_.probes:
+            self.empty_caches()
+            answers += collect(self.lb_url, replace(round_, probes=(probe,)), self.fault_timeout)
+        return answers
 
     def accuracy(self):
         score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
@@ -139,25 +149,30 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         print(f"    {gate.report()}", flush=True)
         return None if gate.passed else gate.report()
 
-    @staticmethod
-    def message_of(look):
+    def message_of(self, look):
+        self.empty_caches()
         try:
             return look()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    def overwrite(self):
-        """Decode's pages get other content: what is not written must not be found there by chance."""
-        probes = (*self.parity_plan().alone[0].probes, *self.parity_plan().indexed[0].probes)
-        length = max(probe.prompt_length for probe in probes)
-        probes = [
-            generate_probe(f"other-{seed}", [10 + (seed * index) % 240 for index in range(length)], 2)
-            for seed in (7, 11, 13)
-        ]
+    def empty_caches(self):
         for url in (self.prefill_url, self.decode_url):
             with contextlib.suppress(RequestFailed):
                 flush([url], self.fault_timeout)
-        collect(self.lb_url, Round("other content", tuple(probes), len(probes)), self.fault_timeout)
+
+    def overwrite(self):
+        """Decode's memory gets other content: what is not written must not be found there by chance.
+
+        The checks ask the same for each fault. With empty caches each begins with the pages that are used first here,
+        by as many prompts as any of them sends at once, and as long as those.
+        """
+        probes = tuple(
+            generate_probe(f"other-{seed}", [10 + seed * index % 241 for index in range(self.other_length)], 2)
+            for seed in range(7, 7 + self.first_drafts_prompts)
+        )
+        self.empty_caches()
+        collect(self.lb_url, Round("other content", probes, len(probes)), self.fault_timeout)
 
     def until_served(self):
         """What a fault broke must not be taken for what the next one does."""

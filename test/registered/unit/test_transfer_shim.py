@@ -255,13 +255,14 @@ class TestKit(unittest.TestCase):
     def setUp(self):
         folder = self.enterContext(tempfile.TemporaryDirectory())
         self.switch = switch = Switch(Path(folder, "switch"), LIBRARY)
-        self.does = {}
+        self.does, self.flushed = {}, 0
         test = self
 
         class Handler(JsonHandler):
             def do_POST(self):
                 fault = switch.name() if self.server is test.pair else None
                 if self.path.startswith("/flush_cache"):
+                    test.flushed += self.server is test.pair
                     return self.answer(200, {})
                 body = self.body()
                 if fault and "unmet" not in test.does[fault]:
@@ -332,6 +333,19 @@ class TestKit(unittest.TestCase):
         self.assertEqual(seen["buffers-lost"], ["acceptance", "first drafts"])
         self.assertEqual(seen["first-draft-lost"], ["first drafts"])
         self.assertEqual(seen["polls-fail"], [*parity, "accounting"])
+
+    def test_before_each_fault_decode_holds_as_much_else_as_any_check_asks_for_at_once(self):
+        with mock.patch.object(kit, "collect") as collect:
+            self.case.overwrite()
+        ((_, round_, _), _) = collect.call_args
+        prompts = {json.dumps(json.loads(probe.body)["input_ids"]) for probe in round_.probes}
+        at_once = self.case.accuracy_examples, self.case.acceptance_length_prompts, self.case.first_drafts_prompts
+        self.assertGreaterEqual(min(round_.in_flight, len(prompts)), max(at_once))
+
+    def test_each_check_begins_with_the_pages_that_hold_it(self):
+        self.seen()
+        alone = 2 * 6
+        self.assertEqual(self.flushed, 2 * (1 + 6 + alone), "before the other content, each check, each prompt alone")
 
     def test_a_known_gap_may_be_seen_or_not(self):
         for what, columns in (("nothing", []), ("forgets", ["accuracy"])):
