@@ -122,12 +122,12 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         return "; ".join(parity.problems) or None
 
     def answers(self, round_):
-        """The pair's. What is sent alone begins with empty caches each time, see `overwrite`."""
+        """The pair's. For what is sent alone decode begins with empty caches each time, see `overwrite`."""
         if round_.in_flight > 1:
             return collect(self.lb_url, round_, self.fault_timeout)
         answers = []
         for probe in round_.probes:
-            self.empty_caches()
+            self.empty_caches(self.decode_url)
             answers += collect(self.lb_url, replace(round_, probes=(probe,)), self.fault_timeout)
         return answers
 
@@ -150,14 +150,14 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         return None if gate.passed else gate.report()
 
     def message_of(self, look):
-        self.empty_caches()
+        self.empty_caches(self.prefill_url, self.decode_url)
         try:
             return look()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    def empty_caches(self):
-        for url in (self.prefill_url, self.decode_url):
+    def empty_caches(self, *urls):
+        for url in urls:
             with contextlib.suppress(RequestFailed):
                 flush([url], self.fault_timeout)
 
@@ -171,7 +171,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
             generate_probe(f"other-{seed}", [10 + seed * index % 241 for index in range(self.other_length)], 2)
             for seed in range(7, 7 + self.first_drafts_prompts)
         )
-        self.empty_caches()
+        self.empty_caches(self.prefill_url, self.decode_url)
         collect(self.lb_url, Round("other content", probes, len(probes)), self.fault_timeout)
 
     def until_served(self):

@@ -344,8 +344,8 @@ class TestKit(unittest.TestCase):
 
     def test_each_check_begins_with_the_pages_that_hold_it(self):
         self.seen()
-        alone = 2 * 6
-        self.assertEqual(self.flushed, 2 * (1 + 6 + alone), "before the other content, each check, each prompt alone")
+        sent_alone = 2 * 6
+        self.assertEqual(self.flushed, 2 * (1 + 6) + sent_alone, "prefill and decode; decode before each prompt alone")
 
     def test_a_known_gap_may_be_seen_or_not(self):
         for what, columns in (("nothing", []), ("forgets", ["accuracy"])):
