@@ -301,11 +301,11 @@ class TestKit(unittest.TestCase):
         self.case = Case("test_seeded_faults_of_the_transfer")
 
     def accepted(self, url, _, prompts, tokens=256):
-        """Steps of answers of so many tokens, two a step; a draft that errs at first costs every fourth answer one."""
+        """Steps of answers of so many tokens, two a step; a draft that errs at first costs each answer one."""
         errs = url == self.pair.url
         steps = [(tokens - 1) // (1 if errs and self.on("drafts") else 2) for _ in prompts]
         if errs and self.on("starts"):
-            steps[::4] = [count + 1 for count in steps[::4]]
+            steps = [count + 1 for count in steps]
         return acceptance.Acceptance("EAGLE", "stub", tokens * len(steps) / sum(steps), tuple(steps))
 
     def on(self, what):
@@ -314,7 +314,7 @@ class TestKit(unittest.TestCase):
     def seen(self, **does):
         """Columns that saw each fault that `does` something."""
         self.does = {name.replace("_", "-"): what for name, what in does.items()}
-        type(self.case).transfer_faults = tuple(self.does)
+        type(self.case).transfer_faults, type(self.case).first_drafts_prompts = tuple(self.does), 16
         with mock.patch("builtins.print"):
             self.case.test_seeded_faults_of_the_transfer()
         (_, columns, rows), _ = self.records.call_args
