@@ -128,10 +128,10 @@ def main(argv: Sequence[str]) -> ExitCode:
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise NotReady("no Hopper GPU is visible; this asks one of compute capability 9.0")
-    sglangs_plan()
     if args.arm:
         print(json.dumps(arm(args.arm[0], int(args.arm[1]))))
         return ExitCode.PASSED
+    sglangs_plan()
     print(f"sglang {version('sglang')}, DeepGEMM on {torch.cuda.get_device_name()}", flush=True)
     print(f"{'plan of':<10}{'lengths at the end of mapped memory':<38}{'SMs that start past the last row':<36}ended")
     scored = True

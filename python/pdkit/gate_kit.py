@@ -49,7 +49,28 @@ class AccuracyGateMixin:
             paired.assert_passed()
 
 
-class AcceptanceLengthMixin:
+class _AcceptanceKit:
+    """Acceptance of drafts on prompts of GSM8K, and at the monolithic server."""
+
+    @classmethod
+    def _accepted(cls, url, decode_url, prompts, tokens):
+        asked = few_shot_prompts(getattr(cls, "gsm8k_data_path", None), prompts)
+        return acceptance.measure(url, decode_url, asked, tokens)
+
+    @classmethod
+    def _baseline(cls, measure):
+        baseline = measure(cls.monolithic_url, cls.monolithic_url)
+        assert isinstance(baseline, acceptance.Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
+        return baseline
+
+    def _measured_or_skipped(self, measure):
+        measured = measure(self.lb_url, self.decode_url)
+        if isinstance(measured, acceptance.NotApplicable):
+            self.skipTest(measured.report())
+        return measured
+
+
+class AcceptanceLengthMixin(_AcceptanceKit):
     """Speculative decoding must accept about as much as the reference says, on prompts of GSM8K sent through the LB.
 
     acceptance_length_reference   tokens per verification step that a sound engine reaches on this load; where it is
@@ -65,9 +86,7 @@ class AcceptanceLengthMixin:
     acceptance_length_tokens = 256
 
     def test_acceptance_length(self):
-        measured = self.measure_acceptance(self.lb_url, self.decode_url)
-        if isinstance(measured, acceptance.NotApplicable):
-            self.skipTest(measured.report())
+        measured = self._measured_or_skipped(self.measure_acceptance)
         if self.acceptance_length_reference is None and getattr(self, "monolithic_url", None):
             self.take_acceptance_reference()
         gate = acceptance.AcceptanceGate(measured, self.acceptance_length_reference, self.acceptance_length_ratio)
@@ -77,17 +96,14 @@ class AcceptanceLengthMixin:
     @classmethod
     def take_acceptance_reference(cls):
         """From the monolithic server; to be called while it is up where it stops before the test asks."""
-        baseline = cls.measure_acceptance(cls.monolithic_url, cls.monolithic_url)
-        assert isinstance(baseline, acceptance.Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
-        cls.acceptance_length_reference = baseline.length
+        cls.acceptance_length_reference = cls._baseline(cls.measure_acceptance).length
 
     @classmethod
     def measure_acceptance(cls, url, decode_url):
-        prompts = few_shot_prompts(getattr(cls, "gsm8k_data_path", None), cls.acceptance_length_prompts)
-        return acceptance.measure(url, decode_url, prompts, cls.acceptance_length_tokens)
+        return cls._accepted(url, decode_url, cls.acceptance_length_prompts, cls.acceptance_length_tokens)
 
 
-class FirstDraftsMixin:
+class FirstDraftsMixin(_AcceptanceKit):
     """Drafts of the first tokens after the hand-over must be accepted as often as those of the monolithic server.
 
     monolithic_url         it, up when the test asks, unless `take_first_drafts_reference` was called while it was
@@ -101,9 +117,7 @@ class FirstDraftsMixin:
     first_drafts_reference = None
 
     def test_drafts_after_the_hand_over(self):
-        measured = self.measure_first_drafts(self.lb_url, self.decode_url)
-        if isinstance(measured, acceptance.NotApplicable):
-            self.skipTest(measured.report())
+        measured = self._measured_or_skipped(self.measure_first_drafts)
         if self.first_drafts_reference is None:
             self.take_first_drafts_reference()
         gate = acceptance.FirstDrafts(measured, self.first_drafts_reference)
@@ -113,11 +127,8 @@ class FirstDraftsMixin:
     @classmethod
     def take_first_drafts_reference(cls):
         """From the monolithic server; to be called while it is up where it stops before the test asks."""
-        baseline = cls.measure_first_drafts(cls.monolithic_url, cls.monolithic_url)
-        assert isinstance(baseline, acceptance.Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
-        cls.first_drafts_reference = baseline
+        cls.first_drafts_reference = cls._baseline(cls.measure_first_drafts)
 
     @classmethod
     def measure_first_drafts(cls, url, decode_url):
-        prompts = few_shot_prompts(getattr(cls, "gsm8k_data_path", None), cls.first_drafts_prompts)
-        return acceptance.measure(url, decode_url, prompts, cls.first_drafts_tokens)
+        return cls._accepted(url, decode_url, cls.first_drafts_prompts, cls.first_drafts_tokens)

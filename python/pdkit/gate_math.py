@@ -228,19 +228,6 @@ def detectable_loss(examples: int, *, alpha: float = 0.05, beta: float = 0.2, si
 
 
 @dataclass(frozen=True)
-class Discordance:
-    """Answers to the same examples by a baseline and a candidate, where they differ in being correct.
-
-    `p_value` is one-sided: how likely at least so many losses among the differing answers are, if neither is better.
-    """
-
-    examples: int
-    lost: int
-    gained: int
-    p_value: float
-
-
-@dataclass(frozen=True)
 class Signs:
     """In how many pairs the first value is larger, and in how many smaller; equal ones say nothing.
 
@@ -264,6 +251,19 @@ def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> Signs:
     return Signs(larger, smaller, float(p_value))
 
 
+@dataclass(frozen=True)
+class Discordance:
+    """Answers to the same examples by a baseline and a candidate, where they differ in being correct.
+
+    `p_value` is one-sided: how likely at least so many losses among the differing answers are, if neither is better.
+    """
+
+    examples: int
+    lost: int
+    gained: int
+    p_value: float
+
+
 def mcnemar(baseline: Sequence[bool], candidate: Sequence[bool]) -> Discordance:
     """Exact McNemar test of paired outcomes (sequences of booleans, equal length).
 
@@ -272,8 +272,5 @@ def mcnemar(baseline: Sequence[bool], candidate: Sequence[bool]) -> Discordance:
     """
     if len(baseline) != len(candidate) or not len(baseline):
         raise ValueError(f"paired outcomes must pair up: {len(baseline)} of the baseline, {len(candidate)} to compare")
-    lost = sum(bool(b) and not c for b, c in zip(baseline, candidate, strict=True))
-    gained = sum(bool(c) and not b for b, c in zip(baseline, candidate, strict=True))
-    differing = lost + gained
-    p_value = binomtest(lost, differing, 0.5, alternative="greater").pvalue if differing else 1.0
-    return Discordance(len(baseline), lost, gained, float(p_value))
+    signs = sign_test([bool(outcome) for outcome in baseline], [bool(outcome) for outcome in candidate])
+    return Discordance(len(baseline), lost=signs.larger, gained=signs.smaller, p_value=signs.p_value)

@@ -9,26 +9,19 @@ SGLang's since 0.5.18, start such an SM at row 0, if any row has an entry. `scri
 """
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+
+from pdkit import versions
 
 READ_PAST_THE_END = ("0.5.12", "0.5.15", "0.5.16", "0.5.17")
 SWITCH = "SGLANG_OPT_USE_JIT_INDEXER_METADATA"
 OFF = "0", "false", "no", "n"
 
 
-def release() -> str | None:
-    """The installed SGLang; None where there is none."""
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return None
-
-
 def environment() -> dict[str, str]:
     """What servers of the installed release need to be safe from it."""
-    return {SWITCH: OFF[0]} if release() in READ_PAST_THE_END else {}
+    return {SWITCH: OFF[0]} if versions.installed("sglang") in READ_PAST_THE_END else {}
 
 
 def is_exposed(environ: Mapping[str, str]) -> bool:
     """Whether a server of DeepSeek-V4 with this environment can end by it."""
-    return release() in READ_PAST_THE_END and environ.get(SWITCH, "").lower() not in OFF
+    return versions.installed("sglang") in READ_PAST_THE_END and environ.get(SWITCH, "").lower() not in OFF

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pdkit
-from pdkit import indexer_schedule, ports
+from pdkit import indexer_schedule, ports, versions
 from pdkit.environment_check import dataset, gpus, machine, model, packages, rdma
 from pdkit.environment_check.finding import Finding, error, ok, warning
 from pdkit.environment_check.machine import UNLIMITED, Machine
@@ -187,7 +187,7 @@ def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Itera
             wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, dsv4))
             exposed |= dsv4 and indexer_schedule.is_exposed({**environ, **process.env})
     if exposed:
-        what = f"{indexer_schedule.release()} lets the indexer's kernel read past what is mapped"
+        what = f"{versions.installed('sglang')} lets the indexer's kernel read past what is mapped"
         why = "a batch of 128 tokens can end a server by an illegal memory access"
         yield warning("sglang", what, why, f"export {indexer_schedule.SWITCH}=0, or take 0.5.18 or newer")
     yield from map(packages.installed, wanted)

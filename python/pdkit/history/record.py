@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pdkit import versions
 from pdkit.exit_codes import ExitCode
 from pdkit.main_job import read_report
 from pdkit.options import Options
@@ -94,13 +94,6 @@ def _git(directory: Path, *words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _sglang() -> str | None:
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return None
-
-
 def measurement_of(file: str, lines: Iterable[str]) -> Measurement | None:
     """What the output of a test tells; None where it tells of no phase and no score."""
     report = read_report(lines)
@@ -160,7 +153,7 @@ def of_run(
         time=began,
         commit=_git(options.test_root, "rev-parse", "HEAD"),
         modified=bool(_git(options.test_root, "status", "--porcelain", "--untracked-files=no")),
-        sglang=_sglang(),
+        sglang=versions.installed("sglang"),
         python=platform.python_version(),
         host=platform.node(),
         cpus=os.cpu_count() or 0,

@@ -5,10 +5,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pdkit import versions
 from pdkit.report.secrets import cleaned, redacted
 
 PACKAGES = (
@@ -37,20 +37,13 @@ def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(environ),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in PACKAGES if (found := versions.installed(name))},
         "environment": redacted(environ),
     }
 
 
 def command_line() -> list[str]:
     return [sys.executable, *map(cleaned, sys.argv)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _gpus(environ: Mapping[str, str]) -> list[str]:

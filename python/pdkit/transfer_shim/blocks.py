@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from pdkit.faults.pieces import Kind
 
+FIRST_DRAFT = "draft probabilities", "draft tokens", "draft hidden state"
 # Of `disaggregation.utils.MetadataBuffers.get_buf_infos`.
 METADATA = (
     "first token", "cached tokens", "first logprob", "first logprob's token", "top logprobs", "top logprobs' tokens",
-    "draft probabilities", "draft tokens", "draft hidden state", "room",
+    *FIRST_DRAFT, "room",
 )  # fmt: skip
-FIRST_DRAFT = "draft probabilities", "draft tokens", "draft hidden state"
 DRAFT_WINDOW = "draft window"
 UNKNOWN = "unknown"
 POOLS, METADATA_CALL = 0, 1
