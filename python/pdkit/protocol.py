@@ -178,6 +178,16 @@ def ask_reference(client, prompt, max_tokens, margin):
     return Reference(prompt, completion.text, tokens, tuple(answer["output_ids"]), certain)
 
 
+def is_best(taken, tops):
+    """Whether greedy decoding may take `taken`, a (logprob, token), of `tops`, the best ones, listed with it or not.
+
+    Of tokens whose logprobs are equal to the bit, which bfloat16 logits often are, any may be taken, however they are
+    listed; one that is not listed only if it is as good as all that are.
+    """
+    logprobs = [logprob for logprob, _ in tops]
+    return taken[0] == max(logprobs) and (taken in tops or min(logprobs) == max(logprobs))
+
+
 def counting_prompts(count):
     """Prompts that any language model goes on with by counting, each from another number."""
     return [" ".join(str(100 * (index + 1) + step) for step in range(9)) for index in range(count)]

@@ -5,12 +5,14 @@ import socket
 import sys
 import threading
 import time
+import types
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import requests
 from pdkit.ci_register import register_cpu_ci
-from pdkit.protocol import IDLE_S, MINI_LB, Client, Reference, ask_reference, counting_prompts
+from pdkit.protocol import IDLE_S, MINI_LB, Client, Reference, ask_reference, counting_prompts, is_best
 from pdkit.protocol_kit import ProtocolMixin
 from pdkit.relay import Relay
 from pdkit.router_kit import healthy_workers, is_ready, router_command
@@ -59,6 +61,48 @@ class TestBreakages(unittest.TestCase):
     def test_each_scenario_is_shown_a_broken_router(self):
         scenarios = {name for name in dir(ProtocolMixin) if name.startswith("test_")}
         self.assertEqual({scenario for scenario, *_ in BREAKAGES}, scenarios)
+
+
+def record(**fields):
+    return types.SimpleNamespace(**fields)
+
+
+class TestLogprobs(unittest.TestCase):
+    """What decode takes may be listed second: of two tokens whose logprobs are equal to the bit."""
+
+    assertBest = ProtocolMixin.assertBest
+
+    def prompts(self, count):
+        return ["1"] * count
+
+    def asked(self, best, taken):
+        """The scenario's verdict on answers that took the token `taken` while `best` is listed first."""
+        tops = [best, (" In", -2.0), (" Both", -3.0)]
+        entry = record(token=taken[0], logprob=taken[1], top_logprobs=[record(token=t, logprob=p) for t, p in tops])
+        logprobs = record(tokens=[taken[0]] * 12, token_logprobs=[taken[1]] * 12, top_logprobs=[dict(tops)] * 12)
+        completion = record(text=taken[0] * 12, logprobs=logprobs)
+        client = mock.Mock()
+        client.complete.side_effect = [
+            record(choices=[completion]),
+            record(tokens=logprobs.tokens),
+            record(choices=[record(logprobs=None)]),
+        ]
+        client.chat.return_value = record(choices=[record(logprobs=record(content=[entry] * 12))])
+        ProtocolMixin.test_logprobs_of_completions_and_chat.scenario(self, client)
+
+    def test_either_of_two_that_are_as_good(self):
+        self.asked((" There", -2.0), (" There", -2.0))
+        self.asked((" There", -2.0), (" In", -2.0))
+
+    def test_not_the_second_best(self):
+        for taken in ((" In", -2.0), (" There", -2.0)):
+            with self.assertRaisesRegex(AssertionError, "greedy takes the best"):
+                self.asked((" There", -1.0), taken)
+
+    def test_is_best(self):
+        tops = [(-1.0, 5), (-1.0, 7), (-2.0, 9)]
+        self.assertEqual([token for token in range(10) for p in (-1.0, -2.0) if is_best((p, token), tops)], [5, 7])
+        self.assertTrue(is_best((-1.0, 8), tops[:2]), "a third that is as good as all that are listed")
 
 
 class TestClient(unittest.TestCase):
