@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pdkit.environment_check.finding import Finding, error, ok
+from pdkit.kernel_nano.cache import to_be_made
 
 WHY = "the servers would download it while their start-up time runs out, or fail"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tiktoken.model")
@@ -45,6 +46,9 @@ def is_dsv4(model: str, directory: Path | None) -> bool:
 
 def check(model: str, environ: Mapping[str, str] = os.environ, weights: bool = True) -> Iterator[Finding]:
     """Findings on one model; without `weights`, as with --load-format dummy, only config and tokenizer are needed."""
+    if to_be_made(model):
+        yield ok("model", f"{model} is made, with random weights, when the test begins")
+        return
     directory = locate(model, environ)
     if directory is None:
         if model.startswith(("/", ".", "~")):

@@ -58,9 +58,15 @@ def best(hidden_size: int = HIDDEN) -> Path:
     return path if (path / RECORD).is_file() else cached("random", hidden_size)
 
 
-def provide(path: str | Path) -> None:
-    """Write the random checkpoint, in seconds, if it is what `path` names and is not there."""
+def to_be_made(path: str | Path) -> int | None:
+    """Hidden size of the random checkpoint that `path` names and that is not there yet; None for any other path."""
     for hidden_size in (HIDDEN, DEEPEP_HIDDEN):
         if Path(path) == cached("random", hidden_size) and not (Path(path) / WEIGHTS).is_file():
-            command = [sys.executable, "-m", "pdkit.kernel_nano", "--hidden-size", str(hidden_size)]
-            subprocess.run(command, check=True)
+            return hidden_size
+    return None
+
+
+def provide(path: str | Path) -> None:
+    """Write the random checkpoint, in seconds, if it is what `path` names and is not there."""
+    if hidden_size := to_be_made(path):
+        subprocess.run([sys.executable, "-m", "pdkit.kernel_nano", "--hidden-size", str(hidden_size)], check=True)

@@ -20,6 +20,7 @@ from pdkit.environment_check import dataset, gpus, machine, model, needs, packag
 from pdkit.environment_check.finding import Level
 from pdkit.environment_check.machine import Gpu, GpuProcess, Machine
 from pdkit.environment_check.needs import Needs, Process
+from pdkit.kernel_nano import cache
 from pdkit.registry import Registration
 from pdkit.sources import UNKNOWN, read
 
@@ -470,6 +471,16 @@ class TestModel(CheckCase):
         self.assert_one(self.check("/no/such/model"), Level.ERROR, "/no/such/model: no such directory")
         (self.repository / "refs" / "main").unlink()
         self.assert_one(self.check(), Level.ERROR, "is not in")
+
+    def test_the_random_checkpoint_that_a_test_makes_when_it_begins(self):
+        with mock.patch.dict(os.environ, PDKIT_CACHE_DIR=str(self.root)):
+            random, trained = cache.cached("random"), cache.cached("trained")
+            self.assert_fine(self.check(str(random)))
+            self.assert_one(self.check(str(trained)), Level.ERROR, f"{trained}: no such directory")
+            self.write("kernel-nano/random/config.json")
+            self.assert_fine(self.check(str(random)))
+            self.write("kernel-nano/random/model.safetensors")
+            self.assertIn("config.json is not JSON", [str(finding) for finding in self.check(str(random))][0])
 
     def test_where_the_cache_is(self):
         for environ, path in (
