@@ -105,8 +105,8 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
                 print(f"  {check}: {shown}", flush=True)
             fault = name and LIBRARY[name]
             expected = bool(fault and not fault.harmless)
-            known_gap = bool(fault and fault.unseen)
-            if (any(seen.values()) != expected and not known_gap) or bool(met) != bool(name):
+            unclear = bool(fault and fault.unclear)
+            if (any(seen.values()) != expected and not unclear) or bool(met) != bool(name):
                 wrong.append(name or NO_FAULT)
             self.until_served()
         record_table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)

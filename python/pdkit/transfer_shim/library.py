@@ -23,7 +23,7 @@ class TransferFault:
     environment  variables that SGLang's servers see meanwhile: its own switches for tests
     resembles    a bug of the field that had this shape
     harmless     why it changes no logit, token or status
-    unseen       why the checks of `pdkit.transfer_shim.kit` need not see it although it is harmful: a gap that is known
+    unclear      why it may be seen or not
     """
 
     name: str
@@ -34,11 +34,9 @@ class TransferFault:
     environment: Mapping[str, str] = field(default_factory=dict)
     resembles: str = ""
     harmless: str = ""
-    unseen: str = ""
+    unclear: str = ""
 
 
-INDEXER_CHOOSES = "most of what is chosen stays the same: few long prompts show it, after another training perhaps none"
-NOT_YET = "not asked yet while decode's memory held other prompts' drafts, see README"
 SKIPPED = "SGLang 24878: one backend skipped it"
 
 LIBRARY: dict[str, TransferFault] = {
@@ -57,14 +55,11 @@ LIBRARY: dict[str, TransferFault] = {
                 f"{kind.value}: never written",
                 lost(kind.value),
                 resembles=SKIPPED,
-                unseen=INDEXER_CHOOSES if kind is Kind.INDEXER_COMPRESSED else "",
             )
             for kind in COMPRESSED
         ),
         TransferFault("buffers-lost", "what compressors hold of unfinished entries is never written", lost(*BUFFERS)),
-        TransferFault(
-            "draft-window-lost", "the window of the draft is never written", lost(DRAFT_WINDOW), unseen=NOT_YET
-        ),
+        TransferFault("draft-window-lost", "the window of the draft is never written", lost(DRAFT_WINDOW)),
         TransferFault("first-draft-lost", "decode verifies the first draft of another request", lost(*FIRST_DRAFT)),
         TransferFault(
             "first-token-lost", "decode goes on after the first token of another request", lost("first token")
@@ -74,7 +69,7 @@ LIBRARY: dict[str, TransferFault] = {
             "pages-swapped",
             "the first two pages of all compressed entries change places",
             swapped(*POOLS),
-            unseen="decode attends to a set: where both pages are full, only the order of its sums is another",
+            unclear="decode attends to a set: where both pages are full, only the order of its sums is another",
         ),
         TransferFault(
             "pages-of-the-request-before",

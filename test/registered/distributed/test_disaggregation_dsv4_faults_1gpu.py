@@ -14,7 +14,7 @@ from pdkit.transfer_shim.kit import TransferFaultsMixin
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=700, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=520, suite="stage-b-test-1-gpu-large")
 
 # By default the indexer's choice among near equals differs from run to run, and so do answers to prompts that are long
 # enough for it to choose: a server is then as far from itself as it is when the indexer's entries are lost.
