@@ -10,7 +10,6 @@ start of a runner. This process is a child subreaper, so that nothing that was s
 left in a round is ended before the next. Exit code 1 if anything was left.
 """
 
-import argparse
 import os
 import random
 import signal

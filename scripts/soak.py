@@ -69,8 +69,8 @@ class Soak:
                 if self.stop.is_set():
                     return None
                 process = subprocess.Popen(
-                    self._command(directory), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                    env={**os.environ, "PYTHONPATH": str(REPO / "python")},
+                    self._command(directory), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    start_new_session=True, env={**os.environ, "PYTHONPATH": str(REPO / "python")},
                 )  # fmt: skip
                 self.processes.add(process)
             code = process.wait()

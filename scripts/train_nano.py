@@ -21,10 +21,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerBase
-
 from pdkit.exit_codes import ExitCode
 from pdkit.nano.config import nano_config
 from pdkit.nano.evaluation import accuracy, prompt
@@ -32,6 +28,9 @@ from pdkit.nano.model import WEIGHTS, load_model, save_model
 from pdkit.nano.problems import EVALUATION_ROWS, Problem, evaluation_set
 from pdkit.nano.tokenizer import nano_tokenizer
 from pdkit.nano.training import INITIALIZER_RANGE, Batches, new_model, recipe, set_index_topk, train
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerBase
 
 REPORT_EVERY = 50
 SHOTS = 5

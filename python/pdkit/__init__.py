@@ -1,1 +1,1 @@
-"""What the registered tests of SGLang's prefill/decode disaggregation share. Imports point one way: tests -> pdkit -> sglang."""
+"""What the registered tests of SGLang's prefill/decode disaggregation share; imports: tests -> pdkit -> sglang."""

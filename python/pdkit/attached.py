@@ -6,7 +6,7 @@
     SGLANG_PD_DECODE_URLS   use them meanwhile
     SGLANG_PD_MODEL         name that it must serve (default: whichever it serves)
     SGLANG_PD_TOKENIZER     config and tokenizer of its model, for parity (default: what it says it loaded)
-    SGLANG_PD_API_KEY       sent to these URLs as a bearer token, nowhere else; the runner keeps it out of logs (`pdkit.report.secrets`)
+    SGLANG_PD_API_KEY       sent to these URLs as a bearer token, nowhere else; kept out of logs (`pdkit.report.secrets`)
 """
 
 import os

@@ -54,7 +54,7 @@ def py_spy() -> str | None:
 
 
 def dump(process: psutil.Process, command: str | None) -> str:
-    """The stacks of a Python process, without secrets. Raises PermissionError where it may not be traced, ValueError otherwise."""
+    """The stacks of a Python process, without secrets. Raises PermissionError if it may not be traced, or ValueError."""
     if command is None:
         raise PermissionError("it is not installed")
     try:

@@ -254,8 +254,9 @@ class Parity:
 
     With one, the candidate must not be further from the reference, which is each request alone, than the control is,
     which a monolithic server says under the same load. If the hand-over changes nothing, candidate and control are two
-    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence two exact one-sided tests, each at LEVEL / 2, so that a sound engine fails with a
-    probability of at most LEVEL:
+    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence two exact
+    one-sided tests, each at LEVEL / 2, so that a sound engine whose requests err independently of each other fails with
+    a probability of at most LEVEL:
 
       tokens    exact McNemar test of requests whose tokens only the control, or only the candidate, keeps
       logprobs  exact sign test of which of the two has the larger |difference of logprob| on each request; what is

@@ -179,10 +179,10 @@ def ask_reference(client, prompt, max_tokens, margin):
 
 
 def is_best(taken, tops):
-    """Whether greedy decoding may take `taken`, a (logprob, token), of `tops`, the best ones, listed with it or not.
+    """Whether greedy decoding may take `taken` where the best ones are `tops`.
 
-    Of tokens whose logprobs are equal to the bit, which bfloat16 logits often are, any may be taken, however they are
-    listed; one that is not listed only if it is as good as all that are.
+    taken: (logprob in nats, token id or text); tops: one or more of the same. Of tokens whose logprobs are equal to the
+    bit any may be taken, however they are listed; one that is not listed only if it is as good as all that are.
     """
     logprobs = [logprob for logprob, _ in tops]
     return taken[0] == max(logprobs) and (taken in tops or min(logprobs) == max(logprobs))

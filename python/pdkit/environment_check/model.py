@@ -47,7 +47,7 @@ def is_dsv4(model: str, directory: Path | None) -> bool:
 def check(model: str, environ: Mapping[str, str] = os.environ, weights: bool = True) -> Iterator[Finding]:
     """Findings on one model; without `weights`, as with --load-format dummy, only config and tokenizer are needed."""
     if to_be_made(model):
-        yield ok("model", f"{model} is made, with random weights, when the test begins")
+        yield ok("model", f"{model} is yet to be made: tests do so, with random weights, or skip what needs training")
         return
     directory = locate(model, environ)
     if directory is None:

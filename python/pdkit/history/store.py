@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pdkit.history.record import VERSION, Record
 
+
 def append(path: Path, record: Record) -> None:
     """Adds one line, whole or not at all, also where others add at the same time. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ address belongs to a piece of DeepSeek-V4's state, see `pieces_of`.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pdkit.faults.pieces import Kind
@@ -96,11 +96,6 @@ class Regions:
                 for offset in range(0, block.length, size)
             ]
         return pages
-
-    def counts(self) -> Mapping[str, int]:
-        """Registered regions by piece."""
-        names = [name for _, _, name in self._regions]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
 def lost(*pieces: str) -> Change:

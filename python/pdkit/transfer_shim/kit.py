@@ -19,8 +19,8 @@ from pdkit.accounting import Ledger
 from pdkit.accounting_kit import unaccounted
 from pdkit.faults.switch import Switch
 from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
-from pdkit.parity import Parity
 from pdkit.numbers_kit import quiet_eval
+from pdkit.parity import Parity
 from pdkit.parity_kit import ParityArms, RequestFailed, collect, flush
 from pdkit.parity_plan import Round, generate_probe
 from pdkit.report.record import record_table
@@ -89,7 +89,8 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         rows, wrong = [], []
         for name in (None, *self.transfer_faults):
             self.overwrite()
-            print(f"fault of the transfer: {name or NO_FAULT}", flush=True)
+            fault = name and LIBRARY[name]
+            print(f"fault of the transfer: {fault or NO_FAULT}", flush=True)
             self.transfer_switch.turn(name)
             ledger = Ledger([self.lb_url], self.fault_timeout)
             with ledger.open():
@@ -103,10 +104,8 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
             for check, message in seen.items():
                 shown = textwrap.shorten(message, SHORT, placeholder=" ...") if message else "not seen"
                 print(f"  {check}: {shown}", flush=True)
-            fault = name and LIBRARY[name]
             expected = bool(fault and not fault.harmless)
-            unclear = bool(fault and fault.unclear)
-            if (any(seen.values()) != expected and not unclear) or bool(met) != bool(name):
+            if any(seen.values()) != expected or bool(met) != bool(fault):
                 wrong.append(name or NO_FAULT)
             self.until_served()
         record_table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
@@ -119,6 +118,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         names = tuple(probe.name for probe in round_.probes)
         parity = Parity(round_.condition, names, reference, candidate, control)
         print(f"    {round_.condition}: {parity.candidate_distribution.report()}", flush=True)
+        print(f"      control: {parity.control_distribution.report()}", flush=True)
         return "; ".join(parity.problems) or None
 
     def answers(self, round_):

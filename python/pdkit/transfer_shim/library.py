@@ -23,7 +23,6 @@ class TransferFault:
     environment  variables that SGLang's servers see meanwhile: its own switches for tests
     resembles    a bug of the field that had this shape
     harmless     why it changes no logit, token or status
-    unclear      why it may be seen or not
     """
 
     name: str
@@ -34,7 +33,9 @@ class TransferFault:
     environment: Mapping[str, str] = field(default_factory=dict)
     resembles: str = ""
     harmless: str = ""
-    unclear: str = ""
+
+    def __str__(self):
+        return f"{self.name}: {self.what}" + (f" [{self.resembles}]" if self.resembles else "")
 
 
 SKIPPED = "SGLang 24878: one backend skipped it"
@@ -69,7 +70,6 @@ LIBRARY: dict[str, TransferFault] = {
             "pages-swapped",
             "the first two pages of all compressed entries change places",
             swapped(*POOLS),
-            unclear="decode attends to a set: where both pages are full, only the order of its sums is another",
         ),
         TransferFault(
             "pages-of-the-request-before",

@@ -26,7 +26,7 @@ from pdkit.parity_plan import PlanOptions
 from pdkit.placement_kit import PlacementMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=260, suite="stage-b-test-1-gpu-large")
+register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")
 
 PAGE = 256  # of the prefix cache, SGLang's for DeepSeek-V4
 INDEXED = 2048  # tokens from which on there are more compressed entries than the indexer selects: 512 of 4 tokens each

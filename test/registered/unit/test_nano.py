@@ -15,13 +15,6 @@ from pathlib import Path
 
 import pdkit
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from sglang.test.ci.ci_register import register_cpu_ci
-from transformers import AutoTokenizer
-from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
-
 from pdkit.exit_codes import ExitCode
 from pdkit.nano.config import nano_config
 from pdkit.nano.evaluation import accuracy, complete, last_number, prompt
@@ -40,6 +33,12 @@ from pdkit.nano.training import (
     set_index_topk,
     train,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sglang.test.ci.ci_register import register_cpu_ci
+from transformers import AutoTokenizer
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
 register_cpu_ci(est_time=50, suite="stage-a-test-cpu")
 

@@ -1,5 +1,7 @@
 """Clients of a load balancer, against a stub: what they put together, and how far an answer is compared."""
 
+import contextlib
+import io
 import json
 import socket
 import sys
@@ -13,7 +15,7 @@ from unittest import mock
 import requests
 from pdkit.ci_register import register_cpu_ci
 from pdkit.protocol import IDLE_S, MINI_LB, Client, Reference, ask_reference, counting_prompts, is_best
-from pdkit.protocol_kit import ProtocolMixin
+from pdkit.protocol_kit import ProtocolMixin, through_each_load_balancer
 from pdkit.relay import Relay
 from pdkit.router_kit import healthy_workers, is_ready, router_command
 from stub_server import JsonHandler, StubServer
@@ -67,42 +69,96 @@ def record(**fields):
     return types.SimpleNamespace(**fields)
 
 
+BEST, AS_GOOD, WORSE = (" There", -2.0), (" In", -2.0), (" Both", -3.0)
+
+
 class TestLogprobs(unittest.TestCase):
     """What decode takes may be listed second: of two tokens whose logprobs are equal to the bit."""
 
     assertBest = ProtocolMixin.assertBest
+    tops = [BEST, AS_GOOD, WORSE]
 
     def prompts(self, count):
         return ["1"] * count
 
-    def asked(self, best, taken):
-        """The scenario's verdict on answers that took the token `taken` while `best` is listed first."""
-        tops = [best, (" In", -2.0), (" Both", -3.0)]
-        entry = record(token=taken[0], logprob=taken[1], top_logprobs=[record(token=t, logprob=p) for t, p in tops])
-        logprobs = record(tokens=[taken[0]] * 12, token_logprobs=[taken[1]] * 12, top_logprobs=[dict(tops)] * 12)
-        completion = record(text=taken[0] * 12, logprobs=logprobs)
+    def openai(self, completed, said):
+        """The scenario's verdict on 12 times the token `completed` of a completion, `said` of a chat."""
+        (token, logprob), tops = completed, [dict(self.tops)] * 12
+        logprobs = record(tokens=[token] * 12, token_logprobs=[logprob] * 12, top_logprobs=tops)
+        entries = [record(token=token, logprob=logprob) for token, logprob in (said, *self.tops)]
+        content = [record(token=said[0], logprob=said[1], top_logprobs=entries[1:])] * 12
         client = mock.Mock()
         client.complete.side_effect = [
-            record(choices=[completion]),
+            record(choices=[record(text=token * 12, logprobs=logprobs)]),
             record(tokens=logprobs.tokens),
             record(choices=[record(logprobs=None)]),
         ]
-        client.chat.return_value = record(choices=[record(logprobs=record(content=[entry] * 12))])
+        client.chat.return_value = record(choices=[record(logprobs=record(content=content))])
         ProtocolMixin.test_logprobs_of_completions_and_chat.scenario(self, client)
 
-    def test_either_of_two_that_are_as_good(self):
-        self.asked((" There", -2.0), (" There", -2.0))
-        self.asked((" There", -2.0), (" In", -2.0))
+    def generate(self, taken):
+        """The same of `/generate`, by token ids."""
+        ids = {token: number for number, (token, _) in enumerate(self.tops)}
+        inputs = [[None if at == 0 else -1.0, at, None] for at in range(5)]
+        meta = {
+            "input_token_logprobs": inputs,
+            "output_token_logprobs": [[taken[1], ids[taken[0]], None]] * 6,
+            "output_top_logprobs": [[[logprob, ids[token], None] for token, logprob in self.tops]] * 6,
+            "prompt_tokens": 5,
+        }
+        whole, tail = {"output_ids": [ids[taken[0]]] * 6}, {"input_token_logprobs": inputs[1:]}
+        client = mock.Mock(balancer=record(merges_streams=False))
+        client.generate.side_effect = whole | {"meta_info": meta}, {"meta_info": tail}
+        ProtocolMixin.test_input_logprobs_are_merged.scenario(self, client)
 
-    def test_not_the_second_best(self):
-        for taken in ((" In", -2.0), (" There", -2.0)):
-            with self.assertRaisesRegex(AssertionError, "greedy takes the best"):
-                self.asked((" There", -1.0), taken)
+    def test_either_of_two_that_are_as_good(self):
+        for taken in (BEST, AS_GOOD):
+            self.openai(taken, taken)
+            self.generate(taken)
+
+    def test_no_other(self):
+        for taken in (WORSE, (BEST[0], -2.5), (WORSE[0], BEST[1])):
+            for ask in (
+                lambda taken: self.openai(taken, BEST),
+                lambda taken: self.openai(BEST, taken),
+                self.generate,
+            ):
+                with self.assertRaisesRegex(AssertionError, "greedy takes the best"):
+                    ask(taken)
+
+    def test_two_alternatives_that_read_the_same(self):
+        self.tops = [BEST, AS_GOOD, (AS_GOOD[0], -3.0)]
+        self.openai(AS_GOOD, BEST)
+        with self.assertRaisesRegex(AssertionError, "greedy takes the best"):
+            self.openai((BEST[0], -2.5), BEST)
 
     def test_is_best(self):
         tops = [(-1.0, 5), (-1.0, 7), (-2.0, 9)]
         self.assertEqual([token for token in range(10) for p in (-1.0, -2.0) if is_best((p, token), tops)], [5, 7])
         self.assertTrue(is_best((-1.0, 8), tops[:2]), "a third that is as good as all that are listed")
+
+
+class TestThroughEachLoadBalancer(unittest.TestCase):
+    def ran(self, skipping):
+        """The result of a scenario that is skipped through the load balancers in `skipping`, and what it printed."""
+
+        class Case(unittest.TestCase):
+            clients = [record(name="one"), record(name="other")]
+
+            @through_each_load_balancer
+            def test_it(self, client):
+                if client.name in skipping:
+                    self.skipTest(f"not {client.name}")
+
+        result, printed = unittest.TestResult(), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            Case("test_it").run(result)
+        return [reason for _, reason in result.skipped], printed.getvalue()
+
+    def test_a_method_is_skipped_once_and_only_if_it_never_ran(self):
+        self.assertEqual(self.ran(()), ([], ""))
+        self.assertEqual(self.ran(("one",)), ([], "not through the one: not one\n"))
+        self.assertEqual(self.ran(("one", "other"))[0], ["not one"])
 
 
 class TestClient(unittest.TestCase):
