@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Write a random DeepSeek-V4 of the size that SGLang's kernels demand; see `python3 -m pdkit.kernel_nano --help`."""
 
-from pdkit.kernel_nano.__main__ import main
+import sys
 
-main()
+from pdkit.command import run_command
+from pdkit.kernel_nano.__main__ import NAME, main
+
+sys.exit(run_command(NAME, main, sys.argv[1:]))

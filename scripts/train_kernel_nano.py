@@ -7,117 +7,46 @@ writes a checkpoint for SGLang every --save-every seconds and at the end, and th
 the checkpoint scores once it is read back from fp8, and its hash.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
-import os
-import platform
-import shlex
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import transformers
+from pdkit.command import run_command
 from pdkit.exit_codes import ExitCode
-from pdkit.kernel_nano import cache, checkpoint
-from pdkit.kernel_nano.model import KernelNano, rescale
-from pdkit.kernel_nano.training import SHOTS, BatchQueue, score, train, validation
-from pdkit.nano.problems import EVALUATION_ROWS, evaluation_set
-
-REPORT_EVERY = 10.0
-VALIDATION_PROBLEMS = 48
+from pdkit.kernel_nano import cache
+from pdkit.options import Parser, natural, positive
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line. Raises UsageError."""
+    parser = Parser(prog="train_kernel_nano.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, help=f"directory (default: {cache.cached('trained')}, or the like)")
     cache.add_hidden_size(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=240, help="for training (default: %(default)s)")
-    parser.add_argument("--save-every", type=float, default=60, help="seconds (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="processes that draw batches (default: %(default)s)")
-    parser.add_argument("--score-rows", type=int, default=200, help="of the evaluation file (default: %(default)s)")
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=positive, default=240, help="for training (default: %(default)s)")
+    parser.add_argument("--save-every", type=positive, default=60, help="seconds (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights and data (default: %(default)s)")
+    parser.add_argument("--workers", type=natural, default=4, help="processes that draw batches (default: %(default)s)")
+    parser.add_argument("--score-rows", type=natural, default=200, help="of the evaluation file (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if not (options.workers and options.score_rows):
+        parser.error("--workers and --score-rows: at least 1")
     options.out = options.out or cache.cached("trained", options.hidden_size)
     return options
 
 
-def fit(options: argparse.Namespace) -> tuple[KernelNano, int, int]:
-    """Train a new model, showing progress: (model, steps, tokens)."""
-    model = KernelNano(options.seed, options.hidden_size)
-    rescale(model)
-    model.to(options.device).train()
-    problems, shots = validation(VALIDATION_PROBLEMS, options.seed)
-    batches = BatchQueue(options.seed, options.workers)
-    reported = saved = 0.0
+def main(argv: Sequence[str]) -> ExitCode:
+    options = parse(argv)
+    from pdkit.kernel_nano import fitting  # imports torch and transformers, which takes seconds
+
     try:
-        for at in train(model, batches, options.seconds):
-            if at.seconds - reported >= REPORT_EVERY or at.step == 1:
-                reported = at.seconds
-                found = score(model, problems, shots)
-                print(
-                    f"{at.seconds:6.1f} s  step {at.step:5}  {at.stage.name:<15}  loss {at.loss:.4f}  "
-                    f"mtp {at.mtp_loss:.4f}  indexer {at.index_loss:.3f}  lr {at.lr:.1e}  {at.rate:7,.0f} tokens/s  "
-                    f"held out, {SHOTS} shots: solved {found.solved:.2f}, drafts right {found.drafted:.2f}",
-                    flush=True,
-                )
-            if at.seconds - saved >= options.save_every:
-                saved = at.seconds
-                checkpoint.save(model, options.out)
-    finally:
-        batches.close()
-    return model, at.step, at.tokens
-
-
-def main() -> ExitCode:
-    """Train, save, read back, score, record."""
-    options = parse_arguments()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("train_kernel_nano: this machine has no usable CUDA GPU; --device cpu trains for hours", file=sys.stderr)
-        return ExitCode.NOT_READY
-    torch.set_float32_matmul_precision("high")
-    (options.out / cache.RECORD).unlink(missing_ok=True)
-    began = time.monotonic()
-    model, steps, tokens = fit(options)
-    took = time.monotonic() - began
-    checkpoint.save(model, options.out)
-    evaluation = evaluation_set(EVALUATION_ROWS)
-    shots, rows = evaluation[:SHOTS], evaluation[SHOTS : SHOTS + options.score_rows]
-    found = score(checkpoint.load(options.out).to(options.device), rows, shots)
-    record = {
-        "sha256": cache.digest(options.out),
-        "command": shlex.join(["python3", *sys.argv]),
-        "seed": options.seed,
-        "steps": steps,
-        "tokens": tokens,
-        "training_seconds": round(took),
-        "machine": {
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-            "cpu_cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "evaluation rows": found.problems,
-        "solved": found.solved,
-        "drafts right": found.drafted,
-    }
-    (options.out / cache.RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(
-        f"after fp8, {found.problems} evaluation rows, {SHOTS} shots: solved {found.solved:.4f}, "
-        f"drafts right {found.drafted:.4f}\n"
-        f"wrote {options.out} (hash {record['sha256']}) after {took:.0f} s, {steps} steps",
-        flush=True,
-    )
+        fitting.run(options)
+    except KeyboardInterrupt:
+        print("train_kernel_nano.py: interrupted; the last checkpoint stays, without training.json", file=sys.stderr)
+        raise
     return ExitCode.PASSED
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("train_kernel_nano: interrupted; the last checkpoint stays, without training.json", file=sys.stderr)
-        sys.exit(ExitCode.INTERRUPTED)
+    sys.exit(run_command("train_kernel_nano.py", main, sys.argv[1:]))

@@ -244,6 +244,7 @@ def _server(name: str, process: ProcessContract) -> Server:
     settings = process.settings
     model = dict(zip(process.argv, process.argv[1:], strict=False)).get("--model-path")
     fp4 = process.env.get("SGLANG_DSV4_FP4_EXPERTS")
+    is_of_a_pair = settings["disaggregation_mode"] != "null"
     return Server(
         name=name,
         tp=settings["tp_size"],
@@ -257,7 +258,7 @@ def _server(name: str, process: ProcessContract) -> Server:
         ports=process.ports,
         pins_nccl=settings["nccl_port"] is not None,
         nics=_nics_of(settings["disaggregation_ib_device"]),
-        transfer_backend=settings["disaggregation_transfer_backend"],
+        transfer_backend=settings["disaggregation_transfer_backend"] if is_of_a_pair else None,
         speculative=settings["speculative_algorithm"] is not None,
         model=model,
         fp4_experts=fp4.lower() in ("1", "true", "yes", "y") if fp4 else None,

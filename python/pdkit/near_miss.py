@@ -11,7 +11,7 @@ def nearest(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     return sorted(ratio, key=lambda name: (-ratio[name], name))[:limit]
 
 
-def unknown(kind: str, word: str, known: Iterable[str]) -> str:
+def unknown(kind: str, word: str, known: Iterable[str], limit: int = 3) -> str:
     """One line that says that `word` is no known `kind`, and which ones come near."""
-    near = nearest(word, known)
+    near = nearest(word, known, limit)
     return f"unknown {kind} {word!r}; " + (f"nearest known: {', '.join(near)}" if near else f"no {kind} is known")

@@ -81,8 +81,17 @@ def natural(text: str) -> int:
     return value
 
 
+def positive(text: str) -> float:
+    """For argparse: a finite number, greater than 0. Raises ValueError."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 seconds.__name__ = "number of seconds"
 natural.__name__ = "number"
+positive.__name__ = "positive number"
 
 
 def add_history_options(group):

@@ -222,7 +222,7 @@ def with_estimates(
 def check_names(collection: Collection, hw: str | None, suite: str | None):
     """Raises UsageError, naming the nearest known ones, where hardware or suite is unknown."""
     if hw and hw not in collection.hardware:
-        raise UsageError(unknown("hardware", hw, collection.hardware))
+        raise UsageError(unknown("hardware", hw, collection.hardware, len(collection.hardware)))
     if not suite:
         return
     suites = {name: collection.suites(name) for name in collection.hardware}

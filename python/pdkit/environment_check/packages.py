@@ -12,13 +12,14 @@ from pathlib import Path
 
 from pdkit.environment_check.finding import Finding, error, ok
 
-MOONCAKE = ("mooncake.engine", "pip install mooncake-transfer-engine-cuda13, for a torch of CUDA 12 without -cuda13")
+PIP = f"{sys.executable} -m pip install"  # bare pip may be another Python's
+MOONCAKE = ("mooncake.engine", f"{PIP} mooncake-transfer-engine-cuda13, for a torch of CUDA 12 without -cuda13")
 BACKENDS = {
     "mooncake": MOONCAKE,
     "mooncake_tcp": MOONCAKE,
-    "nixl": ("nixl._api", "pip install nixl"),
+    "nixl": ("nixl._api", f"{PIP} nixl"),
     "mori": ("mori.io", "install MORI from SGLang's ROCm image"),
-    "ascend": ("memfabric_hybrid", "pip install memfabric-hybrid"),
+    "ascend": ("memfabric_hybrid", f"{PIP} memfabric-hybrid"),
 }
 FLASH_MLA_USERS = (
     Path("srt", "layers", "attention", "deepseek_v4_backend.py"),
@@ -49,7 +50,7 @@ class Package:
     install: str
 
 
-ROUTER = Package("sglang_router", "it is the load balancer", "pip install sglang-router")
+ROUTER = Package("sglang_router", "it is the load balancer", f"{PIP} sglang-router")
 
 
 def locate(module: str, path: Sequence[str] | None = None) -> Path | None:
@@ -74,15 +75,15 @@ def flash_mla_modules(sglang: Path) -> tuple[str, ...]:
 
 def wanted(a2a: str | None, backend: str | None, is_dsv4: bool, path: Sequence[str] | None = None) -> Iterator[Package]:
     """What a server with this MoE all-to-all, transfer backend and model imports, and the load balancer."""
-    yield Package("sgl_kernel", "every CUDA server of SGLang imports it", "pip install sglang-kernel")
+    yield Package("sgl_kernel", "every CUDA server of SGLang imports it", f"{PIP} sglang-kernel")
     if a2a == "deepep":
         why = "--moe-a2a-backend deepep dispatches to the experts with it"
-        yield Package("deep_ep", why, "pip install sgl-deep-ep, or use SGLang's image")
+        yield Package("deep_ep", why, f"{PIP} sgl-deep-ep, or use SGLang's image")
     if a2a == "deepep" or is_dsv4:
-        yield Package("deep_gemm", "experts and indexer of the model run on it", "pip install sgl-deep-gemm")
+        yield Package("deep_gemm", "experts and indexer of the model run on it", f"{PIP} sgl-deep-gemm")
     sglang = locate("sglang", path)
     for module in flash_mla_modules(sglang.parent) if is_dsv4 and sglang else ():
-        yield Package(module, "DeepSeek-V4's attention is FlashMLA", "pip install sglang with its dependencies")
+        yield Package(module, "DeepSeek-V4's attention is FlashMLA", f"{PIP} sglang with its dependencies")
     if backend in BACKENDS:
         module, install = BACKENDS[backend]
         yield Package(module, f"--disaggregation-transfer-backend {backend} hands the state over with it", install)

@@ -61,7 +61,7 @@ class OneGpuPlan(ClaimedPortsMixin):
     )
     # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with.
     server_args = """
-        --tp 1
+        --tp-size 1
         --mem-fraction-static 0.3
         --max-running-requests 32 --chunked-prefill-size 512
     """.split() + nano_args

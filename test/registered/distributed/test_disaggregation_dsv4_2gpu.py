@@ -41,7 +41,7 @@ class TestDisaggregationDSV4TwoGpus(
     prefill_gpus = decode_gpus = range(2)
 
     plan_args = """
-        --tp 2 --dp 2 --enable-dp-attention
+        --tp-size 2 --dp-size 2 --enable-dp-attention
         --mem-fraction-static 0.25
         --max-running-requests 64 --chunked-prefill-size 1024
     """.split() + one_gpu.OneGpuPlan.nano_args

@@ -597,6 +597,12 @@ class TestNeeds(CheckCase):
         self.assertEqual((found.data, found.errors), (("/data.jsonl",), ()))
         self.assertEqual(needs.of([registration(DSV4)], {}).data, (None,))
 
+    def test_a_monolithic_server_beside_the_pair_hands_nothing_over(self):
+        path = DSV4.with_name("test_disaggregation_dsv4_1gpu_nixl.py")
+        found = needs.of([registration(path, suite="stage-b-test-1-gpu-large")])
+        backends = {process.name: process.backend for process in found.processes}
+        self.assertEqual((backends["prefill"], backends["decode"], backends["server"]), ("nixl", "nixl", None))
+
     def test_ways_to_name_the_data(self):
         environ = {"DATA": "/data.jsonl"}
         ways = (

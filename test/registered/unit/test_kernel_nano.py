@@ -1,6 +1,7 @@
 """The kernel-sized model: configuration, fp8 checkpoint and back, MTP, training's losses, truth, the one-GPU plan."""
 
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -11,7 +12,8 @@ from unittest import mock
 
 import torch
 from pdkit.ci_register import register_cpu_ci
-from pdkit.kernel_nano import cache, checkpoint, training
+from pdkit.exit_codes import NotReady
+from pdkit.kernel_nano import cache, checkpoint, fitting, training
 from pdkit.kernel_nano.config import DEEPEP_HIDDEN, FIELDS, fields, reference_config
 from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks, round_groups
 from pdkit.kernel_nano.model import KernelNano, randomize, rescale
@@ -213,6 +215,48 @@ class TestTraining(unittest.TestCase):
         evaluated = {problem.key for problem in evaluation_set(8)}
         self.assertEqual((len(problems), len(shots)), (8, 5))
         self.assertTrue(evaluated - {problem.key for problem in problems})
+
+
+class TestFitting(unittest.TestCase):
+    """All but the arithmetic: what is kept, shown and recorded."""
+
+    def fit(self, *seconds):
+        """Trains as if steps ended at these times, saving each 30 s; what was printed."""
+        self.out = Path(self.enterContext(tempfile.TemporaryDirectory()), "trained")
+        self.out.mkdir()
+        (self.out / cache.RECORD).write_text("{}")
+        stage = training.STAGES[0]
+        steps = [training.Progress(stage, at, 100, time, 1, 1, 1, 1) for at, time in enumerate(seconds, 1)]
+        options = SimpleNamespace(
+            device="cpu", seconds=60, save_every=30, seed=0, hidden_size=128, workers=1, score_rows=1, out=self.out
+        )
+        printed = io.StringIO()
+        with (
+            mock.patch.object(fitting, "train", lambda *_: iter(steps)),
+            mock.patch.object(fitting, "score", lambda *_: training.Score(1, 0.5, 0.75)),
+            mock.patch.object(fitting, "BatchQueue"),
+            mock.patch.object(fitting.checkpoint, "save", wraps=checkpoint.save) as self.save,
+            contextlib.redirect_stdout(printed),
+        ):
+            fitting.run(options)
+        return printed.getvalue()
+
+    def test_what_is_recorded_is_what_was_read_back(self):
+        printed = self.fit(1.0, 12.0, 15.0, 40.0)
+        record = json.loads((self.out / cache.RECORD).read_text())
+        self.assertEqual((record["steps"], record["solved"], record["drafts right"]), (4, 0.5, 0.75))
+        self.assertTrue(cache.is_trained(self.out))
+        self.assertEqual(self.save.call_count, 2, "after 30 s, and at the end")
+        self.assertEqual(printed.count("held out, 5 shots: solved 0.50"), 3, "at first, and then each 10 s")
+
+    def test_a_machine_without_gpu(self):
+        with mock.patch.object(torch.cuda, "is_available", lambda: False), self.assertRaises(NotReady):
+            fitting.run(SimpleNamespace(device="cuda"))
+
+    def test_what_is_interrupted_does_not_pass_for_trained(self):
+        with mock.patch.object(fitting, "fit", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+            self.fit()
+        self.assertFalse(cache.is_trained(self.out))
 
 
 class TestCache(unittest.TestCase):

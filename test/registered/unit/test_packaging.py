@@ -8,6 +8,7 @@ import unittest
 from pathlib import Path
 
 from pdkit.ci_register import register_cpu_ci
+from pdkit.environment_check.packages import BACKENDS
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
@@ -66,6 +67,16 @@ class TestDependencies(unittest.TestCase):
         on_top = pins("requirements-gpu.lock")
         self.assertEqual(set(gpu_requirements()) - set(on_top), set())
         self.assertEqual(set(on_top) & set(pins("requirements.lock")), set())
+
+
+    def test_each_transfer_backend_of_a_file_for_gpus_is_among_them(self):
+        files = (REPO / "test" / "registered" / "distributed").glob("*gpu*.py")
+        named = (re.findall(r'^ +backend = "(\w+)"', file.read_text(), re.MULTILINE) for file in files)
+        backends = {name for names in named for name in names}
+        self.assertIn("nixl", backends)
+        for backend in backends:
+            _, install = BACKENDS[backend]
+            self.assertTrue(set(re.findall(r"[\w-]+", install)) & set(gpu_requirements()), backend)
 
 
 class TestPackage(unittest.TestCase):

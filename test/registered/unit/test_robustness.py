@@ -15,7 +15,7 @@ from pathlib import Path
 from pdkit.ci_register import register_cpu_ci
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 CPU = "--hw cpu --suite stage-a-test-cpu"
@@ -30,6 +30,8 @@ COMMANDS = {
     "run_suite.py": ("test/run_suite.py",),
     "run.sh": ("-m", "pdkit.main_job"),
     "history.py": ("scripts/history.py",),
+    "train_kernel_nano.py": ("scripts/train_kernel_nano.py",),
+    "make_kernel_nano.py": ("scripts/make_kernel_nano.py",),
     "soak.py": ("scripts/soak.py",),
     "check_environment.py": ("scripts/check_environment.py",),
     "lint_registered.py": ("scripts/lint_registered.py",),
@@ -72,6 +74,7 @@ ROWS = (
     Row("run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"),
     Row("run_suite.py", f"{CPU} extra", "unexpected argument 'extra'"),
     Row("run_suite.py", "--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
+    Row("run_suite.py", "--hw gpu --suite stage-a-test-cpu", "cuda"),
     Row("run_suite.py", "--hw cpu --suite stage-a-test-gpu", "unknown suite 'stage-a-test-gpu'; nearest known: stage-a"),
     Row("run_suite.py", "--hw cuda --suite stage-a-test-cpu", "is not for hardware 'cuda' but for: cpu"),
     Row("run_suite.py", f"{CPU} --timeout-per-file soon", "invalid number of seconds value: 'soon'"),
@@ -168,6 +171,11 @@ ROWS = (
     Row("recovery_table.py", "{text}", "{text} is no recovery_table.json of a recovery test"),
     Row("recovery_table.py", "", "the following arguments are required: FILE"),
     Row("chaos_runner.py", "--rounds 0", "--rounds: at least 1"),
+    Row("train_kernel_nano.py", "--seconds 0", "argument --seconds: invalid positive number value: '0'"),
+    Row("train_kernel_nano.py", "--workers 0", "--workers and --score-rows: at least 1"),
+    Row("train_kernel_nano.py", "--seconds 5 --out {root}/out", "no usable CUDA GPU; --device cpu trains for hours", 3),
+    Row("make_kernel_nano.py", "--seed x", "make_kernel_nano.py: error: argument --seed: invalid number value: 'x'"),
+    Row("make_kernel_nano.py", "--out {text}", "{text}: File exists"),
     Row("chaos_runner.py", "--attacks hup", "invalid choice: 'hup'"),
     Row("report", "{absent}", "{absent}: no results.json of a run with --report-dir"),
     Row("report", "", "the following arguments are required: DIR"),
