@@ -118,7 +118,8 @@ def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Rung:
         raise UnknownRung(unknown("rung", wanted, by_name))
     rung = by_name[wanted]
     if not rung.runs_on(gpus):
-        raise RungUnavailable(f"rung {rung.name} needs {rung.needs}; this machine has {found(gpus)}")
+        has = f"this machine has {found(gpus)} and can run --rung {choose(gpus).name}"
+        raise RungUnavailable(f"rung {rung.name} needs {rung.needs}; {has}")
     return rung
 
 
