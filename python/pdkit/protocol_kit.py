@@ -47,7 +47,7 @@ SCHEMA = {
 
 
 def through_each_load_balancer(test):
-    """`test(self, client)` as a test method: once a load balancer. It is skipped where no load balancer is asked."""
+    """`test(self, client)` as a test method: once a load balancer; skipped if it skips through all of them."""
 
     @wraps(test)
     def method(self):
