@@ -65,10 +65,7 @@ class TestBreakages(unittest.TestCase):
         self.assertEqual({scenario for scenario, *_ in BREAKAGES}, scenarios)
 
 
-def record(**fields):
-    return types.SimpleNamespace(**fields)
-
-
+record = types.SimpleNamespace
 BEST, AS_GOOD, WORSE = (" There", -2.0), (" In", -2.0), (" Both", -3.0)
 
 

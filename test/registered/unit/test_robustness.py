@@ -105,7 +105,8 @@ ROWS = (
     # scripts/run.sh: flags
     Row("run.sh", "--rungs", "unrecognized arguments: --rungs"),
     Row("run.sh", "--rung 8xH100", "unknown rung '8xH100'; nearest known: "),
-    Row("run.sh", "--rung 8xH200", "this machine has no GPU and can run --rung embedded", 3),
+    Row("run.sh", "--rung 8xH200", "rung 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --rung "
+        "embedded", 3),
     Row("run.sh", "--rung embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
     Row("run.sh", "--model x", "need --base-url"),
     Row("run.sh", f"{BASE} --rung embedded", "choose one"),
