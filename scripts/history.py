@@ -36,7 +36,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--est-time", action="store_true", help="print new est_time literals as a patch for git apply")
     what.add_argument("--estimates", action="store_true", help="print file -> seconds for --partition-model-file")
-    parser.add_argument("--test-root", type=Path, default=REGISTERED, metavar="DIR", help="tree to propose est_time for")
+    parser.add_argument(
+        "--test-root", type=Path, default=REGISTERED, metavar="DIR", help="tree to propose est_time for"
+    )
     parser.add_argument("--last", type=natural, default=20, metavar="N", help="runs of a file that its times are from")
     parser.add_argument("--min-runs", type=natural, default=5, metavar="N", help="no est_time from fewer (%(default)s)")
     parser.add_argument("--tolerance", type=seconds, default=0.1, metavar="SHARE", help="leave est_time if as close")

@@ -144,7 +144,9 @@ def summary(runs: list[Run], out: Path) -> str:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="soak.py", description=__doc__.strip(), allow_abbrev=False)
     parser.add_argument("--runs", type=natural, default=50, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="how many at a time (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=natural, default=1, metavar="N", help="how many at a time (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and results are kept")
     parser.add_argument("--rung", default="embedded", choices=[rung.name for rung in LADDER], help="%(default)s")
     parser.add_argument("--file", type=Path, metavar="TEST_FILE", help="run this test file instead of the main job")

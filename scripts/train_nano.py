@@ -128,9 +128,7 @@ def fit(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console
     return model
 
 
-def measure(
-    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: int
-) -> dict[str, dict[str, float]]:
+def measure(model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, dict[str, float]]:
     """Accuracy on the committed rows: as `run_eval` asks (5 shots), with many shots, none, and in chat form."""
     problems = evaluation_set(EVALUATION_ROWS)
     shots, scored = problems[:SHOTS], problems[SHOTS : SHOTS + rows]

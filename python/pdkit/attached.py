@@ -1,12 +1,12 @@
 """A deployment that somebody else runs: where it is, whether it is what it is said to be, and the key to it.
 
-    SGLANG_PD_BASE_URL      load balancer, http://host:port without /v1
-    SGLANG_PD_BASELINE_URL  a monolithic server of the same model to compare with, or none
-    SGLANG_PD_PREFILL_URLS  prefill and decode servers whose counters are read, separated by commas; nobody else may
-    SGLANG_PD_DECODE_URLS   use them meanwhile
-    SGLANG_PD_MODEL         name that it must serve (default: whichever it serves)
-    SGLANG_PD_TOKENIZER     config and tokenizer of its model, for parity (default: what it says it loaded)
-    SGLANG_PD_API_KEY       sent to these URLs as a bearer token, nowhere else; kept out of logs (`pdkit.report.secrets`)
+SGLANG_PD_BASE_URL      load balancer, http://host:port without /v1
+SGLANG_PD_BASELINE_URL  a monolithic server of the same model to compare with, or none
+SGLANG_PD_PREFILL_URLS  prefill and decode servers whose counters are read, separated by commas; nobody else may
+SGLANG_PD_DECODE_URLS   use them meanwhile
+SGLANG_PD_MODEL         name that it must serve (default: whichever it serves)
+SGLANG_PD_TOKENIZER     config and tokenizer of its model, for parity (default: what it says it loaded)
+SGLANG_PD_API_KEY       sent to these URLs as a bearer token, nowhere else; kept out of logs (`pdkit.report.secrets`)
 """
 
 import os

@@ -1,7 +1,7 @@
 """Mixins for a class whose servers somebody else runs: it launches nothing, ends nothing, empties no cache.
 
-    class TestDisaggregationDSV4Attached(AttachedMixin, ApiMixin, RequestAccountingMixin, ParityMixin, ...):
-        pass
+class TestDisaggregationDSV4Attached(AttachedMixin, ApiMixin, RequestAccountingMixin, ParityMixin, ...):
+    pass
 """
 
 import contextlib
@@ -59,9 +59,7 @@ class AttachedMixin:
     def parity_plan(cls):
         """The same rounds, but for what they want of caches, which are not ours to empty."""
         plan = super().parity_plan()
-        return replace(
-            plan, **{name: tuple(map(_whatever_is_cached, rounds)) for name, rounds in vars(plan).items()}
-        )
+        return replace(plan, **{name: tuple(map(_whatever_is_cached, rounds)) for name, rounds in vars(plan).items()})
 
     @classmethod
     def caches_prefixes(cls):

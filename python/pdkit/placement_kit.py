@@ -1,7 +1,7 @@
 """A mixin that asks the driver on which GPUs prefill and decode are, and holds that against the plan.
 
-    class TestDisaggregationDSV4TwoGpus(PlacementMixin, TestDisaggregationDSV4):
-        pass
+class TestDisaggregationDSV4TwoGpus(PlacementMixin, TestDisaggregationDSV4):
+    pass
 """
 
 import os

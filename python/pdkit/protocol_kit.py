@@ -153,7 +153,9 @@ class ProtocolMixin:
         for name, url in (("prefill", self.prefill_url), ("decode", self.decode_url)):
             while (status := requests.post(f"{url}/flush_cache", timeout=self.request_timeout).status_code) != 200:
                 waited = time.monotonic() - begin
-                self.assertLess(waited, self.settle_seconds, f"{name} still holds a request: /flush_cache says {status}")
+                self.assertLess(
+                    waited, self.settle_seconds, f"{name} still holds a request: /flush_cache says {status}"
+                )
                 time.sleep(0.1)
         info = requests.get(f"{self.prefill_url}/get_server_info", timeout=self.request_timeout).json()
         self.assertEqual(info.get("rooms", 0), 0, "bootstrap rooms that prefill still holds")
@@ -542,7 +544,9 @@ class ProtocolMixin:
 
         with ThreadPoolExecutor(self.sustained_clients) as pool:
             list(pool.map(client_of_many, range(self.sustained_clients)))
-        print(f"sustained load: {sum(served.values())} requests in {self.sustained_seconds} s, {dict(served)}", flush=True)
+        print(
+            f"sustained load: {sum(served.values())} requests in {self.sustained_seconds} s, {dict(served)}", flush=True
+        )
         self.assertEqual(len(served), len(kinds) * len(self.clients), "each kind through each load balancer")
 
     def _assertSays(self, text, expected):
@@ -591,7 +595,9 @@ class ProtocolMixin:
         self.addCleanup(lone.close)
         for url in (self.prefill_url, self.decode_url, self.lb_url, self.router_url):
             for path in ("/health", "/health_generate"):
-                self.assertEqual(requests.get(f"{url}{path}", timeout=self.request_timeout).status_code, 200, url + path)
+                self.assertEqual(
+                    requests.get(f"{url}{path}", timeout=self.request_timeout).status_code, 200, url + path
+                )
         self.assertTrue(is_ready(self.router_url))
 
         self.assertEqual(requests.get(f"{lone.url}/liveness", timeout=10).status_code, 200)

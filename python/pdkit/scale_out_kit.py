@@ -1,6 +1,6 @@
 """A mixin for two prefill and two decode servers behind one router: pairs are right under load, and fail alone.
 
-    class TestDisaggregationDSV4ScaleOut(ScaleOutMixin, FleetMixin, TestDisaggregationDSV4Embedded): ...
+class TestDisaggregationDSV4ScaleOut(ScaleOutMixin, FleetMixin, TestDisaggregationDSV4Embedded): ...
 """
 
 import itertools

@@ -45,7 +45,9 @@ def fan_out(prompts, params, is_batch, rid=None, bootstrap_room=None, **fields):
         per_sequence = isinstance(value, list) and name.startswith("bootstrap_") and len(value) == count * samples
         return _spread(name, value[:count] if per_sequence else value, count)
 
-    bootstrap_room = of_prompts("bootstrap_room", bootstrap_room) if isinstance(bootstrap_room, list) else bootstrap_room
+    bootstrap_room = (
+        of_prompts("bootstrap_room", bootstrap_room) if isinstance(bootstrap_room, list) else bootstrap_room
+    )
     columns = {name: of_prompts(name, value) for name, value in fields.items()}
     rids, rooms = _rids(rid, count, samples, is_batch), _rooms(bootstrap_room, count, samples)
     asks = []

@@ -37,9 +37,9 @@ class ModelRunner:
     def decode_step(self, tokens, cache):
         """tokens: one id a row of `cache`, len(tokens) a multiple of ROWS. Returns logits [rows, V]."""
         assert len(tokens) % ROWS == 0
-        return self.model(
-            input_ids=torch.tensor(tokens).unsqueeze(1), past_key_values=cache, use_cache=True
-        ).logits[:, -1]
+        return self.model(input_ids=torch.tensor(tokens).unsqueeze(1), past_key_values=cache, use_cache=True).logits[
+            :, -1
+        ]
 
 
 def gather_rows(parts):

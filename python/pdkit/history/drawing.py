@@ -160,7 +160,9 @@ def _points(panel, series, unit):
         for gate in sorted(gates):
             panel.axhline(float(gate.lstrip(">=")), color="#b35900", linestyle="--")
             panel.annotate(f"gate {gate}", (0, float(gate.lstrip(">="))), va="bottom", fontsize=8, color="#b35900")
-    panel.set_ylabel("share of right answers, 95 % interval" if not unit else "tokens per verification step", fontsize=8)
+    panel.set_ylabel(
+        "share of right answers, 95 % interval" if not unit else "tokens per verification step", fontsize=8
+    )
     _ticks(panel, [point.record for point in series.points])
 
 

@@ -50,7 +50,9 @@ def change_of_counts(
     """The change of a share, `successes[i]` of `trials[i]` in run i; None with fewer than two runs."""
     done, tried = np.cumsum(successes), np.cumsum(trials)
     p_values = [
-        fisher_exact([[done[i], tried[i] - done[i]], [done[-1] - done[i], tried[-1] - tried[i] - done[-1] + done[i]]])[1]
+        fisher_exact([[done[i], tried[i] - done[i]], [done[-1] - done[i], tried[-1] - tried[i] - done[-1] + done[i]]])[
+            1
+        ]
         for i in range(len(done) - 1)
     ]
     if not p_values:

@@ -51,9 +51,7 @@ def load_config(path: str | Path) -> DeepseekV4Config:
         raise ModelError(f"{file} is not a valid DeepSeek-V4 configuration: {reason}") from None
 
 
-def load_model(
-    path: str | Path, *, load_format: LoadFormat = "auto", seed: int = 0
-) -> DeepseekV4ForCausalLM:
+def load_model(path: str | Path, *, load_format: LoadFormat = "auto", seed: int = 0) -> DeepseekV4ForCausalLM:
     """Load the DeepSeek-V4 at `path` for serving on CPU.
 
     ``"auto"`` reads ``model.safetensors`` (DeepSeek's or transformers' tensor names) and

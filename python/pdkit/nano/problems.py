@@ -99,8 +99,7 @@ TEMPLATES = (
     ),
     Template(
         "give-two",
-        "{N} has {A} {i}. After school {he} gives {a} {i} to {M} and puts {b} {i} in a box. "
-        "How many {i} are left?",
+        "{N} has {A} {i}. After school {he} gives {a} {i} to {M} and puts {b} {i} in a box. How many {i} are left?",
         ("r=A-a", "s=r-b"),
         "{N} first has {A}-{a}={r} {i}. Then {r}-{b}={s} {i} are left.",
     ),
@@ -127,8 +126,7 @@ TEMPLATES = (
     ),
     Template(
         "days",
-        "{N} makes {a} {i} each day for {b} days. After that {he} gives {c} {i} to {M}. "
-        "How many {i} are left?",
+        "{N} makes {a} {i} each day for {b} days. After that {he} gives {c} {i} to {M}. How many {i} are left?",
         ("r=a*b", "s=r-c"),
         "{N} makes {a}*{b}={r} {i}. Then {r}-{c}={s} {i} are left.",
     ),

@@ -230,9 +230,7 @@ def alignment(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
 
 def _sparse_attentions(model: DeepseekV4ForCausalLM) -> list[torch.nn.Module]:
     return [
-        layer.self_attn
-        for layer in model.model.layers
-        if layer.self_attn.layer_type == "compressed_sparse_attention"
+        layer.self_attn for layer in model.model.layers if layer.self_attn.layer_type == "compressed_sparse_attention"
     ]
 
 

@@ -293,7 +293,9 @@ class RecoveryMixin:
         for phase, by_router in clients.items():
             for router, client in by_router.items():
                 outcome = client.result()
-                seconds = outcome.seconds if struck is None else max(0.0, (client.ended_at or time.monotonic()) - struck)
+                seconds = (
+                    outcome.seconds if struck is None else max(0.0, (client.ended_at or time.monotonic()) - struck)
+                )
                 rows.append(table.Row.of(event, phase, router, [outcome], [seconds]))
                 about = f"{event}, {phase}, through {router}: {outcome}"
                 with self.subTest(event=event, phase=phase, router=router):

@@ -1,6 +1,6 @@
 """Mooncake's engine and NIXL's agent with a tap in between: what they are asked to write goes through a fault.
 
-    install()    in a process, before SGLang imports a backend
+install()    in a process, before SGLang imports a backend
 """
 
 import importlib

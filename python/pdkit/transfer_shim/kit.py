@@ -1,7 +1,7 @@
 """A mixin that asks which check sees which wrong transfer of the real engine, in one launch.
 
-    class TestDisaggregationDSV4FaultsOneGpu(TransferFaultsMixin, MonolithicBesideMixin, ...):
-        pass
+class TestDisaggregationDSV4FaultsOneGpu(TransferFaultsMixin, MonolithicBesideMixin, ...):
+    pass
 """
 
 import contextlib

@@ -60,11 +60,14 @@ class OneGpuPlan(ClaimedPortsMixin):
         + [dsv4.CUDA_GRAPH_MAX_BS, "4"]
     )
     # Three servers share the GPU: prefill, decode and the monolithic one that parity compares with.
-    server_args = """
+    server_args = (
+        """
         --tp-size 1
         --mem-fraction-static 0.3
         --max-running-requests 32 --chunked-prefill-size 512
-    """.split() + nano_args
+    """.split()
+        + nano_args
+    )
 
     server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0", **indexer_schedule.environment()}
 

@@ -40,11 +40,14 @@ class TestDisaggregationDSV4TwoGpus(
 
     prefill_gpus = decode_gpus = range(2)
 
-    plan_args = """
+    plan_args = (
+        """
         --tp-size 2 --dp-size 2 --enable-dp-attention
         --mem-fraction-static 0.25
         --max-running-requests 64 --chunked-prefill-size 1024
-    """.split() + one_gpu.OneGpuPlan.nano_args
+    """.split()
+        + one_gpu.OneGpuPlan.nano_args
+    )
     server_args = plan_args + [
         *("--moe-a2a-backend", "deepep", "--deepep-mode", os.getenv("SGLANG_PD_DEEPEP_MODE") or "auto"),
         *("--deepep-config", '{"normal_dispatch":{"num_sms":96},"normal_combine":{"num_sms":96}}'),

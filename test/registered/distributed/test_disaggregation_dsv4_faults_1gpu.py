@@ -27,7 +27,8 @@ class TestDisaggregationDSV4FaultsOneGpu(
     server_args = [*one_gpu.OneGpuPlan.server_args, *REPEATABLE_TOPK]
     compress_ratios = FIELDS["compress_ratios"][: FIELDS["num_hidden_layers"]]
     parity_options = PlanOptions(
-        longest=one_gpu.INDEXED + 600, extra_lengths=(*range(300, 2000, 100), one_gpu.INDEXED + 60, one_gpu.INDEXED + 600)
+        longest=one_gpu.INDEXED + 600,
+        extra_lengths=(*range(300, 2000, 100), one_gpu.INDEXED + 60, one_gpu.INDEXED + 600),
     )
 
     test_gsm8k = None

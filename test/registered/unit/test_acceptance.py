@@ -113,7 +113,12 @@ class TestFirstDrafts(unittest.TestCase):
         with self.assertRaises(AssertionError) as caught:
             gate.assert_passed()
         self.assertEqual(str(caught.exception), gate.report())
-        for says in ("FAIL, 15 of 64 answers took more steps", "0 fewer", "2.0833 tokens", "3.1e-05, fails at <= 5e-05"):
+        for says in (
+            "FAIL, 15 of 64 answers took more steps",
+            "0 fewer",
+            "2.0833 tokens",
+            "3.1e-05, fails at <= 5e-05",
+        ):
             self.assertIn(says, gate.report())
 
     def test_answers_that_do_not_pair_up(self):

@@ -599,7 +599,11 @@ class TestBadRequests(EngineTestCase):
 
     def test_a_stream_of_generate_that_is_refused_says_so_in_its_only_event(self):
         """SGLang has answered 200 before it looks at the request (`serve_generate_request`)."""
-        for body, pattern in (({"input_ids": [5] * CONTEXT}, "longer than"), ({"text": "1", "rid": []}, "rid"), ({}, "text")):
+        for body, pattern in (
+            ({"input_ids": [5] * CONTEXT}, "longer than"),
+            ({"text": "1", "rid": []}, "rid"),
+            ({}, "text"),
+        ):
             response = mono.post("/generate", body | {"stream": True}, stream=True)
             self.assertEqual(response.status_code, 200)
             (event,) = events(response)

@@ -776,7 +776,10 @@ class TestCommands(CheckCase):
             (["--hw", "cude"], "unknown hardware 'cude'; nearest known: cuda"),
             (["--machine", "/no/such.json"], "/no/such.json: No such file or directory"),
             (["--machine", __file__], "not a recorded machine"),
-            (["--suite", "stage-b-test-1-gpu-large", "--test-root", str(Path(__file__).parent)], "no file is registered"),
+            (
+                ["--suite", "stage-b-test-1-gpu-large", "--test-root", str(Path(__file__).parent)],
+                "no file is registered",
+            ),
         ):
             with self.subTest(words):
                 done = self.run_command(COMMAND, *words)

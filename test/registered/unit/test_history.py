@@ -300,9 +300,7 @@ class TestRuns(HistoryCase):
     def test_a_run_is_recorded_with_what_it_measured(self):
         subprocess.run(["git", "init", "-q", str(self.root)], check=True)
         identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-        subprocess.run(
-            ["git", "-C", str(self.root), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True
-        )
+        subprocess.run(["git", "-C", str(self.root), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
         fail = source_of("def test_it(self): self.fail()")
         done = self.run_suite([MEASURES, fail, source_of()], "--history", str(self.file))
         self.assertEqual(done.returncode, 1, done.stderr)

@@ -208,7 +208,9 @@ class TestMain(unittest.TestCase):
 
     def test_ladder(self):
         self.assertEqual(self.main("--ladder", gpus=[Gpu("NVIDIA H200", 143_771, (9, 0))]), ExitCode.PASSED)
-        self.assertRegex(self.printed, r"8xH200 +8 Hopper GPUs of 141 GB +not here\n(.*\n)*embedded +no GPU +runs here\n")
+        self.assertRegex(
+            self.printed, r"8xH200 +8 Hopper GPUs of 141 GB +not here\n(.*\n)*embedded +no GPU +runs here\n"
+        )
         self.assertIn("this machine has 1 GPU (NVIDIA H200, 140 GiB)", self.printed)
 
 

@@ -68,7 +68,6 @@ class TestDependencies(unittest.TestCase):
         self.assertEqual(set(gpu_requirements()) - set(on_top), set())
         self.assertEqual(set(on_top) & set(pins("requirements.lock")), set())
 
-
     def test_each_transfer_backend_of_a_file_for_gpus_is_among_them(self):
         files = (REPO / "test" / "registered" / "distributed").glob("*gpu*.py")
         named = (re.findall(r'^ +backend = "(\w+)"', file.read_text(), re.MULTILINE) for file in files)

@@ -220,7 +220,9 @@ class TestPrompts(unittest.TestCase):
 
 class TestRouter(unittest.TestCase):
     def test_command(self):
-        command = router_command([("http://p:1", 2)], ["http://d:3", "http://e:4"], "127.0.0.1", 5, "--policy", "random")
+        command = router_command(
+            [("http://p:1", 2)], ["http://d:3", "http://e:4"], "127.0.0.1", 5, "--policy", "random"
+        )
         line = " ".join(command)
         self.assertIn("--pd-disaggregation --prefill http://p:1 2 --decode http://d:3 --decode http://e:4", line)
         self.assertTrue(line.endswith("--host 127.0.0.1 --port 5 --policy random"))
@@ -231,7 +233,6 @@ class TestRouter(unittest.TestCase):
         for server.ready, ready in ((200, True), (503, False)):
             self.assertEqual(is_ready(server.url), ready)
         self.assertFalse(is_ready("http://127.0.0.1:1"))
-
 
     def test_how_many_servers_it_knows(self):
         class Ready(JsonHandler):

@@ -77,7 +77,15 @@ class TestClient(unittest.TestCase):
         self.assertFate(Fate.SERVED, self.outcome_of(STREAM, pieces=pieces))
 
     def test_anything_else_that_looks_like_success_is_wrong(self):
-        for body in (answered("one two four"), answered("one two"), answered(""), {}, [], b"", b"Internal Server Error"):
+        for body in (
+            answered("one two four"),
+            answered("one two"),
+            answered(""),
+            {},
+            [],
+            b"",
+            b"Internal Server Error",
+        ):
             with self.subTest(body=body):
                 self.assertFate(Fate.WRONG, self.outcome_of(WHOLE, whole=(200, body)))
         done = b"data: [DONE]\n\n"
@@ -138,7 +146,9 @@ class TestTable(unittest.TestCase):
         self.assertIsNone(self.row(Fate.SERVED).to_error)
 
     def test_shows_a_line_for_each_event_and_phase(self):
-        through = {name: replace(self.row(Fate.FAILED, Fate.SERVED), router=name) for name in ("mini LB", "Rust router")}
+        through = {
+            name: replace(self.row(Fate.FAILED, Fate.SERVED), router=name) for name in ("mini LB", "Rust router")
+        }
         slow = replace(through["Rust router"], to_error=8.25, to_recovery=3.0)
         shown = table.markdown([through["mini LB"], slow, replace(slow, event="decode frozen", wrong=1)])
         self.assertEqual(

@@ -261,7 +261,9 @@ class TestBroken(unittest.TestCase):
         append("x.jsonl", example | {"seconds": float("nan")}, example | {"seconds": "1"})
         report = read_directory(self.directory)
         self.assertEqual((len(report.files[0].examples), len(report.files[0].tables)), (200, 1))
-        self.assertEqual([note.partition(": ")[2] for note in report.notes], [f"{n} lines cannot be read" for n in (4, 2)])
+        self.assertEqual(
+            [note.partition(": ")[2] for note in report.notes], [f"{n} lines cannot be read" for n in (4, 2)]
+        )
         page(report)
 
     def test_only_results(self):

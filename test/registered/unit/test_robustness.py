@@ -71,11 +71,15 @@ ROWS = (
     # test/run_suite.py: flags
     Row("run_suite.py", "", "--hw and --suite missing"),
     Row("run_suite.py", "--hw cpu", "--suite missing: say what to run"),
-    Row("run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"),
+    Row(
+        "run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"
+    ),
     Row("run_suite.py", f"{CPU} extra", "unexpected argument 'extra'"),
     Row("run_suite.py", "--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
     Row("run_suite.py", "--hw gpu --suite stage-a-test-cpu", "cuda"),
-    Row("run_suite.py", "--hw cpu --suite stage-a-test-gpu", "unknown suite 'stage-a-test-gpu'; nearest known: stage-a"),
+    Row(
+        "run_suite.py", "--hw cpu --suite stage-a-test-gpu", "unknown suite 'stage-a-test-gpu'; nearest known: stage-a"
+    ),
     Row("run_suite.py", "--hw cuda --suite stage-a-test-cpu", "is not for hardware 'cuda' but for: cpu"),
     Row("run_suite.py", f"{CPU} --timeout-per-file soon", "invalid number of seconds value: 'soon'"),
     Row("run_suite.py", f"{CPU} --timeout-per-file nan", "invalid number of seconds value: 'nan'"),
@@ -83,20 +87,30 @@ ROWS = (
     Row("run_suite.py", f"{CPU} --max-attempts 0", "--max-attempts 0: a file is tried at least once"),
     Row("run_suite.py", f"{CPU} --max-attempts -1", "invalid number value: '-1'"),
     Row("run_suite.py", f"{CPU} --auto-partition-id 1", "--auto-partition-id needs --auto-partition-size"),
-    Row("run_suite.py", f"{CPU} --auto-partition-size 2 --auto-partition-id 2", "unknown partition 2; nearest known: 1"),
+    Row(
+        "run_suite.py", f"{CPU} --auto-partition-size 2 --auto-partition-id 2", "unknown partition 2; nearest known: 1"
+    ),
     Row("run_suite.py", f"{CPU} --json", "--json goes with --list"),
     Row("run_suite.py", f"{CPU} --test-root {{absent}}", "--test-root {absent}: no such directory"),
     Row("run_suite.py", f"{CPU} --report-dir {{text}}", "--report-dir {text}: not a directory"),
     Row("run_suite.py", f"{CPU} --history {{absent}}/x", "--history {absent}/x: its directory does not exist"),
     Row("run_suite.py", f"{CPU} --history {{root}}", "--history {root}: is a directory"),
-    Row("run_suite.py", f"{CPU} --history x --no-history", "argument --no-history: not allowed with argument --history"),
+    Row(
+        "run_suite.py", f"{CPU} --history x --no-history", "argument --no-history: not allowed with argument --history"
+    ),
     Row("run_suite.py", CPU, "PDKIT_HISTORY {absent}/x: its directory does", environ={"PDKIT_HISTORY": "{absent}/x"}),
     # files that it reads
     Row("run_suite.py", f"{CPU} --partition-model-file {{absent}}", "--partition-model-file {absent}: No such file"),
     Row("run_suite.py", f"{CPU} --partition-model-file {{root}}", "--partition-model-file {root}: Is a directory"),
     Row("run_suite.py", f"{CPU} --partition-model-file {{binary}}", "--partition-model-file {binary}: not a text file"),
-    Row("run_suite.py", f"{CPU} --partition-model-file {{text}}", "--partition-model-file {text}: expected a JSON object"),
-    Row("run_suite.py", f"{CPU} --partition-model-file {{nan}}", "--partition-model-file {nan}: expected a JSON object"),
+    Row(
+        "run_suite.py",
+        f"{CPU} --partition-model-file {{text}}",
+        "--partition-model-file {text}: expected a JSON object",
+    ),
+    Row(
+        "run_suite.py", f"{CPU} --partition-model-file {{nan}}", "--partition-model-file {nan}: expected a JSON object"
+    ),
     Row("run_suite.py", f"{CPU} --test-root {{unregistered}}", "No CI registry found in {unregistered}/test_x.py"),
     Row("run_suite.py", f"{CPU} --test-root {{no_python}}", "{no_python}/test_x.py:1: not valid Python"),
     Row("run_suite.py", f"{CPU} --test-root {{computed}}", "est_time is a required constant in register_cpu_ci()"),
@@ -105,8 +119,12 @@ ROWS = (
     # scripts/run.sh: flags
     Row("run.sh", "--rungs", "unrecognized arguments: --rungs"),
     Row("run.sh", "--rung 8xH100", "unknown rung '8xH100'; nearest known: "),
-    Row("run.sh", "--rung 8xH200", "rung 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --rung "
-        "embedded", 3),
+    Row(
+        "run.sh",
+        "--rung 8xH200",
+        "rung 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --rung embedded",
+        3,
+    ),
     Row("run.sh", "--rung embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
     Row("run.sh", "--model x", "need --base-url"),
     Row("run.sh", f"{BASE} --rung embedded", "choose one"),
@@ -126,7 +144,9 @@ ROWS = (
     Row("run.sh", "--base-url {half}", "{half}/v1/models: ", 3),
     Row("run.sh", "--base-url {error500}", "{error500}/v1/models: status 500: oh no", 3),
     Row("run.sh", "--base-url {locked}", "{locked}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY", 3),
-    Row("run.sh", "--base-url {locked}", "does not accept the key in SGL", 3, environ={"SGLANG_PD_API_KEY": "sk-wrong"}),
+    Row(
+        "run.sh", "--base-url {locked}", "does not accept the key in SGL", 3, environ={"SGLANG_PD_API_KEY": "sk-wrong"}
+    ),
     Row("run.sh", "--base-url {page}", "{page} is no SGLang server: /v1/models names no model", 3),
     Row("run.sh", "--base-url {listing}", "{listing} is no SGLang server: /v1/models names no model", 3),
     Row("run.sh", "--base-url {openai}", "{openai} serves m, but is no SGLang server", 3),

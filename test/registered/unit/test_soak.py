@@ -71,7 +71,10 @@ class TestSoak(unittest.TestCase):
         self.assertIn("4 runs, 1 failures\n", self.printed)
 
     def test_runs_of_a_test_file(self):
-        for code, content in ((ExitCode.PASSED, "import sys; assert sys.argv[1:] == ['-f']"), (ExitCode.FAILED, "1 / 0")):
+        for code, content in (
+            (ExitCode.PASSED, "import sys; assert sys.argv[1:] == ['-f']"),
+            (ExitCode.FAILED, "1 / 0"),
+        ):
             file = self.out / f"test_{code}.py"
             file.write_text(content)
             self.assertEqual(self.soak("--runs", "2", "--file", str(file), "--out", str(self.out / str(code))), code)

@@ -281,7 +281,11 @@ class TestKit(unittest.TestCase):
 
         self.pair, self.alone = StubServer(self, Handler), StubServer(self, Handler)
         probes = tuple(generate_probe(f"p{i}", (i + 1, i + 2), 4) for i in range(6))
-        plan = {"alone": (Round("alone", probes),), "rooms": (Round("rooms", probes, 3),), "indexed": (Round("i", probes),)}
+        plan = {
+            "alone": (Round("alone", probes),),
+            "rooms": (Round("rooms", probes, 3),),
+            "indexed": (Round("i", probes),),
+        }
         plan = types.SimpleNamespace(**plan)
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
         self.enterContext(mock.patch.object(kit, "quiet_eval", score))
