@@ -1,0 +1,141 @@
+"""Runs a unittest program so that each of its tests becomes an event, as `coverage run FILE` runs one.
+
+python3 -m pdkit.core.recording FILE [ARGS]
+"""
+
+import os
+import runpy
+import sys
+import time
+import unittest
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from pdkit.core.events import emit
+
+PASSED, FAILED, ERROR, SKIPPED = "passed", "failed", "error", "skipped"
+EXPECTED_FAILURE, UNEXPECTED_SUCCESS = "expected failure", "unexpected success"
+
+MESSAGE_LINES = 10
+DETAILS_CHARACTERS = 64 * 1024
+
+_Error = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
+
+
+class RecordingResult(unittest.TextTestResult):
+    """Prints as its base does, and emits a `test` event per test and a `run` event at the end.
+
+    Sub-tests that fail, and classes and modules that fail or are skipped as a whole, are events of their own. A run
+    within a run, as tests of test machinery have, is not recorded.
+    """
+
+    _outermost: "RecordingResult | None" = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._began: dict[str, float] = {}
+        self._failed: set[str] = set()
+        self._handled: BaseException | None = None
+
+    def startTestRun(self) -> None:
+        super().startTestRun()
+        if RecordingResult._outermost is None:
+            RecordingResult._outermost = self
+            self._handled = sys.exc_info()[1]
+
+    def stopTestRun(self) -> None:
+        super().stopTestRun()
+        if RecordingResult._outermost is self:
+            RecordingResult._outermost = None
+            was_left = sys.exc_info()[1] is not self._handled  # by KeyboardInterrupt, say: not all tests ran
+            emit("run", tests=self.testsRun, successful=self.wasSuccessful() and not was_left)
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        self._began[test.id()] = time.monotonic()
+        super().startTest(test)
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self._emit(test, PASSED)
+
+    def addFailure(self, test: unittest.TestCase, err: _Error) -> None:
+        super().addFailure(test, err)
+        self._emit(test, FAILED, _message(err[1]), self.failures[-1][1])
+
+    def addError(self, test: unittest.TestCase, err: _Error) -> None:
+        super().addError(test, err)
+        self._emit(test, ERROR, _message(err[1]), self.errors[-1][1])
+
+    def addSubTest(self, test: unittest.TestCase, subtest: unittest.TestCase, err: _Error | None) -> None:
+        super().addSubTest(test, subtest, err)
+        if err is not None and err[0] is not None:
+            is_failure = issubclass(err[0], test.failureException)
+            details = (self.failures if is_failure else self.errors)[-1][1]
+            self._emit(subtest, FAILED if is_failure else ERROR, _message(err[1]), details, of=test)
+
+    def addSkip(self, test: unittest.TestCase, reason: str) -> None:
+        super().addSkip(test, reason)
+        self._emit(test, SKIPPED, reason)
+
+    def addExpectedFailure(self, test: unittest.TestCase, err: _Error) -> None:
+        super().addExpectedFailure(test, err)
+        self._emit(test, EXPECTED_FAILURE, _message(err[1]), self.expectedFailures[-1][1])
+
+    def addUnexpectedSuccess(self, test: unittest.TestCase) -> None:
+        super().addUnexpectedSuccess(test)
+        self._emit(test, UNEXPECTED_SUCCESS, "it passed, though it is marked as an expected failure")
+
+    def _emit(
+        self,
+        test: unittest.TestCase,
+        state: str,
+        message: str = "",
+        details: str = "",
+        of: unittest.TestCase | None = None,
+    ) -> None:
+        if RecordingResult._outermost is not self:
+            return
+        began = self._began.get((of or test).id())
+        seconds = 0.0 if began is None else round(time.monotonic() - began, 3)
+        details = details if len(details) <= DETAILS_CHARACTERS else f"...\n{details[-DETAILS_CHARACTERS:]}"
+        emit("test", id=test.id(), state=state, seconds=seconds, message=message, details=details)
+
+
+def _message(error: BaseException | None) -> str:
+    """`TypeError: ...`; an assertion without its class: its first lines say what is wrong."""
+    if error is None:
+        return ""
+    try:
+        text = str(error).strip()
+    except Exception as unprintable:
+        text = f"(its text raises {type(unprintable).__name__})"
+    name = "" if isinstance(error, AssertionError) and text else type(error).__name__
+    lines = ": ".join(filter(None, [name, text])).splitlines()
+    return "\n".join(lines[:MESSAGE_LINES] + ["..."] * (len(lines) > MESSAGE_LINES))
+
+
+def install() -> None:
+    """From now on unittest's text runners record, unless they are given a result class of their own."""
+    unittest.TextTestRunner.resultclass = RecordingResult
+
+
+def run_file(path: str, argv: Sequence[str] = ()) -> None:
+    """Runs the program at `path` as `python3 PATH ARGV` would; whatever it raises, SystemExit too, is raised."""
+    sys.argv = [path, *argv]
+    sys.path[0] = os.path.dirname(os.path.realpath(path))
+    runpy.run_path(path, run_name="__main__")
+
+
+def main(argv: Sequence[str]) -> None:
+    """`FILE [ARGS]`: records what FILE runs."""
+    if not argv:
+        sys.exit("usage: python3 -m pdkit.core.recording FILE [ARGS]")
+    install()
+    run_file(argv[0], argv[1:])
+
+
+if __name__ == "__main__":
+    from pdkit.core import recording  # not this copy of it, which is called __main__
+
+    recording.main(sys.argv[1:])
