@@ -41,7 +41,7 @@ SERVER_ENV = {
 
 
 @unittest.skipUnless(
-    is_in_ci() or get_device_count() >= 8, "needs 8 H200 GPUs; what this machine can run: scripts/run.sh"
+    is_in_ci() or get_device_count() >= 8, "needs 8 H200 GPUs; on this machine the same test runs as: scripts/run.sh"
 )
 class TestDisaggregationDSV4(PDDisaggregationServerBase):
     @classmethod

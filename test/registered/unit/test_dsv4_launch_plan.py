@@ -21,9 +21,14 @@ from unittest import mock
 
 import psutil
 import requests
-from pdkit import indexer_schedule, ports, process_tree, rung
+from pdkit import ports, process_tree, rung
+from pdkit.deployment import ports as deployment_ports
+from pdkit.deployment import quirks
+from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
+from pdkit.deployment.multi_gpu import EightGpuServers
+from pdkit.deployment.one_gpu import OneGpuServers
 from pdkit.integrity_kit import kv_checksum_args
-from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
 from pdkit.parity_plan import Round, completion_probe, generate_probe
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
@@ -43,13 +48,15 @@ def parse(args):
     """The namespace that the installed SGLang makes of `args`; its parser must know each flag by its full name."""
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    abbreviated = {arg for arg in args if arg.startswith("--")} - set(parser._option_string_actions)
+    abbreviated = {arg for arg in quirks.as_installed(args) if arg.startswith("--")} - set(
+        parser._option_string_actions
+    )
     assert abbreviated <= {"--tp", "--dp"}, abbreviated  # these two as SGLang's own tests abbreviate them
-    return parser.parse_args(["--model-path", "x", *args])
+    return parser.parse_args(["--model-path", "x", *quirks.as_installed(args)])
 
 
 class TestLaunchPlan(unittest.TestCase):
-    plan = dsv4.TestDisaggregationDSV4
+    plan = EightGpuServers
 
     def setUp(self):
         environ = {"SGLANG_IS_IN_CI": "false"}
@@ -90,8 +97,8 @@ class TestLaunchPlan(unittest.TestCase):
         )
 
     def test_environment_on_one_gpu(self):
-        safe = indexer_schedule.environment()
-        self.assertEqual(one_gpu.OneGpuPlan.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0", **safe})
+        safe = quirks.indexer_environment()
+        self.assertEqual(OneGpuServers.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0", **safe})
 
     def test_model(self):
         self.assertEqual(self.plan.model, "sgl-project/DeepSeek-V4-Flash-FP8")
@@ -148,76 +155,58 @@ class TestLaunchPlan(unittest.TestCase):
 
     def test_rungs_are_those_of_the_ladder(self):
         by_name = {r.name: r for r in rung.LADDER}
-        for plan in (self.plan, one_gpu.TestDisaggregationDSV4OneGpu, embedded.TestDisaggregationDSV4Embedded):
-            listed = by_name[plan.rung]
+        for plan in (self.plan, OneGpuServers, EmbeddedServers):
+            listed = by_name[plan.target]
             self.assertEqual(listed.gpus, len({*plan.prefill_gpus, *plan.decode_gpus}))
-            self.assertEqual(listed.test_file.name, Path(sys.modules[plan.__module__].__file__).name)
         self.assertEqual(by_name["8xH200"].memory_mib, 1000 * self.plan.gpu_memory_gb)
 
 
 class TestMachine(unittest.TestCase):
-    """`nvidia-smi` of other machines stands first on PATH: a script that prints their GPUs."""
+    """What a plan says of machines with other GPUs, as NVML would name them."""
 
-    H200 = "NVIDIA H200, 143771, 9.0"
+    H200 = rung.Gpu("NVIDIA H200", 143771, (9, 0))
+    H100 = rung.Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0))
 
     def setUp(self):
-        self.bin = self.enterContext(tempfile.TemporaryDirectory())
-        environ = {"PATH": f"{self.bin}:{os.environ['PATH']}", "SGLANG_IS_IN_CI": "false"}
-        self.enterContext(mock.patch.dict(os.environ, environ))
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false"))
+        self.machine()
 
     def machine(self, *gpus):
-        rows = "\n".join(gpus)
-        self.nvidia_smi(f'[ "$3" = --id ] && n=$(echo "$4" | tr , "\n" | wc -l)\nhead -n ${{n:-99}} <<E\n{rows}\nE')
+        self.enterContext(mock.patch.object(rung, "visible_gpus", lambda: gpus))
 
-    def nvidia_smi(self, script):
-        path = Path(self.bin, "nvidia-smi")
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-
-    def require(self, plan=dsv4.TestDisaggregationDSV4):
+    def require(self, plan=EightGpuServers):
         """What the check raised, and what it printed."""
         stdout = io.StringIO()
         with contextlib.redirect_stdout(stdout), self.assertRaises(Exception) as caught:
-            dsv4.require_gpus(plan)
+            plan.require_gpus()
         return caught.exception, stdout.getvalue()
 
     def test_eight_h200(self):
         self.machine(*[self.H200] * 8)
-        dsv4.require_gpus(dsv4.TestDisaggregationDSV4)
+        EightGpuServers.require_gpus()
 
     def test_says_in_one_line_what_is_missing_and_skips(self):
-        self.machine(*["NVIDIA H100 80GB HBM3, 81559, 9.0"] * 8)
+        self.machine(*[self.H100] * 8)
         skip, printed = self.require()
         self.assertIsInstance(skip, unittest.SkipTest)
         self.assertEqual(printed.count("\n"), 1)
-        self.assertRegex(printed, r"needs 8 Hopper GPUs of 141 GB .*, found 8 NVIDIA H100 80GB HBM3; .*scripts/run.sh")
+        self.assertRegex(printed, r"needs 8 Hopper GPUs of 141 GB .*, found 8 GPUs \(NVIDIA H100.*scripts/run.sh")
 
     def test_unsuitable(self):
-        for gpus in ([], [self.H200] * 7, ["NVIDIA B200, 183359, 10.0"] * 8):
+        for gpus in ([], [self.H200] * 7, [rung.Gpu("NVIDIA B200", 183359, (10, 0))] * 8):
             with self.subTest(gpus=gpus):
                 self.machine(*gpus)
                 self.assertIsInstance(self.require()[0], unittest.SkipTest)
 
-    def test_hidden_gpus_do_not_count(self):
-        self.machine(*[self.H200] * 8)
-        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="0,1,2,3"):
-            self.assertRegex(str(self.require()[0]), "found 4 NVIDIA H200")
-
-    def test_no_driver(self):
-        self.nvidia_smi("echo driver not loaded; exit 9")
-        self.assertRegex(str(self.require()[0]), "found no NVIDIA GPU")
-
     def test_one_gpu(self):
-        self.machine()
-        skip, printed = self.require(one_gpu.TestDisaggregationDSV4OneGpu)
+        skip, printed = self.require(OneGpuServers)
         self.assertIsInstance(skip, unittest.SkipTest)
-        self.assertRegex(printed, r"^\w+OneGpu needs 1 Hopper GPUs of 80 GB .*, found no NVIDIA GPU;")
+        self.assertRegex(printed, r"^OneGpuServers needs 1 Hopper GPUs of 80 GB .*, found no GPU;")
         self.assertEqual(printed.count("\n"), 1)
         with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
-            self.assertIsInstance(self.require(one_gpu.TestDisaggregationDSV4OneGpu)[0], AssertionError)
-        self.machine("NVIDIA H100 80GB HBM3, 81559, 9.0")
-        dsv4.require_gpus(one_gpu.TestDisaggregationDSV4OneGpu)
+            self.assertIsInstance(self.require(OneGpuServers)[0], AssertionError)
+        self.machine(self.H100)
+        OneGpuServers.require_gpus()
 
     def test_ci_does_not_skip(self):
         self.machine(self.H200)
@@ -316,12 +305,16 @@ def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixi
         @classmethod
         def launch_server(cls, name, url, args):
             fate = {"prefill": prefill, "decode": decode, "monolithic": Fate()}[name]
-            cls.log_dir = log_dir
-            return dsv4.Server(name, fate.command(url.rsplit(":")[-1]), None, f"{log_dir}/{name}.log")
+            cls._names[url] = name
+            return cls.launch(name, fate.command(url.rsplit(":")[-1]))
 
         @classmethod
         def start_lb(cls, command):
-            return dsv4.Server("load balancer", lb.command(cls.lb_port), None, f"{log_dir}/load balancer.log")
+            return super().start_lb(lb.command(cls.lb_port))
+
+        @classmethod
+        def log_path(cls, name, kind="log"):
+            return f"{log_dir}/{name}.{kind}"
 
         def check_counters(self):
             pass
@@ -336,8 +329,6 @@ class TestSupervision(unittest.TestCase):
     def setUp(self):
         self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
         self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false", SGLANG_TEST_MAX_RETRY="0"))
-        no_sleep = SimpleNamespace(sleep=lambda seconds: None)  # the fixture ends with 5 s of it
-        self.enterContext(mock.patch.object(disaggregation_fixture, "time", no_sleep))
 
     def run_pair(self, **pair):
         before = set(psutil.Process().children(recursive=True))
@@ -413,10 +404,10 @@ class TestSupervision(unittest.TestCase):
         self.assertEqual(asked, [(still_there, 200)])
 
     def test_a_monolithic_server_is_asked_before_the_pair_is_launched(self):
-        self.check_monolithic(MonolithicFirstMixin, still_there=False)
+        self.check_monolithic(MonolithicFirst, still_there=False)
 
     def test_a_monolithic_server_is_asked_beside_the_pair(self):
-        self.check_monolithic(MonolithicBesideMixin, still_there=True)
+        self.check_monolithic(MonolithicBeside, still_there=True)
 
     def test_a_monolithic_server_dies_while_it_is_asked(self):
         balancer_is_up = threading.Event()
@@ -435,7 +426,7 @@ class TestSupervision(unittest.TestCase):
                 cls.process_monolithic.wait()
                 requests.get(cls.monolithic_url)
 
-        for mixin in (MonolithicFirstMixin, MonolithicBesideMixin):
+        for mixin in (MonolithicFirst, MonolithicBeside):
             (message,) = self.run_pair(mixins=(mixin, DiesWhenAsked))
             self.assertIn("monolithic exited with code -9 (Killed); last lines of", message)
 
@@ -454,7 +445,6 @@ class TestSupervision(unittest.TestCase):
         questions = Path(self.log_dir, "questions.jsonl")
         rows = [{"question": "1+1?", "answer": f"#### {answer}"} for answer in [2] * 5 + [*answers]]
         questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.enterContext(mock.patch.object(dsv4, "require_inputs"))
         self.enterContext(mock.patch.object(embedded.TestDisaggregationDSV4Embedded, "gsm8k_data_path", str(questions)))
 
     def test_transcript_of_the_eval(self):
@@ -463,7 +453,7 @@ class TestSupervision(unittest.TestCase):
         (message,) = self.run_pair(lb=Fate(answers=4))
         self.assertIn("0.6666666666666666) not greater than 0.95", message)
         self.assertIn("gate failed", self.phases())
-        lines = Path(self.log_dir, "Pair.gsm8k.jsonl").read_text().splitlines()
+        lines = Path(self.log_dir, "gsm8k.jsonl").read_text().splitlines()
         examples = sorted(map(json.loads, lines), key=lambda line: line["example"])
         told = [(e["score"], e["correct_answer"], e["extracted_answer"], e["completion_tokens"]) for e in examples]
         self.assertEqual(told, [(1, "2", "2", 3), (1, "2", "2", 3), (0, "3", "2", 3)])
@@ -554,7 +544,7 @@ class TestVerdict(unittest.TestCase):
 
     def setUp(self):
         log_dir = self.enterContext(tempfile.TemporaryDirectory())
-        self.enterContext(mock.patch.object(dsv4.TestDisaggregationDSV4, "log_dir", log_dir, create=True))
+        self.enterContext(mock.patch.object(EmbeddedServers, "log_dir", log_dir))
 
     def verdict(self, score=1.0, prefill=None, decode=None):
         infos = {
@@ -613,28 +603,28 @@ class TestBeforeLaunch(unittest.TestCase):
         self.addCleanup(block.release)
         first, second, third, *_ = block.ports
         plan = SimpleNamespace(lb_port=str(first), prefill_port=str(second), decode_port=str(third))
-        dsv4.require_free_ports(plan)
+        deployment_ports.require_free(plan)
         with socket.create_server(("127.0.0.1", second)):
             with self.assertRaisesRegex(AssertionError, rf"^in use: port {second} \(prefill_port\); "):
-                dsv4.require_free_ports(plan)
+                deployment_ports.require_free(plan)
 
     def test_two_runs_with_the_same_ports(self):
         block = ports.claim()
         self.addCleanup(block.release)
         plan, elsewhere = (SimpleNamespace(lb_port=str(port)) for port in block.ports[:2])
-        with dsv4.lock_ports(plan) as lock, dsv4.lock_ports(elsewhere):
+        with deployment_ports.lock(plan) as lock, deployment_ports.lock(elsewhere):
             address = lock.getsockname().decode()
             with self.assertRaisesRegex(AssertionError, f"^another run .* has the ports from {plan.lb_port} on"):
-                dsv4.lock_ports(plan)
+                deployment_ports.lock(plan)
         bind = f"import socket, time; s = socket.socket(socket.AF_UNIX); s.bind({address!r}); print(); time.sleep(300)"
         other = self.enterContext(subprocess.Popen([sys.executable, "-c", bind], stdout=subprocess.PIPE))
         self.addCleanup(other.kill)
         other.stdout.readline()
         with self.assertRaisesRegex(AssertionError, "^another run"):
-            dsv4.lock_ports(plan)
+            deployment_ports.lock(plan)
         other.kill()
         other.wait()
-        dsv4.lock_ports(plan).close()
+        deployment_ports.lock(plan).close()
 
     def test_two_runs_of_the_embedded_rung_do_not_meet(self):
         class Other(embedded.TestDisaggregationDSV4Embedded):
@@ -646,26 +636,10 @@ class TestBeforeLaunch(unittest.TestCase):
             with mock.patch.dict(os.environ), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 plan.configure()
-            self.addCleanup(dsv4.lock_ports(plan).close)
-            dsv4.require_free_ports(plan)
+            self.addCleanup(deployment_ports.lock(plan).close)
+            deployment_ports.require_free(plan)
             claimed += [getattr(plan, name) for name in dir(plan) if name.endswith("_port")]
         self.assertEqual(len({*claimed}), 2 * 6, claimed)
-
-    def test_questions(self):
-        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as questions:
-            for path, problem in (("/nowhere.jsonl", "no such file"), (questions.name, "204, but")):
-                questions.truncate(0)
-                questions.write("{}\n" * 204)
-                questions.flush()
-                with self.assertRaisesRegex(AssertionError, f"^GSM8K questions {path}: {problem}"):
-                    dsv4.require_inputs(SimpleNamespace(model_name="org/model", gsm8k_data_path=path))
-            questions.write("{}\n")
-            questions.flush()
-            dsv4.require_inputs(SimpleNamespace(model_name="org/model", gsm8k_data_path=questions.name))
-
-    def test_model_directory(self):
-        with self.assertRaisesRegex(AssertionError, "^model /nowhere/model: no such directory"):
-            dsv4.require_inputs(SimpleNamespace(model_name="/nowhere/model", gsm8k_data_path=None))
 
 
 if __name__ == "__main__":
