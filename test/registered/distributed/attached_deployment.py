@@ -6,14 +6,11 @@ Not registered: it needs a deployment. See `pdkit.attached` for what the environ
 import unittest
 
 import test_disaggregation_dsv4 as dsv4
-from pdkit.accounting_kit import RequestAccountingMixin
-from pdkit.attached_kit import ApiMixin, AttachedMixin
-from pdkit.parity_kit import ParityMixin
+from deployment_bridge import PDServers
+from pdkit.checks.external import ExternalChecks, ExternalServers
 
 
-class TestDisaggregationDSV4Attached(
-    AttachedMixin, ApiMixin, RequestAccountingMixin, ParityMixin, dsv4.TestDisaggregationDSV4
-):
+class TestDisaggregationDSV4Attached(ExternalChecks, ExternalServers, PDServers):
     model_name = "whatever is served"
 
     @classmethod

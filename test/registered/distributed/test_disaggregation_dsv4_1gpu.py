@@ -11,19 +11,17 @@ from pathlib import Path
 
 import pdkit
 import test_disaggregation_dsv4 as dsv4
+from deployment_bridge import MonolithicBeside, PDServers
 from pdkit import indexer_schedule
-from pdkit.accounting_kit import RequestAccountingMixin
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from pdkit.checks.gpu_pair import GpuPairChecks
+from pdkit.checks.integrity import IntegrityChecks
+from pdkit.checks.parity.plan import PlanOptions
+from pdkit.checks.reference.checks import ReferenceChecks
+from pdkit.checks.timings import TimingChecks
 from pdkit.claimed_ports import ClaimedPortsMixin
-from pdkit.faults.beside_kit import BalancerFaultsMixin
-from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
-from pdkit.integrity_kit import TransferIntegrityMixin
+from pdkit.faults.beside_kit import BalancerFaultChecks
 from pdkit.kernel_nano import cache
-from pdkit.kernel_nano.truth_kit import ReferenceMixin
-from pdkit.monolithic_kit import MonolithicBesideMixin
-from pdkit.numbers_kit import PairNumbersMixin
-from pdkit.parity_kit import ParityMixin
-from pdkit.parity_plan import PlanOptions
-from pdkit.placement_kit import PlacementMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")
@@ -32,8 +30,8 @@ PAGE = 256  # of the prefix cache, SGLang's for DeepSeek-V4
 INDEXED = 2048  # tokens from which on there are more compressed entries than the indexer selects: 512 of 4 tokens each
 
 
-class OneGpuPlan(ClaimedPortsMixin):
-    """What is launched; put it before `dsv4.TestDisaggregationDSV4`."""
+class OneGpuServers(ClaimedPortsMixin, PDServers):
+    """What is launched."""
 
     rung = "1xHopper"
     backend = "mooncake_tcp"
@@ -92,20 +90,11 @@ class OneGpuPlan(ClaimedPortsMixin):
             )
 
 
-class TestDisaggregationDSV4OneGpu(
-    RequestAccountingMixin,
-    TransferIntegrityMixin,
-    AcceptanceLengthMixin,
-    FirstDraftsMixin,
-    ReferenceMixin,
-    PairNumbersMixin,
-    BalancerFaultsMixin,
-    PlacementMixin,
-    ParityMixin,
-    MonolithicBesideMixin,
-    OneGpuPlan,
-    dsv4.TestDisaggregationDSV4,
-):
+class OneGpuChecks(GpuPairChecks, IntegrityChecks, ReferenceChecks, TimingChecks, BalancerFaultChecks):
+    """What there is room for where a monolithic server stays up."""
+
+
+class TestDisaggregationDSV4OneGpu(OneGpuChecks, GSM8KChecks, MonolithicBeside, OneGpuServers):
     parity_options = PlanOptions(longest=INDEXED + 600, extra_lengths=(700, 1000, INDEXED + 60, INDEXED + 600))
     acceptance_length_prompts = 32
 
@@ -116,10 +105,10 @@ class TestDisaggregationDSV4OneGpu(
         except Exception as error:  # what fails here fails again, with its own message, in the test that needs it
             print(f"monolithic answers: {error}", flush=True)
 
-    def _check_cached(self, round_, arm):
+    def check_cached(self, round_, arm):
         # With EAGLE the prefix cache is keyed by pairs of tokens: of a prompt of one page and a token it keeps nothing.
         long = frozenset(probe.name for probe in round_.probes if (probe.prompt_length or 0) > 2 * PAGE)
-        super()._check_cached(replace(round_, cached=round_.cached & long), arm)
+        super().check_cached(replace(round_, cached=round_.cached & long), arm)
 
     def test_gsm8k(self):
         self.require_training()

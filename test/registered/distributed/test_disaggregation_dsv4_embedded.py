@@ -6,6 +6,8 @@ from pathlib import Path
 import pdkit
 import requests
 import test_disaggregation_dsv4 as dsv4
+from deployment_bridge import PDServers
+from pdkit.checks.accuracy.checks import GSM8KChecks
 from pdkit.claimed_ports import ClaimedPortsMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
@@ -14,7 +16,7 @@ register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
 ASSETS = Path(pdkit.__file__).parent / "assets"
 
 
-class TestDisaggregationDSV4Embedded(ClaimedPortsMixin, dsv4.TestDisaggregationDSV4):
+class EmbeddedServers(ClaimedPortsMixin, PDServers):
     rung = "embedded"
     engine = "pdkit.engine"
     server_module = "pdkit.engine"
@@ -33,6 +35,8 @@ class TestDisaggregationDSV4Embedded(ClaimedPortsMixin, dsv4.TestDisaggregationD
     def decode_args(cls):
         return ["--disaggregation-mode", "decode", "--disaggregation-bootstrap-port", cls.bootstrap_port]
 
+
+class TestDisaggregationDSV4Embedded(GSM8KChecks, EmbeddedServers):
     def test_gsm8k(self):
         super().test_gsm8k()
         with dsv4.phase("hand-over counters"):

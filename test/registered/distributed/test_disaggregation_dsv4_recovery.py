@@ -6,25 +6,24 @@ The model is a random DeepSeek-V4: an answer from a wrong state is a wrong answe
 import unittest
 
 import test_disaggregation_dsv4_embedded as embedded
-from pdkit.fleet_kit import FleetMixin
-from pdkit.recovery.kit import HeldHandoversMixin, RecoveryMixin
-from pdkit.recovery.messages import BootstrapMessagesMixin
+from deployment_bridge import Fleet
+from pdkit.checks.recovery.bootstrap_messages import DuplicateMessageChecks
+from pdkit.checks.recovery.holding import HeldHandovers
+from pdkit.checks.recovery.scenarios import RecoveryChecks
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=280, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Recovery(
-    RecoveryMixin,
-    BootstrapMessagesMixin,
-    HeldHandoversMixin,
-    FleetMixin,
-    embedded.TestDisaggregationDSV4Embedded,
+    RecoveryChecks,
+    DuplicateMessageChecks,
+    HeldHandovers,
+    Fleet,
+    embedded.EmbeddedServers,
 ):
     model_name = str(embedded.ASSETS / "random-dsv4")
     random_weights = ["--load-format", "dummy", "--random-seed", "1"]
-
-    test_gsm8k = None  # random weights solve nothing
 
     @classmethod
     def prefill_args(cls):

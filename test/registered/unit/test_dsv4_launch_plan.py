@@ -22,9 +22,9 @@ from unittest import mock
 import psutil
 import requests
 from pdkit import indexer_schedule, ports, process_tree, rung
-from pdkit.integrity_kit import kv_checksum_args
+from pdkit.checks.integrity import kv_checksum_args
+from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
 from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
-from pdkit.parity_plan import Round, completion_probe, generate_probe
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
 from sglang.test.server_fixtures import disaggregation_fixture

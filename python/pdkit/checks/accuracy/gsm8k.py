@@ -1,5 +1,7 @@
-"""Feeding SGLang's `run_eval` the next slice of GSM8K until the accuracy gate is decided."""
+"""GSM8K by SGLang's `run_eval`: what it gets, and slice after slice until the accuracy gate is decided."""
 
+import contextlib
+import io
 import json
 import math
 import tempfile
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from pdkit.gate import AccuracyGate, GateOptions, PairedGate, ScoredSlice
+from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, PairedGate, ScoredSlice
 
 # Where the releases keep their GSM8K scorer, newest first: in 0.5.12 and 0.5.13 there is only the second.
 _SCORERS = ("sglang.test.simple_eval_mixed_prefix_gsm8k", "sglang.test.simple_eval_gsm8k")
@@ -99,6 +101,38 @@ def few_shot_prompts(path: str | Path | None, count: int, num_shots: int = 5) ->
     shots, rows = ([json.loads(line) for line in lines] for lines in (data.shots, data.rows[:count]))
     prefix = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
     return [f"{prefix}Question: {row['question']}\nAnswer:" for row in rows]
+
+
+def gsm8k_args(
+    base_url: str, model: str, data_path: str | None, examples: int | None = None, **more: Any
+) -> SimpleNamespace:
+    """What `run_eval` gets for GSM8K, as test_disaggregation_dsv4.py states it, too.
+
+    data_path  a .jsonl file; None for the one that SGLang downloads
+    examples   how many are scored; left out where a gate sets them slice by slice
+    """
+    count = {} if examples is None else {"num_examples": examples}
+    return SimpleNamespace(
+        base_url=base_url, model=model, eval_name="gsm8k", api="completion", max_tokens=512, num_threads=128,
+        gsm8k_data_path=data_path, **count, **more,
+    )  # fmt: skip
+
+
+def evaluate(args: SimpleNamespace) -> dict[str, Any]:
+    """Metrics of an eval whose score is the result of a test."""
+    from sglang.test.run_eval import run_eval
+
+    return run_eval(args)
+
+
+def quiet_eval(base_url: str, model: str, data_path: str | None, examples: int) -> dict[str, Any]:
+    """The same for an eval whose score is only a means; what it prints is kept back, since a report reads it as the
+    main job's.
+    """
+    from sglang.test.run_eval import run_eval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run_eval(gsm8k_args(base_url, model, data_path, examples))
 
 
 def recover_correct(score: Any, examples: int) -> int:

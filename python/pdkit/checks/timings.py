@@ -1,37 +1,26 @@
-"""A mixin that prints what the hand-over costs beside a monolithic server in the same run; it asserts no time.
+"""What the hand-over costs beside a monolithic server in the same run; printed, no time is asserted.
 
-class TestDisaggregationDSV4OneGpu(PairNumbersMixin, MonolithicBesideMixin, ...):
+class TestDisaggregationDSV4OneGpu(TimingChecks, MonolithicBeside, PDServers):
     pass
 """
 
-import contextlib
-import io
 import random
 import statistics
 import time
-from types import SimpleNamespace
 
-import requests
-
-
-def quiet_eval(base_url, model, gsm8k_data_path, examples):
-    """run_eval's metrics; what it prints is kept back, since a report reads it as the main job's."""
-    from sglang.test.run_eval import run_eval
-
-    args = SimpleNamespace(
-        base_url=base_url, model=model, eval_name="gsm8k", api="completion", max_tokens=512,
-        num_examples=examples, num_threads=128, gsm8k_data_path=gsm8k_data_path,
-    )  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):
-        return run_eval(args)
+from pdkit.checks.accuracy.gsm8k import quiet_eval
+from pdkit.checks.base import Checks
+from pdkit.checks.http import generate, greedy
 
 
-class PairNumbersMixin:
-    """Needs `lb_url`, `monolithic_url`, `model` and `gsm8k_data_path`.
+class TimingChecks(Checks):
+    """Throughput, and the time to a first token.
 
     handover_lengths     prompt lengths in tokens; handover_repeats: prompts of each
     throughput_examples  how many GSM8K examples each server is asked
     """
+
+    needs = ("lb_url", "monolithic_url", "model", "gsm8k_data_path")
 
     handover_lengths = (128, 512, 1024, 2048, 4096)
     handover_repeats = 5
@@ -62,10 +51,9 @@ class PairNumbersMixin:
 
     def one_token(self, url, ids):
         """Seconds to an answer of one token."""
-        body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}}
+        body = {"input_ids": ids, "sampling_params": greedy(1)}
         begin = time.perf_counter()
-        answer = requests.post(f"{url}/generate", json=body, timeout=300)
+        answer = generate(url, body, timeout=300)
         seconds = time.perf_counter() - begin
-        self.assertEqual(answer.status_code, 200, answer.text[:300])
-        self.assertEqual(answer.json()["meta_info"]["completion_tokens"], 1)
+        self.assertEqual(answer["meta_info"]["completion_tokens"], 1)
         return seconds

@@ -12,7 +12,7 @@ import httpx
 import openai
 import requests
 
-ERROR_LIMIT = 300
+from pdkit.checks.http import ERROR_LIMIT, greedy, post
 
 
 class Fate(Enum):
@@ -41,8 +41,7 @@ class Ask:
 
     def generate_body(self):
         prompt = {"text": self.prompt} if isinstance(self.prompt, str) else {"input_ids": list(self.prompt)}
-        params = {"temperature": 0, "max_new_tokens": self.new_tokens, "ignore_eos": True}
-        return prompt | {"sampling_params": params} | dict(self.more)
+        return prompt | {"sampling_params": greedy(self.new_tokens)} | dict(self.more)
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Client(threading.Thread):
 
     def _generate(self):
         try:
-            answer = requests.post(f"{self.url}/generate", json=self.ask.generate_body(), timeout=self.timeout)
+            answer = post(self.url, "/generate", self.ask.generate_body(), self.timeout)
         except requests.Timeout as error:
             return Fate.HUNG, "", f"no answer within {self.timeout:g} s: {error}", None
         except requests.RequestException as error:

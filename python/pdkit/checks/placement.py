@@ -1,6 +1,6 @@
-"""A mixin that asks the driver on which GPUs prefill and decode are, and holds that against the plan.
+"""On which GPUs prefill and decode are, by the driver, against the plan.
 
-class TestDisaggregationDSV4TwoGpus(PlacementMixin, TestDisaggregationDSV4):
+class TestDisaggregationDSV4TwoGpus(PlacementChecks, PDServers):
     pass
 """
 
@@ -9,7 +9,8 @@ import os
 import psutil
 
 from pdkit import process_tree
-from pdkit.accounting_kit import unaccounted
+from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.base import Checks
 from pdkit.environment_check import nvml
 
 
@@ -19,8 +20,10 @@ def used_gpus(pid, gpus):
     return [index for index, gpu in enumerate(gpus) if tree & {process.pid for process in gpu.processes}]
 
 
-class PlacementMixin:
-    """Needs `process_prefill`, `process_decode`, and the GPUs that each is planned on."""
+class PlacementChecks(Checks):
+    """The servers use the GPUs that they are planned on, and no others."""
+
+    needs = ("process_prefill", "process_decode", "prefill_gpus", "decode_gpus")
 
     @unaccounted
     def test_servers_are_on_the_gpus_of_the_plan(self):
@@ -29,7 +32,7 @@ class PlacementMixin:
         planned = {"prefill": list(self.prefill_gpus), "decode": list(self.decode_gpus)}
         processes = {"prefill": self.process_prefill, "decode": self.process_decode}
         found = {name: used_gpus(process.pid, gpus) for name, process in processes.items()}
-        print(f"GPUs in use, as the driver tells: {found}", flush=True)
+        print(f"GPUs in use, as the driver reports them: {found}", flush=True)
         if not any(found.values()):
             problem = observed.get("gpu_problem") or "in a container it may know them by other numbers"
             self.skipTest(f"the driver names no process of ours: {problem}")

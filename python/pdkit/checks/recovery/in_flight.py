@@ -1,11 +1,4 @@
-"""A mixin that ends or freezes each part of a deployment and watches its clients, its other parts, and its return.
-
-    class TestDisaggregationDSV4Recovery(RecoveryMixin, FleetMixin, TestDisaggregationDSV4Embedded):
-        test_gsm8k = None
-
-An event strikes while requests are in flight in each phase, through each router, or while nothing is. Every client
-must hear an error or the right answer within a bound, requests that the survivors can serve must be served, and after
-the restart on the same port, or the thaw, service must resume with nobody else restarted.
+"""Requests in flight in each phase, through each router, and what became of them.
 
 What bounds a client of a part that is gone: its connection breaks, at once. Of a part that is frozen: the router's
 --request-timeout-secs (1800 unless set; it counts from the request to the end of the answer), and if the router itself
@@ -14,48 +7,50 @@ SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT on prefill, SGLANG_DISAGGREGATION_WAITIN
 """
 
 import os
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import requests
-
-from pdkit.recovery import held, table
-from pdkit.recovery.clients import Ask, Client, Fate, judge_answer, token_ids
+from pdkit.checks.base import Checks
+from pdkit.checks.http import post
+from pdkit.checks.recovery import table
+from pdkit.checks.recovery.clients import Ask, Client, Fate, judge_answer, token_ids
+from pdkit.checks.server_info import read_server_info
+from pdkit.engine import test_backends
 from pdkit.report.record import record_table
 
-BEFORE, DURING, STREAMING, IDLE, GONE, FROZEN = (
-    "before the hand-over", "during it", "streaming", "idle", "sent while it is gone", "sent while it is frozen",
-)  # fmt: skip
-IN_FLIGHT = (BEFORE, DURING, STREAMING)
+BEFORE, DURING, STREAMING, IDLE = "before the hand-over", "during it", "streaming", "idle"
 POLL_S, RETURN_POLL_S = 0.02, 0.3
 REACH_S = 0.1
 BLINK_S = 0.5
 ATTEMPTS = 3
-HELD_TRANSFER = ["--disaggregation-transfer-backend", "pdkit.recovery.held:HeldTransfer"]
 
 
-class RecoveryMixin:
-    """Put it before FleetMixin.
+class RequestsInFlight(Checks):
+    """What recovery checks share; by itself it has no test.
 
-    impatience  seconds that a client waits whose router is frozen
-    bitwise     an answer is the same to the bit whoever else is served; else streams are judged by how they end
+    bitwise  an answer is the same to the bit whoever else is served; else streams are judged by how they end
+    valve    how requests are kept in a phase until the event strikes; None where the engine offers no way
+
+    Seconds are those of the fleet: see `router_timeout` and the others there.
     """
 
-    impatience = 3
-    bitwise = True
-    recovery_rows = None
+    needs = (
+        "prefill_url", "decode_url", "base_host", "bootstrap_port", "rung", "engine", "log_dir", "configure",
+        "fleet", "routers", "process", "start_again",
+        "router_timeout", "slack", "settling", "returning", "bootstrap_timeout", "waiting_timeout",
+    )  # fmt: skip
 
-    # How requests are kept in a phase until the event strikes; None where the engine offers no way.
+    bitwise = True
+    recovery_rows = right_asks = None
     valve = None
 
     @classmethod
     def asks(cls):
         """What is in flight in each phase."""
         return {
-            BEFORE: Ask(token_ids(held.HELD_BEFORE), 4),
-            DURING: Ask(token_ids(held.HELD_DURING), 4),
+            BEFORE: Ask(token_ids(test_backends.HELD_BEFORE), 4),
+            DURING: Ask(token_ids(test_backends.HELD_DURING), 4),
             STREAMING: Ask("one two three", 80, stream=True),
             IDLE: Ask(token_ids(70), 8),
         }
@@ -106,136 +101,6 @@ class RecoveryMixin:
                 record_table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
         super().tearDownClass()
 
-    # The events
-
-    def test_decode_is_killed(self):
-        self.kill(["decode"], served=())
-
-    def test_prefill_is_killed(self):
-        self.kill(["prefill"], served=(STREAMING,))
-
-    def test_routers_are_killed(self):
-        self.kill(["load balancer", "router"], served=())
-
-    def test_decode_is_killed_while_idle(self):
-        self.kill_idle(["decode"])
-
-    def test_prefill_is_killed_while_idle(self):
-        self.kill_idle(["prefill"])
-
-    def test_routers_are_killed_while_idle(self):
-        self.kill_idle(["load balancer", "router"])
-
-    def test_decode_freezes(self):
-        self.freeze_longer(["decode"], served=())
-
-    def test_decode_freezes_while_idle(self):
-        self.freeze_idle(["decode"])
-
-    def test_prefill_freezes(self):
-        self.freeze_longer(["prefill"], served=(STREAMING,))
-
-    def test_prefill_freezes_while_idle(self):
-        self.freeze_idle(["prefill"])
-
-    def test_routers_freeze(self):
-        self.freeze_longer(["load balancer", "router"], served=(), patience=self.impatience)
-
-    def test_routers_freeze_while_idle(self):
-        self.freeze_idle(["load balancer", "router"], patience=self.impatience)
-
-    def test_decode_freezes_for_a_moment(self):
-        self.freeze_shortly(["decode"])
-
-    def test_prefill_freezes_for_a_moment(self):
-        self.freeze_shortly(["prefill"])
-
-    def test_routers_freeze_for_a_moment(self):
-        self.freeze_shortly(["load balancer", "router"])
-
-    # What a kind of event does
-
-    def kill(self, victims, served):
-        event = f"{self.title(victims)} killed"
-        clients = self.in_flight()
-        struck = time.monotonic()
-        for victim in victims:
-            self.end(victim)
-        self.turn_valve(None)
-        rows = self.account(event, clients, struck, served)
-        rows += self.while_away(event, GONE, victims)
-        self.back(victims, rows, self.start_again)
-
-    def kill_idle(self, victims):
-        event = f"{self.title(victims)} killed"
-        self.wait_idle(self.servers())
-        for victim in victims:
-            self.end(victim)
-        self.back(victims, self.while_away(event, IDLE, victims), self.start_again)
-
-    def freeze_longer(self, victims, served, patience=None):
-        event = f"{self.title(victims)} frozen"
-        clients = self.in_flight(patience)
-        struck = time.monotonic()
-        self.freeze_all(victims)
-        self.turn_valve(None)
-        late = self.send(IDLE, patience)
-        rows = self.account(event, clients, struck, served, may_hang=patience is not None)
-        rows += self.account(event, {FROZEN: late}, None, (), may_hang=patience is not None)
-        self.survivors_serve(victims)
-        self.back(victims, rows, self.thaw)
-
-    def freeze_idle(self, victims, patience=None):
-        event = f"{self.title(victims)} frozen"
-        self.wait_idle(self.servers())
-        self.freeze_all(victims)
-        rows = self.account(event, {IDLE: self.send(IDLE, patience)}, None, (), may_hang=patience is not None)
-        self.survivors_serve(victims)
-        self.back(victims, rows, self.thaw)
-
-    def freeze_shortly(self, victims):
-        """A freeze that is over before anybody gives up costs time and nothing else."""
-        event = f"{self.title(victims)} frozen for a moment"
-        clients = self.in_flight()
-        struck = time.monotonic()
-        self.freeze_all(victims)
-        self.turn_valve(None)
-        late = self.send(IDLE)
-        time.sleep(1.0)
-        for victim in victims:
-            self.thaw(victim)
-        to_recovery = self.recoveries(time.monotonic())
-        rows = self.account(event, clients, struck, IN_FLIGHT) + self.account(event, {FROZEN: late}, None, (FROZEN,))
-        self.add(rows, to_recovery)
-        self.wait_idle(self.servers())
-
-    def while_away(self, event, phase, victims):
-        """Requests that come while `victims` are gone get an error, and the others serve what they can."""
-        rows = self.account(event, {phase: self.send(IDLE)}, None, ())
-        self.survivors_serve(victims)
-        return rows
-
-    def back(self, victims, rows, bring):
-        others = {name: self.process(name) for name in self.names() if name not in victims}
-        begun = time.monotonic()
-        for victim in victims:
-            bring(victim)
-        self.add(rows, self.recoveries(begun))
-        kept = {name for name, process in others.items() if process is self.process(name) and process.poll() is None}
-        restarted = sorted(others.keys() - kept)
-        self.assertEqual(restarted, [], "had to be restarted, too")
-        self.wait_idle(self.servers())
-        with self.subTest("all is as before"):
-            for _ in range(ATTEMPTS):
-                clients = [client for phase in self.right_asks for client in self.send(phase).values()]
-                unserved = [outcome for client in clients if (outcome := client.result()).fate is not Fate.SERVED]
-                if not unserved or any(outcome.seconds < self.router_timeout - 1 for outcome in unserved):
-                    break
-                print(f"{rows[0].event}: given up by the router, on a starved machine perhaps: {unserved}", flush=True)
-            self.assertEqual(unserved, [])
-
-    # Clients
-
     def send(self, phase, patience=None):
         """A client at each router, by name."""
         timeout = patience or self.router_timeout + self.slack
@@ -246,7 +111,7 @@ class RecoveryMixin:
         self.addCleanup(self.turn_valve, None)
         for _ in range(ATTEMPTS):
             self.wait_idle(self.servers())
-            self.turn_valve(held.Valve.HOLD)
+            self.turn_valve(test_backends.Valve.HOLD)
             if self.valve is None:  # what only waits for prefill is soon served: it comes last
                 clients, staged = {STREAMING: self.streams(patience)}, True
                 clients |= {phase: self.send(phase, patience) for phase in (DURING, BEFORE)}
@@ -278,7 +143,7 @@ class RecoveryMixin:
         deadline = time.monotonic() + self.waiting_timeout
         rooms, sending = sum(map(len, clients.values())), len(clients[DURING])
         while time.monotonic() < deadline:
-            info = requests.get(f"{self.prefill_url}/server_info", timeout=self.settling).json()
+            info = read_server_info(self.prefill_url, self.settling)
             if (info["rooms"], info["sending"]) == (rooms, sending):
                 return True
             time.sleep(POLL_S)
@@ -328,19 +193,6 @@ class RecoveryMixin:
             time.sleep(RETURN_POLL_S)
         self.fail(f"{url} does not serve {self.returning} s after the return: {outcome}")
 
-    # Survivors
-
-    def survivors_serve(self, victims):
-        """What is left says that it is well, holds nothing for the dead, and does what needs no dead part."""
-        alive = [name for name in self.servers() if name not in victims]
-        for name in alive:
-            url = self.servers()[name]
-            self.assertEqual(requests.get(f"{url}/health", timeout=self.settling).status_code, 200, name)
-        self.wait_idle({name: self.servers()[name] for name in alive})
-        if len(alive) == len(self.servers()):
-            outcome = self.pair_by_hand(self.right_asks[IDLE])
-            self.assertIs(outcome[0], Fate.SERVED, f"prefill and decode without a router: {outcome}")
-
     def pair_by_hand(self, ask, room=None):
         """(fate, text, error) of what decode says to a request that goes to prefill and decode as a router sends it."""
         ask = replace(ask, more=self.bootstrap(room or time.monotonic_ns()))
@@ -351,7 +203,7 @@ class RecoveryMixin:
         return judge_answer(answer.status_code, answer.content, ask.right)
 
     def post(self, url, ask):
-        return requests.post(f"{url}/generate", json=ask.generate_body(), timeout=self.waiting_timeout + self.slack)
+        return post(url, "/generate", ask.generate_body(), self.waiting_timeout + self.slack)
 
     def bootstrap(self, room):
         host, port = self.base_host, int(self.bootstrap_port)
@@ -368,7 +220,7 @@ class RecoveryMixin:
         self.fail(f"{self.settling} s later, (rooms, requests) are still held: {held_now}")
 
     def held_by(self, url):
-        info = requests.get(f"{url}/server_info", timeout=self.settling).json()
+        info = read_server_info(url, self.settling)
         if "rooms" not in info:
             return ()
         return info["rooms"], sum(state.get("running_requests", 0) for state in info.get("internal_states", ()))
@@ -379,37 +231,7 @@ class RecoveryMixin:
 
     @classmethod
     def names(cls):
-        return [*cls._slots, *cls.fleet]
-
-    @staticmethod
-    def title(victims):
-        return victims[0] if len(victims) == 1 else "routers"
-
-    def freeze_all(self, victims):
-        for victim in victims:
-            self.addCleanup(self.thaw, victim)
-            self.freeze(victim)
+        return ["prefill", "decode", "load balancer", *cls.fleet]
 
     def add(self, rows, to_recovery):
         self.recovery_rows.extend(replace(row, to_recovery=to_recovery[row.router]) for row in rows)
-
-
-class HandoverValveMixin:
-    """For the embedded engine: `valve` rules the servers whose transfer backend is `HELD_TRANSFER`."""
-
-    @classmethod
-    def configure(cls):
-        super().configure()
-        directory = tempfile.TemporaryDirectory(prefix="hand-overs-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.valve = held.Valve(os.path.join(directory.name, "valve"))
-        cls.valve.turn(None)
-        cls.server_env = {**cls.server_env, held.VARIABLE: str(cls.valve.path)}
-
-
-class HeldHandoversMixin(HandoverValveMixin):
-    """Hand-overs wait until the event strikes. Put it between RecoveryMixin and the rung."""
-
-    @classmethod
-    def prefill_args(cls):
-        return super().prefill_args() + HELD_TRANSFER

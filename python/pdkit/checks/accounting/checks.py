@@ -1,6 +1,6 @@
-"""A mixin that accounts for every request of every test of a class.
+"""Accounts for every request of every test of a class.
 
-    class TestDisaggregationDSV4Accounted(RequestAccountingMixin, TestDisaggregationDSV4):
+    class TestDisaggregationDSV4Accounted(AccountingChecks, GSM8KChecks, PDServers):
         tolerated_failure_rate = 0.001
 
 Its unit is the attempt: what a client sent again after a failure is two, of which one failed.
@@ -9,8 +9,10 @@ Its unit is the attempt: what a client sent again after a failure is two, of whi
 import contextlib
 import unittest
 
-from pdkit.accounting import HandoverAccount, Ledger, RequestAccount, read_pair
-from pdkit.server_info import ServerInfoError
+from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, RequestAccount, read_pair
+from pdkit.checks.accounting.ledger import Ledger
+from pdkit.checks.base import Checks
+from pdkit.checks.server_info import ServerInfoError
 
 SETTLE_SECONDS = 10.0
 
@@ -21,16 +23,18 @@ def unaccounted(test):
     return test
 
 
-class RequestAccountingMixin:
+class AccountingChecks(Checks):
     """Each test that talks to the load balancer fails if a request failed, even if a retry hid it.
 
-    Put it before the class that launches the servers; it needs `lb_url`, `prefill_url` and `decode_url` of it, or
-    `prefill_urls` and `decode_urls` where there are several. `failing_with_a_death`, if it has that, names the server
-    that died, where nobody tells counters any more.
+    Put it first. Where there are several servers of a kind, `prefill_urls` and `decode_urls` name them. A
+    `prefill_url` of None means that the counters are not to be read. `failing_with_a_death`, if the class has that,
+    names the server that died, where none reports counters any more.
 
     tolerated_failure_rate  share of attempts that may fail
     attempt_timeout         seconds for one attempt; None leaves it to the client (an hour in run_eval)
     """
+
+    needs = ("lb_url", "prefill_url", "decode_url")
 
     tolerated_failure_rate = 0.0
     attempt_timeout = None
@@ -38,7 +42,7 @@ class RequestAccountingMixin:
     def _callTestMethod(self, method):
         if getattr(method, "unaccounted", False):
             return super()._callTestMethod(method)
-        before = self._pair_counters()
+        before = self.pair_counters()
         ledger, failure = Ledger([self.lb_url], self.attempt_timeout), None
         with ledger.open():
             try:
@@ -50,7 +54,7 @@ class RequestAccountingMixin:
         client = ledger.account(self.tolerated_failure_rate)
         did = None
         if before is not None:
-            did = self._pair_counters(SETTLE_SECONDS).since(before)
+            did = self.pair_counters(SETTLE_SECONDS).since(before)
         own_result = f"failed: {unwrapped(failure)!r}" if failure else "passed"
         account = RequestAccount(client, HandoverAccount(did, *client.sequences), own_result)
         print(account.report(), flush=True)
@@ -59,9 +63,12 @@ class RequestAccountingMixin:
         if failure:
             raise failure
 
-    def _pair_counters(self, settle=0.0):
+    def pair_counters(self, settle: float = 0.0) -> PairCounters | None:
+        """As `read_pair`. Raises AssertionError where a server does not answer."""
         prefill_urls = getattr(self, "prefill_urls", None) or [self.prefill_url]
         decode_urls = getattr(self, "decode_urls", None) or [self.decode_url]
+        if None in (*prefill_urls, *decode_urls):
+            return None
         with getattr(self, "failing_with_a_death", contextlib.nullcontext)():
             try:
                 return read_pair(prefill_urls, decode_urls, settle)

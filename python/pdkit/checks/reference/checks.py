@@ -1,19 +1,20 @@
-"""A mixin that compares what SGLang computes with transformers' arithmetic on the same checkpoint.
+"""What SGLang computes against transformers' arithmetic on the same checkpoint.
 
-class TestDisaggregationDSV4OneGpu(ReferenceMixin, MonolithicBesideMixin, ...):
+class TestDisaggregationDSV4OneGpu(ReferenceChecks, MonolithicBeside, OneGpuServers):
     pass
 """
 
-import requests
+from pdkit.checks.http import generate, greedy
+from pdkit.checks.parity.checks import ParityArms
 
 
-class ReferenceMixin:
-    """Needs a kernel-sized checkpoint as `model`, `parity_plan()` and `monolithic_url`."""
+class ReferenceChecks(ParityArms):
+    """Logprobs of prompts of the parity plan; `model` is a checkpoint of the size that the kernels need."""
 
     reference_prompts = 4
 
     def test_logprobs_are_those_of_transformers(self):
-        from pdkit.kernel_nano.truth import Truth, expected
+        from pdkit.checks.reference.truth import Truth, expected
 
         prompts = self.prompts_of_the_reference()
         exact, rounded = expected(self.model, prompts)
@@ -35,11 +36,9 @@ class ReferenceMixin:
     def input_logprobs(self, url, ids):
         body = {
             "input_ids": list(ids),
-            "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
+            "sampling_params": greedy(1),
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        answer = requests.post(f"{url}/generate", json=body, timeout=300)
-        self.assertEqual(answer.status_code, 200, answer.text[:300])
-        found = [entry[0] for entry in answer.json()["meta_info"]["input_token_logprobs"]]
+        found = [entry[0] for entry in generate(url, body, timeout=300)["meta_info"]["input_token_logprobs"]]
         return found[-(len(ids) - 1) :]

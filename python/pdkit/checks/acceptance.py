@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import requests
-
+from pdkit.checks import http
+from pdkit.checks.accuracy.gsm8k import few_shot_prompts
+from pdkit.checks.base import Checks
+from pdkit.checks.server_info import read_server_info
 from pdkit.gate_math import Signs, sign_test
-from pdkit.server_info import read_server_info
 
 
 class AcceptanceError(RuntimeError):
@@ -69,12 +70,9 @@ def generate(url: str, prompts: Sequence[str], max_new_tokens: int, timeout: flo
     """meta_info of greedy answers to `prompts`, sent as one batch. Raises AcceptanceError."""
     sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
     try:
-        answer = requests.post(
-            f"{url}/generate", json={"text": list(prompts), "sampling_params": sampling}, timeout=timeout
-        )
-        answer.raise_for_status()
-        return [one["meta_info"] for one in answer.json()]
-    except (requests.RequestException, KeyError, TypeError) as error:
+        answers = http.generate(url, {"text": list(prompts), "sampling_params": sampling}, timeout)
+        return [one["meta_info"] for one in answers]
+    except (http.RequestFailed, KeyError, TypeError) as error:
         raise AcceptanceError(f"{url} did not answer {len(prompts)} prompts: {error!r}") from None
 
 
@@ -163,3 +161,91 @@ class FirstDrafts:
         """Raises AssertionError, whose message is the report, where drafts were lost."""
         if not self.passed:
             raise AssertionError(self.report())
+
+
+class DraftMeasures(Checks):
+    """Measures how many drafts are accepted, on prompts of GSM8K; by itself it has no test.
+
+    monolithic_url                it, up when the reference is taken; None where that was done before it stopped
+    acceptance_length_reference   tokens per verification step that a sound engine reaches on this load; where it is
+                                  None, the server at `monolithic_url` is measured on the same prompts
+    acceptance_length_ratio       share of the reference that is asked for
+    acceptance_length_prompts     how many prompts
+    acceptance_length_tokens      of each answer
+    first_drafts_prompts          how many prompts are asked for the first drafts
+    first_drafts_tokens           of each answer. The first one comes with the hand-over; with one draft token a step, an
+                                  even number of others, so that even a single refused draft costs a step
+    """
+
+    needs = ("lb_url", "decode_url", "monolithic_url", "gsm8k_data_path")
+
+    acceptance_length_reference = None
+    acceptance_length_ratio = 0.95
+    acceptance_length_prompts = 64
+    acceptance_length_tokens = 256
+    first_drafts_prompts = 64
+    first_drafts_tokens = 25
+    first_drafts_reference = None
+
+    @classmethod
+    def take_acceptance_reference(cls):
+        """From the monolithic server; to be called while it is up where it stops before the test asks."""
+        cls.acceptance_length_reference = cls._baseline(cls.measure_acceptance).length
+
+    @classmethod
+    def measure_acceptance(cls, url, decode_url):
+        return cls._accepted(url, decode_url, cls.acceptance_length_prompts, cls.acceptance_length_tokens)
+
+    @classmethod
+    def take_first_drafts_reference(cls):
+        """From the monolithic server; to be called while it is up where it stops before the test asks."""
+        cls.first_drafts_reference = cls._baseline(cls.measure_first_drafts)
+
+    @classmethod
+    def measure_first_drafts(cls, url, decode_url):
+        return cls._accepted(url, decode_url, cls.first_drafts_prompts, cls.first_drafts_tokens)
+
+    @classmethod
+    def _accepted(cls, url, decode_url, prompts, tokens):
+        return measure(url, decode_url, few_shot_prompts(cls.gsm8k_data_path, prompts), tokens)
+
+    @classmethod
+    def _baseline(cls, measured_at):
+        baseline = measured_at(cls.monolithic_url, cls.monolithic_url)
+        assert isinstance(baseline, Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
+        return baseline
+
+    def measured_or_skipped(self, measured_at):
+        """What `measured_at` finds of the pair. Raises SkipTest where it does not speculate."""
+        measured = measured_at(self.lb_url, self.decode_url)
+        if isinstance(measured, NotApplicable):
+            self.skipTest(measured.report())
+        return measured
+
+
+class AcceptanceLengthChecks(DraftMeasures):
+    """Speculative decoding must accept about as much as the reference says, on prompts of GSM8K sent through the LB."""
+
+    def test_acceptance_length(self):
+        measured = self.measured_or_skipped(self.measure_acceptance)
+        if self.acceptance_length_reference is None and self.monolithic_url:
+            self.take_acceptance_reference()
+        gate = AcceptanceGate(measured, self.acceptance_length_reference, self.acceptance_length_ratio)
+        print(gate.report(), flush=True)
+        gate.assert_passed()
+
+
+class FirstDraftsChecks(DraftMeasures):
+    """Drafts of the first tokens after the hand-over must be accepted as often as those of the monolithic server."""
+
+    def test_drafts_after_the_hand_over(self):
+        measured = self.measured_or_skipped(self.measure_first_drafts)
+        if self.first_drafts_reference is None:
+            self.take_first_drafts_reference()
+        gate = FirstDrafts(measured, self.first_drafts_reference)
+        print(gate.report(), flush=True)
+        gate.assert_passed()
+
+
+class DraftChecks(AcceptanceLengthChecks, FirstDraftsChecks):
+    """Both: drafts in general, and those right after the hand-over."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pdkit.recovery.clients import Fate, Outcome
+from pdkit.checks.recovery.clients import Fate, Outcome
 
 FILE_NAME = "recovery_table.json"
 BEGIN, END = "<!-- recovery table -->", "<!-- end of recovery table -->"

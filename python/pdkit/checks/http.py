@@ -1,16 +1,88 @@
-"""Clients of a load balancer in front of prefill and decode, and what they may count on."""
+"""Requests to servers and load balancers, and clients as users have them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-import httpx
-import openai
 import requests
 
 # An open connection that idles is not used again after so many seconds. By default that is 5 in httpx as in uvicorn:
 # a request may then be sent just when the server closes.
 IDLE_S = 1.0
+
+ERROR_LIMIT = 300
+
+
+class RequestFailed(AssertionError):
+    """A request got no answer that can be used; the message says which, and why, in one line."""
+
+
+def greedy(new_tokens: int, **more: Any) -> dict[str, Any]:
+    """Sampling parameters of /generate for exactly `new_tokens` tokens, always the most likely one."""
+    return {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True, **more}
+
+
+def post(
+    url: str,
+    path: str,
+    body: Any = None,
+    timeout: float | None = None,
+    session: requests.Session | None = None,
+    **options: Any,
+) -> requests.Response:
+    """The answer of `url` to a POST, whatever its status. Raises requests.RequestException.
+
+    body     what becomes JSON, or bytes that are JSON as they stand
+    timeout  seconds
+    """
+    if isinstance(body, bytes):
+        options |= {"data": body, "headers": {"Content-Type": "application/json"}}
+    else:
+        options["json"] = body
+    return (session or requests).post(f"{url}{path}", timeout=timeout, **options)
+
+
+def post_or_fail(
+    url: str, path: str, body: Any, timeout: float, session: requests.Session | None = None, **options: Any
+) -> requests.Response:
+    """The same; raises RequestFailed for a status other than 200, too."""
+    try:
+        response = post(url, path, body, timeout, session, **options)
+        if response.status_code != 200:
+            raise RequestFailed(f"status {response.status_code}: {' '.join(response.text.split())[:ERROR_LIMIT]}")
+    except requests.RequestException as error:
+        raise RequestFailed(f"{type(error).__name__}: {error}") from None
+    return response
+
+
+def generate(url: str, body: Mapping[str, Any], timeout: float, session: requests.Session | None = None) -> Any:
+    """The JSON that /generate answers. Raises RequestFailed."""
+    try:
+        return post_or_fail(url, "/generate", body, timeout, session).json()
+    except ValueError as error:
+        raise RequestFailed(f"{type(error).__name__}: {error}") from None
+
+
+def status_of(url: str, timeout: float) -> int:
+    """The status of a GET. Raises requests.RequestException."""
+    return requests.get(url, timeout=timeout).status_code
+
+
+def flush_caches(urls: Sequence[str], timeout: float) -> None:
+    """Empties the caches of servers that are idle or about to be. Raises RequestFailed."""
+    for url in urls:
+        try:
+            answer = requests.post(f"{url}/flush_cache", params={"timeout": 30}, timeout=timeout)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            raise RequestFailed(f"flush_cache of {url}: {error}") from None
+
+
+def events_of(response: requests.Response) -> list[bytes]:
+    """The data of each event of a stream, its closing b"[DONE]" included."""
+    return [line.removeprefix(b"data: ") for line in response.iter_lines() if line]
 
 
 @dataclass(frozen=True)
@@ -84,6 +156,9 @@ class Client:
 
     @cached_property
     def openai(self):
+        import httpx  # with openai, most of a second that only this client needs
+        import openai
+
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=self.timeout,
             http_client=openai.DefaultHttpxClient(limits=httpx.Limits(keepalive_expiry=IDLE_S)),
@@ -129,72 +204,13 @@ class Client:
         """The events of /generate as a stream."""
         with self.post("/generate", body | {"stream": True}, stream=True) as response:
             response.raise_for_status()
-            events = [line.removeprefix("data: ") for line in response.iter_lines(decode_unicode=True) if line]
-        assert events[-1] == "[DONE]", events[-1]
+            events = events_of(response)
+        assert events[-1] == b"[DONE]", events[-1]
         return [json.loads(event) for event in events[:-1]]
 
     def post(self, path, body=None, timeout=None, **options):
         """body: what becomes JSON, or bytes as they are."""
-        if isinstance(body, bytes):
-            options |= {"data": body, "headers": {"Content-Type": "application/json"}}
-        else:
-            options["json"] = body
-        return requests.post(f"{self.url}{path}", timeout=timeout or self.timeout, **options)
+        return post(self.url, path, body, timeout or self.timeout, **options)
 
     def close(self):
         self.openai.close()
-
-
-@dataclass(frozen=True)
-class Reference:
-    """How a server goes on after `prompt`, asked alone.
-
-    tokens, ids: the text and the id of each output token. certain: how many of the first tokens are compared: where
-    answers are not reproducible to the bit, those before the first near tie, and before a character in pieces.
-    """
-
-    prompt: str
-    text: str
-    tokens: tuple[str, ...]
-    ids: tuple[int, ...]
-    certain: int
-
-    @property
-    def certain_text(self):
-        return "".join(self.tokens[: self.certain]) if self.certain < len(self.tokens) else self.text
-
-
-def ask_reference(client, prompt, max_tokens, margin):
-    """The Reference of `prompt`. margin: log-odds of the best over the second token below which they are near a tie."""
-    params = {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True}
-    answer = client.generate(text=prompt, sampling_params=params, return_logprob=True, top_logprobs_num=2)
-    completion = client.complete(prompt, max_tokens, logprobs=1).choices[0]
-    tops = answer["meta_info"]["output_top_logprobs"]
-    ties = [index for index, (best, second) in enumerate(tops) if best[0] - second[0] < margin]
-    tokens = tuple(completion.logprobs.tokens)
-    certain = min([len(tokens), *ties])
-    while not completion.text.startswith("".join(tokens[:certain])):  # pieces of a character are spelled otherwise
-        certain -= 1
-    return Reference(prompt, completion.text, tokens, tuple(answer["output_ids"]), certain)
-
-
-def is_best(taken, tops):
-    """Whether greedy decoding may take `taken` where the best ones are `tops`.
-
-    taken: (logprob in nats, token id or text); tops: one or more of the same. Of tokens whose logprobs are equal to the
-    bit any may be taken, however they are listed; one that is not listed only if it is as good as all that are.
-    """
-    logprobs = [logprob for logprob, _ in tops]
-    return taken[0] == max(logprobs) and (taken in tops or min(logprobs) == max(logprobs))
-
-
-def counting_prompts(count):
-    """Prompts that any language model goes on with by counting, each from another number."""
-    return [" ".join(str(100 * (index + 1) + step) for step in range(9)) for index in range(count)]
-
-
-def question_prompts(path, count):
-    """The first `count` questions of a GSM8K file."""
-    with open(path, encoding="utf-8") as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(count))]
-    return [f"Question: {row['question']}\nAnswer:" for row in rows]

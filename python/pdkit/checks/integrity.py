@@ -1,6 +1,6 @@
-"""A mixin that asks whether hand-overs arrive as they were sent, and what happens when one does not.
+"""Whether hand-overs arrive as they were sent: corrupted ones must be rejected, in words, and healthy ones never.
 
-    class TestDisaggregationDSV4Integrity(TransferIntegrityMixin, ParityMixin, ...):
+    class TestDisaggregationDSV4Integrity(IntegrityChecks, ParityChecks, MonolithicBeside, PDServers):
         corrupted_lengths = tuple(BIT_FLIPS)
 
 The embedded engine verifies a SHA-256 of each hand-over. SGLang from 0.5.21 on can verify an Adler-32 of a request's
@@ -8,17 +8,89 @@ KV pages, see `kv_checksum_args`; from 0.5.23 on `SGLANG_TEST_DISAGG_KV_CHECKSUM
 decode makes that share of the comparisons fail: set `corruption_is_random` then.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import requests
 
-from pdkit.accounting import HandoverAccount, PairCounters, read_pair
-from pdkit.accounting_kit import SETTLE_SECONDS, unaccounted
-from pdkit.integrity import Outcome, Rejections
-from pdkit.parity_kit import collect, flush
-from pdkit.parity_plan import Round, generate_probe
+from pdkit.checks.accounting.checks import SETTLE_SECONDS, unaccounted
+from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, read_pair
+from pdkit.checks.http import flush_caches, post, status_of
+from pdkit.checks.parity.checks import ParityArms
+from pdkit.checks.parity.plan import Round, generate_probe
+from pdkit.checks.parity.references import collect
 
 KV_CHECKSUM_FLAG = "--disaggregation-enable-kv-checksum"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The answer to one request. `corrupted`: whether its hand-over was; None where only chance knows."""
+
+    name: str
+    status: int
+    text: str
+    corrupted: bool | None
+
+    @property
+    def served(self) -> bool:
+        return self.status == 200
+
+    def rejected(self, error: str) -> bool:
+        """Is it a server error whose text names `error`?"""
+        return self.status >= 500 and error.lower() in self.text.lower()
+
+
+@dataclass(frozen=True)
+class Rejections:
+    """Derives from the outcomes of one load what was wrongly served or rejected, reports and asserts it.
+
+    error  what the text of a rejection must name
+    """
+
+    outcomes: Sequence[Outcome]
+    error: str = "checksum"
+
+    @property
+    def rejected(self) -> int:
+        return sum(outcome.rejected(self.error) for outcome in self.outcomes)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        found = []
+        for outcome in self.outcomes:
+            text = " ".join(outcome.text.split())[:200]
+            if not outcome.served and not outcome.rejected(self.error):
+                found.append(f"{outcome.name}: status {outcome.status}, no error that names {self.error!r}: {text}")
+            elif outcome.corrupted is True and outcome.served:
+                found.append(f"{outcome.name}: its hand-over was corrupted, and it was served")
+            elif outcome.corrupted is False and not outcome.served:
+                found.append(f"{outcome.name}: its hand-over was healthy, and it was rejected: {text}")
+        if not self.rejected:
+            found.append("nothing was rejected")
+        if not any(outcome.served for outcome in self.outcomes):
+            found.append("nothing was served")
+        return tuple(found)
+
+    def report(self) -> str:
+        served = sum(outcome.served for outcome in self.outcomes)
+        corrupted = sum(outcome.corrupted is True for outcome in self.outcomes)
+        lines = [
+            f"transfer integrity: {'FAIL' if self.problems else 'PASS'}, {len(self.outcomes)} requests, {corrupted} "
+            f"hand-overs known to be corrupted; {self.rejected} rejected, {served} served"
+        ]
+        first = next((outcome for outcome in self.outcomes if outcome.rejected(self.error)), None)
+        if first:
+            lines.append(
+                f"  first rejection: {first.name}: status {first.status}: {' '.join(first.text.split())[:200]}"
+            )
+        return "\n".join(lines + [f"  {problem}" for problem in self.problems])
+
+    def assert_passed(self) -> None:
+        """Raises AssertionError, whose message is the report."""
+        if self.problems:
+            raise AssertionError(self.report())
 
 
 def kv_checksum_args() -> list[str]:
@@ -32,10 +104,8 @@ def kv_checksum_args() -> list[str]:
     return [KV_CHECKSUM_FLAG] if hasattr(ServerArgs, "disaggregation_enable_kv_checksum") else []
 
 
-class TransferIntegrityMixin:
+class IntegrityChecks(ParityArms):
     """Corrupted hand-overs are rejected, healthy ones are not, and prefill did the work.
-
-    Put it before ParityMixin, whose monolithic answers tell that healthy requests got the right ones.
 
     corrupted_lengths     lengths of prompts whose hand-over is corrupted by how the servers were launched
     corruption_is_random  some hand-overs are corrupted, and nobody knows which
@@ -75,7 +145,7 @@ class TransferIntegrityMixin:
             self.skipTest("this engine's /server_info has no counters of requests and hand-overs")
         healthy, _ = self.integrity_probes()
         round_ = Round("each hand-over is seen on both sides", tuple(healthy), len(healthy))
-        flush([self.prefill_url], self.request_timeout)
+        flush_caches([self.prefill_url], self.request_timeout)
         self.check_parity([round_])
         cold = self._pair().since(before)
         account = HandoverAccount(cold, len(healthy), len(healthy))
@@ -110,7 +180,7 @@ class TransferIntegrityMixin:
     def _ask(self, probe):
         corrupted = None if self.corruption_is_random else probe.prompt_length in self.corrupted_lengths
         try:
-            answer = requests.post(f"{self.lb_url}/generate", json=probe.request, timeout=self.request_timeout)
+            answer = post(self.lb_url, "/generate", probe.request, self.request_timeout)
         except requests.RequestException as error:
             return Outcome(probe.name, 0, f"{type(error).__name__}: {error}", corrupted)
         return Outcome(probe.name, answer.status_code, answer.text, corrupted)
@@ -121,7 +191,7 @@ class TransferIntegrityMixin:
     def _assert_alive_and_empty(self):
         for name, url in (("prefill", self.prefill_url), ("decode", self.decode_url)):
             try:
-                status = requests.get(f"{url}/health", timeout=self.request_timeout).status_code
+                status = status_of(f"{url}/health", self.request_timeout)
             except requests.RequestException as error:
                 self.fail(f"{name} does not live after a corrupted hand-over: {error}")
             self.assertEqual(status, 200, f"health of {name} after a corrupted hand-over")

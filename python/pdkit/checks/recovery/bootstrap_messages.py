@@ -1,21 +1,22 @@
-"""A mixin for what a router can get wrong between prefill and decode: lost, late and duplicate bootstrap messages.
+"""What a router can get wrong between prefill and decode: lost, late and duplicate bootstrap messages.
 
-A request goes to prefill and to decode with the same bootstrap room; here each is sent by hand. Put it after
-RecoveryMixin, whose requests and right answers it uses.
+A request goes to prefill and to decode with the same bootstrap room; here each is sent by hand.
 """
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from pdkit.recovery import table
-from pdkit.recovery.clients import Fate, Outcome, judge_answer
+from pdkit.checks.recovery import table
+from pdkit.checks.recovery.clients import Fate, Outcome, judge_answer
+from pdkit.checks.recovery.in_flight import IDLE, RequestsInFlight
 
-IDLE = "idle"
 LATE_S = 1.0
 
 
-class BootstrapMessagesMixin:
+class BootstrapMessageChecks(RequestsInFlight):
+    """Lost and late messages."""
+
     def test_a_bootstrap_message_is_lost(self):
         """The side that waits for a peer that nobody told gives up by its own timeout."""
         ask = self.right_asks[IDLE]
@@ -48,25 +49,6 @@ class BootstrapMessagesMixin:
                 self.note(f"bootstrap message {LATE_S:g} s late", f"{first} waits", *answers.values())
                 self.assertIs(answers["decode"][0], Fate.SERVED, answers)
 
-    def test_a_bootstrap_message_is_duplicate(self):
-        """One of the two is served, rightly; the other is refused, in words, at once."""
-        ask = self.right_asks[IDLE]
-        for twice, once in (("prefill", "decode"), ("decode", "prefill")):
-            with self.subTest(twice=twice), ThreadPoolExecutor(3) as pool:
-                room = self.new_room()
-                doubles = [pool.submit(self.timed_post, twice, ask, room) for _ in range(2)]
-                time.sleep(LATE_S)
-                single = pool.submit(self.timed_post, once, ask, room).result()
-                answers = [double.result() for double in doubles]
-                self.note("bootstrap message duplicate", f"{twice} hears twice", single, *answers)
-                refused = [error for fate, error, _ in answers if fate is Fate.FAILED]
-                self.assertEqual(len(refused), 1, answers)
-                self.assertRegex(refused[0], "^(4..|500): .*room.*(in use|already taken)")
-                self.assertLess(max(seconds for _, _, seconds in answers), LATE_S + self.slack)
-                decoded = single if once == "decode" else next(a for a in answers if a[0] is not Fate.FAILED)
-                self.assertIs(decoded[0], Fate.SERVED, answers)
-        self.assert_serves_on()
-
     def timed_post(self, side, ask, room):
         """(fate, error, seconds); prefill's answer to a request that it handed over counts as the right one."""
         begun = time.monotonic()
@@ -88,3 +70,26 @@ class BootstrapMessagesMixin:
         self.wait_idle(self.servers())
         outcomes = [client.result() for client in self.send(IDLE).values()]
         self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
+
+
+class DuplicateMessageChecks(BootstrapMessageChecks):
+    """Duplicate ones, too, where the engine defines what becomes of them; SGLang's does not."""
+
+    def test_a_bootstrap_message_is_duplicate(self):
+        """One of the two is served, rightly; the other is refused, in words, at once."""
+        ask = self.right_asks[IDLE]
+        for twice, once in (("prefill", "decode"), ("decode", "prefill")):
+            with self.subTest(twice=twice), ThreadPoolExecutor(3) as pool:
+                room = self.new_room()
+                doubles = [pool.submit(self.timed_post, twice, ask, room) for _ in range(2)]
+                time.sleep(LATE_S)
+                single = pool.submit(self.timed_post, once, ask, room).result()
+                answers = [double.result() for double in doubles]
+                self.note("bootstrap message duplicate", f"{twice} hears twice", single, *answers)
+                refused = [error for fate, error, _ in answers if fate is Fate.FAILED]
+                self.assertEqual(len(refused), 1, answers)
+                self.assertRegex(refused[0], "^(4..|500): .*room.*(in use|already taken)")
+                self.assertLess(max(seconds for _, _, seconds in answers), LATE_S + self.slack)
+                decoded = single if once == "decode" else next(a for a in answers if a[0] is not Fate.FAILED)
+                self.assertIs(decoded[0], Fate.SERVED, answers)
+        self.assert_serves_on()

@@ -1,6 +1,6 @@
-"""Mixins for a class whose servers somebody else runs: it launches nothing, ends nothing, empties no cache.
+"""A deployment that somebody else runs: it is asked, nothing is launched or ended, no cache is emptied.
 
-class TestDisaggregationDSV4Attached(AttachedMixin, ApiMixin, RequestAccountingMixin, ParityMixin, ...):
+class TestDisaggregationDSV4Attached(ExternalChecks, ExternalServers, PDServers):
     pass
 """
 
@@ -11,22 +11,25 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import openai
-import requests
 
 from pdkit import attached
-from pdkit.accounting_kit import unaccounted
-from pdkit.parity_plan import PlanOptions
+from pdkit.checks.accounting.checks import AccountingChecks, unaccounted
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from pdkit.checks.base import Checks
+from pdkit.checks.http import post
+from pdkit.checks.parity.checks import AnswerParityChecks
+from pdkit.checks.parity.plan import PlanOptions
 
 
-class AttachedMixin:
-    """Takes the place of the launch; put it before all others. `pdkit.attached` says what the environment names."""
+class ExternalServers:
+    """Takes the place of the launch. `pdkit.attached` says what the environment names."""
 
     rung = "attached"
-    parity_options = PlanOptions(tokens=12, rooms=16, in_flight=16, indexed=0)
-    test_parity_prefix_cached = None  # it is about caches that are emptied
-    test_parity_where_the_indexer_chooses = None  # thousands of tokens a prompt, for somebody else to pay
     supervisor = SimpleNamespace(interrupting=contextlib.nullcontext)
     deployment = None
+    monolithic_url: str | None
+    prefill_urls: tuple[str, ...]
+    decode_urls: tuple[str, ...]
 
     @classmethod
     def setUpClass(cls):
@@ -47,31 +50,11 @@ class AttachedMixin:
     def tearDownClass(cls):
         pass
 
-    def setUp(self):
-        super().setUp()
-        if self._testMethodName.startswith("test_parity") and not self.monolithic_url:
-            self.skipTest(f"parity needs a server to compare with: {attached.variable('baseline_url')}")
 
-    def _pair_counters(self, settle=0.0):
-        return super()._pair_counters(settle) if self.prefill_urls else None
+class ApiChecks(Checks):
+    """The interfaces that clients use agree with each other."""
 
-    @classmethod
-    def parity_plan(cls):
-        """The same rounds, but for what they want of caches, which are not ours to empty."""
-        plan = super().parity_plan()
-        return replace(plan, **{name: tuple(map(_whatever_is_cached, rounds)) for name, rounds in vars(plan).items()})
-
-    @classmethod
-    def caches_prefixes(cls):
-        return False
-
-
-def _whatever_is_cached(round_):
-    return replace(round_, flush=False, cold=False, cached=frozenset())
-
-
-class ApiMixin:
-    """The interfaces that clients use agree with each other. Needs `lb_url` and `model`."""
+    needs = ("lb_url", "model")
 
     api_prompt = "Question: What is 1 + 1?\nAnswer:"
     api_tokens = 16
@@ -88,7 +71,7 @@ class ApiMixin:
         whole = self._complete()
         sampling = {"temperature": 0, "max_new_tokens": self.api_tokens}
         body = {"text": self.api_prompt, "sampling_params": sampling}
-        answer = requests.post(f"{self.lb_url}/generate", json=body, timeout=self.api_timeout)
+        answer = post(self.lb_url, "/generate", body, self.api_timeout)
         self.assertEqual(answer.status_code, 200, answer.text[:300])
         self.assertEqual(answer.json()["text"], whole.choices[0].text)
         meta = answer.json()["meta_info"]
@@ -112,7 +95,7 @@ class ApiMixin:
             ("/v1/completions", {"model": self.model, "prompt": "1", "temperature": "hot"}),
             ("/generate", {"text": "1", "sampling_params": "x"}),
         ):
-            answer = requests.post(f"{self.lb_url}{path}", json=body, timeout=self.api_timeout)
+            answer = post(self.lb_url, path, body, self.api_timeout)
             self.assertIn(answer.status_code, range(400, 500), f"{path} {body}: {answer.text[:300]}")
             self.assertTrue(answer.text, f"{path} {body}: the refusal says nothing")
 
@@ -123,3 +106,28 @@ class ApiMixin:
         return self._client().completions.create(
             model=self.model, prompt=self.api_prompt, max_tokens=self.api_tokens, temperature=0, **options
         )
+
+
+class ExternalChecks(ApiChecks, AccountingChecks, AnswerParityChecks, GSM8KChecks):
+    """What such a deployment is asked: with little load, and without what needs its caches to be empty."""
+
+    parity_options = PlanOptions(tokens=12, rooms=16, in_flight=16, indexed=0)
+
+    def setUp(self):
+        super().setUp()
+        if self._testMethodName.startswith("test_parity") and not self.monolithic_url:
+            self.skipTest(f"parity needs a server to compare with: {attached.variable('baseline_url')}")
+
+    @classmethod
+    def parity_plan(cls):
+        """The same rounds, but for what they want of caches, which are not ours to empty."""
+        plan = super().parity_plan()
+        return replace(plan, **{name: tuple(map(_whatever_is_cached, rounds)) for name, rounds in vars(plan).items()})
+
+    @classmethod
+    def caches_prefixes(cls):
+        return False
+
+
+def _whatever_is_cached(round_):
+    return replace(round_, flush=False, cold=False, cached=frozenset())

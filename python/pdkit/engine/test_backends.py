@@ -1,6 +1,6 @@
 """A transfer backend of the embedded engine that keeps hand-overs waiting, or refuses them, while a file says so.
 
---disaggregation-transfer-backend pdkit.recovery.held:HeldTransfer, on prefill to hold, on decode to refuse.
+--disaggregation-transfer-backend pdkit.engine.test_backends:HeldTransfer, on prefill to hold, on decode to refuse.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pdkit.engine.transfer import Handover, TransferBackend, TransferError
 
-VARIABLE = "PDKIT_HOLD_FILE"
+HOLD_FILE_VARIABLE = "PDKIT_HOLD_FILE"
 POLL_S = 0.02
 
 # What happens to the hand-over of a prompt of this length while the file says HOLD.
@@ -38,9 +38,9 @@ class HeldTransfer(TransferBackend):
     """Plain TCP while the valve is open."""
 
     def __init__(self):
-        path = os.environ.get(VARIABLE)
+        path = os.environ.get(HOLD_FILE_VARIABLE)
         if not path:
-            raise ValueError(f"{VARIABLE} is not set; let it name the file that says what is held")
+            raise ValueError(f"{HOLD_FILE_VARIABLE} is not set; let it name the file that says what is held")
         self._valve = Valve(path)
 
     async def pieces(self, data):
