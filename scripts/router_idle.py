@@ -26,7 +26,7 @@ from pdkit.exit_codes import ExitCode
 from pdkit.guarded_server import start_all
 from pdkit.options import Parser, natural, seconds
 from pdkit.process_tree import wait_until
-from pdkit.router_kit import is_ready, kept_alive, metrics_at
+from pdkit.deployment.router import is_ready, kept_alive, metrics_at
 
 NANO = Path(pdkit.__file__).parent / "assets" / "nano-dsv4"
 PROMPT = "Question: David buys 5 eggs. How many eggs?\nAnswer:"

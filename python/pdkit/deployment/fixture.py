@@ -43,6 +43,16 @@ def current() -> type["PDServers"] | None:
     return _deployments[-1] if _deployments else None
 
 
+def enter(deployment: type) -> None:
+    """From now on `deployment` is the current one, until it leaves."""
+    _deployments.append(deployment)
+
+
+def leave(deployment: type) -> None:
+    """Takes back what `enter` did."""
+    _deployments.remove(deployment)
+
+
 def _supervised(set_up: Callable[[type], None]) -> classmethod:
     def setUpClass(cls: type["PDServers"]) -> None:
         cls.begin()
@@ -69,6 +79,16 @@ class PDServers(PDDisaggregationServerBase):
     server_module = os.environ.get(SERVER_MODULE_VARIABLE) or SGLANG_SERVER
     server_env: Mapping[str, str] = {}
     engine = f"sglang {sglang.__version__}"
+    base_host: str
+    lb_url: str
+    prefill_url: str
+    decode_url: str
+    bootstrap_port: str
+    model: str
+    process_prefill: Server | None
+    process_decode: Server | None
+    process_lb: Server | None
+
     log_dir: str | None = None
     supervisor: Supervisor | None = None
     silence_s = 240.0
@@ -90,7 +110,7 @@ class PDServers(PDDisaggregationServerBase):
         """Starts to watch; from here on `tearDownClass` has something to end."""
         if cls.supervisor is None:
             cls.supervisor, cls._servers, cls._names, cls.answered = Supervisor(), [], {}, set()
-            _deployments.append(cls)
+            enter(cls)
             atexit.register(cls.tearDownClass)
 
     @classmethod
@@ -232,7 +252,7 @@ class PDServers(PDDisaggregationServerBase):
             finally:
                 for server in servers:
                     server.kill_all()
-                _deployments.remove(cls)
+                leave(cls)
         assert not unreported_death, unreported_death
 
     @classmethod

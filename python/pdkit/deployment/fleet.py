@@ -33,6 +33,7 @@ class Fleet:
     settling = 30
     returning = 300
     router_port = router_metrics_port = None
+    router_url: str
     router_args = """
         --policy random --disable-retries
         --health-check-interval-secs 1 --health-check-timeout-secs 3
@@ -131,7 +132,12 @@ class Fleet:
 class TwoPairs(Fleet):
     """Two prefill and two decode servers behind the same routers."""
 
+    router_timeout = waiting_timeout = settling = 60
+    bootstrap_timeout = 10
+
     prefill_2_port = decode_2_port = bootstrap_2_port = None
+    prefill_2_url: str
+    decode_2_url: str
 
     @classmethod
     def configure(cls) -> None:

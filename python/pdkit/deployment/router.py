@@ -44,29 +44,29 @@ def metrics_at(host: str, port: int | str) -> list[str]:
 class RustRouterBeside:
     """`router_url`: a Rust router over the prefill and decode server of the class; watched like the servers.
 
-    Put it before a `PlannedServers`. `spare_ports`: free ports, for further routers of a test.
+    Put it before a `PlannedServers`.
     """
 
     router_args: Sequence[str] = ("--policy", "round_robin")
     router_ready_seconds = 120
     router_url: str
-    spare_ports: Iterator[int]
+    _free_ports: Iterator[int]
 
     @classmethod
     def configure(cls) -> None:
         super().configure()
         block = ports.claim()
         cls.addClassCleanup(block.release)
-        cls.spare_ports = iter(block.ports)
+        cls._free_ports = iter(block.ports)
         cls.server_env = {**cls.server_env, **kept_alive()}
-        cls.router_url = f"http://{cls.base_host}:{next(cls.spare_ports)}"
+        cls.router_url = f"http://{cls.base_host}:{next(cls._free_ports)}"
 
     @classmethod
     def launch_router(cls, name: str, url: str, decode_url: str) -> Server:
         """Starts a router at `url` that knows our prefill server and `decode_url`; does not wait for it."""
         host, port = url.removeprefix("http://").split(":")
         prefill = [(cls.prefill_url, cls.bootstrap_port)]
-        options = [*metrics_at(host, next(cls.spare_ports)), "--log-level", "warn", *cls.router_args]
+        options = [*metrics_at(host, next(cls._free_ports)), "--log-level", "warn", *cls.router_args]
         command = router_command(prefill, [decode_url], host, port, *options)
         return cls.launch(name, command, cls.server_env, stop=signal.SIGKILL)
 

@@ -1,6 +1,6 @@
-"""A mixin that launches a test's servers with a switch for faults between them.
+"""Launches a test's servers with a switch for faults between them.
 
-    class Subject(FaultSwitchMixin, TestDisaggregationDSV4Integrity):
+    class Subject(FaultSwitchServers, TestDisaggregationDSV4Integrity):
         pass
 
     Subject.switch.turn("window-zeroed")
@@ -12,18 +12,21 @@ import os
 import tempfile
 from unittest import mock
 
+from pdkit.checks.base import Checks
 from pdkit.faults.switch import VARIABLE, Switch
 from pdkit.faults.transfer import BACKEND_VARIABLE
 
 BACKEND = "--disaggregation-transfer-backend"
 
 
-class FaultSwitchMixin:
+class FaultSwitchServers(Checks):
     """Put it first. `switch` is there once the class is set up.
 
     bootstrap_timeout  seconds after which prefill gives up a room that no decode server asked for
     transfer_timeout   seconds after which decode gives up a hand-over that has not come
     """
+
+    needs = ("configure", "server_env", "prefill_args", "decode_args", "start_lb")
 
     switch = None
     bootstrap_timeout = 30

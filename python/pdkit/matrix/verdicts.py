@@ -7,7 +7,7 @@ itself, and the accuracy gate says what its first look alone would have decided.
 import re
 from dataclasses import dataclass
 
-from pdkit.accounting_kit import unwrapped
+from pdkit.checks.accounting.checks import unwrapped
 
 FIRST_LOOK = "accuracy gate"
 SEQUENTIAL = "sequential gate"

@@ -8,7 +8,7 @@ Standard input: one JSON line a run, {"fault": name or null}. Standard output: o
     {"event": "test", "test": name, "seconds": s, "verdicts": {check: {...}}}
     {"event": "done", "met": n, "seconds": s, "restarted": reason or ""}
 
-Everything else that is printed goes to the file LOG. The class has a FaultSwitchMixin.
+Everything else that is printed goes to the file LOG. The class has FaultSwitchServers.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from unittest import mock
 
 import requests
 
-from pdkit import accounting_kit
-from pdkit.accounting import OK, Ledger
+from pdkit.checks.accounting import checks as accounting
+from pdkit.checks.accounting.ledger import OK, Ledger
 from pdkit.matrix.verdicts import one_line, verdicts_of
 
 HEALTH_TIMEOUT = 5
@@ -119,7 +119,7 @@ class Subject:
         sleep = time.sleep
         with (
             contextlib.redirect_stdout(printed),
-            mock.patch.object(accounting_kit, "Ledger", PatientLedger),
+            mock.patch.object(accounting, "Ledger", PatientLedger),
             mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, LONGEST_SLEEP))),
         ):
             self.cls(test).run(outcome)

@@ -9,7 +9,16 @@ from unittest import mock
 import httpx
 import openai
 import requests
-from pdkit.accounting import (
+from pdkit.checks.accounting.checks import AccountingChecks, unaccounted
+from pdkit.checks.accounting.counters import (
+    HandoverAccount,
+    PairCounters,
+    RequestAccount,
+    ServerCounters,
+    counters_of,
+    read_pair,
+)
+from pdkit.checks.accounting.ledger import (
     ABORTED,
     CONNECTION,
     ERROR_BODY,
@@ -19,19 +28,12 @@ from pdkit.accounting import (
     TIMEOUT,
     Attempt,
     ClientAccount,
-    HandoverAccount,
     Ledger,
-    PairCounters,
-    RequestAccount,
-    ServerCounters,
-    counters_of,
     judge,
-    read_pair,
     sequences_of,
 )
-from pdkit.accounting_kit import RequestAccountingMixin, unaccounted
+from pdkit.checks.server_info import ServerInfoError
 from pdkit.ci_register import register_cpu_ci
-from pdkit.server_info import ServerInfoError
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -318,13 +320,13 @@ class TestCounters(unittest.TestCase):
 
 
 class TestMixin(unittest.TestCase):
-    """The mixin over a class whose one test sends what is given to servers that count what is given."""
+    """The check over a class whose one test sends what is given to servers that count what is given."""
 
     def run_test(self, body, counted=(info(), info(requests=1, sent=1, received=1)), **attributes):
         lb = ScriptedServer(self, (200, GENERATED))
         worker = ScriptedServer(self, info=(200, counted[0]))
 
-        class Case(RequestAccountingMixin, unittest.TestCase):
+        class Case(AccountingChecks, unittest.TestCase):
             lb_url, prefill_url, decode_url = lb.url, worker.url, worker.url
 
             def test(self):
@@ -409,8 +411,8 @@ class TestMixin(unittest.TestCase):
     def test_what_is_meant_to_fail_is_not_accounted_for(self):
         lb = ScriptedServer(self, (500, ERROR))
 
-        class Case(RequestAccountingMixin, unittest.TestCase):
-            lb_url = lb.url
+        class Case(AccountingChecks, unittest.TestCase):
+            lb_url, prefill_url, decode_url = lb.url, None, None
 
             @unaccounted
             def test(self):

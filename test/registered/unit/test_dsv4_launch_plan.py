@@ -22,14 +22,14 @@ from unittest import mock
 import psutil
 import requests
 from pdkit import ports, process_tree, rung
+from pdkit.checks.integrity import kv_checksum_args
+from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
 from pdkit.deployment import ports as deployment_ports
 from pdkit.deployment import quirks
 from pdkit.deployment.cpu import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
 from pdkit.deployment.multi_gpu import EightGpuServers
 from pdkit.deployment.one_gpu import OneGpuServers
-from pdkit.integrity_kit import kv_checksum_args
-from pdkit.parity_plan import Round, completion_probe, generate_probe
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
 from sglang.test.server_fixtures import disaggregation_fixture

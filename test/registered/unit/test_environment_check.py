@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from pdkit import indexer_schedule, versions
+from pdkit import versions
+from pdkit.deployment import quirks
 from pdkit.ci_register import register_cpu_ci
 from pdkit.environment_check import check as checks
 from pdkit.environment_check import dataset, gpus, machine, model, needs, packages, rdma
@@ -344,7 +345,7 @@ class TestPackages(CheckCase):
     def test_a_release_whose_indexer_reads_out_of_bounds(self):
         def told(release, environ=None, model="DeepSeek-V4-Flash", **env):
             with mock.patch.object(versions, "installed", lambda _: release):
-                server = Process("T", "prefill", (0,), models=(model,), env=env or indexer_schedule.environment())
+                server = Process("T", "prefill", (0,), models=(model,), env=env or quirks.indexer_environment())
                 found = checks.of_place(Needs("cuda", processes=(server,)), environ or {})
                 return [str(finding) for finding in found if finding.subject == "sglang"]
 

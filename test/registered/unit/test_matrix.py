@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from pdkit.accounting import OK, Attempt
+from pdkit.checks.accounting.ledger import OK, Attempt
 from pdkit.ci_register import register_cpu_ci
 from pdkit.exit_codes import ExitCode
 from pdkit.faults import LIBRARY
@@ -88,7 +88,7 @@ class TestVerdicts(unittest.TestCase):
             self.assertEqual({check for check, verdict in found.items() if verdict.caught}, caught)
 
     def test_the_gate_reports_its_first_look_in_these_words(self):
-        from pdkit.gate import AccuracyGate, GateOptions, ScoredSlice
+        from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, ScoredSlice
 
         for correct, caught in ((196, False), (180, True)):
             gate = AccuracyGate(GateOptions(), 1314).record(ScoredSlice(200, correct))
