@@ -1,8 +1,8 @@
 """What must not change unnoticed, recorded in test/data: compares it with what is so now, or records it again.
 
-    scripts/env.sh python3 test/record.py                          compare all records; exit code 1 where one differs
-    scripts/env.sh python3 test/record.py --update [NAME...]       record again
-    python3 test/record.py --sglang-wheel WHEEL [--update]         the launch contract with another release of SGLang
+scripts/env.sh python3 test/record.py                          compare all records; exit code 1 where one differs
+scripts/env.sh python3 test/record.py --update [NAME...]       record again
+python3 test/record.py --sglang-wheel WHEEL [--update]         the launch contract with another release of SGLang
 """
 
 import argparse
@@ -296,7 +296,9 @@ def detection_matrix() -> dict:
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"(?m)^\|.*", text)]
     checks = head[1:-3]
     clean, *faulty = rows
-    caught = {row[0]: ", ".join(check for check, cell in zip(checks, row[1:], strict=False) if cell == "●") for row in faulty}
+    caught = {
+        row[0]: ", ".join(check for check, cell in zip(checks, row[1:], strict=False) if cell == "●") for row in faulty
+    }
     changes = {row[0]: row[-3] == "yes" for row in faulty}
     faults = {
         fault.name: {"where": fault.where.name, "changes": changes.get(fault.name), "caught by": caught.get(fault.name)}
