@@ -41,7 +41,9 @@ class TestCodeStyle(unittest.TestCase):
     def test_an_import_that_is_not_allowed_is_found(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         shutil.copy(REPO / "pyproject.toml", folder)
-        shutil.copytree(REPO / "python" / "pdkit", folder / "pdkit", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+        shutil.copytree(
+            REPO / "python" / "pdkit", folder / "pdkit", ignore=shutil.ignore_patterns("assets", "__pycache__")
+        )
         with open(folder / "pdkit" / "engine" / "state.py", "a") as file:
             file.write("\nimport sglang.srt\n")
         run = self.run_tool("lint-imports", "--no-cache", folder=folder, pythonpath=str(folder))
