@@ -20,7 +20,7 @@ fail() { say "$*"; exit "$NOT_READY"; }
 trap 'exit 130' INT
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-locks=("$repo/requirements.lock")
+locks=("$repo/requirements.lock" "$repo/requirements-dev.lock")
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
 

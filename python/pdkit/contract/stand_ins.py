@@ -138,7 +138,8 @@ class Importer(importlib.abc.MetaPathFinder):
 
     def install(self):
         package = _StandInModule("sglang")
-        package.__path__ = [str(self.root / "sglang")]
+        package.__spec__ = ModuleSpec("sglang", None, is_package=True)  # find_spec() of a test reads it
+        package.__path__ = package.__spec__.submodule_search_locations = [str(self.root / "sglang")]
         package.__version__ = self.version
         sys.modules["sglang"] = package
         sys.meta_path.insert(0, self)

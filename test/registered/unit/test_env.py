@@ -12,6 +12,7 @@ from pdkit.ci_register import register_cpu_ci
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
+LOCKS = ["requirements.lock", "requirements-dev.lock"]
 
 PYTHON3 = """\
 #!/bin/bash
@@ -29,7 +30,7 @@ esac
 class TestEnvironment(unittest.TestCase):
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name in ("scripts/env.sh", "requirements.lock", "requirements-gpu.lock"):
+        for name in ("scripts/env.sh", *LOCKS, "requirements-gpu.lock"):
             (self.root / name).parent.mkdir(exist_ok=True)
             shutil.copy(REPO / name, self.root / name)
         python = self.root / "bin" / "python3"
@@ -50,9 +51,9 @@ class TestEnvironment(unittest.TestCase):
 
     def test_what_only_gpus_need_has_an_environment_of_its_own(self):
         cpu, locks = self.env(PDKIT_GPU="0")
-        self.assertEqual((self.done.returncode, locks), (0, ["requirements.lock"]), self.done.stderr)
+        self.assertEqual((self.done.returncode, locks), (0, LOCKS), self.done.stderr)
         gpu, locks = self.env(PDKIT_GPU="1")
-        self.assertEqual(locks, ["requirements.lock", "requirements-gpu.lock"])
+        self.assertEqual(locks, [*LOCKS, "requirements-gpu.lock"])
         self.assertNotEqual(cpu, gpu)
         (self.root / "requirements-gpu.lock").write_text("mooncake-transfer-engine-cuda13==9\n")
         self.assertEqual(self.env(PDKIT_GPU="0"), (cpu, []))
@@ -60,7 +61,7 @@ class TestEnvironment(unittest.TestCase):
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_a_machine_without_driver_gets_none_of_it(self):
-        self.assertEqual(self.env()[1], ["requirements.lock"])
+        self.assertEqual(self.env()[1], LOCKS)
 
     def test_made_once_and_again_after_a_failure(self):
         (self.root / "refuse").touch()

@@ -233,6 +233,12 @@ class TestSmallRelease(unittest.TestCase):
         with unpacked(write_wheel(self.folder / "sglang.whl")) as release:
             self.assertEqual([plan.test for plan in launch_contract.ask(release, test).tests], ["TestPD"])
 
+    def test_a_test_that_looks_for_sglang_first(self):
+        body = (
+            f"{LAUNCHES}\nimport importlib.util\nassert importlib.util.find_spec('sglang').submodule_search_locations"
+        )
+        self.assertEqual(self.ask(body=body).errors, [])
+
     def test_tests_that_do_not_launch(self):
         bodies = {
             "setUpClass = classmethod(lambda cls: cls.skipTest(cls, 'no GPU'))": "skips before it launches: no GPU",

@@ -1,0 +1,91 @@
+"""What is recorded in test/data is still so: test/record.py says what that is, and records an intended change."""
+
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from pdkit.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+
+TEST = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(TEST))
+import record  # noqa: E402
+import undeclared  # noqa: E402
+
+UNDECLARED_AT_MOST = 129
+
+
+class TestRecords(unittest.TestCase):
+    maxDiff = None
+
+    def assert_as_recorded(self, name):
+        difference = record.difference(name, record.RECORDS[name]())
+        command = f"scripts/env.sh python3 test/record.py --update {name}"
+        self.assertFalse(difference, f"{name} is not as recorded; if that is meant: {command}\n{difference}")
+
+    def test_launch_contract(self):
+        from pdkit.contract.release import installed
+
+        if f"launch_contract-{installed().version}" != record.INSTALLED_CONTRACT:
+            self.skipTest(f"sglang {installed().version} is installed, {record.INSTALLED_CONTRACT} is recorded")
+        self.assert_as_recorded(record.INSTALLED_CONTRACT)
+
+    def test_test_names(self):
+        self.assert_as_recorded("test_names")
+
+    def test_runner_output(self):
+        self.assert_as_recorded("runner_output")
+
+    def test_exit_codes(self):
+        self.assert_as_recorded("exit_codes")
+
+    def test_detection_matrix(self):
+        self.assert_as_recorded("detection_matrix")
+
+    def test_every_record_is_compared(self):
+        others = {path.stem for path in record.DATA.glob("*.json")} - set(record.RECORDS)
+        self.assertEqual(others, {"launch_contract-0.5.17"}, "compared by the workflow `contract` alone")
+
+
+class TestNormalising(unittest.TestCase):
+    def test_ports(self):
+        ports = record.PortNames()
+        self.assertEqual(ports.in_text("--port 24631 --nccl-port 21300 --at 127.0.0.1:24635"),
+                         "--port <port 1> --nccl-port 21300 --at 127.0.0.1:<port 2>")  # fmt: skip
+        self.assertEqual(ports.in_text("http://127.0.0.1:24631"), "http://127.0.0.1:<port 1>")
+        self.assertEqual(ports.derived(24637), "<port 2> + 2")
+        self.assertEqual(ports.derived(21334), "21334")
+        self.assertEqual(ports.in_text("0.25613 1256311"), "0.25613 1256311")
+
+    def test_flags_and_their_values(self):
+        lines = record.flag_lines(["word", "--a", "1", "-2", "--b", "--c", "{ }"])
+        self.assertEqual(lines, ["word", "--a 1 -2", "--b", "--c '{ }'"])
+
+
+class TestUndeclared(unittest.TestCase):
+    def count(self, **files):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name, text in files.items():
+            (folder / f"{name}.py").write_text(text)
+        return undeclared.undeclared(folder)
+
+    def test_no_mixin_takes_more_than_before(self):
+        found = undeclared.undeclared()
+        self.assertGreater(len(found), 0)
+        total = sum(map(len, found.values()))
+        self.assertLessEqual(total, UNDECLARED_AT_MOST, f"declare them, for example in `needs`: {found}")
+
+    def test_what_is_undeclared(self):
+        base = "class Base:\n    inherited = 1\n    noted: str\n    needs = ('needed',)\n    def __init__(self): self.kept = 1\n"
+        mixin = "import base\nclass AMixin(base.Base):\n    own = 1\n    def method(self):\n"
+        mixin += "        self.inherited, self.noted, self.needed, self.kept, self.own, self.method, self.assertEqual\n"
+        self.assertEqual(self.count(base=base, mixin=mixin), {"AMixin": []})
+        taken = mixin + "        self.missing, super().above()\n"
+        taken += "    @classmethod\n    def other(cls):\n        return lambda: cls.later\n"
+        self.assertEqual(self.count(base=base, mixin=taken), {"AMixin": ["above", "later", "missing"]})
+
+
+if __name__ == "__main__":
+    unittest.main()
