@@ -231,7 +231,7 @@ class PDServers(PDDisaggregationServerBase):
         return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s)
 
     def _callTestMethod(self, method: Callable[[], None]) -> None:
-        with self.supervisor.interrupting():
+        with self.failing_with_a_death():
             super()._callTestMethod(method)
 
     @classmethod
@@ -342,6 +342,10 @@ class PlannedServers(PDServers):
             *cls.transfer_backend,
             *cls.rdma_devices_for(gpus),
         ]
+
+    @classmethod
+    def take_references(cls) -> None:
+        """What checks ask a monolithic server, where there is one; each overrides it."""
 
     @classmethod
     def start_prefill(cls) -> None:

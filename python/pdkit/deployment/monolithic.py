@@ -9,15 +9,11 @@ from pdkit.deployment.server import Server
 
 
 class _Monolithic:
-    """`take_references()`: what it is asked while it is up."""
+    """`take_references()` of the checks before it is called while the server is up."""
 
     monolithic_port = monolithic_nccl_port = None
     monolithic_url: str | None = None
     process_monolithic: Server | None = None
-
-    @classmethod
-    def take_references(cls) -> None:
-        """What checks ask the monolithic server; each of them adds to it."""
 
     @classmethod
     def configure(cls) -> None:
@@ -49,11 +45,14 @@ class MonolithicBeside(_Monolithic):
     @classmethod
     def launch_lb(cls) -> None:
         cls.wait_server_ready(f"{cls.monolithic_url}/health")
-        with ThreadPoolExecutor(1) as pool:
-            references = pool.submit(cls.take_references)
+        pool = ThreadPoolExecutor(1)
+        references = pool.submit(cls.take_references)
+        try:
             super().launch_lb()
             with cls.failing_with_a_death():
                 references.result()
+        finally:
+            pool.shutdown(wait=False)  # after a death nobody waits for answers that are still asked for
 
 
 class MonolithicFirst(_Monolithic):

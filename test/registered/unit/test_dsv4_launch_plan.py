@@ -21,7 +21,9 @@ from unittest import mock
 
 import psutil
 import requests
+from fake_pair import NEVER, Fate, fake_pair
 from pdkit import ports, process_tree, rung
+from pdkit.checks.accuracy import checks as accuracy
 from pdkit.checks.integrity import kv_checksum_args
 from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
 from pdkit.deployment import ports as deployment_ports
@@ -250,79 +252,10 @@ class TestOneGpu(unittest.TestCase):
         case = one_gpu.TestDisaggregationDSV4OneGpu("test_parity_rooms")
         probes = completion_probe("text", "a text", 4), generate_probe("short", range(257), 4)
         cold = SimpleNamespace(cached_tokens=0)
-        case._check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold])
+        case.check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold])
         long = generate_probe("long", range(513), 4)
         with self.assertRaisesRegex(AssertionError, "prefill's cache"):
-            case._check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
-
-
-FAKE_SERVER = """
-import http.server, os, subprocess, sys, threading, time
-port, healthy_after, dies_after, code, answers = int(sys.argv[1]), *map(float, sys.argv[2:6])
-print("orphan", subprocess.Popen(["sleep", "120"]).pid, flush=True)
-start = time.monotonic()
-
-def die():
-    print(*(f"line {i}" for i in range(100)), "CUDA out of memory", sep="\\n", flush=True)
-    os._exit(int(code))
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_error(200 if time.monotonic() - start > healthy_after else 503)
-    def do_POST(self):
-        global answers
-        answers -= 1
-        if answers < 0:
-            self.send_error(500)
-            return
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"choices": [{"text": " 2"}], "usage": {"completion_tokens": 3}}')
-    def log_message(self, *_):
-        pass
-
-threading.Timer(dies_after, die).start()
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-NEVER = 120
-
-
-class Fate(SimpleNamespace):
-    """How a fake server fares: seconds until healthy, until dead, the exit code, and how many answers it has."""
-
-    def __init__(self, healthy=0, dies=NEVER, code=0, answers=1):
-        super().__init__(healthy=healthy, dies=dies, code=code, answers=answers)
-
-    def command(self, port):
-        fate = (port, self.healthy, self.dies, self.code, self.answers)
-        return ["python3", "-c", FAKE_SERVER, *map(str, fate)]
-
-
-def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixins=()):
-    """The test class on fake servers: real processes and sockets, no model."""
-
-    class Pair(*mixins, embedded.TestDisaggregationDSV4Embedded):
-        @classmethod
-        def launch_server(cls, name, url, args):
-            fate = {"prefill": prefill, "decode": decode, "monolithic": Fate()}[name]
-            cls._names[url] = name
-            return cls.launch(name, fate.command(url.rsplit(":")[-1]))
-
-        @classmethod
-        def start_lb(cls, command):
-            return super().start_lb(lb.command(cls.lb_port))
-
-        @classmethod
-        def log_path(cls, name, kind="log"):
-            return f"{log_dir}/{name}.{kind}"
-
-        def check_counters(self):
-            pass
-
-        if test:
-            test_gsm8k = test
-
-    return Pair
+            case.check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
 
 
 class TestSupervision(unittest.TestCase):
@@ -422,7 +355,7 @@ class TestSupervision(unittest.TestCase):
             def take_references(cls):
                 if cls.process_prefill is not None:
                     balancer_is_up.wait(NEVER)
-                cls.process_monolithic.kill()
+                os.kill(cls.process_monolithic.pid, signal.SIGKILL)
                 cls.process_monolithic.wait()
                 requests.get(cls.monolithic_url)
 
@@ -563,7 +496,7 @@ class TestVerdict(unittest.TestCase):
             return mock.Mock(json=lambda: infos[url.removesuffix("/server_info")])
 
         with (
-            mock.patch.object(dsv4, "run_eval", return_value={"score": score}) as run_eval,
+            mock.patch.object(accuracy, "run_eval", return_value={"score": score}) as run_eval,
             mock.patch.object(embedded.requests, "get", get),
             contextlib.redirect_stdout(io.StringIO()) as self.stdout,
         ):
@@ -575,7 +508,6 @@ class TestVerdict(unittest.TestCase):
         self.assertEqual((args.eval_name, args.api, args.base_url, args.model), ("gsm8k", "completion", "lb", "model"))
         self.assertEqual((args.max_tokens, args.num_examples, args.num_threads), (512, 200, 128))
         self.assertEqual(Path(args.gsm8k_data_path).name, "gsm8k_nano.jsonl")
-        self.assertIn("rung=embedded engine=pdkit.engine gsm8k=1.000 examples=200 gate=>0.95\n", self.stdout.getvalue())
 
     def test_score_must_be_above_the_gate(self):
         self.verdict(score=0.955)

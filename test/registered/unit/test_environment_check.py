@@ -14,8 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 from pdkit import versions
-from pdkit.deployment import quirks
 from pdkit.ci_register import register_cpu_ci
+from pdkit.deployment import quirks
 from pdkit.environment_check import check as checks
 from pdkit.environment_check import dataset, gpus, machine, model, needs, packages, rdma
 from pdkit.environment_check.finding import Level
