@@ -133,18 +133,20 @@ OURS = {
 }
 
 
-def attach() -> None:
+def attach(release: str = sglang.__version__) -> None:
     """Puts our names in the place of SGLang's, in this process. Raises NotReady where the release lacks some."""
-    if missing := quirks.missing_names(sglang.__version__):
+    places = [
+        (importlib.import_module(module), name)
+        for module, names in quirks.substituted(release).items()
+        for name in names
+    ]
+    if missing := [f"{there.__name__}.{name}" for there, name in places if not hasattr(there, name)]:
         raise NotReady(
-            f"sglang {sglang.__version__} has no {', '.join(missing)}: its tests cannot be attached to; "
+            f"sglang {release} has no {', '.join(missing)}: its tests cannot be attached to; "
             "take a release that pdkit.deployment.quirks names, or run the file by itself"
         )
-    for module, names in quirks.SUBSTITUTED.items():
-        there = importlib.import_module(module)
-        for name in names:
-            if hasattr(there, name):
-                setattr(there, name, OURS[name])
+    for there, name in places:
+        setattr(there, name, OURS[name])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 The suite is written for the newest release; what an older one lacks or calls otherwise is settled here.
 """
 
-import importlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -51,15 +50,12 @@ def as_installed(argv: Sequence[str | None]) -> list[str]:
     return [older.get(word, word) for word in map(str, words)]
 
 
-def missing_names(release: str) -> list[str]:
-    """Names that `release` should have and that are to be substituted, but are not there: `module.name`."""
-    found = []
-    for module, names in SUBSTITUTED.items():
-        there = importlib.import_module(module)
-        found += [
-            f"{module}.{name}" for name, since in names.items() if is_since(release, since) and not hasattr(there, name)
-        ]
-    return found
+def substituted(release: str) -> dict[str, list[str]]:
+    """The names that `pdkit.deployment.attach` substitutes in `release`, by module."""
+    return {
+        module: [name for name, since in names.items() if is_since(release, since)]
+        for module, names in SUBSTITUTED.items()
+    }
 
 
 def is_since(release: str, first: str) -> bool:
