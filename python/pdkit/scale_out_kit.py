@@ -1,7 +1,4 @@
-"""Launches two prefill and two decode servers behind one router.
-
-class TestDisaggregationDSV4ScaleOut(ScaleOutChecks, ScaleOutServers, FleetMixin, EmbeddedServers): ...
-"""
+"""Launches two prefill and two decode servers behind one router."""
 
 
 class ScaleOutServers:

@@ -1,8 +1,4 @@
-"""A deployment that somebody else runs: it is asked, nothing is launched or ended, no cache is emptied.
-
-class TestDisaggregationDSV4Attached(ExternalChecks, ExternalServers, PDServers):
-    pass
-"""
+"""A deployment that somebody else runs: it is asked, nothing is launched or ended, no cache is emptied."""
 
 import contextlib
 import os

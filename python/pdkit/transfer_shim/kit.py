@@ -1,8 +1,4 @@
-"""A mixin that asks which check sees which wrong transfer of the real engine, in one launch.
-
-class TestDisaggregationDSV4FaultsOneGpu(TransferFaultsMixin, MonolithicBesideMixin, ...):
-    pass
-"""
+"""Which check sees which wrong transfer of the real engine, in one launch."""
 
 import contextlib
 import json

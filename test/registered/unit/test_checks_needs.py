@@ -55,7 +55,9 @@ class TestNeeds(unittest.TestCase):
         )
 
     def test_each_check_and_each_name_is_named(self):
-        with self.assertRaisesRegex(TypeError, "TestX: Both needs launch; .* them|it, .*; TestX: Lone needs monolithic"):
+        with self.assertRaisesRegex(
+            TypeError, "TestX: Both needs launch; .* them|it, .*; TestX: Lone needs monolithic"
+        ):
             self.create(Both, lb_url=None)
 
     def test_attributes_methods_and_annotations_provide(self):
@@ -166,7 +168,6 @@ class TestShape(unittest.TestCase):
             if name not in own[path] and name in everywhere
         ]
         self.assertEqual(uses, [])
-
 
     def test_no_check_replaces_a_private_name_of_a_base_elsewhere(self):
         replaced = [
