@@ -1,6 +1,8 @@
 """What a check needs of the class that it is put into, verified when that class is created."""
 
 import inspect
+import os
+import tempfile
 import unittest
 from collections.abc import Iterator
 
@@ -20,7 +22,7 @@ PROVIDERS = {
 
 
 class Checks:
-    """Base of all checks.
+    """Base of all checks, and of what changes for them how servers are launched.
 
     needs  names that the test class must provide beside what a TestCase has: as an attribute or method, or, where it
            is known only once servers are launched, as an annotation (`lb_url: str`). They add up along the bases.
@@ -37,6 +39,13 @@ class Checks:
             return
         if problems := list(_lacking(cls)):
             raise TypeError("; ".join(problems))
+
+    @classmethod
+    def temporary_path(cls, prefix: str, name: str) -> str:
+        """Path for a file of a test class, in a new directory that goes when the class is done."""
+        directory = tempfile.TemporaryDirectory(prefix=prefix)
+        cls.addClassCleanup(directory.cleanup)
+        return os.path.join(directory.name, name)
 
 
 def _lacking(cls: type) -> Iterator[str]:

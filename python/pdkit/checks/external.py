@@ -1,8 +1,4 @@
-"""Checks of a deployment that somebody else runs: it is asked, nothing is launched or ended, no cache is emptied.
-
-class TestDisaggregationDSV4Attached(ExternalChecks, ExternalServers):
-    pass
-"""
+"""Checks of a deployment that somebody else runs: it is asked, nothing is launched or ended, no cache is emptied."""
 
 from dataclasses import replace
 

@@ -34,10 +34,10 @@ def post(
 ) -> requests.Response:
     """The answer of `url` to a POST, whatever its status. Raises requests.RequestException.
 
-    body     what becomes JSON, or bytes that are JSON as they stand
+    body     what becomes JSON; text and bytes are sent as they stand
     timeout  seconds
     """
-    if isinstance(body, bytes):
+    if isinstance(body, (str, bytes)):
         options |= {"data": body, "headers": {"Content-Type": "application/json"}}
     else:
         options["json"] = body
@@ -209,7 +209,7 @@ class Client:
         return [json.loads(event) for event in events[:-1]]
 
     def post(self, path, body=None, timeout=None, **options):
-        """body: what becomes JSON, or bytes as they are."""
+        """body: as in `post`."""
         return post(self.url, path, body, timeout or self.timeout, **options)
 
     def close(self):

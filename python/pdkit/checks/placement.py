@@ -1,8 +1,4 @@
-"""On which GPUs prefill and decode are, by the driver, against the plan.
-
-class TestDisaggregationDSV4TwoGpus(PlacementChecks, PDServers):
-    pass
-"""
+"""On which GPUs prefill and decode are, by the driver, against the plan."""
 
 import os
 

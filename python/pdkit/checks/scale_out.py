@@ -1,7 +1,4 @@
-"""Two prefill and two decode servers behind one router: pairs are right under load, and fail alone.
-
-class TestDisaggregationDSV4ScaleOut(ScaleOutChecks, ScaleOutServers, Fleet, EmbeddedServers): ...
-"""
+"""Two prefill and two decode servers behind one router: pairs are right under load, and fail alone."""
 
 import itertools
 import time

@@ -11,7 +11,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 
 from pdkit.checks.accounting.checks import unaccounted
@@ -50,9 +49,7 @@ class BalancerFaultChecks(ParityArms):
     @classmethod
     def start_decode(cls):
         super().start_decode()
-        folder = tempfile.TemporaryDirectory(prefix="fault-switch-")
-        cls.addClassCleanup(folder.cleanup)
-        cls.switch = Switch(os.path.join(folder.name, "switch"))
+        cls.switch = Switch(cls.temporary_path("fault-switch-", "switch"))
         command = [sys.executable, "-m", "pdkit.faults.load_balancer", "--pd-disaggregation", "--mini-lb"]
         command += ["--prefill", cls.prefill_url, "--decode", cls.decode_url]
         command += ["--host", cls.base_host, "--port", cls.faulty_lb_port]

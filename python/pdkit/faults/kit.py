@@ -9,7 +9,6 @@ It needs the embedded engine and SGLang's mini load balancer.
 """
 
 import os
-import tempfile
 from unittest import mock
 
 from pdkit.checks.base import Checks
@@ -35,9 +34,7 @@ class FaultSwitchServers(Checks):
     @classmethod
     def configure(cls):
         super().configure()
-        directory = tempfile.TemporaryDirectory(prefix="fault-switch-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.switch = Switch(os.path.join(directory.name, "switch"))
+        cls.switch = Switch(cls.temporary_path("fault-switch-", "switch"))
         cls.server_env = {
             **cls.server_env,
             VARIABLE: str(cls.switch.path),

@@ -1,13 +1,7 @@
-"""A mixin that asks which check sees which wrong transfer of the real engine, in one launch.
-
-class TestDisaggregationDSV4FaultsOneGpu(TransferFaultsMixin, MonolithicBesideMixin, ...):
-    pass
-"""
+"""Which check sees which wrong transfer of the real engine, in one launch."""
 
 import contextlib
 import json
-import os
-import tempfile
 import textwrap
 import time
 from dataclasses import replace
@@ -59,9 +53,7 @@ class TransferFaultChecks(acceptance.DraftMeasures, ParityArms):
     @classmethod
     def configure(cls):
         super().configure()
-        directory = tempfile.TemporaryDirectory(prefix="transfer-faults-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.transfer_switch = Switch(os.path.join(directory.name, "switch"), LIBRARY)
+        cls.transfer_switch = Switch(cls.temporary_path("transfer-faults-", "switch"), LIBRARY)
         cls.server_env = {
             **cls.server_env,
             SWITCH_VARIABLE: str(cls.transfer_switch.path),

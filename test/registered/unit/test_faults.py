@@ -431,7 +431,7 @@ class TestGroundTruth(unittest.TestCase):
         corrupted = LIBRARY["wire-corrupted"].wire(data)
         self.assertEqual(len(corrupted), len(data))
         with self.assertRaisesRegex(TransferError, "checksum mismatch"):
-            DecodeReceiver._verify(corrupted, hashlib.sha256(data).hexdigest(), 0)
+            DecodeReceiver.verify(corrupted, hashlib.sha256(data).hexdigest(), 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Accuracy on GSM8K: one look, or a gate with stated error rates.
-
-class TestDisaggregationDSV4Gated(AccuracyGateChecks, PDServers):
-    gsm8k_gate_policy = "auto"
-"""
+"""Accuracy on GSM8K: one look, or a gate with stated error rates."""
 
 from pdkit.checks.accuracy.gate import GateOptions
 from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate

@@ -1,8 +1,4 @@
-"""All that clients of prefill and decode meet.
-
-class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, PDServers):
-    pass
-"""
+"""All that clients of prefill and decode meet."""
 
 from pdkit.checks.protocol.answers import AnswerChecks
 from pdkit.checks.protocol.leaving import LeavingChecks

@@ -110,7 +110,7 @@ class Client(threading.Thread):
 
     def run(self):
         try:
-            fate, text, error, status = self._stream() if self.ask.stream else self._generate()
+            fate, text, error, status = self._stream() if self.ask.stream else self._whole()
         except Exception as error:
             fate, text, error, status = Fate.WRONG, "", f"the client does not understand: {error!r}", None
         self.ended_at = time.monotonic()
@@ -122,7 +122,7 @@ class Client(threading.Thread):
         self.join(max(0.0, self._sent_at + 2 * self.timeout - time.monotonic()))
         return self.outcome or Outcome(Fate.HUNG, "", "still waiting", None, time.monotonic() - self._sent_at)
 
-    def _generate(self):
+    def _whole(self):
         try:
             answer = post(self.url, "/generate", self.ask.generate_body(), self.timeout)
         except requests.Timeout as error:

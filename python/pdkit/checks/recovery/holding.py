@@ -1,8 +1,5 @@
 """Keeps the hand-overs of the embedded engine waiting, or has them refused, while a file says so."""
 
-import os
-import tempfile
-
 from pdkit.checks.base import Checks
 from pdkit.engine.test_backends import HOLD_FILE_VARIABLE, Valve
 
@@ -19,9 +16,7 @@ class HandoverValve(Checks):
     @classmethod
     def configure(cls):
         super().configure()
-        directory = tempfile.TemporaryDirectory(prefix="hand-overs-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.valve = Valve(os.path.join(directory.name, "valve"))
+        cls.valve = Valve(cls.temporary_path("hand-overs-", "valve"))
         cls.valve.turn(None)
         cls.server_env = {**cls.server_env, HOLD_FILE_VARIABLE: str(cls.valve.path)}
 

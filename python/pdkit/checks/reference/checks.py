@@ -1,8 +1,4 @@
-"""What SGLang computes against transformers' arithmetic on the same checkpoint.
-
-class TestDisaggregationDSV4OneGpu(ReferenceChecks, MonolithicBeside, OneGpuServers):
-    pass
-"""
+"""What SGLang computes against transformers' arithmetic on the same checkpoint."""
 
 from pdkit.checks.http import generate, greedy
 from pdkit.checks.parity.checks import ParityArms
