@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from pdkit.core.events import emit
+from pdkit.core.events import VARIABLE, emit
 
+RECORDER_VARIABLE = "PDKIT_RECORDER"  # the directory whose events an ancestor records, or this process
 PASSED, FAILED, ERROR, SKIPPED = "passed", "failed", "error", "skipped"
 EXPECTED_FAILURE, UNEXPECTED_SUCCESS = "expected failure", "unexpected success"
 
@@ -116,8 +117,15 @@ def _message(error: BaseException | None) -> str:
 
 
 def install() -> None:
-    """From now on unittest's text runners record, unless they are given a result class of their own."""
-    unittest.TextTestRunner.resultclass = RecordingResult
+    """From now on unittest's text runners record, unless they are given a result class of their own.
+
+    Tests that a test runs in processes of its own are not tests of its file: where an ancestor records into the same
+    directory, this does nothing.
+    """
+    directory = os.environ.get(VARIABLE, "")
+    if not directory or os.environ.get(RECORDER_VARIABLE) != directory:
+        os.environ[RECORDER_VARIABLE] = directory
+        unittest.TextTestRunner.resultclass = RecordingResult
 
 
 def run_file(path: str, argv: Sequence[str] = ()) -> None:
