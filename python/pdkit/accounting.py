@@ -22,6 +22,8 @@ import requests
 
 from pdkit.server_info import read_server_info
 
+CLIENT, SERVERS = "request accounting", "division of labour"  # names of the checks
+
 OK = "200"
 TIMEOUT = "timeout"
 CONNECTION = "connection error"

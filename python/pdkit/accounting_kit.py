@@ -9,10 +9,13 @@ Its unit is the attempt: what a client sent again after a failure is two, of whi
 import contextlib
 import unittest
 
-from pdkit.accounting import HandoverAccount, Ledger, RequestAccount, read_pair
+from pdkit.accounting import CLIENT, SERVERS, HandoverAccount, Ledger, RequestAccount, read_pair
+from pdkit.core import events
+from pdkit.core.recording import unwrapped
 from pdkit.server_info import ServerInfoError
 
 SETTLE_SECONDS = 10.0
+OWN_RESULT = "test by itself"
 
 
 def unaccounted(test):
@@ -54,10 +57,19 @@ class RequestAccountingMixin:
         own_result = f"failed: {unwrapped(failure)!r}" if failure else "passed"
         account = RequestAccount(client, HandoverAccount(did, *client.sequences), own_result)
         print(account.report(), flush=True)
+        self._emit_verdicts(account, failure)
         if not account.passed:
             raise AssertionError(account.report()) from failure
         if failure:
             raise failure
+
+    def _emit_verdicts(self, account, failure):
+        """Of the client, of servers that count, and of the test itself, which the account's failure would hide."""
+        client, handover = account.client, account.handover
+        events.verdict(CLIENT, not client.problems, client.report())
+        if handover.did is not None:
+            events.verdict(SERVERS, not handover.problems, handover.report())
+        events.verdict(OWN_RESULT, failure is None, str(unwrapped(failure)) if failure else "")
 
     def _pair_counters(self, settle=0.0):
         prefill_urls = getattr(self, "prefill_urls", None) or [self.prefill_url]
@@ -67,10 +79,3 @@ class RequestAccountingMixin:
                 return read_pair(prefill_urls, decode_urls, settle)
             except ServerInfoError as error:
                 raise AssertionError(f"request accounting: {error}") from None
-
-
-def unwrapped(error: BaseException) -> BaseException:
-    """What SGLang's retry of test methods wrapped in an Exception of its own."""
-    while type(error) is Exception and error.__context__ is not None:
-        error = error.__context__
-    return error

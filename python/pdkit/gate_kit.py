@@ -11,8 +11,11 @@ They work over any subclass of SGLang's `PDDisaggregationServerBase`: what they 
 from types import SimpleNamespace
 
 from pdkit import acceptance
+from pdkit.core import events
 from pdkit.gate import GateOptions
 from pdkit.sequential_eval import few_shot_prompts, gsm8k_gate, paired_gate
+
+FIRST_LOOK = "accuracy gate"  # name of the check
 
 
 class AccuracyGateMixin:
@@ -42,6 +45,8 @@ class AccuracyGateMixin:
         options = GateOptions(policy=self.gsm8k_gate_policy, threshold=getattr(self, "min_score", 0.95))
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options)
         print(gate.report(), flush=True)
+        if gate.first_look_passed is not None:
+            events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
         gate.assert_passed()
         if monolithic_url := getattr(self, "monolithic_url", None):
             paired = paired_gate(gate, self.gsm8k_args(monolithic_url))
@@ -91,6 +96,7 @@ class AcceptanceLengthMixin(_AcceptanceKit):
             self.take_acceptance_reference()
         gate = acceptance.AcceptanceGate(measured, self.acceptance_length_reference, self.acceptance_length_ratio)
         print(gate.report(), flush=True)
+        events.measurement("acceptance length", measured.length)
         gate.assert_passed()
 
     @classmethod

@@ -11,8 +11,8 @@ from dataclasses import replace
 import requests
 
 from pdkit import process_tree
+from pdkit.core import events
 from pdkit.recovery.clients import Ask, Client, Fate, token_ids
-from pdkit.report.record import record_table
 from pdkit.router_kit import healthy_workers
 
 POLL_S = 0.05
@@ -97,7 +97,7 @@ class ScaleOutMixin:
     def tearDownClass(cls):
         rows, cls.fate_rows = cls.fate_rows, None
         if rows:
-            record_table("scale-out", ["event", "router", *(fate.value for fate in Fate), "longest"], rows)
+            events.table("scale-out", ["event", "router", *(fate.value for fate in Fate), "longest"], rows)
         super().tearDownClass()
 
     @classmethod

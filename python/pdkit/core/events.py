@@ -19,7 +19,8 @@ score     eval, score, examples, gate (the score must be greater), target, engin
 measurement  name, value: a figure that a test found beside its score, such as "acceptance length"
 verdict   check, passed, message: what a check found that is no test of its own
 table     title, columns, rows, note
-test      id, state, seconds, message (first lines in plain words), details (traceback)
+test      id, method (without a sub-test's parameters), state, seconds (None if it was never started), message (first
+          lines in plain words), details (traceback)
 run       tests, successful: a unittest program has run all its tests
 """
 
@@ -36,6 +37,10 @@ from typing import Any
 VARIABLE = "PDKIT_REPORT_DIR"
 TARGET_VARIABLE = "PDKIT_TARGET"
 FILE = "events.jsonl"
+
+PASSED, FAILED, ERROR, SKIPPED = "passed", "failed", "error", "skipped"  # states of tests; the first two of phases
+EXPECTED_FAILURE, UNEXPECTED_SUCCESS = "expected failure", "unexpected success"
+BAD = (FAILED, ERROR, UNEXPECTED_SUCCESS)
 
 
 class Events(list[dict[str, Any]]):
@@ -95,7 +100,8 @@ def _check(event: dict[str, Any]) -> None:
         fields |= {"seconds": float}
     for name, kind in fields.items():
         value = event[name]
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) and kind != bool:
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{name} is {value!r}, expected {kind.__name__}")
     if not all(isinstance(row, list) for row in event.get("rows", ())):
         raise TypeError("rows are lists of cells")
@@ -154,14 +160,14 @@ def phase(name: str) -> Iterator[None]:
     """A phase of the run: prints and emits that it begins, how many seconds it took, and whether it failed."""
     print(f"[phase] {name} begins", flush=True)
     emit("phase", name=name, state="begins")
-    start, state = time.monotonic(), "failed"
+    start, state = time.monotonic(), FAILED
     try:
         yield
-        state = "passed"
+        state = PASSED
     finally:
         seconds = time.monotonic() - start
         emit("phase", name=name, state=state, seconds=round(seconds, 3))
-        print(f"[phase] {name}{' failed' * (state == 'failed')}: {seconds:.1f} s", flush=True)
+        print(f"[phase] {name}{' failed' * (state == FAILED)}: {seconds:.1f} s", flush=True)
 
 
 def launch(name: str, command: Sequence[str] | str, log: Path | str | None, pid: int | None) -> None:

@@ -21,9 +21,9 @@ from dataclasses import replace
 
 import requests
 
+from pdkit.core import events
 from pdkit.recovery import held, table
 from pdkit.recovery.clients import Ask, Client, Fate, judge_answer, token_ids
-from pdkit.report.record import record_table
 
 BEFORE, DURING, STREAMING, IDLE, GONE, FROZEN = (
     "before the hand-over", "during it", "streaming", "idle", "sent while it is gone", "sent while it is frozen",
@@ -103,7 +103,7 @@ class RecoveryMixin:
             table.save(rows, path, **about)
             print(f"{table.markdown(rows)}\nbound of a client: {bound} s; {path}", flush=True)
             for title, part in table.parts(rows):
-                record_table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
+                events.table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
         super().tearDownClass()
 
     # The events

@@ -31,9 +31,14 @@ def open_phase(events: Events) -> str | None:
     return unfinished[-1] if unfinished else None
 
 
+def scores_of(events: Events) -> list[dict[str, Any]]:
+    """The events of evals that scored at least one example, by a share of right answers."""
+    return [event for event in events.of("score") if 0 <= event["score"] <= 1 and event["examples"] > 0]
+
+
 def score_event_of(events: Events) -> dict[str, Any] | None:
     """The last score that a gate was asked about, else the last one: evals beside the main one have no gate."""
-    scores = [event for event in events.of("score") if 0 <= event["score"] <= 1 and event["examples"] > 0]
+    scores = scores_of(events)
     gated = [event for event in scores if event.get("gate") is not None]
     return next(reversed(gated or scores), None)
 

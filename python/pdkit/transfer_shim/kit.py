@@ -17,13 +17,13 @@ import requests
 from pdkit import acceptance
 from pdkit.accounting import Ledger
 from pdkit.accounting_kit import unaccounted
+from pdkit.core import events
 from pdkit.faults.switch import Switch
 from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
 from pdkit.numbers_kit import quiet_eval
 from pdkit.parity import Parity
 from pdkit.parity_kit import ParityArms, RequestFailed, collect, flush
 from pdkit.parity_plan import Round, generate_probe
-from pdkit.report.record import record_table
 from pdkit.transfer_shim.backends import PIECES_VARIABLE, SWITCH_VARIABLE
 from pdkit.transfer_shim.blocks import pieces_of
 from pdkit.transfer_shim.library import LIBRARY
@@ -108,7 +108,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
             if any(seen.values()) != expected or bool(met) != bool(fault):
                 wrong.append(name or NO_FAULT)
             self.until_served()
-        record_table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
+        events.table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
         self.assertFalse(wrong, "seen where nothing was to be seen, not seen although it should be, or never met")
 
     def parity_of(self, round_):

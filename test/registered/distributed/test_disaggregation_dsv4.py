@@ -40,6 +40,14 @@ from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
 from sglang.test.test_utils import DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH, is_in_ci, try_cached_model
 
+try:
+    from pdkit.core.events import emit
+except ModuleNotFoundError:  # only SGLang is installed: what is printed is all there is
+
+    def emit(kind, **fields):
+        pass
+
+
 register_cuda_ci(est_time=250, suite="stage-c-test-dsv4-8-gpu-h200")
 
 CUDA_GRAPH_MAX_BS = (
@@ -109,7 +117,11 @@ class TestDisaggregationDSV4(PDDisaggregationServerBase):
                 )
             )
         score = f"gsm8k={metrics['score']:.3f} examples=200 gate=>{self.min_score}"
-        print(f"rung={self.rung} engine={self.engine} {score}", flush=True)
+        print(f"target={self.rung} engine={self.engine} {score}", flush=True)
+        emit(
+            "score", eval="gsm8k", score=metrics["score"], examples=200, gate=self.min_score, target=self.rung,
+            engine=self.engine, throughput=metrics.get("output_throughput"),
+        )  # fmt: skip
         with phase("gate"):
             self.assertGreater(metrics["score"], self.min_score)
 
@@ -270,6 +282,7 @@ class Server(subprocess.Popen):
             errors="replace",
             start_new_session=True,
         )
+        emit("launch", name=name, command=shlex.join(command), log=log_path, pid=self.pid)
         self.ended_at = math.inf
         self._copier = threading.Thread(target=self._copy_output, args=(name,), daemon=True)
         self._copier.start()
@@ -363,7 +376,10 @@ class Supervisor:
             code = process.returncode
             self.death = f"{name} exited with code {code}" + (f" ({signal.strsignal(-code)})" if code < 0 else "")
             print(f"[supervisor] {self.death}", file=sys.stderr, flush=True)
-            self.death += f"; {process.obituary()}" if isinstance(process, Server) else "; its output is above"
+            cause, log = self.death, getattr(process, "log_path", None)
+            excerpt = process.obituary() if isinstance(process, Server) else "its output is above"
+            emit("death", name=name, cause=cause, excerpt=excerpt, log=log)
+            self.death = f"{cause}; {excerpt}"
         return self.death
 
     def _check(self):
@@ -426,6 +442,7 @@ class Transcript:
             if time.monotonic() - self._printed_at >= self._seconds_between_lines:
                 self._printed_at, done = time.monotonic(), len(self.scores)
                 print(f"\n[progress] {done}/{total}, score so far {sum(self.scores) / done:.3f}", flush=True)
+                emit("progress", done=done, total=total, score=sum(self.scores) / done)
         return result
 
 
@@ -433,12 +450,15 @@ class Transcript:
 def phase(name):
     """Prints that a phase of the run begins, how long it took, and whether it failed."""
     print(f"[phase] {name} begins", flush=True)
-    start, end = time.monotonic(), f"{name} failed"
+    emit("phase", name=name, state="begins")
+    start, state = time.monotonic(), "failed"
     try:
         yield
-        end = name
+        state = "passed"
     finally:
-        print(f"[phase] {end}: {time.monotonic() - start:.1f} s", flush=True)
+        seconds = time.monotonic() - start
+        emit("phase", name=name, state=state, seconds=round(seconds, 3))
+        print(f"[phase] {name}{' failed' * (state == 'failed')}: {seconds:.1f} s", flush=True)
 
 
 def require_gpus(plan):
