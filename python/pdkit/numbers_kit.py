@@ -4,8 +4,6 @@ class TestDisaggregationDSV4OneGpu(PairNumbersMixin, MonolithicBesideMixin, ...)
     pass
 """
 
-import contextlib
-import io
 import random
 import statistics
 import time
@@ -14,16 +12,15 @@ from types import SimpleNamespace
 import requests
 
 
-def quiet_eval(base_url, model, gsm8k_data_path, examples):
-    """run_eval's metrics; what it prints is kept back, since a report reads it as the main job's."""
+def gsm8k_metrics(base_url, model, gsm8k_data_path, examples):
+    """What run_eval measures at `base_url` on the first `examples` questions."""
     from sglang.test.run_eval import run_eval
 
     args = SimpleNamespace(
         base_url=base_url, model=model, eval_name="gsm8k", api="completion", max_tokens=512,
         num_examples=examples, num_threads=128, gsm8k_data_path=gsm8k_data_path,
     )  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):
-        return run_eval(args)
+    return run_eval(args)
 
 
 class PairNumbersMixin:
@@ -39,7 +36,7 @@ class PairNumbersMixin:
 
     def test_report_throughput(self):
         pair, alone = (
-            quiet_eval(url, self.model, self.gsm8k_data_path, self.throughput_examples)["output_throughput"]
+            gsm8k_metrics(url, self.model, self.gsm8k_data_path, self.throughput_examples)["output_throughput"]
             for url in (self.lb_url, self.monolithic_url)
         )
         print(

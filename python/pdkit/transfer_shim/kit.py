@@ -20,7 +20,7 @@ from pdkit.accounting_kit import unaccounted
 from pdkit.core import events
 from pdkit.faults.switch import Switch
 from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
-from pdkit.numbers_kit import quiet_eval
+from pdkit.numbers_kit import gsm8k_metrics
 from pdkit.parity import Parity
 from pdkit.parity_kit import ParityArms, RequestFailed, collect, flush
 from pdkit.parity_plan import Round, generate_probe
@@ -132,7 +132,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         return answers
 
     def accuracy(self):
-        score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
+        score = gsm8k_metrics(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
         return None if score > self.min_score else f"score {score:.3f}"
 
     def acceptance_length(self):
