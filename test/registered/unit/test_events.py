@@ -151,7 +151,7 @@ class TestReading(Channel):
                 json.dumps(score | change)
                 for change in ({"score": "high"}, {"score": float("nan")}, {"examples": True})
             ),
-            *('{"kind": "table", "ts": 1, "title": "t", "columns": [], "rows": %s}' % rows for rows in ("3", "[3]")),
+            *(json.dumps({"kind": "table", "ts": 1, "title": "", "columns": [], "rows": r}) for r in (3, [3])),
         ):
             with self.subTest(line):
                 (self.directory / FILE).write_text(f"{line}\n", errors="surrogateescape")
