@@ -77,7 +77,9 @@ def append(directory: Path, kind: str, **fields: Any) -> None:
     with open(directory / FILE, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
-        file.write(b"\n" * is_torn + line)
+        data = b"\n" * is_torn + line
+        while data:  # a disk that is full takes a part of it first, and raises then
+            data = data[file.write(data) :]
 
 
 def parse(data: bytes) -> Events:
