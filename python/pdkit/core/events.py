@@ -208,8 +208,8 @@ def score(
     emit(
         "score",
         eval=eval_name,
-        score=score,
-        examples=examples,
+        score=float(score),
+        examples=int(examples),
         gate=gate,
         target=target,
         engine=engine,

@@ -71,7 +71,7 @@ class _Reader:
     def lines(self, path: Path) -> list[str]:
         """Without colours; none where there is no such file."""
         try:
-            return _ANSI.sub("", path.read_text(errors="replace")).splitlines() if path.exists() else []
+            return _plain(path.read_text(errors="replace")).splitlines() if path.exists() else []
         except OSError as error:
             self.notes.append(f"{path.relative_to(self.root)} cannot be read: {error.strerror}")
             return []
@@ -88,7 +88,7 @@ def read_directory(root: Path) -> model.Report:
     scored = [run.score for run in files if run.score]
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
     return model.Report(
-        title=f"main job on rung {scored[0].target}" if len(files) == 1 and scored else f"suite {suite}",
+        title=f"main job on rung {scored[0].target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
         result=results.get("result"),
         exit_code=results.get("exit_code"),
         seconds=results.get("seconds") or 0.0,
@@ -148,7 +148,9 @@ def _death(happened: Events) -> model.Death | None:
     """The first one."""
     for event in happened.of("death"):
         log = event.get("log")
-        return model.Death(event["name"], event["cause"], tuple(event["excerpt"].splitlines()), log and Path(log).name)
+        return model.Death(
+            event["name"], event["cause"], tuple(_plain(event["excerpt"]).splitlines()), log and Path(log).name
+        )
     return None
 
 
@@ -175,6 +177,11 @@ def _example(line: dict) -> model.Example:
         correct_answer=line.get("correct_answer"),
         extracted_answer=line.get("extracted_answer"),
     )
+
+
+def _plain(text: str) -> str:
+    """Without colours."""
+    return _ANSI.sub("", text)
 
 
 def _floats(pattern: re.Pattern, lines: Iterable[str]) -> tuple[float, ...]:
@@ -218,7 +225,7 @@ def _failure(happened: Events) -> str:
     test = next((test for test in happened.of("test") if test["state"] in BAD), None)
     if test is None:
         return ""
-    lines = f"{test['state']}: {test['id']}\n{test['message']}\n{test['details']}".splitlines()
+    lines = _plain(f"{test['state']}: {test['id']}\n{test['message']}\n{test['details']}").splitlines()
     lines = [line for line in lines if line.strip()]
     kept = lines if len(lines) <= FAILURE_LINES else [*lines[:20], "...", *lines[-(FAILURE_LINES - 21) :]]
     return "\n".join(kept)
