@@ -123,8 +123,9 @@ class TestReading(Channel):
         source += "for i in range(500): events.emit('x', text=sys.argv[1] * 3000, i=i)"
         command = [sys.executable, "-c", source]
         environment = os.environ | {"PYTHONPATH": PYTHON}
-        writers = [subprocess.Popen([*command, name], env=environment) for name in "ab"]
-        self.assertEqual([writer.wait(60) for writer in writers], [0, 0])
+        with ThreadPoolExecutor(2) as pool:
+            done = pool.map(lambda name: subprocess.run([*command, name], env=environment, timeout=60).returncode, "ab")
+            self.assertEqual(list(done), [0, 0])
         happened = self.happened()
         self.assertEqual((len(happened), happened.broken), (1000, 0))
         for name in "ab":
