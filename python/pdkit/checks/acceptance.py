@@ -14,6 +14,7 @@ from pdkit.checks import http
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts
 from pdkit.checks.base import Checks
 from pdkit.checks.server_info import read_server_info
+from pdkit.core import events
 from pdkit.gate_math import Signs, sign_test
 
 
@@ -232,6 +233,7 @@ class AcceptanceLengthChecks(DraftMeasures):
             self.take_acceptance_reference()
         gate = AcceptanceGate(measured, self.acceptance_length_reference, self.acceptance_length_ratio)
         print(gate.report(), flush=True)
+        events.measurement("acceptance length", measured.length)
         gate.assert_passed()
 
 

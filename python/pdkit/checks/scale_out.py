@@ -9,8 +9,8 @@ from pdkit import process_tree
 from pdkit.checks.base import Checks
 from pdkit.checks.recovery.clients import Ask, Client, Fate, token_ids
 from pdkit.checks.server_info import read_server_info
+from pdkit.core import events
 from pdkit.deployment.router import healthy_workers
-from pdkit.report.record import record_table
 
 POLL_S = 0.05
 
@@ -55,7 +55,7 @@ class ScaleOutChecks(Checks):
     def tearDownClass(cls):
         rows, cls.fate_rows = cls.fate_rows, None
         if rows:
-            record_table("scale-out", ["event", "router", *(fate.value for fate in Fate), "longest"], rows)
+            events.table("scale-out", ["event", "router", *(fate.value for fate in Fate), "longest"], rows)
         super().tearDownClass()
 
     @classmethod

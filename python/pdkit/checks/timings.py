@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 
-from pdkit.checks.accuracy.gsm8k import quiet_eval
+from pdkit.checks.accuracy.gsm8k import gsm8k_metrics
 from pdkit.checks.base import Checks
 from pdkit.checks.http import generate, greedy
 
@@ -24,7 +24,7 @@ class TimingChecks(Checks):
 
     def test_report_throughput(self):
         pair, alone = (
-            quiet_eval(url, self.model, self.gsm8k_data_path, self.throughput_examples)["output_throughput"]
+            gsm8k_metrics(url, self.model, self.gsm8k_data_path, self.throughput_examples)["output_throughput"]
             for url in (self.lb_url, self.monolithic_url)
         )
         print(

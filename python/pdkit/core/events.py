@@ -16,9 +16,11 @@ death     name, cause (one line), excerpt (text), log
 progress  done, total, score (so far)
 score     eval, score, examples, gate (the score must be greater), target, engine, throughput (output tokens/s),
           acceptance_length (tokens per verification step)
-verdict   check, passed, message
+measurement  name, value: a figure that a test found beside its score, such as "acceptance length"
+verdict   check, passed, message: what a check found that is no test of its own
 table     title, columns, rows, note
-test      id, state, seconds, message (first lines in plain words), details (traceback)
+test      id, method (without a sub-test's parameters), state, seconds (None if it was never started), message (first
+          lines in plain words), details (traceback)
 run       tests, successful: a unittest program has run all its tests
 """
 
@@ -36,9 +38,13 @@ VARIABLE = "PDKIT_REPORT_DIR"
 TARGET_VARIABLE = "PDKIT_TARGET"
 FILE = "events.jsonl"
 
+PASSED, FAILED, ERROR, SKIPPED = "passed", "failed", "error", "skipped"  # states of tests; the first two of phases
+EXPECTED_FAILURE, UNEXPECTED_SUCCESS = "expected failure", "unexpected success"
+BAD = (FAILED, ERROR, UNEXPECTED_SUCCESS)
+
 
 class Events(list[dict[str, Any]]):
-    """Events in the order in which they were written; `broken` counts lines that are none."""
+    """Events in the order in which they were written; `broken` counts lines that are not events."""
 
     def __init__(self, events: Sequence[dict[str, Any]] = (), broken: int = 0):
         super().__init__(events)
@@ -71,19 +77,55 @@ def append(directory: Path, kind: str, **fields: Any) -> None:
     with open(directory / FILE, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
-        file.write(b"\n" * is_torn + line)
+        data = b"\n" * is_torn + line
+        while data:  # a disk that is full takes a part of it first, and raises then
+            data = data[file.write(data) :]
 
 
 def parse(data: bytes) -> Events:
-    """The events of whole lines; a line that is not an object with a `kind` and a number `ts` is counted as broken."""
+    """The events of whole lines; a line that lacks what its kind has, or has NaN, is counted as broken."""
     found = Events()
     for line in filter(bytes.strip, data.split(b"\n")):
         try:
-            event = json.loads(line)
-            found.append(event | {"kind": str(event["kind"]), "ts": float(event["ts"])})
+            event = json.loads(line, parse_constant=_refuse)
+            _check(event)
+            found.append(event)
         except (ValueError, KeyError, TypeError):
             found.broken += 1
     return found
+
+
+def _check(event: dict[str, Any]) -> None:
+    """Raises KeyError or TypeError. Kinds that are not known here are let through."""
+    fields = _FIELDS["every"] | _FIELDS.get(event["kind"], {})
+    if event["kind"] == "phase" and event["state"] != "begins":
+        fields |= {"seconds": float}
+    for name, kind in fields.items():
+        value = event[name]
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{name} is {value!r}, expected {kind.__name__}")
+    if not all(isinstance(row, list) for row in event.get("rows", ())):
+        raise TypeError("rows are lists of cells")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_FIELDS: dict[str, dict[str, type]] = {
+    "every": {"kind": str, "ts": float},
+    "phase": {"name": str, "state": str},
+    "launch": {"name": str, "command": str},
+    "death": {"name": str, "cause": str, "excerpt": str},
+    "progress": {"done": int, "total": int, "score": float},
+    "score": {"eval": str, "score": float, "examples": int},
+    "measurement": {"name": str, "value": float},
+    "verdict": {"check": str, "passed": bool, "message": str},
+    "table": {"title": str, "columns": list, "rows": list},
+    "test": {"id": str, "state": str, "message": str, "details": str},
+    "run": {"tests": int, "successful": bool},
+}
 
 
 def read(path: Path | str) -> Events:
@@ -95,19 +137,39 @@ def read(path: Path | str) -> Events:
         return Events()
 
 
+class Tail:
+    """Follows the events in the FILE of a directory, which need not be there yet."""
+
+    def __init__(self, directory: Path):
+        self._path = directory / FILE
+        self._offset = 0
+
+    def new(self) -> Events:
+        """The events in lines that were ended since the last call. Raises OSError if the file cannot be read."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return Events()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return parse(whole)
+
+
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """A phase of the run: prints and emits that it begins, how many seconds it took, and whether it failed."""
     print(f"[phase] {name} begins", flush=True)
     emit("phase", name=name, state="begins")
-    start, state = time.monotonic(), "failed"
+    start, state = time.monotonic(), FAILED
     try:
         yield
-        state = "passed"
+        state = PASSED
     finally:
         seconds = time.monotonic() - start
         emit("phase", name=name, state=state, seconds=round(seconds, 3))
-        print(f"[phase] {name}{' failed' * (state == 'failed')}: {seconds:.1f} s", flush=True)
+        print(f"[phase] {name}{' failed' * (state == FAILED)}: {seconds:.1f} s", flush=True)
 
 
 def launch(name: str, command: Sequence[str] | str, log: Path | str | None, pid: int | None) -> None:
@@ -146,8 +208,8 @@ def score(
     emit(
         "score",
         eval=eval_name,
-        score=score,
-        examples=examples,
+        score=float(score),
+        examples=int(examples),
         gate=gate,
         target=target,
         engine=engine,
@@ -162,8 +224,13 @@ def progress(done: int, total: int, score: float) -> None:
     emit("progress", done=done, total=total, score=score)
 
 
+def measurement(name: str, value: float) -> None:
+    """A figure for the report and the history."""
+    emit("measurement", name=name, value=value)
+
+
 def verdict(check: str, passed: bool, message: str = "") -> None:
-    """What a check found that is not a test of its own."""
+    """What a check found that is no test of its own."""
     emit("verdict", check=check, passed=bool(passed), message=message)
 
 

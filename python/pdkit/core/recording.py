@@ -12,11 +12,18 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from pdkit.core.events import emit
+from pdkit.core.events import (
+    ERROR,
+    EXPECTED_FAILURE,
+    FAILED,
+    PASSED,
+    SKIPPED,
+    UNEXPECTED_SUCCESS,
+    VARIABLE,
+    emit,
+)
 
-PASSED, FAILED, ERROR, SKIPPED = "passed", "failed", "error", "skipped"
-EXPECTED_FAILURE, UNEXPECTED_SUCCESS = "expected failure", "unexpected success"
-
+RECORDER_VARIABLE = "PDKIT_RECORDER"  # the directory whose events an ancestor records, or this process
 MESSAGE_LINES = 10
 DETAILS_CHARACTERS = 64 * 1024
 
@@ -35,7 +42,6 @@ class RecordingResult(unittest.TextTestResult):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._began: dict[str, float] = {}
-        self._failed: set[str] = set()
         self._handled: BaseException | None = None
 
     def startTestRun(self) -> None:
@@ -61,18 +67,17 @@ class RecordingResult(unittest.TextTestResult):
 
     def addFailure(self, test: unittest.TestCase, err: _Error) -> None:
         super().addFailure(test, err)
-        self._emit(test, FAILED, _message(err[1]), self.failures[-1][1])
+        self._emit_bad(test, err[1], self.failures[-1][1])
 
     def addError(self, test: unittest.TestCase, err: _Error) -> None:
         super().addError(test, err)
-        self._emit(test, ERROR, _message(err[1]), self.errors[-1][1])
+        self._emit_bad(test, err[1], self.errors[-1][1])
 
     def addSubTest(self, test: unittest.TestCase, subtest: unittest.TestCase, err: _Error | None) -> None:
         super().addSubTest(test, subtest, err)
         if err is not None and err[0] is not None:
-            is_failure = issubclass(err[0], test.failureException)
-            details = (self.failures if is_failure else self.errors)[-1][1]
-            self._emit(subtest, FAILED if is_failure else ERROR, _message(err[1]), details, of=test)
+            details = (self.failures if issubclass(err[0], test.failureException) else self.errors)[-1][1]
+            self._emit_bad(subtest, err[1], details, of=test)
 
     def addSkip(self, test: unittest.TestCase, reason: str) -> None:
         super().addSkip(test, reason)
@@ -86,6 +91,13 @@ class RecordingResult(unittest.TextTestResult):
         super().addUnexpectedSuccess(test)
         self._emit(test, UNEXPECTED_SUCCESS, "it passed, though it is marked as an expected failure")
 
+    def _emit_bad(
+        self, test: unittest.TestCase, error: BaseException | None, details: str, of: unittest.TestCase | None = None
+    ) -> None:
+        """unittest calls a failure an error where it comes from the set-up of a class, or wrapped by a retry."""
+        state = FAILED if error is not None and isinstance(unwrapped(error), AssertionError) else ERROR
+        self._emit(test, state, _message(error), details, of)
+
     def _emit(
         self,
         test: unittest.TestCase,
@@ -96,16 +108,18 @@ class RecordingResult(unittest.TextTestResult):
     ) -> None:
         if RecordingResult._outermost is not self:
             return
-        began = self._began.get((of or test).id())
-        seconds = 0.0 if began is None else round(time.monotonic() - began, 3)
+        method = (of or test).id()
+        began = self._began.get(method)
+        seconds = None if began is None else round(time.monotonic() - began, 3)
         details = details if len(details) <= DETAILS_CHARACTERS else f"...\n{details[-DETAILS_CHARACTERS:]}"
-        emit("test", id=test.id(), state=state, seconds=seconds, message=message, details=details)
+        emit("test", id=test.id(), method=method, state=state, seconds=seconds, message=message, details=details)
 
 
 def _message(error: BaseException | None) -> str:
     """`TypeError: ...`; an assertion without its class: its first lines say what is wrong."""
     if error is None:
         return ""
+    error = unwrapped(error)
     try:
         text = str(error).strip()
     except Exception as unprintable:
@@ -115,9 +129,23 @@ def _message(error: BaseException | None) -> str:
     return "\n".join(lines[:MESSAGE_LINES] + ["..."] * (len(lines) > MESSAGE_LINES))
 
 
+def unwrapped(error: BaseException) -> BaseException:
+    """What SGLang's retry of test methods wrapped in an Exception of its own."""
+    while type(error) is Exception and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def install() -> None:
-    """From now on unittest's text runners record, unless they are given a result class of their own."""
-    unittest.TextTestRunner.resultclass = RecordingResult
+    """From now on unittest's text runners record, unless they are given a result class of their own.
+
+    Tests that a test runs in processes of its own are not tests of its file: where an ancestor records into the same
+    directory, this does nothing.
+    """
+    directory = os.environ.get(VARIABLE, "")
+    if not directory or os.environ.get(RECORDER_VARIABLE) != directory:
+        os.environ[RECORDER_VARIABLE] = directory
+        unittest.TextTestRunner.resultclass = RecordingResult
 
 
 def run_file(path: str, argv: Sequence[str] = ()) -> None:

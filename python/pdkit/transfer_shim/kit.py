@@ -9,14 +9,14 @@ from dataclasses import replace
 from pdkit.checks import acceptance
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.accounting.ledger import Ledger
-from pdkit.checks.accuracy.gsm8k import quiet_eval
+from pdkit.checks.accuracy.gsm8k import gsm8k_metrics
 from pdkit.checks.http import RequestFailed, flush_caches, post
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.checks.parity.references import collect
 from pdkit.checks.parity.verdict import Parity
+from pdkit.core import events
 from pdkit.faults.switch import Switch
-from pdkit.report.record import record_table
 from pdkit.transfer_shim.backends import PIECES_VARIABLE, SWITCH_VARIABLE
 from pdkit.transfer_shim.blocks import pieces_of
 from pdkit.transfer_shim.library import LIBRARY
@@ -102,7 +102,7 @@ class TransferFaultChecks(acceptance.DraftMeasures, ParityArms):
             if any(seen.values()) != expected or bool(met) != bool(fault):
                 wrong.append(name or NO_FAULT)
             self.until_served()
-        record_table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
+        events.table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
         self.assertFalse(wrong, "seen where nothing was to be seen, not seen although it should be, or never met")
 
     def parity_of(self, round_):
@@ -126,7 +126,7 @@ class TransferFaultChecks(acceptance.DraftMeasures, ParityArms):
         return answers
 
     def accuracy(self):
-        score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
+        score = gsm8k_metrics(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
         return None if score > self.min_score else f"score {score:.3f}"
 
     def acceptance_length(self):

@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -26,12 +25,14 @@ from pdkit import ports, process_tree, rung
 from pdkit.checks.accuracy import checks as accuracy
 from pdkit.checks.integrity import kv_checksum_args
 from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
+from pdkit.core import events
 from pdkit.deployment import ports as deployment_ports
 from pdkit.deployment import quirks
 from pdkit.deployment.cpu import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
 from pdkit.deployment.multi_gpu import EightGpuServers
 from pdkit.deployment.one_gpu import OneGpuServers
+from pdkit.report import facts
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
 from sglang.test.server_fixtures import disaggregation_fixture
@@ -145,7 +146,7 @@ class TestLaunchPlan(unittest.TestCase):
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
         }
-        self.assertLessEqual(modules, sys.stdlib_module_names | {"sglang"})
+        self.assertLessEqual(modules, sys.stdlib_module_names | {"sglang", "pdkit"})  # pdkit for events, if it is there
 
     def test_registration(self):
         registries, has_main = ut_parse_one_file(dsv4.__file__)
@@ -262,6 +263,7 @@ class TestSupervision(unittest.TestCase):
     def setUp(self):
         self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
         self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false", SGLANG_TEST_MAX_RETRY="0"))
+        self.enterContext(mock.patch.dict(os.environ, {events.VARIABLE: self.log_dir}))
 
     def run_pair(self, **pair):
         before = set(psutil.Process().children(recursive=True))
@@ -289,14 +291,23 @@ class TestSupervision(unittest.TestCase):
         self.assertNotIn("line 60\n", message)
 
     def phases(self):
-        """What was printed of phases, without their seconds."""
-        lines = [line for line in self.stdout.getvalue().splitlines() if line.startswith("[phase] ")]
-        return [re.sub(r": \d+\.\d s$", "", line).removeprefix("[phase] ") for line in lines]
+        """`gate begins`, `gate`, or `gate failed`, in the order of events."""
+        ends = {"begins": " begins", "passed": "", "failed": " failed"}
+        return [event["name"] + ends[event["state"]] for event in events.read(self.log_dir).of("phase")]
+
+    def assert_death(self, name, code):
+        (death,) = events.read(self.log_dir).of("death")
+        self.assertEqual((death["name"], death["cause"]), (name, f"{name} exited with code {code}"))
+        self.assertTrue(death["excerpt"].endswith("line 99\nCUDA out of memory\n"), death["excerpt"])
+        self.assertEqual(death["log"], f"{self.log_dir}/{name}.log")
 
     def test_healthy_pair(self):
         self.assertEqual(self.run_pair(test=lambda case: case.assertIsNone(case.process_decode.poll())), [])
         names = ("launch prefill", "launch decode", "start load balancer", "first request", "teardown")
         self.assertEqual(self.phases(), [line for name in names for line in (f"{name} begins", name)])
+        launched = {event["name"]: event["log"] for event in events.read(self.log_dir).of("launch")}
+        expected = ("prefill", "decode", "load balancer")
+        self.assertEqual(launched, {name: f"{self.log_dir}/{name}.log" for name in expected})
 
     def test_the_first_request_is_not_answered(self):
         (message,) = self.run_pair(lb=Fate(answers=0))
@@ -307,6 +318,7 @@ class TestSupervision(unittest.TestCase):
         pair = dict(prefill=Fate(healthy=NEVER, dies=1, code=7), decode=Fate(healthy=NEVER))
         (message,) = self.run_pair(**pair)
         self.assert_names(message, "prefill", 7)
+        self.assert_death("prefill", 7)
         self.assertEqual(self.phases()[:2], ["launch prefill begins", "launch prefill failed"])
 
     def test_decode_dies_while_both_load(self):
@@ -393,9 +405,10 @@ class TestSupervision(unittest.TestCase):
         self.assertTrue(examples[0]["prompt"].endswith("\nAnswer: #### 2\n\nQuestion: 1+1?\nAnswer:"))
         self.assertEqual({e["answer"] for e in examples}, {" 2"})
         self.assertTrue(all(0 < e["seconds"] < 60 for e in examples))
-        progress = [line for line in self.stdout.getvalue().splitlines() if line.startswith("[progress] ")]
-        self.assertEqual([line.split(",")[0] for line in progress], [f"[progress] {done}/3" for done in (1, 2, 3)])
-        self.assertRegex(progress[-1], r", score so far 0\.667$")
+        progress = events.read(self.log_dir).of("progress")
+        self.assertEqual([(event["done"], event["total"]) for event in progress], [(1, 3), (2, 3), (3, 3)])
+        self.assertAlmostEqual(progress[-1]["score"], 2 / 3)
+        self.assertIn("\n[progress] 3/3, score so far 0.667\n", self.stdout.getvalue())
 
     def test_decode_dies_while_the_eval_client_retries_in_silence(self):
         self.ask(*[2] * 5)
@@ -476,8 +489,9 @@ class TestVerdict(unittest.TestCase):
     """What `test_gsm8k` concludes from a score and from what the two embedded engines say that they did."""
 
     def setUp(self):
-        log_dir = self.enterContext(tempfile.TemporaryDirectory())
-        self.enterContext(mock.patch.object(EmbeddedServers, "log_dir", log_dir))
+        self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
+        self.enterContext(mock.patch.object(EmbeddedServers, "log_dir", self.log_dir))
+        self.enterContext(mock.patch.dict(os.environ, {events.VARIABLE: self.log_dir}))
 
     def verdict(self, score=1.0, prefill=None, decode=None):
         infos = {
@@ -508,6 +522,11 @@ class TestVerdict(unittest.TestCase):
         self.assertEqual((args.eval_name, args.api, args.base_url, args.model), ("gsm8k", "completion", "lb", "model"))
         self.assertEqual((args.max_tokens, args.num_examples, args.num_threads), (512, 200, 128))
         self.assertEqual(Path(args.gsm8k_data_path).name, "gsm8k_nano.jsonl")
+        line = "target=embedded engine=pdkit.engine gsm8k=1.000 examples=200 gate=>0.95\n"
+        self.assertIn(line, self.stdout.getvalue())
+        score = facts.score_of(events.read(self.log_dir))
+        self.assertEqual((score.target, score.engine, score.correct), ("embedded", "pdkit.engine", 200))
+        self.assertEqual((score.examples, score.threshold), (200, 0.95))
 
     def test_score_must_be_above_the_gate(self):
         self.verdict(score=0.955)

@@ -4,14 +4,18 @@ import ast
 import contextlib
 import io
 import json
+import os
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from pdkit.checks.acceptance import AcceptanceLengthChecks, FirstDraftsChecks
-from pdkit.checks.accuracy.checks import AccuracyGateChecks, GSM8KChecks
+from pdkit.checks.accuracy.checks import FIRST_LOOK, AccuracyGateChecks, GSM8KChecks
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts, gsm8k_args
 from pdkit.ci_register import register_cpu_ci
+from pdkit.core import events
+from pdkit.report.facts import acceptance_length_of
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
@@ -77,7 +81,9 @@ class KitTest(unittest.TestCase):
         settings |= {"monolithic_url": None}
         kind = type("TestOfBookServer", (check, unittest.TestCase), {**settings, **attributes})
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        self.channel = Path(tempfile.mkdtemp(dir=self.path.parent))
+        channel = mock.patch.dict(os.environ, {events.VARIABLE: str(self.channel)})
+        with channel, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             result = unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(unittest.TestResult())
         self.assertEqual((result.testsRun, result.errors), (1, []))
         return result, printed.getvalue()
@@ -109,6 +115,15 @@ class TestAccuracyGate(KitTest):
             server = self.serve(wrong=range(wrong))
             result, _ = self.run_kit(AccuracyGateChecks, server, gsm8k_gate_policy="first-look")
             self.assertEqual((result.wasSuccessful(), len(server.prompts)), (passes, 200))
+
+    def test_what_the_first_look_alone_decides_is_an_event(self):
+        for wrong, policy, passed in ((1, "auto", True), (15, "auto", False), (9, "first-look", True)):
+            self.run_kit(AccuracyGateChecks, self.serve(wrong=range(wrong)), gsm8k_gate_policy=policy)
+            (verdict,) = events.read(self.channel).of("verdict")
+            self.assertEqual((verdict["check"], verdict["passed"]), (FIRST_LOOK, passed))
+            self.assertIn(
+                f"the first look alone (200 examples, score > 0.95): {1 - wrong / 200:.4f}", verdict["message"]
+            )
 
     def test_the_threshold_is_that_of_the_test(self):
         attributes = {"gsm8k_gate_policy": "first-look", "min_score": 0.9}
@@ -153,6 +168,7 @@ class TestAcceptanceLength(KitTest):
             with self.subTest(acceptance=acceptance):
                 self.assertEqual(result.wasSuccessful(), passes)
                 self.assertIn(f"{acceptance:.4f} (meta_info of 64 requests", printed)
+                self.assertAlmostEqual(acceptance_length_of(events.read(self.channel)), acceptance, 3)
 
     def test_against_a_baseline(self):
         baseline = self.serve(acceptance=1.8)

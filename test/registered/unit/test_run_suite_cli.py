@@ -36,7 +36,8 @@ HANG = source_of(
         import subprocess, sys, time
         sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
         child = subprocess.Popen(sleeper, start_new_session=True)
-        print("[phase] first request begins")
+        from pdkit.core import events
+        events.emit("phase", name="first request", state="begins")
         print(f"sleeper {child.pid}", flush=True)
         time.sleep(300)
     """
@@ -252,7 +253,10 @@ class TestReport(CommandCase):
         self.assertEqual(states, ["passed", "failed", "all skipped", "disabled"])
         entry = results["files"][1]
         self.assertEqual(entry["tests"], {"executed": 1, "skipped": 0, "failed": 1, "retried": 0})
-        self.assertEqual(entry["command"], [sys.executable, str(self.root / "registered/test_1.py"), "-f"])
+        self.assertEqual(
+            entry["command"],
+            [sys.executable, "-m", "pdkit.core.recording", str(self.root / "registered/test_1.py"), "-f"],
+        )
         self.assertEqual((entry["exit_code"], len(entry["attempts"])), (1, 1))
         self.assertIn("FAILED (failures=1)", (report / entry["attempts"][0]["log"]).read_text())
 
@@ -272,36 +276,41 @@ class TestReport(CommandCase):
         self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
 
     def test_what_cannot_be_kept_is_said_and_changes_no_verdict(self):
+        report = self.root / "report"
+        (report / "results.json").mkdir(parents=True)
+        done = self.run_files(PASS, words=["--report-dir", str(report)])
+        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        self.assertRegex(done.stdout, rf"(?m)^cannot be kept: {report}/.*: Is a directory$")
+
+    def test_a_test_that_removes_the_channel_of_its_events_has_not_passed(self):
         removes = source_of(
             """
             def test_it(self):
                 import os, shutil
-                print("[phase] gate begins", flush=True)
-                shutil.rmtree(os.environ["SGLANG_PD_LOG_DIR"])
-                print("[phase] gate: 1.0 s", flush=True)
+                shutil.rmtree(os.environ["PDKIT_REPORT_DIR"])
             """
         )
-        for spoil, source in (("results.json", PASS), (".", removes)):
-            with self.subTest(spoil):
-                report = self.root / spoil.strip(".")
-                (report / spoil).mkdir(parents=True, exist_ok=True)
-                done = self.run_files(source, words=["--report-dir", str(report)])
-                self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
-                self.assertRegex(done.stdout, rf"(?m)^cannot be kept: {report}/.*: (Is a|No such file or) directory$")
+        for words in ([], ["--report-dir", str(self.root / "report")]):
+            done = self.run_files(removes, words=words)
+            self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+            self.assertRegex(done.stdout, r"(?m)\[events\] test is lost, /.*/001-test_0.1: No such file or directory$")
 
     def test_a_full_disk_hangs_nothing_and_is_no_pass(self):
         """A limit on the size of files stands in for it: writing fails in the same way."""
         talks = source_of("""
             def test_it(self):
-                print("x" * 4095, flush=True)
+                from pdkit.core import events
+
                 for _ in range(100):
                     print("y" * 4095, flush=True)
+                    events.emit("note", text="y" * 1000)
         """)
         command = self.command({"test_0.py": talks}, *SUITE, "--report-dir", str(self.root / "report"))
         limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *command]
         done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
         self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
         self.assertRegex(done.stdout, r"(?m)^cannot be kept: /.*/001-test_0.1.log: File too large$")
+        self.assertRegex(done.stdout, r"(?m)\[events\] test is lost, /.*/001-test_0.1: File too large$")
         self.assertEqual(done.stdout.count("y" * 4095), 100)
 
 

@@ -288,10 +288,10 @@ class TestKit(unittest.TestCase):
         }
         plan = types.SimpleNamespace(**plan)
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
-        self.enterContext(mock.patch.object(kit, "quiet_eval", score))
+        self.enterContext(mock.patch.object(kit, "gsm8k_metrics", score))
         self.enterContext(mock.patch.object(acceptance, "measure", self.accepted))
         self.enterContext(mock.patch.object(acceptance, "few_shot_prompts", lambda _, count: ["1"] * count))
-        self.records = self.enterContext(mock.patch.object(kit, "record_table"))
+        self.records = self.enterContext(mock.patch.object(kit.events, "table"))
 
         class Case(kit.TransferFaultChecks, unittest.TestCase):
             lb_url = prefill_url = decode_url = self.pair.url

@@ -10,11 +10,14 @@ import contextlib
 import unittest
 
 from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, RequestAccount, read_pair
-from pdkit.checks.accounting.ledger import Ledger
+from pdkit.checks.accounting.ledger import CLIENT, SERVERS, Ledger
 from pdkit.checks.base import Checks
 from pdkit.checks.server_info import ServerInfoError
+from pdkit.core import events
+from pdkit.core.recording import unwrapped
 
 SETTLE_SECONDS = 10.0
+OWN_RESULT = "test by itself"
 
 
 def unaccounted(test):
@@ -58,10 +61,19 @@ class AccountingChecks(Checks):
         own_result = f"failed: {unwrapped(failure)!r}" if failure else "passed"
         account = RequestAccount(client, HandoverAccount(did, *client.sequences), own_result)
         print(account.report(), flush=True)
+        self._emit_verdicts(account, failure)
         if not account.passed:
             raise AssertionError(account.report()) from failure
         if failure:
             raise failure
+
+    def _emit_verdicts(self, account: RequestAccount, failure: BaseException | None) -> None:
+        """Of the client, of servers that count, and of the test itself, which the account's failure would hide."""
+        client, handover = account.client, account.handover
+        events.verdict(CLIENT, not client.problems, client.report())
+        if handover.did is not None:
+            events.verdict(SERVERS, not handover.problems, handover.report())
+        events.verdict(OWN_RESULT, failure is None, str(unwrapped(failure)) if failure else "")
 
     def pair_counters(self, settle: float = 0.0) -> PairCounters | None:
         """As `read_pair`. Raises AssertionError where a server does not answer."""
@@ -74,10 +86,3 @@ class AccountingChecks(Checks):
                 return read_pair(prefill_urls, decode_urls, settle)
             except ServerInfoError as error:
                 raise AssertionError(f"request accounting: {error}") from None
-
-
-def unwrapped(error: BaseException) -> BaseException:
-    """What SGLang's retry of test methods wrapped in an Exception of its own."""
-    while type(error) is Exception and error.__context__ is not None:
-        error = error.__context__
-    return error

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import httpx
 import requests
 
+CLIENT, SERVERS = "request accounting", "division of labour"  # names of the checks
+
 OK = "200"
 TIMEOUT = "timeout"
 CONNECTION = "connection error"

@@ -3,8 +3,10 @@
 from pdkit.checks.accuracy.gate import GateOptions
 from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.base import Checks
-from pdkit.core.events import phase
+from pdkit.core import events
 from pdkit.deployment.evals import run_eval
+
+FIRST_LOOK = "accuracy gate"  # name of the check
 
 
 class GSM8KChecks(Checks):
@@ -18,7 +20,7 @@ class GSM8KChecks(Checks):
     def test_gsm8k(self):
         args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, self.gsm8k_examples)
         score = run_eval(args, gate=self.min_score)["score"]
-        with phase("gate"):
+        with events.phase("gate"):
             self.assertGreater(score, self.min_score)
 
 
@@ -43,6 +45,8 @@ class AccuracyGateChecks(Checks):
         options = GateOptions(policy=self.gsm8k_gate_policy, threshold=self.min_score)
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options)
         print(gate.report(), flush=True)
+        if gate.first_look_passed is not None:
+            events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
         gate.assert_passed()
         if monolithic_url := getattr(self, "monolithic_url", None):
             paired = paired_gate(gate, self.gsm8k_args(monolithic_url))

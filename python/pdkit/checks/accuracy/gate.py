@@ -168,7 +168,7 @@ class AccuracyGate:
             "  look  examples  correct   score  wrong  passes   fails  decides",
         ]
         lines += [self._look(look) for look in range(len(self.slices))]
-        return "\n".join((*lines, self._first_look_alone()))
+        return "\n".join((*lines, self.first_look_alone()))
 
     def _look(self, look: int) -> str:
         examples, correct = self.path[look]
@@ -190,13 +190,24 @@ class AccuracyGate:
             f"expected examples {good.expected_examples:.0f} and {bad.expected_examples:.0f}"
         )
 
-    def _first_look_alone(self) -> str:
-        size, threshold = self.options.first_look, self.options.threshold
-        correct = dict(self.path).get(size)
-        if correct is None:
-            return f"the first look alone ({size} examples, score > {threshold}) was not taken"
-        decided = Verdict.PASS if correct / size > threshold else Verdict.FAIL
-        return f"the first look alone ({size} examples, score > {threshold}): {correct / size:.4f}, {decided.value}"
+    @property
+    def first_look_score(self) -> float | None:
+        """Share of right answers at the first look, or None if it was not taken."""
+        correct = dict(self.path).get(self.options.first_look)
+        return None if correct is None else correct / self.options.first_look
+
+    @property
+    def first_look_passed(self) -> bool | None:
+        """What the first look alone would decide, or None if it was not taken."""
+        return None if self.first_look_score is None else self.first_look_score > self.options.threshold
+
+    def first_look_alone(self) -> str:
+        """The same in one line."""
+        look = f"the first look alone ({self.options.first_look} examples, score > {self.options.threshold})"
+        if self.first_look_score is None:
+            return f"{look} was not taken"
+        decided = Verdict.PASS if self.first_look_passed else Verdict.FAIL
+        return f"{look}: {self.first_look_score:.4f}, {decided.value}"
 
     def assert_passed(self) -> None:
         """Raises AssertionError, whose message is the report, unless the verdict is PASS."""

@@ -1,7 +1,5 @@
 """GSM8K by SGLang's `run_eval`: what it gets, and slice after slice until the accuracy gate is decided."""
 
-import contextlib
-import io
 import json
 import math
 import tempfile
@@ -118,14 +116,11 @@ def gsm8k_args(
     )  # fmt: skip
 
 
-def quiet_eval(base_url: str, model: str, data_path: str | None, examples: int) -> dict[str, Any]:
-    """The same for an eval whose score is only a means; what it prints is kept back, since a report reads it as the
-    main job's.
-    """
+def gsm8k_metrics(base_url: str, model: str, data_path: str | None, examples: int) -> dict[str, Any]:
+    """What run_eval measures at `base_url` on the first `examples` questions, where the score is only a means."""
     from sglang.test.run_eval import run_eval
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        return run_eval(gsm8k_args(base_url, model, data_path, examples))
+    return run_eval(gsm8k_args(base_url, model, data_path, examples))
 
 
 def recover_correct(score: Any, examples: int) -> int:

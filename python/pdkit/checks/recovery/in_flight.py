@@ -16,8 +16,8 @@ from pdkit.checks.http import post
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Ask, Client, Fate, judge_answer, token_ids
 from pdkit.checks.server_info import read_server_info
+from pdkit.core import events
 from pdkit.engine import test_backends
-from pdkit.report.record import record_table
 
 BEFORE, DURING, STREAMING, IDLE = "before the hand-over", "during it", "streaming", "idle"
 POLL_S, RETURN_POLL_S = 0.02, 0.3
@@ -98,7 +98,7 @@ class RequestsInFlight(Checks):
             table.save(rows, path, **about)
             print(f"{table.markdown(rows)}\nbound of a client: {bound} s; {path}", flush=True)
             for title, part in table.parts(rows):
-                record_table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
+                events.table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
         super().tearDownClass()
 
     def send(self, phase, patience=None):
