@@ -1,7 +1,5 @@
 """SGLang's `run_eval`, recorded: a phase, the transcript, a score, and a heartbeat while it waits for answers."""
 
-import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,27 +9,24 @@ from pdkit.core import events
 from pdkit.deployment.fixture import PDServers, current
 from pdkit.deployment.transcript import Transcript
 
+sglang_eval = sglang_run_eval.run_eval  # before `pdkit.deployment.attach` puts ours in its place
 
-def recorded(run: Callable[[SimpleNamespace], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`run(args)` as SGLang has it, recorded while a deployment is up; `gate` is what the score must exceed."""
 
-    @functools.wraps(run)
-    def recorded_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]:
-        servers = current()
-        if servers is None:
-            return run(args)
-        if getattr(args, "api", None) == "completion" and args.base_url not in servers.answered:
-            servers.first_request(args.base_url)
-        with (
-            events.phase(args.eval_name),
-            servers.heartbeat() as progressed,
-            Transcript(servers.log_path(args.eval_name, "jsonl"), progressed).open() as transcript,
-        ):
-            metrics = run(args)
-        _emit_score(servers, args.eval_name, metrics, len(transcript.scores) or args.num_examples, gate)
-        return metrics
-
-    return recorded_eval
+def run_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]:
+    """SGLang's own with the same `args`, recorded while a deployment is up; `gate` is what the score must exceed."""
+    servers = current()
+    if servers is None:
+        return sglang_eval(args)
+    if getattr(args, "api", None) == "completion" and args.base_url not in servers.answered:
+        servers.first_request(args.base_url)
+    with (
+        events.phase(args.eval_name),
+        servers.heartbeat() as progressed,
+        Transcript(servers.log_path(args.eval_name, "jsonl"), progressed).open() as transcript,
+    ):
+        metrics = sglang_eval(args)
+    _emit_score(servers, args.eval_name, metrics, len(transcript.scores) or args.num_examples, gate)
+    return metrics
 
 
 def _emit_score(servers: type[PDServers], name: str, metrics: Any, examples: int, gate: float | None) -> None:
@@ -45,6 +40,3 @@ def _emit_score(servers: type[PDServers], name: str, metrics: Any, examples: int
             engine=servers.engine,
             throughput=metrics.get("output_throughput"),
         )
-
-
-run_eval = recorded(sglang_run_eval.run_eval)

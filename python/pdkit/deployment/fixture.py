@@ -21,6 +21,7 @@ from unittest import mock
 from urllib.parse import urlparse
 
 import sglang
+from sglang.srt.server_args import ServerArgs
 from sglang.test import test_utils
 from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
@@ -139,7 +140,14 @@ class PDServers(PDDisaggregationServerBase):
     ) -> Server:
         """Launches an SGLang server at `url`; does not wait for it."""
         address = urlparse(url)
-        command = ["python3", "-m", cls.server_module, "--model-path", model or cls.model, *quirks.as_installed(args)]
+        command = [
+            "python3",
+            "-m",
+            cls.server_module,
+            "--model-path",
+            model or cls.model,
+            *quirks.as_installed(args, ServerArgs),
+        ]
         command += ["--host", address.hostname, "--port", str(address.port)]
         cls._names[url] = name
         return cls.launch(name, command, {**cls.server_env, **(env or {})}, copies=copies)

@@ -6,8 +6,6 @@ The suite is written for the newest release; what an older one lacks or calls ot
 import re
 from collections.abc import Mapping, Sequence
 
-from sglang.srt.server_args import ServerArgs
-
 from pdkit import versions
 
 # The names of SGLang that `pdkit.deployment.attach` substitutes: module -> name -> first release that has it.
@@ -37,12 +35,12 @@ SUBSTITUTED: Mapping[str, Mapping[str, str]] = {
 RENAMED_FLAGS = {"cuda_graph_max_bs_decode": ("--cuda-graph-max-bs-decode", "--cuda-graph-max-bs")}
 
 
-def as_installed(argv: Sequence[str | None]) -> list[str]:
-    """Command line of a server in the words of the installed release; `argv` is in those of the newest one.
+def as_installed(argv: Sequence[str | None], server_args: type) -> list[str]:
+    """Command line of a server in the words of the release whose ServerArgs `server_args` is; `argv` is in the newest's.
 
     A flag whose value is None is left out: fixtures before 0.5.18 have no NCCL port to give.
     """
-    older = {new: old for name, (new, old) in RENAMED_FLAGS.items() if not hasattr(ServerArgs, name)}
+    older = {new: old for name, (new, old) in RENAMED_FLAGS.items() if not hasattr(server_args, name)}
     words = list(argv)
     while None in words:
         value = words.index(None)

@@ -79,7 +79,7 @@ def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.en
     return Needs(
         hw=hw,
         gpu_count=runner.gpus if runner else 1,
-        gpu_memory_gb=max(memory, default=(runner and runner.memory_gb) or 0),
+        gpu_memory_gb=max(memory, default=(runner and classes and runner.memory_gb) or 0),
         capability=next((_KINDS[word] for word in suite.split("-") if word in _KINDS), None),
         processes=tuple(process for launched in found for process in launched.processes),
         data=tuple(dict.fromkeys(value for cls in classes for value in _data(cls, environ))),

@@ -22,12 +22,11 @@ import psutil
 import requests
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit import ports, process_tree, rung
-from pdkit.checks.accuracy import checks as accuracy
 from pdkit.checks.integrity import kv_checksum_args
 from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
 from pdkit.core import events
+from pdkit.deployment import evals, fixture, quirks
 from pdkit.deployment import ports as deployment_ports
-from pdkit.deployment import quirks
 from pdkit.deployment.cpu import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
 from pdkit.deployment.multi_gpu import EightGpuServers
@@ -51,11 +50,11 @@ def parse(args):
     """The namespace that the installed SGLang makes of `args`; its parser must know each flag by its full name."""
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    abbreviated = {arg for arg in quirks.as_installed(args) if arg.startswith("--")} - set(
+    abbreviated = {arg for arg in quirks.as_installed(args, ServerArgs) if arg.startswith("--")} - set(
         parser._option_string_actions
     )
     assert abbreviated <= {"--tp", "--dp"}, abbreviated  # these two as SGLang's own tests abbreviate them
-    return parser.parse_args(["--model-path", "x", *quirks.as_installed(args)])
+    return parser.parse_args(["--model-path", "x", *quirks.as_installed(args, ServerArgs)])
 
 
 class TestLaunchPlan(unittest.TestCase):
@@ -504,13 +503,17 @@ class TestVerdict(unittest.TestCase):
             for section, values in (change or {}).items():
                 infos[side][section].update(values)
         case = embedded.TestDisaggregationDSV4Embedded("test_gsm8k")
+        fixture.enter(type(case))
+        self.addCleanup(fixture.leave, type(case))
         case.prefill_url, case.decode_url, case.lb_url, case.model = "prefill", "decode", "lb", "model"
 
         def get(url, timeout):
             return mock.Mock(json=lambda: infos[url.removesuffix("/server_info")])
 
         with (
-            mock.patch.object(accuracy, "run_eval", return_value={"score": score}) as run_eval,
+            mock.patch.object(evals, "sglang_eval", return_value={"score": score}) as run_eval,
+            mock.patch.object(EmbeddedServers, "heartbeat", lambda: contextlib.nullcontext(lambda: None)),
+            mock.patch.object(EmbeddedServers, "answered", {"lb"}),
             mock.patch.object(embedded.requests, "get", get),
             contextlib.redirect_stdout(io.StringIO()) as self.stdout,
         ):

@@ -638,7 +638,7 @@ class TestNeeds(CheckCase):
         self.assertRegex(found.errors[1], "prefill and decode .*GPU 4")
 
     def test_ports_that_clash(self):
-        source = DSV4.read_text().replace('"--nccl-port", nccl_port', '"--nccl-port", cls.lb_port')
+        source = DSV4.read_text().replace("            nccl_port,", "            cls.lb_port,")
         found = needs.of([registration(self.write("test_it.py", source))])
         self.assertEqual(len(found.errors), 1, found.errors)
         self.assertIn("port 21000 is wanted by prefill nccl and decode nccl and load balancer http", found.errors[0])

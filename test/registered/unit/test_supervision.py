@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from fake_pair import NEVER, Fate, fake_pair
+from pdkit import process_tree
 from pdkit.core import events
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.server import FATAL
@@ -106,8 +109,7 @@ class TestDeathInEachPhase(Supervised):
         class Strikes:
             @classmethod
             def take_references(cls):
-                while cls.process_lb is None:
-                    time.sleep(0.05)
+                process_tree.wait_until(lambda: cls.process_lb is not None, NEVER)
                 outer.killer(cls, victim)
                 cls.supervisor.process("monolithic").wait(30)
 
@@ -193,11 +195,7 @@ class TestWhatCannotHideADeath(Supervised):
     def test_a_worker_whose_exit_status_its_parent_took(self):
         reaps = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); input()"
         worker = f"import setproctitle, time; setproctitle.setproctitle({WORKER!r}); time.sleep(1)"
-        import subprocess
-        import sys
-
-        parent = subprocess.Popen([sys.executable, "-c", reaps, worker], stdin=subprocess.PIPE)
-        self.addCleanup(parent.wait)
+        parent = self.enterContext(subprocess.Popen([sys.executable, "-c", reaps, worker], stdin=subprocess.PIPE))
         self.addCleanup(parent.kill)
         workers, deadline = Workers(parent.pid), time.monotonic() + 30
         while not (ended := workers.ended()):
