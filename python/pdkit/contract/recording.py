@@ -121,6 +121,8 @@ def record(test: type, baseline: Mapping[str, str]) -> Plan:
         problem = f"skips before it launches: {skip}"
     except (Exception, SystemExit) as error:
         problem = f"raises before all is launched: {type(error).__name__}: {error}"
+    finally:
+        test.doClassCleanups()  # the next class of the file may have the same ports
     if any(ROUTER in command for command, _ in RecordedProcess.commands):
         problem = None
     launches = tuple(_launch(command, env, baseline) for command, env in RecordedProcess.commands)

@@ -158,7 +158,7 @@ class TestBadInput(ScaffoldCase):
     def test_what_lint_and_sglang_refuse(self):
         flags = ["--flags", "--tpp 5 --mem-fraction-static x"]
         threshold, unknown, value = self.refused(*self.QWEN, "--gpus", "4+4", "--min-score", "0.99", *flags)
-        self.assertIn("test_disaggregation_qwen3.py:13: noisy-threshold: score > 0.99", threshold)
+        self.assertIn("test_disaggregation_qwen3.py:14: noisy-threshold: score > 0.99", threshold)
         self.assertIn("--tpp: no such flag", unknown)
         self.assertIn("--mem-fraction-static: invalid float value: 'x'", value)
 

@@ -122,7 +122,7 @@ class TestDeathInEachPhase(Supervised):
             self.killer(case, victim)
             while True:
                 with contextlib.suppress(Exception):
-                    time.sleep(NEVER)
+                    threading.Event().wait(NEVER)
 
         return dict(test=test, decode=Fate(worker=True))
 
