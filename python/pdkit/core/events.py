@@ -60,7 +60,12 @@ def emit(kind: str, **fields: Any) -> None:
 
     A channel that cannot be written is reported on stderr, and the test goes on: what has no event has not happened.
     """
-    if directory := os.environ.get(VARIABLE):
+    emit_into(os.environ.get(VARIABLE), kind, **fields)
+
+
+def emit_into(directory: str | None, kind: str, **fields: Any) -> None:
+    """The same into a directory that need not be the environment's; nothing if there is none."""
+    if directory:
         try:
             append(Path(directory), kind, **fields)
         except OSError as error:
