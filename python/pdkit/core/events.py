@@ -78,7 +78,8 @@ def append(directory: Path, kind: str, **fields: Any) -> None:
 
     Where a process was killed amid its last line, the next line still begins on its own.
     """
-    line = (json.dumps({"kind": kind, "ts": round(time.time(), 3), **fields}) + "\n").encode()
+    event = {"kind": kind, "ts": round(time.time(), 3), **fields}
+    line = (json.dumps(event, ensure_ascii=False) + "\n").encode(errors="replace")  # of lone surrogates
     with open(directory / FILE, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"

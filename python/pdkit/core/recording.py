@@ -83,7 +83,7 @@ class RecordingResult(unittest.TextTestResult):
 
     def addSkip(self, test: unittest.TestCase, reason: str) -> None:
         super().addSkip(test, reason)
-        self._emit(test, SKIPPED, reason)
+        self._emit(test, SKIPPED, str(reason))
 
     def addExpectedFailure(self, test: unittest.TestCase, err: _Error) -> None:
         super().addExpectedFailure(test, err)

@@ -125,6 +125,11 @@ class TestWriting(Channel):
 
 
 class TestReading(Channel):
+    def test_text_that_is_not_unicode_can_be_written_again(self):
+        events.emit("x", text="prefill \udcff \u2028 \x00 ✓")
+        (event,) = self.happened()
+        self.assertEqual(event["text"], "prefill ? \u2028 \x00 ✓")
+
     def test_threads_do_not_cut_each_other(self):
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda i: events.emit("x", text="y" * 5000, i=i), range(64)))
@@ -260,7 +265,7 @@ class Methods(unittest.TestCase):
     def test_unexpected(self): pass
 
 class Skips(unittest.TestCase):
-    def test_skips(self): self.skipTest("no GPU")
+    def test_skips(self): self.skipTest(OSError("no GPU"))
 
 class SubTests(unittest.TestCase):
     def test_sub(self):
