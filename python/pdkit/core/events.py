@@ -60,7 +60,12 @@ def emit(kind: str, **fields: Any) -> None:
 
     A channel that cannot be written is reported on stderr, and the test goes on: what has no event has not happened.
     """
-    if directory := os.environ.get(VARIABLE):
+    emit_into(os.environ.get(VARIABLE), kind, **fields)
+
+
+def emit_into(directory: str | None, kind: str, **fields: Any) -> None:
+    """The same into a directory that need not be the environment's; nothing if there is none."""
+    if directory:
         try:
             append(Path(directory), kind, **fields)
         except OSError as error:
@@ -73,7 +78,8 @@ def append(directory: Path, kind: str, **fields: Any) -> None:
 
     Where a process was killed amid its last line, the next line still begins on its own.
     """
-    line = (json.dumps({"kind": kind, "ts": round(time.time(), 3), **fields}) + "\n").encode()
+    event = {"kind": kind, "ts": round(time.time(), 3), **fields}
+    line = (json.dumps(event, ensure_ascii=False) + "\n").encode(errors="replace")  # of lone surrogates
     with open(directory / FILE, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"

@@ -20,7 +20,7 @@ from pdkit.core.events import (
     SKIPPED,
     UNEXPECTED_SUCCESS,
     VARIABLE,
-    emit,
+    emit_into,
 )
 
 RECORDER_VARIABLE = "PDKIT_RECORDER"  # the directory whose events an ancestor records, or this process
@@ -42,12 +42,14 @@ class RecordingResult(unittest.TextTestResult):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._began: dict[str, float] = {}
+        self._directory: str | None = None
         self._handled: BaseException | None = None
 
     def startTestRun(self) -> None:
         super().startTestRun()
         if RecordingResult._outermost is None:
             RecordingResult._outermost = self
+            self._directory = os.environ.get(VARIABLE)  # now: a test may turn its own events elsewhere
             self._handled = sys.exc_info()[1]
 
     def stopTestRun(self) -> None:
@@ -55,7 +57,7 @@ class RecordingResult(unittest.TextTestResult):
         if RecordingResult._outermost is self:
             RecordingResult._outermost = None
             was_left = sys.exc_info()[1] is not self._handled  # by KeyboardInterrupt, say: not all tests ran
-            emit("run", tests=self.testsRun, successful=self.wasSuccessful() and not was_left)
+            emit_into(self._directory, "run", tests=self.testsRun, successful=self.wasSuccessful() and not was_left)
 
     def startTest(self, test: unittest.TestCase) -> None:
         self._began[test.id()] = time.monotonic()
@@ -81,7 +83,7 @@ class RecordingResult(unittest.TextTestResult):
 
     def addSkip(self, test: unittest.TestCase, reason: str) -> None:
         super().addSkip(test, reason)
-        self._emit(test, SKIPPED, reason)
+        self._emit(test, SKIPPED, str(reason))
 
     def addExpectedFailure(self, test: unittest.TestCase, err: _Error) -> None:
         super().addExpectedFailure(test, err)
@@ -112,7 +114,8 @@ class RecordingResult(unittest.TextTestResult):
         began = self._began.get(method)
         seconds = None if began is None else round(time.monotonic() - began, 3)
         details = details if len(details) <= DETAILS_CHARACTERS else f"...\n{details[-DETAILS_CHARACTERS:]}"
-        emit("test", id=test.id(), method=method, state=state, seconds=seconds, message=message, details=details)
+        fields = {"id": test.id(), "method": method, "state": state, "seconds": seconds}
+        emit_into(self._directory, "test", **fields, message=message, details=details)
 
 
 def _message(error: BaseException | None) -> str:

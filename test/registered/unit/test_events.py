@@ -125,6 +125,11 @@ class TestWriting(Channel):
 
 
 class TestReading(Channel):
+    def test_text_that_is_not_unicode_can_be_written_again(self):
+        events.emit("x", text="prefill \udcff \u2028 \x00 ✓")
+        (event,) = self.happened()
+        self.assertEqual(event["text"], "prefill ? \u2028 \x00 ✓")
+
     def test_threads_do_not_cut_each_other(self):
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda i: events.emit("x", text="y" * 5000, i=i), range(64)))
@@ -260,7 +265,7 @@ class Methods(unittest.TestCase):
     def test_unexpected(self): pass
 
 class Skips(unittest.TestCase):
-    def test_skips(self): self.skipTest("no GPU")
+    def test_skips(self): self.skipTest(OSError("no GPU"))
 
 class SubTests(unittest.TestCase):
     def test_sub(self):
@@ -364,11 +369,39 @@ class TestRecording(Channel):
     def test_a_skipped_class_beside_a_test_that_ran(self):
         self.assertEqual(self.record("SkippedClass", "Methods.test_passes")[1], TestCounts(executed=1, skipped=2))
 
+    def test_a_module_that_is_skipped_or_fails_as_a_whole(self):
+        for raised, state, expected in (
+            ("unittest.SkipTest('no GPU')", "skipped", TestCounts(skipped=1)),
+            ("OSError('no port')", "error", TestCounts(failed=1)),
+        ):
+            with self.subTest(raised):
+                main = f"def setUpModule(): raise {raised}\n    unittest.main()"
+                happened, counts = self.record("Methods.test_passes", main=main)
+                self.assertEqual((self.states(happened), counts), ({"setUpModule (__main__)": state}, expected))
+
     def test_a_set_up_that_fails_is_not_a_test_that_ran(self):
         happened, counts = self.record("BrokenSetUp")
         self.assertEqual(self.states(happened), {"setUpClass (BrokenSetUp)": "error"})
         self.assertEqual(happened.of("test")[0]["message"], "OSError: no port")
         self.assertEqual(counts, TestCounts(failed=1))
+
+    def test_a_test_that_turns_its_own_events_elsewhere_is_recorded_where_its_run_is(self):
+        source = """
+            import os, unittest
+
+            class T(unittest.TestCase):
+                def setUp(self):
+                    os.environ["PDKIT_REPORT_DIR"] = "/nonexistent"
+
+                def test_it(self):
+                    self.fail()
+
+            if __name__ == "__main__":
+                unittest.main()
+        """
+        self.run_program(textwrap.dedent(source))
+        self.assertEqual(self.states(self.happened()), {"T.test_it": "failed"})
+        self.assertEqual([run["successful"] for run in self.happened().of("run")], [False])
 
     def test_a_tear_down_that_fails(self):
         happened, counts = self.record("BrokenTearDown")

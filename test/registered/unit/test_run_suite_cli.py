@@ -199,6 +199,38 @@ class TestRun(CommandCase):
         self.assertEqual([r["test_file"] for r in records], ["test_0.py", "test_1.py"])
 
 
+class TestPrograms(CommandCase):
+    """What a file is judged by, that is no unittest program."""
+
+    def printing(self, text):
+        return source_of(main=f'\nif __name__ == "__main__":\n    print({text!r})\n')
+
+    def test_pytest_by_its_closing_line(self):
+        for closing, code in (("== 1 passed in 0.01s ==", 0), ("== 1 skipped in 0.01s ==", 4), ("1 failed in 0.1s", 1)):
+            with self.subTest(closing):
+                self.assertEqual(self.run_files(self.printing(closing)).returncode, code)
+
+    def test_who_prints_what_unittest_prints_has_run_nothing(self):
+        done = self.run_files(self.printing(f".\n{'-' * 70}\nRan 1 test in 0.001s\n\nOK"))
+        self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+
+    def test_who_swallows_the_exit_has_failed_all_the_same(self):
+        swallows = (
+            '\nif __name__ == "__main__":\n    try:\n        unittest.main()\n    except SystemExit:\n        pass\n'
+        )
+        done = self.run_files(source_of("def test_it(self): self.fail()", main=swallows))
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertIn("exit code 0, but tests of it failed", done.stdout)
+
+    def test_who_leaves_before_its_tests_have_ended_has_failed(self):
+        done = self.run_files(source_of("def test_it(self): import os; os._exit(0)"))
+        self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+        two = source_of("def test_1(self): pass\ndef test_2(self): import os; os._exit(0)")
+        done = self.run_files(two)
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertIn("exit code 0, but it ended before unittest did", done.stdout)
+
+
 class TestRetry(CommandCase):
     RETRY = ("--enable-retry", "--retry-wait-seconds", "0")
 
