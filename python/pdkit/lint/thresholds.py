@@ -13,7 +13,6 @@ _COUNTS = {"num_examples", "num_questions"}
 _SCORE = re.compile(r"score|accuracy|\bacc\b", re.IGNORECASE)
 _MIXINS = (
     ("gsm8k_accuracy_thres", ("gsm8k_num_examples", "gsm8k_num_questions"), 200),
-    ("min_score", ("gsm8k_examples",), 200),
     ("gsm8k_score_threshold", ("gsm8k_num_examples", "gsm8k_num_questions"), 200),
 )
 

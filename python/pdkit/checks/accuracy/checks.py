@@ -18,7 +18,7 @@ class GSM8KChecks(Checks):
     gsm8k_examples = 200
 
     def test_gsm8k(self):
-        args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, self.gsm8k_examples)
+        args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, num_examples=self.gsm8k_examples)
         score = run_eval(args, gate=self.min_score)["score"]
         with events.phase("gate"):
             self.assertGreater(score, self.min_score)

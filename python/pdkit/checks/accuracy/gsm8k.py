@@ -102,14 +102,14 @@ def few_shot_prompts(path: str | Path | None, count: int, num_shots: int = 5) ->
 
 
 def gsm8k_args(
-    base_url: str, model: str, data_path: str | None, examples: int | None = None, **more: Any
+    base_url: str, model: str, data_path: str | None, num_examples: int | None = None, **more: Any
 ) -> SimpleNamespace:
     """What `run_eval` gets for GSM8K, as test_disaggregation_dsv4.py states it, too.
 
-    data_path  a .jsonl file; None for the one that SGLang downloads
-    examples   how many are scored; left out where a gate sets them slice by slice
+    data_path     a .jsonl file; None for the one that SGLang downloads
+    num_examples  how many are scored; left out where a gate sets them slice by slice
     """
-    count = {} if examples is None else {"num_examples": examples}
+    count = {} if num_examples is None else {"num_examples": num_examples}
     return SimpleNamespace(
         base_url=base_url, model=model, eval_name="gsm8k", api="completion", max_tokens=512, num_threads=128,
         gsm8k_data_path=data_path, **count, **more,
