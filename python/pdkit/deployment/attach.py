@@ -34,12 +34,13 @@ from pdkit.exit_codes import ExitCode, NotReady
 MODEL_VARIABLE = "SGLANG_PD_MODEL"
 QUESTIONS_VARIABLE = "SGLANG_PD_GSM8K"
 
-_launch_server = test_utils.popen_launch_server
-_cached_model = test_utils.try_cached_model
-_kill_process_tree = sglang_utils.kill_process_tree
+# As they were before ours are put in their place; one that is missing is an error of `attach()`.
+_launch_server = getattr(test_utils, "popen_launch_server", None)
+_cached_model = getattr(test_utils, "try_cached_model", None)
+_kill_process_tree = getattr(sglang_utils, "kill_process_tree", None)
 _terminate = getattr(test_utils, "terminate_and_kill_process_tree", None)
-_launch_pd_server = test_utils.popen_launch_pd_server
-_launch_command = test_utils.popen_with_error_check
+_launch_pd_server = getattr(test_utils, "popen_launch_pd_server", None)
+_launch_command = getattr(test_utils, "popen_with_error_check", None)
 
 
 def _unused_name(name: str) -> str:

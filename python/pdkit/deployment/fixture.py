@@ -79,8 +79,11 @@ class PDServers(PDDisaggregationServerBase):
 
     server_module = os.environ.get(SERVER_MODULE_VARIABLE) or SGLANG_SERVER
     server_env: Mapping[str, str] = {}
-    engine = f"sglang {sglang.__version__}"
+    engine = f"sglang {sglang.__version__}" if server_module == SGLANG_SERVER else server_module
     base_host: str
+    lb_port: str
+    prefill_port: str
+    decode_port: str
     lb_url: str
     prefill_url: str
     decode_url: str
@@ -289,6 +292,7 @@ class PlannedServers(PDServers):
     decode_gpus: Sequence[int] = ()
     gpu_memory_gb = 80
     server_args: Sequence[str] = ()
+    monolithic_nccl_port: str | None = None
 
     @classmethod
     def setUpClass(cls) -> None:
