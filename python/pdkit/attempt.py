@@ -11,13 +11,13 @@ import pdkit
 from pdkit import gpu_memory, guardian, leftovers, ports
 from pdkit.console import Console
 from pdkit.core import events
+from pdkit.core.secrets import Redactor, secret_values
 from pdkit.guardian import Ending, Guarded
 from pdkit.hang import diagnose, py_spy
 from pdkit.interruption import Interruption
 from pdkit.options import HISTORY_VARIABLE, Options
 from pdkit.outcome import FileState, Output, read_output
 from pdkit.report.evidence import directory_of
-from pdkit.report.secrets import Redactor, secret_values
 from pdkit.results import Attempt
 from pdkit.run_token import new_token
 

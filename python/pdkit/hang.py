@@ -16,9 +16,9 @@ import psutil
 from pdkit import process_tree
 from pdkit.core import events
 from pdkit.core.events import Events
+from pdkit.core.secrets import cleaned
 from pdkit.report.evidence import directory_of
 from pdkit.report.facts import open_phase
-from pdkit.report.secrets import cleaned
 
 DUMP_S = 20.0
 ABORT_S = 2.0

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pdkit.core.events import VARIABLE, append
+from pdkit.core.secrets import scrub, secret_values
 from pdkit.registry import Registration
-from pdkit.report.secrets import scrub, secret_values
 from pdkit.report.surroundings import describe
 
 ENVIRONMENT_FILE = "environment.json"

@@ -14,10 +14,10 @@ from pdkit.ci_register import register_cpu_ci
 from pdkit.console import Console
 from pdkit.core import events
 from pdkit.core.events import FILE
+from pdkit.core.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
 from pdkit.report import evidence
 from pdkit.report.evidence import GPU_PLAN_FILE
 from pdkit.report.live import Live
-from pdkit.report.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
 from pdkit.report.surroundings import command_line
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
