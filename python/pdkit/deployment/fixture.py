@@ -111,11 +111,12 @@ class PDServers(PDDisaggregationServerBase):
 
     @classmethod
     def begin(cls) -> None:
-        """Starts to watch; from here on `tearDownClass` has something to end."""
+        """Starts to watch; from here on `end` has something to do, however the class and the process end."""
         if cls.supervisor is None:
             cls.supervisor, cls._servers, cls._names, cls.answered = Supervisor(), [], {}, set()
             enter(cls)
-            atexit.register(cls.tearDownClass)
+            atexit.register(cls.end)
+            cls.addClassCleanup(cls.end)  # a test's own tearDownClass may fail before it reaches ours
 
     @classmethod
     def rdma_devices_for(cls, gpu_indices: Sequence[int]) -> list[str]:
@@ -247,10 +248,15 @@ class PDServers(PDDisaggregationServerBase):
 
     @classmethod
     def tearDownClass(cls) -> None:
+        cls.end()
+
+    @classmethod
+    def end(cls) -> None:
+        """Stops all that was launched. Raises AssertionError where something died that no test has reported."""
         if cls.supervisor is None:
             return
         supervisor, cls.supervisor = cls.supervisor, None
-        atexit.unregister(cls.tearDownClass)
+        atexit.unregister(cls.end)
         servers, cls._servers, cls._names = cls._servers, [], {}
         if servers:
             print(flush=True)  # ends unittest's line of dots
@@ -259,20 +265,16 @@ class PDServers(PDDisaggregationServerBase):
                 unreported_death = supervisor.stop()
                 for server in reversed(servers):
                     server.stop()
-                cls._tear_down_fixture()
+                if hasattr(cls, "base_host"):  # the fixture's own setUpClass was reached
+                    # Nothing is left for it to end or to wait for, and process ids may belong to others by now.
+                    cls.process_lb = cls.process_decode = cls.process_prefill = None
+                    with mock.patch.object(disaggregation_fixture, "time", SimpleNamespace(sleep=lambda _: None)):
+                        super().tearDownClass()
             finally:
                 for server in servers:
                     server.kill_all()
                 leave(cls)
         assert not unreported_death, unreported_death
-
-    @classmethod
-    def _tear_down_fixture(cls) -> None:
-        if hasattr(cls, "base_host"):  # its own setUpClass was reached
-            # Nothing is left for it to end or to wait for, and process ids may belong to others by now.
-            cls.process_lb = cls.process_decode = cls.process_prefill = None
-            with mock.patch.object(disaggregation_fixture, "time", SimpleNamespace(sleep=lambda _: None)):
-                super().tearDownClass()
 
 
 class PlannedServers(PDServers):

@@ -1,4 +1,4 @@
-"""The shape of SGLang's files with several classes, a model each."""
+"""The shape of SGLang's files with several classes, a model each, whose servers the fixture launches."""
 
 import os
 import unittest
@@ -28,6 +28,8 @@ class TestFirstModel(Launches):
 
     def test_answers(self):
         self.assertEqual(self.ask()["usage"]["completion_tokens"], 3)
+        for process in (self.process_prefill, self.process_decode, self.process_lb):
+            self.assertIsNone(process.poll())
 
 
 class TestSecondModel(Launches):

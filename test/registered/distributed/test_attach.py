@@ -36,6 +36,7 @@ class Attached(unittest.TestCase):
             "SGLANG_PD_LOG_DIR": str(self.directory),
             "SGLANG_PD_GSM8K": str(ASSETS / "gsm8k_nano.jsonl"),
             "SGLANG_TEST_MAX_RETRY": "1",
+            "CUDA_VISIBLE_DEVICES": str(os.getpid() % 9 + 1),  # SGLang's fixture has its ports by it
             "PDKIT_SERVER_MODULE": "embedded_as_sglang",
             "PYTHONPATH": os.pathsep.join([str(REPO / "python"), str(SHAPES), os.environ.get("PYTHONPATH", "")]),
             **({"SGLANG_PD_MODEL": str(model)} if model else {}),
@@ -74,12 +75,6 @@ class TestShapes(Attached):
         self.assertEqual((code, self.events("death")), (ExitCode.PASSED, []))
         self.assertEqual([score["examples"] for score in self.events("score")], [40])
 
-    def test_servers_that_the_fixture_launches(self):
-        code, _ = self.attach(SHAPES / "test_launch_all.py")
-        self.assertEqual(code, ExitCode.PASSED)
-        self.assertEqual([event["state"] for event in self.events("test")], ["passed"] * 2)
-        self.assertTrue((self.directory / "TestLaunchAll.decode.log").read_text())
-
     def test_several_classes_with_a_model_each(self):
         models = {"FIRST_MODEL": str(ASSETS / "random-dsv4"), "SECOND_MODEL": str(ASSETS / "nano-dsv4")}
         code, _ = self.attach(SHAPES / "test_several_classes.py", model=None, **models)
@@ -89,7 +84,7 @@ class TestShapes(Attached):
         self.assertEqual([path in command for path, command in zip(models.values(), prefills)], [True, True])
 
     def test_a_server_that_dies_fails_the_test_with_its_log(self):
-        code, output = self.attach(SHAPES / "test_launch_all.py", model="/nowhere")
+        code, output = self.attach(SHAPES / "test_several_classes.py", model="/nowhere")
         self.assertEqual(code, ExitCode.FAILED)
         (death,) = self.events("death")
         self.assertRegex(death["cause"], r"^(prefill|decode) exited with code 2$")
@@ -99,8 +94,11 @@ class TestShapes(Attached):
 
 class TestWhatIsAttached(Attached):
     def test_names_that_the_release_lacks(self):
-        before = "from sglang.test import test_utils; del test_utils.popen_with_error_check"
-        code, output = self.attach(SHAPES / "test_launch_all.py", before=before)
+        before = (
+            "from sglang.test import test_utils; from sglang.test.server_fixtures import disaggregation_fixture;"
+            "del test_utils.popen_with_error_check, disaggregation_fixture.popen_with_error_check"
+        )
+        code, output = self.attach(SHAPES / "test_several_classes.py", before=before)
         self.assertEqual(code, ExitCode.NOT_READY)
         (line,) = [line for line in output.splitlines() if line.startswith("attach: error:")]
         self.assertIn("has no sglang.test.test_utils.popen_with_error_check: its tests cannot be attached to", line)
