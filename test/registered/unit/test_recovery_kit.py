@@ -45,7 +45,7 @@ class Deployment:
 
     router_timeout = slack = settling = returning = 1
     bootstrap_timeout, waiting_timeout = 6, 10
-    prefill_url = decode_url = base_host = bootstrap_port = rung = engine = log_dir = configure = fleet = None
+    prefill_url = decode_url = base_host = bootstrap_port = target = engine = log_dir = configure = fleet = None
     right_asks = {phase: Ask("1", 1, right="right") for phase in (*IN_FLIGHT, IDLE)}
 
     def setUp(self):
