@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from pdkit.checks.accuracy.gate import GateOptions, Policy
 from pdkit.exit_codes import ExitCode
-from pdkit.gate import GateOptions, Policy
 from pdkit.gate_math import (
     OperatingPoint,
     Plan,

@@ -5,7 +5,7 @@
 
 Two requests of 64 tokens are 128 rows, 6 of them without a compressed entry: 122 tasks for the SMs of the GPU. DeepGEMM
 scores them as SGLang's plan and as its own says, in a process each, with the lengths of the rows at the end of mapped
-memory and away from it. `pdkit.indexer_schedule` says what is wrong where this fails.
+memory and away from it. `pdkit.deployment.quirks` says what is wrong where this fails.
 """
 
 import importlib

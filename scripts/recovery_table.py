@@ -6,10 +6,10 @@ scripts/env.sh python3 scripts/recovery_table.py FILE [--into README.md]
 import sys
 from pathlib import Path
 
+from pdkit.checks.recovery import table
 from pdkit.command import run_command
 from pdkit.exit_codes import ExitCode, UsageError
 from pdkit.options import Parser
-from pdkit.recovery import table
 
 
 def parse(argv):

@@ -70,7 +70,8 @@ class Soak:
                     return None
                 process = subprocess.Popen(
                     self._command(directory), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                    start_new_session=True, env={**os.environ, "PYTHONPATH": str(REPO / "python")},
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONPATH": str(REPO / "python"), "PDKIT_REPORT_DIR": str(directory)},
                 )  # fmt: skip
                 self.processes.add(process)
             code = process.wait()
@@ -105,11 +106,11 @@ class Soak:
         return self.out / "history.jsonl"
 
     def _score(self, directory: Path) -> float | None:
-        from pdkit.main_job import read_report
+        from pdkit.core import events
+        from pdkit.report.facts import score_of
 
-        with (directory / "output.log").open(errors="replace") as lines:
-            result = read_report(lines).result
-        return result.score if result else None
+        found = [score_of(events.read(path)) for path in sorted(directory.rglob(events.FILE))]
+        return next((score.value for score in reversed(found) if score), None)
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -6,7 +6,7 @@ SGLANG_PD_PREFILL_URLS  prefill and decode servers whose counters are read, sepa
 SGLANG_PD_DECODE_URLS   use them meanwhile
 SGLANG_PD_MODEL         name that it must serve (default: whichever it serves)
 SGLANG_PD_TOKENIZER     config and tokenizer of its model, for parity (default: what it says it loaded)
-SGLANG_PD_API_KEY       sent to these URLs as a bearer token, nowhere else; kept out of logs (`pdkit.report.secrets`)
+SGLANG_PD_API_KEY       sent to these URLs as a bearer token, nowhere else; kept out of logs (`pdkit.core.secrets`)
 """
 
 import os
@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import requests
 
+from pdkit.core.secrets import cleaned
 from pdkit.exit_codes import NotReady
 from pdkit.options import UsageError
-from pdkit.report.secrets import cleaned
 
 CONNECT_S, ANSWER_S = 5, 10
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pdkit
 from pdkit import gpu_memory, guardian, leftovers, ports
 from pdkit.console import Console
+from pdkit.core import events
+from pdkit.core.secrets import Redactor, secret_values
 from pdkit.guardian import Ending, Guarded
 from pdkit.hang import diagnose, py_spy
 from pdkit.interruption import Interruption
 from pdkit.options import HISTORY_VARIABLE, Options
 from pdkit.outcome import FileState, Output, read_output
-from pdkit.report.live import Live
-from pdkit.report.secrets import Redactor, secret_values
+from pdkit.report.evidence import directory_of
 from pdkit.results import Attempt
 from pdkit.run_token import new_token
 
@@ -52,6 +53,7 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
     environment["PYTHONFAULTHANDLER"] = "1"
     environment["SGLANG_TEST_MAX_RETRY"] = str(options.test_max_retry)
     environment[HISTORY_VARIABLE] = ""
+    environment[events.TARGET_VARIABLE] = options.target or ""
     return environment
 
 
@@ -63,7 +65,7 @@ def _chunks(source) -> Iterator[bytes]:
     yield redactor.feed(b"")
 
 
-def _pump(source, log: Path, console: Console | Live):
+def _pump(source, log: Path, console: Console):
     """Passes all output on, if to the console alone: nobody may wait for a log that cannot be written."""
     chunks = _chunks(source)
     with console.keeping(log), log.open("wb") as file:
@@ -102,11 +104,14 @@ def run_attempt(
     environment: dict[str, str],
     log: Path,
     timeout: float,
-    console: Console | Live,
+    console: Console,
     interruption: Interruption,
     test_max_retry: int = 0,
 ) -> Attempt:
-    """Runs `command` in a new session for at most `timeout` seconds; whatever it started is gone afterwards."""
+    """Runs `command` in a new session for at most `timeout` seconds; whatever it started is gone afterwards.
+
+    Its events are read in the directory that belongs to `log`, which `environment` names to it.
+    """
     memory = gpu_memory.unaccounted()
     token, tic = new_token(environment), time.monotonic()
     guarded = Guarded(command, environment, token)
@@ -127,7 +132,7 @@ def run_attempt(
         guarded.output.close()
     output = Output()
     with console.keeping(log), log.open(errors="replace") as lines:
-        output = read_output(lines, test_max_retry)
+        output = read_output(lines, events.read(directory_of(log)), test_max_retry)
     return Attempt(
         log=log.name,
         seconds=ending.seconds,

@@ -14,37 +14,28 @@ from pathlib import Path
 import psutil
 
 from pdkit import process_tree
-from pdkit.report.live import PHASE
-from pdkit.report.secrets import cleaned
+from pdkit.core import events
+from pdkit.core.events import Events
+from pdkit.core.secrets import cleaned
+from pdkit.report.evidence import directory_of
+from pdkit.report.facts import open_phase
 
 DUMP_S = 20.0
 ABORT_S = 2.0
 TAIL_LINES = 15
 NO_CORE_DUMP = 1  # see core(5): also keeps a core_pattern that is a pipe from getting one
 
-_SOURCE = re.compile(r"\[(?!phase\]|supervisor\])(?P<name>[a-z][\w -]*)\] ")
 _FORBIDDEN = re.compile(r"permission|not permitted", re.IGNORECASE)
 
 
-def open_phase(lines: Iterable[str]) -> str | None:
-    """The phase that began last and has not ended."""
-    phases = []
-    for line in lines:
-        if match := PHASE.fullmatch(line.strip()):
-            if match["begins"]:
-                phases.append(match["name"])
-            elif match["name"] in phases:
-                phases.remove(match["name"])
-    return phases[-1] if phases else None
-
-
-def tails(lines: Iterable[str], count: int = TAIL_LINES) -> dict[str, list[str]]:
-    """The last `count` lines of the test and of each server, told by the `[NAME] ` in front of the latter's lines."""
-    last: dict[str, deque[str]] = {}
-    for line in lines:
-        match = _SOURCE.match(line)
-        last.setdefault(match["name"] if match else "test", deque(maxlen=count)).append(line.rstrip())
-    return {name: list(lines) for name, lines in last.items()}
+def tails(log: Path, happened: Events, count: int = TAIL_LINES) -> dict[str, list[str]]:
+    """The last `count` lines of the test's log and of each server's that it launched, without secrets."""
+    logs = {"test": log} | {event["name"]: event["log"] for event in happened.of("launch") if event.get("log")}
+    found = {}
+    for name, path in logs.items():
+        with contextlib.suppress(OSError), open(path, errors="replace") as lines:
+            found[name] = [cleaned(line.rstrip()) for line in deque(lines, maxlen=count)]
+    return found
 
 
 def py_spy() -> str | None:
@@ -116,10 +107,9 @@ def _abort(processes: list[psutil.Process]) -> list[int]:
 
 def diagnose(processes: list[psutil.Process], log: Path, command: str | None) -> tuple[str | None, list[str]]:
     """The phase in which a test hangs, and lines that show where; `processes` are its own and its servers'."""
-    with log.open(errors="replace") as lines:
-        phase = open_phase(lines)
+    happened = events.read(directory_of(log))
+    phase = open_phase(happened)
     report = [f"hangs in phase {phase}" if phase else "hangs outside of any phase", *stacks(processes, command)]
-    with log.open(errors="replace") as lines:
-        for name, tail in tails(lines).items():
-            report += [f"last lines of {name}:", *(f"  {line}" for line in tail)]
+    for name, tail in tails(log, happened).items():
+        report += [f"last lines of {name}:", *(f"  {line}" for line in tail)]
     return phase, report

@@ -3,17 +3,20 @@
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from pdkit.command import run_command
+from pdkit.core import events
+from pdkit.core.events import Events
 from pdkit.exit_codes import ExitCode, NotReady
 from pdkit.options import Options, Parser, UsageError, add_history_options, history_file
 from pdkit.registry import Registration, Selection, collect
+from pdkit.report import facts
+from pdkit.report.evidence import directory_of
+from pdkit.report.model import UNFINISHED
 from pdkit.rung import DISTRIBUTED, LADDER, Gpu, Rung, choose, found, visible_gpus, why
 
 TEST_DIR = Path(__file__).resolve().parents[2] / "test"
@@ -33,90 +36,31 @@ class TestNotFound(NotReady):
     """The test of a rung is not in this tree; the message is one line that says where it was looked for."""
 
 
-_PHASE = re.compile(r"\[phase\] (?P<name>.+?)(?P<failed> failed)?: (?P<seconds>\d+\.?\d*) s")
-_RESULT = re.compile(
-    r"rung=(?P<rung>\S+) engine=(?P<engine>.+) "
-    r"gsm8k=(?P<score>\d+\.?\d*) examples=(?P<examples>\d+) gate=(?P<gate>\S+)"
-)
-_THROUGHPUT = re.compile(r"Output throughput: (?P<tokens_per_s>\d+\.?\d*) token/s")
-_ACCEPTANCE = re.compile(
-    r"acceptance length: (?:PASS|FAIL), (?P<lowest>\d+\.?\d*).*"
-    r"|Speculative accept length .*: n=\d+ mean=(?P<mean>\d+\.?\d*) .*"
-)
+def verdict(code: ExitCode, happened: Events, rung: Rung) -> ExitCode:
+    """A run passes only if it was scored, and on the rung that was meant."""
+    targets = {event.get("target") for event in facts.scores_of(happened)}
+    return ExitCode.NOTHING_RAN if code is ExitCode.PASSED and rung.name not in targets else code
 
 
-@dataclass(frozen=True)
-class Result:
-    """What the test says that it measured, and on what; `score` is the share of right answers, rounded."""
-
-    rung: str
-    engine: str
-    score: float
-    examples: int
-    gate: str
-
-    @property
-    def correct(self) -> int:
-        return round(self.score * self.examples)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run printed: phases as (name, seconds) in order, which failed, the result, output tokens/s of the eval.
-
-    acceptance_length  tokens per verification step where the engine speculates, as the eval or its gate says
-    """
-
-    phases: tuple[tuple[str, float], ...] = ()
-    failed_phases: tuple[str, ...] = ()
-    result: Result | None = None
-    throughput: float | None = None
-    acceptance_length: float | None = None
-
-
-def read_report(lines: Iterable[str]) -> Report:
-    """Finds phases, result and speeds among the lines that the test and its `run_eval` printed."""
-    phases, failed, result, throughput, acceptance = [], [], None, None, None
-    for line in lines:
-        if match := _PHASE.fullmatch(line.strip()):
-            phases.append((match["name"], float(match["seconds"])))
-            failed += [match["name"]] if match["failed"] else []
-        elif match := _RESULT.fullmatch(line.strip()):
-            result = Result(
-                match["rung"], match["engine"], float(match["score"]), int(match["examples"]), match["gate"]
-            )
-        elif match := _THROUGHPUT.fullmatch(line.strip()):
-            throughput = float(match["tokens_per_s"])
-        elif match := _ACCEPTANCE.fullmatch(line.strip()):
-            acceptance = float(match["lowest"] or match["mean"])
-    return Report(tuple(phases), tuple(failed), result, throughput, acceptance)
-
-
-def verdict(code: ExitCode, report: Report, rung: Rung) -> ExitCode:
-    """A run passes only where it was scored, and on the rung that was meant."""
-    if code is ExitCode.PASSED and (report.result is None or report.result.rung != rung.name):
-        return ExitCode.NOTHING_RAN
-    return code
-
-
-def summary(rung: Rung, report: Report, code: ExitCode, seconds: float) -> str:
+def summary(rung: Rung, happened: Events, code: ExitCode, seconds: float) -> str:
     """The closing lines: verdict, rung, engine, score, gate, throughput, time of each phase and in all."""
-    result = report.result
-    head = f"main job on rung {rung.name}: {code.name.replace('_', ' ')}"
-    rows = [("engine", result.engine if result else rung.engine)]
+    score, throughput = facts.score_of(happened), facts.throughput_of(happened)
+    ended = [phase for phase in facts.phases_of(happened) if phase.state != UNFINISHED]
+    rows = [("engine", score and score.engine or rung.engine)]
     rows += [
         (
             "score",
-            f"{result.score:.3f} of {result.examples} examples (gate {result.gate})"
-            if result
+            f"{score.value:.3f} of {score.examples} examples ({score.gate})"
+            if score
             else "none, the test did not get that far",
         )
     ]
-    rows += [("throughput", f"{report.throughput:.0f} output tokens/s")] if report.throughput else []
-    rows += [(name, f"{took:.1f} s{', FAILED' * (name in report.failed_phases)}") for name, took in report.phases]
-    rows += [("imports and the rest", f"{seconds - sum(took for _, took in report.phases):.1f} s")]
+    rows += [("throughput", f"{throughput:.0f} output tokens/s")] if throughput else []
+    rows += [(phase.name, f"{phase.seconds:.1f} s{', FAILED' * phase.is_bad}") for phase in ended]
+    rows += [("imports and the rest", f"{seconds - sum(phase.seconds for phase in ended):.1f} s")]
     rows += [("total", f"{seconds:.1f} s")]
     width = max(len(name) for name, _ in rows)
+    head = f"main job on rung {rung.name}: {code.name.replace('_', ' ')}"
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
@@ -182,16 +126,20 @@ def _run(rung: Rung, registration: Registration, report_dir: Path | None, histor
 
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
     options = Options(
-        TEST_DIR / "registered", registration.hw, registration.suite, report_dir=report_dir, history=history
+        TEST_DIR / "registered",
+        registration.hw,
+        registration.suite,
+        report_dir=report_dir,
+        history=history,
+        target=rung.name,
     )
     code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
     results = json.loads((report_dir / "results.json").read_text())
-    report = Report()
+    happened = Events()
     if attempts := results["files"][0]["attempts"]:
-        with open(report_dir / attempts[-1]["log"], errors="replace") as log:
-            report = read_report(log)
-    code = verdict(code, report, rung)
-    print("\n" + summary(rung, report, code, results["seconds"]), flush=True)
+        happened = events.read(directory_of(report_dir / attempts[-1]["log"]))
+    code = verdict(code, happened, rung)
+    print("\n" + summary(rung, happened, code, results["seconds"]), flush=True)
     return code
 
 

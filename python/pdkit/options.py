@@ -39,6 +39,7 @@ class Options:
     environment_check: bool = True
     list_only: bool = False
     json: bool = False
+    target: str | None = None  # what the files test, for those that do not name it themselves
 
     def __post_init__(self):
         assert self.list_only or (self.hw and self.suite)

@@ -1,17 +1,14 @@
-"""What became of a test file: how many tests it says it ran, and the state that follows."""
+"""What became of a test file: how many tests it ran, and the state that follows."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from pdkit.core.events import BAD, SKIPPED, Events
 from pdkit.exit_codes import ExitCode
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_UNITTEST_RAN = re.compile(r"\bRan (\d+) tests? in [\d.]+s$")
-_UNITTEST_VERDICT = re.compile(r"(OK|FAILED|NO TESTS RAN)(?: \(([^()]*)\))?")
-_UNITTEST_PROGRESS = re.compile(r"[.sFExu]+")
-_UNITTEST_RULE = re.compile(r"-{70}")
 _PYTEST_COUNT = r"\d+ (?:passed|failed|errors?|skipped|xfailed|xpassed|warnings?|deselected|rerun|subtests passed)"
 _PYTEST_CLOSING = re.compile(
     rf"=*\s*(no tests ran|{_PYTEST_COUNT}(?:, {_PYTEST_COUNT})*) in [\d.]+s(?: \([^()]*\))?\s*=*"
@@ -31,7 +28,7 @@ _TRANSIENT = re.compile(r"\bUR_RESULT_ERROR_OUT_OF_RESOURCES\b|\bXPU out of memo
 
 @dataclass(frozen=True)
 class TestCounts:
-    """Numbers of tests by the closing line of a test program; `executed` are those that were not skipped."""
+    """Numbers of tests; `executed` are those that were not skipped, `failed` also counts sub-tests and class set-ups."""
 
     executed: int = 0
     skipped: int = 0
@@ -43,9 +40,14 @@ class TestCounts:
 
 @dataclass(frozen=True)
 class Output:
-    """What the output of one attempt tells; `counts` is None where no unittest or pytest closing line was found."""
+    """What one attempt left to judge it by.
+
+    counts    None if there is neither an event of unittest nor a closing line of pytest
+    is_whole  False where unittest began, but did not come to its end
+    """
 
     counts: TestCounts | None = None
+    is_whole: bool = True
     has_code_error: bool = False
     has_missed_measurement: bool = False
     is_transient: bool = False
@@ -107,26 +109,24 @@ def tally(states: Iterable[FileState]) -> str:
     return f"{passed} passed, {failed} failed, {len(states) - passed - failed} skipped"
 
 
-def _unittest_counts(ran: int, verdict: re.Match, progress: str) -> TestCounts:
-    """Counts from `Ran N tests`, the verdict below it, and the line of dots above it.
+def unittest_counts(events: Events) -> TestCounts | None:
+    """Counts from the events of tests; None if there are none.
 
-    A class skipped as a whole counts as skipped without counting as run, so where N is no more than the number of
-    skips, only the dots tell whether a test was executed.
+    Sub-tests belong to the method that they are part of. What was never started, such as the set-up of a class, is
+    not a test that ran, though it may fail.
     """
-    named = {name.strip(): int(number) for name, _, number in (p.partition("=") for p in _parts(verdict[2])) if number}
-    skipped = named.get("skipped", 0)
-    failed = sum(named.get(name, 0) for name in ("failures", "errors", "unexpected successes"))
-    executed = max(ran - skipped, 0)
-    if not executed and _UNITTEST_PROGRESS.fullmatch(progress):
-        dots = len(progress) - progress.count("s")
-        executed = dots if dots <= ran and progress.count("s") == skipped else 0
-    if verdict[1] == "FAILED":
+    tests, runs = events.of("test"), events.of("run")
+    if not tests and not runs:
+        return None
+    executed = {
+        test.get("method") or test["id"]
+        for test in tests
+        if test["state"] != SKIPPED and test.get("seconds") is not None
+    }
+    failed = sum(test["state"] in BAD for test in tests)
+    if not all(run["successful"] for run in runs):
         failed = max(failed, 1)
-    return TestCounts(executed, skipped, failed)
-
-
-def _parts(text: str | None) -> list[str]:
-    return (text or "").split(", ")
+    return TestCounts(len(executed), sum(test["state"] == SKIPPED for test in tests), failed)
 
 
 def _pytest_counts(summary: str) -> TestCounts:
@@ -140,32 +140,26 @@ def _pytest_counts(summary: str) -> TestCounts:
     return TestCounts(executed, named.get("skipped", 0), failed, named.get("rerun", 0))
 
 
-def read_output(lines: Iterable[str], test_max_retry: int = 0) -> Output:
-    """Reads the output of one attempt; of several closing lines the last counts.
+def read_output(lines: Iterable[str], events: Events | None = None, test_max_retry: int = 0) -> Output:
+    """Judges one attempt by its events, and by what pytest and SGLang print; of several closing lines the last counts.
 
     `test_max_retry` is what SGLANG_TEST_MAX_RETRY was: a retry with that maximum is one of a test method, others
     are a server's own affair.
     """
-    counts, retried, ran, progress, previous = None, 0, None, "", ""
+    events = events or Events()
+    counts, retried = None, 0
     code_error = missed_measurement = transient = False
     for line in lines:
         line = _ANSI.sub("", line).strip()
         code_error = code_error or bool(_CODE_ERROR.search(line))
         missed_measurement = missed_measurement or bool(_MISSED_MEASUREMENT.search(line))
         transient = transient or bool(_TRANSIENT.search(line))
-        if not line:
-            continue
         if retry := _METHOD_RETRY.search(line):
             retried += test_max_retry > 0 and int(retry[1]) == test_max_retry
-        if _UNITTEST_RULE.fullmatch(line):
-            progress = previous
-        elif match := _UNITTEST_RAN.search(line):
-            ran = int(match[1])
-        elif ran is not None and (verdict := _UNITTEST_VERDICT.fullmatch(line)):
-            counts, ran = _unittest_counts(ran, verdict, progress), None
         elif match := _PYTEST_CLOSING.fullmatch(line):
             counts = _pytest_counts(match[1])
-        previous = line
+    counts = unittest_counts(events) or counts
     if counts and retried:
-        counts = TestCounts(counts.executed, counts.skipped, counts.failed, counts.retried + retried)
-    return Output(counts, code_error, missed_measurement, transient)
+        counts = replace(counts, retried=counts.retried + retried)
+    is_whole = not events.of("test") or bool(events.of("run"))
+    return Output(counts, is_whole, code_error, missed_measurement, transient)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from pdkit.report.secrets import cleaned
+from pdkit.core.secrets import cleaned
 
 GRACE_S = 10.0
 KILL_S = 10.0

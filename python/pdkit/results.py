@@ -37,9 +37,11 @@ class Attempt:
         if self.exit_code and not (self.exit_code == NO_TESTS_EXIT_CODE and ran_none):
             return FileState.FAILED, _exit_reason(self.exit_code)
         if counts is None:
-            return FileState.NOTHING_RAN, "no closing line of unittest or pytest in its output"
+            return FileState.NOTHING_RAN, "no event of unittest, and no closing line of pytest in its output"
         if counts.failed:
-            return FileState.FAILED, "exit code 0, but its closing line tells of failed tests"
+            return FileState.FAILED, "exit code 0, but tests of it failed"
+        if not self.output.is_whole:
+            return FileState.FAILED, "exit code 0, but it ended before unittest did"
         if ran_none:
             return (FileState.ALL_SKIPPED, "") if counts.skipped else (FileState.NOTHING_RAN, "it has no tests")
         if counts.retried:

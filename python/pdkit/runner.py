@@ -10,6 +10,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
+from pdkit import sources
 from pdkit.attempt import child_environment, python3_directory, run_attempt
 from pdkit.console import Console
 from pdkit.exit_codes import ExitCode
@@ -86,7 +87,8 @@ class SuiteRun:
     def _run_file(self, registration: Registration, number: int, label: str) -> FileResult:
         options = self.options
         timeout = options.timeout(registration.est_time)
-        command = (sys.executable, registration.filename) + (("-f",) if options.failfast else ())
+        command = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
+        command += ("-f",) if options.failfast else ()
         attempts = []
         for count in range(1, options.attempts + 1):
             again = f", attempt {count} of {options.attempts}" if count > 1 else ""
@@ -114,16 +116,16 @@ class SuiteRun:
         return FileResult(registration, state, reason, command, tuple(attempts))
 
     def _attempt(self, command: tuple[str, ...], log: Path, timeout: float) -> Attempt:
+        is_kept, directory = bool(self.options.report_dir), evidence.directory_of(log)
         environment = self.environment | live.environment(self.console.is_terminal)
-        directory = None
-        if self.options.report_dir:
-            environment |= evidence.environment(log)
-            directory = evidence.directory_of(log)
-        with Live(self.console, directory) as console:
+        environment |= evidence.environment(log, is_kept)
+        with self.console.keeping(directory):
+            evidence.start(log)
+        with Live(self.console, directory):
             attempt = run_attempt(
-                command, environment, log, timeout, console, self.interruption, self.options.test_max_retry
+                command, environment, log, timeout, self.console, self.interruption, self.options.test_max_retry
             )
-        if directory:
+        if is_kept:
             with self.console.keeping(directory):
                 evidence.end(log)
         return attempt
@@ -221,6 +223,12 @@ class SuiteRun:
         with self.console.keeping(path, " (--history FILE, or --no-history)"):
             done = record.of_run(self.options, self.results, self.logs, self.exit_code, self.began, seconds)
             store.append(path, done)
+
+
+def _program(test: Path) -> str:
+    """What runs a test file: PD tests that stand on SGLang's own fixture are supervised, all are recorded."""
+    attaches = any(cls.stands_on_sglang for cls in sources.read(test).classes.values())
+    return "pdkit.deployment.attach" if attaches else "pdkit.core.recording"
 
 
 def run_suite(selection: Selection, options: Options) -> ExitCode:

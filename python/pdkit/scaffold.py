@@ -1,4 +1,4 @@
-"""The next PD test: a subclass of the main job's test that states another plan, checked before it is written."""
+"""The next PD test: GSM8K asked of servers that another plan launches, checked before it is written."""
 
 import contextlib
 import io
@@ -17,12 +17,14 @@ from pdkit.near_miss import unknown
 from pdkit.options import UsageError
 from pdkit.registry import PROJECT_SUITES
 
-BASES = {"cuda": ("test_disaggregation_dsv4", "dsv4", "TestDisaggregationDSV4")}
-BASES["cpu"] = ("test_disaggregation_dsv4_embedded", "embedded", "TestDisaggregationDSV4Embedded")
+SERVERS = {
+    "cuda": ("pdkit.deployment.multi_gpu", "EightGpuServers"),
+    "cpu": ("pdkit.deployment.cpu", "EmbeddedServers"),
+}
 EST_TIME_S = {"cuda": 250, "cpu": 120}
 SHARED_FRACTION = 0.4
 INHERITED_WIDTH = 4
-INHERITED_RUNG, INHERITED_MEMORY_GB = "8xH200", 141
+INHERITED_TARGET, INHERITED_MEMORY_GB = "8xH200", 141
 WIDTH = 120
 _GPUS = re.compile(r"(\d+)(?:\+(\d+))?")
 _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
@@ -68,7 +70,7 @@ class NewTest:
         return Runner.of_suite(self.suite)
 
     @property
-    def rung(self) -> str:
+    def target(self) -> str:
         kind = self.runner.name.rpartition("-")[2]
         return f"{self.runner.gpus}x{kind.upper()}" if kind[-1].isdigit() else self.runner.name
 
@@ -160,27 +162,26 @@ def _server_args(flags: tuple[str, ...]) -> str:
 
 def _attributes(test: NewTest) -> list[str]:
     """Statements of the class that say what it does not inherit."""
-    _, alias, base = BASES[test.hw]
     lines = [f'    model_name = "{test.model}"'] if test.model else []
     if test.min_score is not None:
         lines.append(f"    min_score = {test.min_score:g}")
     if test.hw != "cuda":
         return lines
-    if test.rung != INHERITED_RUNG:
-        lines.insert(0, f'    rung = "{test.rung}"')
+    if test.target != INHERITED_TARGET:
+        lines.insert(0, f'    target = "{test.target}"')
     lines += [f"    prefill_gpus = {test.prefill_gpus}", f"    decode_gpus = {test.decode_gpus}"]
     if test.runner.memory_gb not in (None, INHERITED_MEMORY_GB):
         lines.append(f"    gpu_memory_gb = {test.runner.memory_gb}")
     if not test.inherits_flags:
         lines += [_server_args(test.common_flags), "    server_env = {}"]
     elif test.common_flags:
-        lines.append(_list(test.common_flags, f"    server_args = {alias}.{base}.server_args + "))
+        lines.append(_list(test.common_flags, f"    server_args = {SERVERS[test.hw][1]}.server_args + "))
     return lines
 
 
 def render(test: NewTest) -> str:
     """Source of the test."""
-    module, alias, base = BASES[test.hw]
+    module, servers = SERVERS[test.hw]
     what, where = test.model or "The nano model", "on the embedded engine"
     if test.hw == "cuda":
         prefill, decode = (f"GPU{'s' * (len(g) > 1)} {span(g)}" for g in (test.prefill_gpus, test.decode_gpus))
@@ -197,13 +198,14 @@ def render(test: NewTest) -> str:
 
 import unittest
 
-import {module} as {alias}
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from {module} import {servers}
 from sglang.test.ci.ci_register import register_{test.hw}_ci
 
 register_{test.hw}_ci(est_time={test.est_time or EST_TIME_S[test.hw]}, suite="{test.suite}")
 
 
-class {test.class_name}({alias}.{base}):
+class {test.class_name}(GSM8KChecks, {servers}):
 {body}
 
 

@@ -150,6 +150,12 @@ class TestClass:
         """Built on SGLang's PD fixture, directly or not."""
         return any(name.rpartition(".")[2] == PD_FIXTURE for name in self.ancestry[1])
 
+    @property
+    def stands_on_sglang(self) -> bool:
+        """Built on that fixture without this package: what `pdkit.deployment.attach` supervises from outside."""
+        package = Path(find_spec("pdkit").submodule_search_locations[0])
+        return self.is_pd and not any(package in each.source.path.parents for each in self.mro)
+
     @cached_property
     def methods(self) -> dict[str, ast.FunctionDef]:
         return {node.name: node for node in self.node.body if isinstance(node, _FUNCTION)}

@@ -17,6 +17,7 @@ from unittest import mock
 
 from pdkit.contract import environment, flags, recording, settings
 from pdkit.contract.stand_ins import Importer, is_stand_in
+from pdkit.exit_codes import NotReady
 
 SERVER, ROUTER = "sglang.launch_server", recording.ROUTER
 SERVERS = SERVER, "pdkit.transfer_shim.server"  # the latter hands its arguments on
@@ -87,6 +88,17 @@ def fixture_facts(fixture: type) -> dict[str, bool]:
     }
 
 
+def attached(version: str) -> dict[str, list[str]]:
+    """Puts our names in the place of SGLang's, as a test is run; which, by module. Raises Unreadable if some lack."""
+    from pdkit.deployment import attach, quirks
+
+    try:
+        attach.attach(version)
+    except NotReady as error:
+        raise Unreadable(str(error)) from None
+    return {module: sorted(names) for module, names in quirks.substituted(version).items()}
+
+
 def registrations(path: str) -> list[dict]:
     """The CI registrations of a test file."""
     register = importlib.import_module("sglang.test.ci.ci_register")
@@ -114,6 +126,7 @@ def answer(request: Mapping) -> dict:
     fixture = importlib.import_module("sglang.test.server_fixtures.disaggregation_fixture").PDDisaggregationServerBase
     result["fixture"] = fixture_facts(fixture)
     recording.start_recording()
+    result["substituted"] = attached(request["version"])
     if not request["test"]:
         return result
     baseline = dict(os.environ)

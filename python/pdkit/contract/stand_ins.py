@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 REAL = {"msgspec", "packaging", "typing_extensions", "sglang_router", "pdkit"}
+ABSENT = {"habana_frameworks"}  # SGLang asks whether it is there, and then for what torch has with it
 MUST_RUN = ("sglang.srt.server_args", "sglang.srt.arg_groups", "sglang.srt.environ", "sglang.test")
 ABSENT_ATTRIBUTES = {"torch": {"npu", "musa", "mlu", "hpu"}}
 KNOWN_ATTRIBUTES = {"torch": {"version": SimpleNamespace(cuda="13.0", hip=None, xpu=None, musa=None)}}
@@ -148,7 +149,7 @@ class Importer(importlib.abc.MetaPathFinder):
         top = name.partition(".")[0]
         if top == "sglang":
             return self._sglang(name, path)
-        if top in REAL or top in sys.stdlib_module_names:
+        if top in REAL or top in ABSENT or top in sys.stdlib_module_names:
             return None
         if PathFinder.find_spec(top, [folder for folder in sys.path if folder not in self.before]):
             return None

@@ -335,7 +335,7 @@ class DecodeReceiver:
             begin = time.perf_counter()
             data = await reader.readexactly(size)
             try:
-                handover = self._verify(data, digest, room)
+                handover = self.verify(data, digest, room)
                 handover = self.backend.incoming(handover)
                 accept(handover)
             except (TransferError, ValueError) as error:
@@ -351,7 +351,7 @@ class DecodeReceiver:
             writer.close()
 
     @staticmethod
-    def _verify(data, digest, room):
+    def verify(data, digest, room):
         if hashlib.sha256(data).hexdigest() != digest:
             raise TransferError(f"checksum mismatch in the hand-over of bootstrap room {room} ({len(data)} bytes)")
         handover = Handover.unpack(data)

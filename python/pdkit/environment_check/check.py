@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pdkit
-from pdkit import indexer_schedule, ports, versions
+from pdkit import ports, versions
+from pdkit.deployment import quirks
 from pdkit.environment_check import dataset, gpus, machine, model, packages, rdma
 from pdkit.environment_check.finding import Finding, error, ok, warning
 from pdkit.environment_check.machine import UNLIMITED, Machine
@@ -185,11 +186,11 @@ def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Itera
         if process.gpus:
             dsv4 = any(model.is_dsv4(name, model.locate(name, environ)) for name in process.models)
             wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, dsv4))
-            exposed |= dsv4 and indexer_schedule.is_exposed({**environ, **process.env})
+            exposed |= dsv4 and quirks.is_exposed_by_indexer({**environ, **process.env})
     if exposed:
         what = f"{versions.installed('sglang')} lets the indexer's kernel read past what is mapped"
         why = "a batch of 128 tokens can end a server by an illegal memory access"
-        yield warning("sglang", what, why, f"export {indexer_schedule.SWITCH}=0, or take 0.5.18 or newer")
+        yield warning("sglang", what, why, f"export {quirks.INDEXER_SWITCH}=0, or take 0.5.18 or newer")
     yield from map(packages.installed, wanted)
     if has_gpus:
         yield from packages.importable(wanted)

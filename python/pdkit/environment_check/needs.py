@@ -79,7 +79,7 @@ def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.en
     return Needs(
         hw=hw,
         gpu_count=runner.gpus if runner else 1,
-        gpu_memory_gb=max(memory, default=0),
+        gpu_memory_gb=max(memory, default=(runner and classes and runner.memory_gb) or 0),
         capability=next((_KINDS[word] for word in suite.split("-") if word in _KINDS), None),
         processes=tuple(process for launched in found for process in launched.processes),
         data=tuple(dict.fromkeys(value for cls in classes for value in _data(cls, environ))),
@@ -96,6 +96,8 @@ def _pd_classes(path: Path) -> list[TestClass]:
 
 
 def _data(cls: TestClass, environ: Mapping[str, str]) -> list[object]:
+    if cls.stands_on_sglang and environ.get("SGLANG_PD_GSM8K"):  # `pdkit.deployment.attach` has it scored instead
+        return [environ["SGLANG_PD_GSM8K"]]
     if cls.attribute("gsm8k_data_path"):
         return [cls.value("gsm8k_data_path", environ)]
     constants = (n.value for c in cls.mro for n in ast.walk(c.node) if isinstance(n, ast.Constant))

@@ -1,6 +1,6 @@
-"""A mixin that asks, beside a pair of any engine, whether parity sees what a faulty load balancer does.
+"""Whether parity sees what a faulty load balancer does, beside a pair of any engine.
 
-    class TestDisaggregationDSV4OneGpu(BalancerFaultsMixin, ParityMixin, ...):
+    class TestDisaggregationDSV4OneGpu(BalancerFaultChecks, ParityChecks, MonolithicBeside, OneGpuServers):
         pass
 
 It starts SGLang's mini load balancer a second time, with a switch (`pdkit.faults.load_balancer`), over the same
@@ -11,21 +11,24 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 
-from pdkit.accounting_kit import unaccounted
+from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.http import RequestFailed
+from pdkit.checks.parity.checks import ParityArms
+from pdkit.checks.parity.references import collect
+from pdkit.checks.parity.verdict import Parity
 from pdkit.faults.switch import VARIABLE, Switch, find
-from pdkit.parity import Parity
-from pdkit.parity_kit import RequestFailed, collect
 
 
-class BalancerFaultsMixin:
-    """Needs what ParityMixin needs, and `log_path`.
+class BalancerFaultChecks(ParityArms):
+    """Each fault in turn is on, and parity asks.
 
     balancer_faults  names of faults of `pdkit.faults.library`, the most harmful to the servers last
     unseen_faults    why parity does not see some of them although they are harmful
     """
+
+    needs = ("base_host", "start_decode", "log_path", "wait_server_ready")
 
     balancer_faults = (
         "prefill-late",
@@ -40,15 +43,13 @@ class BalancerFaultsMixin:
         "request-duplicated": "the answers are right; it takes the servers' own counts of requests to see it"
     }
     faulty_lb_port = None
-    process_faulty_lb = None
+    process_faulty_lb = switch = None
     fault_timeout = 30.0
 
     @classmethod
     def start_decode(cls):
         super().start_decode()
-        folder = tempfile.TemporaryDirectory(prefix="fault-switch-")
-        cls.addClassCleanup(folder.cleanup)
-        cls.switch = Switch(os.path.join(folder.name, "switch"))
+        cls.switch = Switch(cls.temporary_path("fault-switch-", "switch"))
         command = [sys.executable, "-m", "pdkit.faults.load_balancer", "--pd-disaggregation", "--mini-lb"]
         command += ["--prefill", cls.prefill_url, "--decode", cls.decode_url]
         command += ["--host", cls.base_host, "--port", cls.faulty_lb_port]

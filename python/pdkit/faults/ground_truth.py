@@ -106,7 +106,7 @@ def _hand_over(config, encounter, handover):
         if fault.where is Where.WIRE:
             data = handover.pack()
             arrived = fault.wire(data) if encounter.is_met() else data
-            DecodeReceiver._verify(arrived, hashlib.sha256(data).hexdigest(), handover.room)
+            DecodeReceiver.verify(arrived, hashlib.sha256(data).hexdigest(), handover.room)
             return Effect(length), handover
         changed = encounter.apply(handover)
         if changed is None:

@@ -1,6 +1,6 @@
-"""A mixin that launches a test's servers with a switch for faults between them.
+"""Launches a test's servers with a switch for faults between them.
 
-    class Subject(FaultSwitchMixin, TestDisaggregationDSV4Integrity):
+    class Subject(FaultSwitchServers, TestDisaggregationDSV4Integrity):
         pass
 
     Subject.switch.turn("window-zeroed")
@@ -9,21 +9,23 @@ It needs the embedded engine and SGLang's mini load balancer.
 """
 
 import os
-import tempfile
 from unittest import mock
 
+from pdkit.checks.base import Checks
 from pdkit.faults.switch import VARIABLE, Switch
 from pdkit.faults.transfer import BACKEND_VARIABLE
 
 BACKEND = "--disaggregation-transfer-backend"
 
 
-class FaultSwitchMixin:
+class FaultSwitchServers(Checks):
     """Put it first. `switch` is there once the class is set up.
 
     bootstrap_timeout  seconds after which prefill gives up a room that no decode server asked for
     transfer_timeout   seconds after which decode gives up a hand-over that has not come
     """
+
+    needs = ("configure", "server_env", "prefill_args", "decode_args", "start_lb")
 
     switch = None
     bootstrap_timeout = 30
@@ -32,9 +34,7 @@ class FaultSwitchMixin:
     @classmethod
     def configure(cls):
         super().configure()
-        directory = tempfile.TemporaryDirectory(prefix="fault-switch-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.switch = Switch(os.path.join(directory.name, "switch"))
+        cls.switch = Switch(cls.temporary_path("fault-switch-", "switch"))
         cls.server_env = {
             **cls.server_env,
             VARIABLE: str(cls.switch.path),

@@ -10,9 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 from pdkit import versions
+from pdkit.core import events
+from pdkit.core.events import Events
 from pdkit.exit_codes import ExitCode
-from pdkit.main_job import read_report
 from pdkit.options import Options
+from pdkit.report import facts
+from pdkit.report.evidence import directory_of
+from pdkit.report.model import UNFINISHED
 from pdkit.results import FileResult
 
 VERSION = 1
@@ -94,22 +98,22 @@ def _git(directory: Path, *words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def measurement_of(file: str, lines: Iterable[str]) -> Measurement | None:
-    """What the output of a test tells; None where it tells of no phase and no score."""
-    report = read_report(lines)
-    if not (report.result or report.phases):
+def measurement_of(file: str, happened: Events) -> Measurement | None:
+    """What the events of a test file tell; None if there is no phase that ended, and no score."""
+    score, phases = facts.score_of(happened), facts.phases_of(happened)
+    ended = {phase.name: phase.seconds for phase in phases if phase.state != UNFINISHED}
+    if not (score or ended):
         return None
-    result = report.result
     return Measurement(
         file=file,
-        rung=result.rung if result else None,
-        engine=result.engine if result else None,
-        correct=result.correct if result else None,
-        examples=result.examples if result else None,
-        gate=result.gate if result else None,
-        throughput=report.throughput,
-        acceptance_length=report.acceptance_length,
-        phases=dict(report.phases),
+        rung=score.target if score else None,
+        engine=score.engine if score else None,
+        correct=score.correct if score else None,
+        examples=score.examples if score else None,
+        gate=None if score is None or score.threshold is None else f">{score.threshold:g}",
+        throughput=facts.throughput_of(happened),
+        acceptance_length=facts.acceptance_length_of(happened),
+        phases=ended,
     )
 
 
@@ -121,9 +125,9 @@ def repository_path(options: Options, name: str) -> str:
 def _measurements(options: Options, results: Sequence[FileResult], logs: Path) -> Iterable[Measurement]:
     for result in results:
         if result.attempts:
-            with open(logs / result.attempts[-1].log, errors="replace") as log:
-                if found := measurement_of(repository_path(options, result.registration.name), log):
-                    yield found
+            happened = events.read(directory_of(logs / result.attempts[-1].log))
+            if found := measurement_of(repository_path(options, result.registration.name), happened):
+                yield found
 
 
 def of_run(

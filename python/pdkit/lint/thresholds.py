@@ -69,7 +69,7 @@ def noisy_threshold(source: Source, _) -> Iterator[Finding]:
             message = (
                 f"score {sign} {threshold.value:g} over {threshold.examples} examples is within its own noise: "
                 f"accuracy {n.better:g} fails {n.false_alarm:.0%} and {n.worse:g} passes {n.miss:.0%} of the time; "
-                f"{n.enough or 'over 100000'} examples can tell them apart, or use pdkit.gate_kit.AccuracyGateMixin"
+                f"{n.enough or 'over 100000'} examples can tell them apart, or use pdkit.checks.accuracy.checks.AccuracyGateChecks"
             )
             yield Finding(source.path, threshold.line, "noisy-threshold", message)
 

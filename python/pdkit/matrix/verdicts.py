@@ -4,22 +4,19 @@ A test of the suite says more than passed or failed: requests and servers are ac
 itself, and the accuracy gate says what its first look alone would have decided.
 """
 
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pdkit.accounting_kit import unwrapped
+from pdkit.checks.accounting.checks import OWN_RESULT
+from pdkit.checks.accounting.ledger import CLIENT, SERVERS
+from pdkit.checks.accuracy.checks import FIRST_LOOK
+from pdkit.core.events import BAD, SKIPPED, Events
 
-FIRST_LOOK = "accuracy gate"
 SEQUENTIAL = "sequential gate"
-CLIENT = "request accounting"
-SERVERS = "division of labour"
 LEADING = (FIRST_LOOK, SEQUENTIAL, CLIENT, SERVERS)
 
 GSM8K_TEST = "test_gsm8k"
 MESSAGE_LIMIT = 300
-
-_FIRST_LOOK = re.compile(r"^the first look alone \(.*\): [\d.]+, (?P<verdict>\w+)", re.MULTILINE | re.IGNORECASE)
-_ACCOUNT = re.compile(r"^(?P<side>client|servers): (?P<verdict>PASS|FAIL)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ def check_of(test: str) -> str:
     return SEQUENTIAL if test == GSM8K_TEST else test.removeprefix("test_").replace("_", " ")
 
 
-def checks_of(tests) -> list[str]:
+def checks_of(tests: Iterable[str]) -> list[str]:
     """The checks that the tests hold, in the order of the matrix."""
     found = {check_of(test) for test in tests} | {CLIENT, SERVERS}
     if GSM8K_TEST in tests:
@@ -50,28 +47,28 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:MESSAGE_LIMIT]
 
 
-def verdicts_of(test: str, error: BaseException | None, output: str, seconds: float) -> dict[str, Verdict]:
-    """{check: verdict} of one test that ended with `error`, or None, and printed `output`.
+def verdicts_of(test: str, happened: Events, seconds: float) -> dict[str, Verdict]:
+    """{check: verdict} of one test by its events; nothing of one that was skipped. Raises ValueError without events.
 
-    The request accounting raises its own report from the error of the test, if there was one.
+    Where requests are accounted for, the test's event has the outcome of both together, and the verdict on the test by
+    itself tells them apart. Of a test that was tried again the last verdicts count.
     """
-    told = f"{output}\n{error or ''}"
-    accounts = {match["side"]: match["verdict"] == "FAIL" for match in _ACCOUNT.finditer(told)}
-    own = error.__cause__ if error is not None and str(error).startswith("request accounting: FAIL") else error
-    found = {check_of(test): Verdict(own is not None, seconds, "" if own is None else one_line(f"{unwrapped(own)}"))}
-    for side, check in (("client", CLIENT), ("servers", SERVERS)):
-        if side in accounts:
-            found[check] = Verdict(accounts[side], seconds, one_line(_after(told, side)) if accounts[side] else "")
-    if test == GSM8K_TEST:
-        matches = list(_FIRST_LOOK.finditer(told))
-        if matches:
-            failed = matches[-1]["verdict"].upper() == "FAIL"
-            found[FIRST_LOOK] = Verdict(failed, seconds, matches[-1][0] if failed else "")
-    return found
+    tests = happened.of("test")
+    if not tests:
+        raise ValueError(f"{test} ran and left no event")
+    bad = next((event for event in tests if event["state"] in BAD), None)
+    if bad is None and any(event["state"] == SKIPPED for event in tests):
+        return {}
+    told = {event["check"]: _verdict(event, seconds) for event in happened.of("verdict")}
+    own = Verdict(bad is not None, seconds, one_line(bad["message"]) if bad else "")
+    accounted = {check: told[check] for check in (OWN_RESULT, CLIENT, SERVERS) if check in told}
+    if any(verdict.caught for verdict in accounted.values()):  # they are why the test failed
+        own = accounted.get(OWN_RESULT, own)
+    return {check_of(test): own} | {check: told[check] for check in (CLIENT, SERVERS, FIRST_LOOK) if check in told}
 
 
-def _after(text, side):
-    return text[text.rindex(f"{side}: FAIL") :]
+def _verdict(event: dict, seconds: float) -> Verdict:
+    return Verdict(not event["passed"], seconds, "" if event["passed"] else one_line(event["message"]))
 
 
 def merged(one: Verdict | None, other: Verdict) -> Verdict:

@@ -8,14 +8,14 @@ Standard input: one JSON line a run, {"fault": name or null}. Standard output: o
     {"event": "test", "test": name, "seconds": s, "verdicts": {check: {...}}}
     {"event": "done", "met": n, "seconds": s, "restarted": reason or ""}
 
-Everything else that is printed goes to the file LOG. The class has a FaultSwitchMixin.
+Everything else that is printed goes to the file LOG, the events of the tests into a directory of its name. The class has
+FaultSwitchServers.
 """
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,8 +26,10 @@ from unittest import mock
 
 import requests
 
-from pdkit import accounting_kit
-from pdkit.accounting import OK, Ledger
+from pdkit.checks.accounting import checks as accounting
+from pdkit.checks.accounting.ledger import OK, Ledger
+from pdkit.core.events import BAD, VARIABLE, Events, Tail
+from pdkit.core.recording import RecordingResult
 from pdkit.matrix.verdicts import one_line, verdicts_of
 
 HEALTH_TIMEOUT = 5
@@ -53,27 +55,11 @@ class PatientLedger(Ledger):
         pass
 
 
-class _Outcome(unittest.TestResult):
-    """Keeps the error of the one test that it is for."""
-
-    def __init__(self):
-        super().__init__()
-        self.error = self.reason = None
-
-    def addError(self, test, err):
-        self.error = err[1]
-
-    addFailure = addError
-
-    def addSkip(self, test, reason):
-        self.reason = reason
-
-
 class Subject:
     """A test class whose servers are up."""
 
-    def __init__(self, cls, tests=()):
-        self.cls = cls
+    def __init__(self, cls, tests=(), directory: Path = Path()):
+        self.cls, self.events = cls, Tail(directory)
         self.tests = list(tests) or [
             name for name in unittest.TestLoader().getTestCaseNames(cls) if callable(getattr(cls, name))
         ]
@@ -96,13 +82,12 @@ class Subject:
         self.cls.switch.turn(fault)
         for test in self.tests:
             began = time.monotonic()
-            error, reason, output = self.run_test(test)
+            happened = self.run_test(test)
             seconds = time.monotonic() - began
-            if reason is None:
-                verdicts = verdicts_of(test, error, output, seconds)
+            if verdicts := verdicts_of(test, happened, seconds):
                 told = {check: asdict(verdict) for check, verdict in verdicts.items()}
                 emit({"event": "test", "test": test, "seconds": seconds, "verdicts": told})
-            if error is not None and (restarted := self.unusable()):
+            if any(event["state"] in BAD for event in happened.of("test")) and (restarted := self.unusable()):
                 break
         met = self.cls.switch.met()
         self.cls.switch.turn(None)
@@ -113,18 +98,16 @@ class Subject:
             self.start()
         return {"event": "done", "met": met, "seconds": time.monotonic() - started, "restarted": restarted}
 
-    def run_test(self, test):
-        """(error or None, reason of a skip or None, what was printed)."""
-        printed, outcome = io.StringIO(), _Outcome()
+    def run_test(self, test: str) -> Events:
+        """What happened in one test, whose servers are up already."""
+        runner = unittest.TextTestRunner(sys.stdout, resultclass=RecordingResult)
         sleep = time.sleep
         with (
-            contextlib.redirect_stdout(printed),
-            mock.patch.object(accounting_kit, "Ledger", PatientLedger),
+            mock.patch.object(accounting, "Ledger", PatientLedger),
             mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, LONGEST_SLEEP))),
         ):
-            self.cls(test).run(outcome)
-        print(printed.getvalue(), f"[matrix] {test}: {outcome.error or 'passed'}", flush=True)
-        return outcome.error, outcome.reason, printed.getvalue()
+            runner.run(self.cls(test))
+        return self.events.new()
 
     def unusable(self):
         """Why the servers cannot be used any more, or the empty string."""
@@ -169,7 +152,11 @@ def main(argv=None):
 
     os.environ["SGLANG_TEST_MAX_RETRY"] = "0"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    subject = Subject(load_class(file, name), tests)
+    directory = Path(log).with_suffix("")  # one run of the worker is one channel of events
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    os.environ[VARIABLE] = str(directory)
+    subject = Subject(load_class(file, name), tests, directory)
     try:
         subject.start()
         emit({"event": "ready", "tests": subject.tests})

@@ -5,7 +5,7 @@ gpu_plan.json             who uses which GPUs and ports, for tests that need GPU
 results.json              what became of each file
 001-test_x.1.log          output of a test file
 001-test_x.1/             what that run of the file left: logs of its servers, transcript of its eval,
-  records.jsonl             what it handed over (pdkit.report.record), phases among it
+  events.jsonl              what happened in it (pdkit.core.events)
   metrics.PID.jsonl         what it gave to SGLang's dump_metric
 """
 
@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pdkit.core.events import VARIABLE, append
+from pdkit.core.secrets import scrub, secret_values
 from pdkit.registry import Registration
-from pdkit.report.record import VARIABLE
-from pdkit.report.secrets import scrub, secret_values
 from pdkit.report.surroundings import describe
 
 ENVIRONMENT_FILE = "environment.json"
@@ -61,19 +61,27 @@ def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
     return [gpu_plan.as_data(plan) for plan in plans if plan.gpus]
 
 
-def environment(log: Path) -> dict[str, str]:
-    """What tells a test file where to leave what belongs into the report; where the user said so, it goes there."""
+def start(log: Path) -> None:
+    """Before a run of a file: an empty directory for what it leaves, where its events begin. Raises OSError."""
     directory = directory_of(log)
     shutil.rmtree(directory, ignore_errors=True)
     log.with_suffix(".hang.txt").unlink(missing_ok=True)
     directory.mkdir(exist_ok=True)
+    append(directory, "started")
+
+
+def environment(log: Path, is_kept: bool = True) -> dict[str, str]:
+    """What names the directory of its events to a test file and, if the run is kept, that of all that it leaves.
+
+    Where the user set SGLang's variables, logs and metrics go there.
+    """
+    directory = directory_of(log)
+    if not is_kept:
+        return {VARIABLE: str(directory)}
     ours = {LOG_DIR_VARIABLE: str(directory), METRICS_VARIABLE: str(directory / "metrics")}
     return {VARIABLE: str(directory)} | {name: value for name, value in ours.items() if not os.environ.get(name)}
 
 
 def end(log: Path) -> None:
-    """After a run of a file: no secret stays in what it left, and no directory that it left empty."""
-    directory = directory_of(log)
-    scrub(directory, secret_values(os.environ))
-    if not any(directory.iterdir()):
-        directory.rmdir()
+    """After a run of a file: no secret stays in what it left."""
+    scrub(directory_of(log), secret_values(os.environ))

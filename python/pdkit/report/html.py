@@ -33,7 +33,7 @@ class Axis:
 
 def score_axis(score: Score) -> Axis:
     """From a little below all that is shown, to 1."""
-    lowest = min(score.interval[0], score.threshold, score.value)
+    lowest = min(score.interval[0], score.value, score.value if score.threshold is None else score.threshold)
     return Axis(max(0.0, lowest - 0.15 * (1 - lowest) - 0.005), 1.0)
 
 

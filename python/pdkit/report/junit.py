@@ -28,7 +28,7 @@ def _case(run: FileRun) -> TestCase:
     if run.is_bad:
         where = f" in phase {run.failed_phase}" if run.failed_phase else ""
         kind = Failure if run.state == "failed" else Error
-        outcome = kind(_printable(f"{run.state}{where}: {run.death or run.reason}"), run.state)
+        outcome = kind(_printable(f"{run.state}{where}: {run.death.cause if run.death else run.reason}"), run.state)
         outcome.text = _printable(run.failure)
         case.result = [outcome]
     elif run.state in _SKIPPED:
@@ -37,7 +37,7 @@ def _case(run: FileRun) -> TestCase:
         low, high = run.score.interval
         case.system_out = (
             f"score {run.score.value:.3f} ({run.score.correct} of {run.score.examples}), "
-            f"exact 95 % interval {low:.3f} to {high:.3f}, gate >{run.score.threshold}"
+            f"exact 95 % interval {low:.3f} to {high:.3f}, {run.score.gate}"
         )
     return case
 

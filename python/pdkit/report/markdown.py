@@ -27,7 +27,7 @@ def _details(run: FileRun) -> list[str]:
         low, high = run.score.interval
         lines += [
             f"**Score {run.score.value:.3f}** ({run.score.correct} of {run.score.examples}), exact 95 % interval "
-            f"{low:.3f} to {high:.3f}, gate > {run.score.threshold}, rung {run.score.rung} ({run.score.engine})",
+            f"{low:.3f} to {high:.3f}, {run.score.gate}, {run.score.where}",
             "",
         ]
     if run.phases:
@@ -39,7 +39,7 @@ def _details(run: FileRun) -> list[str]:
     if run.is_bad:
         where = f" in phase {run.failed_phase}" if run.failed_phase else ""
         lines += [f"### {run.file} {run.state}{where}", ""]
-        lines += [run.death, ""] if run.death else []
+        lines += [run.death.cause, ""] if run.death else []
         for log in run.logs[:1]:
             lines += [f"End of {log.path}:", "", "~~~text", *log.lines[-TAIL_LINES:], "~~~", ""]
     return lines

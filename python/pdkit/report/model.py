@@ -59,13 +59,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """What the gate was asked about: `threshold` must be exceeded."""
+    """What the gate was asked about: `threshold` must be exceeded. None stands for what the test did not name."""
 
-    rung: str
-    engine: str
+    target: str | None
+    engine: str | None
     correct: int
     examples: int
-    threshold: float
+    threshold: float | None
 
     @property
     def value(self) -> float:
@@ -73,7 +73,16 @@ class Score:
 
     @property
     def passed(self) -> bool:
-        return self.value > self.threshold
+        return self.threshold is None or self.value > self.threshold
+
+    @property
+    def gate(self) -> str:
+        return "no gate" if self.threshold is None else f"gate >{self.threshold:g}"
+
+    @property
+    def where(self) -> str:
+        """`target embedded (pdkit.engine)`, as far as it is known."""
+        return f"target {self.target or 'unknown'}" + (f" ({self.engine})" if self.engine else "")
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -85,7 +94,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Table:
-    """What a test handed over (pdkit.report.record); the first cell of a row is its heading."""
+    """A table that a test made; the first cell of a row is its heading."""
 
     title: str
     columns: tuple[str, ...]
@@ -104,8 +113,18 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Death:
+    """The process that died first: `cause` on one line, `excerpt` the lines of `log` that show why."""
+
+    name: str
+    cause: str
+    excerpt: tuple[str, ...] = ()
+    log: str | None = None
+
+
+@dataclass(frozen=True)
 class FileRun:
-    """One test file, by its last attempt. `death` says which process died first, whose log is the first of `logs`.
+    """One test file, by its last attempt. The log of the process that died is the first of `logs`.
 
     launched  (name, command) of each process that the test started
     """
@@ -129,7 +148,7 @@ class FileRun:
     metrics: tuple[tuple[str, str], ...] = ()
     logs: tuple[Log, ...] = ()
     failure: str = ""
-    death: str | None = None
+    death: Death | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -144,7 +163,7 @@ class FileRun:
     def failed_phase(self) -> str | None:
         """Where it went wrong. Both servers load at once: one that died while they did failed in its own launch."""
         bad = next((phase.name for phase in self.phases if phase.is_bad), None)
-        victim = self.death.split(" exited ")[0] if self.death else None
+        victim = self.death.name if self.death else None
         if bad and bad.startswith("launch ") and victim in ("prefill", "decode"):
             return f"launch {victim}"
         return bad

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pdkit import versions
-from pdkit.report.secrets import cleaned, redacted
+from pdkit.core.secrets import cleaned, redacted
 
 PACKAGES = (
     "sglang",

@@ -16,13 +16,13 @@ def _lines(run: FileRun) -> Iterator[str]:
         low, high = run.score.interval
         yield (
             f"{run.file}: score {run.score.value:.3f} ({run.score.correct} of {run.score.examples}), "
-            f"exact 95 % interval {low:.3f} to {high:.3f}, gate >{run.score.threshold}"
+            f"exact 95 % interval {low:.3f} to {high:.3f}, {run.score.gate}"
         )
     if not run.is_bad:
         return
     yield f"{run.file} {run.state}" + (f" in phase {run.failed_phase}" if run.failed_phase else "")
     if run.death:
-        yield f"  died first: {run.death}"
+        yield f"  died first: {run.death.cause}"
     for log in run.logs[:1]:
         if log.died:
             yield f"  last lines of {log.path}:"

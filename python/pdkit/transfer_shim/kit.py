@@ -1,29 +1,22 @@
-"""A mixin that asks which check sees which wrong transfer of the real engine, in one launch.
-
-class TestDisaggregationDSV4FaultsOneGpu(TransferFaultsMixin, MonolithicBesideMixin, ...):
-    pass
-"""
+"""Which check sees which wrong transfer of the real engine, in one launch."""
 
 import contextlib
 import json
-import os
-import tempfile
 import textwrap
 import time
 from dataclasses import replace
 
-import requests
-
-from pdkit import acceptance
-from pdkit.accounting import Ledger
-from pdkit.accounting_kit import unaccounted
+from pdkit.checks import acceptance
+from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.accounting.ledger import Ledger
+from pdkit.checks.accuracy.gsm8k import gsm8k_metrics
+from pdkit.checks.http import RequestFailed, flush_caches, post
+from pdkit.checks.parity.checks import ParityArms
+from pdkit.checks.parity.plan import Round, generate_probe
+from pdkit.checks.parity.references import collect
+from pdkit.checks.parity.verdict import Parity
+from pdkit.core import events
 from pdkit.faults.switch import Switch
-from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
-from pdkit.numbers_kit import quiet_eval
-from pdkit.parity import Parity
-from pdkit.parity_kit import ParityArms, RequestFailed, collect, flush
-from pdkit.parity_plan import Round, generate_probe
-from pdkit.report.record import record_table
 from pdkit.transfer_shim.backends import PIECES_VARIABLE, SWITCH_VARIABLE
 from pdkit.transfer_shim.blocks import pieces_of
 from pdkit.transfer_shim.library import LIBRARY
@@ -32,18 +25,23 @@ NO_FAULT = "no fault"
 SHORT = 300
 
 
-class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
-    """Put it before a mixin with a monolithic server.
+class TransferFaultChecks(acceptance.DraftMeasures, ParityArms):
+    """Put it before the monolithic server.
 
     compress_ratios       tokens a compressed entry, for each layer of the model without its draft
+    min_score             share of right answers below which accuracy sees something
     transfer_faults       names of faults of `pdkit.transfer_shim.library`
     fault_timeout         seconds for one request while a fault is on
     handover_timeout      seconds after which SGLang gives up a hand-over
     """
 
+    needs = ("configure", "server_env", "backend")
+
+    transfer_switch = None
     server_module = "pdkit.transfer_shim.server"
     compress_ratios = ()
     transfer_faults = tuple(LIBRARY)
+    min_score = 0.95
     accuracy_examples = 60
     acceptance_length_prompts = 32
     acceptance_length_tokens = 96
@@ -52,14 +50,10 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
     returning = 60
     other_length = 600
 
-    test_acceptance_length = test_drafts_after_the_hand_over = None  # asked with each fault
-
     @classmethod
     def configure(cls):
         super().configure()
-        directory = tempfile.TemporaryDirectory(prefix="transfer-faults-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.transfer_switch = Switch(os.path.join(directory.name, "switch"), LIBRARY)
+        cls.transfer_switch = Switch(cls.temporary_path("transfer-faults-", "switch"), LIBRARY)
         cls.server_env = {
             **cls.server_env,
             SWITCH_VARIABLE: str(cls.transfer_switch.path),
@@ -108,7 +102,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
             if any(seen.values()) != expected or bool(met) != bool(fault):
                 wrong.append(name or NO_FAULT)
             self.until_served()
-        record_table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
+        events.table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
         self.assertFalse(wrong, "seen where nothing was to be seen, not seen although it should be, or never met")
 
     def parity_of(self, round_):
@@ -132,7 +126,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         return answers
 
     def accuracy(self):
-        score = quiet_eval(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
+        score = gsm8k_metrics(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
         return None if score > self.min_score else f"score {score:.3f}"
 
     def acceptance_length(self):
@@ -159,7 +153,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
     def empty_caches(self, *urls):
         for url in urls:
             with contextlib.suppress(RequestFailed):
-                flush([url], self.fault_timeout)
+                flush_caches([url], self.fault_timeout)
 
     def overwrite(self):
         """Decode's memory gets other content: what is not written must not be found there by chance.
@@ -178,7 +172,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         """What a fault broke must not be taken for what the next one does."""
         deadline, body = time.monotonic() + self.returning, {"text": "1", "sampling_params": {"max_new_tokens": 2}}
         while True:
-            answer = requests.post(f"{self.lb_url}/generate", json=body, timeout=self.fault_timeout)
+            answer = post(self.lb_url, "/generate", body, self.fault_timeout)
             if answer.status_code == 200:
                 return
             self.assertLess(time.monotonic(), deadline, f"not served after the fault was off: {answer.text[:300]}")

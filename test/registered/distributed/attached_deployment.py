@@ -5,21 +5,12 @@ Not registered: it needs a deployment. See `pdkit.attached` for what the environ
 
 import unittest
 
-import test_disaggregation_dsv4 as dsv4
-from pdkit.accounting_kit import RequestAccountingMixin
-from pdkit.attached_kit import ApiMixin, AttachedMixin
-from pdkit.parity_kit import ParityMixin
+from pdkit.checks.external import ExternalChecks
+from pdkit.deployment.external import ExternalServers
 
 
-class TestDisaggregationDSV4Attached(
-    AttachedMixin, ApiMixin, RequestAccountingMixin, ParityMixin, dsv4.TestDisaggregationDSV4
-):
-    model_name = "whatever is served"
-
-    @classmethod
-    def setUpClass(cls):
-        dsv4.require_inputs(cls)
-        super().setUpClass()
+class TestDisaggregationDSV4Attached(ExternalChecks, ExternalServers):
+    pass
 
 
 if __name__ == "__main__":

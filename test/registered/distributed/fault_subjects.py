@@ -1,15 +1,15 @@
 """What the detection matrix runs: the tests of the embedded rung, their servers with a switch for faults."""
 
-import test_disaggregation_dsv4_embedded as embedded
 import test_disaggregation_dsv4_integrity as integrity
-from pdkit.accounting_kit import RequestAccountingMixin
-from pdkit.faults.kit import FaultSwitchMixin
-from pdkit.gate_kit import AccuracyGateMixin
+from pdkit.checks.accounting.checks import AccountingChecks
+from pdkit.checks.accuracy.checks import AccuracyGateChecks
+from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.faults.kit import FaultSwitchServers
 
 
-class Trained(FaultSwitchMixin, RequestAccountingMixin, AccuracyGateMixin, embedded.TestDisaggregationDSV4Embedded):
+class Trained(FaultSwitchServers, AccountingChecks, AccuracyGateChecks, EmbeddedServers):
     attempt_timeout = 120
 
 
-class RandomWeights(FaultSwitchMixin, integrity.TestDisaggregationDSV4Integrity):
+class RandomWeights(FaultSwitchServers, integrity.TestDisaggregationDSV4Integrity):
     attempt_timeout = request_timeout = 120

@@ -16,9 +16,9 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 import requests
-import test_disaggregation_dsv4_embedded as embedded
+from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.exit_codes import ExitCode
-from pdkit.monolithic_kit import MonolithicBesideMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=200, suite="stage-a-test-cpu")
@@ -69,18 +69,8 @@ class Gateway(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class TestDisaggregationDSV4Attached(MonolithicBesideMixin, embedded.TestDisaggregationDSV4Embedded):
+class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
     """The servers of this class are somebody else's to the command that the tests run."""
-
-    test_gsm8k = None
-
-    @classmethod
-    def monolithic_args(cls):
-        return ["--disaggregation-mode", "null"]
-
-    @classmethod
-    def take_references(cls):
-        pass
 
     def setUp(self):
         super().setUp()

@@ -1,41 +1,20 @@
 """The same test on any machine: prefill and decode are two embedded engines that serve a nano DeepSeek-V4 on CPU."""
 
 import unittest
-from pathlib import Path
 
-import pdkit
 import requests
-import test_disaggregation_dsv4 as dsv4
-from pdkit.claimed_ports import ClaimedPortsMixin
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from pdkit.core import events
+from pdkit.deployment.cpu import EmbeddedServers
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
 
-ASSETS = Path(pdkit.__file__).parent / "assets"
 
-
-class TestDisaggregationDSV4Embedded(ClaimedPortsMixin, dsv4.TestDisaggregationDSV4):
-    rung = "embedded"
-    engine = "pdkit.engine"
-    server_module = "pdkit.engine"
-
-    model_name = str(ASSETS / "nano-dsv4")
-    gsm8k_data_path = str(ASSETS / "gsm8k_nano.jsonl")
-
-    prefill_gpus = decode_gpus = range(0)
-    server_env = {}
-
-    @classmethod
-    def prefill_args(cls):
-        return ["--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", cls.bootstrap_port]
-
-    @classmethod
-    def decode_args(cls):
-        return ["--disaggregation-mode", "decode", "--disaggregation-bootstrap-port", cls.bootstrap_port]
-
+class TestDisaggregationDSV4Embedded(GSM8KChecks, EmbeddedServers):
     def test_gsm8k(self):
         super().test_gsm8k()
-        with dsv4.phase("hand-over counters"):
+        with events.phase("hand-over counters"):
             self.check_counters()
 
     def check_counters(self):

@@ -5,12 +5,11 @@ SGLang is as it is; the Python module of its transfer backend is wrapped (`pdkit
 
 import unittest
 
-import test_disaggregation_dsv4 as dsv4
-import test_disaggregation_dsv4_1gpu as one_gpu
+from pdkit.checks.parity.plan import PlanOptions
+from pdkit.deployment.monolithic import MonolithicBeside
+from pdkit.deployment.one_gpu import INDEXED, TrainedOneGpuServers
 from pdkit.kernel_nano.config import FIELDS
-from pdkit.monolithic_kit import MonolithicBesideMixin
-from pdkit.parity_plan import PlanOptions
-from pdkit.transfer_shim.kit import TransferFaultsMixin
+from pdkit.transfer_shim.kit import TransferFaultChecks
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cuda_ci
 
@@ -21,23 +20,13 @@ register_cuda_ci(est_time=520, suite="stage-b-test-1-gpu-large")
 REPEATABLE_TOPK = ["--dsa-topk-backend", "torch"] if hasattr(ServerArgs, "dsa_topk_backend") else []
 
 
-class TestDisaggregationDSV4FaultsOneGpu(
-    TransferFaultsMixin, MonolithicBesideMixin, one_gpu.OneGpuPlan, dsv4.TestDisaggregationDSV4
-):
-    server_args = [*one_gpu.OneGpuPlan.server_args, *REPEATABLE_TOPK]
+class TestDisaggregationDSV4FaultsOneGpu(TransferFaultChecks, MonolithicBeside, TrainedOneGpuServers):
+    server_args = [*TrainedOneGpuServers.server_args, *REPEATABLE_TOPK]
     compress_ratios = FIELDS["compress_ratios"][: FIELDS["num_hidden_layers"]]
     parity_options = PlanOptions(
-        longest=one_gpu.INDEXED + 600,
-        extra_lengths=(*range(300, 2000, 100), one_gpu.INDEXED + 60, one_gpu.INDEXED + 600),
+        longest=INDEXED + 600,
+        extra_lengths=(*range(300, 2000, 100), INDEXED + 60, INDEXED + 600),
     )
-
-    test_gsm8k = None
-
-    @classmethod
-    def setUpClass(cls):
-        dsv4.require_gpus(cls)
-        cls.require_training()
-        super().setUpClass()
 
 
 if __name__ == "__main__":

@@ -5,45 +5,27 @@ The model is a random DeepSeek-V4: it is never sure of itself, so that each piec
 
 import unittest
 
-import test_disaggregation_dsv4_embedded as embedded
-from pdkit.accounting_kit import RequestAccountingMixin
+from pdkit.checks.accounting.checks import AccountingChecks
+from pdkit.checks.integrity import IntegrityChecks
+from pdkit.checks.parity.checks import ParityChecks
 from pdkit.corruption import BIT_FLIPS
-from pdkit.integrity_kit import TransferIntegrityMixin
-from pdkit.monolithic_kit import MonolithicBesideMixin
-from pdkit.parity_kit import ParityMixin
+from pdkit.deployment.cpu import RandomEmbeddedServers
+from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=145, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Integrity(
-    RequestAccountingMixin,
-    TransferIntegrityMixin,
-    ParityMixin,
-    MonolithicBesideMixin,
-    embedded.TestDisaggregationDSV4Embedded,
+    AccountingChecks, IntegrityChecks, ParityChecks, MonolithicBeside, RandomEmbeddedServers
 ):
-    model_name = str(embedded.ASSETS / "random-dsv4")
-    random_weights = ["--load-format", "dummy", "--random-seed", "1"]
-    bit_flips = ["--disaggregation-transfer-backend", "pdkit.corruption:BitFlip"]
-
     bitwise = True
     corrupted_lengths = tuple(BIT_FLIPS)
     request_timeout = 120
 
-    test_gsm8k = None  # random weights solve nothing
-
     @classmethod
     def prefill_args(cls):
-        return super().prefill_args() + cls.random_weights + cls.bit_flips
-
-    @classmethod
-    def decode_args(cls):
-        return super().decode_args() + cls.random_weights
-
-    @classmethod
-    def monolithic_args(cls):
-        return ["--disaggregation-mode", "null"] + cls.random_weights
+        return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.corruption:BitFlip"]
 
 
 if __name__ == "__main__":

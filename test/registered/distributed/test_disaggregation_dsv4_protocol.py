@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import openai
 import requests
-import test_disaggregation_dsv4_embedded as embedded
 from broken_router import BREAKAGES, BrokenRouter
-from pdkit.monolithic_kit import MonolithicBesideMixin
-from pdkit.protocol import MINI_LB, Client, question_prompts
-from pdkit.protocol_kit import ProtocolMixin
-from pdkit.router_kit import RustRouterBesideMixin
+from pdkit.checks.base import Checks
+from pdkit.checks.http import MINI_LB, Client
+from pdkit.checks.protocol.checks import ProtocolChecks
+from pdkit.checks.protocol.reference import question_prompts
+from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.monolithic import MonolithicBeside
+from pdkit.deployment.router import RustRouterBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.kits.abort_timeout_kit import AbortAllMixin
 from sglang.test.kits.basic_api_contract_kit import BasicAPIContractMixin
@@ -22,15 +24,31 @@ from sglang.test.kits.pd_parity_kit import PDLogprobParityMixin
 register_cpu_ci(est_time=270, suite="stage-a-test-cpu")
 
 
-class TestDisaggregationDSV4Protocol(
-    ProtocolMixin,
-    RustRouterBesideMixin,
-    PDLogprobParityMixin,
-    BasicAPIContractMixin,
-    AbortAllMixin,
-    MonolithicBesideMixin,
-    embedded.TestDisaggregationDSV4Embedded,
-):
+class SGLangKits(PDLogprobParityMixin, BasicAPIContractMixin, AbortAllMixin, Checks):
+    """The parity kit starts SGLang for its references, and then the pair; here all are up."""
+
+    needs = ("monolithic_url", "process_monolithic", "process_lb", "launch_all")
+
+    references = None
+
+    @classmethod
+    def take_references(cls):
+        cls.references = [cls._generate(base_url=cls.monolithic_url, input_ids=ids) for ids in cls.parity_prompts]
+
+    def _collect_references(self):
+        return self.references
+
+    @classmethod
+    def launch_all(cls):
+        if cls.process_lb is None:
+            super().launch_all()
+
+    def test_abort_all(self):
+        self.base_url, self.process = self.monolithic_url, self.process_monolithic
+        super().test_abort_all()
+
+
+class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKits, MonolithicBeside, EmbeddedServers):
     bitwise = True
     parallel_samples = True
     json_schema = False
@@ -44,8 +62,6 @@ class TestDisaggregationDSV4Protocol(
     parity_cached_prefix_min_prompt_tokens = 128
     abort_all_max_new_tokens = 3500
     abort_all_sleep = 4
-
-    test_gsm8k = None
 
     @classmethod
     def prompts(cls, count):
@@ -65,28 +81,6 @@ class TestDisaggregationDSV4Protocol(
             for url in (self.prefill_url, self.decode_url):
                 requests.post(f"{url}/abort_request", json={"abort_all": True}, timeout=self.request_timeout)
             self.assertIdle()
-
-    @classmethod
-    def monolithic_args(cls):
-        return ["--disaggregation-mode", "null"]
-
-    # The parity kit starts SGLang for its references, and then the pair; here all are up.
-
-    @classmethod
-    def take_references(cls):
-        cls.references = [cls._generate(base_url=cls.monolithic_url, input_ids=ids) for ids in cls.parity_prompts]
-
-    def _collect_references(self):
-        return self.references
-
-    @classmethod
-    def launch_all(cls):
-        if cls.process_lb is None:
-            super().launch_all()
-
-    def test_abort_all(self):
-        self.base_url, self.process = self.monolithic_url, self.process_monolithic
-        super().test_abort_all()
 
 
 if __name__ == "__main__":

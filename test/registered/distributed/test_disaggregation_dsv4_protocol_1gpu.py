@@ -2,31 +2,20 @@
 
 import unittest
 
-import test_disaggregation_dsv4 as dsv4
-import test_disaggregation_dsv4_1gpu as one_gpu
-from pdkit.protocol import question_prompts
-from pdkit.protocol_kit import ProtocolMixin
-from pdkit.router_kit import RustRouterBesideMixin
+from pdkit.checks.protocol.checks import ProtocolChecks
+from pdkit.checks.protocol.reference import question_prompts
+from pdkit.deployment.one_gpu import PAGE, TrainedOneGpuServers
+from pdkit.deployment.router import RustRouterBeside
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=300, suite="stage-b-test-1-gpu-large")
 
 
-class TestDisaggregationDSV4ProtocolOneGpu(
-    ProtocolMixin, RustRouterBesideMixin, one_gpu.OneGpuPlan, dsv4.TestDisaggregationDSV4
-):
+class TestDisaggregationDSV4ProtocolOneGpu(ProtocolChecks, RustRouterBeside, TrainedOneGpuServers):
     json_schema = False  # --grammar-backend none
-    prefix_cache_tokens = 3 * one_gpu.PAGE  # with EAGLE less than two pages are not kept
+    prefix_cache_tokens = 3 * PAGE  # with EAGLE less than two pages are not kept
     unending_tokens = 7000
     settle_seconds = 10
-
-    test_gsm8k = None
-
-    @classmethod
-    def setUpClass(cls):
-        dsv4.require_gpus(cls)
-        cls.require_training()
-        super().setUpClass()
 
     @classmethod
     def prompts(cls, count):

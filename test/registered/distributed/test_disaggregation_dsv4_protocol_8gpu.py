@@ -2,18 +2,16 @@
 
 import unittest
 
-import test_disaggregation_dsv4 as dsv4
-from pdkit.protocol_kit import ProtocolMixin
-from pdkit.router_kit import RustRouterBesideMixin
+from pdkit.checks.protocol.checks import ProtocolChecks
+from pdkit.deployment.multi_gpu import EightGpuServers
+from pdkit.deployment.router import RustRouterBeside
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=900, suite="stage-c-test-dsv4-8-gpu-h200")
 
 
-class TestDisaggregationDSV4Protocol8GPU(ProtocolMixin, RustRouterBesideMixin, dsv4.TestDisaggregationDSV4):
+class TestDisaggregationDSV4Protocol8GPU(ProtocolChecks, RustRouterBeside, EightGpuServers):
     prefix_cache_tokens = None  # the next request may meet another data-parallel rank, with a cache of its own
-
-    test_gsm8k = None
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 import json
 import unittest
 
-import test_disaggregation_dsv4 as dsv4
-import test_disaggregation_dsv4_1gpu as one_gpu
-from pdkit.fleet_kit import FleetMixin
-from pdkit.recovery.clients import Ask
-from pdkit.recovery.kit import BEFORE, DURING, IDLE, STREAMING, RecoveryMixin
-from pdkit.recovery.messages import BootstrapMessagesMixin
+from pdkit.checks.recovery.bootstrap_messages import BootstrapMessageChecks
+from pdkit.checks.recovery.clients import Ask
+from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
+from pdkit.checks.recovery.scenarios import RecoveryChecks
+from pdkit.deployment.fleet import Fleet
+from pdkit.deployment.one_gpu import TrainedOneGpuServers
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=600, suite="stage-b-test-1-gpu-large")
@@ -16,22 +16,11 @@ register_cuda_ci(est_time=600, suite="stage-b-test-1-gpu-large")
 LONG = 110  # solved problems of about 70 tokens: sixteen chunks of prefill
 
 
-class TestDisaggregationDSV4RecoveryOneGpu(
-    RecoveryMixin, BootstrapMessagesMixin, FleetMixin, one_gpu.OneGpuPlan, dsv4.TestDisaggregationDSV4
-):
+class TestDisaggregationDSV4RecoveryOneGpu(RecoveryChecks, BootstrapMessageChecks, Fleet, TrainedOneGpuServers):
     bitwise = False
     router_timeout = 20
     bootstrap_timeout = waiting_timeout = 10
-    server_args = [*one_gpu.OneGpuPlan.server_args, "--disable-radix-cache"]  # long prompts are to stay long
-
-    test_gsm8k = None
-    test_a_bootstrap_message_is_duplicate = None  # what SGLang does with it is not defined
-
-    @classmethod
-    def setUpClass(cls):
-        dsv4.require_gpus(cls)
-        cls.require_training()
-        super().setUpClass()
+    server_args = [*TrainedOneGpuServers.server_args, "--disable-radix-cache"]  # long prompts are to stay long
 
     @classmethod
     def asks(cls):

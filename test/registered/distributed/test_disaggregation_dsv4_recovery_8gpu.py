@@ -2,11 +2,12 @@
 
 import unittest
 
-import test_disaggregation_dsv4 as dsv4
-from pdkit.fleet_kit import FleetMixin
-from pdkit.recovery.clients import Ask
-from pdkit.recovery.kit import BEFORE, DURING, IDLE, STREAMING, RecoveryMixin
-from pdkit.recovery.messages import BootstrapMessagesMixin
+from pdkit.checks.recovery.bootstrap_messages import BootstrapMessageChecks
+from pdkit.checks.recovery.clients import Ask
+from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
+from pdkit.checks.recovery.scenarios import RecoveryChecks
+from pdkit.deployment.fleet import Fleet
+from pdkit.deployment.multi_gpu import EightGpuServers
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=3600, suite="stage-c-test-dsv4-8-gpu-h200")
@@ -15,16 +16,11 @@ PAGES = "The following pages are left blank. " * 1500
 COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
 
 
-class TestDisaggregationDSV4Recovery8GPU(
-    RecoveryMixin, BootstrapMessagesMixin, FleetMixin, dsv4.TestDisaggregationDSV4
-):
+class TestDisaggregationDSV4Recovery8GPU(RecoveryChecks, BootstrapMessageChecks, Fleet, EightGpuServers):
     router_timeout = 90
     bootstrap_timeout = waiting_timeout = 60
     settling = 60
     returning = 1200
-
-    test_gsm8k = None
-    test_a_bootstrap_message_is_duplicate = None  # what SGLang does with it is not defined
 
     @classmethod
     def asks(cls):

@@ -5,38 +5,23 @@ The model is a random DeepSeek-V4: an answer from another request's state is a w
 
 import unittest
 
-import test_disaggregation_dsv4_embedded as embedded
-from pdkit.fleet_kit import FleetMixin
-from pdkit.recovery import held
-from pdkit.recovery.kit import HELD_TRANSFER, HandoverValveMixin
-from pdkit.scale_out_kit import ScaleOutMixin
+from pdkit.checks.recovery.holding import HELD_TRANSFER, HandoverValve
+from pdkit.checks.scale_out import ScaleOutChecks
+from pdkit.deployment.cpu import RandomEmbeddedServers
+from pdkit.deployment.fleet import TwoPairs
+from pdkit.engine.test_backends import Valve
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
 
 
-class TestDisaggregationDSV4ScaleOut(
-    HandoverValveMixin, ScaleOutMixin, FleetMixin, embedded.TestDisaggregationDSV4Embedded
-):
-    model_name = str(embedded.ASSETS / "random-dsv4")
-    random_weights = ["--load-format", "dummy", "--random-seed", "1"]
-
-    test_gsm8k = None  # random weights solve nothing
-
-    @classmethod
-    def prefill_args(cls):
-        return super().prefill_args() + cls.random_weights
-
-    @classmethod
-    def decode_args(cls):
-        return super().decode_args() + cls.random_weights
-
+class TestDisaggregationDSV4ScaleOut(HandoverValve, ScaleOutChecks, TwoPairs, RandomEmbeddedServers):
     @classmethod
     def decode_2_args(cls):
         return super().decode_2_args() + HELD_TRANSFER
 
     def spoil(self):
-        self.valve.turn(held.Valve.REFUSE)
+        self.valve.turn(Valve.REFUSE)
 
     def mend(self):
         self.valve.turn(None)

@@ -2,7 +2,7 @@
 
 import unittest
 
-from pdkit.acceptance import (
+from pdkit.checks.acceptance import (
     Acceptance,
     AcceptanceError,
     AcceptanceGate,
@@ -11,8 +11,8 @@ from pdkit.acceptance import (
     from_meta_info,
     measure,
 )
+from pdkit.checks.server_info import ServerInfoError
 from pdkit.ci_register import register_cpu_ci
-from pdkit.server_info import ServerInfoError
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import tempfile
 import threading
 import unittest
 from unittest import mock
@@ -9,29 +11,34 @@ from unittest import mock
 import httpx
 import openai
 import requests
-from pdkit.accounting import (
+from pdkit.checks.accounting.checks import OWN_RESULT, AccountingChecks, unaccounted
+from pdkit.checks.accounting.counters import (
+    HandoverAccount,
+    PairCounters,
+    RequestAccount,
+    ServerCounters,
+    counters_of,
+    read_pair,
+)
+from pdkit.checks.accounting.ledger import (
     ABORTED,
+    CLIENT,
     CONNECTION,
     ERROR_BODY,
     NO_ANSWER,
     NOT_SENT,
     OK,
+    SERVERS,
     TIMEOUT,
     Attempt,
     ClientAccount,
-    HandoverAccount,
     Ledger,
-    PairCounters,
-    RequestAccount,
-    ServerCounters,
-    counters_of,
     judge,
-    read_pair,
     sequences_of,
 )
-from pdkit.accounting_kit import RequestAccountingMixin, unaccounted
+from pdkit.checks.server_info import ServerInfoError
 from pdkit.ci_register import register_cpu_ci
-from pdkit.server_info import ServerInfoError
+from pdkit.core import events
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -318,13 +325,13 @@ class TestCounters(unittest.TestCase):
 
 
 class TestMixin(unittest.TestCase):
-    """The mixin over a class whose one test sends what is given to servers that count what is given."""
+    """The check over a class whose one test sends what is given to servers that count what is given."""
 
     def run_test(self, body, counted=(info(), info(requests=1, sent=1, received=1)), **attributes):
         lb = ScriptedServer(self, (200, GENERATED))
         worker = ScriptedServer(self, info=(200, counted[0]))
 
-        class Case(RequestAccountingMixin, unittest.TestCase):
+        class Case(AccountingChecks, unittest.TestCase):
             lb_url, prefill_url, decode_url = lb.url, worker.url, worker.url
 
             def test(self):
@@ -336,9 +343,17 @@ class TestMixin(unittest.TestCase):
         for name, value in attributes.items():
             setattr(Case, name, value)
         result = unittest.TestResult()
-        with mock.patch("builtins.print"):
+        with (
+            mock.patch("builtins.print"),
+            tempfile.TemporaryDirectory() as channel,
+            mock.patch.dict(os.environ, {events.VARIABLE: channel}),
+        ):
             Case("test").run(result)
+            self.verdicts = {event["check"]: event for event in events.read(channel).of("verdict")}
         return result
+
+    def failed(self):
+        return {check for check, verdict in self.verdicts.items() if not verdict["passed"]}
 
     @staticmethod
     def send(case, lb, times=1):
@@ -350,6 +365,11 @@ class TestMixin(unittest.TestCase):
 
     def test_passes_where_nothing_is_wrong(self):
         self.assertTrue(self.run_test(self.send).wasSuccessful())
+        self.assertEqual((set(self.verdicts), self.failed()), ({CLIENT, SERVERS, OWN_RESULT}, set()))
+
+    def test_servers_that_do_not_count_have_no_verdict(self):
+        self.assertTrue(self.run_test(self.send, pair_counters=lambda case, settle=0.0: None).wasSuccessful())
+        self.assertEqual(set(self.verdicts), {CLIENT, OWN_RESULT})
 
     def test_a_hidden_failure_fails_a_test_that_passed(self):
         def body(case, lb):
@@ -359,6 +379,8 @@ class TestMixin(unittest.TestCase):
         message = self.message(self.run_test(body))
         self.assertIn("1 x 500", message)
         self.assertIn("the test by itself: passed", message)
+        self.assertEqual(self.failed(), {CLIENT})
+        self.assertIn("1 x 500", self.verdicts[CLIENT]["message"])
 
     def test_the_tests_own_failure_is_told_apart(self):
         def body(case, lb):
@@ -370,6 +392,8 @@ class TestMixin(unittest.TestCase):
         self.assertIn("1 x 500", message)
         self.assertIn("the test by itself: failed: AssertionError('0.5 not greater than 0.95')", message)
         self.assertIn("1 requests had no answer", message)
+        self.assertEqual(self.failed(), {CLIENT, OWN_RESULT})
+        self.assertEqual(self.verdicts[OWN_RESULT]["message"], "0.5 not greater than 0.95")
 
     def test_a_failure_without_a_failed_request_stays_what_it_is(self):
         def body(case, lb):
@@ -377,6 +401,7 @@ class TestMixin(unittest.TestCase):
             case.fail("score too low")
 
         self.assertNotIn("request accounting", self.message(self.run_test(body)))
+        self.assertEqual(self.failed(), {OWN_RESULT})
 
     def test_tolerates_what_it_is_told_to(self):
         def body(case, lb):
@@ -388,6 +413,8 @@ class TestMixin(unittest.TestCase):
     def test_a_request_that_was_served_twice_fails(self):
         message = self.message(self.run_test(self.send, counted=(info(), info(requests=2, sent=2, received=2))))
         self.assertIn("prefill started 2, the client asked for 1 sequences", message)
+        self.assertEqual(self.failed(), {SERVERS})
+        self.assertIn("prefill started 2", self.verdicts[SERVERS]["message"])
 
     def test_a_skip_stays_a_skip(self):
         result = self.run_test(lambda case, lb: case.skipTest("no GPU"))
@@ -409,8 +436,8 @@ class TestMixin(unittest.TestCase):
     def test_what_is_meant_to_fail_is_not_accounted_for(self):
         lb = ScriptedServer(self, (500, ERROR))
 
-        class Case(RequestAccountingMixin, unittest.TestCase):
-            lb_url = lb.url
+        class Case(AccountingChecks, unittest.TestCase):
+            lb_url, prefill_url, decode_url = lb.url, None, None
 
             @unaccounted
             def test(self):

@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,10 +20,18 @@ from unittest import mock
 
 import psutil
 import requests
-from pdkit import indexer_schedule, ports, process_tree, rung
-from pdkit.integrity_kit import kv_checksum_args
-from pdkit.monolithic_kit import MonolithicBesideMixin, MonolithicFirstMixin
-from pdkit.parity_plan import Round, completion_probe, generate_probe
+from fake_pair import NEVER, Fate, fake_pair
+from pdkit import ports, process_tree, rung
+from pdkit.checks.integrity import kv_checksum_args
+from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
+from pdkit.core import events
+from pdkit.deployment import evals, fixture, quirks
+from pdkit.deployment import ports as deployment_ports
+from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
+from pdkit.deployment.multi_gpu import EightGpuServers
+from pdkit.deployment.one_gpu import OneGpuServers
+from pdkit.report import facts
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
 from sglang.test.server_fixtures import disaggregation_fixture
@@ -43,13 +50,15 @@ def parse(args):
     """The namespace that the installed SGLang makes of `args`; its parser must know each flag by its full name."""
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    abbreviated = {arg for arg in args if arg.startswith("--")} - set(parser._option_string_actions)
+    abbreviated = {arg for arg in quirks.as_installed(args, ServerArgs) if arg.startswith("--")} - set(
+        parser._option_string_actions
+    )
     assert abbreviated <= {"--tp", "--dp"}, abbreviated  # these two as SGLang's own tests abbreviate them
-    return parser.parse_args(["--model-path", "x", *args])
+    return parser.parse_args(["--model-path", "x", *quirks.as_installed(args, ServerArgs)])
 
 
 class TestLaunchPlan(unittest.TestCase):
-    plan = dsv4.TestDisaggregationDSV4
+    plan = EightGpuServers
 
     def setUp(self):
         environ = {"SGLANG_IS_IN_CI": "false"}
@@ -90,8 +99,8 @@ class TestLaunchPlan(unittest.TestCase):
         )
 
     def test_environment_on_one_gpu(self):
-        safe = indexer_schedule.environment()
-        self.assertEqual(one_gpu.OneGpuPlan.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0", **safe})
+        safe = quirks.indexer_environment()
+        self.assertEqual(OneGpuServers.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0", **safe})
 
     def test_model(self):
         self.assertEqual(self.plan.model, "sgl-project/DeepSeek-V4-Flash-FP8")
@@ -136,7 +145,7 @@ class TestLaunchPlan(unittest.TestCase):
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
         }
-        self.assertLessEqual(modules, sys.stdlib_module_names | {"sglang"})
+        self.assertLessEqual(modules, sys.stdlib_module_names | {"sglang", "pdkit"})  # pdkit for events, if it is there
 
     def test_registration(self):
         registries, has_main = ut_parse_one_file(dsv4.__file__)
@@ -148,76 +157,58 @@ class TestLaunchPlan(unittest.TestCase):
 
     def test_rungs_are_those_of_the_ladder(self):
         by_name = {r.name: r for r in rung.LADDER}
-        for plan in (self.plan, one_gpu.TestDisaggregationDSV4OneGpu, embedded.TestDisaggregationDSV4Embedded):
-            listed = by_name[plan.rung]
+        for plan in (self.plan, OneGpuServers, EmbeddedServers):
+            listed = by_name[plan.target]
             self.assertEqual(listed.gpus, len({*plan.prefill_gpus, *plan.decode_gpus}))
-            self.assertEqual(listed.test_file.name, Path(sys.modules[plan.__module__].__file__).name)
         self.assertEqual(by_name["8xH200"].memory_mib, 1000 * self.plan.gpu_memory_gb)
 
 
 class TestMachine(unittest.TestCase):
-    """`nvidia-smi` of other machines stands first on PATH: a script that prints their GPUs."""
+    """What a plan says of machines with other GPUs, as NVML would name them."""
 
-    H200 = "NVIDIA H200, 143771, 9.0"
+    H200 = rung.Gpu("NVIDIA H200", 143771, (9, 0))
+    H100 = rung.Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0))
 
     def setUp(self):
-        self.bin = self.enterContext(tempfile.TemporaryDirectory())
-        environ = {"PATH": f"{self.bin}:{os.environ['PATH']}", "SGLANG_IS_IN_CI": "false"}
-        self.enterContext(mock.patch.dict(os.environ, environ))
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false"))
+        self.machine()
 
     def machine(self, *gpus):
-        rows = "\n".join(gpus)
-        self.nvidia_smi(f'[ "$3" = --id ] && n=$(echo "$4" | tr , "\n" | wc -l)\nhead -n ${{n:-99}} <<E\n{rows}\nE')
+        self.enterContext(mock.patch.object(rung, "visible_gpus", lambda: gpus))
 
-    def nvidia_smi(self, script):
-        path = Path(self.bin, "nvidia-smi")
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-
-    def require(self, plan=dsv4.TestDisaggregationDSV4):
+    def require(self, plan=EightGpuServers):
         """What the check raised, and what it printed."""
         stdout = io.StringIO()
         with contextlib.redirect_stdout(stdout), self.assertRaises(Exception) as caught:
-            dsv4.require_gpus(plan)
+            plan.require_gpus()
         return caught.exception, stdout.getvalue()
 
     def test_eight_h200(self):
         self.machine(*[self.H200] * 8)
-        dsv4.require_gpus(dsv4.TestDisaggregationDSV4)
+        EightGpuServers.require_gpus()
 
     def test_says_in_one_line_what_is_missing_and_skips(self):
-        self.machine(*["NVIDIA H100 80GB HBM3, 81559, 9.0"] * 8)
+        self.machine(*[self.H100] * 8)
         skip, printed = self.require()
         self.assertIsInstance(skip, unittest.SkipTest)
         self.assertEqual(printed.count("\n"), 1)
-        self.assertRegex(printed, r"needs 8 Hopper GPUs of 141 GB .*, found 8 NVIDIA H100 80GB HBM3; .*scripts/run.sh")
+        self.assertRegex(printed, r"needs 8 Hopper GPUs of 141 GB .*, found 8 GPUs \(NVIDIA H100.*scripts/run.sh")
 
     def test_unsuitable(self):
-        for gpus in ([], [self.H200] * 7, ["NVIDIA B200, 183359, 10.0"] * 8):
+        for gpus in ([], [self.H200] * 7, [rung.Gpu("NVIDIA B200", 183359, (10, 0))] * 8):
             with self.subTest(gpus=gpus):
                 self.machine(*gpus)
                 self.assertIsInstance(self.require()[0], unittest.SkipTest)
 
-    def test_hidden_gpus_do_not_count(self):
-        self.machine(*[self.H200] * 8)
-        with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="0,1,2,3"):
-            self.assertRegex(str(self.require()[0]), "found 4 NVIDIA H200")
-
-    def test_no_driver(self):
-        self.nvidia_smi("echo driver not loaded; exit 9")
-        self.assertRegex(str(self.require()[0]), "found no NVIDIA GPU")
-
     def test_one_gpu(self):
-        self.machine()
-        skip, printed = self.require(one_gpu.TestDisaggregationDSV4OneGpu)
+        skip, printed = self.require(OneGpuServers)
         self.assertIsInstance(skip, unittest.SkipTest)
-        self.assertRegex(printed, r"^\w+OneGpu needs 1 Hopper GPUs of 80 GB .*, found no NVIDIA GPU;")
+        self.assertRegex(printed, r"^OneGpuServers needs 1 Hopper GPUs of 80 GB .*, found no GPU;")
         self.assertEqual(printed.count("\n"), 1)
         with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
-            self.assertIsInstance(self.require(one_gpu.TestDisaggregationDSV4OneGpu)[0], AssertionError)
-        self.machine("NVIDIA H100 80GB HBM3, 81559, 9.0")
-        dsv4.require_gpus(one_gpu.TestDisaggregationDSV4OneGpu)
+            self.assertIsInstance(self.require(OneGpuServers)[0], AssertionError)
+        self.machine(self.H100)
+        OneGpuServers.require_gpus()
 
     def test_ci_does_not_skip(self):
         self.machine(self.H200)
@@ -261,83 +252,17 @@ class TestOneGpu(unittest.TestCase):
         case = one_gpu.TestDisaggregationDSV4OneGpu("test_parity_rooms")
         probes = completion_probe("text", "a text", 4), generate_probe("short", range(257), 4)
         cold = SimpleNamespace(cached_tokens=0)
-        case._check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold])
+        case.check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold])
         long = generate_probe("long", range(513), 4)
         with self.assertRaisesRegex(AssertionError, "prefill's cache"):
-            case._check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
-
-
-FAKE_SERVER = """
-import http.server, os, subprocess, sys, threading, time
-port, healthy_after, dies_after, code, answers = int(sys.argv[1]), *map(float, sys.argv[2:6])
-print("orphan", subprocess.Popen(["sleep", "120"]).pid, flush=True)
-start = time.monotonic()
-
-def die():
-    print(*(f"line {i}" for i in range(100)), "CUDA out of memory", sep="\\n", flush=True)
-    os._exit(int(code))
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_error(200 if time.monotonic() - start > healthy_after else 503)
-    def do_POST(self):
-        global answers
-        answers -= 1
-        if answers < 0:
-            self.send_error(500)
-            return
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"choices": [{"text": " 2"}], "usage": {"completion_tokens": 3}}')
-    def log_message(self, *_):
-        pass
-
-threading.Timer(dies_after, die).start()
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-NEVER = 120
-
-
-class Fate(SimpleNamespace):
-    """How a fake server fares: seconds until healthy, until dead, the exit code, and how many answers it has."""
-
-    def __init__(self, healthy=0, dies=NEVER, code=0, answers=1):
-        super().__init__(healthy=healthy, dies=dies, code=code, answers=answers)
-
-    def command(self, port):
-        fate = (port, self.healthy, self.dies, self.code, self.answers)
-        return ["python3", "-c", FAKE_SERVER, *map(str, fate)]
-
-
-def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixins=()):
-    """The test class on fake servers: real processes and sockets, no model."""
-
-    class Pair(*mixins, embedded.TestDisaggregationDSV4Embedded):
-        @classmethod
-        def launch_server(cls, name, url, args):
-            fate = {"prefill": prefill, "decode": decode, "monolithic": Fate()}[name]
-            cls.log_dir = log_dir
-            return dsv4.Server(name, fate.command(url.rsplit(":")[-1]), None, f"{log_dir}/{name}.log")
-
-        @classmethod
-        def start_lb(cls, command):
-            return dsv4.Server("load balancer", lb.command(cls.lb_port), None, f"{log_dir}/load balancer.log")
-
-        def check_counters(self):
-            pass
-
-        if test:
-            test_gsm8k = test
-
-    return Pair
+            case.check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
 
 
 class TestSupervision(unittest.TestCase):
     def setUp(self):
         self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
         self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false", SGLANG_TEST_MAX_RETRY="0"))
-        no_sleep = SimpleNamespace(sleep=lambda seconds: None)  # the fixture ends with 5 s of it
-        self.enterContext(mock.patch.object(disaggregation_fixture, "time", no_sleep))
+        self.enterContext(mock.patch.dict(os.environ, {events.VARIABLE: self.log_dir}))
 
     def run_pair(self, **pair):
         before = set(psutil.Process().children(recursive=True))
@@ -365,14 +290,23 @@ class TestSupervision(unittest.TestCase):
         self.assertNotIn("line 60\n", message)
 
     def phases(self):
-        """What was printed of phases, without their seconds."""
-        lines = [line for line in self.stdout.getvalue().splitlines() if line.startswith("[phase] ")]
-        return [re.sub(r": \d+\.\d s$", "", line).removeprefix("[phase] ") for line in lines]
+        """`gate begins`, `gate`, or `gate failed`, in the order of events."""
+        ends = {"begins": " begins", "passed": "", "failed": " failed"}
+        return [event["name"] + ends[event["state"]] for event in events.read(self.log_dir).of("phase")]
+
+    def assert_death(self, name, code):
+        (death,) = events.read(self.log_dir).of("death")
+        self.assertEqual((death["name"], death["cause"]), (name, f"{name} exited with code {code}"))
+        self.assertTrue(death["excerpt"].endswith("line 99\nCUDA out of memory\n"), death["excerpt"])
+        self.assertEqual(death["log"], f"{self.log_dir}/{name}.log")
 
     def test_healthy_pair(self):
         self.assertEqual(self.run_pair(test=lambda case: case.assertIsNone(case.process_decode.poll())), [])
         names = ("launch prefill", "launch decode", "start load balancer", "first request", "teardown")
         self.assertEqual(self.phases(), [line for name in names for line in (f"{name} begins", name)])
+        launched = {event["name"]: event["log"] for event in events.read(self.log_dir).of("launch")}
+        expected = ("prefill", "decode", "load balancer")
+        self.assertEqual(launched, {name: f"{self.log_dir}/{name}.log" for name in expected})
 
     def test_the_first_request_is_not_answered(self):
         (message,) = self.run_pair(lb=Fate(answers=0))
@@ -383,6 +317,7 @@ class TestSupervision(unittest.TestCase):
         pair = dict(prefill=Fate(healthy=NEVER, dies=1, code=7), decode=Fate(healthy=NEVER))
         (message,) = self.run_pair(**pair)
         self.assert_names(message, "prefill", 7)
+        self.assert_death("prefill", 7)
         self.assertEqual(self.phases()[:2], ["launch prefill begins", "launch prefill failed"])
 
     def test_decode_dies_while_both_load(self):
@@ -413,10 +348,10 @@ class TestSupervision(unittest.TestCase):
         self.assertEqual(asked, [(still_there, 200)])
 
     def test_a_monolithic_server_is_asked_before_the_pair_is_launched(self):
-        self.check_monolithic(MonolithicFirstMixin, still_there=False)
+        self.check_monolithic(MonolithicFirst, still_there=False)
 
     def test_a_monolithic_server_is_asked_beside_the_pair(self):
-        self.check_monolithic(MonolithicBesideMixin, still_there=True)
+        self.check_monolithic(MonolithicBeside, still_there=True)
 
     def test_a_monolithic_server_dies_while_it_is_asked(self):
         balancer_is_up = threading.Event()
@@ -431,11 +366,11 @@ class TestSupervision(unittest.TestCase):
             def take_references(cls):
                 if cls.process_prefill is not None:
                     balancer_is_up.wait(NEVER)
-                cls.process_monolithic.kill()
+                os.kill(cls.process_monolithic.pid, signal.SIGKILL)
                 cls.process_monolithic.wait()
                 requests.get(cls.monolithic_url)
 
-        for mixin in (MonolithicFirstMixin, MonolithicBesideMixin):
+        for mixin in (MonolithicFirst, MonolithicBeside):
             (message,) = self.run_pair(mixins=(mixin, DiesWhenAsked))
             self.assertIn("monolithic exited with code -9 (Killed); last lines of", message)
 
@@ -454,7 +389,6 @@ class TestSupervision(unittest.TestCase):
         questions = Path(self.log_dir, "questions.jsonl")
         rows = [{"question": "1+1?", "answer": f"#### {answer}"} for answer in [2] * 5 + [*answers]]
         questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.enterContext(mock.patch.object(dsv4, "require_inputs"))
         self.enterContext(mock.patch.object(embedded.TestDisaggregationDSV4Embedded, "gsm8k_data_path", str(questions)))
 
     def test_transcript_of_the_eval(self):
@@ -463,16 +397,17 @@ class TestSupervision(unittest.TestCase):
         (message,) = self.run_pair(lb=Fate(answers=4))
         self.assertIn("0.6666666666666666) not greater than 0.95", message)
         self.assertIn("gate failed", self.phases())
-        lines = Path(self.log_dir, "Pair.gsm8k.jsonl").read_text().splitlines()
+        lines = Path(self.log_dir, "gsm8k.jsonl").read_text().splitlines()
         examples = sorted(map(json.loads, lines), key=lambda line: line["example"])
         told = [(e["score"], e["correct_answer"], e["extracted_answer"], e["completion_tokens"]) for e in examples]
         self.assertEqual(told, [(1, "2", "2", 3), (1, "2", "2", 3), (0, "3", "2", 3)])
         self.assertTrue(examples[0]["prompt"].endswith("\nAnswer: #### 2\n\nQuestion: 1+1?\nAnswer:"))
         self.assertEqual({e["answer"] for e in examples}, {" 2"})
         self.assertTrue(all(0 < e["seconds"] < 60 for e in examples))
-        progress = [line for line in self.stdout.getvalue().splitlines() if line.startswith("[progress] ")]
-        self.assertEqual([line.split(",")[0] for line in progress], [f"[progress] {done}/3" for done in (1, 2, 3)])
-        self.assertRegex(progress[-1], r", score so far 0\.667$")
+        progress = events.read(self.log_dir).of("progress")
+        self.assertEqual([(event["done"], event["total"]) for event in progress], [(1, 3), (2, 3), (3, 3)])
+        self.assertAlmostEqual(progress[-1]["score"], 2 / 3)
+        self.assertIn("\n[progress] 3/3, score so far 0.667\n", self.stdout.getvalue())
 
     def test_decode_dies_while_the_eval_client_retries_in_silence(self):
         self.ask(*[2] * 5)
@@ -553,8 +488,9 @@ class TestVerdict(unittest.TestCase):
     """What `test_gsm8k` concludes from a score and from what the two embedded engines say that they did."""
 
     def setUp(self):
-        log_dir = self.enterContext(tempfile.TemporaryDirectory())
-        self.enterContext(mock.patch.object(dsv4.TestDisaggregationDSV4, "log_dir", log_dir, create=True))
+        self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
+        self.enterContext(mock.patch.object(EmbeddedServers, "log_dir", self.log_dir))
+        self.enterContext(mock.patch.dict(os.environ, {events.VARIABLE: self.log_dir}))
 
     def verdict(self, score=1.0, prefill=None, decode=None):
         infos = {
@@ -567,13 +503,17 @@ class TestVerdict(unittest.TestCase):
             for section, values in (change or {}).items():
                 infos[side][section].update(values)
         case = embedded.TestDisaggregationDSV4Embedded("test_gsm8k")
+        fixture.enter(type(case))
+        self.addCleanup(fixture.leave, type(case))
         case.prefill_url, case.decode_url, case.lb_url, case.model = "prefill", "decode", "lb", "model"
 
         def get(url, timeout):
             return mock.Mock(json=lambda: infos[url.removesuffix("/server_info")])
 
         with (
-            mock.patch.object(dsv4, "run_eval", return_value={"score": score}) as run_eval,
+            mock.patch.object(evals, "sglang_eval", return_value={"score": score}) as run_eval,
+            mock.patch.object(EmbeddedServers, "heartbeat", lambda: contextlib.nullcontext(lambda: None)),
+            mock.patch.object(EmbeddedServers, "answered", {"lb"}),
             mock.patch.object(embedded.requests, "get", get),
             contextlib.redirect_stdout(io.StringIO()) as self.stdout,
         ):
@@ -585,7 +525,11 @@ class TestVerdict(unittest.TestCase):
         self.assertEqual((args.eval_name, args.api, args.base_url, args.model), ("gsm8k", "completion", "lb", "model"))
         self.assertEqual((args.max_tokens, args.num_examples, args.num_threads), (512, 200, 128))
         self.assertEqual(Path(args.gsm8k_data_path).name, "gsm8k_nano.jsonl")
-        self.assertIn("rung=embedded engine=pdkit.engine gsm8k=1.000 examples=200 gate=>0.95\n", self.stdout.getvalue())
+        line = "target=embedded engine=pdkit.engine gsm8k=1.000 examples=200 gate=>0.95\n"
+        self.assertIn(line, self.stdout.getvalue())
+        score = facts.score_of(events.read(self.log_dir))
+        self.assertEqual((score.target, score.engine, score.correct), ("embedded", "pdkit.engine", 200))
+        self.assertEqual((score.examples, score.threshold), (200, 0.95))
 
     def test_score_must_be_above_the_gate(self):
         self.verdict(score=0.955)
@@ -613,28 +557,28 @@ class TestBeforeLaunch(unittest.TestCase):
         self.addCleanup(block.release)
         first, second, third, *_ = block.ports
         plan = SimpleNamespace(lb_port=str(first), prefill_port=str(second), decode_port=str(third))
-        dsv4.require_free_ports(plan)
+        deployment_ports.require_free(plan)
         with socket.create_server(("127.0.0.1", second)):
             with self.assertRaisesRegex(AssertionError, rf"^in use: port {second} \(prefill_port\); "):
-                dsv4.require_free_ports(plan)
+                deployment_ports.require_free(plan)
 
     def test_two_runs_with_the_same_ports(self):
         block = ports.claim()
         self.addCleanup(block.release)
         plan, elsewhere = (SimpleNamespace(lb_port=str(port)) for port in block.ports[:2])
-        with dsv4.lock_ports(plan) as lock, dsv4.lock_ports(elsewhere):
+        with deployment_ports.lock(plan) as lock, deployment_ports.lock(elsewhere):
             address = lock.getsockname().decode()
             with self.assertRaisesRegex(AssertionError, f"^another run .* has the ports from {plan.lb_port} on"):
-                dsv4.lock_ports(plan)
+                deployment_ports.lock(plan)
         bind = f"import socket, time; s = socket.socket(socket.AF_UNIX); s.bind({address!r}); print(); time.sleep(300)"
         other = self.enterContext(subprocess.Popen([sys.executable, "-c", bind], stdout=subprocess.PIPE))
         self.addCleanup(other.kill)
         other.stdout.readline()
         with self.assertRaisesRegex(AssertionError, "^another run"):
-            dsv4.lock_ports(plan)
+            deployment_ports.lock(plan)
         other.kill()
         other.wait()
-        dsv4.lock_ports(plan).close()
+        deployment_ports.lock(plan).close()
 
     def test_two_runs_of_the_embedded_rung_do_not_meet(self):
         class Other(embedded.TestDisaggregationDSV4Embedded):
@@ -646,26 +590,10 @@ class TestBeforeLaunch(unittest.TestCase):
             with mock.patch.dict(os.environ), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 plan.configure()
-            self.addCleanup(dsv4.lock_ports(plan).close)
-            dsv4.require_free_ports(plan)
+            self.addCleanup(deployment_ports.lock(plan).close)
+            deployment_ports.require_free(plan)
             claimed += [getattr(plan, name) for name in dir(plan) if name.endswith("_port")]
         self.assertEqual(len({*claimed}), 2 * 6, claimed)
-
-    def test_questions(self):
-        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as questions:
-            for path, problem in (("/nowhere.jsonl", "no such file"), (questions.name, "204, but")):
-                questions.truncate(0)
-                questions.write("{}\n" * 204)
-                questions.flush()
-                with self.assertRaisesRegex(AssertionError, f"^GSM8K questions {path}: {problem}"):
-                    dsv4.require_inputs(SimpleNamespace(model_name="org/model", gsm8k_data_path=path))
-            questions.write("{}\n")
-            questions.flush()
-            dsv4.require_inputs(SimpleNamespace(model_name="org/model", gsm8k_data_path=questions.name))
-
-    def test_model_directory(self):
-        with self.assertRaisesRegex(AssertionError, "^model /nowhere/model: no such directory"):
-            dsv4.require_inputs(SimpleNamespace(model_name="/nowhere/model", gsm8k_data_path=None))
 
 
 if __name__ == "__main__":

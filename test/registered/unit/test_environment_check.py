@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from pdkit import indexer_schedule, versions
+from pdkit import versions
 from pdkit.ci_register import register_cpu_ci
+from pdkit.deployment import quirks
 from pdkit.environment_check import check as checks
 from pdkit.environment_check import dataset, gpus, machine, model, needs, packages, rdma
 from pdkit.environment_check.finding import Level
@@ -344,7 +345,7 @@ class TestPackages(CheckCase):
     def test_a_release_whose_indexer_reads_out_of_bounds(self):
         def told(release, environ=None, model="DeepSeek-V4-Flash", **env):
             with mock.patch.object(versions, "installed", lambda _: release):
-                server = Process("T", "prefill", (0,), models=(model,), env=env or indexer_schedule.environment())
+                server = Process("T", "prefill", (0,), models=(model,), env=env or quirks.indexer_environment())
                 found = checks.of_place(Needs("cuda", processes=(server,)), environ or {})
                 return [str(finding) for finding in found if finding.subject == "sglang"]
 
@@ -637,7 +638,7 @@ class TestNeeds(CheckCase):
         self.assertRegex(found.errors[1], "prefill and decode .*GPU 4")
 
     def test_ports_that_clash(self):
-        source = DSV4.read_text().replace('"--nccl-port", nccl_port', '"--nccl-port", cls.lb_port')
+        source = DSV4.read_text().replace("            nccl_port,", "            cls.lb_port,")
         found = needs.of([registration(self.write("test_it.py", source))])
         self.assertEqual(len(found.errors), 1, found.errors)
         self.assertIn("port 21000 is wanted by prefill nccl and decode nccl and load balancer http", found.errors[0])

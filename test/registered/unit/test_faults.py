@@ -19,7 +19,7 @@ from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
 from pdkit.engine.transfer import DecodeReceiver, Handover, PrefillSender, TransferError, load_backend
 from pdkit.faults import LIBRARY, Switch, Where, ground_truth, messages, pieces
-from pdkit.faults.beside_kit import BalancerFaultsMixin
+from pdkit.faults.beside_kit import BalancerFaultChecks
 from pdkit.faults.fault import Encounter, same_beginning
 from pdkit.faults.pieces import Kind
 from pdkit.faults.switch import VARIABLE, UnknownFault
@@ -364,15 +364,17 @@ class TestBesideKit(unittest.TestCase):
 
     harmful = {
         name: ["parity rooms"]
-        for name in BalancerFaultsMixin.balancer_faults
-        if not LIBRARY[name].harmless and name not in BalancerFaultsMixin.unseen_faults
+        for name in BalancerFaultChecks.balancer_faults
+        if not LIBRARY[name].harmless and name not in BalancerFaultChecks.unseen_faults
     }
 
     def ask(self, sees, breaks=None):
         """Raises AssertionError where the mixin's test fails. A server is broken from the fault `breaks` on."""
         rounds, turned = {"parity rooms": 1, "parity request parameters": 2}, []
 
-        class Case(BalancerFaultsMixin, unittest.TestCase):
+        class Case(BalancerFaultChecks, unittest.TestCase):
+            lb_url = prefill_url = decode_url = model = monolithic_url = gsm8k_data_path = None
+            start_decode = log_path = None
             base_host, faulty_lb_port, switch = "127.0.0.1", "1", mock.Mock(turn=turned.append, met=lambda: 1)
             wait_server_ready, fault_timeout = mock.Mock(), 0
             parity_plan = lambda self: mock.Mock(rooms=(rounds["parity rooms"],))  # noqa: E731
@@ -429,7 +431,7 @@ class TestGroundTruth(unittest.TestCase):
         corrupted = LIBRARY["wire-corrupted"].wire(data)
         self.assertEqual(len(corrupted), len(data))
         with self.assertRaisesRegex(TransferError, "checksum mismatch"):
-            DecodeReceiver._verify(corrupted, hashlib.sha256(data).hexdigest(), 0)
+            DecodeReceiver.verify(corrupted, hashlib.sha256(data).hexdigest(), 0)
 
 
 if __name__ == "__main__":

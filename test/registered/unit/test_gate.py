@@ -13,9 +13,9 @@ from unittest import mock
 
 import numpy as np
 from pdkit import gate_math
+from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, PairedGate, Policy, ScoredSlice, Verdict
 from pdkit.ci_register import register_cpu_ci
 from pdkit.exit_codes import ExitCode
-from pdkit.gate import AccuracyGate, GateOptions, PairedGate, Policy, ScoredSlice, Verdict
 from scipy.stats import beta, binom, norm
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")

@@ -1,16 +1,21 @@
-"""The gate's mixins as a test uses them: the real `run_eval` client against a server that answers by the book."""
+"""The gate's checks as a test uses them: the real `run_eval` client against a server that answers by the book."""
 
 import ast
 import contextlib
 import io
 import json
+import os
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
+from pdkit.checks.acceptance import AcceptanceLengthChecks, FirstDraftsChecks
+from pdkit.checks.accuracy.checks import FIRST_LOOK, AccuracyGateChecks, GSM8KChecks
+from pdkit.checks.accuracy.gsm8k import few_shot_prompts, gsm8k_args
 from pdkit.ci_register import register_cpu_ci
-from pdkit.gate_kit import AcceptanceLengthMixin, AccuracyGateMixin, FirstDraftsMixin
-from pdkit.sequential_eval import few_shot_prompts
+from pdkit.core import events
+from pdkit.report.facts import acceptance_length_of
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
@@ -70,12 +75,15 @@ class KitTest(unittest.TestCase):
     def serve(self, **kwargs):
         return BookServer(self, self.path, **kwargs)
 
-    def run_kit(self, mixin, server, **attributes):
-        """Runs what `mixin` adds to a test of `server` as unittest would; returns the result and what was printed."""
+    def run_kit(self, check, server, **attributes):
+        """Runs what `check` adds to a test of `server` as unittest would; returns the result and what was printed."""
         settings = {"lb_url": server.url, "decode_url": server.url, "model": "book", "gsm8k_data_path": str(self.path)}
-        kind = type("TestOfBookServer", (mixin, unittest.TestCase), {**settings, **attributes})
+        settings |= {"monolithic_url": None}
+        kind = type("TestOfBookServer", (check, unittest.TestCase), {**settings, **attributes})
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        self.channel = Path(tempfile.mkdtemp(dir=self.path.parent))
+        channel = mock.patch.dict(os.environ, {events.VARIABLE: str(self.channel)})
+        with channel, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             result = unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(unittest.TestResult())
         self.assertEqual((result.testsRun, result.errors), (1, []))
         return result, printed.getvalue()
@@ -88,14 +96,14 @@ class KitTest(unittest.TestCase):
 class TestAccuracyGate(KitTest):
     def test_a_good_engine_passes_at_the_first_look(self):
         server = self.serve(wrong={7})
-        result, printed = self.run_kit(AccuracyGateMixin, server)
+        result, printed = self.run_kit(AccuracyGateChecks, server)
         self.assertTrue(result.wasSuccessful())
         self.assertIn("PASS at look 1 of 11, 199 of 200 correct", printed)
         self.assertEqual(sorted(server.prompts), sorted(few_shot_prompts(self.path, 200)))
 
     def test_an_unclear_engine_is_scored_on_and_the_failure_is_the_report(self):
         server = self.serve(wrong=range(0, 1200, 14))
-        result, printed = self.run_kit(AccuracyGateMixin, server)
+        result, printed = self.run_kit(AccuracyGateChecks, server)
         self.assertIn("UNDECIDED, scoring 100 more", printed)
         self.assertIn("accuracy gate: FAIL at look", self.message(result))
         scored = len(server.prompts)
@@ -105,12 +113,21 @@ class TestAccuracyGate(KitTest):
     def test_the_policy_is_one_attribute(self):
         for wrong, passes in ((9, True), (10, False)):
             server = self.serve(wrong=range(wrong))
-            result, _ = self.run_kit(AccuracyGateMixin, server, gsm8k_gate_policy="first-look")
+            result, _ = self.run_kit(AccuracyGateChecks, server, gsm8k_gate_policy="first-look")
             self.assertEqual((result.wasSuccessful(), len(server.prompts)), (passes, 200))
+
+    def test_what_the_first_look_alone_decides_is_an_event(self):
+        for wrong, policy, passed in ((1, "auto", True), (15, "auto", False), (9, "first-look", True)):
+            self.run_kit(AccuracyGateChecks, self.serve(wrong=range(wrong)), gsm8k_gate_policy=policy)
+            (verdict,) = events.read(self.channel).of("verdict")
+            self.assertEqual((verdict["check"], verdict["passed"]), (FIRST_LOOK, passed))
+            self.assertIn(
+                f"the first look alone (200 examples, score > 0.95): {1 - wrong / 200:.4f}", verdict["message"]
+            )
 
     def test_the_threshold_is_that_of_the_test(self):
         attributes = {"gsm8k_gate_policy": "first-look", "min_score": 0.9}
-        result, _ = self.run_kit(AccuracyGateMixin, self.serve(wrong=range(15)), **attributes)
+        result, _ = self.run_kit(AccuracyGateChecks, self.serve(wrong=range(15)), **attributes)
         self.assertTrue(result.wasSuccessful())
 
     def test_a_baseline_is_asked_the_same_and_compared(self):
@@ -118,12 +135,12 @@ class TestAccuracyGate(KitTest):
         for wrong, passes in ((6, True), (7, False)):
             engine = self.serve(wrong=range(100, 100 + wrong))
             attributes = {"gsm8k_gate_policy": "first-look", "monolithic_url": baseline.url}
-            result, printed = self.run_kit(AccuracyGateMixin, engine, **attributes)
+            result, printed = self.run_kit(AccuracyGateChecks, engine, **attributes)
             self.assertIn(f"of 200 examples {wrong} right with the baseline only, 0 right", printed)
             self.assertEqual(result.wasSuccessful(), passes)
 
     def test_asks_run_eval_for_what_the_main_test_asks(self):
-        kit = type("TestKit", (AccuracyGateMixin,), {"model": "m"})().gsm8k_args("url")
+        gate = type("TestKit", (AccuracyGateChecks,), {"model": "m", "gsm8k_data_path": None})().gsm8k_args("url")
         tree = ast.parse(MAIN_TEST.read_text())
         (call,) = [
             node
@@ -131,35 +148,38 @@ class TestAccuracyGate(KitTest):
             if isinstance(node, ast.Call) and "eval_name" in {keyword.arg for keyword in node.keywords}
         ]
         literal = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
+        once = gsm8k_args("url", "m", None, GSM8KChecks.gsm8k_examples)
+        self.assertEqual({name: getattr(once, name) for name in literal}, literal)
         self.assertEqual(literal.pop("num_examples"), 200)
         self.assertGreaterEqual(set(literal), {"eval_name", "api", "max_tokens", "num_threads"})
-        self.assertEqual({name: getattr(kit, name) for name in literal}, literal)
+        self.assertEqual({name: getattr(gate, name) for name in literal}, literal)
 
 
 class TestAcceptanceLength(KitTest):
     def test_no_speculation_is_a_skip_that_says_so(self):
-        result, _ = self.run_kit(AcceptanceLengthMixin, self.serve(), acceptance_length_reference=1.8)
+        result, _ = self.run_kit(AcceptanceLengthChecks, self.serve(), acceptance_length_reference=1.8)
         ((_, reason),) = result.skipped
         self.assertIn("does not speculate", reason)
 
     def test_against_a_reference(self):
         for acceptance, passes in ((1.8, True), (1.8 * 0.96, True), (1.6, False), (1.0, False)):
             server = self.serve(acceptance=acceptance)
-            result, printed = self.run_kit(AcceptanceLengthMixin, server, acceptance_length_reference=1.8)
+            result, printed = self.run_kit(AcceptanceLengthChecks, server, acceptance_length_reference=1.8)
             with self.subTest(acceptance=acceptance):
                 self.assertEqual(result.wasSuccessful(), passes)
                 self.assertIn(f"{acceptance:.4f} (meta_info of 64 requests", printed)
+                self.assertAlmostEqual(acceptance_length_of(events.read(self.channel)), acceptance, 3)
 
     def test_against_a_baseline(self):
         baseline = self.serve(acceptance=1.8)
         for acceptance, passes in ((1.75, True), (1.6, False)):
             server = self.serve(acceptance=acceptance)
-            result, _ = self.run_kit(AcceptanceLengthMixin, server, monolithic_url=baseline.url)
+            result, _ = self.run_kit(AcceptanceLengthChecks, server, monolithic_url=baseline.url)
             self.assertEqual(result.wasSuccessful(), passes)
 
     def test_a_baseline_that_does_not_speculate_is_a_failure(self):
         attributes = {"monolithic_url": self.serve().url}
-        result, _ = self.run_kit(AcceptanceLengthMixin, self.serve(acceptance=1.8), **attributes)
+        result, _ = self.run_kit(AcceptanceLengthChecks, self.serve(acceptance=1.8), **attributes)
         self.assertIn("does not speculate", self.message(result))
 
 
@@ -168,16 +188,16 @@ class TestFirstDrafts(KitTest):
         baseline = self.serve(acceptance=2.0)
         for steps, passes in ((10, True), (9, True), (11, False)):
             server = self.serve(acceptance=20 / steps, steps=steps)
-            result, printed = self.run_kit(FirstDraftsMixin, server, monolithic_url=baseline.url)
+            result, printed = self.run_kit(FirstDraftsChecks, server, monolithic_url=baseline.url)
             with self.subTest(steps=steps):
                 self.assertEqual(result.wasSuccessful(), passes)
                 self.assertIn(f"{0 if passes else 64} of 64 answers took more steps", printed)
 
     def test_no_speculation_is_a_skip_and_a_baseline_without_is_a_failure(self):
-        result, _ = self.run_kit(FirstDraftsMixin, self.serve(), monolithic_url=self.serve().url)
+        result, _ = self.run_kit(FirstDraftsChecks, self.serve(), monolithic_url=self.serve().url)
         ((_, reason),) = result.skipped
         self.assertIn("does not speculate", reason)
-        result, _ = self.run_kit(FirstDraftsMixin, self.serve(acceptance=2.0), monolithic_url=self.serve().url)
+        result, _ = self.run_kit(FirstDraftsChecks, self.serve(acceptance=2.0), monolithic_url=self.serve().url)
         self.assertIn("does not speculate", self.message(result))
 
 

@@ -362,20 +362,19 @@ class TestDrawing(unittest.TestCase):
 
 
 SUBCLASS = """
-class {name}(dsv4.TestDisaggregationDSV4):
-    server_args = [*dsv4.TestDisaggregationDSV4.server_args, "--tp-size", "{width}", "--dp-size", "{width}"]
+class {name}(GSM8KChecks, EightGpuServers):
+    server_args = [*EightGpuServers.server_args, "--tp-size", "{width}", "--dp-size", "{width}"]
     prefill_gpus, decode_gpus = range({width}), range({width}, 2 * {width})
 """
 
 
 def write_subclasses(path, **widths):
     """A registered file of the main job's test with other numbers of GPUs per side, by the name of the class."""
-    head = f"""
-        import sys
+    head = """
         import unittest
-        sys.path.append({str(DSV4.parent)!r})
         from sglang.test.ci.ci_register import register_cuda_ci
-        import test_disaggregation_dsv4 as dsv4
+        from pdkit.checks.accuracy.checks import GSM8KChecks
+        from pdkit.deployment.multi_gpu import EightGpuServers
 
         register_cuda_ci(est_time=1, suite="stage-c-test-8-gpu-h200")
     """

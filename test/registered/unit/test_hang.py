@@ -13,36 +13,13 @@ import psutil
 from detached import SLEEP, command, is_alive
 from pdkit import hang
 from pdkit.ci_register import register_cpu_ci
+from pdkit.core.events import Events, append
+from pdkit.report import evidence
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 HANG = "import time\ndef waits_for_godot():\n    print('up', flush=True)\n    time.sleep(300)\nwaits_for_godot()"
 PTRACE_SEIZE = 0x4206
-
-
-class TestPhases(unittest.TestCase):
-    def test_the_open_phase(self):
-        begins, ended, failed = "[phase] {} begins", "[phase] {}: 1.0 s", "[phase] {} failed: 61.5 s"
-        for lines, expected in (
-            ([], None),
-            (["unrelated", "gsm8k begins"], None),
-            ([begins.format("launch prefill")], "launch prefill"),
-            ([begins.format("launch prefill"), ended.format("launch prefill")], None),
-            ([begins.format("gsm8k"), failed.format("gsm8k")], None),
-            ([begins.format("launch prefill"), begins.format("launch decode")], "launch decode"),
-            ([begins.format("a"), begins.format("b"), ended.format("b")], "a"),
-            ([begins.format("a"), begins.format("b"), ended.format("a")], "b"),
-            ([ended.format("gsm8k"), begins.format("gsm8k") + "\n"], "gsm8k"),
-            ([begins.format("gsm8k"), ended.format("gate")], "gsm8k"),
-            ([".sF" + begins.format("gsm8k")], "gsm8k"),
-        ):
-            with self.subTest(lines):
-                self.assertEqual(hang.open_phase(lines), expected)
-
-    def test_tails(self):
-        lines = ["start", "[prefill] a", "[decode] b", "[prefill] c", "[phase] gsm8k begins", "[prefill] d", "[9] end"]
-        expected = {"test": ["[phase] gsm8k begins", "[9] end"], "prefill": ["[prefill] c", "[prefill] d"]}
-        self.assertEqual(hang.tails(lines, 2), expected | {"decode": ["[decode] b"]})
 
 
 class TestStacks(unittest.TestCase):
@@ -109,14 +86,38 @@ class TestStacks(unittest.TestCase):
 
 
 class TestDiagnose(unittest.TestCase):
+    def setUp(self):
+        self.log = Path(self.enterContext(tempfile.TemporaryDirectory()), "001-test_x.1.log")
+        self.log.write_text("start\n[phase] a server prints that begins\nwaiting\n")
+        self.directory = evidence.directory_of(self.log)
+        self.directory.mkdir()
+
+    def emit(self, kind, **fields):
+        append(self.directory, kind, **fields)
+
     def test_report(self):
-        with tempfile.TemporaryDirectory() as directory:
-            log = Path(directory, "log")
-            log.write_text("[phase] first request begins\n[decode] cannot allocate\nwaiting\n")
-            phase, lines = hang.diagnose([], log, None)
+        decode = self.directory / "TestX.decode.log"
+        decode.write_text("loads\ncannot allocate\nkey-of-somebody\n")
+        for name, path in (("decode", decode), ("prefill", self.directory / "absent.log"), ("load balancer", None)):
+            self.emit("launch", name=name, command="x", log=path and str(path), pid=1)
+        self.emit("phase", name="launch decode", state="passed", seconds=1.0)
+        self.emit("phase", name="first request", state="begins")
+        with mock.patch.dict(os.environ, A_KEY="key-of-somebody"):
+            phase, lines = hang.diagnose([], self.log, None)
         self.assertEqual(phase, "first request")
-        expected = "hangs in phase first request|last lines of test:|  [phase] first request begins|  waiting|"
-        self.assertEqual("|".join(lines), expected + "last lines of decode:|  [decode] cannot allocate")
+        expected = ["hangs in phase first request", "last lines of test:", "  start"]
+        expected += ["  [phase] a server prints that begins", "  waiting"]
+        self.assertEqual(lines, [*expected, "last lines of decode:", "  loads", "  cannot allocate", "  (removed)"])
+
+    def test_the_last_lines_only(self):
+        self.log.write_text("".join(f"{i}\n" for i in range(100)))
+        self.assertEqual(hang.tails(self.log, Events(), 2), {"test": ["98", "99"]})
+
+    def test_outside_of_any_phase(self):
+        self.emit("phase", name="gate", state="begins")
+        self.emit("phase", name="gate", state="failed", seconds=1.0)
+        phase, lines = hang.diagnose([], self.log, None)
+        self.assertEqual((phase, lines[0]), (None, "hangs outside of any phase"))
 
 
 if __name__ == "__main__":

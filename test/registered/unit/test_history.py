@@ -39,9 +39,11 @@ SUITE = "stage-a-test-cpu"
 MEASURES = source_of(
     """
     def test_it(self):
-        print("[phase] launch prefill: 2.5 s")
-        print("Speculative accept length (per-request, from meta_info): n=200 mean=1.8312 min=1.0 max=2.0")
-        print("rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95", flush=True)
+        from pdkit.core import events
+
+        events.emit("phase", name="launch prefill", state="passed", seconds=2.5)
+        events.measurement("acceptance length", 1.8312)
+        events.score("gsm8k", 0.985, 200, gate=0.95, target="embedded", engine="pdkit.engine")
     """
 )
 

@@ -1,14 +1,14 @@
-"""The mixin on transfer integrity: each way in which a pair of servers can go wrong fails it."""
+"""The check of transfer integrity: each way in which a pair of servers can go wrong fails it."""
 
 import threading
 import unittest
 from types import SimpleNamespace
 from unittest import mock
 
+from pdkit.checks.integrity import IntegrityChecks
+from pdkit.checks.parity.plan import Round, generate_probe
+from pdkit.checks.parity.references import collect
 from pdkit.ci_register import register_cpu_ci
-from pdkit.integrity_kit import TransferIntegrityMixin
-from pdkit.parity_kit import collect
-from pdkit.parity_plan import Round, generate_probe
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
@@ -80,8 +80,9 @@ class TestKit(unittest.TestCase):
         pair = PairOfServers(self, **behaviour)
         probes = tuple(generate_probe(f"p{length}", [length] * length, 1) for length in (1, 3, 8, 9))
 
-        class Case(TransferIntegrityMixin, unittest.TestCase):
+        class Case(IntegrityChecks, unittest.TestCase):
             lb_url, prefill_url, decode_url = pair.url, f"{pair.url}/prefill", f"{pair.url}/decode"
+            model = monolithic_url = gsm8k_data_path = None
             corrupted_lengths, request_timeout = lengths, 5
 
             def parity_plan(self):
@@ -91,7 +92,7 @@ class TestKit(unittest.TestCase):
                 for round_ in rounds:
                     collect(self.lb_url, round_, self.request_timeout)
 
-        with mock.patch("pdkit.integrity_kit.SETTLE_SECONDS", 0.1), mock.patch("builtins.print"):
+        with mock.patch("pdkit.checks.integrity.SETTLE_SECONDS", 0.1), mock.patch("builtins.print"):
             result = unittest.TestResult()
             Case(name).run(result)
         self.assertEqual(result.errors, [])

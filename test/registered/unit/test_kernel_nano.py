@@ -11,13 +11,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from pdkit.checks.reference.truth import Truth, fp8_rounding, logprobs
 from pdkit.ci_register import register_cpu_ci
 from pdkit.exit_codes import NotReady
 from pdkit.kernel_nano import cache, checkpoint, fitting, training
 from pdkit.kernel_nano.config import DEEPEP_HIDDEN, FIELDS, fields, reference_config
 from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks, round_groups
 from pdkit.kernel_nano.model import KernelNano, randomize, rescale
-from pdkit.kernel_nano.truth import Truth, fp8_rounding, logprobs
 from pdkit.nano.model import ModelError
 from pdkit.nano.problems import evaluation_set, few_shot
 from safetensors.torch import load_file, save_file

@@ -15,39 +15,40 @@ from unittest.mock import patch
 
 from pdkit import main_job
 from pdkit.ci_register import register_cpu_ci
+from pdkit.core.events import Events
 from pdkit.exit_codes import ExitCode
-from pdkit.main_job import main, read_report, summary
+from pdkit.main_job import main, summary
 from pdkit.report import evidence
 from pdkit.rung import LADDER, Gpu
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 EMBEDDED = LADDER[-1]
-RESULT = "rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
+PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
+
+
+def score(target="embedded", **more):
+    return {"kind": "score", "eval": "gsm8k", "score": 0.985, "examples": 200, "gate": 0.95, "target": target, **more}
+
+
+def phase(name, state, seconds=0.0):
+    return {"kind": "phase", "name": name, "state": state, "seconds": seconds}
+
+
 RUN = [
-    "rung=embedded engine=pdkit.engine model=m",
-    "[phase] launch prefill: 4.3 s",
-    "Output throughput: 312.345 token/s",
-    RESULT,
-    "[phase] teardown: 5.1 s",
+    phase("launch prefill", "passed", 4.3),
+    score(engine="pdkit.engine", throughput=312.345),
+    phase("teardown", "passed", 5.1),
 ]
 
 
-class TestReport(unittest.TestCase):
-    def test_phases_and_result_are_read(self):
-        report = read_report(["noise\n", *(line + "\n" for line in RUN), "[prefill] [phase] not ours: 1.0 s\n"])
-        self.assertEqual(report.phases, (("launch prefill", 4.3), ("teardown", 5.1)))
-        self.assertEqual((report.result.rung, report.result.engine), ("embedded", "pdkit.engine"))
-        self.assertEqual((report.result.score, report.result.gate), (0.985, ">0.95"))
-        self.assertEqual((report.result.correct, report.result.examples), (197, 200))
-        self.assertEqual(report.throughput, 312.345)
+def happened(*events):
+    return Events([{"ts": 0.0, **event} for event in events])
 
-    def test_an_engine_name_may_have_spaces(self):
-        report = read_report(["rung=8xH200 engine=sglang 0.5.23 gsm8k=0.960 examples=200 gate=>0.95"])
-        self.assertEqual(report.result.engine, "sglang 0.5.23")
 
-    def test_summary_shows_score_gate_and_phases(self):
-        text = summary(EMBEDDED, read_report(RUN), ExitCode.PASSED, 61.23)
+class TestSummary(unittest.TestCase):
+    def test_score_gate_and_phases(self):
+        text = summary(EMBEDDED, happened(*RUN), ExitCode.PASSED, 61.23)
         self.assertEqual(
             text,
             textwrap.dedent("""\
@@ -61,16 +62,13 @@ class TestReport(unittest.TestCase):
                   total                 61.2 s"""),
         )
 
-    def test_summary_without_a_score_says_so(self):
-        text = summary(EMBEDDED, read_report(RUN[:2]), ExitCode.FAILED, 9)
+    def test_without_a_score_it_says_so(self):
+        text = summary(EMBEDDED, happened(RUN[0]), ExitCode.FAILED, 9)
         self.assertIn("score                 none, the test did not get that far\n", text)
 
     def test_a_phase_that_failed_is_named(self):
-        lines = ["[phase] launch prefill begins", "[phase] launch prefill failed: 1.0 s", "[phase] teardown: 2.0 s"]
-        report = read_report(lines)
-        self.assertEqual(report.phases, (("launch prefill", 1), ("teardown", 2)))
-        self.assertEqual(report.failed_phases, ("launch prefill",))
-        text = summary(EMBEDDED, report, ExitCode.FAILED, 9)
+        launch = (phase("launch prefill", "begins"), phase("launch prefill", "failed", 1.0))
+        text = summary(EMBEDDED, happened(*launch, phase("teardown", "passed", 2.0)), ExitCode.FAILED, 9)
         self.assertIn("\n  launch prefill        1.0 s, FAILED\n  teardown              2.0 s\n", text)
 
 
@@ -104,8 +102,9 @@ class TestMain(unittest.TestCase):
         self.addCleanup(directory.cleanup)
         self.test_dir = Path(directory.name)
 
-    def write_test(self, *lines, then=""):
-        write_test(self.test_dir, "\n".join([*(f"print({line!r})" for line in lines), then]))
+    def write_test(self, *events, then=""):
+        emits = ["from pdkit.core.events import emit", *(f"emit(**{event!r})" for event in events)]
+        write_test(self.test_dir, "\n".join([*emits, then]))
 
     def main(self, *argv, gpus=()):
         self.out, self.err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
@@ -138,8 +137,19 @@ class TestMain(unittest.TestCase):
         self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
 
     def test_the_score_of_another_rung_is_no_pass(self):
-        self.write_test(RESULT.replace("embedded", "8xH200"))
+        self.write_test(score("8xH200"))
         self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
+
+    def test_a_score_that_is_only_printed_is_no_pass(self):
+        self.write_test(RUN[0], then=f"print({PRINTED!r})")
+        self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
+        self.assertIn(f"\n{PRINTED}\n", self.printed)
+        self.assertIn("score                 none, the test did not get that far\n", self.printed)
+
+    def test_a_test_that_does_not_name_its_target_is_scored_on_that_of_the_run(self):
+        self.write_test(then="from pdkit.core import events; events.score('gsm8k', 0.985, 200)")
+        self.assertEqual(self.main(), ExitCode.PASSED, self.printed)
+        self.assertIn("target=embedded gsm8k=0.985 examples=200\n", self.printed)
 
     def test_a_run_is_recorded(self):
         self.write_test(*RUN)
@@ -187,7 +197,7 @@ class TestMain(unittest.TestCase):
         self.write_test(*RUN)
         self.assertEqual(self.main("--report-dir", str(self.test_dir / "report")), ExitCode.PASSED)
         (log,) = (self.test_dir / "report").glob("*.log")
-        self.assertIn(RESULT, log.read_text())
+        self.assertIn("Ran 1 test", log.read_text())
         self.assertTrue((self.test_dir / "report" / "results.json").exists())
 
     def test_server_logs_go_there_too_unless_told_otherwise(self):
@@ -220,12 +230,13 @@ class TestInterrupt(unittest.TestCase):
     TEST = """
         import signal
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        print("[phase] started: 0.1 s", flush=True)
+        from pdkit.core import events
         try:
+            print("started", flush=True)
             time.sleep(60)
         finally:
-            time.sleep(0.3)
-            print("[phase] servers stopped: 0.3 s", flush=True)
+            with events.phase("servers stopped"):
+                time.sleep(0.3)
     """
     COMMAND = "import sys; from pathlib import Path; from pdkit import main_job; "
     COMMAND += "main_job.TEST_DIR = Path(sys.argv[1]); sys.exit(main_job.main(['--rung', 'embedded']))"

@@ -13,15 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from pdkit.accounting import OK, Attempt
+from pdkit.checks.accounting.checks import OWN_RESULT
+from pdkit.checks.accounting.ledger import CLIENT, OK, SERVERS, Attempt
 from pdkit.ci_register import register_cpu_ci
+from pdkit.core.events import Events
 from pdkit.exit_codes import ExitCode
 from pdkit.faults import LIBRARY
 from pdkit.matrix import report, truth
 from pdkit.matrix.results import Results, ResultsError, Run, planned
 from pdkit.matrix.session import Session, Subject, WorkerFailed
 from pdkit.matrix.truth import Truth
-from pdkit.matrix.verdicts import CLIENT, FIRST_LOOK, SEQUENTIAL, SERVERS, Verdict, checks_of, merged, verdicts_of
+from pdkit.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, Verdict, checks_of, merged, verdicts_of
 from pdkit.matrix.worker import PatientLedger
 from stub_server import JsonHandler, StubServer
 
@@ -43,11 +45,18 @@ def run_of(fault, index=0, caught=(), **more):
     return Run(fault, index, met=0 if fault is None else 9, seconds=4.0, verdicts=verdicts, **more)
 
 
-def accounted(client="PASS", servers="PASS", own="passed"):
-    verdict = "PASS" if client == servers == "PASS" else "FAIL"
-    return (
-        f"request accounting: {verdict}\nclient: {client}, 9 attempts\nservers: {servers}, 9\nthe test by itself: {own}"
-    )
+def happened(test=None, **verdicts):
+    """The events of a test that failed with the text `test`, or passed; of each check None if it passed, or its text."""
+    names = {"client": CLIENT, "servers": SERVERS, "own": OWN_RESULT, "first_look": FIRST_LOOK}
+    told = [
+        {"kind": "verdict", "check": names[name], "passed": message is None, "message": message or ""}
+        for name, message in verdicts.items()
+    ]
+    return Events([*told, {"kind": "test", "state": "failed" if test else "passed", "message": test or ""}])
+
+
+def caught(found):
+    return {check for check, verdict in found.items() if verdict.caught}
 
 
 class TestVerdicts(unittest.TestCase):
@@ -58,41 +67,45 @@ class TestVerdicts(unittest.TestCase):
         self.assertEqual(checks_of(["test_parity_alone"]), [CLIENT, SERVERS, "parity alone"])
 
     def test_of_a_test_that_passed(self):
-        found = verdicts_of("test_parity_alone", None, accounted(), 2.0)
-        self.assertEqual(found.keys(), {"parity alone", CLIENT, SERVERS})
-        self.assertFalse(any(verdict.caught for verdict in found.values()))
+        found = verdicts_of("test_parity_alone", happened(client=None, servers=None, own=None), 2.0)
+        self.assertEqual((found.keys(), caught(found)), ({"parity alone", CLIENT, SERVERS}, set()))
 
     def test_the_accounts_are_told_apart_from_the_test(self):
-        error = AssertionError(accounted(client="FAIL"))
-        found = verdicts_of("test_parity_alone", error, "", 2.0)
-        self.assertEqual({check for check, verdict in found.items() if verdict.caught}, {CLIENT})
-        self.assertIn("client: FAIL, 9 attempts", found[CLIENT].message)
-        error.__cause__ = Exception("retry() exceed maximum number of retries.")
-        error.__cause__.__context__ = AssertionError("token 3 is 7, expected 8")
-        found = verdicts_of("test_parity_alone", error, "", 2.0)
-        self.assertEqual({check for check, verdict in found.items() if verdict.caught}, {CLIENT, "parity alone"})
-        self.assertEqual(found["parity alone"].message, "token 3 is 7, expected 8")
+        accounts = "request accounting: FAIL\nclient: FAIL, 9 attempts"
+        found = verdicts_of("test_parity_alone", happened(accounts, client="FAIL,\n9 attempts", own=None), 2.0)
+        self.assertEqual((caught(found), found[CLIENT].message), ({CLIENT}, "FAIL, 9 attempts"))
+        found = verdicts_of("test_parity_alone", happened(accounts, client="FAIL", own="token 3 is 7"), 2.0)
+        self.assertEqual(caught(found), {CLIENT, "parity alone"})
+        self.assertEqual(found["parity alone"].message, "token 3 is 7")
 
     def test_of_a_test_that_failed_with_its_accounts_in_order(self):
-        found = verdicts_of("test_parity_alone", AssertionError("token 3"), accounted(own="failed"), 2.0)
-        self.assertEqual({check for check, verdict in found.items() if verdict.caught}, {"parity alone"})
+        found = verdicts_of("test_parity_alone", happened("token 3", client=None, servers=None, own="token 3"), 2.0)
+        self.assertEqual(caught(found), {"parity alone"})
+
+    def test_a_failure_that_no_account_explains_is_the_test_s_own(self):
+        found = verdicts_of("test_parity_alone", happened("in tearDown", client=None, servers=None, own=None), 2.0)
+        self.assertEqual((caught(found), found["parity alone"].message), ({"parity alone"}, "in tearDown"))
 
     def test_the_first_look_is_judged_apart_from_the_gate(self):
-        for score, look, error, caught in (
-            ("0.9950, PASS", "passed", None, set()),
-            ("0.9400, FAIL", "passed", None, {FIRST_LOOK}),
-            ("0.9600, PASS", "failed", AssertionError("gate"), {SEQUENTIAL}),
+        for first_look, test, expected in (
+            (None, None, set()),
+            ("0.94", None, {FIRST_LOOK}),
+            (None, "gate", {SEQUENTIAL}),
         ):
-            output = f"the first look alone (200 examples, score > 0.95): {score}\n{accounted(own=look)}"
-            found = verdicts_of("test_gsm8k", error, output, 2.0)
-            self.assertEqual({check for check, verdict in found.items() if verdict.caught}, caught)
+            found = verdicts_of("test_gsm8k", happened(test, first_look=first_look, own=test), 2.0)
+            self.assertEqual((caught(found), FIRST_LOOK in found), (expected, True))
 
-    def test_the_gate_reports_its_first_look_in_these_words(self):
-        from pdkit.gate import AccuracyGate, GateOptions, ScoredSlice
+    def test_a_sub_test_that_fails_is_seen(self):
+        two = Events([*happened("token 3"), {"kind": "test", "state": "skipped", "message": "no cache"}])
+        self.assertEqual(caught(verdicts_of("test_parity_alone", two, 2.0)), {"parity alone"})
 
-        for correct, caught in ((196, False), (180, True)):
-            gate = AccuracyGate(GateOptions(), 1314).record(ScoredSlice(200, correct))
-            self.assertEqual(verdicts_of("test_gsm8k", None, gate.report(), 1.0)[FIRST_LOOK].caught, caught)
+    def test_a_test_that_is_skipped_says_nothing(self):
+        skipped = Events([{"kind": "test", "state": "skipped", "message": "no cache"}])
+        self.assertEqual(verdicts_of("test_parity_alone", skipped, 2.0), {})
+
+    def test_without_an_event_nothing_has_passed(self):
+        with self.assertRaisesRegex(ValueError, "test_parity_alone ran and left no event"):
+            verdicts_of("test_parity_alone", Events(), 2.0)
 
     def test_a_check_that_several_tests_hold(self):
         passed, caught = Verdict(False, 2.0), Verdict(True, 3.0, "first")
@@ -265,6 +278,9 @@ class Tests(unittest.TestCase):
         self.assertNotIn(Switch.fault, ("window-zeroed", "length-one-more"))
 
     def test_rooms(self):
+        for i in range(2):
+            with self.subTest(i=i):
+                self.assertFalse(Switch.fault == "rooms-swapped" and i)
         if Switch.fault == "exit":
             raise SystemExit(9)
 """
@@ -321,6 +337,21 @@ class TestSession(unittest.TestCase):
         self.assertEqual((faulty.met, faulty.restarted), (3, ""))
         log = (self.directory / "logs" / "one.log").read_text()
         self.assertEqual((log.count("servers started"), log.count("servers stopped")), (1, 1))
+
+    def test_what_is_printed_is_no_verdict(self):
+        self.file.write_text(
+            self.file.read_text().replace(
+                "    def test_rooms(self):", "    def test_rooms(self):\n        print('client: FAIL, 9 attempts')"
+            )
+        )
+        with self.session("test_rooms") as session:
+            self.assertEqual(session.run(None).verdicts.keys(), {"rooms"})
+        self.assertIn("client: FAIL, 9 attempts", (self.directory / "logs" / "one.log").read_text())
+
+    def test_a_sub_test_and_an_exit_are_caught(self):
+        with self.session("test_rooms") as session:
+            for fault in ("rooms-swapped", "exit"):
+                self.assertEqual(session.run(fault).caught_by, ["rooms"])
 
     def test_servers_that_a_fault_ended_are_started_again(self):
         with self.session() as session:

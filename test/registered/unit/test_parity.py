@@ -6,11 +6,11 @@ import unittest
 from dataclasses import replace
 from unittest import mock
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.integrity import Outcome, Rejections
-from pdkit.parity import FLOAT_ROUNDING, LEVEL, RESOLUTION, Answer, AnswerError, Distribution, Parity, compare, quantile
-from pdkit.parity_kit import ParityMixin, References, RequestFailed, collect
-from pdkit.parity_plan import (
+from pdkit.checks.http import RequestFailed
+from pdkit.checks.integrity import Outcome, Rejections
+from pdkit.checks.parity.answers import Answer, AnswerError
+from pdkit.checks.parity.checks import ParityChecks
+from pdkit.checks.parity.plan import (
     Geometry,
     PlanOptions,
     Prompts,
@@ -22,6 +22,9 @@ from pdkit.parity_plan import (
     lengths_of,
     make_plan,
 )
+from pdkit.checks.parity.references import References, collect
+from pdkit.checks.parity.verdict import FLOAT_ROUNDING, LEVEL, RESOLUTION, Distribution, Parity, compare, quantile
+from pdkit.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
@@ -507,10 +510,10 @@ class TestMixin(unittest.TestCase):
         lb, monolithic = StubEngine(self, **pair), StubEngine(self)
         lb.cached, lb.noise = cached, noise
 
-        class Case(ParityMixin, unittest.TestCase):
+        class Case(ParityChecks, unittest.TestCase):
             bitwise, request_timeout = True, 5
             lb_url = prefill_url = decode_url = lb.url
-            monolithic_url = monolithic.url
+            monolithic_url, model, gsm8k_data_path = monolithic.url, "m", None
             references = References(bitwise, request_timeout, rounding)
 
         with mock.patch("builtins.print"):

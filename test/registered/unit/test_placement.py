@@ -5,8 +5,8 @@ import unittest
 from types import SimpleNamespace
 from unittest import mock
 
-from pdkit import placement_kit
-from pdkit.accounting_kit import RequestAccountingMixin
+from pdkit.checks import placement
+from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
@@ -18,7 +18,7 @@ class TestPlacement(unittest.TestCase):
         self.servers = [self.server() for _ in range(2)]
         self.gpus = [SimpleNamespace(processes=()) for _ in range(4)]
         observe = lambda environ: {"gpus": tuple(self.gpus)}  # noqa: E731
-        self.enterContext(mock.patch.object(placement_kit.nvml, "observe", observe))
+        self.enterContext(mock.patch.object(placement.nvml, "observe", observe))
 
     def server(self):
         process = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
@@ -34,7 +34,8 @@ class TestPlacement(unittest.TestCase):
             for gpu in used:
                 self.gpus[gpu].processes += (SimpleNamespace(pid=child),)
 
-        class Case(RequestAccountingMixin, placement_kit.PlacementMixin, unittest.TestCase):
+        class Case(AccountingChecks, placement.PlacementChecks, unittest.TestCase):
+            lb_url = prefill_url = decode_url = None
             prefill_gpus, decode_gpus = range(0, 2), range(2, 4)
             process_prefill, process_decode = (process for process, _ in self.servers)
 

@@ -13,11 +13,18 @@ from pathlib import Path
 from unittest import mock
 
 import requests
+from pdkit.checks.http import IDLE_S, MINI_LB, Client
+from pdkit.checks.protocol.checks import ProtocolChecks
+from pdkit.checks.protocol.reference import (
+    Reference,
+    ask_reference,
+    counting_prompts,
+    is_best,
+    through_each_load_balancer,
+)
 from pdkit.ci_register import register_cpu_ci
-from pdkit.protocol import IDLE_S, MINI_LB, Client, Reference, ask_reference, counting_prompts, is_best
-from pdkit.protocol_kit import ProtocolMixin, through_each_load_balancer
-from pdkit.relay import Relay
-from pdkit.router_kit import healthy_workers, is_ready, router_command
+from pdkit.deployment.relay import Relay
+from pdkit.deployment.router import healthy_workers, is_ready, router_command
 from stub_server import JsonHandler, StubServer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -61,7 +68,7 @@ class Handler(JsonHandler):
 
 class TestBreakages(unittest.TestCase):
     def test_each_scenario_is_shown_a_broken_router(self):
-        scenarios = {name for name in dir(ProtocolMixin) if name.startswith("test_")}
+        scenarios = {name for name in dir(ProtocolChecks) if name.startswith("test_")}
         self.assertEqual({scenario for scenario, *_ in BREAKAGES}, scenarios)
 
 
@@ -72,7 +79,7 @@ BEST, AS_GOOD, WORSE = (" There", -2.0), (" In", -2.0), (" Both", -3.0)
 class TestLogprobs(unittest.TestCase):
     """What decode takes may be listed second: of two tokens whose logprobs are equal to the bit."""
 
-    assertBest = ProtocolMixin.assertBest
+    assertBest = ProtocolChecks.assertBest
     tops = [BEST, AS_GOOD, WORSE]
 
     def prompts(self, count):
@@ -91,7 +98,7 @@ class TestLogprobs(unittest.TestCase):
             record(choices=[record(logprobs=None)]),
         ]
         client.chat.return_value = record(choices=[record(logprobs=record(content=content))])
-        ProtocolMixin.test_logprobs_of_completions_and_chat.scenario(self, client)
+        ProtocolChecks.test_logprobs_of_completions_and_chat.scenario(self, client)
 
     def generate(self, taken):
         """The same of `/generate`, by token ids."""
@@ -106,7 +113,7 @@ class TestLogprobs(unittest.TestCase):
         whole, tail = {"output_ids": [ids[taken[0]]] * 6}, {"input_token_logprobs": inputs[1:]}
         client = mock.Mock(balancer=record(merges_streams=False))
         client.generate.side_effect = whole | {"meta_info": meta}, {"meta_info": tail}
-        ProtocolMixin.test_input_logprobs_are_merged.scenario(self, client)
+        ProtocolChecks.test_input_logprobs_are_merged.scenario(self, client)
 
     def test_either_of_two_that_are_as_good(self):
         for taken in (BEST, AS_GOOD):

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+from pdkit.checks.recovery import table
+from pdkit.checks.recovery.clients import Ask, Client, Fate, Outcome, token_ids
 from pdkit.ci_register import register_cpu_ci
-from pdkit.recovery import held, table
-from pdkit.recovery.clients import Ask, Client, Fate, Outcome, token_ids
+from pdkit.engine import test_backends as held
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -190,7 +191,7 @@ class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
         self.addCleanup(directory.cleanup)
         self.valve = held.Valve(Path(directory.name) / "valve")
         self.valve.turn(held.Valve.HOLD)
-        with mock.patch.dict(os.environ, {held.VARIABLE: str(self.valve.path)}):
+        with mock.patch.dict(os.environ, {held.HOLD_FILE_VARIABLE: str(self.valve.path)}):
             self.backend = held.HeldTransfer()
 
     async def pieces(self, length, within=5.0):
@@ -231,9 +232,9 @@ class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
         from pdkit.engine.transfer import load_backend
 
         with mock.patch.dict(os.environ):
-            os.environ.pop(held.VARIABLE, None)
-            with self.assertRaisesRegex(ValueError, held.VARIABLE):
-                load_backend("pdkit.recovery.held:HeldTransfer")
+            os.environ.pop(held.HOLD_FILE_VARIABLE, None)
+            with self.assertRaisesRegex(ValueError, held.HOLD_FILE_VARIABLE):
+                load_backend("pdkit.engine.test_backends:HeldTransfer")
 
 
 if __name__ == "__main__":

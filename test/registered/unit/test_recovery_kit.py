@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from unittest import mock
 
-from pdkit import scale_out_kit
+from pdkit.checks import scale_out
+from pdkit.checks.recovery import bootstrap_messages
+from pdkit.checks.recovery import scenarios as recovery_scenarios
+from pdkit.checks.recovery.bootstrap_messages import DuplicateMessageChecks
+from pdkit.checks.recovery.clients import Ask, Fate, Outcome
+from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
+from pdkit.checks.recovery.scenarios import IN_FLIGHT, RecoveryChecks
+from pdkit.checks.scale_out import ScaleOutChecks
 from pdkit.ci_register import register_cpu_ci
-from pdkit.recovery import kit, messages
-from pdkit.recovery.clients import Ask, Fate, Outcome
-from pdkit.recovery.kit import BEFORE, DURING, IDLE, IN_FLIGHT, STREAMING, RecoveryMixin
-from pdkit.recovery.messages import BootstrapMessagesMixin
-from pdkit.scale_out_kit import ScaleOutMixin
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
@@ -43,6 +45,7 @@ class Deployment:
 
     router_timeout = slack = settling = returning = 1
     bootstrap_timeout, waiting_timeout = 6, 10
+    prefill_url = decode_url = base_host = bootstrap_port = target = engine = log_dir = configure = fleet = None
     right_asks = {phase: Ask("1", 1, right="right") for phase in (*IN_FLIGHT, IDLE)}
 
     def setUp(self):
@@ -97,7 +100,7 @@ class Deployment:
         self.rooms[room, side] += 1
         if self.rooms[room, side] > 1:
             return Fate.FAILED, f"500: room {room} is in use", 0.1
-        time.sleep(3 * messages.LATE_S)
+        time.sleep(3 * bootstrap_messages.LATE_S)
         if not self.rooms[room, "decode" if side == "prefill" else "prefill"]:
             return Fate.FAILED, f"500: room {room} was lost", {"prefill": 6.1, "decode": 10.1}[side]
         return Fate.SERVED, "", 0.1
@@ -162,10 +165,10 @@ class IllSurvivors(Deployment):
         self.fail("a survivor is ill")
 
 
-EVENTS = {name for name in dir(RecoveryMixin) if name.startswith("test_")}
+EVENTS = {name for name in dir(RecoveryChecks) if name.startswith("test_")}
 KILLS = {name for name in EVENTS if "killed" in name}
 MOMENTS = {name for name in EVENTS if "moment" in name}
-MESSAGES = {name for name in dir(BootstrapMessagesMixin) if name.startswith("test_")}
+MESSAGES = {name for name in dir(DuplicateMessageChecks) if name.startswith("test_")}
 IMPATIENT = {"test_routers_freeze", "test_routers_freeze_while_idle"}
 LATE = {"test_a_bootstrap_message_is_late"}
 # What is broken: in which scenarios it must show.
@@ -201,12 +204,12 @@ class TestRecovery(Scenarios, unittest.TestCase):
 
     def setUp(self):
         clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
-        self.enterContext(mock.patch.object(kit, "time", clock))
-        self.enterContext(mock.patch.object(messages, "LATE_S", 0.02))
+        self.enterContext(mock.patch.object(recovery_scenarios, "time", clock))
+        self.enterContext(mock.patch.object(bootstrap_messages, "LATE_S", 0.02))
         self.enterContext(mock.patch("builtins.print"))
 
     def passes(self, deployment, scenario):
-        case = type("Case", (deployment, RecoveryMixin, BootstrapMessagesMixin, unittest.TestCase), {})
+        case = type("Case", (deployment, RecoveryChecks, DuplicateMessageChecks, unittest.TestCase), {})
         return case(scenario).run().wasSuccessful()
 
 
@@ -217,6 +220,7 @@ class Pairs:
     """
 
     router_timeout = slack = settling = returning = 0
+    prefill_url = decode_url = base_host = bootstrap_port = router_url = prefills = decodes = None
     asks = [Ask((number,), 1, right="right") for number in range(8)]
 
     def setUp(self):
@@ -338,12 +342,12 @@ class TestScaleOut(Scenarios, unittest.TestCase):
     sound, scenarios, broken = Pairs, {LOAD, DEAD, BAD}, BROKEN_PAIRS
 
     def passes(self, pairs, scenario):
-        case = type("Case", (pairs, ScaleOutMixin, unittest.TestCase), {})(scenario)
-        with mock.patch.object(scale_out_kit, "Client", case.client), mock.patch("builtins.print"):
+        case = type("Case", (pairs, ScaleOutChecks, unittest.TestCase), {})(scenario)
+        with mock.patch.object(scale_out, "Client", case.client), mock.patch("builtins.print"):
             return case.run().wasSuccessful()
 
     def test_all_scenarios_are_here(self):
-        self.assertEqual(self.scenarios, {name for name in dir(ScaleOutMixin) if name.startswith("test_")})
+        self.assertEqual(self.scenarios, {name for name in dir(ScaleOutChecks) if name.startswith("test_")})
 
 
 if __name__ == "__main__":

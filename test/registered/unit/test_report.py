@@ -1,6 +1,7 @@
 """The report of a recorded run: what is read, and what JUnit, GitHub, terminal and HTML make of it.
 
-`report.tar.xz` was left by the embedded rung on questions of which 12 have a wrong answer beside them.
+`report.tar.xz` was left by the embedded rung on questions of which 12 have a wrong answer beside them; its events were
+made later, of what it printed.
 """
 
 import json
@@ -20,6 +21,7 @@ from unittest import mock
 from junitparser import JUnitXml
 from pdkit import gpu_plan
 from pdkit.ci_register import register_cpu_ci
+from pdkit.core import events
 from pdkit.report.html import page
 from pdkit.report.junit import junit
 from pdkit.report.markdown import markdown
@@ -38,21 +40,25 @@ DEATH = """
 import os, unittest
 from pathlib import Path
 from pdkit.ci_register import register_cpu_ci
+from pdkit.core import events
 
 register_cpu_ci(est_time=1, suite="s")
+EXCERPT = ""
 
 
 class TestX(unittest.TestCase):
     def test_x(self):
-        print("[phase] launch prefill begins", flush=True)
+        events.emit("phase", name="launch prefill", state="begins")
         logs = Path(os.environ["SGLANG_PD_LOG_DIR"])
         (logs / "TestA.prefill.log").write_text("of another class, comes first by name\\n")
         (logs / "TestX.prefill.log").write_text("prefill loads\\n")
         batch = "Decode batch, accept len: 1.90, gen throughput (token/s): 812.5, "
         (logs / "TestX.decode.log").write_text(f"{batch}\\n<b>CUDA out of memory</b> \\x1b[31m\\n")
-        print("[supervisor] decode exited with code 7 \\x07", flush=True)
-        print("[phase] launch prefill failed: 0.1 s", flush=True)
-        print("[phase] teardown begins", flush=True)
+        events.launch("decode", ["python3", "-m", "engine"], logs / "TestX.decode.log", 7)
+        events.death("decode", "decode exited with code 7 \\x07", EXCERPT, logs / "TestX.decode.log")
+        events.death("load balancer", "load balancer exited with code 1")
+        events.emit("phase", name="launch prefill", state="failed", seconds=0.1)
+        events.emit("phase", name="teardown", state="begins")
         self.fail("decode exited with code 7 \\x1b[31m\\x07\\x1b[0m \\ufffe \\u2713")
 
 
@@ -110,7 +116,7 @@ class TestRecorded(unittest.TestCase):
     def test_score(self):
         score = self.run_.score
         self.assertEqual(
-            (score.rung, score.engine, score.correct, score.examples), ("embedded", "pdkit.engine", 188, 200)
+            (score.target, score.engine, score.correct, score.examples), ("embedded", "pdkit.engine", 188, 200)
         )
         self.assertEqual((score.value, score.threshold, score.passed), (0.94, 0.95, False))
         low, high = score.interval
@@ -191,7 +197,8 @@ class TestDeath(unittest.TestCase):
 
     def test_the_first_that_died_is_shown_first(self):
         death = "decode exited with code 7 \x07"
-        self.assertEqual((self.run_.death, self.run_.failed_phase), (death, "launch decode"))
+        self.assertEqual((self.run_.death.cause, self.run_.failed_phase), (death, "launch decode"))
+        self.assertEqual(self.run_.launched, (("decode", "python3 -m engine"),))
         order = [("decode", True), ("test", False), ("prefill", False), ("prefill", False)]
         self.assertEqual([(log.name, log.died) for log in self.run_.logs], order)
         lines = self.suite.stdout.splitlines()
@@ -204,6 +211,14 @@ class TestDeath(unittest.TestCase):
             [(p.name, p.state) for p in self.run_.phases], [("launch prefill", "failed"), ("teardown", "unfinished")]
         )
 
+    def test_the_lines_that_show_why_are_shown_instead_of_the_last_ones(self):
+        path = self.directory / "001-test_x.1" / events.FILE
+        whole = path.read_text()
+        self.addCleanup(path.write_text, whole)
+        path.write_text(whole.replace('"excerpt": ""', '"excerpt": "rank 2: CUDA error\\nfar above"'))
+        (run,) = read_directory(self.directory).files
+        self.assertEqual((run.logs[0].name, run.logs[0].lines), ("decode", ("rank 2: CUDA error", "far above")))
+
     def test_speeds_that_servers_logged(self):
         self.assertEqual((self.run_.acceptance_lengths, self.run_.decode_rates), ((1.9,), (812.5,)))
 
@@ -213,7 +228,9 @@ class TestDeath(unittest.TestCase):
         self.assertNotIn("<b>CUDA", text)
         (case,) = JUnitXml.fromstring((self.directory / "junit.xml").read_bytes()).__iter__().__next__()
         self.assertEqual(case.result[0].message, "failed in phase launch decode: decode exited with code 7 ?")
-        self.assertIn("decode exited with code 7 ? ? \u2713", case.result[0].text)
+        first, second = case.result[0].text.splitlines()[:2]
+        self.assertEqual(first, "failed: __main__.TestX.test_x")
+        self.assertEqual(second, "decode exited with code 7 ? ? \u2713")
         self.assertEqual((self.root / "step.md").read_text(), (self.directory / "summary.md").read_text())
         self.assertIn(f"report: {self.directory / 'report.html'}\n", self.suite.stdout)
         self.assertEqual(self.suite.returncode, 1)
@@ -240,7 +257,7 @@ class TestBroken(unittest.TestCase):
                 read_directory(self.directory)
 
     def test_lines_that_were_cut(self):
-        for name in ("records.jsonl", "TestDisaggregationDSV4Recorded.gsm8k.jsonl"):
+        for name in (events.FILE, "TestDisaggregationDSV4Recorded.gsm8k.jsonl"):
             with open(self.evidence / name, "a") as file:
                 file.write('{"kind": "tab')
         (self.directory / "environment.json").write_text("{")
@@ -254,9 +271,9 @@ class TestBroken(unittest.TestCase):
             with open(self.evidence / name, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
-        phase = {"kind": "phase", "name": "x", "at": 1.0, "state": "begins"}
-        append("records.jsonl", {"kind": "phase"}, phase | {"at": "soon"}, phase | {"state": "passed"})
-        append("records.jsonl", {"kind": "table", "rows": 3}, {"kind": "of the future"})
+        phase = {"kind": "phase", "name": "x", "ts": 1.0, "state": "begins"}
+        append(events.FILE, {"kind": "phase"}, phase | {"ts": "soon"}, phase | {"state": "passed"})
+        append(events.FILE, {"kind": "table", "ts": 1.0, "rows": 3}, {"kind": "of the future", "ts": 1.0})
         example = {"example": 1, "score": 1.0, "seconds": 1.0, "prompt": "p", "answer": "a"}
         append("x.jsonl", example | {"seconds": float("nan")}, example | {"seconds": "1"})
         report = read_directory(self.directory)
@@ -273,6 +290,16 @@ class TestBroken(unittest.TestCase):
         report = read_directory(self.directory)
         self.assertEqual((report.files[0].score, report.files[0].phases), (None, ()))
         self.assertEqual(Balanced(page(report)).wrong, [])
+
+    def test_a_score_without_gate_target_and_engine(self):
+        path = self.evidence / events.FILE
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["kind"] != "score"]
+        lines.append(json.dumps({"kind": "score", "ts": 1.0, "eval": "mmlu", "score": 0.5, "examples": 64}))
+        path.write_text("\n".join(lines) + "\n")
+        report = read_directory(self.directory)
+        for text in (page(report), markdown(report), junit(report), *terminal(report)[:1]):
+            self.assertIn("no gate", text)
+            self.assertNotIn("None", text.replace("None of", ""))
 
     def test_gpu_plan(self):
         server = gpu_plan.Server("decode", tp=4, attention_dp=4, base_gpu_id=4, ports={"http": 21200})
@@ -309,6 +336,10 @@ class TestModel(unittest.TestCase):
     def test_the_gate_is_strict(self):
         self.assertFalse(Score("r", "e", 190, 200, 0.95).passed)
         self.assertTrue(Score("r", "e", 191, 200, 0.95).passed)
+
+    def test_a_score_that_no_gate_was_asked_about(self):
+        score = Score(None, None, 10, 200, None)
+        self.assertEqual((score.passed, score.gate, score.where), (True, "no gate", "target unknown"))
 
     def test_a_phase_that_passed_is_not_bad(self):
         self.assertEqual(

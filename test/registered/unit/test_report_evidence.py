@@ -12,11 +12,12 @@ from unittest import mock
 
 from pdkit.ci_register import register_cpu_ci
 from pdkit.console import Console
+from pdkit.core import events
+from pdkit.core.events import FILE
+from pdkit.core.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
 from pdkit.report import evidence
 from pdkit.report.evidence import GPU_PLAN_FILE
 from pdkit.report.live import Live
-from pdkit.report.record import FILE
-from pdkit.report.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
 from pdkit.report.surroundings import command_line
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
@@ -28,17 +29,18 @@ TEST_FILE = """
 import os, subprocess, sys, unittest
 from pathlib import Path
 from pdkit.ci_register import register_cpu_ci
-from pdkit.report.record import record_table
+from pdkit.core import events
 
 register_cpu_ci(est_time=1, suite="s")
 
 
 class TestX(unittest.TestCase):
     def test_x(self):
-        print("[phase] launch prefill begins", flush=True)
+        events.emit("phase", name="launch prefill", state="begins")
+        events.emit("note", key=os.environ["MY_API_KEY"])
         Path(os.environ["SGLANG_PD_LOG_DIR"], "TestX.prefill.log").write_text("api_key='%s'" % os.environ["MY_API_KEY"])
         Path(os.environ["SGLANG_TEST_METRICS_OUTPUT"] + ".1.jsonl").write_text("{}")
-        record_table("recovery", ["event", "eval"], [["SIGKILL", 1]])
+        events.table("recovery", ["event", "eval"], [["SIGKILL", 1]])
         print("the key is", os.environ["MY_API_KEY"], os.environ["PROXY"], flush=True)
         subprocess.Popen(["sh", "-c", "sleep 60; : $0", os.environ["MY_API_KEY"]], start_new_session=True)
         if os.environ.get("HANG"):
@@ -47,7 +49,7 @@ class TestX(unittest.TestCase):
             child.stdout.readline()
             print("ready", flush=True)
             child.wait()
-        print("[phase] launch prefill failed: 0.1 s", flush=True)
+        events.emit("phase", name="launch prefill", state="failed", seconds=0.1)
         self.fail("on purpose")
 
 
@@ -80,7 +82,7 @@ class TestRun(unittest.TestCase):
     def test_all_is_kept(self):
         self.assertEqual(self.suite.returncode, 1, self.suite.stdout)
         names = {str(path.relative_to(self.report)) for path in self.report.rglob("*") if path.is_file()}
-        left = {f"001-test_x.1/{name}" for name in ("TestX.prefill.log", "metrics.1.jsonl", "records.jsonl")}
+        left = {f"001-test_x.1/{name}" for name in ("TestX.prefill.log", "metrics.1.jsonl", "events.jsonl")}
         self.assertLessEqual({"environment.json", "results.json", "001-test_x.1.log"} | left, names)
 
     def test_environment(self):
@@ -104,11 +106,13 @@ class TestRun(unittest.TestCase):
         for path in filter(Path.is_file, (self.directory / "hung").rglob("*")):
             self.assertNotIn(SECRET, path.read_text(), path)
 
-    def test_phases_are_recorded(self):
-        records = [json.loads(line) for line in (self.report / "001-test_x.1" / FILE).read_text().splitlines()]
-        phases = [(r["name"], r["state"]) for r in records if r["kind"] == "phase"]
+    def test_what_happened_is_kept(self):
+        happened = events.read(self.report / "001-test_x.1")
+        phases = [(event["name"], event["state"]) for event in happened.of("phase")]
         self.assertEqual(phases, [("launch prefill", "begins"), ("launch prefill", "failed")])
-        self.assertEqual([r["title"] for r in records if r["kind"] == "table"], ["recovery"])
+        self.assertEqual([event["title"] for event in happened.of("table")], ["recovery"])
+        self.assertEqual([event["message"] for event in happened.of("test")], ["on purpose"])
+        self.assertEqual(happened[0]["kind"], "started")
 
 
 class TestAgain(unittest.TestCase):
@@ -122,8 +126,9 @@ class TestAgain(unittest.TestCase):
             for path in old + theirs:
                 path.write_text("{}")
             evidence.begin(Path(name), ())
-            evidence.environment(log)
-            self.assertEqual([path for path in old if path.exists()], [])
+            evidence.start(log)
+            self.assertEqual([path for path in old[1:] if path.exists()], [])
+            self.assertEqual([event["kind"] for event in events.read(old[0])], ["started"])
             self.assertEqual([path for path in theirs if not path.exists()], [])
 
 
@@ -193,57 +198,58 @@ class Terminal(io.BytesIO):
 
 class TestLive(unittest.TestCase):
     def setUp(self):
-        self.now = 0.0
+        self.now = 1000.0
+        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def live(self, stream):
         self.stream = stream
-        return Live(Console(stream), clock=lambda: self.now)
+        return Live(Console(stream), self.directory, clock=lambda: self.now)
+
+    def emit(self, kind, **fields):
+        with mock.patch("time.time", lambda: self.now):
+            events.append(self.directory, kind, **fields)
 
     def said(self):
         return [line for line in self.stream.getvalue().decode().splitlines() if line.startswith("[progress]")]
 
     def test_a_line_now_and_then(self):
         live = self.live(io.BytesIO())
-        live.write(b"[phase] launch prefill begins\n")
-        for self.now in range(1, 36):
+        self.emit("phase", name="launch prefill", state="begins")
+        for self.now in range(1001, 1036):
             live.tick()
         self.assertEqual(self.said(), ["[progress] launch prefill 15 s", "[progress] launch prefill 30 s"])
 
     def test_the_test_itself_says_how_far_it_is(self):
         live = self.live(io.BytesIO())
-        live.write(b"[phase] gsm8k begins\n")
-        for self.now in range(1, 30):
-            if self.now == 14:
-                live.write(b"[progress] 120/200, score so far 0.983\n")
+        self.emit("phase", name="gsm8k", state="begins")
+        for self.now in range(1001, 1030):
+            if self.now == 1014:
+                self.emit("progress", done=120, total=200, score=0.983)
             live.tick()
-        self.assertEqual(self.said()[1:], ["[progress] gsm8k 29 s, 120/200, score so far 0.983"])
+        self.assertEqual(self.said(), ["[progress] gsm8k 29 s, 120/200, score so far 0.983"])
 
     def test_nothing_between_phases(self):
         live = self.live(io.BytesIO())
-        live.write(b"[phase] a begins\n.[phase] a: 1.0 s\n")
-        for self.now in range(60):
+        self.emit("phase", name="a", state="begins")
+        self.emit("phase", name="a", state="passed", seconds=1.0)
+        for self.now in range(1000, 1060):
             live.tick()
         self.assertEqual(self.said(), [])
 
+    def test_what_is_printed_is_no_phase(self):
+        live = self.live(io.BytesIO())
+        live._console.write(b"[phase] gsm8k begins\n")
+        live.tick()
+        self.assertEqual(live.status(), "")
+
     def test_terminal_refreshes_one_line_below_the_output(self):
         live = self.live(Terminal())
-        live.write(b"[phase] launch prefill begins\n")
-        self.now = 2
+        self.emit("phase", name="launch prefill", state="begins")
+        self.now += 2
         live.tick()
-        live.write(b"[prefill] loading\n")
+        live._console.write(b"[prefill] loading\n")
         written = self.stream.getvalue()
         self.assertTrue(written.endswith(b"launch prefill 2 s\r\x1b[K[prefill] loading\nlaunch prefill 2 s"), written)
-
-    def test_a_line_that_comes_in_pieces(self):
-        live = self.live(io.BytesIO())
-        for byte in b"[phase] gsm8k begins\n":
-            live.write(bytes([byte]))
-        self.assertEqual(live.status(), "gsm8k 0 s")
-
-    def test_what_a_server_prints_is_no_phase(self):
-        live = self.live(io.BytesIO())
-        live.write(b"[prefill] [phase] gsm8k begins\n")
-        self.assertEqual(live.status(), "")
 
     def test_only_a_terminal_hears_more_often(self):
         from pdkit.report.live import environment

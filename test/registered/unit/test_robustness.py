@@ -23,7 +23,9 @@ BASE = "--base-url {good}"
 HISTORY_LINE = '{"version": 1}'
 NAN = """
     def test_it(self):
-        print("rung=embedded engine=pdkit.engine gsm8k=nan examples=200 gate=>0.95")
+        from pdkit.core import events
+
+        events.score("gsm8k", float("nan"), 200, gate=0.95, target="embedded", engine="pdkit.engine")
         self.assertGreater(float("nan"), 0.95)
 """
 COMMANDS = {

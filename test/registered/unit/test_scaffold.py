@@ -70,7 +70,7 @@ class TestWhatItWrites(ScaffoldCase):
     def test_another_model(self):
         path, found = self.write("Qwen3", "--model", "Qwen/Qwen3-30B-A3B", "--gpus", "4+4", "--suite", H200)
         self.assertEqual(path.name, "test_disaggregation_qwen3.py")
-        self.assertIn("class TestDisaggregationQwen3(dsv4.TestDisaggregationDSV4):", path.read_text())
+        self.assertIn("class TestDisaggregationQwen3(GSM8KChecks, EightGpuServers):", path.read_text())
         self.assertEqual(self.gpus(found), {"prefill": (0, 1, 2, 3), "decode": (4, 5, 6, 7)})
         self.assertEqual((found.gpu_count, found.gpu_memory_gb), (8, 141))
         self.assertEqual({m for process in found.processes for m in process.models}, {"Qwen/Qwen3-30B-A3B"})
@@ -158,7 +158,7 @@ class TestBadInput(ScaffoldCase):
     def test_what_lint_and_sglang_refuse(self):
         flags = ["--flags", "--tpp 5 --mem-fraction-static x"]
         threshold, unknown, value = self.refused(*self.QWEN, "--gpus", "4+4", "--min-score", "0.99", *flags)
-        self.assertIn("test_disaggregation_qwen3.py:13: noisy-threshold: score > 0.99", threshold)
+        self.assertIn("test_disaggregation_qwen3.py:14: noisy-threshold: score > 0.99", threshold)
         self.assertIn("--tpp: no such flag", unknown)
         self.assertIn("--mem-fraction-static: invalid float value: 'x'", value)
 

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pdkit
-from pdkit.ci_register import register_cpu_ci
-from pdkit.gate import AccuracyGate, GateOptions, ScoredSlice, Verdict
-from pdkit.sequential_eval import (
+from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, ScoredSlice, Verdict
+from pdkit.checks.accuracy.gsm8k import (
     DatasetError,
     ScoreError,
     few_shot_prompts,
@@ -19,6 +18,7 @@ from pdkit.sequential_eval import (
     read_dataset,
     recover_correct,
 )
+from pdkit.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 

@@ -23,10 +23,12 @@ _SPEC.loader.exec_module(SOAK)
 RUN = """
 import sys
 from pathlib import Path
+from pdkit.core import events
 directory = Path(sys.argv[sys.argv.index("--report-dir") + 1])
 with open(directory.parent / "started", "a") as file:
     file.write(directory.name + " ")
-print("rung=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95")
+(directory / "001-test.1").mkdir(exist_ok=True)
+events.append(directory / "001-test.1", "score", eval="gsm8k", score=0.985, examples=200, gate=0.95)
 sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
 """
 

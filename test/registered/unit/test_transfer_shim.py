@@ -12,10 +12,10 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from pdkit import acceptance, gate_kit
+from pdkit.checks import acceptance
+from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.ci_register import register_cpu_ci
 from pdkit.faults.switch import Switch, UnknownFault
-from pdkit.parity_plan import Round, generate_probe
 from pdkit.transfer_shim import backends, kit
 from pdkit.transfer_shim.blocks import Block, Memory, Regions, from_before, half, lost, pieces_of, swapped
 from pdkit.transfer_shim.library import LIBRARY
@@ -288,14 +288,15 @@ class TestKit(unittest.TestCase):
         }
         plan = types.SimpleNamespace(**plan)
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
-        self.enterContext(mock.patch.object(kit, "quiet_eval", score))
-        self.enterContext(mock.patch.object(kit.acceptance, "measure", self.accepted))
-        self.enterContext(mock.patch.object(gate_kit, "few_shot_prompts", lambda _, count: ["1"] * count))
-        self.records = self.enterContext(mock.patch.object(kit, "record_table"))
+        self.enterContext(mock.patch.object(kit, "gsm8k_metrics", score))
+        self.enterContext(mock.patch.object(acceptance, "measure", self.accepted))
+        self.enterContext(mock.patch.object(acceptance, "few_shot_prompts", lambda _, count: ["1"] * count))
+        self.records = self.enterContext(mock.patch.object(kit.events, "table"))
 
-        class Case(kit.TransferFaultsMixin, unittest.TestCase):
+        class Case(kit.TransferFaultChecks, unittest.TestCase):
             lb_url = prefill_url = decode_url = self.pair.url
             monolithic_url = self.alone.url
+            configure = server_env = None
             transfer_switch, backend, model, min_score, gsm8k_data_path, returning = switch, "stub", "m", 0.95, None, 0
 
             @classmethod

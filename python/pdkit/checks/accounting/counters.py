@@ -1,0 +1,180 @@
+"""What the servers count: requests, hand-overs, tokens; and whether that is what the clients asked for.
+
+It shows what no client can see: a request that was served twice, a hand-over that failed.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pdkit.checks.accounting.ledger import ClientAccount
+from pdkit.checks.server_info import read_server_info
+
+
+@dataclass(frozen=True)
+class ServerCounters:
+    """What the servers of one role did since they started, and how much they hold now (`rooms`, `running`)."""
+
+    requests: int = 0
+    sent: int = 0
+    received: int = 0
+    failed: int = 0
+    bytes: int = 0
+    prefill_tokens: int = 0
+    rooms: int = 0
+    running: int = 0
+
+    HELD_NOW = ("rooms", "running")
+
+    def __add__(self, other):
+        return ServerCounters(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def since(self, earlier: "ServerCounters") -> "ServerCounters":
+        """The difference; what is held now stays as it is."""
+        return ServerCounters(
+            **{
+                each.name: getattr(self, each.name) - (0 if each.name in self.HELD_NOW else getattr(earlier, each.name))
+                for each in fields(self)
+            }
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        return self.rooms == self.running == 0
+
+
+def counters_of(info: Mapping[str, Any]) -> ServerCounters | None:
+    """The counters in what a server answers to `/server_info`; None where the engine does not offer them."""
+    if not {"engine", "transfer", "rooms"} <= info.keys():
+        return None
+    return ServerCounters(
+        requests=info["engine"]["requests"],
+        prefill_tokens=info["engine"]["prefill_tokens"],
+        rooms=info["rooms"],
+        running=sum(state.get("running_requests", 0) for state in info.get("internal_states", ())),
+        **{name: info["transfer"][name] for name in ("sent", "received", "failed", "bytes")},
+    )
+
+
+def read_counters(urls: Sequence[str], timeout: float = 10) -> ServerCounters | None:
+    """Sum over the servers at `urls`; None where one does not offer counters. Raises ServerInfoError."""
+    total = ServerCounters()
+    for url in urls:
+        counters = counters_of(read_server_info(url, timeout))
+        if counters is None:
+            return None
+        total += counters
+    return total
+
+
+@dataclass(frozen=True)
+class PairCounters:
+    """The counters of all prefill and of all decode servers behind one load balancer."""
+
+    prefill: ServerCounters
+    decode: ServerCounters
+
+    def since(self, earlier: "PairCounters") -> "PairCounters":
+        return PairCounters(self.prefill.since(earlier.prefill), self.decode.since(earlier.decode))
+
+    @property
+    def is_idle(self) -> bool:
+        return self.prefill.is_idle and self.decode.is_idle
+
+
+def read_pair(prefill_urls, decode_urls, settle: float = 0.0) -> PairCounters | None:
+    """The counters once nothing runs any more, after `settle` seconds at the latest; None where not offered.
+
+    A request that was sent twice, or that its client left, may run on after the last answer.
+    """
+    deadline = time.monotonic() + settle
+    while True:
+        prefill, decode = read_counters(prefill_urls), read_counters(decode_urls)
+        if prefill is None or decode is None:
+            return None
+        pair = PairCounters(prefill, decode)
+        if pair.is_idle or time.monotonic() >= deadline:
+            return pair
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class HandoverAccount:
+    """What the servers did against what was asked of them: each sequence prefilled, handed over and decoded once.
+
+    did       None where the engine does not count
+    answered  sequences that the client has answers for; sent: all that it asked for, failed attempts included
+    """
+
+    did: PairCounters | None
+    answered: int
+    sent: int
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        if self.did is None:
+            return ()
+        prefill, decode = self.did.prefill, self.did.decode
+        asked = f"{self.answered}" if self.answered == self.sent else f"{self.answered} to {self.sent}"
+        found = [
+            f"{what} {count}, the client asked for {asked} sequences"
+            for what, count in (
+                ("prefill started", prefill.requests),
+                ("decode started", decode.requests),
+                ("hand-overs sent by prefill", prefill.sent),
+                ("hand-overs received by decode", decode.received),
+            )
+            if not self.answered <= count <= self.sent
+        ]
+        failed = max(prefill.failed, decode.failed)
+        if failed > self.sent - self.answered:
+            found.append(
+                f"{failed} hand-overs failed (prefill saw {prefill.failed}, decode {decode.failed}), "
+                f"but only {self.sent - self.answered} sequences of the client did"
+            )
+        if decode.prefill_tokens:
+            found.append(f"decode prefilled {decode.prefill_tokens} tokens itself")
+        if not self.did.is_idle:
+            found.append(
+                f"still held when all was answered: {prefill.rooms} rooms and {prefill.running} requests on prefill, "
+                f"{decode.running} requests on decode"
+            )
+        return tuple(found)
+
+    def report(self) -> str:
+        if self.did is None:
+            return "servers: not checked, this engine's /server_info has no counters of requests and hand-overs"
+        prefill, decode = self.did.prefill, self.did.decode
+        verdict = "FAIL" if self.problems else "PASS"
+        lines = [
+            f"servers: {verdict}, prefill started {prefill.requests} and sent {prefill.sent}"
+            f", decode received {decode.received} and started {decode.requests}"
+            f", hand-overs failed: {prefill.failed} on prefill, {decode.failed} on decode"
+        ]
+        return "\n".join(lines + [f"  {problem}" for problem in self.problems])
+
+
+@dataclass(frozen=True)
+class RequestAccount:
+    """Client and servers together; what a test did by itself, passed or not, is told apart from it."""
+
+    client: ClientAccount
+    handover: HandoverAccount
+    own_result: str = "passed"
+
+    @property
+    def passed(self) -> bool:
+        return not self.client.problems and not self.handover.problems
+
+    def report(self) -> str:
+        own = f"the test by itself: {self.own_result}"
+        if self.client.lost:
+            own += f" (of what it scored, {self.client.lost} requests had no answer)"
+        verdict = f"request accounting: {'PASS' if self.passed else 'FAIL'}"
+        return "\n".join((verdict, self.client.report(), self.handover.report(), own))
+
+    def assert_passed(self) -> None:
+        """Raises AssertionError, whose message is the report."""
+        if not self.passed:
+            raise AssertionError(self.report())

@@ -1,0 +1,54 @@
+"""Accuracy on GSM8K: one look, or a gate with stated error rates."""
+
+from pdkit.checks.accuracy.gate import GateOptions
+from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
+from pdkit.checks.base import Checks
+from pdkit.core import events
+from pdkit.deployment.evals import run_eval
+
+FIRST_LOOK = "accuracy gate"  # name of the check
+
+
+class GSM8KChecks(Checks):
+    """`test_gsm8k` as test_disaggregation_dsv4.py asks it: examples once, of which more than `min_score` must be right."""
+
+    needs = ("lb_url", "model", "gsm8k_data_path")
+
+    min_score = 0.95
+    gsm8k_examples = 200
+
+    def test_gsm8k(self):
+        args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, num_examples=self.gsm8k_examples)
+        score = run_eval(args, gate=self.min_score)["score"]
+        with events.phase("gate"):
+            self.assertGreater(score, self.min_score)
+
+
+class AccuracyGateChecks(Checks):
+    """`test_gsm8k` with stated error rates.
+
+    gsm8k_gate_policy   "first-look" (200 examples once), "sequential", or "auto", see `pdkit.checks.accuracy.gate.Policy`
+    min_score           share of right answers that an engine must have
+    monolithic_url      where the class has one that is up, it is asked the same examples, and the two are compared
+    """
+
+    needs = ("lb_url", "model", "gsm8k_data_path")
+
+    gsm8k_gate_policy = "auto"
+    min_score = 0.95
+
+    def gsm8k_args(self, base_url):
+        """What `run_eval` gets, but for which examples."""
+        return gsm8k_args(base_url, self.model, self.gsm8k_data_path, num_shots=5)
+
+    def test_gsm8k(self):
+        options = GateOptions(policy=self.gsm8k_gate_policy, threshold=self.min_score)
+        gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options)
+        print(gate.report(), flush=True)
+        if gate.first_look_passed is not None:
+            events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
+        gate.assert_passed()
+        if monolithic_url := getattr(self, "monolithic_url", None):
+            paired = paired_gate(gate, self.gsm8k_args(monolithic_url))
+            print(paired.report(), flush=True)
+            paired.assert_passed()

@@ -1,0 +1,1 @@
+"""Parity: a pair must answer as one monolithic server of the same model does."""

@@ -1,0 +1,211 @@
+"""Parity with a monolithic server as tests.
+
+    class TestDisaggregationDSV4Parity(ParityChecks, MonolithicFirst, PDServers):
+        pass
+
+The monolithic server of the same model is launched by one of the bases: see `pdkit.deployment.monolithic`.
+"""
+
+import json
+
+from pdkit.checks.accuracy.gsm8k import default_dataset_path, read_dataset
+from pdkit.checks.base import Checks
+from pdkit.checks.http import flush_caches
+from pdkit.checks.parity.plan import (
+    Geometry,
+    Plan,
+    PlanOptions,
+    Prompts,
+    Round,
+    Variation,
+    completion_probe,
+    completion_variations,
+    generate_probe,
+    generate_variations,
+    make_plan,
+)
+from pdkit.checks.parity.references import References, collect
+from pdkit.checks.parity.verdict import Parity
+from pdkit.checks.server_info import read_server_info
+
+PARAMETER_TOKENS = 24
+PARAMETER_PROMPT = 64
+
+
+class ParityArms(Checks):
+    """What is sent, what a monolithic server answers, and whether the pair does; by itself it has no test.
+
+    monolithic_url   a monolithic server that stays up; None if its answers were taken before it stopped
+    bitwise          the engine's answers depend on the request alone, to the bit; otherwise a control arm is taken
+    references       those answers; classes may share them
+    parity_options   how much is sent
+    request_timeout  seconds for one request
+    tokenizer_path   config and tokenizer of the model; None where `model` names them
+    """
+
+    needs = ("lb_url", "prefill_url", "decode_url", "model", "monolithic_url", "gsm8k_data_path")
+
+    bitwise = False
+    references = None
+    parity_options = PlanOptions()
+    request_timeout = 300.0
+    tokenizer_path = None
+    _plan = _parameter_rounds = _parameter_ids = None
+
+    @classmethod
+    def _references(cls):
+        if cls.references is None:
+            cls.references = References(cls.bitwise, cls.request_timeout)
+        return cls.references
+
+    @classmethod
+    def references_of(cls, round_):
+        return cls._references().take(cls.monolithic_url, round_)
+
+    @classmethod
+    def take_references(cls):
+        """Ask the monolithic server everything that the checks will ask."""
+        plan, references = cls.parity_plan(), cls._references()
+        for round_ in plan.rounds:
+            references.take(cls.monolithic_url, round_)
+        variations, round_ = cls.parameter_round()
+        references.take(cls.monolithic_url, round_)
+        references.take(cls.monolithic_url, _without(variations))
+        if cls.bitwise:
+            control = references.measure_rounding(cls.monolithic_url, plan.alone[0], cls.parity_options.in_flight)
+            print(
+                f"control, monolithic together against alone: {control.report()}; logprobs of requests served "
+                f"together must agree within {references.rounding:g}",
+                flush=True,
+            )
+
+    @classmethod
+    def parity_plan(cls) -> Plan:
+        if cls._plan is None:
+            info = read_server_info(cls.monolithic_url or cls.prefill_url)
+            geometry = Geometry.of(cls._config(), info)
+            cls._plan = make_plan(geometry, cls._prompts(geometry), cls.parity_options)
+        return cls._plan
+
+    @classmethod
+    def parameter_round(cls) -> tuple[tuple[Variation, ...], Round]:
+        """Variations of request parameters, and the round that sends them."""
+        if cls._parameter_rounds is None:
+            cls.parity_plan()
+            ids, text = cls._parameter_ids, cls._natural_text()[:200]
+            size, seeded = PARAMETER_TOKENS, cls.bitwise
+            probes = generate_probe("greedy", ids, size), completion_probe("completion", text, size)
+            greedy, completion = (cls._references().answer(cls.monolithic_url, probe) for probe in probes)
+            variations = (
+                *generate_variations(ids, size, greedy, seeded),
+                *completion_variations(text, size, completion, seeded),
+            )
+            round_ = Round("request parameters", tuple(each.probe for each in variations), len(variations))
+            cls._parameter_rounds = variations, round_
+        return cls._parameter_rounds
+
+    @classmethod
+    def _config(cls):
+        from transformers.utils import cached_file
+
+        with open(cached_file(cls.tokenizer_path or cls.model, "config.json"), encoding="utf-8") as file:
+            return json.load(file)
+
+    @classmethod
+    def _prompts(cls, geometry):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(cls.tokenizer_path or cls.model)
+        vocabulary = sorted(set(range(min(geometry.vocab_size, len(tokenizer)))) - set(tokenizer.all_special_ids))
+        prompts = Prompts(vocabulary, tokenizer(cls._natural_text())["input_ids"])
+        cls._parameter_ids = prompts.random_ids(PARAMETER_PROMPT)
+        return prompts
+
+    @classmethod
+    def _natural_text(cls):
+        rows = read_dataset(cls.gsm8k_data_path or default_dataset_path()).rows
+        return "\n\n".join(f"{row['question']}\n{row['answer']}" for row in map(json.loads, rows[:400]))
+
+    def check_parity(self, rounds):
+        """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""
+        parities = []
+        for round_ in rounds:
+            reference, control = self.references_of(round_)
+            if round_.flush:
+                flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
+            candidate = collect(self.lb_url, round_, self.request_timeout)
+            together = round_.in_flight > 1 or round_.batch
+            rounding = self._references().rounding if together else 0.0
+            names = tuple(probe.name for probe in round_.probes)
+            parities.append(Parity(round_.condition, names, reference, candidate, control, rounding))
+            if self.bitwise:
+                self._assert_parity(parities[-1])
+            if self.caches_prefixes():
+                self.check_cached(round_, candidate)
+        if not self.bitwise:
+            self._assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
+
+    @staticmethod
+    def _assert_parity(parity):
+        print(parity.report(), flush=True)
+        parity.assert_passed()
+
+    def check_cached(self, round_, arm):
+        """Asserts that prompts came from prefill's cache where `round_` says so, and none where it wants none."""
+        for probe, answer in zip(round_.probes, arm):
+            share = (
+                f"{round_.condition}: {answer.cached_tokens} of {probe.prompt_length} tokens of {probe.name} came from"
+            )
+            if probe.name in round_.cached:
+                self.assertGreater(answer.cached_tokens, 0, f"{share} prefill's cache")
+            if round_.cold:
+                self.assertEqual(answer.cached_tokens, 0, f"{share} a cache that is empty")
+
+    @classmethod
+    def caches_prefixes(cls):
+        """Whether a prefix is found again; not among data-parallel ranks with a cache each: the next may be asked."""
+        info = read_server_info(cls.prefill_url)
+        return not info.get("disable_radix_cache", True) and info.get("dp_size", 1) == 1
+
+
+class AnswerParityChecks(ParityArms):
+    """The pair answers as a monolithic server of the same model does: all that may be asked of servers in use."""
+
+    def test_parity_alone(self):
+        self.check_parity(self.parity_plan().alone)
+
+    def test_parity_concurrent(self):
+        self.check_parity(self.parity_plan().concurrent)
+
+    def test_parity_shared_prefix(self):
+        self.check_parity(self.parity_plan().shared_prefix)
+
+    def test_parity_rooms(self):
+        self.check_parity(self.parity_plan().rooms)
+
+    def test_parity_request_parameters(self):
+        variations, round_ = self.parameter_round()
+        arms = (self.references_of(each)[0] for each in (round_, _without(variations)))
+        for variation, answer, plain in zip(variations, *arms):
+            self.assertNotEqual(answer, plain, f"{variation.probe.name} changes nothing here: choose another prompt")
+        self.check_parity((round_,))
+
+
+class ParityChecks(AnswerParityChecks):
+    """The same, and what takes caches that are ours to empty, and thousands of tokens a prompt."""
+
+    def test_parity_prefix_cached(self):
+        rounds = self.parity_plan().cached
+        if not rounds:
+            self.skipTest("the model's prompts are shorter than a page of the prefix cache")
+        self.check_parity(rounds)
+
+    def test_parity_where_the_indexer_chooses(self):
+        rounds = self.parity_plan().indexed
+        if not rounds:
+            self.skipTest("the model has no indexer, or its prompts are too short for it to choose")
+        self.check_parity(rounds)
+
+
+def _without(variations):
+    return Round("without the parameters", tuple(each.without for each in variations), len(variations))

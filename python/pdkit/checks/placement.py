@@ -1,0 +1,35 @@
+"""On which GPUs prefill and decode are, by the driver, against the plan."""
+
+import os
+
+import psutil
+
+from pdkit import process_tree
+from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.base import Checks
+from pdkit.environment_check import nvml
+
+
+def used_gpus(pid, gpus):
+    """Indices of `gpus` that the process `pid` or a descendant of it uses."""
+    tree = {pid, *(child.pid for child in process_tree.descendants(psutil.Process(pid)))}
+    return [index for index, gpu in enumerate(gpus) if tree & {process.pid for process in gpu.processes}]
+
+
+class PlacementChecks(Checks):
+    """The servers use the GPUs that they are planned on, and no others."""
+
+    needs = ("process_prefill", "process_decode", "prefill_gpus", "decode_gpus")
+
+    @unaccounted
+    def test_servers_are_on_the_gpus_of_the_plan(self):
+        observed = nvml.observe(os.environ)
+        gpus = observed.get("gpus", ())
+        planned = {"prefill": list(self.prefill_gpus), "decode": list(self.decode_gpus)}
+        processes = {"prefill": self.process_prefill, "decode": self.process_decode}
+        found = {name: used_gpus(process.pid, gpus) for name, process in processes.items()}
+        print(f"GPUs in use, as the driver reports them: {found}", flush=True)
+        if not any(found.values()):
+            problem = observed.get("gpu_problem") or "in a container it may know them by other numbers"
+            self.skipTest(f"the driver names no process of ours: {problem}")
+        self.assertEqual(found, planned)

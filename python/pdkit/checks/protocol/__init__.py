@@ -1,0 +1,1 @@
+"""What clients of prefill and decode meet, through SGLang's mini load balancer and its router; one topic a file."""

@@ -1,0 +1,75 @@
+"""Requests that must be refused: too long, malformed, empty; and what a refusal looks like."""
+
+import requests
+
+from pdkit.checks.protocol.reference import LoadBalancerChecks, through_each_load_balancer
+
+MALFORMED = (b"", b"{", b"[]", b"5", b"null", b'"text"', b'{"prompt": "1"', b"\xff")
+WRONG_COMPLETIONS = (
+    {}, {"prompt": 5}, {"prompt": {"a": 1}}, {"prompt": "1", "max_tokens": 0}, {"prompt": "1", "max_tokens": -1},
+    {"prompt": "1", "max_tokens": "many"}, {"prompt": "1", "temperature": "hot"}, {"prompt": "1", "temperature": -1},
+    {"prompt": "1", "top_p": 2}, {"prompt": "1", "stop": 5},
+)  # fmt: skip
+SAY = [{"role": "user", "content": "1"}]
+WRONG_CHATS = (
+    {}, {"messages": []}, {"messages": "hello"}, {"messages": [{}]}, {"messages": [{"role": "user", "content": 5}]},
+    {"messages": SAY, "temperature": -1}, {"messages": SAY, "max_tokens": "many"},
+)  # fmt: skip
+WRONG_GENERATES = (
+    {}, {"text": {"a": 1}}, {"text": "1", "sampling_params": "x"}, {"text": "1", "sampling_params": {"temperature": -1}},
+    {"text": "1", "sampling_params": {"max_new_tokens": -1}}, {"text": "1", "sampling_params": {"top_p": 0}},
+)  # fmt: skip
+
+
+class RefusalChecks(LoadBalancerChecks):
+    """A bad request gets a 4xx that says why, and harms nobody."""
+
+    def assertRefused(self, response, pattern="."):
+        """A 4xx with a short message, and nothing that looks like an answer."""
+        self.assertIn(response.status_code, range(400, 500), response.text)
+        self.assertTrue(response.text, "the refusal says nothing")
+        self.assertRegex(response.text, pattern)
+        for word in ("Traceback", '"choices"', '"output_ids"'):
+            self.assertNotIn(word, response.text)
+
+    @through_each_load_balancer
+    def test_too_long(self, client):
+        """sglang/srt/managers/tokenizer_manager.py, `_validate_one_request`."""
+        card = requests.get(f"{self.prefill_url}/v1/models", timeout=self.request_timeout).json()["data"][0]
+        limit = card["max_model_len"]
+        prompt = self.prompts(1)[0]
+        long = {"input_ids": [11] * (limit + 1), "sampling_params": {"max_new_tokens": 1}}
+        much = {"model": self.model, "prompt": prompt, "max_tokens": limit, "temperature": 0}
+        self.assertRefused(client.post("/generate", long), "longer than.*context length")
+        self.assertRefused(client.post("/v1/completions", much), "context length")
+        chat = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": limit}
+        self.assertRefused(client.post("/v1/chat/completions", chat), "context length")
+        streamed = client.post("/v1/completions", much | {"stream": True})
+        if client.balancer.keeps_status:
+            self.assertIn(streamed.status_code, range(400, 500), streamed.text)
+        self.assertIn("context length", streamed.text)
+        self.assertNotIn('"choices"', streamed.text)
+        self.assertServes(client)
+
+    @through_each_load_balancer
+    def test_malformed_bodies(self, client):
+        for path, wrong in (
+            ("/v1/completions", WRONG_COMPLETIONS),
+            ("/v1/chat/completions", WRONG_CHATS),
+            ("/generate", WRONG_GENERATES),
+        ):
+            model = {} if path == "/generate" else {"model": self.model}
+            for body in (*MALFORMED, *(model | each for each in wrong)):
+                self.assertRefused(client.post(path, body))
+        self.assertServes(client)
+
+    @through_each_load_balancer
+    def test_empty_prompt(self, client):
+        """Completions refuse it (`_validate_request`). /generate does unless the tokenizer makes a token of nothing."""
+        for prompt in ("", [], [""]):
+            refusal = client.post("/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 4})
+            self.assertRefused(refusal, "empty")
+        native = client.post("/generate", {"text": "", "sampling_params": {"max_new_tokens": 2}})
+        if native.status_code != 200:
+            self.assertRefused(native, "empty")
+        self.assertServes(client)

@@ -1,0 +1,31 @@
+"""Keeps the hand-overs of the embedded engine waiting, or has them refused, while a file says so."""
+
+from pdkit.checks.base import Checks
+from pdkit.engine.test_backends import HOLD_FILE_VARIABLE, Valve
+
+HELD_TRANSFER = ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:HeldTransfer"]
+
+
+class HandoverValve(Checks):
+    """For the embedded engine: `valve` rules the servers whose transfer backend is `HELD_TRANSFER`."""
+
+    needs = ("configure", "server_env")
+
+    valve = None
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        cls.valve = Valve(cls.temporary_path("hand-overs-", "valve"))
+        cls.valve.turn(None)
+        cls.server_env = {**cls.server_env, HOLD_FILE_VARIABLE: str(cls.valve.path)}
+
+
+class HeldHandovers(HandoverValve):
+    """Hand-overs wait until the event strikes. Put it between RecoveryChecks and the servers."""
+
+    needs = ("prefill_args",)
+
+    @classmethod
+    def prefill_args(cls):
+        return super().prefill_args() + HELD_TRANSFER

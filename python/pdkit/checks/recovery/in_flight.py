@@ -1,0 +1,233 @@
+"""Requests in flight in each phase, through each router, and what became of them.
+
+What bounds a client of a part that is gone: its connection breaks, at once. Of a part that is frozen: the router's
+--request-timeout-secs (1800 unless set; it counts from the request to the end of the answer), and if the router itself
+is frozen, nothing but the client's own timeout. What bounds a server whose peer keeps quiet:
+SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT on prefill, SGLANG_DISAGGREGATION_WAITING_TIMEOUT on decode (300 each).
+"""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from pdkit.checks.base import Checks
+from pdkit.checks.http import post
+from pdkit.checks.recovery import table
+from pdkit.checks.recovery.clients import Ask, Client, Fate, judge_answer, token_ids
+from pdkit.checks.server_info import read_server_info
+from pdkit.core import events
+from pdkit.engine import test_backends
+
+BEFORE, DURING, STREAMING, IDLE = "before the hand-over", "during it", "streaming", "idle"
+POLL_S, RETURN_POLL_S = 0.02, 0.3
+REACH_S = 0.1
+BLINK_S = 0.5
+ATTEMPTS = 3
+
+
+class RequestsInFlight(Checks):
+    """What recovery checks share; by itself it has no test.
+
+    bitwise  an answer is the same to the bit whoever else is served; else streams are judged by how they end
+    valve    how requests are kept in a phase until the event strikes; None where the engine offers no way
+
+    Seconds are those of the fleet: see `router_timeout` and the others there.
+    """
+
+    needs = (
+        "prefill_url", "decode_url", "base_host", "bootstrap_port", "target", "engine", "log_dir", "configure",
+        "names", "routers", "process", "start_again",
+        "router_timeout", "slack", "settling", "returning", "bootstrap_timeout", "waiting_timeout",
+    )  # fmt: skip
+
+    bitwise = True
+    recovery_rows = right_asks = None
+    valve = None
+
+    @classmethod
+    def asks(cls):
+        """What is in flight in each phase."""
+        return {
+            BEFORE: Ask(token_ids(test_backends.HELD_BEFORE), 4),
+            DURING: Ask(token_ids(test_backends.HELD_DURING), 4),
+            STREAMING: Ask("one two three", 80, stream=True),
+            IDLE: Ask(token_ids(70), 8),
+        }
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        cls.recovery_rows = []
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        try:
+            cls.right_asks = {phase: cls.answered(ask) for phase, ask in cls.asks().items()}
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def answered(cls, ask):
+        """`ask` with its right answer: what all routers say while all is well."""
+        outcomes = [Client(url, ask, cls.returning).result() for url in cls.routers().values()]
+        assert all(outcome.fate is Fate.SERVED for outcome in outcomes), f"before any event: {outcomes}"
+        if ask.stream and not cls.bitwise:
+            return ask
+        assert len({outcome.text for outcome in outcomes}) == 1, f"the routers do not agree: {outcomes}"
+        return replace(ask, right=outcomes[0].text)
+
+    def setUp(self):
+        """What an earlier scenario left dead is started again: it is not this one's."""
+        super().setUp()
+        for name in self.names():
+            if self.process(name).poll() is not None:
+                self.start_again(name)
+        for url in self.routers().values():
+            self.until_served(url, time.monotonic())
+
+    @classmethod
+    def tearDownClass(cls):
+        rows, cls.recovery_rows = cls.recovery_rows, None
+        if rows:
+            bound = cls.router_timeout + cls.slack
+            about = {"target": cls.target, "engine": cls.engine, "bound_s": bound}
+            path = os.path.join(cls.log_dir, table.FILE_NAME)
+            table.save(rows, path, **about)
+            print(f"{table.markdown(rows)}\nbound of a client: {bound} s; {path}", flush=True)
+            for title, part in table.parts(rows):
+                events.table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
+        super().tearDownClass()
+
+    def send(self, phase, patience=None):
+        """A client at each router, by name."""
+        timeout = patience or self.router_timeout + self.slack
+        return {name: Client(url, self.right_asks[phase], timeout) for name, url in self.routers().items()}
+
+    def in_flight(self, patience=None):
+        """Clients of each phase, each of them in it: phase -> router -> Client."""
+        self.addCleanup(self.turn_valve, None)
+        for _ in range(ATTEMPTS):
+            self.wait_idle(self.servers())
+            self.turn_valve(test_backends.Valve.HOLD)
+            if self.valve is None:  # what only waits for prefill is soon served: it comes last
+                clients, staged = {STREAMING: self.streams(patience)}, True
+                clients |= {phase: self.send(phase, patience) for phase in (DURING, BEFORE)}
+                time.sleep(REACH_S)
+            else:
+                clients = {phase: self.send(phase, patience) for phase in (BEFORE, DURING)}
+                staged = self.wait_in_phase(clients)
+                clients[STREAMING] = self.streams(patience)
+            every = [client for by_router in clients.values() for client in by_router.values()]
+            if staged and all(client.outcome is None for client in every):
+                return clients
+            self.turn_valve(None)
+            outcomes = [client.result() for client in every]
+        self.fail(f"requests do not stay in flight until the event strikes: {outcomes}")
+
+    def streams(self, patience):
+        """Clients of STREAMING, each with the first piece of its answer."""
+        clients = self.send(STREAMING, patience)
+        for client in clients.values():
+            client.begun.wait(self.router_timeout)
+        return clients
+
+    def turn_valve(self, word):
+        if self.valve is not None:
+            self.valve.turn(word)
+
+    def wait_in_phase(self, clients):
+        """True once prefill holds a room for each, and those of DURING are half sent; False if that does not come."""
+        deadline = time.monotonic() + self.waiting_timeout
+        rooms, sending = sum(map(len, clients.values())), len(clients[DURING])
+        while time.monotonic() < deadline:
+            info = read_server_info(self.prefill_url, self.settling)
+            if (info["rooms"], info["sending"]) == (rooms, sending):
+                return True
+            time.sleep(POLL_S)
+        return False
+
+    def account(self, event, clients, struck, served, may_hang=False):
+        """Rows of clients by phase and router, once all have ended. Phases of `served` must get their answers.
+
+        struck: monotonic seconds of the event; None if the requests were sent after it.
+        """
+        rows = []
+        for phase, by_router in clients.items():
+            for router, client in by_router.items():
+                outcome = client.result()
+                seconds = (
+                    outcome.seconds if struck is None else max(0.0, (client.ended_at or time.monotonic()) - struck)
+                )
+                rows.append(table.Row.of(event, phase, router, [outcome], [seconds]))
+                about = f"{event}, {phase}, through {router}: {outcome}"
+                with self.subTest(event=event, phase=phase, router=router):
+                    self.assertIsNot(outcome.fate, Fate.WRONG, about)
+                    if phase in served:
+                        self.assertIs(outcome.fate, Fate.SERVED, about)
+                    elif outcome.fate is Fate.SERVED and struck is not None and seconds < BLINK_S:
+                        continue  # its last word was under way when the event struck
+                    elif not (may_hang and outcome.fate is Fate.HUNG):
+                        self.assertIs(outcome.fate, Fate.FAILED, about)
+                        self.assertTrue(outcome.is_clear, about)
+        return rows
+
+    def recoveries(self, begun):
+        """`until_served` of each router, by name."""
+        with ThreadPoolExecutor(len(self.routers())) as pool:
+            waits = {name: pool.submit(self.until_served, url, begun) for name, url in self.routers().items()}
+        return {name: wait.result() for name, wait in waits.items()}
+
+    def until_served(self, url, begun):
+        """Seconds from `begun` to the first right answer."""
+        deadline = time.monotonic() + self.returning
+        outcome = None
+        while time.monotonic() < deadline:
+            client = Client(url, self.right_asks[IDLE], self.router_timeout + self.slack)
+            outcome = client.result()
+            self.assertIsNot(outcome.fate, Fate.WRONG, f"on the way back: {outcome}")
+            if outcome.fate is Fate.SERVED:
+                return client.ended_at - begun
+            time.sleep(RETURN_POLL_S)
+        self.fail(f"{url} does not serve {self.returning} s after the return: {outcome}")
+
+    def pair_by_hand(self, ask, room=None):
+        """(fate, text, error) of what decode says to a request that goes to prefill and decode as a router sends it."""
+        ask = replace(ask, more=self.bootstrap(room or time.monotonic_ns()))
+        with ThreadPoolExecutor(2) as pool:
+            prefill, decode = (pool.submit(self.post, url, ask) for url in self.servers().values())
+            prefill.result()
+            answer = decode.result()
+        return judge_answer(answer.status_code, answer.content, ask.right)
+
+    def post(self, url, ask):
+        return post(url, "/generate", ask.generate_body(), self.waiting_timeout + self.slack)
+
+    def bootstrap(self, room):
+        host, port = self.base_host, int(self.bootstrap_port)
+        return {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": room}
+
+    def wait_idle(self, servers):
+        """Until none of `servers` (name -> url) holds a room or a request; only where an engine tells."""
+        deadline, held_now = time.monotonic() + self.settling, {}
+        while time.monotonic() < deadline:
+            held_now = {name: self.held_by(url) for name, url in servers.items()}
+            if not any(any(counts) for counts in held_now.values()):
+                return
+            time.sleep(POLL_S)
+        self.fail(f"{self.settling} s later, (rooms, requests) are still held: {held_now}")
+
+    def held_by(self, url):
+        info = read_server_info(url, self.settling)
+        if "rooms" not in info:
+            return ()
+        return info["rooms"], sum(state.get("running_requests", 0) for state in info.get("internal_states", ()))
+
+    @classmethod
+    def servers(cls):
+        return {"prefill": cls.prefill_url, "decode": cls.decode_url}
+
+    def add(self, rows, to_recovery):
+        self.recovery_rows.extend(replace(row, to_recovery=to_recovery[row.router]) for row in rows)

@@ -1,0 +1,173 @@
+"""Ends or freezes each part of a deployment and watches its clients, its other parts, and its return.
+
+    class TestDisaggregationDSV4Recovery(RecoveryChecks, Fleet, EmbeddedServers):
+        pass
+
+An event strikes while requests are in flight in each phase, through each router, or while nothing is. Every client
+must get an error or the right answer within a bound, requests that the survivors can serve must be served, and after
+the restart on the same port, or the thaw, service must resume with nobody else restarted.
+"""
+
+import time
+
+from pdkit.checks.http import status_of
+from pdkit.checks.recovery.clients import Fate
+from pdkit.checks.recovery.in_flight import ATTEMPTS, BEFORE, DURING, IDLE, STREAMING, RequestsInFlight
+
+GONE, FROZEN = "sent while it is gone", "sent while it is frozen"
+IN_FLIGHT = (BEFORE, DURING, STREAMING)
+
+
+class RecoveryChecks(RequestsInFlight):
+    """Put it before the fleet.
+
+    impatience  seconds that a client waits whose router is frozen
+    """
+
+    needs = ("end", "freeze", "thaw")
+
+    impatience = 3
+
+    def test_decode_is_killed(self):
+        self.kill(["decode"], served=())
+
+    def test_prefill_is_killed(self):
+        self.kill(["prefill"], served=(STREAMING,))
+
+    def test_routers_are_killed(self):
+        self.kill(["load balancer", "router"], served=())
+
+    def test_decode_is_killed_while_idle(self):
+        self.kill_idle(["decode"])
+
+    def test_prefill_is_killed_while_idle(self):
+        self.kill_idle(["prefill"])
+
+    def test_routers_are_killed_while_idle(self):
+        self.kill_idle(["load balancer", "router"])
+
+    def test_decode_freezes(self):
+        self.freeze_longer(["decode"], served=())
+
+    def test_decode_freezes_while_idle(self):
+        self.freeze_idle(["decode"])
+
+    def test_prefill_freezes(self):
+        self.freeze_longer(["prefill"], served=(STREAMING,))
+
+    def test_prefill_freezes_while_idle(self):
+        self.freeze_idle(["prefill"])
+
+    def test_routers_freeze(self):
+        self.freeze_longer(["load balancer", "router"], served=(), patience=self.impatience)
+
+    def test_routers_freeze_while_idle(self):
+        self.freeze_idle(["load balancer", "router"], patience=self.impatience)
+
+    def test_decode_freezes_for_a_moment(self):
+        self.freeze_shortly(["decode"])
+
+    def test_prefill_freezes_for_a_moment(self):
+        self.freeze_shortly(["prefill"])
+
+    def test_routers_freeze_for_a_moment(self):
+        self.freeze_shortly(["load balancer", "router"])
+
+    def kill(self, victims, served):
+        event = f"{self.title(victims)} killed"
+        clients = self.in_flight()
+        struck = time.monotonic()
+        for victim in victims:
+            self.end(victim)
+        self.turn_valve(None)
+        rows = self.account(event, clients, struck, served)
+        rows += self.while_away(event, GONE, victims)
+        self.back(victims, rows, self.start_again)
+
+    def kill_idle(self, victims):
+        event = f"{self.title(victims)} killed"
+        self.wait_idle(self.servers())
+        for victim in victims:
+            self.end(victim)
+        self.back(victims, self.while_away(event, IDLE, victims), self.start_again)
+
+    def freeze_longer(self, victims, served, patience=None):
+        event = f"{self.title(victims)} frozen"
+        clients = self.in_flight(patience)
+        struck = time.monotonic()
+        self.freeze_all(victims)
+        self.turn_valve(None)
+        late = self.send(IDLE, patience)
+        rows = self.account(event, clients, struck, served, may_hang=patience is not None)
+        rows += self.account(event, {FROZEN: late}, None, (), may_hang=patience is not None)
+        self.survivors_serve(victims)
+        self.back(victims, rows, self.thaw)
+
+    def freeze_idle(self, victims, patience=None):
+        event = f"{self.title(victims)} frozen"
+        self.wait_idle(self.servers())
+        self.freeze_all(victims)
+        rows = self.account(event, {IDLE: self.send(IDLE, patience)}, None, (), may_hang=patience is not None)
+        self.survivors_serve(victims)
+        self.back(victims, rows, self.thaw)
+
+    def freeze_shortly(self, victims):
+        """A freeze that is over before anybody gives up costs time and nothing else."""
+        event = f"{self.title(victims)} frozen for a moment"
+        clients = self.in_flight()
+        struck = time.monotonic()
+        self.freeze_all(victims)
+        self.turn_valve(None)
+        late = self.send(IDLE)
+        time.sleep(1.0)
+        for victim in victims:
+            self.thaw(victim)
+        to_recovery = self.recoveries(time.monotonic())
+        rows = self.account(event, clients, struck, IN_FLIGHT) + self.account(event, {FROZEN: late}, None, (FROZEN,))
+        self.add(rows, to_recovery)
+        self.wait_idle(self.servers())
+
+    def while_away(self, event, phase, victims):
+        """Requests that come while `victims` are gone get an error, and the others serve what they can."""
+        rows = self.account(event, {phase: self.send(IDLE)}, None, ())
+        self.survivors_serve(victims)
+        return rows
+
+    def back(self, victims, rows, bring):
+        others = {name: self.process(name) for name in self.names() if name not in victims}
+        begun = time.monotonic()
+        for victim in victims:
+            bring(victim)
+        self.add(rows, self.recoveries(begun))
+        kept = {name for name, process in others.items() if process is self.process(name) and process.poll() is None}
+        restarted = sorted(others.keys() - kept)
+        self.assertEqual(restarted, [], "had to be restarted, too")
+        self.wait_idle(self.servers())
+        with self.subTest("all is as before"):
+            for _ in range(ATTEMPTS):
+                clients = [client for phase in self.right_asks for client in self.send(phase).values()]
+                unserved = [outcome for client in clients if (outcome := client.result()).fate is not Fate.SERVED]
+                if not unserved or any(outcome.seconds < self.router_timeout - 1 for outcome in unserved):
+                    break
+                print(f"{rows[0].event}: given up by the router, on a starved machine perhaps: {unserved}", flush=True)
+            self.assertEqual(unserved, [])
+
+    def survivors_serve(self, victims):
+        """What is left says that it is well, holds nothing for the dead, and does what needs no dead part."""
+        alive = [name for name in self.servers() if name not in victims]
+        for name in alive:
+            url = self.servers()[name]
+            self.assertEqual(status_of(f"{url}/health", self.settling), 200, name)
+        self.wait_idle({name: self.servers()[name] for name in alive})
+        if len(alive) == len(self.servers()):
+            outcome = self.pair_by_hand(self.right_asks[IDLE])
+            self.assertIs(outcome[0], Fate.SERVED, f"prefill and decode without a router: {outcome}")
+
+    @staticmethod
+    def title(victims):
+        return victims[0] if len(victims) == 1 else "routers"
+
+    def freeze_all(self, victims):
+        for victim in victims:
+            self.addCleanup(self.thaw, victim)
+            self.freeze(victim)

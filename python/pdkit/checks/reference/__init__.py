@@ -1,0 +1,1 @@
+"""Logprobs of SGLang's kernels against transformers' arithmetic on the same weights."""

@@ -1,0 +1,188 @@
+"""Two prefill and two decode servers behind one router: pairs are right under load, and fail alone."""
+
+import itertools
+import time
+from collections import Counter
+from dataclasses import replace
+
+from pdkit import process_tree
+from pdkit.checks.base import Checks
+from pdkit.checks.recovery.clients import Ask, Client, Fate, token_ids
+from pdkit.checks.server_info import read_server_info
+from pdkit.core import events
+from pdkit.deployment.router import healthy_workers
+
+POLL_S = 0.05
+
+
+class ScaleOutChecks(Checks):
+    """Put it before the servers.
+
+    load     requests that are in flight at once, through each router
+    lengths  of their prompts; tokens
+    """
+
+    needs = (
+        "prefill_url", "decode_url", "prefill_2_url", "decode_2_url", "base_host", "bootstrap_port", "router_url",
+        "prefills", "decodes", "routers", "process", "end", "start_again", "wait_server_ready",
+        "router_timeout", "slack", "settling", "returning",
+    )  # fmt: skip
+
+    load = 32
+    lengths = (20, 60, 100, 150, 250)
+    new_tokens = 4
+    fate_rows = asks = None
+
+    @classmethod
+    def setUpClass(cls):
+        cls.fate_rows = []
+        super().setUpClass()
+        try:
+            cls.wait_until_all_are_known()
+            cls.asks = cls.right_asks()
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def wait_until_all_are_known(cls):
+        """The Rust router is ready with one pair."""
+        wanted = len(cls.prefills()) + len(cls.decodes())
+        known = process_tree.wait_until(lambda: healthy_workers(cls.router_url) >= wanted, cls.settling)
+        assert known, f"{cls.router_url} knows {healthy_workers(cls.router_url)} of {wanted} servers"
+
+    @classmethod
+    def tearDownClass(cls):
+        rows, cls.fate_rows = cls.fate_rows, None
+        if rows:
+            events.table("scale-out", ["event", "router", *(fate.value for fate in Fate), "longest"], rows)
+        super().tearDownClass()
+
+    @classmethod
+    def right_asks(cls):
+        """The load, and what the first pair alone answers to each, one at a time."""
+        lengths = itertools.islice(itertools.cycle(cls.lengths), cls.load)
+        asks = [Ask(token_ids(length, number), cls.new_tokens) for number, length in enumerate(lengths)]
+        outcomes = [cls.answer_by_hand(ask, room) for room, ask in enumerate(asks)]
+        assert all(outcome.fate is Fate.SERVED for outcome in outcomes), f"before any load: {outcomes}"
+        return [replace(ask, right=outcome.text) for ask, outcome in zip(asks, outcomes)]
+
+    @classmethod
+    def answer_by_hand(cls, ask, room):
+        bootstrap = {"bootstrap_host": cls.base_host, "bootstrap_port": int(cls.bootstrap_port), "bootstrap_room": room}
+        ask = replace(ask, more=bootstrap)
+        clients = [Client(url, ask, cls.returning) for url in (cls.prefill_url, cls.decode_url)]
+        return [client.result() for client in clients][-1]
+
+    def test_pairs_are_right_under_load(self):
+        """Each decode server got from each prefill server as many hand-overs as that one sent it."""
+        before = self.handovers()
+        clients = [Client(url, ask, self.bound) for ask in self.asks for url in self.routers().values()]
+        outcomes = [client.result() for client in clients]
+        self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
+        self.wait_idle()
+        sent, received, failed = (after - earlier for after, earlier in zip(self.handovers(), before))
+        print(f"hand-overs by (prefill, decode): {dict(received)}; sent: {dict(sent)}", flush=True)
+        self.assertEqual(failed.total(), 0)
+        self.assertEqual(sent.total(), len(clients))
+        for prefill in sent:
+            self.assertEqual(sum(count for pair, count in received.items() if pair[0] == prefill), sent[prefill])
+        self.assertEqual(len(received), 4, "every prefill server works with every decode server")
+
+    def test_one_dead_pair_does_not_take_the_rest_down(self):
+        self.addCleanup(self.revive)
+        for name in ("prefill 2", "decode 2"):
+            self.end(name)
+        fates = self.fates()
+        self.assertEqual(fates["mini LB"].keys(), {Fate.SERVED, Fate.FAILED}, "it knows nothing of who lives")
+        self.assertNotIn(Fate.WRONG, fates["Rust router"])
+        self.wait_until_all_served("Rust router")
+        self.revive()
+
+    def test_one_bad_decode_server_does_not_spoil_the_others(self):
+        """It says that it is well, and refuses what it is handed."""
+        self.addCleanup(self.mend)
+        self.spoil()
+        fates = self.fates()
+        for router in self.routers():
+            self.assertIn(Fate.SERVED, fates[router], router)
+            self.assertIn(Fate.FAILED, fates[router], router)
+        self.wait_idle()
+        self.mend()
+        for router in self.routers():
+            self.wait_until_all_served(router)
+
+    def spoil(self):
+        """Makes decode 2 refuse every hand-over."""
+        self.skipTest("this engine offers no way to refuse a hand-over")
+
+    def mend(self):
+        """Makes decode 2 take them again."""
+
+    @property
+    def bound(self):
+        return self.router_timeout + self.slack
+
+    def fates(self):
+        """How many requests of the load had which fate, by router; none may be wrong, hang or fail without a word."""
+        clients = {name: [Client(url, ask, self.bound) for ask in self.asks] for name, url in self.routers().items()}
+        fates = {}
+        for router, each in clients.items():
+            outcomes = [client.result() for client in each]
+            fates[router] = Counter(outcome.fate for outcome in outcomes)
+            longest = max(outcome.seconds for outcome in outcomes)
+            counts = ", ".join(f"{count} {fate.value}" for fate, count in fates[router].items())
+            print(f"{self._testMethodName}, {router}: {counts}; the longest took {longest:.1f} s", flush=True)
+            event = self._testMethodName.removeprefix("test_").replace("_", " ")
+            self.fate_rows.append([event, router, *(str(fates[router][fate]) for fate in Fate), f"{longest:.1f} s"])
+            bad = [outcome for outcome in outcomes if outcome.fate in (Fate.WRONG, Fate.HUNG)]
+            self.assertEqual(bad, [], router)
+            unclear = [outcome for outcome in outcomes if outcome.fate is Fate.FAILED and not outcome.is_clear]
+            self.assertEqual(unclear, [], router)
+        return fates
+
+    def wait_until_all_served(self, router):
+        deadline, url = time.monotonic() + self.settling, self.routers()[router]
+        while True:
+            outcomes = [client.result() for client in [Client(url, ask, self.bound) for ask in self.asks]]
+            failed = [outcome for outcome in outcomes if outcome.fate is not Fate.SERVED]
+            if not failed:
+                return
+            self.assertLess(time.monotonic(), deadline, f"{router} still fails: {failed[0]}")
+            time.sleep(POLL_S)
+
+    def revive(self):
+        """Starts again what is dead, and waits until every router serves all."""
+        dead = [name for name in ("prefill 2", "decode 2") if self.process(name).poll() is not None]
+        for name in dead:
+            self.start_again(name)
+        for url in (self.prefill_2_url, self.decode_2_url) if dead else ():
+            self.wait_server_ready(f"{url}/health")
+        for router in self.routers() if dead else ():
+            self.wait_until_all_served(router)
+
+    def handovers(self):
+        """(sent by prefill, received by (prefill, decode), failed by server), as the servers count them."""
+        sent, received, failed = Counter(), Counter(), Counter()
+        for url, bootstrap_port in self.prefills():
+            transfer = self.info(url)["transfer"]
+            sent[bootstrap_port], failed[url] = transfer["sent"], transfer["failed"]
+        for url in self.decodes():
+            info = self.info(url)
+            failed[url] = info["transfer"]["failed"]
+            for address, count in info["received_from"].items():
+                received[address.rpartition(":")[2], url] = count
+        return sent, received, failed
+
+    def wait_idle(self):
+        deadline = time.monotonic() + self.settling
+        while True:
+            infos = [self.info(url) for url in (*(url for url, _ in self.prefills()), *self.decodes())]
+            held = [(each["rooms"], each["internal_states"][0]["running_requests"]) for each in infos]
+            if not any(any(counts) for counts in held):
+                return
+            self.assertLess(time.monotonic(), deadline, f"(rooms, requests) still held: {held}")
+            time.sleep(POLL_S)
+
+    def info(self, url):
+        return read_server_info(url, self.settling)

@@ -1,0 +1,1 @@
+"""What every other part of pdkit stands on; it knows no server."""

@@ -1,0 +1,370 @@
+"""SGLang's PD fixture, supervised: servers that log apart, phases, a death that fails the run at once, a clean end.
+
+One implementation, two roads. `pdkit.deployment.attach` puts `PDServers` in the place of SGLang's
+`PDDisaggregationServerBase` before a test file is run, so that any PD test of SGLang's own runs unedited under it. The
+variants of this suite stand on `PlannedServers`, which knows what it launches.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import unittest
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.client import HTTPConnection
+from types import SimpleNamespace
+from typing import IO, Any
+from unittest import mock
+from urllib.parse import urlparse
+
+import sglang
+from sglang.srt.server_args import ServerArgs
+from sglang.test import test_utils
+from sglang.test.server_fixtures import disaggregation_fixture
+from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
+
+from pdkit import rung
+from pdkit.core import events
+from pdkit.deployment import ports, quirks
+from pdkit.deployment.server import Server
+from pdkit.deployment.supervisor import ServerDied, Supervisor
+
+LOG_DIR_VARIABLE = "SGLANG_PD_LOG_DIR"
+SERVER_MODULE_VARIABLE = "PDKIT_SERVER_MODULE"
+SGLANG_SERVER = "sglang.launch_server"
+
+_deployments: list[type["PDServers"]] = []
+
+
+def current() -> type["PDServers"] | None:
+    """The test class whose servers run or are being launched; None outside of one."""
+    return _deployments[-1] if _deployments else None
+
+
+def enter(deployment: type) -> None:
+    """From now on `deployment` is the current one, until it leaves."""
+    _deployments.append(deployment)
+
+
+def leave(deployment: type) -> None:
+    """Takes back what `enter` did."""
+    _deployments.remove(deployment)
+
+
+def _supervised(set_up: Callable[[type], None]) -> classmethod:
+    def setUpClass(cls: type["PDServers"]) -> None:
+        cls.begin()
+        with cls.failing_with_a_death():
+            set_up(cls)
+
+    return classmethod(setUpClass)
+
+
+def _is_supervised(cls: type) -> bool:
+    return getattr(cls.setUpClass.__func__, "is_supervised", False)
+
+
+class PDServers(PDDisaggregationServerBase):
+    """The fixture of the installed release. What a test launches is watched; where it launches is its own affair.
+
+    server_module  what a server is run from: `python3 -m`
+    server_env     what every server gets beyond our own environment
+    log_dir        where logs and transcripts go: SGLANG_PD_LOG_DIR, or else a new temporary directory
+    silence_s      seconds without an answer to an eval after which servers are asked whether they live
+    answer_s       seconds that each of them then has
+    """
+
+    server_module = os.environ.get(SERVER_MODULE_VARIABLE) or SGLANG_SERVER
+    server_env: Mapping[str, str] = {}
+    engine = f"sglang {sglang.__version__}" if server_module == SGLANG_SERVER else server_module
+    base_host: str
+    lb_port: str
+    prefill_port: str
+    decode_port: str
+    lb_url: str
+    prefill_url: str
+    decode_url: str
+    bootstrap_port: str
+    model: str
+    process_prefill: Server | None
+    process_decode: Server | None
+    process_lb: Server | None
+
+    log_dir: str | None = None
+    supervisor: Supervisor | None = None
+    silence_s = 240.0
+    answer_s = 60.0
+
+    prefill_nccl_port = decode_nccl_port = None  # fixtures before 0.5.18 pin none
+    answered: set[str] = set()  # URLs that have answered a first request
+    _servers: list[Server] = []
+    _names: dict[str, str] = {}  # URL -> what listens there
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if not _is_supervised(cls):
+            cls.setUpClass = _supervised(cls.setUpClass.__func__)
+        super().__init_subclass__(**kwargs)  # wraps it once more, to tear down what a failed setUpClass left
+        cls.setUpClass.__func__.is_supervised = True
+
+    @classmethod
+    def begin(cls) -> None:
+        """Starts to watch; from here on `end` has something to do, however the class and the process end."""
+        if cls.supervisor is None:
+            cls.supervisor, cls._servers, cls._names, cls.answered = Supervisor(), [], {}, set()
+            enter(cls)
+            atexit.register(cls.end)
+            cls.addClassCleanup(cls.end)  # a test's own tearDownClass may fail before it reaches ours
+
+    @classmethod
+    def rdma_devices_for(cls, gpu_indices: Sequence[int]) -> list[str]:
+        """NICs of a server on these GPUs; fixtures before 0.5.21 know one list for all."""
+        known = hasattr(PDDisaggregationServerBase, "rdma_devices_for")
+        return super().rdma_devices_for(gpu_indices) if known else cls.rdma_devices
+
+    @classmethod
+    def launch_all(cls) -> None:
+        cls.start_prefill()
+        cls.start_decode()  # both load at the same time; the phase of decode is how much longer it takes
+        cls.wait_server_ready(f"{cls.prefill_url}/health")
+        cls.wait_server_ready(f"{cls.decode_url}/health")
+        cls.launch_lb()
+
+    @classmethod
+    def launch_server(
+        cls,
+        name: str,
+        url: str,
+        args: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        model: str | None = None,
+        copies: Sequence[IO[str]] = (),
+    ) -> Server:
+        """Launches an SGLang server at `url`; does not wait for it."""
+        address = urlparse(url)
+        command = [
+            "python3",
+            "-m",
+            cls.server_module,
+            "--model-path",
+            model or cls.model,
+            *quirks.as_installed(args, ServerArgs),
+        ]
+        command += ["--host", address.hostname, "--port", str(address.port)]
+        cls._names[url] = name
+        return cls.launch(name, command, {**cls.server_env, **(env or {})}, copies=copies)
+
+    @classmethod
+    def launch(
+        cls,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        stop: signal.Signals = signal.SIGTERM,
+        copies: Sequence[IO[str]] = (),
+        log: str | None = None,
+    ) -> Server:
+        """Starts any process of the deployment: it is watched from now on under its name, and stopped at the end.
+
+        log: what its log is called after, if not its name.
+        """
+        cls.begin()
+        if not cls._servers:
+            cls._prepare()
+        python3 = os.path.dirname(sys.executable)  # commands say `python3`: let it be this one
+        environment = {**os.environ, **(env or {}), "PATH": f"{python3}{os.pathsep}{os.environ['PATH']}"}
+        server = Server(name, command, environment, cls.log_path(log or name), stop, copies)
+        cls._servers.append(server)
+        cls.supervisor.watch(name, server)
+        return server
+
+    @classmethod
+    def _prepare(cls) -> None:
+        cls.log_dir = os.getenv(LOG_DIR_VARIABLE) or tempfile.mkdtemp(prefix="pd-servers-")
+        os.makedirs(cls.log_dir, exist_ok=True)
+        cls.addClassCleanup(ports.lock(cls).close)
+        ports.require_free(cls)
+
+    @classmethod
+    def log_path(cls, name: str, kind: str = "log") -> str:
+        return os.path.join(cls.log_dir, f"{cls.__name__}.{name.replace(' ', '_')}.{kind}")
+
+    @classmethod
+    def launch_lb(cls) -> None:
+        """Starts the load balancer that the fixture of the installed release composes."""
+        cls._names[cls.lb_url] = "load balancer"
+        with mock.patch.object(disaggregation_fixture, "popen_with_error_check", cls.start_lb):
+            super().launch_lb()
+
+    @classmethod
+    def start_lb(cls, command: Sequence[str]) -> Server:
+        return cls.launch("load balancer", command, stop=signal.SIGKILL)  # it holds no state
+
+    @classmethod
+    def wait_server_ready(
+        cls, url: str, timeout: float = test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH, process: Any = None
+    ) -> None:
+        # `process` is left to the supervisor, which watches all of them and names the one that dies.
+        name = cls._names.get(url.removesuffix("/health"))
+        launched = events.phase(f"{'start' if name == 'load balancer' else 'launch'} {name}")
+        with launched if name else contextlib.nullcontext(), cls.failing_with_a_death():
+            super().wait_server_ready(url, timeout)
+
+    @classmethod
+    def first_request(cls, base_url: str | None = None) -> None:
+        """One completion through all three: who cannot answer at all fails by this, not by a low score."""
+        base_url = base_url or cls.lb_url
+        body = {"model": cls.model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
+        connection = HTTPConnection(urlparse(base_url).netloc, timeout=test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)
+        with events.phase("first request"), cls.failing_with_a_death(), contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read().decode(errors="replace")
+            assert response.status == 200, f"first request: {base_url} answered {response.status}: {answer[:1000]}"
+        cls.answered.add(base_url)
+        print(f"first answer: {json.loads(answer)['choices'][0]['text']!r}", flush=True)
+
+    @classmethod
+    @contextlib.contextmanager
+    def failing_with_a_death(cls) -> Iterator[None]:
+        """Within it a death raises AssertionError: unittest cleans up after an Exception only."""
+        try:
+            with cls.supervisor.interrupting():
+                yield
+        except ServerDied as death:
+            raise AssertionError(str(death)) from None
+
+    @classmethod
+    def heartbeat(cls) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Finds servers that hang while an eval waits; see `Supervisor.heartbeat`."""
+        urls = {name: url for url, name in cls._names.items() if name != "load balancer"}
+        return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s)
+
+    def _callTestMethod(self, method: Callable[[], None]) -> None:
+        with self.failing_with_a_death():
+            super()._callTestMethod(method)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.end()
+
+    @classmethod
+    def end(cls) -> None:
+        """Stops all that was launched. Raises AssertionError where something died that no test has reported."""
+        if cls.supervisor is None:
+            return
+        supervisor, cls.supervisor = cls.supervisor, None
+        atexit.unregister(cls.end)
+        servers, cls._servers, cls._names = cls._servers, [], {}
+        if servers:
+            print(flush=True)  # ends unittest's line of dots
+        with events.phase("teardown") if servers else contextlib.nullcontext():
+            try:
+                unreported_death = supervisor.stop()
+                for server in reversed(servers):
+                    server.stop()
+                if hasattr(cls, "base_host"):  # the fixture's own setUpClass was reached
+                    # Nothing is left for it to end or to wait for, and process ids may belong to others by now.
+                    cls.process_lb = cls.process_decode = cls.process_prefill = None
+                    with mock.patch.object(disaggregation_fixture, "time", SimpleNamespace(sleep=lambda _: None)):
+                        super().tearDownClass()
+            finally:
+                for server in servers:
+                    server.kill_all()
+                leave(cls)
+        assert not unreported_death, unreported_death
+
+
+class PlannedServers(PDServers):
+    """A prefill/decode pair that is launched as its attributes say.
+
+    target          where it runs, see `pdkit.rung`
+    prefill_gpus, decode_gpus  indices of the GPUs that each server uses
+    gpu_memory_gb   that each of them must have
+    server_args     flags of both servers, in the words of the newest release
+    """
+
+    target = "8xH200"
+    model_name: str
+    gsm8k_data_path: str | None = None
+    min_score = 0.95
+    prefill_gpus: Sequence[int] = ()
+    decode_gpus: Sequence[int] = ()
+    gpu_memory_gb = 80
+    server_args: Sequence[str] = ()
+    monolithic_nccl_port: str | None = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.configure()
+        print(f"target={cls.target} engine={cls.engine} model={cls.model}", flush=True)
+        cls.launch_all()
+        cls.first_request()
+
+    @classmethod
+    def require_gpus(cls) -> None:
+        """Raises SkipTest, in CI AssertionError, where the machine lacks the Hopper GPUs of the plan; prints why."""
+        needed = len({*cls.prefill_gpus, *cls.decode_gpus})
+        gpus = rung.visible_gpus()
+        suitable = [gpu for gpu in gpus if gpu.capability == (9, 0) and gpu.memory_mib >= 1000 * cls.gpu_memory_gb]
+        if len(suitable) >= needed:
+            return
+        reason = (
+            f"{cls.__name__} needs {needed} Hopper GPUs of {cls.gpu_memory_gb} GB ({cls.target}), found "
+            f"{rung.found(gpus)}; what this machine can run is `scripts/run.sh`"
+        )
+        if test_utils.is_in_ci():
+            raise AssertionError(reason)
+        print(reason, flush=True)
+        raise unittest.SkipTest(reason)
+
+    @classmethod
+    def configure(cls) -> None:
+        """Settles model, ports, transfer backend and NICs, so that `*_args()` can be read; starts nothing."""
+        super().setUpClass()
+        cls.model = test_utils.try_cached_model(cls.model_name)
+
+    @classmethod
+    def prefill_args(cls) -> list[str]:
+        own = cls.disaggregation_args("prefill", cls.prefill_gpus)
+        return [*cls.server_args, *own, *cls.extra_prefill_args, *cls.rendezvous()]
+
+    @classmethod
+    def decode_args(cls) -> list[str]:
+        first = ["--base-gpu-id", str(cls.decode_gpus[0])]
+        own = cls.disaggregation_args("decode", cls.decode_gpus)
+        return [*cls.server_args, *first, *own, *cls.extra_decode_args, *cls.rendezvous()]
+
+    @classmethod
+    def monolithic_args(cls) -> list[str]:
+        """Of a server that the pair is compared with, see `pdkit.deployment.monolithic`."""
+        return [*cls.server_args, "--nccl-port", cls.monolithic_nccl_port, *cls.rendezvous()]
+
+    @classmethod
+    def rendezvous(cls) -> list[str]:
+        """Where the ranks of one more server meet, if that is to be said."""
+        return []
+
+    @classmethod
+    def disaggregation_args(cls, side: str, gpus: Sequence[int]) -> list[str | None]:
+        """What the fixture gives a `side` ("prefill" or "decode") that owns `gpus`; None is the value of no port."""
+        return [
+            *("--disaggregation-mode", side, "--disaggregation-bootstrap-port", cls.bootstrap_port),
+            *("--nccl-port", getattr(cls, f"{side}_nccl_port")),
+            *cls.transfer_backend,
+            *cls.rdma_devices_for(gpus),
+        ]
+
+    @classmethod
+    def take_references(cls) -> None:
+        """What checks ask a monolithic server, where there is one; each overrides it."""
+
+    @classmethod
+    def start_prefill(cls) -> None:
+        cls.process_prefill = cls.launch_server("prefill", cls.prefill_url, cls.prefill_args())
+
+    @classmethod
+    def start_decode(cls) -> None:
+        cls.process_decode = cls.launch_server("decode", cls.decode_url, cls.decode_args())

@@ -1,0 +1,84 @@
+"""What differs between the releases of SGLang that serve DeepSeek-V4 (0.5.12 and newer), in one place.
+
+The suite is written for the newest release; what an older one lacks or calls otherwise is settled here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from pdkit import versions
+
+# The names of SGLang that `pdkit.deployment.attach` substitutes: module -> name -> first release that has it.
+SUBSTITUTED: Mapping[str, Mapping[str, str]] = {
+    "sglang.test.test_utils": {
+        "popen_launch_pd_server": "0.5.12",
+        "popen_with_error_check": "0.5.12",
+        "popen_launch_server": "0.5.12",
+        "try_cached_model": "0.5.12",
+        "kill_process_tree": "0.5.12",
+        "start_subprocess_fail_fast_watcher": "0.5.13",
+        "terminate_and_kill_process_tree": "0.5.17",
+    },
+    "sglang.test.server_fixtures.disaggregation_fixture": {
+        "PDDisaggregationServerBase": "0.5.12",
+        "popen_launch_pd_server": "0.5.12",
+        "popen_with_error_check": "0.5.12",
+        "kill_process_tree": "0.5.12",
+        "start_subprocess_fail_fast_watcher": "0.5.13",
+        "terminate_and_kill_process_tree": "0.5.19",
+    },
+    "sglang.test.run_eval": {"run_eval": "0.5.12"},
+    "sglang.srt.utils": {"kill_process_tree": "0.5.12"},
+}
+
+# Attributes of ServerArgs -> the flag of releases that have them, and of those that lack them.
+RENAMED_FLAGS = {"cuda_graph_max_bs_decode": ("--cuda-graph-max-bs-decode", "--cuda-graph-max-bs")}
+
+
+def as_installed(argv: Sequence[str | None], server_args: type) -> list[str]:
+    """Command line of a server in the words of the release whose ServerArgs `server_args` is; `argv` is in the newest's.
+
+    A flag whose value is None is left out: fixtures before 0.5.18 have no NCCL port to give.
+    """
+    older = {new: old for name, (new, old) in RENAMED_FLAGS.items() if not hasattr(server_args, name)}
+    words = list(argv)
+    while None in words:
+        value = words.index(None)
+        del words[value - 1 : value + 1]
+    return [older.get(word, word) for word in map(str, words)]
+
+
+def substituted(release: str) -> dict[str, list[str]]:
+    """The names that `pdkit.deployment.attach` substitutes in `release`, by module."""
+    return {
+        module: [name for name, since in names.items() if is_since(release, since)]
+        for module, names in SUBSTITUTED.items()
+    }
+
+
+def is_since(release: str, first: str) -> bool:
+    """Whether `release` is `first` or newer; a release candidate counts as its release."""
+    numbers = [tuple(map(int, re.findall(r"\d+", text)[:3])) for text in (release, first)]
+    return numbers[0] >= numbers[1]
+
+
+# A defect of some releases that ends servers of DeepSeek-V4, and the switch that avoids it. The indexer's kernel is
+# DeepGEMM's `sm90_fp8_paged_mqa_logits`; which SM scores which rows (a row is a token) is planned before. To 0.5.17
+# SGLang's plan (`paged_mqa_metadata.cuh`) starts an SM without work at the row after the last, and the DeepGEMM that
+# some of these releases pin reads the length of the row it starts at before it looks for work
+# (`SM90PagedMQALogitsScheduler`, until 0.1.3 `PagedMQALogitsScheduler`). The lengths of 128 rows fill the 512 bytes of
+# their allocation; if the next page is not mapped, the server ends by an illegal memory access. DeepGEMM's own plan,
+# and SGLang's since 0.5.18, start such an SM at row 0, if any row has an entry. `scripts/indexer_schedule.py` shows it.
+READ_PAST_THE_END = ("0.5.12", "0.5.15", "0.5.16", "0.5.17")
+INDEXER_SWITCH = "SGLANG_OPT_USE_JIT_INDEXER_METADATA"
+OFF = "0", "false", "no", "n"
+
+
+def indexer_environment() -> dict[str, str]:
+    """What servers of the installed release need to be safe from the indexer's read past the end."""
+    return {INDEXER_SWITCH: OFF[0]} if versions.installed("sglang") in READ_PAST_THE_END else {}
+
+
+def is_exposed_by_indexer(environ: Mapping[str, str]) -> bool:
+    """Whether a server of DeepSeek-V4 with this environment can end by it."""
+    return versions.installed("sglang") in READ_PAST_THE_END and environ.get(INDEXER_SWITCH, "").lower() not in OFF

@@ -1,0 +1,80 @@
+"""What an eval asked and was answered, as it goes: one JSON line per example."""
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from sglang.test import simple_eval_common
+
+from pdkit.core import events
+
+PROGRESS_VARIABLE = "SGLANG_PD_PROGRESS_S"
+SECONDS_BETWEEN_LINES = 15.0
+
+ANSWERS = re.compile(r"<p>(Correct|Extracted) Answer: (.*?)</p>")  # in the HTML that SGLang's evals make of an example
+
+
+class Transcript:
+    """While open, each example that SGLang's `run_eval` scores becomes a line of JSON at `path`; emits progress.
+
+    All releases hand their examples to `simple_eval_common.map_with_progress`, and their prompts to the OpenAI client.
+    progressed: called after each example.
+    """
+
+    def __init__(self, path: str, progressed: Callable[[], None] = lambda: None):
+        self.path = path
+        self.scores: list[float] = []
+        self._progressed = progressed
+        self._seconds_between_lines = float(os.getenv(PROGRESS_VARIABLE) or SECONDS_BETWEEN_LINES)
+        self._printed_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._request = threading.local()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator["Transcript"]:
+        completions = simple_eval_common.openai.resources.Completions
+        create, map_with_progress = completions.create, simple_eval_common.map_with_progress
+
+        def create_and_count(*args, **kwargs):
+            completion = create(*args, **kwargs)
+            self._request.tokens = completion.usage and completion.usage.completion_tokens
+            return completion
+
+        def map_and_keep(score, examples, num_threads):
+            total = len(examples)
+            return map_with_progress(lambda example: self._keep(example, score, total), examples, num_threads)
+
+        with (
+            open(self.path, "w", encoding="utf-8") as self._file,
+            mock.patch.object(completions, "create", create_and_count),
+            mock.patch.object(simple_eval_common, "map_with_progress", map_and_keep),
+        ):
+            yield self
+
+    def _keep(self, example: Any, score: Callable, total: int) -> Any:
+        self._request.tokens, start = None, time.monotonic()
+        result = score(example)
+        seconds = time.monotonic() - start
+        *prompt, answer = (message["content"] for message in result.convo or [{"content": ""}])
+        line = {"example": example if isinstance(example, (int, str)) else None, "score": result.score}
+        line |= {"seconds": round(seconds, 3), "completion_tokens": self._request.tokens}
+        line |= {"prompt": "\n".join(map(str, prompt)), "answer": answer}
+        line |= {f"{kind.lower()}_answer": value for kind, value in ANSWERS.findall(result.html or "")}
+        with self._lock:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self.scores.append(result.score)
+            done = len(self.scores)
+            due = time.monotonic() - self._printed_at >= self._seconds_between_lines
+            if due:
+                self._printed_at = time.monotonic()
+        self._progressed()
+        if due:
+            events.progress(done, total, sum(self.scores[:done]) / done)
+        return result

@@ -1,0 +1,64 @@
+"""A transfer backend of the embedded engine that keeps hand-overs waiting, or refuses them, while a file says so.
+
+--disaggregation-transfer-backend pdkit.engine.test_backends:HeldTransfer, on prefill to hold, on decode to refuse.
+"""
+
+import asyncio
+import os
+from pathlib import Path
+
+from pdkit.engine.transfer import Handover, TransferBackend, TransferError
+
+HOLD_FILE_VARIABLE = "PDKIT_HOLD_FILE"
+POLL_S = 0.02
+
+# What happens to the hand-over of a prompt of this length while the file says HOLD.
+HELD_BEFORE = 301
+HELD_DURING = 302
+
+
+class Valve:
+    """The file at `path`. One process turns it, the others look."""
+
+    HOLD, REFUSE = "hold", "refuse"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def turn(self, word: str | None):
+        new = self.path.with_name(self.path.name + ".new")
+        new.write_text(word or "")
+        os.replace(new, self.path)
+
+    def says(self, word: str) -> bool:
+        return self.path.read_text() == word
+
+
+class HeldTransfer(TransferBackend):
+    """Plain TCP while the valve is open."""
+
+    def __init__(self):
+        path = os.environ.get(HOLD_FILE_VARIABLE)
+        if not path:
+            raise ValueError(f"{HOLD_FILE_VARIABLE} is not set; let it name the file that says what is held")
+        self._valve = Valve(path)
+
+    async def pieces(self, data):
+        """HELD_BEFORE: nothing leaves before the valve opens; HELD_DURING: one half does."""
+        length = Handover.unpack(data).prompt_tokens
+        if length == HELD_BEFORE:
+            await self._until_open()
+        half = len(data) // 2 if length == HELD_DURING else len(data)
+        yield data[:half]
+        if half < len(data):
+            await self._until_open()
+            yield data[half:]
+
+    def incoming(self, handover):
+        if self._valve.says(Valve.REFUSE):
+            raise TransferError("this decode server takes nothing")
+        return handover
+
+    async def _until_open(self):
+        while self._valve.says(Valve.HOLD):
+            await asyncio.sleep(POLL_S)

@@ -1,0 +1,209 @@
+"""Checks declare what they need, test classes stay small, and private names stay at home."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+
+import pdkit.checks
+from pdkit.checks.base import Checks
+from pdkit.ci_register import register_cpu_ci
+from pdkit.faults import beside_kit, kit
+from pdkit.transfer_shim import kit as transfer_kit
+
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+
+PACKAGE = Path(pdkit.checks.__file__).parents[1]
+REGISTERED = Path(__file__).resolve().parents[1]
+DISTRIBUTED = REGISTERED / "distributed"
+ALL_CHECKS = [
+    *(importlib.import_module(m.name) for m in pkgutil.walk_packages(pdkit.checks.__path__, "pdkit.checks.")),
+    *(beside_kit, kit, transfer_kit),
+]
+MOST_BASES = 5
+
+
+class Lone(Checks):
+    """Needs one name."""
+
+    needs = ("monolithic_url",)
+
+
+class Both(Lone):
+    """And two more."""
+
+    needs = ("lb_url", "launch")
+
+
+class TestNeeds(unittest.TestCase):
+    def create(self, check: type, **attributes: object) -> type:
+        return type("TestX", (check, unittest.TestCase), attributes)
+
+    def test_a_class_that_lacks_one_is_not_created(self):
+        with self.assertRaises(TypeError) as caught:
+            self.create(Lone)
+        self.assertEqual(
+            str(caught.exception),
+            "TestX: Lone needs monolithic_url; put a deployment that provides it, such as MonolithicBeside, "
+            "among the bases",
+        )
+
+    def test_each_check_and_each_name_is_named(self):
+        with self.assertRaisesRegex(
+            TypeError, "TestX: Both needs launch; .* them|it, .*; TestX: Lone needs monolithic"
+        ):
+            self.create(Both, lb_url=None)
+
+    def test_attributes_methods_and_annotations_provide(self):
+        class Servers:
+            lb_url: str
+
+            @classmethod
+            def launch(cls) -> None:
+                pass
+
+        class TestX(Both, Servers, unittest.TestCase):
+            monolithic_url = None
+
+        self.assertTrue(issubclass(TestX, Checks))
+
+    def test_only_a_test_class_must_provide(self):
+        self.assertTrue(issubclass(type("Mixed", (Both,), {}), Checks))
+
+    def test_a_check_takes_no_name_that_it_does_not_declare(self):
+        taken = [f"{check.__module__}.{check.__name__}: {name}" for check in checks() for name in undeclared(check)]
+        self.assertEqual(taken, [])
+
+    def test_an_undeclared_name_is_found(self):
+        class Careless(Lone):
+            declared = 1
+
+            @classmethod
+            def start(cls):
+                super().start()
+                return cls.port
+
+            def check(self):
+                self.own = self.declared, self.monolithic_url
+                self.assertTrue(self.url)
+                return self.own
+
+        self.assertEqual(sorted(undeclared(Careless)), ["port", "start", "url"])
+
+
+def checks() -> list[type[Checks]]:
+    """All classes below Checks in the package."""
+    found = {
+        value: None
+        for module in ALL_CHECKS
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Checks) and value.__module__ == module.__name__
+    }
+    return list(found)
+
+
+def undeclared(check: type[Checks]) -> set[str]:
+    """Names that the methods of `check` take of self, cls and super(), and that nobody below TestCase has or declares."""
+    needs = {name for base in check.__mro__ for name in vars(base).get("needs", ())}
+    known = needs | set(dir(unittest.TestCase())) | {name for name, _ in names(check, ast.Store)}
+    inherited = {name for base in check.__mro__[1:] for name in dir(base)}
+    inherited |= {name for base in check.__mro__[1:-1] for name, _ in names(base, ast.Store)}
+    return {
+        name
+        for name, of_super in names(check, ast.Load)
+        if name not in known | inherited and (of_super or name not in dir(check))
+    }
+
+
+def names(check: type, context: type[ast.expr_context]) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is taken of super()) of the attributes of self, cls and super() in the source of a class."""
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(check)))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, context):
+            owner = node.value
+            if isinstance(owner, ast.Name) and owner.id in ("self", "cls"):
+                yield node.attr, False
+            elif isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super":
+                yield node.attr, True
+
+
+def sources(*folders: Path) -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for folder in folders for path in sorted(folder.rglob("*.py"))}
+
+
+class TestShape(unittest.TestCase):
+    def test_no_test_class_has_more_than_five_bases(self):
+        many = [
+            f"{path.name}: {node.name} has {len(node.bases)}"
+            for path, tree in sources(REGISTERED, PACKAGE).items()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and len(node.bases) > MOST_BASES
+        ]
+        self.assertEqual(many, [])
+
+    def test_no_class_takes_a_test_away(self):
+        found = {}
+        for path, tree in sources(REGISTERED, PACKAGE).items():
+            for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+                for node in cls.body:
+                    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and not node.value.value:
+                        names = [n.id for n in node.targets if isinstance(n, ast.Name) and n.id.startswith("test_")]
+                        if names and node.value.value is None:
+                            found[path] = found.get(path, 0) + len(names)
+        self.assertEqual(found, {})
+
+    def test_no_module_uses_a_private_name_of_another(self):
+        trees = sources(PACKAGE, DISTRIBUTED)
+        own = {path: set(private_names(tree)) for path, tree in trees.items()}
+        everywhere = set().union(*own.values())
+        uses = [
+            f"{path.name}:{line}: {name}"
+            for path, tree in trees.items()
+            for name, line in private_uses(tree)
+            if name not in own[path] and name in everywhere
+        ]
+        self.assertEqual(uses, [])
+
+    def test_no_check_replaces_a_private_name_of_a_base_elsewhere(self):
+        replaced = [
+            f"{check.__name__}.{name} of {base.__module__}"
+            for check in checks()
+            for base in check.__mro__[1:]
+            if base.__module__ != check.__module__
+            for name in vars(check).keys() & vars(base).keys()
+            if is_private(name) and name not in dir(unittest.TestCase)
+        ]
+        self.assertEqual(replaced, [])
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Private names that a module defines: functions, classes, variables, attributes that it sets."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and is_private(node.name):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and is_private(node.id):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_private(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_private(node.value):
+            yield node.value  # by way of __dict__
+
+
+def private_uses(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """(name, line) of private attributes that a module reads, and of private names that it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and is_private(node.attr):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((alias.name, node.lineno) for alias in node.names if is_private(alias.name))
+
+
+if __name__ == "__main__":
+    unittest.main()
