@@ -81,8 +81,8 @@ def table(contracts, broken):
     common = set.intersection(*map(flags_used, contracts)) if contracts else set()
     facts = list(contracts[0].fixture) if contracts else []
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ["release", "flags", "variables", *facts]:
-        grid.add_column(column, justify="right" if column in ("flags", "variables") else "left")
+    for column in ["release", "flags", "variables", "names", *facts]:
+        grid.add_column(column, justify="right" if column in ("flags", "variables", "names") else "left")
     grid.add_column("differing flags of the plan", no_wrap=True)
     grid.add_column("plan")
     for contract in contracts:
@@ -90,13 +90,25 @@ def table(contracts, broken):
             contract.release.version,
             str(len(contract.flags)),
             str(len(contract.variables)),
+            str(sum(map(len, contract.substituted.values()))),
             *("yes" if value else "no" for value in contract.fixture.values()),
             "\n".join(differing(contract, common)),
             f"[red]{len(contract.errors)} refused[/]" if contract.errors else "[green]taken[/]",
         )
     for version in broken:
-        grid.add_row(version, *[""] * (len(facts) + 3), "[red]cannot be read[/]")
+        grid.add_row(version, *[""] * (len(facts) + 4), "[red]cannot be read[/]")
     return grid
+
+
+def substituted(contracts):
+    """Lines: which names `pdkit.deployment.attach` replaces in all these releases, and in which only."""
+    releases: dict[str, list[str]] = {}
+    for contract in contracts:
+        for module, names in contract.substituted.items():
+            for name in names:
+                releases.setdefault(f"{module}.{name}", []).append(contract.release.version)
+    for name, versions in releases.items():
+        yield f"  {name}" + (f" (from {versions[0]} on)" if len(versions) < len(contracts) else "")
 
 
 def main(argv):
@@ -114,6 +126,7 @@ def main(argv):
         print(json.dumps({"releases": rows, "unreadable": broken}, indent=2))
     else:
         console.print(table(contracts, broken))
+        print("names that pdkit.deployment.attach replaces:", *substituted(contracts), sep="\n")
     lines = [f"sglang {c.release.version}: {line}" for c in contracts for line in c.errors] + list(broken.values())
     for line in lines:
         print(f"contract_matrix: error: {line}", file=sys.stderr)

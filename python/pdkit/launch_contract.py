@@ -84,7 +84,8 @@ class TestContract:
 @dataclass(frozen=True)
 class Contract:
     """All that a release said. `fixture` maps what the PD fixture does to whether it does; `assumed` modules to why
-    they could not be executed; `flags` is `pdkit.contract.flags.describe` of the server's parser."""
+    they could not be executed; `flags` is `pdkit.contract.flags.describe` of the server's parser; `substituted` are
+    the names, by module, that `pdkit.deployment.attach` replaces in it."""
 
     release: Release
     test_file: Path | None
@@ -92,6 +93,7 @@ class Contract:
     variables: tuple[str, ...]
     fixture: Mapping[str, bool]
     assumed: Mapping[str, str]
+    substituted: Mapping[str, Sequence[str]]
     suites: tuple[str, ...] = ()
     tests: tuple[TestContract, ...] = ()
 
@@ -157,6 +159,7 @@ def ask(
         variables=tuple(found["variables"]),
         fixture=found["fixture"],
         assumed=found["assumed"],
+        substituted=found["substituted"],
         suites=tuple(r["suite"] for r in found.get("registrations", ())),
         tests=tuple(_test_contract(plan) for plan in found.get("plans", ())),
     )
@@ -190,6 +193,7 @@ def as_data(contract: Contract) -> dict:
         "test_file": str(contract.test_file) if contract.test_file else None,
         "suites": list(contract.suites),
         "fixture": dict(contract.fixture),
+        "substituted": {module: list(names) for module, names in contract.substituted.items()},
         "flags_known": len(contract.flags),
         "variables_known": len(contract.variables),
         "errors": contract.errors,

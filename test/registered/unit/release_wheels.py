@@ -106,10 +106,19 @@ import subprocess
 import unittest
 
 import requests
+from sglang.test.test_utils import (
+    kill_process_tree,
+    popen_launch_pd_server,
+    popen_with_error_check,
+    start_subprocess_fail_fast_watcher,
+    terminate_and_kill_process_tree,
+)
 
 
 class PDDisaggregationServerBase(unittest.TestCase):
     host = "127.0.0.1"
+    lb_port, lb_url = "21000", "http://127.0.0.1:21000"
+    prefill_url, decode_url = "http://127.0.0.1:21100", "http://127.0.0.1:21200"
 
     @classmethod
     def setUpClass(cls):
@@ -122,10 +131,20 @@ class PDDisaggregationServerBase(unittest.TestCase):
         return subprocess.Popen(command, env=env and {**os.environ, **env})
 
     @classmethod
-    def launch_all(cls):
+    def start_prefill(cls):
         cls.serve("--disaggregation-mode", "prefill", "--port", "21100", *cls.extra_prefill_args)
+
+    @classmethod
+    def start_decode(cls):
         cls.serve("--disaggregation-mode", "decode", "--port", "21200", *cls.extra_decode_args)
-        assert requests.get("http://127.0.0.1:21100/health").status_code == 200
+
+    @classmethod
+    def wait_server_ready(cls, url, timeout):
+        assert requests.get(url).status_code == 200
+
+    @classmethod
+    def launch_lb(cls):
+        pass
 
     extra_prefill_args = extra_decode_args = []
 """
@@ -175,6 +194,9 @@ SOURCES = {
     "srt/utils.py": """
         import os
 
+        def kill_process_tree(parent_pid):
+            pass
+
         READ_OUTSIDE_OF_THE_REGISTRY = os.getenv("SGLANG_UNREGISTERED")
 
         def get_free_port():
@@ -183,6 +205,19 @@ SOURCES = {
         def wait_port_available(port, name):
             raise AssertionError("ports are not looked at while a plan is read")
     """,
+    "test/test_utils.py": """
+        from sglang.srt.utils import kill_process_tree
+
+        DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH = 600
+
+        def to_be_replaced(*args, **kwargs):
+            raise AssertionError("a test that is attached to starts nothing by this")
+
+        popen_launch_pd_server = popen_launch_server = popen_with_error_check = try_cached_model = to_be_replaced
+        start_subprocess_fail_fast_watcher = terminate_and_kill_process_tree = to_be_replaced
+    """,
+    "test/run_eval.py": "def run_eval(args): raise NotImplementedError",
+    "test/simple_eval_common.py": "import openai",
     "test/server_fixtures/disaggregation_fixture.py": FIXTURE,
     "test/ci/ci_register.py": CI_REGISTER,
 }

@@ -327,10 +327,10 @@ class TestMatrix(unittest.TestCase):
         test.write_text(source_of(LAUNCHES))
         flag = '        add("--cuda-graph-max-bs", type=int)'
         old = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
-        write_wheel(folder / "sglang-0.5.9.whl", old, "0.5.9")
-        write_wheel(folder / "sglang-0.5.10.whl", None, "0.5.10")
+        write_wheel(folder / "sglang-0.5.18.whl", old, "0.5.18")
+        write_wheel(folder / "sglang-0.5.100.whl", None, "0.5.100")
         arguments = [test, "--wheels", folder, "--flags", "--cuda-graph-max-bs 128"]
-        for more, versions in (([], ["0.5.9", "0.5.10"]), (["--newest"], ["0.5.10"])):
+        for more, versions in (([], ["0.5.18", "0.5.100"]), (["--newest"], ["0.5.100"])):
             command = [sys.executable, self.SCRIPT, *arguments, "--json", *more]
             run = subprocess.run([*map(str, command)], capture_output=True, text=True)
             found = json.loads(run.stdout)
@@ -338,16 +338,20 @@ class TestMatrix(unittest.TestCase):
             self.assertEqual(found["releases"][-1]["errors"][0].split(": ")[2], "--cuda-graph-max-bs")
             self.assertFalse(len(versions) > 1 and found["releases"][0]["errors"])
             self.assertEqual(run.returncode, ExitCode.BAD_USAGE)
-            self.assertRegex(run.stderr, "^contract_matrix: error: sglang 0.5.10: TestPD: .*ambiguous")
+            self.assertRegex(run.stderr, "^contract_matrix: error: sglang 0.5.100: TestPD: .*ambiguous")
         command = [sys.executable, self.SCRIPT, *arguments, "--flags=--old-switch"]
         table = subprocess.run(
             [*map(str, command)], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}
         )
         rows = [line.split() for line in table.stdout.splitlines()]
-        for version in ("0.5.9", "0.5.10"):
+        for version, names in (("0.5.18", "14"), ("0.5.100", "15")):
             (row,) = (row for row in rows if row[:1] == [version])
-            self.assertEqual(row[3:], ["yes", "no", "no", "--old-switch", "(deprecated)", "taken"], table.stdout)
-        self.assertNotEqual(*(row[1] for row in rows if row[:1] in (["0.5.9"], ["0.5.10"])))
+            self.assertEqual(row[3:], [names, "yes", "no", "no", "--old-switch", "(deprecated)", "taken"], table.stdout)
+        self.assertNotEqual(*(row[1] for row in rows if row[:1] in (["0.5.18"], ["0.5.100"])))
+        only_newer = (
+            "sglang.test.server_fixtures.disaggregation_fixture.terminate_and_kill_process_tree (from 0.5.100 on)"
+        )
+        self.assertIn(f"  {only_newer}\n", table.stdout)
 
     def test_no_wheels(self):
         run = subprocess.run([sys.executable, self.SCRIPT, "--wheels", "/nowhere"], capture_output=True, text=True)
