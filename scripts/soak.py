@@ -19,12 +19,12 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.command import run_command  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.options import Parser, UsageError, natural  # noqa: E402
-from pdkit.rung import LADDER  # noqa: E402
+from pdkit.core.command import run_command  # noqa: E402
+from pdkit.core.errors import ExitCode  # noqa: E402
+from pdkit.runner.options import Parser, UsageError, natural  # noqa: E402
+from pdkit.runner.targets import LADDER  # noqa: E402
 
-COMMAND = (sys.executable, "-m", "pdkit.main_job")
+COMMAND = (sys.executable, "-m", "pdkit.runner.run")
 WIDTH = 40
 
 
@@ -107,7 +107,7 @@ class Soak:
 
     def _score(self, directory: Path) -> float | None:
         from pdkit.core import events
-        from pdkit.report.facts import score_of
+        from pdkit.runner.report.facts import score_of
 
         found = [score_of(events.read(path)) for path in sorted(directory.rglob(events.FILE))]
         return next((score.value for score in reversed(found) if score), None)

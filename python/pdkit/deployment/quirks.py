@@ -6,7 +6,7 @@ The suite is written for the newest release; what an older one lacks or calls ot
 import re
 from collections.abc import Mapping, Sequence
 
-from pdkit import versions
+from pdkit.core import versions
 
 # The names of SGLang that `pdkit.deployment.attach` substitutes: module -> name -> first release that has it.
 SUBSTITUTED: Mapping[str, Mapping[str, str]] = {

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from pdkit import sockets
-from pdkit.ci_register import register_cpu_ci
-from pdkit.environment_check import nvml
-from pdkit.environment_check.machine import GpuProcess
-from pdkit.rung import Gpu, visible_gpus
+from pdkit.core import numa
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.preflight.environment import nvml
+from pdkit.preflight.environment.machine import GpuProcess
+from pdkit.runner.targets import Gpu, visible_gpus
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
@@ -143,11 +143,11 @@ class TestSockets(DriverCase):
             device.mkdir(parents=True)
             (device / "numa_node").write_text(f"{node}\n")
         for visible, expected in ((None, {0: 0, 1: 1}), ("1,0", {0: 1, 1: 0}), ("2,1", {1: 1})):
-            self.assertEqual(self.under(lambda environ: sockets.gpu_sockets(root, environ), visible), expected)
+            self.assertEqual(self.under(lambda environ: numa.gpu_sockets(root, environ), visible), expected)
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_machine_without_driver(self):
-        self.assertEqual(sockets.gpu_sockets(), {})
+        self.assertEqual(numa.gpu_sockets(), {})
 
 
 if __name__ == "__main__":

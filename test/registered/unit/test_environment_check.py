@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from pdkit import versions
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core import versions
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.registry import Registration
+from pdkit.core.source import UNKNOWN, read
 from pdkit.deployment import quirks
-from pdkit.environment_check import check as checks
-from pdkit.environment_check import dataset, gpus, machine, model, needs, packages, rdma
-from pdkit.environment_check.finding import Level
-from pdkit.environment_check.machine import Gpu, GpuProcess, Machine
-from pdkit.environment_check.needs import Needs, Process
-from pdkit.kernel_nano import cache
-from pdkit.registry import Registration
-from pdkit.sources import UNKNOWN, read
+from pdkit.models.cuda import store
+from pdkit.preflight.environment import check as checks
+from pdkit.preflight.environment import dataset, gpus, machine, model, needs, packages, rdma
+from pdkit.preflight.environment.finding import Level
+from pdkit.preflight.environment.machine import Gpu, GpuProcess, Machine
+from pdkit.preflight.environment.needs import Needs, Process
 
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
@@ -475,7 +475,7 @@ class TestModel(CheckCase):
 
     def test_the_random_checkpoint_that_a_test_makes_when_it_begins(self):
         with mock.patch.dict(os.environ, PDKIT_CACHE_DIR=str(self.root)):
-            random, trained = cache.cached("random"), cache.cached("trained")
+            random, trained = store.cached("random"), store.cached("trained")
             self.assert_fine(self.check(str(random)))
             self.assert_one(self.check(str(trained)), Level.ERROR, f"{trained}: no such directory")
             self.write("kernel-nano/random/config.json")
@@ -647,7 +647,10 @@ class TestNeeds(CheckCase):
         for nic, node in (("mlx5_0", 0), ("mlx5_4", 1)):
             self.write(f"sys/class/infiniband/{nic}/device/numa_node", f"{node}\n")
         environ = {"SGLANG_TEST_PD_DISAGG_DEVICES": "mlx5_0,mlx5_4"}
-        with mock.patch.dict(os.environ, environ), mock.patch("pdkit.sockets.gpu_sockets", lambda sysfs: {0: 0, 4: 1}):
+        with (
+            mock.patch.dict(os.environ, environ),
+            mock.patch("pdkit.core.numa.gpu_sockets", lambda sysfs: {0: 0, 4: 1}),
+        ):
             found = needs.of([registration(DSV4)], root=self.root)
         far = [line for line in found.warnings if "another socket" in line]
         self.assertEqual(len(far), 2, found.warnings)
@@ -790,7 +793,7 @@ class TestCommands(CheckCase):
 
     def test_run_suite_starts_no_file_on_a_machine_that_cannot(self):
         source = (
-            "import unittest\nfrom pdkit.ci_register import register_cuda_ci\n"
+            "import unittest\nfrom pdkit.core.ci_register import register_cuda_ci\n"
             'register_cuda_ci(1, "stage-b-test-64-gpu-large")\n'
             "class T(unittest.TestCase):\n    def test_it(self): print('started')\n"
             'if __name__ == "__main__":\n    unittest.main()\n'

@@ -7,7 +7,7 @@ from unittest import mock
 
 from pdkit.checks import placement
 from pdkit.checks.accounting.checks import AccountingChecks
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 

@@ -3,8 +3,8 @@
 import unittest
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.rung import LADDER, Gpu, RungUnavailable, UnknownRung, choose, found, why
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.runner.targets import LADDER, Gpu, RungUnavailable, UnknownRung, choose, found, why
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
