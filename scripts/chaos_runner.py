@@ -25,12 +25,11 @@ from pathlib import Path
 
 import psutil
 from pdkit.core import ports, processes
-from pdkit.core.command import run_command
-from pdkit.core.errors import ExitCode
+from pdkit.core.command import Parser, natural, run_command
+from pdkit.core.errors import ExitCode, UsageError
 from pdkit.runner.guardian import Children, become_subreaper
-from pdkit.runner.options import Parser, UsageError, natural
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
-from pdkit.runner.targets import LADDER
+from pdkit.runner.targets import TARGETS
 
 RUN_SUITE = Path(__file__).resolve().parents[1] / "test" / "run_suite.py"
 PATIENCE_S = 120.0
@@ -232,7 +231,7 @@ def main(argv: Sequence[str]) -> ExitCode:
     parser.add_argument("--rounds", type=natural, default=20, help="of each attack (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME",
                         help=f"default: {' '.join(ATTACKS)}")  # fmt: skip
-    parser.add_argument("--rung", choices=[rung.name for rung in LADDER], help="the main job instead of fake servers")
+    parser.add_argument("--rung", choices=[rung.name for rung in TARGETS], help="the main job instead of fake servers")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.rounds:

@@ -10,16 +10,15 @@ import os
 import sys
 from pathlib import Path
 
-from pdkit.core.command import run_command
+from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.preflight.contract import index, launches, release
-from pdkit.runner.options import Parser
-from pdkit.runner.targets import LADDER
+from pdkit.runner.targets import TARGETS
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
+TEST_FILE = Path(__file__).resolve().parents[1] / "test" / TARGETS[0].test_file
 CACHE = Path(os.getenv("PDKIT_CACHE_DIR") or Path(os.getenv("XDG_CACHE_HOME") or "~/.cache", "sglang-pd-suite"))
 
 

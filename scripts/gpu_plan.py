@@ -7,18 +7,17 @@ import json
 import sys
 from pathlib import Path
 
-from pdkit.core.command import run_command
+from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.numa import gpu_sockets, nic_sockets
 from pdkit.preflight.contract import launches
 from pdkit.preflight.memory_estimate import UnknownModel, of_config
 from pdkit.preflight.plan import as_data, of_contract
 from pdkit.preflight.plan_view import draw, memory_problems
-from pdkit.runner.options import Parser
-from pdkit.runner.targets import LADDER
+from pdkit.runner.targets import TARGETS
 from rich.console import Console
 
-TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
+TEST_FILE = Path(__file__).resolve().parents[1] / "test" / TARGETS[0].test_file
 
 
 class BadConfig(UsageError):

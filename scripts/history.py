@@ -12,10 +12,15 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.core.command import run_command  # noqa: E402
-from pdkit.core.errors import ExitCode  # noqa: E402
+from pdkit.core.command import (  # noqa: E402
+    Parser,
+    natural,
+    run_command,  # noqa: E402
+    seconds,
+)
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
 from pdkit.runner.history import store  # noqa: E402
-from pdkit.runner.options import HISTORY_VARIABLE, Parser, UsageError, default_history, natural, seconds  # noqa: E402
+from pdkit.runner.options import HISTORY_VARIABLE, default_history  # noqa: E402
 
 REGISTERED = REPO / "test" / "registered"
 

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 from pdkit.checks.recovery import table
-from pdkit.core.command import run_command
+from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode, UsageError
-from pdkit.runner.options import Parser
 
 
 def parse(argv):

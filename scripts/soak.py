@@ -19,10 +19,13 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.core.command import run_command  # noqa: E402
-from pdkit.core.errors import ExitCode  # noqa: E402
-from pdkit.runner.options import Parser, UsageError, natural  # noqa: E402
-from pdkit.runner.targets import LADDER  # noqa: E402
+from pdkit.core.command import (  # noqa: E402
+    Parser,
+    natural,
+    run_command,  # noqa: E402
+)
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
+from pdkit.runner.targets import TARGETS  # noqa: E402
 
 COMMAND = (sys.executable, "-m", "pdkit.runner.run")
 WIDTH = 40
@@ -149,7 +152,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--jobs", type=natural, default=1, metavar="N", help="how many at a time (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and results are kept")
-    parser.add_argument("--rung", default="embedded", choices=[rung.name for rung in LADDER], help="%(default)s")
+    parser.add_argument("--rung", default="embedded", choices=[rung.name for rung in TARGETS], help="%(default)s")
     parser.add_argument("--file", type=Path, metavar="TEST_FILE", help="run this test file instead of the main job")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     args = parser.parse_args(argv)

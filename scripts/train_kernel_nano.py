@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pdkit.core.command import run_command
+from pdkit.core.command import Parser, natural, positive, run_command
 from pdkit.core.errors import ExitCode
 from pdkit.models.cuda import store
-from pdkit.runner.options import Parser, natural, positive
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -7,9 +7,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "python"))
 
 from pdkit.core.command import run_command  # noqa: E402
-from pdkit.core.errors import ExitCode  # noqa: E402
-from pdkit.core.registry import collect, select  # noqa: E402
-from pdkit.runner.options import UsageError, parse_options  # noqa: E402
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
+from pdkit.core.registry import collect  # noqa: E402
+from pdkit.runner.options import parse_options  # noqa: E402
+from pdkit.runner.select import select  # noqa: E402
 
 
 def main(argv: list[str]) -> ExitCode:
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> ExitCode:
         from pdkit.preflight.environment.require import require
 
         require(selection.enabled)
-    from pdkit.runner.suite.suite import run_suite
+    from pdkit.runner.suite import run_suite
 
     return run_suite(selection, options)
 

@@ -6,8 +6,8 @@ import psutil
 
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.base import Checks
+from pdkit.core.gpus import observe
 from pdkit.core.processes import descendants
-from pdkit.preflight.environment import nvml
 
 
 def used_gpus(pid, gpus):
@@ -23,7 +23,7 @@ class PlacementChecks(Checks):
 
     @unaccounted
     def test_servers_are_on_the_gpus_of_the_plan(self):
-        observed = nvml.observe(os.environ)
+        observed = observe(os.environ)
         gpus = observed.get("gpus", ())
         planned = {"prefill": list(self.prefill_gpus), "decode": list(self.decode_gpus)}
         processes = {"prefill": self.process_prefill, "decode": self.process_decode}

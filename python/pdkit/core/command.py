@@ -1,5 +1,7 @@
 """How the commands of this project end where they cannot do what they are asked for."""
 
+import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,3 +37,43 @@ def run_command(name: str, main: Callable[[Sequence[str]], ExitCode], argv: Sequ
 def _refuse(name: str, message: str, code: ExitCode) -> ExitCode:
     print(*(f"{name}: error: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
     return code
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, where argparse would print its usage and exit."""
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (--help lists the options)")
+
+
+def seconds(text: str) -> float:
+    """For argparse: a number of seconds, not negative. Raises ValueError."""
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(text)
+    return value
+
+
+def natural(text: str) -> int:
+    """For argparse: a whole number, not negative. Raises ValueError."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def positive(text: str) -> float:
+    """For argparse: a finite number, greater than 0. Raises ValueError."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+seconds.__name__ = "number of seconds"
+
+
+natural.__name__ = "number"
+
+
+positive.__name__ = "positive number"

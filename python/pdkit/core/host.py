@@ -5,10 +5,11 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pdkit.core import versions
+from pdkit.core.gpus import visible_gpus
 from pdkit.core.secrets import cleaned, redacted
 
 PACKAGES = (
@@ -37,7 +38,7 @@ def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(environ),
-        "versions": {name: found for name in PACKAGES if (found := versions.installed(name))},
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "environment": redacted(environ),
     }
 
@@ -47,8 +48,6 @@ def command_line() -> list[str]:
 
 
 def _gpus(environ: Mapping[str, str]) -> list[str]:
-    from pdkit.runner.targets import visible_gpus
-
     return [f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in visible_gpus(environ)]
 
 
@@ -61,3 +60,11 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + "+" * bool(changes.stdout.strip())
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version of a distribution; None where there is none."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -16,9 +16,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from pdkit.core.errors import NotReady
+from pdkit.core.errors import NotReady, UsageError
 from pdkit.core.secrets import cleaned
-from pdkit.runner.options import UsageError
 
 CONNECT_S, ANSWER_S = 5, 10
 

@@ -27,10 +27,10 @@ from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
 
 from pdkit.core import events
+from pdkit.core.gpus import found, visible_gpus
 from pdkit.deployment import ports, quirks
 from pdkit.deployment.server import Server
 from pdkit.deployment.supervisor import ServerDied, Supervisor
-from pdkit.runner import targets
 
 LOG_DIR_VARIABLE = "SGLANG_PD_LOG_DIR"
 SERVER_MODULE_VARIABLE = "PDKIT_SERVER_MODULE"
@@ -307,13 +307,13 @@ class PlannedServers(PDServers):
     def require_gpus(cls) -> None:
         """Raises SkipTest, in CI AssertionError, where the machine lacks the Hopper GPUs of the plan; prints why."""
         needed = len({*cls.prefill_gpus, *cls.decode_gpus})
-        gpus = targets.visible_gpus()
+        gpus = visible_gpus()
         suitable = [gpu for gpu in gpus if gpu.capability == (9, 0) and gpu.memory_mib >= 1000 * cls.gpu_memory_gb]
         if len(suitable) >= needed:
             return
         reason = (
             f"{cls.__name__} needs {needed} Hopper GPUs of {cls.gpu_memory_gb} GB ({cls.target}), found "
-            f"{targets.found(gpus)}; what this machine can run is `scripts/run.sh`"
+            f"{found(gpus)}; what this machine can run is `scripts/run.sh`"
         )
         if test_utils.is_in_ci():
             raise AssertionError(reason)

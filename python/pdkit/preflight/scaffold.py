@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdkit.core.errors import UsageError
 from pdkit.core.registry import PROJECT_SUITES
 from pdkit.core.suggest import unknown
 from pdkit.preflight.contract.launches import Contract, ask
@@ -15,7 +16,6 @@ from pdkit.preflight.contract.release import installed
 from pdkit.preflight.environment.model import is_dsv4
 from pdkit.preflight.lint.check import lint
 from pdkit.preflight.plan import Runner, of_contract, span
-from pdkit.runner.options import UsageError
 
 SERVERS = {
     "cuda": ("pdkit.deployment.multi_gpu", "EightGpuServers"),

@@ -7,9 +7,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from pdkit.core import processes
-from pdkit.preflight.environment import nvml
-from pdkit.preflight.environment.machine import Gpu
+from pdkit.core import gpus, processes
+from pdkit.core.gpus import Gpu
 
 WAIT_S = 60.0
 POLL_S = 1.0
@@ -18,7 +17,7 @@ SLACK_MIB = 512
 
 def observe() -> tuple[Gpu, ...]:
     """All GPUs of the machine; none where there is no driver."""
-    return nvml.observe({}).get("gpus", ())
+    return gpus.observe({}).get("gpus", ())
 
 
 def unaccounted(observe: Callable[[], Sequence[Gpu]] = observe) -> tuple[int, ...]:

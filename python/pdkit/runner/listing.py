@@ -2,8 +2,9 @@
 
 import json
 
-from pdkit.core.registry import Registration, Selection
+from pdkit.core.registry import Registration
 from pdkit.runner.options import Options
+from pdkit.runner.select import Selection
 
 HEADER = ("FILE", "SUITE", "HW", "EST", "NIGHTLY", "PARTITION", "DISABLED")
 NUMERIC = ("EST", "PARTITION")

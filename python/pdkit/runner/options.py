@@ -1,12 +1,12 @@
 """The command line of `test/run_suite.py`: SGLang's flags, and a few on top."""
 
 import argparse
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdkit.core.command import Parser, natural, seconds
 from pdkit.core.errors import MEANINGS, UsageError
 from pdkit.core.suggest import nearest
 
@@ -57,42 +57,6 @@ class Options:
         else:
             limit = max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UsageError, where argparse would print its usage and exit."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message} (--help lists the options)")
-
-
-def seconds(text: str) -> float:
-    """For argparse: a number of seconds, not negative. Raises ValueError."""
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(text)
-    return value
-
-
-def natural(text: str) -> int:
-    """For argparse: a whole number, not negative. Raises ValueError."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-def positive(text: str) -> float:
-    """For argparse: a finite number, greater than 0. Raises ValueError."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
-
-
-seconds.__name__ = "number of seconds"
-natural.__name__ = "number"
-positive.__name__ = "positive number"
 
 
 def add_history_options(group):

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdkit.core import events
-from pdkit.core.command import run_command
-from pdkit.core.errors import ExitCode, NotReady
+from pdkit.core.command import Parser, run_command
+from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.events import Events
-from pdkit.core.registry import Registration, Selection, collect
-from pdkit.runner.options import Options, Parser, UsageError, add_history_options, history_file
+from pdkit.core.gpus import Gpu, found, visible_gpus
+from pdkit.core.registry import Registration, collect
+from pdkit.runner.options import Options, add_history_options, history_file
 from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
 from pdkit.runner.report.model import UNFINISHED
-from pdkit.runner.targets import DISTRIBUTED, LADDER, Gpu, Rung, choose, found, visible_gpus, why
+from pdkit.runner.select import Selection
+from pdkit.runner.targets import DISTRIBUTED, TARGETS, Target, choose, why
 
 TEST_DIR = Path(__file__).resolve().parents[3] / "test"
 
@@ -36,13 +38,13 @@ class TestNotFound(NotReady):
     """The test of a rung is not in this tree; the message is one line that says where it was looked for."""
 
 
-def verdict(code: ExitCode, happened: Events, rung: Rung) -> ExitCode:
+def verdict(code: ExitCode, happened: Events, rung: Target) -> ExitCode:
     """A run passes only if it was scored, and on the rung that was meant."""
     targets = {event.get("target") for event in facts.scores_of(happened)}
     return ExitCode.NOTHING_RAN if code is ExitCode.PASSED and rung.name not in targets else code
 
 
-def summary(rung: Rung, happened: Events, code: ExitCode, seconds: float) -> str:
+def summary(rung: Target, happened: Events, code: ExitCode, seconds: float) -> str:
     """The closing lines: verdict, rung, engine, score, gate, throughput, time of each phase and in all."""
     score, throughput = facts.score_of(happened), facts.throughput_of(happened)
     ended = [phase for phase in facts.phases_of(happened) if phase.state != UNFINISHED]
@@ -66,13 +68,13 @@ def summary(rung: Rung, happened: Events, code: ExitCode, seconds: float) -> str
 
 def ladder(gpus: Sequence[Gpu]) -> str:
     """One line per rung, highest first: what it needs, and whether this machine can run it."""
-    rows = [(rung.name, rung.needs, "runs here" if rung.runs_on(gpus) else "not here") for rung in LADDER]
+    rows = [(rung.name, rung.needs, "runs here" if rung.runs_on(gpus) else "not here") for rung in TARGETS]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, f"this machine has {found(gpus)}"])
 
 
-def registration_of(rung: Rung) -> Registration:
+def registration_of(rung: Target) -> Registration:
     """Raises TestNotFound, also where the package is installed without its tests."""
     path = TEST_DIR / rung.test_file
     for registration in collect(TEST_DIR / "registered").registrations:
@@ -81,7 +83,7 @@ def registration_of(rung: Rung) -> Registration:
     raise TestNotFound(f"no registered test at {path}; run scripts/run.sh of a clone of the repository")
 
 
-def run(rung: Rung, report_dir: Path | None, history: Path | None = None, environment_check: bool = True) -> ExitCode:
+def run(rung: Target, report_dir: Path | None, history: Path | None = None, environment_check: bool = True) -> ExitCode:
     """Runs the test of `rung` as `test/run_suite.py` would, and ends with the summary.
 
     Raises TestNotFound, and NotReady where this machine lacks what the test needs.
@@ -115,14 +117,14 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
         if finding.level is Level.ERROR:
             raise NotReady(str(finding))
     print(f"main job on {deployment.base_url}, which serves {', '.join(served.names)}: nothing is launched", flush=True)
-    rung = Rung("attached", f"at {deployment.base_url}", DISTRIBUTED / "attached_deployment.py")
+    rung = Target("attached", f"at {deployment.base_url}", DISTRIBUTED / "attached_deployment.py")
     name = str(rung.test_file)
     registration = Registration(str(TEST_DIR / rung.test_file), name, hw="cpu", suite="attached", est_time=600)
     return _run(rung, registration, args.report_dir, history_file(args, is_own_tree=True))
 
 
-def _run(rung: Rung, registration: Registration, report_dir: Path | None, history: Path | None) -> ExitCode:
-    from pdkit.runner.suite.suite import run_suite
+def _run(rung: Target, registration: Registration, report_dir: Path | None, history: Path | None) -> ExitCode:
+    from pdkit.runner.suite import run_suite
 
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
     options = Options(
@@ -145,7 +147,7 @@ def _run(rung: Rung, registration: Registration, report_dir: Path | None, histor
 
 def _main(argv: Sequence[str]) -> ExitCode:
     parser = Parser(prog="scripts/run.sh", description=__doc__.strip(), allow_abbrev=False)
-    parser.add_argument("--rung", metavar="NAME", help=f"run this rung or fail: {', '.join(r.name for r in LADDER)}")
+    parser.add_argument("--rung", metavar="NAME", help=f"run this rung or fail: {', '.join(r.name for r in TARGETS)}")
     parser.add_argument("--ladder", action="store_true", help="print the rungs, and which of them run here")
     parser.add_argument(
         "--report-dir", type=Path, metavar="DIR", help="for log, server logs and results.json (default: a new one)"

@@ -12,16 +12,17 @@ from pathlib import Path
 
 from pdkit.core import source
 from pdkit.core.console import Console
-from pdkit.core.errors import ExitCode
+from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.host import command_line
-from pdkit.core.registry import Registration, Selection, syntax_errors
+from pdkit.core.registry import Registration, syntax_errors
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
 from pdkit.runner.interruption import Interruption
-from pdkit.runner.options import Options, UsageError
+from pdkit.runner.options import Options
 from pdkit.runner.outcome import FileState, exit_code_of, tally
 from pdkit.runner.report import evidence, progress
 from pdkit.runner.report.progress import Live
 from pdkit.runner.results import Attempt, FileResult
+from pdkit.runner.select import Selection
 
 RULE = "=" * 60
 

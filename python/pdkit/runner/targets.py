@@ -1,36 +1,26 @@
 """The ladder: on what the main job can run, and which of its rungs this machine can reach."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdkit.core.errors import NotReady, UsageError
-from pdkit.core.gpus import NoDriver, visible_handles
+from pdkit.core.gpus import Gpu, found
 from pdkit.core.suggest import unknown
 
 DISTRIBUTED = Path("registered", "distributed")
 
 
-class RungUnavailable(NotReady):
+class TargetUnavailable(NotReady):
     """This machine cannot run the rung asked for; the message is one line that says why."""
 
 
-class UnknownRung(UsageError):
+class UnknownTarget(UsageError):
     """No rung has the name asked for; the message is one line that names the nearest."""
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """One CUDA device: marketing name, memory in MiB, compute capability as (major, minor)."""
-
-    name: str
-    memory_mib: int
-    capability: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Rung:
+class Target:
     """One way to run the main job.
 
     `name` is what the test itself prints as its rung; `test_file` is relative to the directory `test`. `gpus` GPUs are
@@ -52,8 +42,8 @@ class Rung:
         return sum(map(self.suits, gpus)) >= self.gpus
 
 
-LADDER = (
-    Rung(
+TARGETS = (
+    Target(
         name="8xH200",
         engine="SGLang with DeepSeek-V4-Flash-FP8: prefill on GPUs 0-3, decode on GPUs 4-7",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4.py",
@@ -62,7 +52,7 @@ LADDER = (
         memory_mib=141_000,
         capability=(9, 0),
     ),
-    Rung(
+    Target(
         name="1xHopper",
         engine="SGLang with a kernel-sized nano DeepSeek-V4: prefill and decode share one GPU",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4_1gpu.py",
@@ -71,59 +61,33 @@ LADDER = (
         memory_mib=80_000,
         capability=(9, 0),
     ),
-    Rung(
+    Target(
         name="embedded",
         engine="pdkit.engine with a nano DeepSeek-V4 on CPU: prefill and decode in a process each",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",
     ),
 )
-assert not LADDER[-1].gpus, "the bottom rung runs anywhere"
+assert not TARGETS[-1].gpus, "the bottom rung runs anywhere"
 
 
-def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves of those that NVML finds; none where there is no NVIDIA driver."""
-    import pynvml
-
-    try:
-        with visible_handles(environ) as handles:
-            return tuple(
-                Gpu(
-                    name=pynvml.nvmlDeviceGetName(handle),
-                    memory_mib=pynvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20,
-                    capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-                )
-                for handle in handles
-            )
-    except NoDriver:
-        return ()
-
-
-def found(gpus: Sequence[Gpu]) -> str:
-    """What the machine has, in a few words: `no GPU`, `2 GPUs (NVIDIA H200, 140 GiB)`."""
-    if not gpus:
-        return "no GPU"
-    kinds = sorted({f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in gpus})
-    return f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({'; '.join(kinds)})"
-
-
-def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Rung:
+def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
     """The rung `wanted`, or else the highest that `gpus` can run.
 
-    Raises UnknownRung where `wanted` is no rung, RungUnavailable where it needs more than there is.
+    Raises UnknownTarget where `wanted` is no rung, TargetUnavailable where it needs more than there is.
     """
     if wanted is None:
-        return next(rung for rung in LADDER if rung.runs_on(gpus))
-    by_name = {rung.name: rung for rung in LADDER}
+        return next(rung for rung in TARGETS if rung.runs_on(gpus))
+    by_name = {rung.name: rung for rung in TARGETS}
     if wanted not in by_name:
-        raise UnknownRung(unknown("rung", wanted, by_name))
+        raise UnknownTarget(unknown("rung", wanted, by_name))
     rung = by_name[wanted]
     if not rung.runs_on(gpus):
         has = f"this machine has {found(gpus)} and can run --rung {choose(gpus).name}"
-        raise RungUnavailable(f"rung {rung.name} needs {rung.needs}; {has}")
+        raise TargetUnavailable(f"rung {rung.name} needs {rung.needs}; {has}")
     return rung
 
 
-def why(rung: Rung, gpus: Sequence[Gpu]) -> str:
+def why(rung: Target, gpus: Sequence[Gpu]) -> str:
     """One line for each rung that `rung` stands below and `gpus` cannot run."""
-    above = LADDER[: LADDER.index(rung)]
+    above = TARGETS[: TARGETS.index(rung)]
     return "\n".join(f"{r.name} needs {r.needs}; found {found(gpus)}" for r in above if not r.runs_on(gpus))

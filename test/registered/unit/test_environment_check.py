@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from pdkit.core import versions
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.gpus import Gpu, GpuProcess
 from pdkit.core.registry import Registration
 from pdkit.core.source import UNKNOWN, read
 from pdkit.deployment import quirks
@@ -22,7 +22,7 @@ from pdkit.models.cuda import store
 from pdkit.preflight.environment import check as checks
 from pdkit.preflight.environment import dataset, gpus, machine, model, needs, packages, rdma
 from pdkit.preflight.environment.finding import Level
-from pdkit.preflight.environment.machine import Gpu, GpuProcess, Machine
+from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
 
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
@@ -34,7 +34,7 @@ DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.
 GPU_SUITE = "stage-c-test-dsv4-8-gpu-h200"
 GIB = 2**30
 
-H200 = Gpu("NVIDIA H200", 143771, 143000, (9, 0))
+H200 = Gpu("NVIDIA H200", 143771, (9, 0), 143000)
 PAIR = (
     Process("TestPair", "prefill", tuple(range(4)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21100}),
     Process("TestPair", "decode", tuple(range(4, 8)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21200}),
@@ -101,7 +101,7 @@ class TestGpus(CheckCase):
         self.assert_one(self.check(unit, gpus=(H200,)), Level.ERROR, "1 found", "2 GPUs")
 
     def test_too_small(self):
-        h100 = Gpu("NVIDIA H100 80GB HBM3", 81559, 81000, (9, 0))
+        h100 = Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0), 81000)
         found = self.check(gpus=(H200,) * 5 + (h100,) + (H200,) * 2)
         self.assert_one(found, Level.ERROR, "GPU 5: NVIDIA H100", "81559 MiB", "asks for 141 GB (decode)")
 
@@ -344,7 +344,7 @@ class TestPackages(CheckCase):
 
     def test_a_release_whose_indexer_reads_out_of_bounds(self):
         def told(release, environ=None, model="DeepSeek-V4-Flash", **env):
-            with mock.patch.object(versions, "installed", lambda _: release):
+            with mock.patch.object(checks, "installed", lambda _: release):
                 server = Process("T", "prefill", (0,), models=(model,), env=env or quirks.indexer_environment())
                 found = checks.of_place(Needs("cuda", processes=(server,)), environ or {})
                 return [str(finding) for finding in found if finding.subject == "sglang"]

@@ -8,7 +8,7 @@ from unittest import mock
 
 from pdkit.core import processes as process_tree
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.preflight.environment.machine import Gpu, GpuProcess
+from pdkit.core.gpus import Gpu, GpuProcess
 from pdkit.runner import gpu_memory
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")

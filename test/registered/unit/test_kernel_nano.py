@@ -17,9 +17,9 @@ from pdkit.core.errors import NotReady
 from pdkit.models.cpu.model import ModelError
 from pdkit.models.cuda import checkpoint, store, training
 from pdkit.models.cuda import fit as fitting
-from pdkit.models.cuda.config import DEEPEP_HIDDEN, FIELDS, fields, reference_config
+from pdkit.models.cuda.config import DEEPEP_HIDDEN, FIELDS, fields
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks, round_groups
-from pdkit.models.cuda.model import KernelNano, randomize, rescale
+from pdkit.models.cuda.model import KernelNano, randomize, reference_config, rescale
 from pdkit.models.problems import evaluation_set, few_shot
 from safetensors.torch import load_file, save_file
 

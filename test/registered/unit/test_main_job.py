@@ -16,14 +16,15 @@ from unittest.mock import patch
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
+from pdkit.core.gpus import Gpu
 from pdkit.runner import run
 from pdkit.runner.report import evidence
 from pdkit.runner.run import main, summary
-from pdkit.runner.targets import LADDER, Gpu
+from pdkit.runner.targets import TARGETS
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
-EMBEDDED = LADDER[-1]
+EMBEDDED = TARGETS[-1]
 PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
 
 
@@ -183,7 +184,7 @@ class TestMain(unittest.TestCase):
         first, second = self.err.getvalue().splitlines()
         self.assertRegex(first, f"^run.sh: error: model: {self.test_dir}/nano-dsv4: no such directory; ")
         self.assertRegex(second, f"^run.sh: error: data: {self.test_dir}/gsm8k_nano.jsonl: No such file .*; ")
-        self.assertEqual(len(self.printed.splitlines()), len(LADDER), self.printed)
+        self.assertEqual(len(self.printed.splitlines()), len(TARGETS), self.printed)
         with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
             self.assertEqual(self.main("--skip-environment-check"), ExitCode.FAILED)
         self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)

@@ -16,13 +16,13 @@ from unittest import mock
 from detached import SLEEP, is_alive, orphaner, spawner
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.console import Console
-from pdkit.core.errors import ExitCode
+from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.events import TARGET_VARIABLE, Events
-from pdkit.preflight.environment.machine import Gpu, GpuProcess
+from pdkit.core.gpus import Gpu, GpuProcess
 from pdkit.runner import gpu_memory
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
 from pdkit.runner.interruption import Interruption
-from pdkit.runner.options import Options, UsageError, parse_options
+from pdkit.runner.options import Options, parse_options
 from pdkit.runner.outcome import FileState, Output, TestCounts, exit_code_of, read_output, tally
 from pdkit.runner.results import Attempt
 
@@ -289,7 +289,7 @@ class TestRunAttempt(ProcessCase):
         self.assert_gone(int(log))
 
     def test_what_is_still_held_is_told(self):
-        gpu = Gpu("NVIDIA H200", 143_000, 143_000, (9, 0))
+        gpu = Gpu("NVIDIA H200", 143_000, (9, 0), 143_000)
         full = replace(gpu, free_mib=3_000, processes=(GpuProcess(NO_PID, "/usr/bin/python3", 140_000),))
         observe = mock.Mock(side_effect=[(gpu,), (full,)])
         before = partial(gpu_memory.unaccounted, observe)

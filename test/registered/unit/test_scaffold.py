@@ -9,12 +9,12 @@ import unittest
 from pathlib import Path
 
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import UsageError
 from pdkit.core.registry import collect
 from pdkit.preflight import scaffold
 from pdkit.preflight.environment import needs
 from pdkit.preflight.environment.needs import Needs
 from pdkit.preflight.lint.check import lint
-from pdkit.runner.options import UsageError
 
 register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
 

@@ -6,7 +6,7 @@ from pdkit.checks.integrity import IntegrityChecks
 from pdkit.checks.parity.checks import ParityChecks
 from pdkit.deployment.cpu import EmbeddedServers, RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
-from pdkit.engine.corruption import BIT_FLIPS
+from pdkit.engine.test_backends import BIT_FLIPS
 from pdkit.faults.servers import FaultSwitchServers
 
 
@@ -20,7 +20,7 @@ class RandomWeightsIntact(AccountingChecks, IntegrityChecks, ParityChecks, Monol
 
     @classmethod
     def prefill_args(cls):
-        return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.engine.corruption:BitFlip"]
+        return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:BitFlip"]
 
 
 class RandomWeights(FaultSwitchServers, RandomWeightsIntact):

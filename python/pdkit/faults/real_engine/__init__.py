@@ -4,5 +4,5 @@ blocks    what is asked of a backend, and pure functions that make something els
 library   the faults, by name
 backends  Mooncake's engine and NIXL's agent, wrapped
 server    SGLang's server with wrapped backends
-kit       a mixin that asks which check sees which fault
+checks    a mixin that asks which check sees which fault
 """

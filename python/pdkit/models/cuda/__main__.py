@@ -10,10 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pdkit.core.command import run_command
+from pdkit.core.command import Parser, natural, run_command
 from pdkit.core.errors import ExitCode
 from pdkit.models.cuda.store import WEIGHTS, add_hidden_size, cached, digest
-from pdkit.runner.options import Parser, natural
 
 NAME = "make_kernel_nano.py"
 

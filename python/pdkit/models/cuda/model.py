@@ -5,12 +5,36 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
-from transformers import DeepseekV4ForCausalLM
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from pdkit.models.cpu.experts import NAME as DENSE_EXPERTS
 from pdkit.models.cpu.model import hash_routes
 from pdkit.models.cpu.windowed_attention import NAME as WINDOWED_ATTENTION
-from pdkit.models.cuda.config import BLOCK, HIDDEN, reference_config
+from pdkit.models.cuda.config import BLOCK, FIELDS, HIDDEN, KINDS, fields
+
+_SHARED = """
+    hidden_size moe_intermediate_size head_dim num_attention_heads num_key_value_heads num_hidden_layers
+    q_lora_rank o_lora_rank o_groups index_head_dim index_n_heads index_topk sliding_window n_routed_experts
+    n_shared_experts num_experts_per_tok scoring_func norm_topk_prob routed_scaling_factor swiglu_limit hc_mult
+    hc_sinkhorn_iters hc_eps rms_norm_eps max_position_embeddings rope_theta compress_rope_theta vocab_size
+    bos_token_id eos_token_id tie_word_embeddings
+""".split()
+
+
+def reference_config(*, mtp: bool = False, hidden_size: int = HIDDEN) -> DeepseekV4Config:
+    """The same model for transformers; with `mtp` the MTP layer's, which transformers does not know, as a model."""
+    ours = fields(hidden_size)
+    layers = 1 if mtp else FIELDS["num_hidden_layers"]
+    first = FIELDS["num_hidden_layers"] if mtp else 0
+    hashed = 0 if mtp else FIELDS["num_hash_layers"]
+    return DeepseekV4Config(
+        **{name: ours[name] for name in _SHARED} | {"num_hidden_layers": layers},
+        architectures=FIELDS["architectures"],
+        layer_types=[KINDS[ratio] for ratio in FIELDS["compress_ratios"][first : first + layers]],
+        mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (layers - hashed),
+        partial_rotary_factor=FIELDS["qk_rope_head_dim"] / FIELDS["head_dim"],
+        initializer_range=0.05,
+    )
 
 
 def _build(mtp: bool, hidden_size: int) -> DeepseekV4ForCausalLM:

@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pdkit
-from pdkit.core.command import run_command
+from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.preflight.contract.flags import Finding
 from pdkit.preflight.contract.release import Release, installed, unpacked
-from pdkit.runner.options import Parser
 
 TIMEOUT_S = 120.0
 INHERITED = ("SGLANG_PD_", "SGLANG_TEST_", "SGLANG_CI_", "SGLANG_IS_IN_CI")  # what a test may look at

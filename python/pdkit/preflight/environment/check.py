@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pdkit
-from pdkit.core import ports, versions
+from pdkit.core import ports
+from pdkit.core.host import installed
 from pdkit.core.source import UNKNOWN
 from pdkit.deployment import quirks
 from pdkit.preflight.environment import dataset, gpus, machine, model, packages, rdma
@@ -188,7 +189,7 @@ def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Itera
             wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, dsv4))
             exposed |= dsv4 and quirks.is_exposed_by_indexer({**environ, **process.env})
     if exposed:
-        what = f"{versions.installed('sglang')} lets the indexer's kernel read past what is mapped"
+        what = f"{installed('sglang')} lets the indexer's kernel read past what is mapped"
         why = "a batch of 128 tokens can end a server by an illegal memory access"
         yield warning("sglang", what, why, f"export {quirks.INDEXER_SWITCH}=0, or take 0.5.18 or newer")
     yield from map(packages.installed, wanted)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
+from pdkit.core.gpus import Gpu
 from pdkit.preflight.environment.finding import Finding, error, ok, warning
-from pdkit.preflight.environment.machine import Gpu, Machine
+from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
 
 ELSEWHERE = "run on such a machine, or the CPU rung here: scripts/run.sh --rung embedded"

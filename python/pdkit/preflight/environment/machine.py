@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pdkit.core.errors import UsageError
+from pdkit.core.gpus import Gpu, GpuProcess
+from pdkit.core.gpus import observe as observe_gpus
 
 INFINIBAND = Path("sys/class/infiniband")
 RDMA_FILES = ("ports/*/state", "ports/*/rate", "ports/*/link_layer", "ports/*/gids/*", "ports/*/gid_attrs/types/*")
@@ -20,26 +22,6 @@ CAP_IPC_LOCK = 14
 
 class BadDescription(UsageError):
     """A recorded machine cannot be read; the message is one line."""
-
-
-@dataclass(frozen=True)
-class GpuProcess:
-    """A process that has memory on a GPU; `memory_mib` is 0 where the driver does not say."""
-
-    pid: int
-    name: str
-    memory_mib: int
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU by NVML: memory in MiB, compute capability as (major, minor)."""
-
-    name: str
-    memory_mib: int
-    free_mib: int
-    capability: tuple[int, int]
-    processes: tuple[GpuProcess, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,9 +102,7 @@ def observe(root: Path = Path("/"), environ: Mapping[str, str] = os.environ, gpu
     )
     if not gpus:
         return machine
-    from pdkit.preflight.environment import nvml
-
-    return replace(machine, **nvml.observe(environ))
+    return replace(machine, **observe_gpus(environ))
 
 
 def _free(path: Path) -> int:

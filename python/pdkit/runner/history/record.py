@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pdkit.core import events, versions
+from pdkit.core import events
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
+from pdkit.core.host import installed
 from pdkit.runner.options import Options
 from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
@@ -156,7 +157,7 @@ def of_run(
         time=began,
         commit=_git(options.test_root, "rev-parse", "HEAD"),
         modified=bool(_git(options.test_root, "status", "--porcelain", "--untracked-files=no")),
-        sglang=versions.installed("sglang"),
+        sglang=installed("sglang"),
         python=platform.python_version(),
         host=platform.node(),
         cpus=os.cpu_count() or 0,

@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-from pdkit.core.command import run_command
+from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
-from pdkit.runner.options import Parser
 from pdkit.runner.report.write import write
 
 
