@@ -11,6 +11,7 @@ from pathlib import Path
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import PROJECT_SUITES
 from pdkit.core.suggest import unknown
+from pdkit.engine import options as engine_options
 from pdkit.preflight.contract.launches import Contract, ask
 from pdkit.preflight.contract.release import installed
 from pdkit.preflight.environment.model import is_dsv4
@@ -234,14 +235,12 @@ def check(test: NewTest, directory: Path) -> Contract:
 
 def _engine_problems(contract: Contract) -> list[str]:
     """What the embedded engine says to its command lines; the contract asks SGLang only."""
-    from pdkit.engine.options import parse
-
     said = []
     for test in contract.tests:
         for process in test.processes:
             output = io.StringIO()
             with contextlib.suppress(SystemExit), contextlib.redirect_stderr(output):
                 if process.module == "pdkit.engine":
-                    parse(process.argv)
+                    engine_options.parse(process.argv)
             said += output.getvalue().splitlines()[-1:]
     return list(dict.fromkeys(f"{contract.tests[0].test}: {line}" for line in said))

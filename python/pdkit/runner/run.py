@@ -88,6 +88,7 @@ def run(rung: Target, report_dir: Path | None, history: Path | None = None, envi
 
     Raises TestNotFound, and NotReady where this machine lacks what the test needs.
     """
+    # psutil and more: --help and --ladder do without
     from pdkit.preflight.environment.require import require
     from pdkit.runner.orphans import end_earlier_runs
 
@@ -104,7 +105,7 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
 
     Raises UsageError and NotReady where it is not what it is said to be.
     """
-    from pdkit.deployment import attached
+    from pdkit.deployment import attached  # requests: only this way of running pays for it
     from pdkit.preflight.environment.dataset import check
     from pdkit.preflight.environment.finding import Level
 
@@ -124,7 +125,7 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
 
 
 def _run(rung: Target, registration: Registration, report_dir: Path | None, history: Path | None) -> ExitCode:
-    from pdkit.runner.suite import run_suite
+    from pdkit.runner.suite import run_suite  # psutil, as above
 
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
     options = Options(

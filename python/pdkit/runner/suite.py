@@ -16,6 +16,8 @@ from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.host import command_line
 from pdkit.core.registry import Registration, syntax_errors
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
+from pdkit.runner.history.record import of_run
+from pdkit.runner.history.store import append
 from pdkit.runner.interruption import Interruption
 from pdkit.runner.options import Options
 from pdkit.runner.outcome import FileState, exit_code_of, tally
@@ -60,7 +62,7 @@ class SuiteRun:
 
     def _draw_report(self):
         """Draws what was kept; a report that cannot be drawn is no failure of what was tested."""
-        from pdkit.runner.report.write import write
+        from pdkit.runner.report.write import write  # jinja2: only a run with a report pays for it
 
         try:
             for line in write(self.logs):
@@ -218,12 +220,10 @@ class SuiteRun:
         path = self.options.history
         if not path or not any(result.attempts for result in self.results):
             return
-        from pdkit.runner.history import record, store
-
         seconds = time.monotonic() - self.tic
         with self.console.keeping(path, " (--history FILE, or --no-history)"):
-            done = record.of_run(self.options, self.results, self.logs, self.exit_code, self.began, seconds)
-            store.append(path, done)
+            done = of_run(self.options, self.results, self.logs, self.exit_code, self.began, seconds)
+            append(path, done)
 
 
 def _program(test: Path) -> str:

@@ -649,7 +649,7 @@ class TestNeeds(CheckCase):
         environ = {"SGLANG_TEST_PD_DISAGG_DEVICES": "mlx5_0,mlx5_4"}
         with (
             mock.patch.dict(os.environ, environ),
-            mock.patch("pdkit.core.numa.gpu_sockets", lambda sysfs: {0: 0, 4: 1}),
+            mock.patch.object(needs, "gpu_sockets", lambda sysfs: {0: 0, 4: 1}),
         ):
             found = needs.of([registration(DSV4)], root=self.root)
         far = [line for line in found.warnings if "another socket" in line]

@@ -83,7 +83,7 @@ def start_recording():
     """
     import requests
 
-    from pdkit.deployment import ports
+    from pdkit.deployment import ports  # psutil: a release may be asked where it is not installed
 
     healthy = SimpleNamespace(status_code=200, ok=True, text="", json=dict, raise_for_status=lambda: None)
     subprocess.Popen = RecordedProcess

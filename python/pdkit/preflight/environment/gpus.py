@@ -6,6 +6,7 @@ from pdkit.core.gpus import Gpu
 from pdkit.preflight.environment.finding import Finding, error, ok, warning
 from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.plan import span
 
 ELSEWHERE = "run on such a machine, or the CPU rung here: scripts/run.sh --rung embedded"
 NOT_OURS = "wait for them or ask their owner; nothing here ends them"
@@ -29,8 +30,6 @@ def check(needs: Needs, machine: Machine) -> Iterator[Finding]:
 
 
 def _count(needs: Needs, on_gpus: Sequence[Process], count: int, machine: Machine) -> Iterator[Finding]:
-    from pdkit.preflight.plan import span
-
     wanted = f"{count} GPU{'s' * (count != 1)}" + (f" of {needs.gpu_memory_gb:g} GB" if needs.gpu_memory_gb else "")
     users = ", ".join(dict.fromkeys(f"{process.name} {span(process.gpus)}" for process in on_gpus))
     if len(machine.gpus) < count:

@@ -13,6 +13,8 @@ from pathlib import Path
 from pdkit.core.errors import UsageError
 from pdkit.core.gpus import Gpu, GpuProcess
 from pdkit.core.gpus import observe as observe_gpus
+from pdkit.core.source import read
+from pdkit.preflight.environment.packages import locate
 
 INFINIBAND = Path("sys/class/infiniband")
 RDMA_FILES = ("ports/*/state", "ports/*/rate", "ports/*/link_layer", "ports/*/gids/*", "ports/*/gid_attrs/types/*")
@@ -161,9 +163,6 @@ def available_memory(root: Path) -> int:
 
 def _torch_cuda() -> tuple[int, int] | None:
     """CUDA version in the installed torch's `version.py`, which is read, not imported."""
-    from pdkit.core.source import read
-    from pdkit.preflight.environment.packages import locate
-
     path = locate("torch.version")
     value = path and read(path)
     version = value and value.value(value.constants.get("cuda"))

@@ -6,8 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pdkit.core.numa import gpu_sockets, nic_sockets
 from pdkit.core.registry import Registration
 from pdkit.core.source import TestClass, pd_classes, read
+from pdkit.preflight.contract.launches import ContractUnreadable, ask
+from pdkit.preflight.contract.release import ReleaseNotFound, installed
+from pdkit.preflight.plan import Runner, of_contract
 
 _KINDS = {"h20": (9, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "gb200": (10, 0), "b300": (10, 3)}
 _WEIGHTLESS = ("dummy", "--load-format=dummy")
@@ -71,8 +75,6 @@ def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.en
     classes = [cls for path in files for cls in _pd_classes(path)]
     if hw != "cuda":
         return Needs(hw, embedded=hw == "cpu" and bool(classes))
-    from pdkit.preflight.plan import Runner
-
     runner = Runner.of_suite(suite)
     memory = [value for cls in classes if isinstance(value := cls.value("gpu_memory_gb"), (int, float))]
     found = [_launched(path, suite, root / "sys") for path in dict.fromkeys(cls.source.path for cls in classes)]
@@ -114,11 +116,6 @@ class _Launched:
 
 
 def _launched(path: Path, suite: str, sysfs: Path) -> _Launched:
-    from pdkit.core.numa import gpu_sockets, nic_sockets
-    from pdkit.preflight.contract.launches import ContractUnreadable, ask
-    from pdkit.preflight.contract.release import ReleaseNotFound, installed
-    from pdkit.preflight.plan import of_contract
-
     try:
         contract = ask(installed(), path)
         plans = of_contract(contract, suite)

@@ -35,7 +35,7 @@ class Noise:
 
 def noise(threshold: float, examples: int, strict: bool = True) -> Noise:
     """Noise of `score > threshold` over that many examples, or of `>=` where not `strict`."""
-    from pdkit.core import stats
+    from pdkit.core import stats  # scipy: only a file with a threshold pays for it
 
     rare = min(threshold, 1 - threshold)
     better, worse = (1 - rare / 2, 1 - 2 * rare) if threshold >= 0.5 else (2 * rare, rare / 2)

@@ -20,6 +20,9 @@ from pdkit.core.events import VARIABLE, append
 from pdkit.core.host import describe
 from pdkit.core.registry import Registration
 from pdkit.core.secrets import scrub, secret_values
+from pdkit.preflight.contract.launches import ContractUnreadable, ask
+from pdkit.preflight.contract.release import ReleaseNotFound, installed
+from pdkit.preflight.plan import as_data, of_contract
 
 ENVIRONMENT_FILE = "environment.json"
 GPU_PLAN_FILE = "gpu_plan.json"
@@ -48,10 +51,6 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
-    from pdkit.preflight.contract.launches import ContractUnreadable, ask
-    from pdkit.preflight.contract.release import ReleaseNotFound, installed
-    from pdkit.preflight.plan import as_data, of_contract
-
     if registration.hw != "cuda":
         return []
     try:
