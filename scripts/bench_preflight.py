@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy
 import pdkit
-from pdkit.exit_codes import ExitCode
+from pdkit.core.errors import ExitCode
 from safetensors.numpy import save_file
 
 REPO = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ class Mistake:
 
 
 def mistakes(folder: Path) -> list[Mistake]:
-    contract, plan = ("-m", "pdkit.launch_contract"), (str(REPO / "scripts" / "gpu_plan.py"),)
+    contract, plan = ("-m", "pdkit.preflight.contract.launches"), (str(REPO / "scripts" / "gpu_plan.py"),)
     here = (str(CHECK),)
     ten = (("--tp 4 --dp 4", "--tp 5 --dp 5"), ("range(0, 4)", "range(0, 5)"), ("range(4, 8)", "range(5, 10)"))
     return [

@@ -24,13 +24,12 @@ from itertools import product
 from pathlib import Path
 
 import psutil
-from pdkit import ports, process_tree
-from pdkit.command import run_command
-from pdkit.exit_codes import ExitCode
-from pdkit.guardian import Children, become_subreaper
-from pdkit.options import Parser, UsageError, natural
-from pdkit.run_token import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
-from pdkit.rung import LADDER
+from pdkit.core import ports, processes
+from pdkit.core.command import Parser, natural, run_command
+from pdkit.core.errors import ExitCode, UsageError
+from pdkit.runner.guardian import Children, become_subreaper
+from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
+from pdkit.runner.targets import TARGETS
 
 RUN_SUITE = Path(__file__).resolve().parents[1] / "test" / "run_suite.py"
 PATIENCE_S = 120.0
@@ -55,7 +54,7 @@ KINDS = ("child", "session", "orphan", "bare orphan")
 
 TEST = """
 import os, subprocess, sys, tempfile, time, unittest
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
@@ -79,7 +78,7 @@ if __name__ == "__main__":
 """
 PASS = """
 import unittest
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
@@ -153,7 +152,7 @@ class Chaos:
         if kinds and self.rung:
             report = tempfile.mkdtemp(dir=self.directory)
             words = ["--rung", self.rung, "--report-dir", report, "--no-history"]
-            return [sys.executable, "-m", "pdkit.main_job", *words]
+            return [sys.executable, "-m", "pdkit.runner.run", *words]
         root = self.tree(kinds)
         return [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "stage-a-test-cpu", "--test-root", str(root)]
 
@@ -170,7 +169,7 @@ class Chaos:
 
     def alive(self) -> list[psutil.Process]:
         self.children.are_gone()
-        return process_tree.descendants(self.me)
+        return processes.descendants(self.me)
 
     def round(self, attack: Attack, delay: float) -> Round:
         tic, runner = time.monotonic(), self.start(attack.kinds)
@@ -179,8 +178,8 @@ class Chaos:
         except subprocess.TimeoutExpired:
             pass
         delay = time.monotonic() - tic
-        there = process_tree.descendants(self.me)
-        listened = process_tree.listening_ports(there)
+        there = processes.descendants(self.me)
+        listened = processes.listening_ports(there)
         in_time = runner.poll() is None
         if in_time and attack.on_guardian:
             self.kill_with_guardian(runner)
@@ -190,16 +189,16 @@ class Chaos:
         if attack.needs_next_start:
             self.undisturbed(())
         left = self.alive()
-        taken = listened | process_tree.listening_ports(left)
+        taken = listened | processes.listening_ports(left)
         left_ports = sorted({port for port, _ in ports.listeners()} & taken)
-        described = tuple(map(process_tree.describe, left))
-        process_tree.end(self.alive, self.children.are_gone, grace_s=1.0)
+        described = tuple(map(processes.describe, left))
+        processes.end(self.alive, self.children.are_gone, grace_s=1.0)
         return Round(delay, (len(there), len(listened)), described, tuple(left_ports), in_time)
 
     def kill_with_guardian(self, runner: subprocess.Popen):
         """Stops the runner first: it would otherwise see that its guardian died, and end the rest."""
         runner.send_signal(signal.SIGSTOP)
-        for child in process_tree.descendants(psutil.Process(runner.pid)):
+        for child in processes.descendants(psutil.Process(runner.pid)):
             try:
                 if GUARDIAN_VARIABLE in child.environ():
                     child.kill()
@@ -232,7 +231,7 @@ def main(argv: Sequence[str]) -> ExitCode:
     parser.add_argument("--rounds", type=natural, default=20, help="of each attack (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME",
                         help=f"default: {' '.join(ATTACKS)}")  # fmt: skip
-    parser.add_argument("--rung", choices=[rung.name for rung in LADDER], help="the main job instead of fake servers")
+    parser.add_argument("--rung", choices=[rung.name for rung in TARGETS], help="the main job instead of fake servers")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.rounds:
@@ -259,7 +258,7 @@ def main(argv: Sequence[str]) -> ExitCode:
             met = f"{found.met[0]} processes, {found.met[1]} ports"
             print(f"{number}/{args.rounds} {attack.name} after {found.delay:.1f} s, {met}: left {left}", flush=True)
     finally:
-        process_tree.end(chaos.alive, chaos.children.are_gone, grace_s=1.0)
+        processes.end(chaos.alive, chaos.children.are_gone, grace_s=1.0)
         print(table(rounds), f"output of the runners: {directory / 'log'}", sep="\n", flush=True)
     was_clean = not any(each.left or each.left_ports for found in rounds.values() for each in found)
     return ExitCode.PASSED if was_clean else ExitCode.FAILED

@@ -9,13 +9,14 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.command import run_command  # noqa: E402
-from pdkit.environment_check import machine, needs  # noqa: E402
-from pdkit.environment_check.check import check, of_machine  # noqa: E402
-from pdkit.environment_check.finding import Level  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.options import Options, Parser, UsageError  # noqa: E402
-from pdkit.registry import collect, select  # noqa: E402
+from pdkit.core.command import Parser, run_command  # noqa: E402
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
+from pdkit.core.registry import collect  # noqa: E402
+from pdkit.preflight.environment import machine, needs  # noqa: E402
+from pdkit.preflight.environment.check import check, of_machine  # noqa: E402
+from pdkit.preflight.environment.finding import Level  # noqa: E402
+from pdkit.runner.options import Options  # noqa: E402
+from pdkit.runner.select import select  # noqa: E402
 
 REGISTERED = REPO / "test" / "registered"
 

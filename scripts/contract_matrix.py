@@ -10,17 +10,15 @@ import os
 import sys
 from pathlib import Path
 
-from pdkit import launch_contract
-from pdkit.command import run_command
-from pdkit.contract import index, release
-from pdkit.exit_codes import ExitCode, NotReady
-from pdkit.options import Parser
-from pdkit.rung import LADDER
+from pdkit.core.command import Parser, run_command
+from pdkit.core.errors import ExitCode, NotReady
+from pdkit.preflight.contract import index, launches, release
+from pdkit.runner.targets import TARGETS
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
+TEST_FILE = Path(__file__).resolve().parents[1] / "test" / TARGETS[0].test_file
 CACHE = Path(os.getenv("PDKIT_CACHE_DIR") or Path(os.getenv("XDG_CACHE_HOME") or "~/.cache", "sglang-pd-suite"))
 
 
@@ -35,7 +33,7 @@ def parse(argv):
         epilog="Exit codes: 0 every release takes the plan; 2 one refuses it, or bad usage; 3 no wheel could be had.",
         allow_abbrev=False,
     )
-    launch_contract.add_arguments(parser, default=TEST_FILE)
+    launches.add_arguments(parser, default=TEST_FILE)
     parser.add_argument(
         "--wheels", type=Path, default=CACHE / "wheels", metavar="DIR", help="wheels of sglang (default: %(default)s)"
     )
@@ -118,11 +116,11 @@ def main(argv):
     for version, wheel in wheels(args, progress.print).items():
         with progress.status(f"asking sglang {version}"), release.unpacked(wheel) as unpacked:
             try:
-                contracts.append(launch_contract.ask(unpacked, args.test_file, args.flags, dict(args.env)))
-            except launch_contract.ContractUnreadable as error:
+                contracts.append(launches.ask(unpacked, args.test_file, args.flags, dict(args.env)))
+            except launches.ContractUnreadable as error:
                 broken[version] = str(error)
     if args.json:
-        rows = [launch_contract.as_data(contract) for contract in contracts]
+        rows = [launches.as_data(contract) for contract in contracts]
         print(json.dumps({"releases": rows, "unreadable": broken}, indent=2))
     else:
         console.print(table(contracts, broken))

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from pdkit.exit_codes import ExitCode
+from pdkit.core.errors import ExitCode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ASSETS = REPOSITORY / "python" / "pdkit" / "assets"
-SUBJECTS = REPOSITORY / "test" / "registered" / "distributed" / "fault_subjects.py"
+SUBJECTS = REPOSITORY / "python" / "pdkit" / "faults" / "matrix" / "subjects.py"
 
 QUICK_FAULTS = (
     "128x-compressed-zeroed",
@@ -71,14 +71,14 @@ def chosen_faults(args) -> list[str]:
 
 
 def subjects_of(args):
-    from pdkit.matrix.session import Subject
+    from pdkit.faults.matrix.session import Subject
 
     random = Subject("random", SUBJECTS, "RandomWeights", QUICK_TESTS if args.quick else ())
     return [random] if args.quick else [Subject("trained", SUBJECTS, "Trained"), random]
 
 
 def models_of(args):
-    from pdkit.matrix.truth import Model
+    from pdkit.faults.matrix.truth import Model
 
     random = Model("random", ASSETS / "random-dsv4", "dummy", 1)
     return [random] if args.quick else [Model("trained", ASSETS / "nano-dsv4", "auto", 0), random]
@@ -92,10 +92,10 @@ def print_library():
 
 
 def run_matrix(args, out: Path) -> ExitCode:
-    from pdkit.matrix.results import Results, planned
-    from pdkit.matrix.session import Session
-    from pdkit.matrix.truth import truths_of
-    from pdkit.matrix.verdicts import checks_of
+    from pdkit.faults.matrix.results import Results, planned
+    from pdkit.faults.matrix.session import Session
+    from pdkit.faults.matrix.truth import truths_of
+    from pdkit.faults.matrix.verdicts import checks_of
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -128,13 +128,13 @@ def run_matrix(args, out: Path) -> ExitCode:
 
 def write(results, problems, out: Path):
     """Table and picture into `out`; prints the summary."""
-    from pdkit.matrix import report
+    from pdkit.faults.matrix import report
 
     (out / "matrix.md").write_text(f"# Detection matrix\n\n{report.markdown(results, problems)}", encoding="utf-8")
     report.write_csv(results, out / "matrix.csv")
     written = "matrix.md, matrix.csv"
     if find_spec("matplotlib"):
-        from pdkit.matrix.picture import draw
+        from pdkit.faults.matrix.picture import draw
 
         draw(results, out / "matrix.svg")
         written += ", matrix.svg"
@@ -154,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> ExitCode:
     if args.list:
         print_library()
         return ExitCode.PASSED
+    from pdkit.faults.matrix.results import ResultsError
+    from pdkit.faults.matrix.session import WorkerFailed
     from pdkit.faults.switch import UnknownFault
-    from pdkit.matrix.results import ResultsError
-    from pdkit.matrix.session import WorkerFailed
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from pdkit.checks.accuracy.gate import GateOptions, Policy
-from pdkit.exit_codes import ExitCode
-from pdkit.gate_math import (
+from pdkit.core.errors import ExitCode
+from pdkit.core.stats import (
     OperatingPoint,
     Plan,
     detectable_loss,

@@ -7,17 +7,17 @@ import json
 import sys
 from pathlib import Path
 
-from pdkit import gpu_plan, launch_contract
-from pdkit.command import run_command
-from pdkit.exit_codes import ExitCode, UsageError
-from pdkit.gpu_plan_drawing import draw, memory_problems
-from pdkit.memory_estimate import UnknownModel, of_config
-from pdkit.options import Parser
-from pdkit.rung import LADDER
-from pdkit.sockets import gpu_sockets, nic_sockets
+from pdkit.core.command import Parser, run_command
+from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.numa import gpu_sockets, nic_sockets
+from pdkit.preflight.contract import launches
+from pdkit.preflight.memory_estimate import UnknownModel, of_config
+from pdkit.preflight.plan import as_data, of_contract
+from pdkit.preflight.plan_view import draw, memory_problems
+from pdkit.runner.targets import TARGETS
 from rich.console import Console
 
-TEST_FILE = Path(__file__).resolve().parents[1] / "test" / LADDER[0].test_file
+TEST_FILE = Path(__file__).resolve().parents[1] / "test" / TARGETS[0].test_file
 
 
 class BadConfig(UsageError):
@@ -31,7 +31,7 @@ def parse(argv):
         epilog="Exit codes: 0 it fits; 2 SGLang refuses a flag, or bad usage; 3 it does not fit, or SGLang is missing.",
         allow_abbrev=False,
     )
-    launch_contract.add_arguments(parser, default=TEST_FILE)
+    launches.add_arguments(parser, default=TEST_FILE)
     parser.add_argument("--sglang-wheel", type=Path, metavar="FILE", help="by a release that is not installed")
     parser.add_argument("--suite", metavar="NAME", help="instead of the suite that the test is registered in")
     parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of the model, to estimate its memory")
@@ -54,9 +54,9 @@ def model_of(plan, config):
 
 def main(argv):
     args = parse(argv)
-    with launch_contract.release_of(args.sglang_wheel) as release:
-        contract = launch_contract.ask(release, args.test_file, args.flags, dict(args.env))
-    plans = gpu_plan.of_contract(contract, args.suite)
+    with launches.release_of(args.sglang_wheel) as release:
+        contract = launches.ask(release, args.test_file, args.flags, dict(args.env))
+    plans = of_contract(contract, args.suite)
     models = [model_of(plan, args.config) for plan in plans]
     problems, nics, gpus = [], nic_sockets(), gpu_sockets()
     for plan, model in zip(plans, models, strict=True):
@@ -67,7 +67,7 @@ def main(argv):
             for line in plan.warnings(nics, gpus):
                 console.print(f"warning: {line}", markup=False)
     if args.json:
-        print(json.dumps([gpu_plan.as_data(plan) for plan in plans], indent=2))
+        print(json.dumps([as_data(plan) for plan in plans], indent=2))
     for line in contract.errors + problems:
         print(f"gpu_plan: error: {line}", file=sys.stderr)
     if contract.errors:

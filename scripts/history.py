@@ -12,10 +12,15 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.command import run_command  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.history import store  # noqa: E402
-from pdkit.options import HISTORY_VARIABLE, Parser, UsageError, default_history, natural, seconds  # noqa: E402
+from pdkit.core.command import (  # noqa: E402
+    Parser,
+    natural,
+    run_command,  # noqa: E402
+    seconds,
+)
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
+from pdkit.runner.history import store  # noqa: E402
+from pdkit.runner.options import HISTORY_VARIABLE, default_history  # noqa: E402
 
 REGISTERED = REPO / "test" / "registered"
 
@@ -52,9 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _propose(args, records) -> ExitCode:
-    from pdkit.history import est_time
-    from pdkit.history.series import seconds_of_files
-    from pdkit.registry import collect
+    from pdkit.core.registry import collect
+    from pdkit.runner.history import est_time
+    from pdkit.runner.history.series import seconds_of_files
 
     collection = collect(args.test_root)
     if collection.errors:
@@ -71,8 +76,8 @@ def _propose(args, records) -> ExitCode:
 
 
 def _show(args, records) -> None:
-    from pdkit.history import drawing
-    from pdkit.history.series import main_job_series
+    from pdkit.runner.history import drawing
+    from pdkit.runner.history.series import main_job_series
 
     all_series = main_job_series(records)
     if args.json:
@@ -99,8 +104,8 @@ def main(argv: list[str]) -> ExitCode:
     if args.est_time:
         return _propose(args, history.records)
     if args.estimates:
-        from pdkit.history.est_time import estimates
-        from pdkit.history.series import seconds_of_files
+        from pdkit.runner.history.est_time import estimates
+        from pdkit.runner.history.series import seconds_of_files
 
         print(json.dumps(estimates(seconds_of_files(history.records, args.last)), indent=2))
     else:

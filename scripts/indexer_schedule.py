@@ -15,9 +15,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pdkit.command import run_command
-from pdkit.exit_codes import ExitCode, NotReady
-from pdkit.options import Parser
+from pdkit.core.command import Parser, run_command
+from pdkit.core.errors import ExitCode, NotReady
 
 REQUESTS, TOKENS, RATIO = 2, 64, 4
 ENTRIES_A_PAGE, HEADS, HEAD_DIM = 64, 64, 128

@@ -11,10 +11,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.command import run_command  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.lint.check import RULES, lint  # noqa: E402
-from pdkit.options import Parser  # noqa: E402
+from pdkit.core.command import Parser, run_command  # noqa: E402
+from pdkit.core.errors import ExitCode  # noqa: E402
+from pdkit.preflight.lint.check import RULES, lint  # noqa: E402
 
 REGISTERED = REPO / "test" / "registered"
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pdkit.nano.config import nano_config
-from pdkit.nano.problems import EVALUATION_ROWS, evaluation_set, write_jsonl
-from pdkit.nano.tokenizer import nano_tokenizer
+from pdkit.models.cpu.config import nano_config
+from pdkit.models.problems import EVALUATION_ROWS, evaluation_set, write_jsonl
+from pdkit.models.tokenizer import nano_tokenizer
 
 ASSETS = Path(__file__).resolve().parent.parent / "python" / "pdkit" / "assets"
 

@@ -13,12 +13,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.command import run_command  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.gpu_plan import of_contract  # noqa: E402
-from pdkit.launch_contract import report  # noqa: E402
-from pdkit.options import Parser, UsageError  # noqa: E402
-from pdkit.scaffold import check, new_test, render  # noqa: E402
+from pdkit.core.command import Parser, run_command  # noqa: E402
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
+from pdkit.preflight.contract.launches import report  # noqa: E402
+from pdkit.preflight.plan import of_contract  # noqa: E402
+from pdkit.preflight.scaffold import check, new_test, render  # noqa: E402
 
 FLAGS = ("--flags", "--prefill-flags", "--decode-flags")
 DIRECTORY = REPO / "test" / "registered" / "distributed"

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 from pdkit.checks.recovery import table
-from pdkit.command import run_command
-from pdkit.exit_codes import ExitCode, UsageError
-from pdkit.options import Parser
+from pdkit.core.command import Parser, run_command
+from pdkit.core.errors import ExitCode, UsageError
 
 
 def parse(argv):

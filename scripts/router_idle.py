@@ -20,13 +20,12 @@ from pathlib import Path
 import pdkit
 import psutil
 import requests
-from pdkit import ports
-from pdkit.command import run_command
+from pdkit.core import ports
+from pdkit.core.command import Parser, natural, run_command, seconds
+from pdkit.core.errors import ExitCode
+from pdkit.core.processes import wait_until
 from pdkit.deployment.router import is_ready, kept_alive, metrics_at
-from pdkit.exit_codes import ExitCode
-from pdkit.guarded_server import start_all
-from pdkit.options import Parser, natural, seconds
-from pdkit.process_tree import wait_until
+from pdkit.runner.guarded_server import start_all
 
 NANO = Path(pdkit.__file__).parent / "assets" / "nano-dsv4"
 PROMPT = "Question: David buys 5 eggs. How many eggs?\nAnswer:"

@@ -19,12 +19,15 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "python"))
 
-from pdkit.command import run_command  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.options import Parser, UsageError, natural  # noqa: E402
-from pdkit.rung import LADDER  # noqa: E402
+from pdkit.core.command import (  # noqa: E402
+    Parser,
+    natural,
+    run_command,  # noqa: E402
+)
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
+from pdkit.runner.targets import TARGETS  # noqa: E402
 
-COMMAND = (sys.executable, "-m", "pdkit.main_job")
+COMMAND = (sys.executable, "-m", "pdkit.runner.run")
 WIDTH = 40
 
 
@@ -107,7 +110,7 @@ class Soak:
 
     def _score(self, directory: Path) -> float | None:
         from pdkit.core import events
-        from pdkit.report.facts import score_of
+        from pdkit.runner.report.facts import score_of
 
         found = [score_of(events.read(path)) for path in sorted(directory.rglob(events.FILE))]
         return next((score.value for score in reversed(found) if score), None)
@@ -149,7 +152,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--jobs", type=natural, default=1, metavar="N", help="how many at a time (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where logs and results are kept")
-    parser.add_argument("--rung", default="embedded", choices=[rung.name for rung in LADDER], help="%(default)s")
+    parser.add_argument("--rung", default="embedded", choices=[rung.name for rung in TARGETS], help="%(default)s")
     parser.add_argument("--file", type=Path, metavar="TEST_FILE", help="run this test file instead of the main job")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     args = parser.parse_args(argv)

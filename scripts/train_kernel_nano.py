@@ -12,17 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pdkit.command import run_command
-from pdkit.exit_codes import ExitCode
-from pdkit.kernel_nano import cache
-from pdkit.options import Parser, natural, positive
+from pdkit.core.command import Parser, natural, positive, run_command
+from pdkit.core.errors import ExitCode
+from pdkit.models.cuda import store
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line. Raises UsageError."""
     parser = Parser(prog="train_kernel_nano.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, help=f"directory (default: {cache.cached('trained')}, or the like)")
-    cache.add_hidden_size(parser)
+    parser.add_argument("--out", type=Path, help=f"directory (default: {store.cached('trained')}, or the like)")
+    store.add_hidden_size(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
     parser.add_argument("--seconds", type=positive, default=240, help="for training (default: %(default)s)")
     parser.add_argument("--save-every", type=positive, default=60, help="seconds (default: %(default)s)")
@@ -32,16 +31,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not (options.workers and options.score_rows):
         parser.error("--workers and --score-rows: at least 1")
-    options.out = options.out or cache.cached("trained", options.hidden_size)
+    options.out = options.out or store.cached("trained", options.hidden_size)
     return options
 
 
 def main(argv: Sequence[str]) -> ExitCode:
     options = parse(argv)
-    from pdkit.kernel_nano import fitting  # imports torch and transformers, which takes seconds
+    from pdkit.models.cuda import fit  # imports torch and transformers, which takes seconds
 
     try:
-        fitting.run(options)
+        fit.run(options)
     except KeyboardInterrupt:
         print("train_kernel_nano.py: interrupted; the last checkpoint stays, without training.json", file=sys.stderr)
         raise

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from pdkit.exit_codes import ExitCode
-from pdkit.nano.config import nano_config
-from pdkit.nano.evaluation import accuracy, prompt
-from pdkit.nano.model import WEIGHTS, load_model, save_model
-from pdkit.nano.problems import EVALUATION_ROWS, Problem, evaluation_set
-from pdkit.nano.tokenizer import nano_tokenizer
-from pdkit.nano.training import INITIALIZER_RANGE, Batches, new_model, recipe, set_index_topk, train
+from pdkit.core.errors import ExitCode
+from pdkit.models.cpu.config import nano_config
+from pdkit.models.cpu.evaluation import accuracy, prompt
+from pdkit.models.cpu.model import WEIGHTS, load_model, save_model
+from pdkit.models.cpu.training import INITIALIZER_RANGE, Batches, new_model, recipe, set_index_topk, train
+from pdkit.models.problems import EVALUATION_ROWS, Problem, evaluation_set
+from pdkit.models.tokenizer import nano_tokenizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerBase

@@ -26,7 +26,7 @@ REGISTERED = TEST / "registered"
 sys.path[:0] = [str(REPO / "python"), str(TEST), str(REGISTERED / "unit")]
 
 SHAPES_WHAT_IS_LAUNCHED = re.compile("SGLANG_|SGL_|PDKIT_|CUDA_|XDG_CACHE_HOME$|GITHUB_")
-CLAIMED = range(22000, 32000)  # pdkit.ports.BLOCKS; SGLang's fixture has 21000 to 21599
+CLAIMED = range(22000, 32000)  # pdkit.core.ports.BLOCKS; SGLang's fixture has 21000 to 21599
 
 
 def clean_environment(cache: str) -> dict[str, str]:
@@ -98,16 +98,16 @@ def launch_contract_of(wheel: Path | None = None) -> tuple[str, dict]:
 
     A file that the release cannot import has the reason instead of its tests.
     """
-    from pdkit import launch_contract
+    from pdkit.preflight.contract import launches
 
     def ask(file: Path) -> dict | str:
         try:
-            return launch_contract.as_data(launch_contract.ask(release, file))
-        except launch_contract.ContractUnreadable as error:
+            return launches.as_data(launches.ask(release, file))
+        except launches.ContractUnreadable as error:
             return str(error).partition(": cannot be imported: ")[2] or str(error)
 
     files = sorted((REGISTERED / "distributed").glob("test_*.py"))
-    with tempfile.TemporaryDirectory(prefix="record-") as cache, launch_contract.release_of(wheel) as release:
+    with tempfile.TemporaryDirectory(prefix="record-") as cache, launches.release_of(wheel) as release:
         paths = {cache: "<cache>", str(REPO): "<repository>", str(release.root): "<site-packages>"}
         with mock.patch.dict(os.environ, clean_environment(cache), clear=True), ThreadPoolExecutor(2) as pool:
             contracts = list(pool.map(ask, files))
@@ -136,7 +136,7 @@ def loaded_tests() -> dict:
     import importlib
     import unittest
 
-    from pdkit.registry import collect
+    from pdkit.core.registry import collect
 
     def names(suite: Iterable) -> Iterable[str]:
         for test in suite:
@@ -262,7 +262,7 @@ def runner_output() -> dict:
 
 def exit_codes() -> dict:
     """Names and numbers, and what the commands return that end before they start anything."""
-    from pdkit.exit_codes import MEANINGS, ExitCode
+    from pdkit.core.errors import MEANINGS, ExitCode
 
     commands = {
         "run_suite.py --no-such-flag": [sys.executable, TEST / "run_suite.py", "--no-such-flag"],

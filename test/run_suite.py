@@ -6,10 +6,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "python"))
 
-from pdkit.command import run_command  # noqa: E402
-from pdkit.exit_codes import ExitCode  # noqa: E402
-from pdkit.options import UsageError, parse_options  # noqa: E402
-from pdkit.registry import collect, select  # noqa: E402
+from pdkit.core.command import run_command  # noqa: E402
+from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
+from pdkit.core.registry import collect  # noqa: E402
+from pdkit.runner.options import parse_options  # noqa: E402
+from pdkit.runner.select import select  # noqa: E402
 
 
 def main(argv: list[str]) -> ExitCode:
@@ -19,20 +20,20 @@ def main(argv: list[str]) -> ExitCode:
         raise UsageError("\n".join(collection.errors))
     selection = select(collection, options)
     if options.list_only:
-        from pdkit.listing import as_json, table
+        from pdkit.runner.listing import as_json, table
 
         print((as_json if options.json else table)(selection, options))
         return ExitCode.PASSED if selection.enabled else ExitCode.NOTHING_RAN
     if selection.enabled:
-        from pdkit.leftovers import end_earlier_runs
+        from pdkit.runner.orphans import end_earlier_runs
 
         for line in end_earlier_runs():
             print(line, flush=True)
     if options.environment_check and selection.enabled:
-        from pdkit.environment_check.require import require
+        from pdkit.preflight.environment.require import require
 
         require(selection.enabled)
-    from pdkit.runner import run_suite
+    from pdkit.runner.suite import run_suite
 
     return run_suite(selection, options)
 

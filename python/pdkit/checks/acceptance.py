@@ -15,7 +15,7 @@ from pdkit.checks.accuracy.gsm8k import few_shot_prompts
 from pdkit.checks.base import Checks
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events
-from pdkit.gate_math import Signs, sign_test
+from pdkit.core.stats import Signs, sign_test
 
 
 class AcceptanceError(RuntimeError):
@@ -132,7 +132,7 @@ class AcceptanceGate:
 class FirstDrafts:
     """Verification steps that the same short answers took, through the pair and at a server that hands nothing over.
 
-    Fails where the pair's took more than chance explains, by `gate_math.sign_test` at a one-sided probability of at
+    Fails where the pair's took more than chance explains, by `stats.sign_test` at a one-sided probability of at
     most `level`. Raises ValueError where the answers do not pair up.
     """
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import openai
 
-from pdkit import attached
 from pdkit.checks.accounting.checks import AccountingChecks, unaccounted
 from pdkit.checks.accuracy.checks import GSM8KChecks
 from pdkit.checks.base import Checks
 from pdkit.checks.http import post
 from pdkit.checks.parity.checks import AnswerParityChecks
 from pdkit.checks.parity.plan import PlanOptions
+from pdkit.deployment import attached
 
 
 class ApiChecks(Checks):

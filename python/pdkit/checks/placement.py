@@ -4,15 +4,15 @@ import os
 
 import psutil
 
-from pdkit import process_tree
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.base import Checks
-from pdkit.environment_check import nvml
+from pdkit.core.gpus import observe
+from pdkit.core.processes import descendants
 
 
 def used_gpus(pid, gpus):
     """Indices of `gpus` that the process `pid` or a descendant of it uses."""
-    tree = {pid, *(child.pid for child in process_tree.descendants(psutil.Process(pid)))}
+    tree = {pid, *(child.pid for child in descendants(psutil.Process(pid)))}
     return [index for index, gpu in enumerate(gpus) if tree & {process.pid for process in gpu.processes}]
 
 
@@ -23,7 +23,7 @@ class PlacementChecks(Checks):
 
     @unaccounted
     def test_servers_are_on_the_gpus_of_the_plan(self):
-        observed = nvml.observe(os.environ)
+        observed = observe(os.environ)
         gpus = observed.get("gpus", ())
         planned = {"prefill": list(self.prefill_gpus), "decode": list(self.decode_gpus)}
         processes = {"prefill": self.process_prefill, "decode": self.process_decode}

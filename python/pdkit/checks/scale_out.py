@@ -5,11 +5,10 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from pdkit import process_tree
 from pdkit.checks.base import Checks
 from pdkit.checks.recovery.clients import Ask, Client, Fate, token_ids
 from pdkit.checks.server_info import read_server_info
-from pdkit.core import events
+from pdkit.core import events, processes
 from pdkit.deployment.router import healthy_workers
 
 POLL_S = 0.05
@@ -48,7 +47,7 @@ class ScaleOutChecks(Checks):
     def wait_until_all_are_known(cls):
         """The Rust router is ready with one pair."""
         wanted = len(cls.prefills()) + len(cls.decodes())
-        known = process_tree.wait_until(lambda: healthy_workers(cls.router_url) >= wanted, cls.settling)
+        known = processes.wait_until(lambda: healthy_workers(cls.router_url) >= wanted, cls.settling)
         assert known, f"{cls.router_url} knows {healthy_workers(cls.router_url)} of {wanted} servers"
 
     @classmethod

@@ -28,8 +28,8 @@ from sglang.srt import utils as sglang_utils
 from sglang.test import test_utils
 
 from pdkit.core import recording
+from pdkit.core.errors import ExitCode, NotReady
 from pdkit.deployment import evals, fixture, quirks
-from pdkit.exit_codes import ExitCode, NotReady
 
 MODEL_VARIABLE = "SGLANG_PD_MODEL"
 QUESTIONS_VARIABLE = "SGLANG_PD_GSM8K"

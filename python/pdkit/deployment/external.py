@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 from sglang.test.test_utils import CustomTestCase
 
-from pdkit import attached
-from pdkit.deployment import fixture
+from pdkit.deployment import attached, fixture
 
 
 class ExternalServers(CustomTestCase):
-    """Takes the place of a launch. `pdkit.attached` says what the environment names."""
+    """Takes the place of a launch. `pdkit.deployment.attached` says what the environment names."""
 
     target = "attached"
     engine: str

@@ -26,8 +26,8 @@ from sglang.test import test_utils
 from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
 
-from pdkit import rung
 from pdkit.core import events
+from pdkit.core.gpus import found, visible_gpus
 from pdkit.deployment import ports, quirks
 from pdkit.deployment.server import Server
 from pdkit.deployment.supervisor import ServerDied, Supervisor
@@ -280,7 +280,7 @@ class PDServers(PDDisaggregationServerBase):
 class PlannedServers(PDServers):
     """A prefill/decode pair that is launched as its attributes say.
 
-    target          where it runs, see `pdkit.rung`
+    target          where it runs, see `pdkit.runner.targets`
     prefill_gpus, decode_gpus  indices of the GPUs that each server uses
     gpu_memory_gb   that each of them must have
     server_args     flags of both servers, in the words of the newest release
@@ -307,13 +307,13 @@ class PlannedServers(PDServers):
     def require_gpus(cls) -> None:
         """Raises SkipTest, in CI AssertionError, where the machine lacks the Hopper GPUs of the plan; prints why."""
         needed = len({*cls.prefill_gpus, *cls.decode_gpus})
-        gpus = rung.visible_gpus()
+        gpus = visible_gpus()
         suitable = [gpu for gpu in gpus if gpu.capability == (9, 0) and gpu.memory_mib >= 1000 * cls.gpu_memory_gb]
         if len(suitable) >= needed:
             return
         reason = (
             f"{cls.__name__} needs {needed} Hopper GPUs of {cls.gpu_memory_gb} GB ({cls.target}), found "
-            f"{rung.found(gpus)}; what this machine can run is `scripts/run.sh`"
+            f"{found(gpus)}; what this machine can run is `scripts/run.sh`"
         )
         if test_utils.is_in_ci():
             raise AssertionError(reason)

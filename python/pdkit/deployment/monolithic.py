@@ -65,7 +65,7 @@ class MonolithicFirst(_Monolithic):
 
     @classmethod
     def ask_monolithic(cls) -> None:
-        """All of the monolithic server's life; `pdkit.contract.recording` leaves it out by this name."""
+        """All of the monolithic server's life; `pdkit.preflight.contract.recording` leaves it out by this name."""
         cls.start_monolithic()
         cls.wait_server_ready(f"{cls.monolithic_url}/health")
         with cls.failing_with_a_death():

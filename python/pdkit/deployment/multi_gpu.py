@@ -5,8 +5,8 @@ import os
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.one_gpu import NANO_ARGS, NANO_ENV, OneGpuServers
 from pdkit.deployment.ports import ClaimedRendezvous
-from pdkit.kernel_nano import cache
-from pdkit.kernel_nano.config import DEEPEP_HIDDEN
+from pdkit.models.cuda import store
+from pdkit.models.cuda.config import DEEPEP_HIDDEN
 
 DEEPEP_CONFIG = '{"normal_dispatch":{"num_sms":96},"normal_combine":{"num_sms":96}}'
 DISPATCH_TOKENS = {"SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256"}
@@ -53,7 +53,7 @@ class TwoGpuServers(ClaimedRendezvous, OneGpuServers):
     """
 
     target = "2xHopper"
-    model_name = os.getenv("SGLANG_PD_KERNEL_NANO_2048") or str(cache.best(DEEPEP_HIDDEN))
+    model_name = os.getenv("SGLANG_PD_KERNEL_NANO_2048") or str(store.best(DEEPEP_HIDDEN))
 
     prefill_gpus = decode_gpus = range(2)
 

@@ -8,7 +8,7 @@ import pdkit
 from pdkit.deployment import quirks
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
-from pdkit.kernel_nano import cache
+from pdkit.models.cuda import store
 
 PAGE = 256  # of the prefix cache, SGLang's for DeepSeek-V4
 INDEXED = 2048  # tokens from which on there are more compressed entries than the indexer selects: 512 of 4 tokens each
@@ -35,7 +35,7 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
     target = "1xHopper"
     backend = "mooncake_tcp"
 
-    model_name = os.getenv("SGLANG_PD_KERNEL_NANO") or str(cache.best())
+    model_name = os.getenv("SGLANG_PD_KERNEL_NANO") or str(store.best())
     gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
 
     prefill_gpus = decode_gpus = range(1)
@@ -54,7 +54,7 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
     @classmethod
     def setUpClass(cls) -> None:
         cls.require_gpus()
-        cache.provide(cls.model_name)
+        store.provide(cls.model_name)
         super().setUpClass()
 
     @classmethod
@@ -66,7 +66,7 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
     @classmethod
     def require_training(cls) -> None:
         """Raises SkipTest where the model is random."""
-        if not cache.is_trained(cls.model_name):
+        if not store.is_trained(cls.model_name):
             raise unittest.SkipTest(
                 f"accuracy gate off: {cls.model_name} is random; scripts/train_kernel_nano.py trains a model"
             )

@@ -2,7 +2,7 @@
 
 import socket
 
-from pdkit import ports
+from pdkit.core import ports
 
 
 def lock(test: type) -> socket.socket:

@@ -6,7 +6,7 @@ The suite is written for the newest release; what an older one lacks or calls ot
 import re
 from collections.abc import Mapping, Sequence
 
-from pdkit import versions
+from pdkit.core.host import installed
 
 # The names of SGLang that `pdkit.deployment.attach` substitutes: module -> name -> first release that has it.
 SUBSTITUTED: Mapping[str, Mapping[str, str]] = {
@@ -76,9 +76,9 @@ OFF = "0", "false", "no", "n"
 
 def indexer_environment() -> dict[str, str]:
     """What servers of the installed release need to be safe from the indexer's read past the end."""
-    return {INDEXER_SWITCH: OFF[0]} if versions.installed("sglang") in READ_PAST_THE_END else {}
+    return {INDEXER_SWITCH: OFF[0]} if installed("sglang") in READ_PAST_THE_END else {}
 
 
 def is_exposed_by_indexer(environ: Mapping[str, str]) -> bool:
     """Whether a server of DeepSeek-V4 with this environment can end by it."""
-    return versions.installed("sglang") in READ_PAST_THE_END and environ.get(INDEXER_SWITCH, "").lower() not in OFF
+    return installed("sglang") in READ_PAST_THE_END and environ.get(INDEXER_SWITCH, "").lower() not in OFF

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import requests
 
-from pdkit import ports
+from pdkit.core import ports
 from pdkit.deployment.server import Server
 
 KEEP_ALIVE_S = 120

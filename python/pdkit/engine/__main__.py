@@ -5,8 +5,8 @@ import os
 import socket
 import sys
 
+from pdkit.core.errors import ExitCode
 from pdkit.engine import options as engine_options
-from pdkit.exit_codes import ExitCode
 
 
 def bind(host, port, flag):
@@ -65,7 +65,7 @@ def main(argv=None):
     import transformers
 
     from pdkit.engine.service import Service
-    from pdkit.nano.model import ModelError, load_model
+    from pdkit.models.cpu.model import ModelError, load_model
 
     torch.set_num_threads(1)
     sys.setswitchinterval(0.0005)

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel
 
 from pdkit.engine import openai_api
-from pdkit.engine.asks import fan_out
 from pdkit.engine.request import BadRequest, SamplingParams
+from pdkit.engine.sequences import fan_out
 from pdkit.engine.service import error_body, meta_info, sse
 from pdkit.engine.streams import interleave, run_to_end
 

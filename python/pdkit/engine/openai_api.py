@@ -7,9 +7,9 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from pdkit.engine.asks import fan_out
 from pdkit.engine.openai_logprobs import chat_logprobs, completion_logprobs
 from pdkit.engine.request import BadRequest, SamplingParams
+from pdkit.engine.sequences import fan_out
 from pdkit.engine.service import error_body, sse
 from pdkit.engine.streams import interleave, run_to_end
 

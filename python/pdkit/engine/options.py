@@ -4,7 +4,7 @@ import argparse
 import os
 from dataclasses import dataclass, fields
 
-from pdkit.exit_codes import ExitCode
+from pdkit.core.errors import ExitCode
 
 MODES = ("null", "prefill", "decode")
 

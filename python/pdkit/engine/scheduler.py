@@ -14,9 +14,9 @@ import traceback
 from collections import deque
 from dataclasses import dataclass, field
 
+from pdkit.core.errors import ExitCode
 from pdkit.engine import state
 from pdkit.engine.model_runner import ROWS, gather_rows
-from pdkit.exit_codes import ExitCode
 
 PATIENCE = 1.0
 

@@ -1,6 +1,8 @@
-"""A transfer backend of the embedded engine that keeps hand-overs waiting, or refuses them, while a file says so.
+"""Transfer backends of the embedded engine that tests start it with, by --disaggregation-transfer-backend.
 
---disaggregation-transfer-backend pdkit.engine.test_backends:HeldTransfer, on prefill to hold, on decode to refuse.
+pdkit.engine.test_backends:HeldTransfer   keeps KV transfers waiting (on prefill), or refuses them (on decode), while a
+                                          file says so
+pdkit.engine.test_backends:BitFlip        flips one bit of some KV transfers on the wire
 """
 
 import asyncio
@@ -62,3 +64,18 @@ class HeldTransfer(TransferBackend):
     async def _until_open(self):
         while self._valve.says(Valve.HOLD):
             await asyncio.sleep(POLL_S)
+
+
+# Prompts of these lengths are hit, at this share of the bytes of their hand-over.
+BIT_FLIPS = {211: 0.0, 212: 0.5, 213: 1.0}
+
+
+class BitFlip(TransferBackend):
+    """Flips a bit of the hand-over of a prompt whose length is in BIT_FLIPS; every other one arrives as it was sent."""
+
+    def wire(self, data):
+        share = BIT_FLIPS.get(Handover.unpack(data).prompt_tokens)
+        if share is None:
+            return data
+        place = round(share * (len(data) - 1))
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]

@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pdkit.core.suggest import unknown
 from pdkit.faults.fault import Encounter, Fault, Where
 from pdkit.faults.library import LIBRARY
-from pdkit.near_miss import unknown
 
 VARIABLE = "PDKIT_FAULT_FILE"
 

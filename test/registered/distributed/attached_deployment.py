@@ -1,6 +1,6 @@
 """The main job against a deployment that somebody else runs: `scripts/run.sh --base-url http://host:port`.
 
-Not registered: it needs a deployment. See `pdkit.attached` for what the environment says of it.
+Not registered: it needs a deployment. See `pdkit.deployment.attached` for what the environment says of it.
 """
 
 import unittest

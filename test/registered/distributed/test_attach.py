@@ -10,11 +10,11 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
 from pdkit.core import events
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
+from pdkit.core.source import read
 from pdkit.deployment.quirks import SUBSTITUTED
-from pdkit.exit_codes import ExitCode
-from pdkit.sources import read
 
 register_cpu_ci(est_time=150, suite="stage-a-test-cpu")
 

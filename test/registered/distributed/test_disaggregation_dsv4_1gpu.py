@@ -15,7 +15,7 @@ from pdkit.checks.reference.checks import ReferenceChecks
 from pdkit.checks.timings import TimingChecks
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.one_gpu import INDEXED, PAGE, OneGpuServers
-from pdkit.faults.beside_kit import BalancerFaultChecks
+from pdkit.faults.lb_faults import BalancerFaultChecks
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")

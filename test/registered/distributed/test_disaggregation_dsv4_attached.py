@@ -16,9 +16,9 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 import requests
+from pdkit.core.errors import ExitCode
 from pdkit.deployment.cpu import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
-from pdkit.exit_codes import ExitCode
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=200, suite="stage-a-test-cpu")
@@ -81,7 +81,7 @@ class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
         self.gateways = [Gateway(self, url) for url in urls]
 
     def run_sh(self, *words, key=KEY):
-        command = [sys.executable, "-m", "pdkit.main_job", "--report-dir", str(self.report), *words]
+        command = [sys.executable, "-m", "pdkit.runner.run", "--report-dir", str(self.report), *words]
         environment = {**os.environ, "PDKIT_HISTORY": "", "SGLANG_PD_GSM8K": self.gsm8k_data_path}
         environment |= {"SGLANG_PD_API_KEY": key} if key else {}
         return subprocess.run(

@@ -7,7 +7,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=250, suite="stage-a-test-cpu")
 

@@ -1,6 +1,6 @@
 """What goes wrong between SGLang's own prefill and decode must be seen: wrong transfers, on one GPU, in one launch.
 
-SGLang is as it is; the Python module of its transfer backend is wrapped (`pdkit.transfer_shim`).
+SGLang is as it is; the Python module of its transfer backend is wrapped (`pdkit.faults.real_engine`).
 """
 
 import unittest
@@ -8,8 +8,8 @@ import unittest
 from pdkit.checks.parity.plan import PlanOptions
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.one_gpu import INDEXED, TrainedOneGpuServers
-from pdkit.kernel_nano.config import FIELDS
-from pdkit.transfer_shim.kit import TransferFaultChecks
+from pdkit.faults.real_engine.checks import TransferFaultChecks
+from pdkit.models.cuda.config import FIELDS
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cuda_ci
 

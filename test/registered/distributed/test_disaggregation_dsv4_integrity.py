@@ -8,9 +8,9 @@ import unittest
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.integrity import IntegrityChecks
 from pdkit.checks.parity.checks import ParityChecks
-from pdkit.corruption import BIT_FLIPS
 from pdkit.deployment.cpu import RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
+from pdkit.engine.test_backends import BIT_FLIPS
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=145, suite="stage-a-test-cpu")
@@ -25,7 +25,7 @@ class TestDisaggregationDSV4Integrity(
 
     @classmethod
     def prefill_args(cls):
-        return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.corruption:BitFlip"]
+        return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:BitFlip"]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 
 import psutil
-from pdkit import process_tree
+from pdkit.core import processes
 
 SLEEP = "import time; time.sleep(300)"
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); " + SLEEP
@@ -30,11 +30,11 @@ def command(source: str) -> tuple[str, ...]:
     return (sys.executable, "-c", source)
 
 
-is_alive = process_tree.is_pid_alive
+is_alive = processes.is_pid_alive
 
 
 def listening(process: psutil.Process) -> set[int]:
     """Ports of a process that is about to listen."""
     found: set[int] = set()
-    process_tree.wait_until(lambda: bool(found.update(process_tree.listening_ports([process])) or found), 20.0)
+    processes.wait_until(lambda: bool(found.update(processes.listening_ports([process])) or found), 20.0)
     return found

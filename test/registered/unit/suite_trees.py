@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 MAIN = '\n\nif __name__ == "__main__":\n    unittest.main()\n'
-IMPORTS = "import unittest\n\nfrom pdkit.ci_register import register_cpu_ci, register_cuda_ci\n\n"
+IMPORTS = "import unittest\n\nfrom pdkit.core.ci_register import register_cpu_ci, register_cuda_ci\n\n"
 CPU = 'register_cpu_ci(est_time=5, suite="stage-a-test-cpu")'
 
 

@@ -12,7 +12,7 @@ from pdkit.checks.acceptance import (
     measure,
 )
 from pdkit.checks.server_info import ServerInfoError
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")

@@ -37,8 +37,8 @@ from pdkit.checks.accounting.ledger import (
     sequences_of,
 )
 from pdkit.checks.server_info import ServerInfoError
-from pdkit.ci_register import register_cpu_ci
 from pdkit.core import events
+from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")

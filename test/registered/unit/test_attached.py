@@ -7,10 +7,10 @@ from threading import Thread
 from unittest import mock
 
 import requests
-from pdkit import attached
-from pdkit.attached import Deployment
-from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import NotReady, UsageError
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import NotReady, UsageError
+from pdkit.deployment import attached
+from pdkit.deployment.attached import Deployment
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 

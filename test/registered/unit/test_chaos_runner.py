@@ -11,8 +11,8 @@ import unittest
 from pathlib import Path
 
 from detached import LISTEN, command, orphaner
-from pdkit.ci_register import register_cpu_ci
-from pdkit.guardian import become_subreaper
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.runner.guardian import become_subreaper
 
 register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
 

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import unittest
 
-from pdkit.ci_register import CIRegisterNotFound, register_cpu_ci
-from pdkit.command import run_command
-from pdkit.exit_codes import ExitCode, NotReady, UsageError
+from pdkit.core.ci_register import CIRegisterNotFound, register_cpu_ci
+from pdkit.core.command import run_command
+from pdkit.core.errors import ExitCode, NotReady, UsageError
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
@@ -43,7 +43,7 @@ class TestRunCommand(unittest.TestCase):
         self.assertIs(run_command("tool.py", lambda argv: ExitCode.NOTHING_RAN, []), ExitCode.NOTHING_RAN)
 
     def test_a_reader_that_leaves(self):
-        source = "import sys; from pdkit.command import run_command; "
+        source = "import sys; from pdkit.core.command import run_command; "
         source += "sys.exit(run_command('x', lambda argv: print('x' * 100_000) or 0, []))"
         with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tool:
             tool.stdout.close()

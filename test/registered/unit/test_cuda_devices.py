@@ -8,17 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from pdkit import sockets
-from pdkit.ci_register import register_cpu_ci
-from pdkit.environment_check import nvml
-from pdkit.environment_check.machine import GpuProcess
-from pdkit.rung import Gpu, visible_gpus
+from pdkit.core import gpus, numa
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.gpus import Gpu, GpuProcess, visible_gpus
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
-H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
-H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
-B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
+H200 = Gpu("NVIDIA H200", 143_771, (9, 0), 142_771)
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0), 80_559)
+B200 = Gpu("NVIDIA B200", 183_359, (10, 0), 182_359)
 GPUS = (H200, H100, B200)
 MIB = 2**20
 
@@ -117,7 +115,7 @@ class TestVisibleGpus(DriverCase):
 
 class TestEnvironmentCheck(DriverCase):
     def test_gpus_and_driver(self):
-        seen = self.under(nvml.observe, "1,0")
+        seen = self.under(gpus.observe, "1,0")
         self.assertEqual((seen["driver"], seen["driver_cuda"], seen["gpu_problem"]), ("580.159.04", (13, 1), None))
         first, second = seen["gpus"]
         self.assertEqual((first.name, first.memory_mib, first.capability), (H100.name, H100.memory_mib, (9, 0)))
@@ -131,7 +129,7 @@ class TestEnvironmentCheck(DriverCase):
             (None, {"gpus": ()}, "the driver finds none"),
             (None, {"driver": False}, "no NVIDIA driver (driver not loaded)"),
         ):
-            seen = self.under(nvml.observe, visible, **driver)
+            seen = self.under(gpus.observe, visible, **driver)
             self.assertEqual((seen.get("gpus", ()), seen["gpu_problem"]), ((), why))
 
 
@@ -143,11 +141,11 @@ class TestSockets(DriverCase):
             device.mkdir(parents=True)
             (device / "numa_node").write_text(f"{node}\n")
         for visible, expected in ((None, {0: 0, 1: 1}), ("1,0", {0: 1, 1: 0}), ("2,1", {1: 1})):
-            self.assertEqual(self.under(lambda environ: sockets.gpu_sockets(root, environ), visible), expected)
+            self.assertEqual(self.under(lambda environ: numa.gpu_sockets(root, environ), visible), expected)
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_machine_without_driver(self):
-        self.assertEqual(sockets.gpu_sockets(), {})
+        self.assertEqual(numa.gpu_sockets(), {})
 
 
 if __name__ == "__main__":

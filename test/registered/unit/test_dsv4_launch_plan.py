@@ -21,17 +21,18 @@ from unittest import mock
 import psutil
 import requests
 from fake_pair import NEVER, Fate, fake_pair
-from pdkit import ports, process_tree, rung
 from pdkit.checks.integrity import kv_checksum_args
 from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
-from pdkit.core import events
+from pdkit.core import events, ports, processes
+from pdkit.core.gpus import Gpu
 from pdkit.deployment import evals, fixture, quirks
 from pdkit.deployment import ports as deployment_ports
 from pdkit.deployment.cpu import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
 from pdkit.deployment.multi_gpu import EightGpuServers
 from pdkit.deployment.one_gpu import OneGpuServers
-from pdkit.report import facts
+from pdkit.runner.report import facts
+from pdkit.runner.targets import TARGETS
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci, ut_parse_one_file
 from sglang.test.server_fixtures import disaggregation_fixture
@@ -156,7 +157,7 @@ class TestLaunchPlan(unittest.TestCase):
         self.assertTrue(has_main)
 
     def test_rungs_are_those_of_the_ladder(self):
-        by_name = {r.name: r for r in rung.LADDER}
+        by_name = {r.name: r for r in TARGETS}
         for plan in (self.plan, OneGpuServers, EmbeddedServers):
             listed = by_name[plan.target]
             self.assertEqual(listed.gpus, len({*plan.prefill_gpus, *plan.decode_gpus}))
@@ -166,15 +167,15 @@ class TestLaunchPlan(unittest.TestCase):
 class TestMachine(unittest.TestCase):
     """What a plan says of machines with other GPUs, as NVML would name them."""
 
-    H200 = rung.Gpu("NVIDIA H200", 143771, (9, 0))
-    H100 = rung.Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0))
+    H200 = Gpu("NVIDIA H200", 143771, (9, 0))
+    H100 = Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0))
 
     def setUp(self):
         self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false"))
         self.machine()
 
     def machine(self, *gpus):
-        self.enterContext(mock.patch.object(rung, "visible_gpus", lambda: gpus))
+        self.enterContext(mock.patch.object(fixture, "visible_gpus", lambda: gpus))
 
     def require(self, plan=EightGpuServers):
         """What the check raised, and what it printed."""
@@ -195,7 +196,7 @@ class TestMachine(unittest.TestCase):
         self.assertRegex(printed, r"needs 8 Hopper GPUs of 141 GB .*, found 8 GPUs \(NVIDIA H100.*scripts/run.sh")
 
     def test_unsuitable(self):
-        for gpus in ([], [self.H200] * 7, [rung.Gpu("NVIDIA B200", 183359, (10, 0))] * 8):
+        for gpus in ([], [self.H200] * 7, [Gpu("NVIDIA B200", 183359, (10, 0))] * 8):
             with self.subTest(gpus=gpus):
                 self.machine(*gpus)
                 self.assertIsInstance(self.require()[0], unittest.SkipTest)
@@ -280,7 +281,7 @@ class TestSupervision(unittest.TestCase):
         for log in Path(self.log_dir).glob("*.log"):
             orphan = int(log.read_text().split()[1])
             deadline = time.monotonic() + 10
-            while process_tree.is_pid_alive(orphan):
+            while processes.is_pid_alive(orphan):
                 self.assertLess(time.monotonic(), deadline, f"{log} left process {orphan}")
                 time.sleep(0.1)
 

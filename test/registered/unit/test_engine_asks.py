@@ -2,9 +2,9 @@
 
 import unittest
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.engine.asks import ROOMS, fan_out
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.request import BadRequest, SamplingParams
+from pdkit.engine.sequences import ROOMS, fan_out
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 

@@ -11,13 +11,13 @@ from unittest import mock
 
 import pdkit
 import torch
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import state
 from pdkit.engine.model_runner import ROWS, ModelRunner, gather_rows
 from pdkit.engine.prefix_cache import PrefixCache
 from pdkit.engine.request import Request, SamplingParams
 from pdkit.engine.scheduler import Scheduler
-from pdkit.nano.model import load_model
+from pdkit.models.cpu.model import load_model
 from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=40, suite="stage-a-test-cpu")

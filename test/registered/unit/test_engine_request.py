@@ -8,7 +8,7 @@ from pathlib import Path
 import pdkit
 import torch
 from fastapi import HTTPException
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.request import BadRequest, Request, SamplingParams
 from pdkit.engine.streams import raise_if_failed
 from transformers import AutoTokenizer

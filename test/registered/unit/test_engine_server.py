@@ -21,8 +21,8 @@ from pathlib import Path
 import openai
 import pdkit
 import requests
-from pdkit import ports
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core import ports
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.__main__ import bind, listen
 
 register_cpu_ci(est_time=115, suite="stage-a-test-cpu")

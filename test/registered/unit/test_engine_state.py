@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pdkit
 import torch
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import state
-from pdkit.nano.model import load_model
+from pdkit.models.cpu.model import load_model
 
 register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
 

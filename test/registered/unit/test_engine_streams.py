@@ -5,7 +5,7 @@ import threading
 import unittest
 from types import SimpleNamespace
 
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.request import BadRequest, Request, SamplingParams
 from pdkit.engine.service import Service as EngineService
 from pdkit.engine.streams import interleave

@@ -9,7 +9,7 @@ import time
 import unittest
 
 import torch
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.transfer import (
     DecodeReceiver,
     Handover,

@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-from pdkit import versions
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.gpus import Gpu, GpuProcess
+from pdkit.core.registry import Registration
+from pdkit.core.source import UNKNOWN, read
 from pdkit.deployment import quirks
-from pdkit.environment_check import check as checks
-from pdkit.environment_check import dataset, gpus, machine, model, needs, packages, rdma
-from pdkit.environment_check.finding import Level
-from pdkit.environment_check.machine import Gpu, GpuProcess, Machine
-from pdkit.environment_check.needs import Needs, Process
-from pdkit.kernel_nano import cache
-from pdkit.registry import Registration
-from pdkit.sources import UNKNOWN, read
+from pdkit.models.cuda import store
+from pdkit.preflight.environment import check as checks
+from pdkit.preflight.environment import dataset, gpus, machine, model, needs, packages, rdma
+from pdkit.preflight.environment.finding import Level
+from pdkit.preflight.environment.machine import Machine
+from pdkit.preflight.environment.needs import Needs, Process
 
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
@@ -34,7 +34,7 @@ DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.
 GPU_SUITE = "stage-c-test-dsv4-8-gpu-h200"
 GIB = 2**30
 
-H200 = Gpu("NVIDIA H200", 143771, 143000, (9, 0))
+H200 = Gpu("NVIDIA H200", 143771, (9, 0), 143000)
 PAIR = (
     Process("TestPair", "prefill", tuple(range(4)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21100}),
     Process("TestPair", "decode", tuple(range(4, 8)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21200}),
@@ -101,7 +101,7 @@ class TestGpus(CheckCase):
         self.assert_one(self.check(unit, gpus=(H200,)), Level.ERROR, "1 found", "2 GPUs")
 
     def test_too_small(self):
-        h100 = Gpu("NVIDIA H100 80GB HBM3", 81559, 81000, (9, 0))
+        h100 = Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0), 81000)
         found = self.check(gpus=(H200,) * 5 + (h100,) + (H200,) * 2)
         self.assert_one(found, Level.ERROR, "GPU 5: NVIDIA H100", "81559 MiB", "asks for 141 GB (decode)")
 
@@ -344,7 +344,7 @@ class TestPackages(CheckCase):
 
     def test_a_release_whose_indexer_reads_out_of_bounds(self):
         def told(release, environ=None, model="DeepSeek-V4-Flash", **env):
-            with mock.patch.object(versions, "installed", lambda _: release):
+            with mock.patch.object(checks, "installed", lambda _: release):
                 server = Process("T", "prefill", (0,), models=(model,), env=env or quirks.indexer_environment())
                 found = checks.of_place(Needs("cuda", processes=(server,)), environ or {})
                 return [str(finding) for finding in found if finding.subject == "sglang"]
@@ -475,7 +475,7 @@ class TestModel(CheckCase):
 
     def test_the_random_checkpoint_that_a_test_makes_when_it_begins(self):
         with mock.patch.dict(os.environ, PDKIT_CACHE_DIR=str(self.root)):
-            random, trained = cache.cached("random"), cache.cached("trained")
+            random, trained = store.cached("random"), store.cached("trained")
             self.assert_fine(self.check(str(random)))
             self.assert_one(self.check(str(trained)), Level.ERROR, f"{trained}: no such directory")
             self.write("kernel-nano/random/config.json")
@@ -647,7 +647,10 @@ class TestNeeds(CheckCase):
         for nic, node in (("mlx5_0", 0), ("mlx5_4", 1)):
             self.write(f"sys/class/infiniband/{nic}/device/numa_node", f"{node}\n")
         environ = {"SGLANG_TEST_PD_DISAGG_DEVICES": "mlx5_0,mlx5_4"}
-        with mock.patch.dict(os.environ, environ), mock.patch("pdkit.sockets.gpu_sockets", lambda sysfs: {0: 0, 4: 1}):
+        with (
+            mock.patch.dict(os.environ, environ),
+            mock.patch.object(needs, "gpu_sockets", lambda sysfs: {0: 0, 4: 1}),
+        ):
             found = needs.of([registration(DSV4)], root=self.root)
         far = [line for line in found.warnings if "another socket" in line]
         self.assertEqual(len(far), 2, found.warnings)
@@ -790,7 +793,7 @@ class TestCommands(CheckCase):
 
     def test_run_suite_starts_no_file_on_a_machine_that_cannot(self):
         source = (
-            "import unittest\nfrom pdkit.ci_register import register_cuda_ci\n"
+            "import unittest\nfrom pdkit.core.ci_register import register_cuda_ci\n"
             'register_cuda_ci(1, "stage-b-test-64-gpu-large")\n'
             "class T(unittest.TestCase):\n    def test_it(self): print('started')\n"
             'if __name__ == "__main__":\n    unittest.main()\n'

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from pdkit.ci_register import register_cpu_ci
 from pdkit.core import events
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.events import FILE, TARGET_VARIABLE, VARIABLE, Tail
 from pdkit.core.recording import RECORDER_VARIABLE
-from pdkit.outcome import TestCounts, read_output
-from pdkit.report import facts
+from pdkit.runner.outcome import TestCounts, read_output
+from pdkit.runner.report import facts
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 

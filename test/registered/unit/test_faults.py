@@ -14,16 +14,16 @@ from unittest import mock
 import numpy as np
 import pdkit
 import torch
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
 from pdkit.engine.transfer import DecodeReceiver, Handover, PrefillSender, TransferError, load_backend
 from pdkit.faults import LIBRARY, Switch, Where, ground_truth, messages, pieces
-from pdkit.faults.beside_kit import BalancerFaultChecks
 from pdkit.faults.fault import Encounter, same_beginning
+from pdkit.faults.lb_faults import BalancerFaultChecks
 from pdkit.faults.pieces import Kind
 from pdkit.faults.switch import VARIABLE, UnknownFault
-from pdkit.nano.model import load_config, load_model
+from pdkit.models.cpu.model import load_config, load_model
 
 register_cpu_ci(est_time=65, suite="stage-a-test-cpu")
 

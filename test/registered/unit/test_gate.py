@@ -12,10 +12,10 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from pdkit import gate_math
 from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, PairedGate, Policy, ScoredSlice, Verdict
-from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import ExitCode
+from pdkit.core import stats
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
 from scipy.stats import beta, binom, norm
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
@@ -26,7 +26,7 @@ DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200
 
 def error_rates(plan, good=0.965, bad=0.93):
     """(false alarm, miss, the larger expected number of examples), exact."""
-    points = [gate_math.operating_point(plan, accuracy) for accuracy in (good, bad)]
+    points = [stats.operating_point(plan, accuracy) for accuracy in (good, bad)]
     return 1 - points[0].pass_probability, points[1].pass_probability, max(p.expected_examples for p in points)
 
 
@@ -42,39 +42,39 @@ def walk(plan, wrong):
 class TestInterval(unittest.TestCase):
     def test_is_the_beta_quantiles_of_clopper_and_pearson(self):
         for correct, examples in ((0, 200), (1, 200), (190, 200), (366, 400), (200, 200)):
-            low, high = gate_math.exact_interval(correct, examples)
+            low, high = stats.exact_interval(correct, examples)
             with self.subTest(correct=correct, examples=examples):
                 wrong = examples - correct
                 self.assertAlmostEqual(low, beta.ppf(0.025, correct, wrong + 1) if correct else 0.0)
                 self.assertAlmostEqual(high, beta.ppf(0.975, correct + 1, wrong) if wrong else 1.0)
 
     def test_all_right_has_the_closed_form(self):
-        self.assertAlmostEqual(gate_math.exact_interval(200, 200)[0], 0.025 ** (1 / 200))
+        self.assertAlmostEqual(stats.exact_interval(200, 200)[0], 0.025 ** (1 / 200))
 
 
 class TestFixedPlan(unittest.TestCase):
     def test_is_strictly_above_for_every_count(self):
         for examples, above in ((200, 0.95), (7, 0.5), (20, 0.35), (1314, 0.93), (3, 0.0)):
-            plan = gate_math.fixed_plan(examples, above)
+            plan = stats.fixed_plan(examples, above)
             for correct in range(examples + 1):
                 with self.subTest(examples=examples, above=above, correct=correct):
                     self.assertEqual(examples - correct <= plan.pass_at_most[0], correct / examples > above)
 
     def test_190_of_200_fails_and_191_passes(self):
-        self.assertEqual(gate_math.fixed_plan(200, 0.95), gate_math.Plan((200,), (9,), (10,)))
+        self.assertEqual(stats.fixed_plan(200, 0.95), stats.Plan((200,), (9,), (10,)))
 
     def test_its_operating_point_is_a_binomial_tail(self):
         for accuracy in (0.93, 0.95, 0.965):
-            point = gate_math.operating_point(gate_math.fixed_plan(200, 0.95), accuracy)
+            point = stats.operating_point(stats.fixed_plan(200, 0.95), accuracy)
             self.assertAlmostEqual(point.pass_probability, binom.sf(190, 200, accuracy))
             self.assertAlmostEqual(point.expected_examples, 200)
 
     def test_retries(self):
-        once = gate_math.operating_point(gate_math.fixed_plan(200, 0.95), 0.93)
+        once = stats.operating_point(stats.fixed_plan(200, 0.95), 0.93)
         p = once.pass_probability
         for retries, passes in ((0, p), (1, p + (1 - p) * p), (3, 1 - (1 - p) ** 4)):
-            self.assertAlmostEqual(gate_math.with_retries(once, retries).pass_probability, passes)
-        self.assertAlmostEqual(gate_math.with_retries(once, 1).expected_examples, 200 + (1 - p) * 200)
+            self.assertAlmostEqual(stats.with_retries(once, retries).pass_probability, passes)
+        self.assertAlmostEqual(stats.with_retries(once, 1).expected_examples, 200 + (1 - p) * 200)
 
 
 class TestPlan(unittest.TestCase):
@@ -89,25 +89,25 @@ class TestPlan(unittest.TestCase):
             ((), (), ()),
         ):
             with self.subTest(looks=looks, at_most=at_most), self.assertRaises(AssertionError):
-                gate_math.Plan(looks, at_most, at_least)
+                stats.Plan(looks, at_most, at_least)
 
     def test_looks(self):
-        self.assertEqual(gate_math.look_sizes(500, 200, 100), (200, 300, 400, 500))
-        self.assertEqual(gate_math.look_sizes(530, 200, 100), (200, 300, 400, 530))
-        self.assertEqual(gate_math.look_sizes(570, 200, 100), (200, 300, 400, 500, 570))
-        self.assertEqual(gate_math.look_sizes(150, 200, 100), (150,))
+        self.assertEqual(stats.look_sizes(500, 200, 100), (200, 300, 400, 500))
+        self.assertEqual(stats.look_sizes(530, 200, 100), (200, 300, 400, 530))
+        self.assertEqual(stats.look_sizes(570, 200, 100), (200, 300, 400, 500, 570))
+        self.assertEqual(stats.look_sizes(150, 200, 100), (150,))
 
 
 class TestWald(unittest.TestCase):
     def test_which_rate_belongs_to_which_threshold(self):
-        to_pass, to_fail = gate_math.wald_thresholds(alpha=0.001, beta=0.05)
+        to_pass, to_fail = stats.wald_thresholds(alpha=0.001, beta=0.05)
         self.assertAlmostEqual(to_pass, math.log(0.05 / 0.999))
         self.assertAlmostEqual(to_fail, math.log(0.95 / 0.001))
 
     def test_bounds_are_where_the_likelihood_ratio_crosses(self):
         good, bad, to_pass, to_fail = 0.965, 0.93, -3.0, 4.0
         looks = (200, 300, 1000)
-        for n, at_most, at_least in zip(looks, *gate_math.sprt_bounds(looks, good, bad, to_pass, to_fail), strict=True):
+        for n, at_most, at_least in zip(looks, *stats.sprt_bounds(looks, good, bad, to_pass, to_fail), strict=True):
             ratio = [binom.logpmf(k, n, 1 - bad) - binom.logpmf(k, n, 1 - good) for k in range(n + 1)]
             self.assertEqual(at_most, max(k for k in range(n + 1) if ratio[k] <= to_pass))
             self.assertEqual(at_least, min(k for k in range(n + 1) if ratio[k] >= to_fail))
@@ -115,7 +115,7 @@ class TestWald(unittest.TestCase):
 
 class TestRecursion(unittest.TestCase):
     def test_equals_the_sum_over_all_sequences(self):
-        plan = gate_math.Plan((4, 6, 9, 12), (-1, 0, 1, 3), (3, 4, 4, 4))
+        plan = stats.Plan((4, 6, 9, 12), (-1, 0, 1, 3), (3, 4, 4, 4))
         for accuracy in (0.6, 0.8, 0.95):
             passes = expected = 0.0
             for wrong in itertools.product((False, True), repeat=12):
@@ -123,13 +123,13 @@ class TestRecursion(unittest.TestCase):
                 passed, n = walk(plan, wrong)
                 passes += probability * passed
                 expected += probability * n
-            point = gate_math.operating_point(plan, accuracy)
+            point = stats.operating_point(plan, accuracy)
             with self.subTest(accuracy=accuracy):
                 self.assertAlmostEqual(point.pass_probability, passes)
                 self.assertAlmostEqual(point.expected_examples, expected)
 
     def test_agrees_with_drawn_answers_within_their_own_error(self):
-        plan, runs = gate_math.sequential_plan(1314, **DEFAULT), 2000
+        plan, runs = stats.sequential_plan(1314, **DEFAULT), 2000
         rng = np.random.default_rng(0)
         for accuracy in (0.93, 0.945, 0.965):
             wrong = np.cumsum(rng.random((runs, 1314), dtype=np.float32) >= accuracy, axis=1)
@@ -138,7 +138,7 @@ class TestRecursion(unittest.TestCase):
             look = decided.argmax(axis=1)
             passed = at_looks[np.arange(runs), look] <= np.array(plan.pass_at_most)[look]
             used = np.array(plan.looks)[look]
-            point = gate_math.operating_point(plan, accuracy)
+            point = stats.operating_point(plan, accuracy)
             p = point.pass_probability
             with self.subTest(accuracy=accuracy):
                 self.assertLess(abs(passed.mean() - p), 5 * math.sqrt(p * (1 - p) / runs))
@@ -149,7 +149,7 @@ class TestSequentialPlan(unittest.TestCase):
     def test_keeps_the_promise_of_the_issue(self):
         for examples, first in itertools.product((1000, 1195, 1314), (100, 200)):
             false_alarm, miss, expected = error_rates(
-                gate_math.sequential_plan(examples, **{**DEFAULT, "first": first}),
+                stats.sequential_plan(examples, **{**DEFAULT, "first": first}),
             )
             with self.subTest(examples=examples, first=first):
                 self.assertLessEqual(false_alarm, 0.01)
@@ -158,7 +158,7 @@ class TestSequentialPlan(unittest.TestCase):
 
     def test_each_rate_keeps_to_its_own_limit(self):
         for alpha, beta_ in ((0.001, 0.05), (0.05, 0.001)):
-            plan = gate_math.sequential_plan(1314, **{**DEFAULT, "alpha": alpha, "beta": beta_})
+            plan = stats.sequential_plan(1314, **{**DEFAULT, "alpha": alpha, "beta": beta_})
             false_alarm, miss, _ = error_rates(plan)
             with self.subTest(alpha=alpha, beta=beta_):
                 self.assertLessEqual(false_alarm, alpha)
@@ -166,24 +166,24 @@ class TestSequentialPlan(unittest.TestCase):
                 self.assertGreater(max(false_alarm, miss), 0.01)
 
     def test_saves_examples_over_one_look_of_the_same_power(self):
-        self.assertLess(error_rates(gate_math.sequential_plan(1314, **DEFAULT))[2], 861 / 2)
+        self.assertLess(error_rates(stats.sequential_plan(1314, **DEFAULT))[2], 861 / 2)
 
     def test_a_better_engine_passes_more_often(self):
-        plan = gate_math.sequential_plan(1314, **DEFAULT)
-        passes = [gate_math.operating_point(plan, accuracy).pass_probability for accuracy in np.arange(0.5, 1, 0.01)]
+        plan = stats.sequential_plan(1314, **DEFAULT)
+        passes = [stats.operating_point(plan, accuracy).pass_probability for accuracy in np.arange(0.5, 1, 0.01)]
         self.assertEqual(passes, sorted(passes))
 
     def test_no_look_waits_for_what_can_no_longer_change(self):
         for examples, step in ((878, 100), (878, 2), (1314, 100)):
-            plan = gate_math.sequential_plan(examples, **{**DEFAULT, "step": step})
+            plan = stats.sequential_plan(examples, **{**DEFAULT, "step": step})
             for n, at_most, at_least in zip(plan.looks, plan.pass_at_most, plan.fail_at_least, strict=True):
                 self.assertLessEqual(at_least, plan.pass_at_most[-1] + 1)
                 self.assertGreaterEqual(at_most, plan.pass_at_most[-1] - (examples - n))
 
     def test_too_few_examples_are_refused_with_the_number_needed(self):
-        with self.assertRaisesRegex(gate_math.UnattainableError, r"850 scored examples cannot .* 861 can"):
-            gate_math.sequential_plan(850, **DEFAULT)
-        false_alarm, miss, _ = error_rates(gate_math.sequential_plan(861, **DEFAULT))
+        with self.assertRaisesRegex(stats.UnattainableError, r"850 scored examples cannot .* 861 can"):
+            stats.sequential_plan(850, **DEFAULT)
+        false_alarm, miss, _ = error_rates(stats.sequential_plan(861, **DEFAULT))
         self.assertLessEqual(max(false_alarm, miss), 0.01)
 
     def test_the_number_needed_is_the_fewest(self):
@@ -192,23 +192,23 @@ class TestSequentialPlan(unittest.TestCase):
             return any(false_alarm <= 0.05 and miss <= 0.1 for false_alarm, miss in tails)
 
         fewest = next(n for n in itertools.count(1) if suffices(n))
-        self.assertEqual(gate_math.examples_needed(0.8, 0.6, 0.05, 0.1), fewest)
+        self.assertEqual(stats.examples_needed(0.8, 0.6, 0.05, 0.1), fewest)
 
     def test_refuses_what_makes_no_sense(self):
         for wrong in ({"good": 0.93, "bad": 0.965}, {"good": 1.0}, {"bad": 0.0}, {"alpha": 0.0}, {"beta": 0.5}):
             with self.subTest(wrong=wrong), self.assertRaises(ValueError):
-                gate_math.sequential_plan(1314, **{**DEFAULT, **wrong})
+                stats.sequential_plan(1314, **{**DEFAULT, **wrong})
 
 
 class TestHypothesisThreshold(unittest.TestCase):
     def test_by_hand(self):
-        self.assertAlmostEqual(gate_math.hypothesis_threshold(0.965, 200), 0.965 - 1.6448536 * 0.05)
-        self.assertAlmostEqual(gate_math.hypothesis_threshold(0.965, 800), 0.965 - 1.6448536 * 0.025)
+        self.assertAlmostEqual(stats.hypothesis_threshold(0.965, 200), 0.965 - 1.6448536 * 0.05)
+        self.assertAlmostEqual(stats.hypothesis_threshold(0.965, 800), 0.965 - 1.6448536 * 0.025)
 
     def test_detectable_loss_is_detected_with_the_power_stated(self):
-        reference, n, loss = 0.965, 1319, gate_math.detectable_loss(1319)
+        reference, n, loss = 0.965, 1319, stats.detectable_loss(1319)
         sigma = math.sqrt(2 * 0.25 / n)
-        self.assertAlmostEqual(norm.cdf((gate_math.hypothesis_threshold(reference, n) - reference + loss) / sigma), 0.8)
+        self.assertAlmostEqual(norm.cdf((stats.hypothesis_threshold(reference, n) - reference + loss) / sigma), 0.8)
 
 
 class TestMcNemar(unittest.TestCase):
@@ -216,7 +216,7 @@ class TestMcNemar(unittest.TestCase):
         for lost, gained in ((7, 0), (0, 7), (8, 2), (5, 5), (0, 0)):
             baseline = (True,) * lost + (False,) * gained + (True, False)
             candidate = (False,) * lost + (True,) * gained + (True, False)
-            pairs = gate_math.mcnemar(baseline, candidate)
+            pairs = stats.mcnemar(baseline, candidate)
             n = lost + gained
             tail = sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n
             with self.subTest(lost=lost, gained=gained):
@@ -226,7 +226,7 @@ class TestMcNemar(unittest.TestCase):
     def test_must_pair_up(self):
         for baseline, candidate in (((True,), ()), ((), ())):
             with self.assertRaises(ValueError):
-                gate_math.mcnemar(baseline, candidate)
+                stats.mcnemar(baseline, candidate)
 
     def test_gate(self):
         worse = PairedGate((True,) * 50, (False,) * 7 + (True,) * 43)
@@ -241,7 +241,7 @@ class TestMcNemar(unittest.TestCase):
 class TestGateOptions(unittest.TestCase):
     def test_policies(self):
         self.assertEqual(GateOptions().policy, Policy.AUTO)
-        self.assertEqual(GateOptions(policy="first-look").plan(1314), gate_math.fixed_plan(200, 0.95))
+        self.assertEqual(GateOptions(policy="first-look").plan(1314), stats.fixed_plan(200, 0.95))
         self.assertEqual(GateOptions(policy="auto").plan(1314).looks[:3], (200, 300, 400))
         self.assertEqual(GateOptions(policy="sequential").plan(1314).looks[:3], (100, 200, 300))
 
@@ -331,7 +331,7 @@ class TestAccuracyGate(unittest.TestCase):
             gate.assert_passed()
         self.assertEqual(str(caught.exception), gate.report())
         report = gate.report()
-        low, high = gate_math.exact_interval(468, 500)
+        low, high = stats.exact_interval(468, 500)
         self.assertIn(f"FAIL at look 4 of 12, 468 of 500 correct = 0.9360, exact 95 % interval {low:.4f} to", report)
         self.assertIn(f"{high:.4f}", report)
         rows = [row.split() for row in report.splitlines()[3:7]]

@@ -13,9 +13,9 @@ from unittest import mock
 from pdkit.checks.acceptance import AcceptanceLengthChecks, FirstDraftsChecks
 from pdkit.checks.accuracy.checks import FIRST_LOOK, AccuracyGateChecks, GSM8KChecks
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts, gsm8k_args
-from pdkit.ci_register import register_cpu_ci
 from pdkit.core import events
-from pdkit.report.facts import acceptance_length_of
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.runner.report.facts import acceptance_length_of
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")

@@ -6,9 +6,10 @@ import unittest
 from dataclasses import replace
 from unittest import mock
 
-from pdkit import gpu_memory, process_tree
-from pdkit.ci_register import register_cpu_ci
-from pdkit.environment_check.machine import Gpu, GpuProcess
+from pdkit.core import processes as process_tree
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.gpus import Gpu, GpuProcess
+from pdkit.runner import gpu_memory
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 

@@ -14,13 +14,15 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pdkit
-from pdkit import gpu_plan, launch_contract, sockets
-from pdkit.ci_register import register_cpu_ci
-from pdkit.contract.release import installed
-from pdkit.exit_codes import ExitCode
-from pdkit.gpu_plan import GpuPlan, Runner, Server, span
-from pdkit.gpu_plan_drawing import as_text, memory_lines, memory_problems
-from pdkit.memory_estimate import Tensor, UnknownModel, of_config
+from pdkit.core import numa
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
+from pdkit.preflight import plan as gpu_plan
+from pdkit.preflight.contract import launches
+from pdkit.preflight.contract.release import installed
+from pdkit.preflight.memory_estimate import Tensor, UnknownModel, of_config
+from pdkit.preflight.plan import GpuPlan, Runner, Server, span
+from pdkit.preflight.plan_view import as_text, memory_lines, memory_problems
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
@@ -217,12 +219,12 @@ class TestSockets(unittest.TestCase):
             device.mkdir(parents=True)
             (device / "numa_node").write_text(f"{node}\n")
         (sysfs / "class" / "infiniband" / "mlx5_3").mkdir()
-        self.assertEqual(sockets.nic_sockets(sysfs), {"mlx5_0": 0, "mlx5_1": 1})
-        self.assertEqual(sockets.nic_sockets(sysfs / "nothing"), {})
+        self.assertEqual(numa.nic_sockets(sysfs), {"mlx5_0": 0, "mlx5_1": 1})
+        self.assertEqual(numa.nic_sockets(sysfs / "nothing"), {})
 
     def test_pci_address(self):
         for address in ("00000000:1B:00.0", b"00000000:1B:00.0"):
-            self.assertEqual(sockets.pci_device(Path("/sys"), address), Path("/sys/bus/pci/devices/0000:1b:00.0"))
+            self.assertEqual(numa.pci_device(Path("/sys"), address), Path("/sys/bus/pci/devices/0000:1b:00.0"))
 
 
 class TestNics(unittest.TestCase):
@@ -389,7 +391,7 @@ class TestFromContract(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.contract = launch_contract.ask(installed(), DSV4)
+        cls.contract = launches.ask(installed(), DSV4)
 
     def plan(self, suite=None, **changes):
         """The plan of the main job, its contract changed like that."""
@@ -414,7 +416,7 @@ class TestFromContract(unittest.TestCase):
     def test_the_same_on_2_and_4_gpus(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         path = write_subclasses(folder / "test_small.py", TestOn2=1, TestOn4=2)
-        tests = launch_contract.ask(installed(), path).tests
+        tests = launches.ask(installed(), path).tests
         for test, width in zip(tests, (1, 2), strict=True):
             fits = gpu_plan.of_test(test, Runner(f"{2 * width}-gpu-h200", 2 * width, 141))
             self.assertEqual([*fits.problems(), *fits.warnings()], [])
@@ -431,7 +433,7 @@ class TestFromContract(unittest.TestCase):
         derived = ("dist_init", "port_base", "detokenizer", "rpc", "metrics", "scheduler_input")
         self.assertEqual([prefill.ports[use] - http for use in derived], [233, 234, 235, 236, 237, 238])
         port = http + 234
-        contract = launch_contract.ask(installed(), DSV4, ["--nccl-port", str(port)])
+        contract = launches.ask(installed(), DSV4, ["--nccl-port", str(port)])
         (clash,) = gpu_plan.of_contract(contract)[0].problems()
         self.assertRegex(clash, f": port {port} is wanted by .*prefill port_base.* and decode nccl$")
 

@@ -9,10 +9,11 @@ import unittest
 
 import psutil
 from detached import DEAF, LISTEN, SLEEP, command, is_alive, listening, orphaner, spawner
-from pdkit import guardian, ports, process_tree
-from pdkit.ci_register import register_cpu_ci
-from pdkit.guardian import Guarded
-from pdkit.run_token import TOKEN_VARIABLE, new_token
+from pdkit.core import ports, processes
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.runner import guardian
+from pdkit.runner.guardian import Guarded
+from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
@@ -28,7 +29,7 @@ class GuardianCase(unittest.TestCase):
         return int(guarded.output.readline())
 
     def assert_all_end(self, *pids, seconds=20.0):
-        left = [pid for pid in pids if not process_tree.wait_until(lambda pid=pid: not is_alive(pid), seconds)]
+        left = [pid for pid in pids if not processes.wait_until(lambda pid=pid: not is_alive(pid), seconds)]
         self.assertEqual(left, [])
 
 
@@ -62,7 +63,7 @@ class TestGuardian(GuardianCase):
         guarded = self.start(orphaner("print(__import__('os').getppid(), flush=True)", SLEEP))
         orphan, parent = sorted((self.read_number(guarded), self.read_number(guarded)), key=guarded.guardian_pid.__eq__)
         self.assertEqual(parent, guarded.guardian_pid)
-        self.assertTrue(process_tree.wait_until(lambda: not psutil.pid_exists(orphan), 10), "a zombie is left")
+        self.assertTrue(processes.wait_until(lambda: not psutil.pid_exists(orphan), 10), "a zombie is left")
 
     def test_told_to_end(self):
         guarded = self.start(orphaner(SLEEP, SLEEP))
@@ -86,7 +87,7 @@ class TestGuardian(GuardianCase):
     def test_the_death_of_the_runner_ends_all(self):
         runner = (
             "import os, time\n"
-            "from pdkit.guardian import Guarded\n"
+            "from pdkit.runner.guardian import Guarded\n"
             f"guarded = Guarded({command(orphaner(SLEEP, SLEEP))!r}, dict(os.environ), 'token')\n"
             "print(guarded.pid, guarded.guardian_pid, int(guarded.output.readline()), flush=True)\n" + SLEEP
         )
@@ -99,7 +100,7 @@ class TestGuardian(GuardianCase):
 
     def test_a_runner_that_is_gone_before_the_start(self):
         done = subprocess.run(
-            [sys.executable, "-m", "pdkit.guardian", *command("print('started')")],
+            [sys.executable, "-m", "pdkit.runner.guardian", *command("print('started')")],
             env=os.environ | {guardian.GUARDIAN_VARIABLE: "token"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -146,7 +147,7 @@ class TestEnd(unittest.TestCase):
 
     def end(self, process, **seconds):
         found = psutil.Process(process.pid)
-        return process_tree.end(lambda: [found], lambda: process.poll() is not None, **seconds)
+        return processes.end(lambda: [found], lambda: process.poll() is not None, **seconds)
 
     def test_sigterm_comes_first(self):
         process = self.start(SLEEP)
@@ -164,7 +165,7 @@ class TestEnd(unittest.TestCase):
         process.stdout.readline()
         found = psutil.Process(process.pid)
         tic = time.monotonic()
-        ended = process_tree.end(lambda: [found], lambda: False, grace_s=0.1, kill_s=0.1)
+        ended = processes.end(lambda: [found], lambda: False, grace_s=0.1, kill_s=0.1)
         self.assertLess(time.monotonic() - tic, 10)
         self.assertIn(f"pid {process.pid} (", ended.survivors[0])
 
@@ -179,16 +180,16 @@ class TestEnd(unittest.TestCase):
         me = psutil.Process(process.pid)
 
         def find():
-            return [found for found in [me, *late] if process_tree.is_alive(found)]
+            return [found for found in [me, *late] if processes.is_alive(found)]
 
         late = []
 
         def are_gone():
-            late[:] = {*late, *process_tree.descendants(me)}
+            late[:] = {*late, *processes.descendants(me)}
             process.poll()
             return not find()
 
-        ended = process_tree.end(find, are_gone, grace_s=1.0)
+        ended = processes.end(find, are_gone, grace_s=1.0)
         self.assertEqual((len(ended.processes), ended.survivors), (2, ()))
         self.assertFalse(is_alive(int(process.stdout.readline())))
 

@@ -11,10 +11,10 @@ from unittest import mock
 
 import psutil
 from detached import SLEEP, command, is_alive
-from pdkit import hang
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.events import Events, append
-from pdkit.report import evidence
+from pdkit.runner import hang_report
+from pdkit.runner.report import evidence
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
@@ -38,7 +38,7 @@ class TestStacks(unittest.TestCase):
         parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {HANG!r}])"
         process, _ = self.start(parent)
         self.addCleanup(process.children()[0].kill)
-        text = "\n".join(hang.stacks([process, *process.children()], hang.py_spy()))
+        text = "\n".join(hang_report.stacks([process, *process.children()], hang_report.py_spy()))
         self.assertIn("waits_for_godot (<string>:4)", text)
         for found in (process, *process.children()):
             self.assertIn(f"Process {found.pid}: ", text)
@@ -47,8 +47,8 @@ class TestStacks(unittest.TestCase):
         process, _ = self.start(HANG)
         libc = ctypes.CDLL(None, use_errno=True)
         self.assertEqual(libc.ptrace(PTRACE_SEIZE, process.pid, None, None), 0, os.strerror(ctypes.get_errno()))
-        with mock.patch.object(hang, "_abort", return_value=[]):  # a traced process stops before it dies
-            lines = list(hang.stacks([process], hang.py_spy()))
+        with mock.patch.object(hang_report, "_abort", return_value=[]):  # a traced process stops before it dies
+            lines = list(hang_report.stacks([process], hang_report.py_spy()))
         self.assertIn("no stacks by py-spy: ", lines[0])
         self.assertRegex(lines[0], "(?i)permi")
         self.assertIn("CAP_SYS_PTRACE", lines[1])
@@ -56,7 +56,7 @@ class TestStacks(unittest.TestCase):
 
     def test_faulthandler_where_py_spy_is_missing(self):
         process, popen = self.start(HANG)
-        lines = list(hang.stacks([process], None))
+        lines = list(hang_report.stacks([process], None))
         self.assertEqual(lines[0], "no stacks by py-spy: it is not installed")
         self.assertTrue(lines[-1].endswith(f": {process.pid}"), lines)
         self.assertEqual(popen.wait(10), -signal.SIGABRT)
@@ -66,13 +66,13 @@ class TestStacks(unittest.TestCase):
         child = f"[sys.executable, '-c', {HANG!r}]"
         parent = f"import subprocess, sys\nchild = subprocess.run({child}, stderr=-1)\nprint('child', child.stderr)"
         process, popen = self.start(parent + "\n" + HANG)
-        list(hang.stacks([process, *process.children()], None))
+        list(hang_report.stacks([process, *process.children()], None))
         self.assertIn("waits_for_godot", popen.stdout.readline())
 
     def test_other_programs_have_no_stacks(self):
         with subprocess.Popen(["sleep", "300"]) as process:
             self.addCleanup(process.kill)
-            self.assertEqual(list(hang.stacks([psutil.Process(process.pid)], None)), [])
+            self.assertEqual(list(hang_report.stacks([psutil.Process(process.pid)], None)), [])
             self.assertTrue(is_alive(process.pid))
             process.kill()
 
@@ -82,7 +82,7 @@ class TestStacks(unittest.TestCase):
             found = psutil.Process(process.pid)
             process.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            self.assertEqual(list(hang.stacks([found], hang.py_spy())), [])
+            self.assertEqual(list(hang_report.stacks([found], hang_report.py_spy())), [])
 
 
 class TestDiagnose(unittest.TestCase):
@@ -103,7 +103,7 @@ class TestDiagnose(unittest.TestCase):
         self.emit("phase", name="launch decode", state="passed", seconds=1.0)
         self.emit("phase", name="first request", state="begins")
         with mock.patch.dict(os.environ, A_KEY="key-of-somebody"):
-            phase, lines = hang.diagnose([], self.log, None)
+            phase, lines = hang_report.diagnose([], self.log, None)
         self.assertEqual(phase, "first request")
         expected = ["hangs in phase first request", "last lines of test:", "  start"]
         expected += ["  [phase] a server prints that begins", "  waiting"]
@@ -111,12 +111,12 @@ class TestDiagnose(unittest.TestCase):
 
     def test_the_last_lines_only(self):
         self.log.write_text("".join(f"{i}\n" for i in range(100)))
-        self.assertEqual(hang.tails(self.log, Events(), 2), {"test": ["98", "99"]})
+        self.assertEqual(hang_report.tails(self.log, Events(), 2), {"test": ["98", "99"]})
 
     def test_outside_of_any_phase(self):
         self.emit("phase", name="gate", state="begins")
         self.emit("phase", name="gate", state="failed", seconds=1.0)
-        phase, lines = hang.diagnose([], self.log, None)
+        phase, lines = hang_report.diagnose([], self.log, None)
         self.assertEqual((phase, lines[0]), (None, "hangs outside of any phase"))
 
 

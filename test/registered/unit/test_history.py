@@ -18,11 +18,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import ExitCode, UsageError
-from pdkit.history import drift, est_time, store
-from pdkit.history.record import FileRecord, Measurement, Record
-from pdkit.registry import Registration, collect
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.registry import Registration, collect
+from pdkit.runner.history import drift, est_time, store
+from pdkit.runner.history.record import FileRecord, Measurement, Record
 from scipy.stats import mannwhitneyu
 from suite_trees import source_of, write_tree
 
@@ -113,7 +113,7 @@ class TestStore(HistoryCase):
         before = self.file.read_bytes()
         limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
-        limited += "from pathlib import Path; from pdkit.history import store\n"
+        limited += "from pathlib import Path; from pdkit.runner.history import store\n"
         limited += "store.append(Path(sys.argv[1]), store.read([Path(sys.argv[1])]).records[0])"
         done = subprocess.run([sys.executable, "-c", limited, str(self.file)], capture_output=True, text=True)
         self.assertIn("File too large", done.stderr)

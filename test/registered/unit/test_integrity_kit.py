@@ -8,7 +8,7 @@ from unittest import mock
 from pdkit.checks.integrity import IntegrityChecks
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.checks.parity.references import collect
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")

@@ -12,14 +12,15 @@ from unittest import mock
 
 import torch
 from pdkit.checks.reference.truth import Truth, fp8_rounding, logprobs
-from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import NotReady
-from pdkit.kernel_nano import cache, checkpoint, fitting, training
-from pdkit.kernel_nano.config import DEEPEP_HIDDEN, FIELDS, fields, reference_config
-from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks, round_groups
-from pdkit.kernel_nano.model import KernelNano, randomize, rescale
-from pdkit.nano.model import ModelError
-from pdkit.nano.problems import evaluation_set, few_shot
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import NotReady
+from pdkit.models.cpu.model import ModelError
+from pdkit.models.cuda import checkpoint, store, training
+from pdkit.models.cuda import fit as fitting
+from pdkit.models.cuda.config import DEEPEP_HIDDEN, FIELDS, fields
+from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks, round_groups
+from pdkit.models.cuda.model import KernelNano, randomize, reference_config, rescale
+from pdkit.models.problems import evaluation_set, few_shot
 from safetensors.torch import load_file, save_file
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
@@ -115,7 +116,7 @@ class TestModel(unittest.TestCase):
         for name, tensor in saved.items():  # three names that transformers 5 does not turn back
             name = name.removeprefix("model.").replace("hc_head.hc_", "hc_head_").replace("embed_tokens.", "embed.")
             theirs[name.replace(".attn.norm.", ".attn.kv_norm.")] = tensor
-        stored = load_file(self.path / cache.WEIGHTS)
+        stored = load_file(self.path / store.WEIGHTS)
         ours = {name for name in stored if not name.endswith(".scale") or "hc_" in name}
         self.assertEqual({name for name in ours if not name.startswith("mtp.")}, set(theirs))
         for name, tensor in theirs.items():
@@ -125,14 +126,14 @@ class TestModel(unittest.TestCase):
             self.assertTrue(torch.equal(found.float(), tensor.float()), name)
 
     def test_the_mtp_layer_is_stored(self):
-        names = {name for name in load_file(self.path / cache.WEIGHTS) if name.startswith("mtp.0.")}
+        names = {name for name in load_file(self.path / store.WEIGHTS) if name.startswith("mtp.0.")}
         for name in ("e_proj.scale", "h_proj.weight", "enorm.weight", "hnorm.weight", "norm.weight", "hc_head_fn",
                      "attn.wkv.scale", "ffn.gate.bias", "ffn.experts.3.w2.weight"):  # fmt: skip
             self.assertIn(f"mtp.0.{name}", names)
         self.assertFalse([name for name in names if "compressor" in name or "tid2eid" in name])
 
     def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(self):
-        stored = load_file(self.path / cache.WEIGHTS)
+        stored = load_file(self.path / store.WEIGHTS)
         lacking = {name: tensor for name, tensor in stored.items() if name != "mtp.0.e_proj.scale"}
         for tensors, reason in (
             (lacking, "mtp.0.e_proj.weight"),
@@ -140,7 +141,7 @@ class TestModel(unittest.TestCase):
             (stored | {"embed.weight": torch.ones(1024, 256)}, "embed.weight is missing or of another shape"),
         ):
             with self.subTest(reason), tempfile.TemporaryDirectory() as folder:
-                save_file(tensors, Path(folder, cache.WEIGHTS))
+                save_file(tensors, Path(folder, store.WEIGHTS))
                 with self.assertRaisesRegex(ModelError, reason) as caught:
                     checkpoint.load(folder)
                 self.assertNotIn("\n", str(caught.exception))
@@ -224,7 +225,7 @@ class TestFitting(unittest.TestCase):
         """Trains as if steps ended at these times, saving each 30 s; what was printed."""
         self.out = Path(self.enterContext(tempfile.TemporaryDirectory()), "trained")
         self.out.mkdir()
-        (self.out / cache.RECORD).write_text("{}")
+        (self.out / store.RECORD).write_text("{}")
         stage = training.STAGES[0]
         steps = [training.Progress(stage, at, 100, time, 1, 1, 1, 1) for at, time in enumerate(seconds, 1)]
         options = SimpleNamespace(
@@ -243,9 +244,9 @@ class TestFitting(unittest.TestCase):
 
     def test_what_is_recorded_is_what_was_read_back(self):
         printed = self.fit(1.0, 12.0, 15.0, 40.0)
-        record = json.loads((self.out / cache.RECORD).read_text())
+        record = json.loads((self.out / store.RECORD).read_text())
         self.assertEqual((record["steps"], record["solved"], record["drafts right"]), (4, 0.5, 0.75))
-        self.assertTrue(cache.is_trained(self.out))
+        self.assertTrue(store.is_trained(self.out))
         self.assertEqual(self.save.call_count, 2, "after 30 s, and at the end")
         self.assertEqual(printed.count("held out, 5 shots: solved 0.50"), 3, "at first, and then each 10 s")
 
@@ -256,50 +257,50 @@ class TestFitting(unittest.TestCase):
     def test_what_is_interrupted_does_not_pass_for_trained(self):
         with mock.patch.object(fitting, "fit", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
             self.fit()
-        self.assertFalse(cache.is_trained(self.out))
+        self.assertFalse(store.is_trained(self.out))
 
 
 class TestCache(unittest.TestCase):
     def setUp(self):
         self.folder = self.enterContext(tempfile.TemporaryDirectory())
         self.enterContext(mock.patch.dict(os.environ, PDKIT_CACHE_DIR=self.folder))
-        self.path = cache.cached("trained")
+        self.path = store.cached("trained")
         self.path.mkdir(parents=True)
         (self.path / "config.json").write_text("{}")
-        (self.path / cache.WEIGHTS).write_bytes(b"weights")
+        (self.path / store.WEIGHTS).write_bytes(b"weights")
 
     def record(self, digest):
-        (self.path / cache.RECORD).write_text(json.dumps({"sha256": digest}))
+        (self.path / store.RECORD).write_text(json.dumps({"sha256": digest}))
 
     def test_the_trained_model_is_preferred_once_it_is_recorded(self):
-        self.assertEqual(cache.best(), cache.cached("random"))
-        self.assertEqual(cache.best(DEEPEP_HIDDEN).name, "random-2048")
-        self.record(cache.digest(self.path))
-        self.assertEqual(cache.best(), self.path)
-        self.assertTrue(cache.is_trained(self.path))
-        self.assertFalse(cache.is_trained(cache.cached("random")))
+        self.assertEqual(store.best(), store.cached("random"))
+        self.assertEqual(store.best(DEEPEP_HIDDEN).name, "random-2048")
+        self.record(store.digest(self.path))
+        self.assertEqual(store.best(), self.path)
+        self.assertTrue(store.is_trained(self.path))
+        self.assertFalse(store.is_trained(store.cached("random")))
 
     def test_weights_that_are_not_those_of_the_record_are_refused(self):
-        self.record(cache.digest(self.path))
-        (self.path / cache.WEIGHTS).write_bytes(b"other weights")
-        with self.assertRaisesRegex(cache.DamagedCheckpoint, "remove it and train again"):
-            cache.is_trained(self.path)
+        self.record(store.digest(self.path))
+        (self.path / store.WEIGHTS).write_bytes(b"other weights")
+        with self.assertRaisesRegex(store.DamagedCheckpoint, "remove it and train again"):
+            store.is_trained(self.path)
 
     def test_only_the_random_model_is_made_where_it_is_missing(self):
-        with mock.patch.object(cache.subprocess, "run") as run:
-            cache.provide("/somewhere/else")
+        with mock.patch.object(store.subprocess, "run") as run:
+            store.provide("/somewhere/else")
             run.assert_not_called()
-            cache.provide(cache.cached("random"))
-            self.assertEqual(run.call_args.args[0][-4:], ["-m", "pdkit.kernel_nano", "--hidden-size", "128"])
-            cache.provide(cache.cached("random", DEEPEP_HIDDEN))
+            store.provide(store.cached("random"))
+            self.assertEqual(run.call_args.args[0][-4:], ["-m", "pdkit.models.cuda", "--hidden-size", "128"])
+            store.provide(store.cached("random", DEEPEP_HIDDEN))
         self.assertEqual(run.call_args.args[0][-1], "2048")
 
 
 class TestGpuPlans(unittest.TestCase):
     def test_each_file_for_gpus_can_be_asked_before_it_runs(self):
-        from pdkit.contract.release import installed
-        from pdkit.gpu_plan import of_contract
-        from pdkit.launch_contract import ask
+        from pdkit.preflight.contract.launches import ask
+        from pdkit.preflight.contract.release import installed
+        from pdkit.preflight.plan import of_contract
 
         for path in sorted(ONE_GPU.parent.glob("*[1248]gpu*.py")):
             with self.subTest(file=path.name):
@@ -308,9 +309,9 @@ class TestGpuPlans(unittest.TestCase):
                 self.assertEqual([plan.problems() for plan in of_contract(contract)], [[]])
 
     def test_the_release_takes_it_and_it_fits_one_gpu(self):
-        from pdkit.contract.release import installed
-        from pdkit.gpu_plan import of_contract
-        from pdkit.launch_contract import ask
+        from pdkit.preflight.contract.launches import ask
+        from pdkit.preflight.contract.release import installed
+        from pdkit.preflight.plan import of_contract
 
         contract = ask(installed(), ONE_GPU)
         self.assertEqual(contract.errors, [])

@@ -13,10 +13,10 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from pdkit import launch_contract
-from pdkit.ci_register import register_cpu_ci
-from pdkit.contract.release import Release, ReleaseNotFound, installed, unpacked
-from pdkit.exit_codes import ExitCode
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
+from pdkit.preflight.contract import launches
+from pdkit.preflight.contract.release import Release, ReleaseNotFound, installed, unpacked
 from release_wheels import SERVER_ARGS, write_wheel
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
@@ -64,7 +64,7 @@ class TestSmallRelease(unittest.TestCase):
         test = self.folder / "test_pd.py"
         test.write_text(source_of(body))
         with unpacked(write_wheel(self.folder / "sglang.whl", changes)) as release:
-            return launch_contract.ask(release, test, argv, env)
+            return launches.ask(release, test, argv, env)
 
     def line(self, *argv, level="error", **kwargs):
         """The only finding, without whom it is about."""
@@ -231,7 +231,7 @@ class TestSmallRelease(unittest.TestCase):
         base = "class Base(PDDisaggregationServerBase):\n    pass\n"
         test.write_text(f"{source_of(LAUNCHES)}\n\nfrom test_elsewhere import TestPD as Elsewhere\n{base}")
         with unpacked(write_wheel(self.folder / "sglang.whl")) as release:
-            self.assertEqual([plan.test for plan in launch_contract.ask(release, test).tests], ["TestPD"])
+            self.assertEqual([plan.test for plan in launches.ask(release, test).tests], ["TestPD"])
 
     def test_a_test_that_looks_for_sglang_first(self):
         body = (
@@ -262,9 +262,9 @@ class TestSmallRelease(unittest.TestCase):
             "test/server_fixtures/disaggregation_fixture.py": "raise OSError('no')",
         }
         for source, text in broken.items():
-            with self.subTest(source), self.assertRaisesRegex(launch_contract.ContractUnreadable, "OSError: no"):
+            with self.subTest(source), self.assertRaisesRegex(launches.ContractUnreadable, "OSError: no"):
                 self.ask(changes={source: text})
-        with self.assertRaisesRegex(launch_contract.ContractUnreadable, "test_pd.py: cannot be imported: NameError"):
+        with self.assertRaisesRegex(launches.ContractUnreadable, "test_pd.py: cannot be imported: NameError"):
             self.ask(body="x = undefined")
 
     def test_module_that_breaks_is_named_and_not_needed(self):
@@ -274,13 +274,13 @@ class TestSmallRelease(unittest.TestCase):
         for choices in ("torch.kernels()", "['a', torch.kernels]"):
             flag = f'        add("--kernel", choices={choices})'
             changes = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
-            with self.assertRaisesRegex(launch_contract.ContractUnreadable, "--kernel: its values come from a package"):
+            with self.assertRaisesRegex(launches.ContractUnreadable, "--kernel: its values come from a package"):
                 self.ask(changes=changes)
 
     def main(self, *argv):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = launch_contract.main([*map(str, argv)])
+            code = launches.main([*map(str, argv)])
         return code, out.getvalue(), err.getvalue().splitlines()
 
     def test_command(self):
@@ -314,7 +314,7 @@ class TestSmallRelease(unittest.TestCase):
         self.assertIn("test_other.py has no test class on top of SGLang's PDDisaggregationServerBase", error)
 
     def test_no_sglang_at_all(self):
-        with mock.patch.object(launch_contract, "installed", side_effect=ReleaseNotFound("sglang is not installed")):
+        with mock.patch.object(launches, "installed", side_effect=ReleaseNotFound("sglang is not installed")):
             self.assertEqual(self.main(DSV4)[0], ExitCode.NOT_READY)
 
 
@@ -361,7 +361,7 @@ class TestMatrix(unittest.TestCase):
 
 class TestInstalledRelease(unittest.TestCase):
     def test_main_job_is_taken(self):
-        contract = launch_contract.ask(installed(), DSV4)
+        contract = launches.ask(installed(), DSV4)
         self.assertEqual(contract.errors, [])
         (test,) = contract.tests
         self.assertEqual([process.name for process in test.processes], ["prefill", "decode", "load balancer"])
@@ -369,13 +369,13 @@ class TestInstalledRelease(unittest.TestCase):
 
     def test_flag_that_was_renamed(self):
         env = {"SGLANG_DSV4_FP4_EXPERT": "0"}
-        flag, variable = launch_contract.ask(installed(), DSV4, ["--cuda-graph-max-bs", "128"], env).errors
+        flag, variable = launches.ask(installed(), DSV4, ["--cuda-graph-max-bs", "128"], env).errors
         self.assertRegex(flag, "--cuda-graph-max-bs: ambiguous, could match --cuda-graph-max-bs-decode, ")
         self.assertRegex(variable, "SGLANG_DSV4_FP4_EXPERT: no such variable.* nearest: SGLANG_DSV4_FP4_EXPERTS, ")
 
     def test_stand_ins_change_no_answer(self):
         release = installed()
-        quick, real = (launch_contract.ask(release, DSV4, real_imports=real) for real in (False, True))
+        quick, real = (launches.ask(release, DSV4, real_imports=real) for real in (False, True))
         self.assertGreater(len(real.flags), 400)
         self.assertEqual(dict(quick.flags), dict(real.flags))
         self.assertEqual(dataclasses.replace(quick, assumed={}), dataclasses.replace(real, assumed={}))

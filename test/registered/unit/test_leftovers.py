@@ -8,16 +8,18 @@ from unittest import mock
 
 import psutil
 from detached import LISTEN, SLEEP, command, is_alive, listening, orphaner, spawner
-from pdkit import leftovers, ports, process_tree, run_token
-from pdkit.ci_register import register_cpu_ci
-from pdkit.run_token import GUARDIAN_VARIABLE, TOKEN_VARIABLE, Owner, abandoned_by, carries, new_token
+from pdkit.core import ports, processes
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.runner import orphans
+from pdkit.runner import owner as run_token
+from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, Owner, abandoned_by, carries, new_token
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 RUNNER = """
 import os, signal, subprocess, sys, time
-from pdkit.guardian import Guarded
-from pdkit.run_token import new_token
+from pdkit.runner.guardian import Guarded
+from pdkit.runner.owner import new_token
 guarded = Guarded(({python!r}, "-c", {source!r}), dict(os.environ), new_token(os.environ))
 print(guarded.guardian_pid, int(guarded.output.readline()), flush=True)
 time.sleep(300)
@@ -100,7 +102,7 @@ class TestEndEarlierRuns(unittest.TestCase):
         return process, guardian, child
 
     def lines_about(self, *pids):
-        return [line for line in leftovers.end_earlier_runs() if any(f"pid {pid} (" in line for pid in pids)]
+        return [line for line in orphans.end_earlier_runs() if any(f"pid {pid} (" in line for pid in pids)]
 
     @staticmethod
     def kill(pid):
@@ -112,7 +114,7 @@ class TestEndEarlierRuns(unittest.TestCase):
         os.kill(guardian, signal.SIGKILL)
         process.kill()
         process.wait()
-        self.assertTrue(process_tree.wait_until(lambda: not is_alive(guardian), 10))
+        self.assertTrue(processes.wait_until(lambda: not is_alive(guardian), 10))
 
     def test_runner_and_guardian_killed(self):
         process, guardian, child = self.start_runner(spawner(LISTEN, True, SLEEP))
@@ -129,7 +131,7 @@ class TestEndEarlierRuns(unittest.TestCase):
         process, guardian, child = self.start_runner(spawner(SLEEP, True, SLEEP, env="{}"))
         self.kill_with_guardian(process, guardian)
         self.assertTrue(is_alive(child))
-        list(leftovers.end_earlier_runs())
+        list(orphans.end_earlier_runs())
         self.assertFalse(is_alive(child))
 
     def test_a_guardian_at_work_is_waited_for(self):
@@ -137,7 +139,7 @@ class TestEndEarlierRuns(unittest.TestCase):
         os.kill(guardian, signal.SIGSTOP)
         process.kill()
         process.wait()
-        for line in leftovers.end_earlier_runs():
+        for line in orphans.end_earlier_runs():
             if f"whose runner (pid {process.pid}) is gone" in line:
                 os.kill(guardian, signal.SIGCONT)
         self.assertFalse(is_alive(child) or is_alive(guardian))
@@ -155,7 +157,7 @@ class TestEndEarlierRuns(unittest.TestCase):
         self.addCleanup(bystander.wait)
         self.addCleanup(bystander.kill)
         self.kill_with_guardian(process, guardian)
-        list(leftovers.end_earlier_runs())
+        list(orphans.end_earlier_runs())
         self.assertFalse(is_alive(child))
         self.assertIsNone(bystander.poll())
 
@@ -180,7 +182,7 @@ class TestEndCarriers(unittest.TestCase):
             self.addCleanup(process.kill)
             pids.append(int(process.stdout.readline()))
             self.addCleanup(TestEndEarlierRuns.kill, pids[-1])
-        leftovers.end_carriers(token)
+        orphans.end_carriers(token)
         self.assertEqual([is_alive(pid) for pid in pids], [False, True])
         self.assertEqual((marked.wait(5), twin.poll()), (-signal.SIGTERM, None))
 

@@ -8,9 +8,9 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.lint import thresholds
-from pdkit.lint.check import RULES, lint
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.preflight.lint import thresholds
+from pdkit.preflight.lint.check import RULES, lint
 
 register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
@@ -437,7 +437,7 @@ class TestExemption(LintCase):
 
 class TestCommand(LintCase):
     def test_what_is_absent_is_told_before_a_tree_is_read(self):
-        with mock.patch("pdkit.lint.check.collect") as collect, self.assertRaises(FileNotFoundError):
+        with mock.patch("pdkit.preflight.lint.check.collect") as collect, self.assertRaises(FileNotFoundError):
             lint([Path("/absent.py")])
         collect.assert_not_called()
 

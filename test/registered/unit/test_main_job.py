@@ -13,17 +13,18 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-from pdkit import main_job
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
-from pdkit.exit_codes import ExitCode
-from pdkit.main_job import main, summary
-from pdkit.report import evidence
-from pdkit.rung import LADDER, Gpu
+from pdkit.core.gpus import Gpu
+from pdkit.runner import run
+from pdkit.runner.report import evidence
+from pdkit.runner.run import main, summary
+from pdkit.runner.targets import TARGETS
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
-EMBEDDED = LADDER[-1]
+EMBEDDED = TARGETS[-1]
 PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
 
 
@@ -93,7 +94,7 @@ def write_test(test_dir, body, file=EMBEDDED.test_file):
     path = test_dir / file
     path.parent.mkdir(parents=True, exist_ok=True)
     source = TEST_FILE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8))
-    path.write_text(source.replace("from sglang.test.ci.ci_register", "from pdkit.ci_register"))
+    path.write_text(source.replace("from sglang.test.ci.ci_register", "from pdkit.core.ci_register"))
 
 
 class TestMain(unittest.TestCase):
@@ -109,8 +110,8 @@ class TestMain(unittest.TestCase):
     def main(self, *argv, gpus=()):
         self.out, self.err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
         with ExitStack() as patches:
-            patches.enter_context(patch.object(main_job, "TEST_DIR", self.test_dir))
-            patches.enter_context(patch.object(main_job, "visible_gpus", lambda: gpus))
+            patches.enter_context(patch.object(run, "TEST_DIR", self.test_dir))
+            patches.enter_context(patch.object(run, "visible_gpus", lambda: gpus))
             patches.enter_context(patch.object(tempfile, "tempdir", str(self.test_dir)))
             patches.enter_context(patch.dict("os.environ", PDKIT_HISTORY=""))
             patches.enter_context(redirect_stdout(self.out))
@@ -178,13 +179,13 @@ class TestMain(unittest.TestCase):
         path = self.test_dir / EMBEDDED.test_file
         pair = "\n\nclass TestPair(PDDisaggregationServerBase):\n    def test_it(self): pass\n\n\nif __name__"
         path.write_text(path.read_text().replace("\n\nif __name__", pair))
-        with patch("pdkit.environment_check.check.ASSETS", self.test_dir):
+        with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
             self.assertEqual(self.main(), ExitCode.NOT_READY)
         first, second = self.err.getvalue().splitlines()
         self.assertRegex(first, f"^run.sh: error: model: {self.test_dir}/nano-dsv4: no such directory; ")
         self.assertRegex(second, f"^run.sh: error: data: {self.test_dir}/gsm8k_nano.jsonl: No such file .*; ")
-        self.assertEqual(len(self.printed.splitlines()), len(LADDER), self.printed)
-        with patch("pdkit.environment_check.check.ASSETS", self.test_dir):
+        self.assertEqual(len(self.printed.splitlines()), len(TARGETS), self.printed)
+        with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
             self.assertEqual(self.main("--skip-environment-check"), ExitCode.FAILED)
         self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)
 

@@ -15,16 +15,16 @@ from unittest import mock
 
 from pdkit.checks.accounting.checks import OWN_RESULT
 from pdkit.checks.accounting.ledger import CLIENT, OK, SERVERS, Attempt
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
-from pdkit.exit_codes import ExitCode
 from pdkit.faults import LIBRARY
-from pdkit.matrix import report, truth
-from pdkit.matrix.results import Results, ResultsError, Run, planned
-from pdkit.matrix.session import Session, Subject, WorkerFailed
-from pdkit.matrix.truth import Truth
-from pdkit.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, Verdict, checks_of, merged, verdicts_of
-from pdkit.matrix.worker import PatientLedger
+from pdkit.faults.matrix import report, truth
+from pdkit.faults.matrix.results import Results, ResultsError, Run, planned
+from pdkit.faults.matrix.session import Session, Subject, WorkerFailed
+from pdkit.faults.matrix.truth import Truth
+from pdkit.faults.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, Verdict, checks_of, merged, verdicts_of
+from pdkit.faults.matrix.worker import PatientLedger
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
@@ -226,7 +226,7 @@ class TestResults(unittest.TestCase):
 
     @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_the_picture_names_faults_and_checks(self):
-        from pdkit.matrix.picture import draw
+        from pdkit.faults.matrix.picture import draw
 
         self.fill(run_of(None), run_of("window-zeroed", caught=["parity alone"], first_caught=1.5))
         picture = self.path.with_suffix(".svg")
@@ -426,7 +426,7 @@ class TestCommand(unittest.TestCase):
                 return Run(fault, index, 1, 1.0, "", {"parity alone": Verdict(fault is not None, 1.0)}, 1.0)
 
         args = ["--out", str(self.out), "--faults", "seed-lost,top-p-lost", "--clean-runs", "2"]
-        with mock.patch("pdkit.matrix.session.Session", OneByOne):
+        with mock.patch("pdkit.faults.matrix.session.Session", OneByOne):
             code, text = self.command(*args)
             self.assertEqual(code, ExitCode.INTERRUPTED, text)
             first, ran = ran, []

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pdkit
 import torch
-from pdkit.exit_codes import ExitCode
-from pdkit.nano.config import nano_config
-from pdkit.nano.evaluation import accuracy, complete, last_number, prompt
-from pdkit.nano.experts import NAME, dense_experts_forward
-from pdkit.nano.model import ModelError, load_model, save_model
-from pdkit.nano.problems import EVALUATION_ROWS, draw, evaluation_set, few_shot, is_held_out, stream, write_jsonl
-from pdkit.nano.tokenizer import nano_tokenizer
-from pdkit.nano.training import (
+from pdkit.core.errors import ExitCode
+from pdkit.models.cpu.config import nano_config
+from pdkit.models.cpu.evaluation import accuracy, complete, last_number, prompt
+from pdkit.models.cpu.experts import NAME, dense_experts_forward
+from pdkit.models.cpu.model import ModelError, load_model, save_model
+from pdkit.models.cpu.training import (
     ALL_ENTRIES,
     Batches,
     Stage,
@@ -33,6 +31,8 @@ from pdkit.nano.training import (
     set_index_topk,
     train,
 )
+from pdkit.models.problems import EVALUATION_ROWS, draw, evaluation_set, few_shot, is_held_out, stream, write_jsonl
+from pdkit.models.tokenizer import nano_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sglang.test.ci.ci_register import register_cpu_ci

@@ -7,8 +7,8 @@ import sys
 import unittest
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.environment_check.packages import BACKENDS
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.preflight.environment.packages import BACKENDS
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 

@@ -24,7 +24,7 @@ from pdkit.checks.parity.plan import (
 )
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import FLOAT_ROUNDING, LEVEL, RESOLUTION, Distribution, Parity, compare, quantile
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")

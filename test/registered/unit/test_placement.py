@@ -7,7 +7,7 @@ from unittest import mock
 
 from pdkit.checks import placement
 from pdkit.checks.accounting.checks import AccountingChecks
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
@@ -18,7 +18,7 @@ class TestPlacement(unittest.TestCase):
         self.servers = [self.server() for _ in range(2)]
         self.gpus = [SimpleNamespace(processes=()) for _ in range(4)]
         observe = lambda environ: {"gpus": tuple(self.gpus)}  # noqa: E731
-        self.enterContext(mock.patch.object(placement.nvml, "observe", observe))
+        self.enterContext(mock.patch.object(placement, "observe", observe))
 
     def server(self):
         process = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)

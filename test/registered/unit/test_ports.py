@@ -7,8 +7,8 @@ import sys
 import unittest
 from unittest import mock
 
-from pdkit import ports
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core import ports
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 

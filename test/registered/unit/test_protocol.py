@@ -22,7 +22,7 @@ from pdkit.checks.protocol.reference import (
     is_best,
     through_each_load_balancer,
 )
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.deployment.relay import Relay
 from pdkit.deployment.router import healthy_workers, is_ready, router_command
 from stub_server import JsonHandler, StubServer

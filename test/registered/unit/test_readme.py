@@ -6,10 +6,10 @@ import textwrap
 import unittest
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import ExitCode
-from pdkit.main_job import ladder
-from pdkit.registry import collect
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
+from pdkit.core.registry import collect
+from pdkit.runner.run import ladder
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 

@@ -5,7 +5,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
@@ -26,7 +26,7 @@ class TestRecords(unittest.TestCase):
         self.assertFalse(difference, f"{name} is not as recorded; if that is meant: {command}\n{difference}")
 
     def test_launch_contract(self):
-        from pdkit.contract.release import installed
+        from pdkit.preflight.contract.release import installed
 
         if f"launch_contract-{installed().version}" != record.INSTALLED_CONTRACT:
             self.skipTest(f"sglang {installed().version} is installed, {record.INSTALLED_CONTRACT} is recorded")

@@ -13,7 +13,7 @@ from unittest import mock
 
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Ask, Client, Fate, Outcome, token_ids
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import test_backends as held
 from stub_server import JsonHandler, StubServer
 

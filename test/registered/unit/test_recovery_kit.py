@@ -18,7 +18,7 @@ from pdkit.checks.recovery.clients import Ask, Fate, Outcome
 from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
 from pdkit.checks.recovery.scenarios import IN_FLIGHT, RecoveryChecks
 from pdkit.checks.scale_out import ScaleOutChecks
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 

@@ -8,11 +8,13 @@ from enum import Enum
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from pdkit import ci_register, top_level
-from pdkit.ci_register import register_cpu_ci
-from pdkit.near_miss import nearest
-from pdkit.options import Options, UsageError
-from pdkit.registry import Registration, collect, select, syntax_errors, with_estimates
+from pdkit.core import ci_register, top_level
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import UsageError
+from pdkit.core.registry import Registration, collect, syntax_errors
+from pdkit.core.suggest import nearest
+from pdkit.runner.options import Options
+from pdkit.runner.select import select, with_estimates
 from suite_trees import CPU, IMPORTS, MAIN, source_of, write_tree
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")

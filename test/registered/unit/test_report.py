@@ -19,16 +19,16 @@ from pathlib import Path
 from unittest import mock
 
 from junitparser import JUnitXml
-from pdkit import gpu_plan
-from pdkit.ci_register import register_cpu_ci
 from pdkit.core import events
-from pdkit.report.html import page
-from pdkit.report.junit import junit
-from pdkit.report.markdown import markdown
-from pdkit.report.model import Distribution, Phase, Score
-from pdkit.report.read import NoReport, read_directory
-from pdkit.report.terminal import terminal
-from pdkit.report.write import STEP_SUMMARY_VARIABLE, write
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.preflight import plan as gpu_plan
+from pdkit.runner.report.html import page
+from pdkit.runner.report.junit import junit
+from pdkit.runner.report.markdown import markdown
+from pdkit.runner.report.model import Distribution, Phase, Score
+from pdkit.runner.report.read import NoReport, read_directory
+from pdkit.runner.report.terminal import terminal
+from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
 
 register_cpu_ci(est_time=11, suite="stage-a-test-cpu")
 
@@ -39,7 +39,7 @@ BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-c
 DEATH = """
 import os, unittest
 from pathlib import Path
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core import events
 
 register_cpu_ci(est_time=1, suite="s")

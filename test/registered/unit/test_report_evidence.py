@@ -10,15 +10,15 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.console import Console
 from pdkit.core import events
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.console import Console
 from pdkit.core.events import FILE
+from pdkit.core.host import command_line
 from pdkit.core.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
-from pdkit.report import evidence
-from pdkit.report.evidence import GPU_PLAN_FILE
-from pdkit.report.live import Live
-from pdkit.report.surroundings import command_line
+from pdkit.runner.report import evidence
+from pdkit.runner.report.evidence import GPU_PLAN_FILE
+from pdkit.runner.report.progress import Live
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
@@ -28,7 +28,7 @@ SECRET = "sk-0123456789"
 TEST_FILE = """
 import os, subprocess, sys, unittest
 from pathlib import Path
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core import events
 
 register_cpu_ci(est_time=1, suite="s")
@@ -252,7 +252,7 @@ class TestLive(unittest.TestCase):
         self.assertTrue(written.endswith(b"launch prefill 2 s\r\x1b[K[prefill] loading\nlaunch prefill 2 s"), written)
 
     def test_only_a_terminal_hears_more_often(self):
-        from pdkit.report.live import environment
+        from pdkit.runner.report.progress import environment
 
         with mock.patch.dict(os.environ):
             os.environ.pop("SGLANG_PD_PROGRESS_S", None)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 from suite_trees import source_of, write_tree
 
 register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
@@ -30,7 +30,7 @@ NAN = """
 """
 COMMANDS = {
     "run_suite.py": ("test/run_suite.py",),
-    "run.sh": ("-m", "pdkit.main_job"),
+    "run.sh": ("-m", "pdkit.runner.run"),
     "history.py": ("scripts/history.py",),
     "train_kernel_nano.py": ("scripts/train_kernel_nano.py",),
     "make_kernel_nano.py": ("scripts/make_kernel_nano.py",),
@@ -42,8 +42,8 @@ COMMANDS = {
     "contract_matrix.py": ("scripts/contract_matrix.py",),
     "recovery_table.py": ("scripts/recovery_table.py",),
     "chaos_runner.py": ("scripts/chaos_runner.py",),
-    "report": ("-m", "pdkit.report"),
-    "launch_contract": ("-m", "pdkit.launch_contract"),
+    "report": ("-m", "pdkit.runner.report"),
+    "launch_contract": ("-m", "pdkit.preflight.contract.launches"),
     "engine": ("-m", "pdkit.engine"),
 }
 

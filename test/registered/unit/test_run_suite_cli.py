@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 from detached import is_alive
-from pdkit import process_tree
-from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import MEANINGS
-from pdkit.run_token import TOKEN_VARIABLE, new_token
+from pdkit.core import processes
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import MEANINGS
+from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 from suite_trees import source_of, write_tree
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
@@ -378,7 +378,7 @@ class TestInterrupt(CommandCase):
     def test_sigkill(self):
         _, process, sleeper = self.start_and_hang()
         process.kill()
-        self.assertTrue(process_tree.wait_until(lambda: not is_alive(sleeper), 20))
+        self.assertTrue(processes.wait_until(lambda: not is_alive(sleeper), 20))
 
     def test_sigkill_of_the_guardian_too(self):
         environment, process, sleeper = self.start_and_hang()

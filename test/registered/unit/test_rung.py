@@ -3,15 +3,16 @@
 import unittest
 from pathlib import Path
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.rung import LADDER, Gpu, RungUnavailable, UnknownRung, choose, found, why
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.gpus import Gpu, found
+from pdkit.runner.targets import TARGETS, TargetUnavailable, UnknownTarget, choose, why
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
 B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
-TOP, MIDDLE, BOTTOM = LADDER
+TOP, MIDDLE, BOTTOM = TARGETS
 
 
 class TestChoose(unittest.TestCase):
@@ -34,11 +35,11 @@ class TestChoose(unittest.TestCase):
 
     def test_a_rung_out_of_reach_is_refused_and_never_replaced(self):
         reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
-        with self.assertRaisesRegex(RungUnavailable, reason):
+        with self.assertRaisesRegex(TargetUnavailable, reason):
             choose([H200] * 2, wanted="8xH200")
 
     def test_an_unknown_rung_names_the_nearest(self):
-        with self.assertRaisesRegex(UnknownRung, "unknown rung 'embeded'; nearest known: embedded"):
+        with self.assertRaisesRegex(UnknownTarget, "unknown rung 'embeded'; nearest known: embedded"):
             choose((), wanted="embeded")
 
     def test_why_not_higher(self):

@@ -14,17 +14,17 @@ from pathlib import Path
 from unittest import mock
 
 from detached import SLEEP, is_alive, orphaner, spawner
-from pdkit import gpu_memory
-from pdkit.attempt import child_environment, python3_directory, run_attempt
-from pdkit.ci_register import register_cpu_ci
-from pdkit.console import Console
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.console import Console
+from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.events import TARGET_VARIABLE, Events
-from pdkit.environment_check.machine import Gpu, GpuProcess
-from pdkit.exit_codes import ExitCode
-from pdkit.interruption import Interruption
-from pdkit.options import Options, UsageError, parse_options
-from pdkit.outcome import FileState, Output, TestCounts, exit_code_of, read_output, tally
-from pdkit.results import Attempt
+from pdkit.core.gpus import Gpu, GpuProcess
+from pdkit.runner import gpu_memory
+from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
+from pdkit.runner.interruption import Interruption
+from pdkit.runner.options import Options, parse_options
+from pdkit.runner.outcome import FileState, Output, TestCounts, exit_code_of, read_output, tally
+from pdkit.runner.results import Attempt
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
@@ -289,7 +289,7 @@ class TestRunAttempt(ProcessCase):
         self.assert_gone(int(log))
 
     def test_what_is_still_held_is_told(self):
-        gpu = Gpu("NVIDIA H200", 143_000, 143_000, (9, 0))
+        gpu = Gpu("NVIDIA H200", 143_000, (9, 0), 143_000)
         full = replace(gpu, free_mib=3_000, processes=(GpuProcess(NO_PID, "/usr/bin/python3", 140_000),))
         observe = mock.Mock(side_effect=[(gpu,), (full,)])
         before = partial(gpu_memory.unaccounted, observe)
@@ -335,7 +335,7 @@ class TestChildEnvironment(ProcessCase):
             os.environ.pop("PYTHONPATH", None)
             found = python3_directory(sys.executable, self.directory)
             environment = child_environment(Options(self.directory, "cpu", "s"), found)
-        source = "import pdkit.runner, sys; print(sys.prefix)"
+        source = "import pdkit.runner.suite, sys; print(sys.prefix)"
         out = subprocess.run(["python3", "-c", source], env=environment, capture_output=True, text=True, check=True)
         self.assertEqual(out.stdout.strip(), sys.prefix)
 

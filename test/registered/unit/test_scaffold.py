@@ -8,13 +8,13 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from pdkit import scaffold
-from pdkit.ci_register import register_cpu_ci
-from pdkit.environment_check import needs
-from pdkit.environment_check.needs import Needs
-from pdkit.lint.check import lint
-from pdkit.options import UsageError
-from pdkit.registry import collect
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import UsageError
+from pdkit.core.registry import collect
+from pdkit.preflight import scaffold
+from pdkit.preflight.environment import needs
+from pdkit.preflight.environment.needs import Needs
+from pdkit.preflight.lint.check import lint
 
 register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
 

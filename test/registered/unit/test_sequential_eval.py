@@ -18,7 +18,7 @@ from pdkit.checks.accuracy.gsm8k import (
     read_dataset,
     recover_correct,
 )
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 

@@ -10,8 +10,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from unittest.mock import patch
 
-from pdkit.ci_register import register_cpu_ci
-from pdkit.exit_codes import ExitCode
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 

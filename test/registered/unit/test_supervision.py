@@ -14,8 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from fake_pair import NEVER, Fate, fake_pair
-from pdkit import process_tree
-from pdkit.core import events
+from pdkit.core import events, processes
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.server import FATAL
 from pdkit.deployment.supervisor import Supervisor
@@ -109,7 +108,7 @@ class TestDeathInEachPhase(Supervised):
         class Strikes:
             @classmethod
             def take_references(cls):
-                process_tree.wait_until(lambda: cls.process_lb is not None, NEVER)
+                processes.wait_until(lambda: cls.process_lb is not None, NEVER)
                 outer.killer(cls, victim)
                 cls.supervisor.process("monolithic").wait(30)
 

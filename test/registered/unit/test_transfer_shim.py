@@ -14,11 +14,11 @@ from unittest import mock
 import numpy as np
 from pdkit.checks import acceptance
 from pdkit.checks.parity.plan import Round, generate_probe
-from pdkit.ci_register import register_cpu_ci
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.faults.real_engine import backends, checks
+from pdkit.faults.real_engine.blocks import Block, Memory, Regions, from_before, half, lost, pieces_of, swapped
+from pdkit.faults.real_engine.library import LIBRARY
 from pdkit.faults.switch import Switch, UnknownFault
-from pdkit.transfer_shim import backends, kit
-from pdkit.transfer_shim.blocks import Block, Memory, Regions, from_before, half, lost, pieces_of, swapped
-from pdkit.transfer_shim.library import LIBRARY
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=16, suite="stage-a-test-cpu")
@@ -288,12 +288,12 @@ class TestKit(unittest.TestCase):
         }
         plan = types.SimpleNamespace(**plan)
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
-        self.enterContext(mock.patch.object(kit, "gsm8k_metrics", score))
+        self.enterContext(mock.patch.object(checks, "gsm8k_metrics", score))
         self.enterContext(mock.patch.object(acceptance, "measure", self.accepted))
         self.enterContext(mock.patch.object(acceptance, "few_shot_prompts", lambda _, count: ["1"] * count))
-        self.records = self.enterContext(mock.patch.object(kit.events, "table"))
+        self.records = self.enterContext(mock.patch.object(checks.events, "table"))
 
-        class Case(kit.TransferFaultChecks, unittest.TestCase):
+        class Case(checks.TransferFaultChecks, unittest.TestCase):
             lb_url = prefill_url = decode_url = self.pair.url
             monolithic_url = self.alone.url
             configure = server_env = None
@@ -340,7 +340,7 @@ class TestKit(unittest.TestCase):
         self.assertEqual(seen["polls-fail"], [*parity, "accounting"])
 
     def test_before_each_fault_decode_holds_as_much_else_as_any_check_asks_for_at_once(self):
-        with mock.patch.object(kit, "collect") as collect:
+        with mock.patch.object(checks, "collect") as collect:
             self.case.overwrite()
         ((_, round_, _), _) = collect.call_args
         prompts = {json.dumps(json.loads(probe.body)["input_ids"]) for probe in round_.probes}
@@ -390,9 +390,9 @@ class TestServer(unittest.TestCase):
                 backends.SWITCH_VARIABLE: str(Path(folder, "switch")),
                 backends.PIECES_VARIABLE: json.dumps([POOLS, STATES]),
             }
-            command = [sys.executable, "-m", "pdkit.transfer_shim.server"]
+            command = [sys.executable, "-m", "pdkit.faults.real_engine.server"]
             run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
-        self.assertEqual(run.stdout, "engine of pdkit.transfer_shim.backends\n" * 2, run.stderr[-2000:])
+        self.assertEqual(run.stdout, "engine of pdkit.faults.real_engine.backends\n" * 2, run.stderr[-2000:])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import enum
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from pdkit import gate_math
-from pdkit.near_miss import unknown
+from pdkit.core import stats
+from pdkit.core.suggest import unknown
 
 
 class Verdict(enum.Enum):
@@ -57,14 +57,14 @@ class GateOptions:
             raise ValueError(f"a look needs at least one example, got {self.first_look} and {self.slice_examples}")
         object.__setattr__(self, "policy", Policy(self.policy))
 
-    def plan(self, available: int) -> gate_math.Plan:
+    def plan(self, available: int) -> stats.Plan:
         """The looks and thresholds for a data set of `available` scored examples; ValueError if they are too few."""
         if available < self.first_look:
             raise ValueError(f"the data set has {available} scored examples, the first look needs {self.first_look}")
         if self.policy is Policy.FIRST_LOOK:
-            return gate_math.fixed_plan(self.first_look, self.threshold)
+            return stats.fixed_plan(self.first_look, self.threshold)
         try:
-            return gate_math.sequential_plan(
+            return stats.sequential_plan(
                 available,
                 good=self.good,
                 bad=self.bad,
@@ -73,7 +73,7 @@ class GateOptions:
                 first=self.slice_examples if self.policy is Policy.SEQUENTIAL else self.first_look,
                 step=self.slice_examples,
             )
-        except gate_math.UnattainableError as error:
+        except stats.UnattainableError as error:
             way_out = f"score a larger data set, or choose policy {Policy.FIRST_LOOK.value!r}"
             raise ValueError(f"{error}; {way_out}") from None
 
@@ -100,7 +100,7 @@ class AccuracyGate:
     slices: tuple[ScoredSlice, ...] = ()
 
     @property
-    def plan(self) -> gate_math.Plan:
+    def plan(self) -> stats.Plan:
         return self.options.plan(self.available)
 
     @property
@@ -158,7 +158,7 @@ class AccuracyGate:
         """Everything that the verdict rests on, in a few lines."""
         if not self.slices:
             return f"accuracy gate: {Verdict.UNDECIDED.value}, nothing scored of {self.available} examples"
-        low, high = gate_math.exact_interval(self.correct, self.examples)
+        low, high = stats.exact_interval(self.correct, self.examples)
         stopping = ", as if the count had been fixed beforehand" if len(self.plan.looks) > 1 else ""
         lines = [
             f"accuracy gate: {self.verdict.value} at look {len(self.slices)} of {len(self.plan.looks)}, "
@@ -183,7 +183,7 @@ class AccuracyGate:
 
     def _promise(self) -> str:
         options = self.options
-        good, bad = (gate_math.operating_point(self.plan, accuracy) for accuracy in (options.good, options.bad))
+        good, bad = (stats.operating_point(self.plan, accuracy) for accuracy in (options.good, options.bad))
         return (
             f"policy {options.policy.value}: accuracy {options.good} fails with probability "
             f"{1 - good.pass_probability:.4f}, {options.bad} passes with {bad.pass_probability:.4f}; "
@@ -227,8 +227,8 @@ class PairedGate:
     level: float = 0.01
 
     @property
-    def discordance(self) -> gate_math.Discordance:
-        return gate_math.mcnemar(self.baseline, self.candidate)
+    def discordance(self) -> stats.Discordance:
+        return stats.mcnemar(self.baseline, self.candidate)
 
     @property
     def verdict(self) -> Verdict:

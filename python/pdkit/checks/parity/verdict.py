@@ -13,7 +13,7 @@ from itertools import chain
 from operator import eq
 
 from pdkit.checks.parity.answers import Answer, Arm
-from pdkit.gate_math import mcnemar, sign_test
+from pdkit.core.stats import mcnemar, sign_test
 
 # What another order of summation does to a float32 logprob of a nano model: about 1e-6; a hand-over without its last
 # token does 1e-2. Used only on a machine where batching was seen to change bits without any hand-over.

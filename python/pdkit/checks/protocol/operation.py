@@ -4,9 +4,9 @@ import re
 import time
 from itertools import islice
 
-from pdkit import ports
 from pdkit.checks.http import RUST_ROUTER, Client, status_of
 from pdkit.checks.protocol.reference import LoadBalancerChecks, through_each_load_balancer
+from pdkit.core import ports
 from pdkit.deployment.relay import Relay
 from pdkit.deployment.router import is_ready
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from pdkit.kernel_nano.checkpoint import load
-from pdkit.kernel_nano.fp8 import round_groups
-from pdkit.kernel_nano.model import KernelNano
+from pdkit.models.cuda.checkpoint import load
+from pdkit.models.cuda.fp8 import round_groups
+from pdkit.models.cuda.model import KernelNano
 
 MARGIN = 2.0
 WINDOW = 128
@@ -128,7 +128,7 @@ class Truth:
 
 
 def expected(path: str | Path, prompts: Sequence[Sequence[int]]) -> tuple[list[list[float]], list[list[float]]]:
-    """(exact, rounded) logprobs of each prompt, by the checkpoint at `path`. Raises pdkit.nano.model.ModelError.
+    """(exact, rounded) logprobs of each prompt, by the checkpoint at `path`. Raises pdkit.models.cpu.model.ModelError.
 
     On the GPU, where there is one: beside servers that poll on every core a CPU takes minutes.
     """

@@ -1,0 +1,70 @@
+"""Where a run took place: command, machine, versions, environment."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pdkit.core.gpus import visible_gpus
+from pdkit.core.secrets import cleaned, redacted
+
+PACKAGES = (
+    "sglang",
+    "sglang-router",
+    "sgl-kernel",
+    "torch",
+    "transformers",
+    "mooncake-transfer-engine",
+    "mooncake-transfer-engine-cuda13",
+    "nixl",
+    "flashinfer-python",
+    "deep-ep",
+    "openai",
+)
+
+
+def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Plain data; `environment` is without secrets, absent packages are left out."""
+    return {
+        "command": command_line(),
+        "directory": os.getcwd(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _gpus(environ),
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "environment": redacted(environ),
+    }
+
+
+def command_line() -> list[str]:
+    return [sys.executable, *map(cleaned, sys.argv)]
+
+
+def _gpus(environ: Mapping[str, str]) -> list[str]:
+    return [f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in visible_gpus(environ)]
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in; `+` after it where tracked files were changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changes.stdout.strip())
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version of a distribution; None where there is none."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,71 @@
+"""Ports for servers that a test starts, so that several runs fit on one machine."""
+
+import random
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+
+from pdkit.core import processes
+
+BLOCK_SIZE = 10
+# Below the ephemeral ports (32768), and clear of SGLang's fixtures, which use N000 to N599 (N by CUDA_VISIBLE_DEVICES).
+BLOCKS = [base for base in range(22000, 32000, BLOCK_SIZE) if base % 1000 >= 600]
+
+
+@dataclass(frozen=True)
+class PortBlock:
+    """Consecutive free TCP ports; no other run claims them while `guard`, which holds the first, is open."""
+
+    guard: socket.socket
+    ports: range
+
+    def release(self):
+        self.guard.close()
+
+
+def claim(host="127.0.0.1"):
+    """A block of BLOCK_SIZE - 1 ports that nobody listens on. Raises RuntimeError when there is none."""
+    for base in random.sample(BLOCKS, len(BLOCKS)):
+        try:
+            guard = socket.create_server((host, base))
+        except OSError:
+            continue
+        ports = range(base + 1, base + BLOCK_SIZE)
+        if all(is_free(port, host) for port in ports):
+            return PortBlock(guard, ports)
+        guard.close()
+    raise RuntimeError(f"no {BLOCK_SIZE} free ports in a row on {host} from {BLOCKS[0]} to {BLOCKS[-1]}")
+
+
+def is_free(port, host="127.0.0.1"):
+    """Whether nobody listens on a TCP port."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_until_free(ports: Iterable[int], seconds: float) -> list[str]:
+    """Waits until nobody listens on these TCP ports, on any address; then, one line for each that is still taken."""
+    wanted, taken = set(ports), {}
+
+    def are_free() -> bool:
+        taken.clear()
+        taken.update((port, pid) for port, pid in listeners() if port in wanted)
+        return not taken
+
+    if wanted:
+        processes.wait_until(are_free, seconds)
+    return [
+        f"port {port} is still taken, by {processes.describe_pid(pid) if pid else 'a process we cannot see'}"
+        for port, pid in sorted(taken.items())
+    ]
+
+
+def listeners() -> list[tuple[int, int | None]]:
+    """TCP ports that are listened on, with the process id, where we may see it."""
+    found = psutil.net_connections(kind="tcp")
+    return [(each.laddr.port, each.pid) for each in found if each.status == psutil.CONN_LISTEN]

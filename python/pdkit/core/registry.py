@@ -1,0 +1,162 @@
+"""Which test files are registered, for which hardware and suite."""
+
+import gc
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from pdkit.core import ci_register, top_level
+
+PROJECT_SUITES = {
+    "cpu": ("stage-a-test-cpu",),
+    "cuda": (
+        "stage-b-test-1-gpu-large",
+        "stage-b-test-2-gpu-large",
+        "stage-c-test-4-gpu-h100",
+        "stage-c-test-dsv4-8-gpu-h200",
+    ),
+}
+
+_REGISTERS = re.compile(rb"^register_\w+_ci\s*\(", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """One `register_<hw>_ci(...)` call of one file; `est_time` in seconds."""
+
+    filename: str
+    name: str
+    hw: str
+    suite: str
+    est_time: float
+    nightly: bool = False
+    disabled: str | None = None
+
+    @property
+    def is_enabled(self) -> bool:
+        return self.disabled is None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All registrations below one directory, and one line for each file that breaks a rule."""
+
+    registrations: tuple[Registration, ...]
+    errors: tuple[str, ...]
+    hardware: tuple[str, ...]
+
+    def suites(self, hw: str) -> set[str]:
+        """Suites that some file registers for `hw`, and those that this project defines."""
+        return {r.suite for r in self.registrations if r.hw == hw} | set(PROJECT_SUITES.get(hw, ()))
+
+
+def _parse_top_level(rules: ModuleType, filename: str):
+    """What SGLang's `ut_parse_one_file` finds, by SGLang's own visitor."""
+    source = Path(filename).read_bytes()
+    if b"register_" not in source:
+        return [], False
+    visitor = rules.RegistryVisitor(filename)
+    visitor.visit(top_level.parse(source, filename))
+    return visitor.registries, visitor.has_main_entry
+
+
+@contextmanager
+def _no_garbage_collection():
+    """Syntax trees hold no cycles, yet make the collector walk them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _is_test(path: str, name: str) -> bool:
+    if not name.endswith(".py"):
+        return False
+    if name.startswith("test_"):
+        return True
+    try:
+        return bool(_REGISTERS.search(Path(path).read_bytes()))
+    except OSError:
+        return True
+
+
+def find_test_files(root: Path) -> list[str]:
+    """Files below `root` that are tests by name, or that seem to register themselves, sorted."""
+    files = []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if not name.startswith((".", "__"))]
+        paths = ((os.path.join(directory, name), name) for name in names)
+        files += [path for path, name in paths if _is_test(path, name)]
+    return sorted(files)
+
+
+def _registrations_of(rules: ModuleType, filename: str, root: Path) -> list[Registration]:
+    if not Path(filename).name.startswith("test_") and not rules.ut_parse_one_file(filename)[0]:
+        return []
+    name = os.path.relpath(filename, root.parent)
+    registrations = []
+    for found in rules.collect_tests([filename]):
+        hw = found.backend.name.lower()
+        if not found.effective_suite:
+            raise ValueError(f"{filename}: register_{hw}_ci() names no suite")
+        registrations.append(
+            Registration(
+                filename=filename,
+                name=name,
+                hw=hw,
+                suite=found.effective_suite,
+                est_time=found.est_time,
+                nightly=found.nightly,
+                disabled=found.disabled,
+            )
+        )
+    return registrations
+
+
+def collect(root: Path, rules: ModuleType | None = None) -> Collection:
+    """Registrations of all test files below `root`, by the rules of the installed SGLang.
+
+    Raises CIRegisterNotFound where SGLang is not installed.
+    """
+    root = root.absolute()
+    rules = rules or ci_register.load()
+    rules.ut_parse_one_file = partial(_parse_top_level, rules)
+    registrations, errors = [], []
+    with _no_garbage_collection(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for filename in find_test_files(root):
+            try:
+                registrations += _registrations_of(rules, filename, root)
+            except SyntaxError as error:
+                errors.append(_syntax_error_line(filename, error))
+            except (ValueError, OSError) as error:
+                line = " ".join(str(error).split())
+                errors.append(line if filename in line else f"{filename}: {line}")
+    hardware = tuple(backend.name.lower() for backend in rules.HWBackend)
+    return Collection(tuple(registrations), tuple(errors), hardware)
+
+
+def syntax_errors(registrations: Iterable[Registration]) -> list[str]:
+    """One line for each file that is not Python; collecting looks at registrations and main block only."""
+    errors = []
+    for filename in dict.fromkeys(r.filename for r in registrations):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compile(Path(filename).read_bytes(), filename, "exec", dont_inherit=True)
+        except SyntaxError as error:
+            errors.append(_syntax_error_line(filename, error))
+    return errors
+
+
+def _syntax_error_line(filename: str, error: SyntaxError) -> str:
+    return f"{filename}:{error.lineno or 1}: not valid Python: {error.msg}"

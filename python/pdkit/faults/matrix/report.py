@@ -1,0 +1,110 @@
+"""The table of a detection matrix, as Markdown and as CSV, and its summary."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdkit.faults import LIBRARY
+from pdkit.faults.matrix.results import Problem, Results, Run
+from pdkit.faults.matrix.verdicts import FIRST_LOOK
+
+CAUGHT, MISSED, NOT_RUN = "●", "–", "·"
+
+
+def symbol(run: Run, check: str) -> str:
+    verdict = run.verdicts.get(check)
+    return NOT_RUN if verdict is None else CAUGHT if verdict.caught else MISSED
+
+
+def _seconds(value):
+    return "" if value is None else f"{value:.1f}"
+
+
+def markdown(results: Results, problems: Sequence[Problem]) -> str:
+    """The table, with what the symbols mean and the summary above it."""
+    heads = ["fault", *results.checks, "changes", "caught after (s)", "cost (s)"]
+    rows = [
+        [f"no fault, {len(results.clean)} runs: failed", *_clean_cells(results), "", "", _seconds(_mean(results.clean))]
+    ]
+    for run in results.faulty:
+        truth = results.truths.get(run.fault)
+        changes = "" if truth is None else "yes" if truth.changes else "no"
+        cells = [symbol(run, check) for check in results.checks]
+        rows.append([run.fault, *cells, changes, _seconds(run.first_caught), _seconds(run.seconds)])
+    lines = [summary(results, problems), ""]
+    lines += [
+        f"{CAUGHT} caught, {MISSED} missed, {NOT_RUN} not run: the servers did not outlive an earlier check. "
+        "Caught after: seconds to the end of the first test that failed. Cost: seconds of all checks.",
+        "",
+    ]
+    lines += [_row(heads), _row(["---", *[":---:"] * (len(heads) - 3), "---:", "---:"]), *map(_row, rows)]
+    lines += ["", "## Faults", ""]
+    for run in results.faulty:
+        lines.append(f"- {_about(results, run)}")
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def _clean_cells(results):
+    return [
+        str(sum(run.verdicts[check].caught for run in results.clean if check in run.verdicts))
+        for check in results.checks
+    ]
+
+
+def _mean(runs):
+    return sum(run.seconds for run in runs) / len(runs) if runs else None
+
+
+def _about(results, run):
+    fault, truth = LIBRARY[run.fault], results.truths.get(run.fault)
+    parts = [f"**{fault.name}**: {fault.what} ({fault.where.value})"]
+    parts += [f"resembles {fault.resembles}"] if fault.resembles else []
+    parts += [f"met {run.met} requests"]
+    parts += [f"effect: {truth.evidence}"] if truth else []
+    parts += [f"servers restarted: {run.restarted}"] if run.restarted else []
+    return "; ".join(parts)
+
+
+def summary(results: Results, problems: Sequence[Problem]) -> str:
+    """What was caught, by the accuracy gate alone and by all checks, and whether the goal is met."""
+    faulty, clean = results.faulty, results.clean
+    changing = [run for run in faulty if run.fault in results.truths and results.truths[run.fault].changes]
+    caught = sum(bool(run.caught_by) for run in changing)
+    alone = sum(FIRST_LOOK in run.caught_by for run in changing)
+    harmless = len(faulty) - len(changing)
+    failed = sum(bool(run.caught_by) for run in clean)
+    total = sum(run.seconds for run in results.runs.values())
+    lines = [f"{caught} of {len(changing)} faults that change something were caught"]
+    if FIRST_LOOK in results.checks:
+        lines[0] += f", {alone} of them by the accuracy gate alone"
+    lines += [
+        f"{harmless} faults change no logit, token or status",
+        f"{failed} of {len(clean)} clean runs failed",
+        f"{total:.0f} s of runs: {_seconds(_mean(faulty)) or '-'} s a fault, "
+        f"{_seconds(_mean(clean)) or '-'} s a clean run",
+        f"goal {'missed' if problems else 'met'}",
+    ]
+    lines += [f"  {problem.what}: {problem.why}" for problem in problems]
+    return "\n".join(lines)
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """One line a run and check: fault, clean run's index, check, caught, seconds, message."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["fault", "index", "check", "caught", "seconds", "message"])
+        for run in [*results.clean, *results.faulty]:
+            for check, verdict in run.verdicts.items():
+                row = [
+                    run.fault or "",
+                    run.index,
+                    check,
+                    int(verdict.caught),
+                    f"{verdict.seconds:.2f}",
+                    verdict.message,
+                ]
+                writer.writerow(row)

@@ -1,0 +1,161 @@
+"""Results of a detection matrix on disk, what is still to do, and whether the goal is met."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pdkit.faults import LIBRARY
+from pdkit.faults.matrix.truth import Truth
+from pdkit.faults.matrix.verdicts import Verdict
+
+
+class ResultsError(ValueError):
+    """The file of results cannot be used; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All checks once, under `fault`, or under none (None): then `index` tells the clean runs apart.
+
+    met           requests that the fault met
+    seconds       wall time of the run
+    restarted     why servers had to be restarted after it, or empty
+    first_caught  seconds from the start of the run to the end of the first test that caught it; None if none did
+    """
+
+    fault: str | None
+    index: int
+    met: int
+    seconds: float
+    restarted: str = ""
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    first_caught: float | None = None
+
+    @property
+    def caught_by(self) -> list[str]:
+        return [check for check, verdict in self.verdicts.items() if verdict.caught]
+
+    @property
+    def key(self) -> tuple[str | None, int]:
+        return self.fault, self.index
+
+
+def planned(faults: Sequence[str], clean_runs: int) -> list[tuple[str | None, int]]:
+    """(fault or None, index) of each run: a clean one first, the others spread evenly between the faults."""
+    runs, clean = [], 0
+    for place, fault in enumerate((None, *faults)):
+        wanted = max(1, round(clean_runs * place / len(faults))) if faults and clean_runs else clean_runs
+        runs += [(fault, 0)] if fault else []
+        runs += [(None, index) for index in range(clean, wanted)]
+        clean = max(clean, wanted)
+    return runs
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why the goal is missed."""
+
+    what: str
+    why: str
+
+
+@dataclass
+class Results:
+    """A JSONL file: a header, then one line a run or truth, each written once it is complete."""
+
+    path: Path
+    checks: list[str] = field(default_factory=list)
+    runs: dict = field(default_factory=dict)
+    truths: dict[str, Truth] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, resume: bool) -> "Results":
+        """Raises ResultsError where results are there and nobody said to go on, or where they cannot be read."""
+        results = cls(path)
+        if path.exists():
+            if not resume:
+                raise ResultsError(
+                    f"{path} holds results of an earlier matrix; go on with --resume, or choose another --out"
+                )
+            results._load()
+        return results
+
+    def _load(self):
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+            self.path.write_text("".join(lines), encoding="utf-8")
+        try:
+            for line in lines:
+                self._take(json.loads(line))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResultsError(f"{self.path} is not a file of this program ({error!r}); choose another --out") from None
+
+    def _take(self, record):
+        kind = record.pop("kind")
+        if kind == "checks":
+            self.checks = record["checks"]
+        elif kind == "truth":
+            self.truths[record["fault"]] = Truth(**record)
+        else:
+            record["verdicts"] = {check: Verdict(**told) for check, told in record["verdicts"].items()}
+            run = Run(**record)
+            self.runs[run.key] = run
+
+    def _append(self, kind, record):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **record}) + "\n")
+
+    def set_checks(self, checks: Sequence[str]):
+        """The columns. Raises ResultsError if earlier results have others."""
+        if self.checks and self.checks != list(checks):
+            raise ResultsError(f"{self.path} has other checks than the suite of today; choose another --out")
+        if not self.checks:
+            self.checks = list(checks)
+            self._append("checks", {"checks": self.checks})
+
+    def add(self, run: Run):
+        self.runs[run.key] = run
+        self._append("run", asdict(run))
+
+    def add_truths(self, truths: Iterable[Truth]):
+        for truth in truths:
+            self.truths[truth.fault] = truth
+            self._append("truth", asdict(truth))
+
+    @property
+    def clean(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.fault is None]
+
+    @property
+    def faulty(self) -> list[Run]:
+        """In the order of the library."""
+        return [self.runs[name, 0] for name in LIBRARY if (name, 0) in self.runs]
+
+    def problems(self, wanted: Sequence[tuple[str | None, int]]) -> list[Problem]:
+        """What keeps the runs `wanted` from the goal: each fault that changes anything caught, no clean run failed."""
+        found = []
+        for fault, index in wanted:
+            run = self.runs.get((fault, index))
+            name = fault or f"clean run {index}"
+            if run is None:
+                found.append(Problem(name, "did not run"))
+            elif fault is None and (run.caught_by or run.restarted):
+                found.append(Problem(name, f"failed: {', '.join(run.caught_by) or run.restarted}"))
+            elif fault is not None:
+                found += [Problem(name, why) for why in self._problems_of(run)]
+        return found
+
+    def _problems_of(self, run):
+        truth = self.truths.get(run.fault)
+        if truth is None:
+            yield "whether it changes anything is not known"
+        elif not run.met:
+            yield "it met no request"
+        elif truth.changes and not run.caught_by:
+            yield "changes something and was not caught"
+        elif not truth.changes and not LIBRARY[run.fault].harmless:
+            yield "changes nothing, and nobody has said why"
+        elif LIBRARY[run.fault].harmless and (parity := [name for name in run.caught_by if name.startswith("parity")]):
+            yield f"should change nothing, yet {', '.join(parity)} saw a difference"

@@ -1,0 +1,143 @@
+"""Workers side by side: each run is one fault, or none, on all of them."""
+
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdkit.faults.matrix.results import Run
+from pdkit.faults.matrix.verdicts import Verdict, merged
+
+STOP_TIMEOUT = 60
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended on its own; the message is one line that names its log."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Tests of class `cls` in `file`; all of them unless `tests` names some."""
+
+    name: str
+    file: Path
+    cls: str
+    tests: tuple[str, ...] = ()
+
+
+class Worker:
+    """One `pdkit.faults.matrix.worker`, in a session of its own; its events go to `events` as (worker, event or None)."""
+
+    def __init__(self, subject: Subject, log: Path, events: queue.Queue):
+        self.subject, self.log = subject, log
+        command = [
+            sys.executable,
+            "-m",
+            "pdkit.faults.matrix.worker",
+            str(subject.file),
+            subject.cls,
+            str(log),
+            *subject.tests,
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self.is_busy = True
+        self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
+        self._reader.start()
+
+    def _read(self, events):
+        for line in self.process.stdout:
+            event = json.loads(line)
+            self.is_busy = event["event"] == "test"
+            events.put((self, event))
+        events.put((self, None))
+
+    def send(self, fault: str | None):
+        self.is_busy = True
+        self.process.stdin.write(json.dumps({"fault": fault}) + "\n")
+        self.process.stdin.flush()
+
+    def stop(self):
+        """It stops its servers and ends; a start or run that is going on is interrupted."""
+        self.process.stdin.close()
+        if self.is_busy and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+
+
+class Session:
+    """Use as a context manager. `progress(text)` is told what happens meanwhile."""
+
+    def __init__(self, subjects: Sequence[Subject], log_dir: Path, progress: Callable[[str], None] = lambda text: None):
+        self.subjects, self.log_dir, self.progress = subjects, log_dir, progress
+        self.workers, self.tests = [], {}
+        self._events = queue.Queue()
+
+    def __enter__(self):
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            for subject in self.subjects:
+                self.workers.append(Worker(subject, self.log_dir / f"{subject.name}.log", self._events))
+            self.progress(f"starting the servers of {', '.join(subject.name for subject in self.subjects)}")
+            for _ in self.workers:
+                worker, event = self._next()
+                self.tests[worker.subject.name] = event["tests"]
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        stopping = [threading.Thread(target=worker.stop) for worker in self.workers]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join()
+
+    def _next(self):
+        worker, event = self._events.get()
+        if event is None:
+            raise WorkerFailed(f"the worker of {worker.subject.name} ended on its own; its log: {worker.log}")
+        return worker, event
+
+    def run(self, fault: str | None, index: int = 0) -> Run:
+        """All tests of all subjects under `fault`. Raises WorkerFailed."""
+        verdicts: dict[str, Verdict] = {}
+        finished: dict[str, float] = {}
+        clocks = {worker: 0.0 for worker in self.workers}
+        done = {}
+        for worker in self.workers:
+            worker.send(fault)
+        while len(done) < len(self.workers):
+            worker, event = self._next()
+            if event["event"] == "done":
+                done[worker] = event
+                continue
+            clocks[worker] += event["seconds"]
+            self.progress(f"{fault or 'no fault'}: {event['test']} of {worker.subject.name}")
+            for check, told in event["verdicts"].items():
+                verdict = Verdict(**told)
+                verdicts[check] = merged(verdicts.get(check), verdict)
+                if verdict.caught:
+                    finished.setdefault(check, clocks[worker])
+        return Run(
+            fault=fault,
+            index=index,
+            met=sum(event["met"] for event in done.values()),
+            seconds=max(event["seconds"] for event in done.values()),
+            restarted="; ".join(event["restarted"] for event in done.values() if event["restarted"]),
+            verdicts=verdicts,
+            first_caught=min(finished.values(), default=None),
+        )

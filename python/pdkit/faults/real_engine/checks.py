@@ -1,0 +1,179 @@
+"""Which check sees which wrong transfer of the real engine, in one launch."""
+
+import contextlib
+import json
+import textwrap
+import time
+from dataclasses import replace
+
+from pdkit.checks import acceptance
+from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.accounting.ledger import Ledger
+from pdkit.checks.accuracy.gsm8k import gsm8k_metrics
+from pdkit.checks.http import RequestFailed, flush_caches, post
+from pdkit.checks.parity.checks import ParityArms
+from pdkit.checks.parity.plan import Round, generate_probe
+from pdkit.checks.parity.references import collect
+from pdkit.checks.parity.verdict import Parity
+from pdkit.core import events
+from pdkit.faults.real_engine.backends import PIECES_VARIABLE, SWITCH_VARIABLE
+from pdkit.faults.real_engine.blocks import pieces_of
+from pdkit.faults.real_engine.library import LIBRARY
+from pdkit.faults.switch import Switch
+
+NO_FAULT = "no fault"
+SHORT = 300
+
+
+class TransferFaultChecks(acceptance.DraftMeasures, ParityArms):
+    """Put it before the monolithic server.
+
+    compress_ratios       tokens a compressed entry, for each layer of the model without its draft
+    min_score             share of right answers below which accuracy sees something
+    transfer_faults       names of faults of `pdkit.faults.real_engine.library`
+    fault_timeout         seconds for one request while a fault is on
+    handover_timeout      seconds after which SGLang gives up a hand-over
+    """
+
+    needs = ("configure", "server_env", "backend")
+
+    transfer_switch = None
+    server_module = "pdkit.faults.real_engine.server"
+    compress_ratios = ()
+    transfer_faults = tuple(LIBRARY)
+    min_score = 0.95
+    accuracy_examples = 60
+    acceptance_length_prompts = 32
+    acceptance_length_tokens = 96
+    fault_timeout = 30.0
+    handover_timeout = 10
+    returning = 60
+    other_length = 600
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        cls.transfer_switch = Switch(cls.temporary_path("transfer-faults-", "switch"), LIBRARY)
+        cls.server_env = {
+            **cls.server_env,
+            SWITCH_VARIABLE: str(cls.transfer_switch.path),
+            PIECES_VARIABLE: json.dumps(pieces_of(cls.compress_ratios)),
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.handover_timeout),
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.handover_timeout),
+        }
+
+    @classmethod
+    def take_references(cls):
+        plan = cls.parity_plan()
+        for round_ in (*plan.alone, *plan.rooms, *plan.indexed):
+            cls.references_of(round_)
+
+    @unaccounted
+    def test_seeded_faults_of_the_transfer(self):
+        checks = {
+            "parity alone": lambda: self.parity_of(self.parity_plan().alone[0]),
+            "parity rooms": lambda: self.parity_of(self.parity_plan().rooms[0]),
+            "parity indexed": lambda: self.parity_of(self.parity_plan().indexed[0]),
+            "accuracy": self.accuracy,
+            "acceptance": self.acceptance_length,
+            "first drafts": self.first_drafts,
+        }
+        self.take_acceptance_reference()
+        self.take_first_drafts_reference()
+        rows, wrong = [], []
+        for name in (None, *self.transfer_faults):
+            self.overwrite()
+            fault = name and LIBRARY[name]
+            print(f"fault of the transfer: {fault or NO_FAULT}", flush=True)
+            self.transfer_switch.turn(name)
+            ledger = Ledger([self.lb_url], self.fault_timeout)
+            with ledger.open():
+                seen = {check: self.message_of(look) for check, look in checks.items()}
+            account = ledger.account()
+            seen["accounting"] = account.report() if account.problems else None
+            met = self.transfer_switch.met()
+            self.transfer_switch.turn(None)
+            rows.append([name or NO_FAULT, met, *("seen" if each else "" for each in seen.values())])
+            print(f"  met {met} times", flush=True)
+            for check, message in seen.items():
+                shown = textwrap.shorten(message, SHORT, placeholder=" ...") if message else "not seen"
+                print(f"  {check}: {shown}", flush=True)
+            expected = bool(fault and not fault.harmless)
+            if any(seen.values()) != expected or bool(met) != bool(fault):
+                wrong.append(name or NO_FAULT)
+            self.until_served()
+        events.table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
+        self.assertFalse(wrong, "seen where nothing was to be seen, not seen although it should be, or never met")
+
+    def parity_of(self, round_):
+        """What is wrong with the answers to a round; None if nothing is."""
+        reference, control = self.references_of(round_)
+        candidate = self.answers(round_)
+        names = tuple(probe.name for probe in round_.probes)
+        parity = Parity(round_.condition, names, reference, candidate, control)
+        print(f"    {round_.condition}: {parity.candidate_distribution.report()}", flush=True)
+        print(f"      control: {parity.control_distribution.report()}", flush=True)
+        return "; ".join(parity.problems) or None
+
+    def answers(self, round_):
+        """The pair's. For what is sent alone decode begins with empty caches each time, see `overwrite`."""
+        if round_.in_flight > 1:
+            return collect(self.lb_url, round_, self.fault_timeout)
+        answers = []
+        for probe in round_.probes:
+            self.empty_caches(self.decode_url)
+            answers += collect(self.lb_url, replace(round_, probes=(probe,)), self.fault_timeout)
+        return answers
+
+    def accuracy(self):
+        score = gsm8k_metrics(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
+        return None if score > self.min_score else f"score {score:.3f}"
+
+    def acceptance_length(self):
+        measured = self.measure_acceptance(self.lb_url, self.decode_url)
+        reference, ratio = self.acceptance_length_reference, self.acceptance_length_ratio
+        return self.verdict(acceptance.AcceptanceGate(measured, reference, ratio))
+
+    def first_drafts(self):
+        measured = self.measure_first_drafts(self.lb_url, self.decode_url)
+        return self.verdict(acceptance.FirstDrafts(measured, self.first_drafts_reference))
+
+    @staticmethod
+    def verdict(gate):
+        print(f"    {gate.report()}", flush=True)
+        return None if gate.passed else gate.report()
+
+    def message_of(self, look):
+        self.empty_caches(self.prefill_url, self.decode_url)
+        try:
+            return look()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def empty_caches(self, *urls):
+        for url in urls:
+            with contextlib.suppress(RequestFailed):
+                flush_caches([url], self.fault_timeout)
+
+    def overwrite(self):
+        """Decode's memory gets other content: what is not written must not be found there by chance.
+
+        The checks ask the same for each fault. With empty caches each begins with the pages that are used first here,
+        by as many prompts as any of them sends at once, and as long as those.
+        """
+        probes = tuple(
+            generate_probe(f"other-{seed}", [10 + seed * index % 241 for index in range(self.other_length)], 2)
+            for seed in range(7, 7 + self.first_drafts_prompts)
+        )
+        self.empty_caches(self.prefill_url, self.decode_url)
+        collect(self.lb_url, Round("other content", probes, len(probes)), self.fault_timeout)
+
+    def until_served(self):
+        """What a fault broke must not be taken for what the next one does."""
+        deadline, body = time.monotonic() + self.returning, {"text": "1", "sampling_params": {"max_new_tokens": 2}}
+        while True:
+            answer = post(self.lb_url, "/generate", body, self.fault_timeout)
+            if answer.status_code == 200:
+                return
+            self.assertLess(time.monotonic(), deadline, f"not served after the fault was off: {answer.text[:300]}")
+            time.sleep(0.5)

@@ -1,0 +1,1 @@
+"""The tiny DeepSeek-V4s: their questions, tokenizer, training and checkpoints."""

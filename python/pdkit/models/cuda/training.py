@@ -1,0 +1,218 @@
+"""Training the kernel-sized model within a time limit: stages by the clock, main model and MTP layer together.
+
+The recipe is the nano model's (`pdkit.models.cpu.training`), but for what its size asks: mixed precision, learning rates
+that shrink with a matrix' fan-in, batches drawn by other processes, and a schedule over seconds instead of steps, so
+that the learning rate has come down to zero when the time is over, whatever else the GPU does.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from pdkit.models.cpu.evaluation import prompt
+from pdkit.models.cpu.training import CLIP_NORM, INDEXER_WEIGHT, WEIGHT_DECAY, Batches, IndexerRecords, cosine
+from pdkit.models.cuda.model import KernelNano
+from pdkit.models.problems import Problem, evaluation_set
+from pdkit.models.tokenizer import nano_tokenizer
+
+PEAK_LR = 2e-3
+WARMUP_STEPS = 50
+SHOTS = 5
+EARLY_SINKHORN = 4
+WINDOW = 128
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A `share` of the time on batches of `batch` sequences of `length` tokens."""
+
+    name: str
+    share: float
+    length: int
+    batch: int
+    sinkhorn: int | None = None
+
+
+STAGES = (
+    Stage("single examples", 0.40, length=128, batch=32, sinkhorn=EARLY_SINKHORN),
+    Stage("few-shot", 0.30, length=512, batch=8, sinkhorn=EARLY_SINKHORN),
+    Stage("long", 0.30, length=1024, batch=4),
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after a step; losses are means in nats, `rate` is tokens a second since the start."""
+
+    stage: Stage
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    mtp_loss: float
+    index_loss: float
+    lr: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The nano models' tokenizer, made once in a process."""
+    return nano_tokenizer()
+
+
+def _draw(seed: str, batch: int, length: int) -> list[list]:
+    torch.set_num_threads(1)
+    return [each.tolist() for each in Batches(tokenizer(), seed).draw(batch, length)]
+
+
+class BatchQueue:
+    """Batches drawn ahead by `workers` processes; which ones does not depend on how many there are."""
+
+    def __init__(self, seed: int, workers: int, ahead: int = 16):
+        self._seed, self._drawn, self._ahead = seed, 0, ahead
+        self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        self._waiting: deque = deque()
+        self._shape: tuple[int, int] | None = None
+
+    def draw(self, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and loss weights, each ``[batch, length]``."""
+        if self._shape != (batch, length):
+            self._waiting.clear()
+            self._shape = batch, length
+        while len(self._waiting) < self._ahead:
+            self._waiting.append(self._pool.submit(_draw, f"{self._seed}-{self._drawn}", batch, length))
+            self._drawn += 1
+        ids, weights = self._waiting.popleft().result()
+        return torch.tensor(ids), torch.tensor(weights)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def losses(
+    model: KernelNano, records: IndexerRecords, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted means of the next token's loss and of the MTP layer's, and the indexer's; in nats."""
+    with records.recording():
+        logits, drafts = model(ids, detach=True)
+        index_loss = records.loss()
+
+    def mean(predicted, ahead):
+        scored = F.cross_entropy(
+            predicted[:, :-ahead].float().flatten(0, 1), ids[:, ahead:].flatten(), reduction="none"
+        )
+        shares = weights[:, ahead:].flatten()
+        return (scored * shares).sum() / shares.sum().clamp_min(1e-6)
+
+    return mean(logits, 1), mean(drafts, 2), index_loss
+
+
+def optimizer_of(model: KernelNano) -> torch.optim.Optimizer:
+    """AdamW whose learning rate for a matrix is the peak times 128 / fan-in, at most the peak (Yang et al. 2022)."""
+    groups: dict[tuple[float, float], list] = {}
+    for parameter in model.parameters():
+        matrix = parameter.dim() >= 2
+        scale = min(1.0, 128 / parameter.shape[-1]) if matrix and parameter.shape[-1] > 512 else 1.0
+        groups.setdefault((scale, WEIGHT_DECAY if matrix else 0.0), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": each, "weight_decay": decay, "scale": scale} for (scale, decay), each in groups.items()],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+
+
+def set_sinkhorn(model: KernelNano, iterations: int | None) -> None:
+    """Let the hyper-connections normalise this often; None: as often as the model is served with."""
+    served = model.main.config.hc_sinkhorn_iters
+    for module in model.modules():
+        if hasattr(module, "hc_sinkhorn_iters"):
+            module.hc_sinkhorn_iters = iterations or served
+
+
+def train(
+    model: KernelNano,
+    batches: BatchQueue,
+    seconds: float,
+    *,
+    stages: Sequence[Stage] = STAGES,
+    peak_lr: float = PEAK_LR,
+) -> Iterator[Progress]:
+    """Train `model` in place for `seconds`, yielding after every step; the caller's time counts, too."""
+    records, optimizer = IndexerRecords(model.main), optimizer_of(model)
+    kind = model.device.type
+    began, step, tokens, end = time.monotonic(), 0, 0, 0.0
+    for stage in stages:
+        end += stage.share * seconds
+        set_sinkhorn(model, stage.sinkhorn)
+        while (elapsed := time.monotonic() - began) < end:
+            lr = peak_lr * cosine(elapsed / seconds) * min(1.0, (step + 1) / WARMUP_STEPS)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            ids, weights = (each.to(model.device) for each in batches.draw(stage.batch, stage.length))
+            with torch.autocast(kind, torch.bfloat16):
+                loss, mtp_loss, index_loss = losses(model, records, ids, weights)
+            (loss + mtp_loss + INDEXER_WEIGHT * index_loss).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tokens += ids.numel()
+            yield Progress(
+                stage, step, tokens, time.monotonic() - began, loss.item(), mtp_loss.item(), index_loss.item(), lr
+            )
+    set_sinkhorn(model, None)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares: of problems whose every answer token is the most likely one, and of drafts that are the token after."""
+
+    problems: int
+    solved: float
+    drafted: float
+
+
+@torch.no_grad()
+def score(model: KernelNano, problems: Sequence[Problem], shots: Sequence[Problem], batch: int = 8) -> Score:
+    """What greedy decoding would give, without decoding: the data's answers follow from the question.
+
+    If at each position of the right answer its next token is the most likely one, decoding writes that answer; `solved`
+    is therefore at most the score of an eval. `drafted` is among positions of answers.
+    """
+    solved = drafts = right = 0
+    for start in range(0, len(problems), batch):
+        rows = []
+        for problem in problems[start : start + batch]:
+            question = tokenizer()(prompt(shots, problem)).input_ids
+            rows.append((len(question), question + tokenizer()(f" {problem.answer}\n\n").input_ids))
+        length = -(-max(len(ids) for _, ids in rows) // WINDOW) * WINDOW
+        padded = torch.tensor([ids + [tokenizer().pad_token_id] * (length - len(ids)) for _, ids in rows])
+        logits, mtp = model(padded.to(model.device))
+        best, draft = logits.argmax(-1).cpu(), mtp.argmax(-1).cpu()
+        for row, (first, ids) in enumerate(rows):
+            answer = torch.tensor(ids[first:])
+            solved += torch.equal(best[row, first - 1 : len(ids) - 1], answer)
+            right += (draft[row, first - 1 : len(ids) - 2] == answer[1:]).sum().item()
+            drafts += len(answer) - 1
+    return Score(len(problems), solved / len(problems), right / drafts)
+
+
+def validation(count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Problems that are neither trained on nor in the evaluation file, and shots for them."""
+    drawn = evaluation_set(count + SHOTS, seed=f"validation-{seed}")
+    return drawn[SHOTS:], drawn[:SHOTS]

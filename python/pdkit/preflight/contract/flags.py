@@ -1,0 +1,149 @@
+"""What an argument parser says to a command line, flag by flag."""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pdkit.core.suggest import nearest
+
+_FLAG = re.compile(r"--?[A-Za-z]")
+_DEPRECATED = re.compile(r"^\W*(note: )?.{0,60}?\bdeprecated\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line about one flag or variable; only errors keep a plan from being launched."""
+
+    level: Literal["error", "warning"]
+    subject: str
+    message: str
+
+    def __str__(self):
+        return f"{self.subject}: {self.message}"
+
+
+class Refused(Exception):
+    """The parser does not take these arguments; the message is the parser's."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises Refused where it would print and exit."""
+
+    def error(self, message: str):
+        raise Refused(message)
+
+    def exit(self, status: int = 0, message: str | None = None):
+        raise Refused(message or "ends before it serves")
+
+
+def segments(argv: Iterable[str]) -> list[list[str]]:
+    """`argv` cut before each flag: `[["--tp", "4"], ["--trust-remote-code"]]`."""
+    cut: list[list[str]] = []
+    for word in argv:
+        if _FLAG.match(word) or not cut:
+            cut.append([])
+        cut[-1].append(word)
+    return cut
+
+
+def check(parser: Parser, argv: Sequence[str], required: Sequence[str] = ()) -> tuple[list[Finding], list[str]]:
+    """Findings on `argv`, and the part of it that the parser takes.
+
+    `required` are arguments without which the parser takes nothing; each segment is parsed with them alone, so that
+    one refusal does not hide another.
+    """
+    findings, accepted = [], []
+    for segment in segments(argv):
+        try:
+            parser.parse_args([*required, *segment])
+        except Refused as refusal:
+            findings.append(Finding("error", segment[0], _why(parser, segment, str(refusal))))
+            continue
+        accepted += segment
+        findings += _remarks(parser, segment)
+    try:
+        parser.parse_args([*required, *accepted])
+    except Refused as refusal:
+        findings.append(Finding("error", "command line", str(refusal)))
+    return findings, accepted
+
+
+def by_name(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with each value under the names of its flags too: 0.5.12 keeps `--tp-size` as tensor_parallel_size."""
+    named = {
+        name.lstrip("-").replace("-", "_"): getattr(args, action.dest)
+        for name, action in _options(parser).items()
+        if hasattr(args, action.dest)
+    }
+    return argparse.Namespace(**named | vars(args))
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {name: action for action in parser._actions for name in action.option_strings}
+
+
+def _why(parser: Parser, segment: Sequence[str], refusal: str) -> str:
+    flag = segment[0].partition("=")[0]
+    if flag.startswith("-") and not any(name.startswith(flag) for name in _options(parser)):
+        return f"no such flag; nearest: {', '.join(nearest(flag, _options(parser)))}"
+    if flag == segment[0] and refusal.startswith("unrecognized arguments"):
+        return f"takes no value, given {' '.join(segment[1:])!r}"
+    refusal = re.sub(r"^ambiguous option: \S+ ", "ambiguous, ", refusal)
+    return " ".join(re.sub(r"^argument \S+: ", "", refusal).split())
+
+
+def _remarks(parser: Parser, segment: Sequence[str]) -> list[Finding]:
+    flag, _, attached = segment[0].partition("=")
+    options = _options(parser)
+    if not flag.startswith("-"):
+        return []
+    name = flag if flag in options else next(name for name in options if name.startswith(flag))
+    action = options[name]
+    remarks = []
+    if name != flag:
+        remarks.append(Finding("warning", flag, f"abbreviates {name}: refused once another flag starts like that"))
+    if successor := _successor(action):
+        remarks.append(Finding("warning", flag, successor))
+    for value in [attached] * bool(attached) + list(segment[1:]):
+        if value.startswith(("{", "[")) and not _is_json(value):
+            remarks.append(Finding("error", flag, f"not valid JSON: {value}"))
+    return remarks
+
+
+def _successor(action: argparse.Action) -> str | None:
+    """What to use instead of a deprecated flag, in the words of its release."""
+    new_flag = getattr(action, "new_flag", None)
+    if new_flag:
+        return f"deprecated, use {new_flag}"
+    text = " ".join((action.help or "").split())
+    if type(action).__name__.startswith("Deprecated") or _DEPRECATED.match(text):
+        return text if "deprecated" in text.lower() else f"deprecated: {text}"
+    return None
+
+
+def _is_json(value: str) -> bool:
+    try:
+        json.loads(value)
+    except ValueError:
+        return False
+    return True
+
+
+def describe(parser: argparse.ArgumentParser) -> dict[str, dict]:
+    """Every flag by each of its names, as plain data, to compare two parsers."""
+    return {
+        name: {
+            "dest": action.dest,
+            "nargs": str(action.nargs),
+            "choices": None if action.choices is None else sorted(map(str, action.choices)),
+            "type": getattr(action.type, "__name__", None),
+            "required": action.required,
+            "default": repr(action.default),
+            "action": type(action).__name__,
+            "deprecated": _successor(action),
+        }
+        for name, action in _options(parser).items()
+    }

@@ -1,0 +1,154 @@
+"""What the files of a suite need of a machine, taken from the tests themselves."""
+
+import ast
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdkit.core.numa import gpu_sockets, nic_sockets
+from pdkit.core.registry import Registration
+from pdkit.core.source import TestClass, pd_classes, read
+from pdkit.preflight.contract.launches import ContractUnreadable, ask
+from pdkit.preflight.contract.release import ReleaseNotFound, installed
+from pdkit.preflight.plan import Runner, of_contract
+
+_KINDS = {"h20": (9, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "gb200": (10, 0), "b300": (10, 3)}
+_WEIGHTLESS = ("dummy", "--load-format=dummy")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process that a PD test launches.
+
+    gpus   indices among the visible ones, and `memory_fraction`, the share of their memory that it takes
+    model  what it loads (draft model included), a directory or a repository; `weights` False for dummy ones
+    a2a    its MoE all-to-all backend; `backend` what transfers the state; `nics` the RDMA devices it is given
+    ports  those it listens on, by what they are for
+    env    variables that the test sets for it
+    """
+
+    test: str
+    name: str
+    gpus: tuple[int, ...] = ()
+    memory_fraction: float = 0.0
+    models: tuple[str, ...] = ()
+    weights: bool = True
+    a2a: str | None = None
+    backend: str | None = None
+    nics: tuple[str, ...] = ()
+    ports: Mapping[str, int] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the files of one suite need.
+
+    hw            hardware that they are registered for
+    gpu_count     GPUs that the suite's name speaks of, and their compute `capability`, where it names a kind
+    embedded      a file launches prefill and decode of the embedded engine
+    processes     what the PD tests launch; `gpu_memory_gb` is what they ask of each of their GPUs, 0 for anything
+    data          GSM8K files that they score; None stands for SGLang's own, UNKNOWN for one that the source computes
+    errors        one line for each thing that SGLang does not take, or file that cannot be read; `warnings` likewise
+    """
+
+    hw: str
+    gpu_count: int = 0
+    gpu_memory_gb: float = 0
+    capability: tuple[int, int] | None = None
+    embedded: bool = False
+    processes: tuple[Process, ...] = ()
+    data: tuple[object, ...] = ()
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Needs:
+    """Needs of files that are registered for one suite; `root` has the sysfs by which NICs are told to be near or far.
+
+    On CPU nothing of SGLang is executed.
+    """
+    registrations = list(registrations)
+    hw, suite = registrations[0].hw, registrations[0].suite
+    files = [Path(name) for name in dict.fromkeys(r.filename for r in registrations)]
+    classes = [cls for path in files for cls in _pd_classes(path)]
+    if hw != "cuda":
+        return Needs(hw, embedded=hw == "cpu" and bool(classes))
+    runner = Runner.of_suite(suite)
+    memory = [value for cls in classes if isinstance(value := cls.value("gpu_memory_gb"), (int, float))]
+    found = [_launched(path, suite, root / "sys") for path in dict.fromkeys(cls.source.path for cls in classes)]
+    return Needs(
+        hw=hw,
+        gpu_count=runner.gpus if runner else 1,
+        gpu_memory_gb=max(memory, default=(runner and classes and runner.memory_gb) or 0),
+        capability=next((_KINDS[word] for word in suite.split("-") if word in _KINDS), None),
+        processes=tuple(process for launched in found for process in launched.processes),
+        data=tuple(dict.fromkeys(value for cls in classes for value in _data(cls, environ))),
+        errors=tuple(line for launched in found for line in launched.errors),
+        warnings=tuple(line for launched in found for line in launched.warnings),
+    )
+
+
+def _pd_classes(path: Path) -> list[TestClass]:
+    try:
+        return pd_classes(read(path))
+    except (OSError, SyntaxError):
+        return []
+
+
+def _data(cls: TestClass, environ: Mapping[str, str]) -> list[object]:
+    if cls.stands_on_sglang and environ.get("SGLANG_PD_GSM8K"):  # `pdkit.deployment.attach` has it scored instead
+        return [environ["SGLANG_PD_GSM8K"]]
+    if cls.attribute("gsm8k_data_path"):
+        return [cls.value("gsm8k_data_path", environ)]
+    constants = (n.value for c in cls.mro for n in ast.walk(c.node) if isinstance(n, ast.Constant))
+    return [None] if any(value == "gsm8k" for value in constants) else []
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """What one file launches, and what contract and plan say to it."""
+
+    processes: tuple[Process, ...] = ()
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _launched(path: Path, suite: str, sysfs: Path) -> _Launched:
+    try:
+        contract = ask(installed(), path)
+        plans = of_contract(contract, suite)
+    except (ContractUnreadable, ReleaseNotFound) as error:
+        return _Launched(errors=(str(error),))
+    sockets = nic_sockets(sysfs), gpu_sockets(sysfs)
+    return _Launched(
+        processes=tuple(process for test, plan in zip(contract.tests, plans) for process in _processes(test, plan)),
+        errors=(*contract.errors, *(line for plan in plans for line in plan.problems())),
+        warnings=(*contract.warnings, *(line for plan in plans for line in plan.warnings(*sockets))),
+    )
+
+
+def _processes(test, plan) -> Iterator[Process]:
+    """The processes of one TestContract; the servers among them have a place in its GpuPlan, in the same order."""
+    servers = iter(plan.servers)
+    for process in test.processes:
+        if process.settings is None:
+            yield Process(test.test, process.name, ports=process.ports)
+            continue
+        server, argv = next(servers), process.argv
+        given = dict(zip(argv, argv[1:]))
+        models = [given.get(flag) for flag in ("--model-path", "--speculative-draft-model-path")]
+        yield Process(
+            test=test.test,
+            name=process.name,
+            gpus=server.gpus,
+            memory_fraction=server.mem_fraction or 0.0,
+            models=tuple(dict.fromkeys(filter(None, models))),
+            weights=not set(_WEIGHTLESS) & set(argv),
+            a2a=process.settings["moe_a2a_backend"],
+            backend=server.transfer_backend,
+            nics=server.nics,
+            ports=process.ports,
+            env=process.env,
+        )

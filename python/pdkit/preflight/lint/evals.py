@@ -1,0 +1,29 @@
+"""Evals: modules that SGLang gave up."""
+
+import ast
+from collections.abc import Iterator
+
+from pdkit.core.source import Source
+from pdkit.preflight.lint.findings import Finding
+
+SUCCESSORS = {
+    "sglang.test.few_shot_gsm8k": 'sglang.test.run_eval with eval_name="gsm8k"',
+    "sglang.test.few_shot_gsm8k_engine": 'sglang.test.run_eval with eval_name="gsm8k"',
+    "sglang.test.simple_eval_gsm8k": 'sglang.test.run_eval with eval_name="gsm8k"',
+}
+
+
+def deprecated_eval(source: Source, _) -> Iterator[Finding]:
+    """No eval module that SGLang deprecates, or that is gone from a release that serves DeepSeek-V4."""
+    for node in source.nodes:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(source.parents.get(node), (ast.List, ast.Tuple)):
+            names = [node.value]
+        for name in names:
+            if name in SUCCESSORS:
+                message = f"{name} is deprecated; use {SUCCESSORS[name]}"
+                yield Finding(source.path, node.lineno, "deprecated-eval", message)

@@ -1,0 +1,135 @@
+"""Thresholds of scores, against the noise of as many examples as the test asks."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pdkit.core.source import Source, TestClass
+from pdkit.preflight.lint.findings import Finding
+
+RATE = 0.05
+_COUNTS = {"num_examples", "num_questions"}
+_SCORE = re.compile(r"score|accuracy|\bacc\b", re.IGNORECASE)
+_MIXINS = (
+    ("gsm8k_accuracy_thres", ("gsm8k_num_examples", "gsm8k_num_questions"), 200),
+    ("gsm8k_score_threshold", ("gsm8k_num_examples", "gsm8k_num_questions"), 200),
+)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How often a threshold says the wrong thing of engines that lie clearly on one side of it.
+
+    `better` and `worse` are accuracies with half and with twice the share of answers that the threshold allows to be
+    of the rarer kind (wrong ones above 0.5, right ones below); `false_alarm` is P(fail | better), `miss`
+    P(pass | worse), both exact; `enough` is the fewest examples with which some threshold keeps both at RATE.
+    """
+
+    better: float
+    worse: float
+    false_alarm: float
+    miss: float
+    enough: int | None
+
+
+def noise(threshold: float, examples: int, strict: bool = True) -> Noise:
+    """Noise of `score > threshold` over that many examples, or of `>=` where not `strict`."""
+    from pdkit.core import stats  # scipy: only a file with a threshold pays for it
+
+    rare = min(threshold, 1 - threshold)
+    better, worse = (1 - rare / 2, 1 - 2 * rare) if threshold >= 0.5 else (2 * rare, rare / 2)
+    plan = stats.fixed_plan(examples, threshold)
+    if not strict:
+        most = max(wrong for wrong in range(examples + 1) if (examples - wrong) / examples >= threshold)
+        plan = stats.Plan((examples,), (most,), (most + 1,))
+    good, bad = (stats.operating_point(plan, accuracy).pass_probability for accuracy in (better, worse))
+    enough = stats.examples_needed(better, max(worse, 1e-9), RATE, RATE)
+    return Noise(better, worse, 1 - good, bad, enough)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`score > value` over `examples`, written at `line` of `source`."""
+
+    source: Source
+    line: int
+    value: float
+    strict: bool
+    examples: int
+
+
+def noisy_threshold(source: Source, _) -> Iterator[Finding]:
+    """A threshold tells half the errors that it allows from twice as many, each time but one in twenty."""
+    found = [t for cls in source.classes.values() for t in _thresholds(cls)]
+    for threshold in dict.fromkeys(t for t in found if t.source is source):
+        n = noise(threshold.value, threshold.examples, threshold.strict)
+        if max(n.false_alarm, n.miss) > RATE:
+            sign = ">" if threshold.strict else ">="
+            message = (
+                f"score {sign} {threshold.value:g} over {threshold.examples} examples is within its own noise: "
+                f"accuracy {n.better:g} fails {n.false_alarm:.0%} and {n.worse:g} passes {n.miss:.0%} of the time; "
+                f"{n.enough or 'over 100000'} examples can tell them apart, or use pdkit.checks.accuracy.checks.AccuracyGateChecks"
+            )
+            yield Finding(source.path, threshold.line, "noisy-threshold", message)
+
+
+def _thresholds(cls: TestClass) -> Iterator[Threshold]:
+    for name in dict.fromkeys(name for owner in cls.mro for name in owner.methods if name.startswith("test")):
+        owner, function = cls.method(name)
+        counts = list(_counts(cls, owner, function))
+        for assertion, score, bound, strict in _comparisons(function):
+            examples = [count for line, count in counts if line <= assertion.lineno]
+            if examples and _SCORE.search(ast.unparse(score)):
+                yield from _threshold(cls, owner, assertion, bound, strict, examples[-1])
+    for name, counts, default in _MIXINS:
+        examples = next((n for n in map(cls.value, counts) if isinstance(n, int)), default)
+        found = cls.attribute(name)
+        value = cls.value(name)
+        if found and _is_share(value):
+            yield Threshold(found[0].source, found[1].lineno, value, False, examples)
+
+
+def _threshold(cls, owner, assertion, bound, strict, examples) -> Iterator[Threshold]:
+    attribute = cls.attribute(bound.attr) if _is_own(bound) else None
+    source, line = (attribute[0].source, attribute[1].lineno) if attribute else (owner.source, assertion.lineno)
+    value = _resolve(cls, owner, bound)
+    if _is_share(value):
+        yield Threshold(source, line, value, strict, examples)
+
+
+def _is_share(value) -> bool:
+    return isinstance(value, float) and 0 < value < 1
+
+
+def _is_own(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def _resolve(cls: TestClass, owner: TestClass, node: ast.expr):
+    return cls.value(node.attr) if _is_own(node) else owner.source.value(node)
+
+
+def _counts(cls: TestClass, owner: TestClass, function: ast.FunctionDef) -> Iterator[tuple[int, int]]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.keyword) and node.arg in _COUNTS:
+            value = _resolve(cls, owner, node.value)
+            if isinstance(value, int) and value > 0:
+                yield node.value.lineno, value
+
+
+def _comparisons(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, ast.expr, ast.expr, bool]]:
+    """(where, score, threshold, strict) of each assertion that something is above something."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) >= 2:
+            first, second = node.args[:2]
+            if node.func.attr in ("assertGreater", "assertGreaterEqual"):
+                yield node, first, second, node.func.attr == "assertGreater"
+            elif node.func.attr in ("assertLess", "assertLessEqual"):
+                yield node, second, first, node.func.attr == "assertLess"
+        elif isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and len(node.test.ops) == 1:
+            left, operator, right = node.test.left, node.test.ops[0], node.test.comparators[0]
+            if isinstance(operator, (ast.Gt, ast.GtE)):
+                yield node, left, right, isinstance(operator, ast.Gt)
+            elif isinstance(operator, (ast.Lt, ast.LtE)):
+                yield node, right, left, isinstance(operator, ast.Lt)

@@ -1,0 +1,188 @@
+"""A process between the runner and a test file that ends everything the file started, even if the runner is killed.
+
+Orphans below a child subreaper (prctl(2)) become its children: as such, the guardian stays the ancestor of whatever
+the file starts, also of what took a session of its own and dropped its environment. Once the file has ended, or the
+guardian was told to end it, all of that is ended. What tells it is the end of its standard input, a pipe which only
+the runner holds: closed on purpose, or by the kernel after a SIGKILL of the runner.
+"""
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from pdkit.core import ports, processes
+from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE
+
+SETTLE_S = 0.5
+PORTS_S = 10.0
+LIMIT_S = SETTLE_S + processes.GRACE_S + processes.KILL_S + PORTS_S + 10.0
+PR_SET_CHILD_SUBREAPER = 36
+TOLD_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a guarded command ended.
+
+    `exit_code` is None where it had to be ended, `seconds` how long it ran. `ended` describes the processes that were
+    still there, `unreleased` what is there after all was done.
+    """
+
+    exit_code: int | None
+    seconds: float
+    ended: tuple[str, ...] = ()
+    unreleased: tuple[str, ...] = ()
+
+
+class Guarded:
+    """A command that runs under a guardian; its `output`, standard error included, is a pipe or file of the caller."""
+
+    def __init__(self, command, environment: dict[str, str], token: str, output=subprocess.PIPE):
+        self._ending: Ending | None = None
+        self._guardian = subprocess.Popen(
+            [sys.executable, "-m", __name__, *command],
+            env=environment | {GUARDIAN_VARIABLE: token},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            start_new_session=True,
+        )
+        self.output = self._guardian.stderr
+        self.guardian_pid = self._guardian.pid
+        self.pid = (self._hear() or {}).get("pid")
+
+    def _hear(self) -> dict | None:
+        line = self._guardian.stdout.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
+    @property
+    def guardian_exit_code(self) -> int | None:
+        return self._guardian.returncode
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the command, as against what it started, has not ended."""
+        return any(process.pid == self.pid for process in self.descendants())
+
+    def has_ended(self, timeout: float) -> bool:
+        """Whether the command and all that it started ended within `timeout` seconds."""
+        try:
+            self._guardian.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def descendants(self) -> list[psutil.Process]:
+        """The living processes of the command, itself among them."""
+        try:
+            return processes.descendants(psutil.Process(self.guardian_pid))
+        except psutil.NoSuchProcess:
+            return []
+
+    def end(self) -> Ending | None:
+        """Ends what is left; None where the guardian itself was killed and can say nothing. May be called again."""
+        if self._guardian.stdin.closed:
+            return self._ending
+        self._guardian.stdin.close()
+        if not self.has_ended(LIMIT_S):
+            self._guardian.kill()
+            self._guardian.wait()
+        with self._guardian.stdout:
+            said = self._hear()
+        if said:
+            self._ending = Ending(**{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
+        return self._ending
+
+
+class Children:
+    """The children of this process, adopted ones included, where nobody else waits for them."""
+
+    def __init__(self):
+        self.exit_codes: dict[int, int] = {}
+
+    def are_gone(self) -> bool:
+        """True if there are none, and therefore no descendants either."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return True
+            if not pid:
+                return False
+            self.exit_codes[pid] = os.waitstatus_to_exitcode(status)
+
+
+def _say(**what):
+    try:
+        os.write(sys.stdout.fileno(), (json.dumps(what) + "\n").encode())
+    except BrokenPipeError:  # the runner is gone
+        pass
+
+
+def become_subreaper():
+    """Makes this process the parent of its descendants' orphans. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _bell() -> int:
+    """A file descriptor from which the number of a signal can be read once it came."""
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, *TOLD_BY):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def _wait(leader: int, children: Children, bell: int):
+    """Returns when `leader` has ended or we are told to end it."""
+    while True:
+        ready, _, _ = select.select([sys.stdin, bell], [], [])
+        rung = {*os.read(bell, 4096)} if bell in ready else set()
+        children.are_gone()
+        if leader in children.exit_codes or sys.stdin in ready or rung - {signal.SIGCHLD}:
+            return
+
+
+def guard(command: list[str], environment: dict[str, str]) -> Ending:
+    """Runs `command` and ends all that it started."""
+    children, bell = Children(), _bell()
+    tic = time.monotonic()
+    leader = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        stderr=sys.stderr,
+        start_new_session=True,
+    )
+    _say(pid=leader.pid)
+    _wait(leader.pid, children, bell)
+    exit_code, seconds = children.exit_codes.get(leader.pid), time.monotonic() - tic
+    if exit_code is not None:
+        processes.wait_until(children.are_gone, SETTLE_S)
+    me = psutil.Process()
+    ended = processes.end(lambda: processes.descendants(me), children.are_gone)
+    unreleased = [f"{survivor} survived SIGKILL" for survivor in ended.survivors]
+    unreleased += ports.wait_until_free(ended.ports, PORTS_S)
+    return Ending(exit_code, seconds, ended.processes, tuple(unreleased))
+
+
+def main(command: list[str]):
+    become_subreaper()
+    token = os.environ.pop(GUARDIAN_VARIABLE)
+    if not select.select([sys.stdin], [], [], 0)[0]:  # or else the runner is gone already
+        _say(**asdict(guard(command, os.environ | {TOKEN_VARIABLE: token})))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,170 @@
+"""One run as one line of JSON."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pdkit.core import events
+from pdkit.core.errors import ExitCode
+from pdkit.core.events import Events
+from pdkit.core.host import installed
+from pdkit.runner.options import Options
+from pdkit.runner.report import facts
+from pdkit.runner.report.evidence import directory_of
+from pdkit.runner.report.model import UNFINISHED
+from pdkit.runner.results import FileResult
+
+VERSION = 1
+_STRICT = {"allow_inf_nan": False}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a test of the main job measured: `correct` of `examples`, phases in seconds, tokens per verification step."""
+
+    __pydantic_config__ = _STRICT
+
+    file: str
+    rung: str | None
+    engine: str | None
+    correct: int | None
+    examples: int | None
+    gate: str | None
+    throughput: float | None
+    acceptance_length: float | None
+    phases: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file that was started: its state, seconds of its last attempt, and what it was expected to take."""
+
+    __pydantic_config__ = _STRICT
+
+    file: str
+    hw: str
+    suite: str
+    state: str
+    seconds: float
+    est_time: float
+    attempts: int
+
+    @property
+    def passed(self) -> bool:
+        return self.state == "passed"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of `test/run_suite.py` or `scripts/run.sh`. `time`: when it began, in UTC; `seconds` in all."""
+
+    __pydantic_config__ = _STRICT
+
+    version: int
+    time: datetime
+    commit: str | None
+    modified: bool
+    sglang: str | None
+    python: str
+    host: str
+    cpus: int
+    hw: str
+    suite: str
+    seconds: float
+    exit_code: int
+    files: tuple[FileRecord, ...]
+    measurements: tuple[Measurement, ...]
+
+    @property
+    def revision(self) -> str:
+        """The commit as people write it, with a + where the tree had changes on top."""
+        return (self.commit or "?")[:8] + "+" * self.modified
+
+    def to_json(self) -> str:
+        """One line without its end."""
+        return json.dumps({**asdict(self), "time": self.time.isoformat(timespec="seconds")}, allow_nan=False)
+
+
+def _git(directory: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(directory), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def measurement_of(file: str, happened: Events) -> Measurement | None:
+    """What the events of a test file tell; None if there is no phase that ended, and no score."""
+    score, phases = facts.score_of(happened), facts.phases_of(happened)
+    ended = {phase.name: phase.seconds for phase in phases if phase.state != UNFINISHED}
+    if not (score or ended):
+        return None
+    return Measurement(
+        file=file,
+        rung=score.target if score else None,
+        engine=score.engine if score else None,
+        correct=score.correct if score else None,
+        examples=score.examples if score else None,
+        gate=None if score is None or score.threshold is None else f">{score.threshold:g}",
+        throughput=facts.throughput_of(happened),
+        acceptance_length=facts.acceptance_length_of(happened),
+        phases=ended,
+    )
+
+
+def repository_path(options: Options, name: str) -> str:
+    """`registered/x.py` as TIMINGS and `--partition-model-file` have it: `test/registered/x.py`."""
+    return os.path.join(options.test_root.absolute().parent.name, name)
+
+
+def _measurements(options: Options, results: Sequence[FileResult], logs: Path) -> Iterable[Measurement]:
+    for result in results:
+        if result.attempts:
+            happened = events.read(directory_of(logs / result.attempts[-1].log))
+            if found := measurement_of(repository_path(options, result.registration.name), happened):
+                yield found
+
+
+def of_run(
+    options: Options,
+    results: Sequence[FileResult],
+    logs: Path,
+    exit_code: ExitCode,
+    began: datetime,
+    seconds: float,
+) -> Record:
+    """The record of a run that is over, from its results and the logs in the directory `logs`. Raises OSError."""
+    files = tuple(
+        FileRecord(
+            file=repository_path(options, result.registration.name),
+            hw=result.registration.hw,
+            suite=result.registration.suite,
+            state=result.state.value,
+            seconds=round(result.seconds, 3),
+            est_time=result.registration.est_time,
+            attempts=len(result.attempts),
+        )
+        for result in results
+        if result.attempts
+    )
+    return Record(
+        version=VERSION,
+        time=began,
+        commit=_git(options.test_root, "rev-parse", "HEAD"),
+        modified=bool(_git(options.test_root, "status", "--porcelain", "--untracked-files=no")),
+        sglang=installed("sglang"),
+        python=platform.python_version(),
+        host=platform.node(),
+        cpus=os.cpu_count() or 0,
+        hw=options.hw,
+        suite=options.suite,
+        seconds=round(seconds, 3),
+        exit_code=int(exit_code),
+        files=files,
+        measurements=tuple(_measurements(options, results, logs)),
+    )

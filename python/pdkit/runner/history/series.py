@@ -1,0 +1,86 @@
+"""Numbers of many runs, one series for each thing that was measured."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from pdkit.core import stats
+from pdkit.runner.history.drift import LEVEL, Change, change_of_counts, change_of_values
+from pdkit.runner.history.record import Record
+
+MOST_RUNS = 100
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one run measured; a share has its counts, too."""
+
+    record: Record
+    value: float
+    counts: tuple[int, int] | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Exact 95 % interval of a share; a measured value itself."""
+        return stats.exact_interval(*self.counts) if self.counts else (self.value, self.value)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The points of one thing, in the order of time; `unit` is "" for a share, "s" for times, "tokens" for lengths."""
+
+    rung: str
+    name: str
+    unit: str
+    points: tuple[Point, ...]
+
+    def change(self, series: int, level: float = LEVEL) -> Change | None:
+        """The most likely change of the latest runs, where there are at least two."""
+        points = self.points[-MOST_RUNS:]
+        if all(point.counts for point in points):
+            return change_of_counts(*zip(*(point.counts for point in points)), series, level)
+        return change_of_values([point.value for point in points], series, level)
+
+    def point_of(self, change: Change) -> Point:
+        """The first point after a change that was found in this series."""
+        return self.points[-MOST_RUNS:][change.at]
+
+    def show(self, value: float) -> str:
+        return f"{value:.3f}" if not self.unit else f"{value:.1f} {self.unit}" if self.unit == "s" else f"{value:.3f}"
+
+
+def main_job_series(records: Iterable[Record]) -> list[Series]:
+    """Score, acceptance length, phases and time in all of each rung, of files that passed (the score: of all)."""
+    found: dict[tuple[str, str, str], list[Point]] = {}
+
+    def add(rung, record, name, unit, value, counts=None):
+        found.setdefault((rung, name, unit), []).append(Point(record, value, counts))
+
+    for record in records:
+        files = {file.file: file for file in record.files}
+        for measured in record.measurements:
+            if not measured.rung:
+                continue
+            note = partial(add, measured.rung, record)
+            if measured.examples:
+                note("score", "", measured.correct / measured.examples, (measured.correct, measured.examples))
+            file = files.get(measured.file)
+            if file is None or not file.passed:
+                continue
+            if measured.acceptance_length is not None:
+                note("acceptance length", "tokens", measured.acceptance_length)
+            for name, seconds in measured.phases.items():
+                note(name, "s", seconds)
+            note("in all", "s", file.seconds)
+    order = sorted(found, key=lambda key: (key[0], ("", "tokens", "s").index(key[2])))
+    return [Series(rung, name, unit, tuple(found[rung, name, unit])) for rung, name, unit in order]
+
+
+def seconds_of_files(records: Iterable[Record], most: int) -> dict[tuple[str, str, str], list[float]]:
+    """(file, hardware, suite) -> seconds of the latest `most` runs in which the file passed at its first attempt."""
+    seconds: dict[tuple[str, str, str], list[float]] = {}
+    for record in records:
+        for file in record.files:
+            if file.passed and file.attempts == 1:
+                seconds.setdefault((file.file, file.hw, file.suite), []).append(file.seconds)
+    return {key: values[-most:] for key, values in seconds.items()}

@@ -1,0 +1,65 @@
+"""What would run, as a table for people and as JSON for programs."""
+
+import json
+
+from pdkit.core.registry import Registration
+from pdkit.runner.options import Options
+from pdkit.runner.select import Selection
+
+HEADER = ("FILE", "SUITE", "HW", "EST", "NIGHTLY", "PARTITION", "DISABLED")
+NUMERIC = ("EST", "PARTITION")
+
+
+def _partition(registration: Registration, selection: Selection, options: Options) -> str:
+    rank = selection.partition.get(registration)
+    return "-" if rank is None else f"{rank}/{options.partition_size}"
+
+
+def table(selection: Selection, options: Options) -> str:
+    """Aligned columns, one line per registration, and a closing line with the totals."""
+    rows = [HEADER]
+    for r in selection.enabled + selection.disabled:
+        nightly = "yes" if r.nightly else "no"
+        why = "-" if r.is_enabled else r.disabled or "no reason given"
+        rows.append((r.name, r.suite, r.hw, f"{r.est_time:g} s", nightly, _partition(r, selection, options), why))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        columns = zip(row, widths, HEADER, strict=True)
+        cells = (cell.rjust(width) if name in NUMERIC else cell.ljust(width) for cell, width, name in columns)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n" + totals(selection)
+
+
+def totals(selection: Selection) -> str:
+    """One line: how many files would run, for how long, and how many are disabled."""
+    files = len({r.filename for r in selection.enabled})
+    line = f"{files} file{'s' * (files != 1)} would run, estimated {selection.est_time:g} s"
+    line += f"; {len(selection.disabled)} disabled" if selection.disabled else ""
+    return line + (f"; {selection.why_empty}" if selection.why_empty else "")
+
+
+def as_json(selection: Selection, options: Options) -> str:
+    """The same as one JSON object; `files` holds one entry per registration, times are in seconds."""
+    files = [
+        {
+            "file": r.name,
+            "path": r.filename,
+            "hw": r.hw,
+            "suite": r.suite,
+            "est_time": r.est_time,
+            "nightly": r.nightly,
+            "disabled": r.disabled,
+            "partition": selection.partition.get(r),
+        }
+        for r in selection.enabled + selection.disabled
+    ]
+    document = {
+        "hw": options.hw,
+        "suite": options.suite,
+        "nightly": options.nightly,
+        "partition_size": options.partition_size,
+        "est_time": selection.est_time,
+        "files": files,
+    }
+    return json.dumps(document, indent=2)

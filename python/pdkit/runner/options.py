@@ -1,0 +1,230 @@
+"""The command line of `test/run_suite.py`: SGLang's flags, and a few on top."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdkit.core.command import Parser, natural, seconds
+from pdkit.core.errors import MEANINGS, UsageError
+from pdkit.core.suggest import nearest
+
+DEFAULT_TIMEOUT_S = 1200.0
+EST_TIME_FACTOR = 1.5
+HISTORY_VARIABLE = "PDKIT_HISTORY"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that the user asked for; times in seconds."""
+
+    test_root: Path
+    hw: str | None = None
+    suite: str | None = None
+    nightly: bool = False
+    timeout_per_file: float | None = None
+    continue_on_error: bool = False
+    partition_id: int | None = None
+    partition_size: int | None = None
+    partition_model_file: Path | None = None
+    enable_retry: bool = False
+    max_attempts: int = 2
+    retry_wait_seconds: float = 60.0
+    retry_timeout_increase: float = 600.0
+    test_max_retry: int = 0
+    failfast: bool = True
+    report_dir: Path | None = None
+    history: Path | None = None
+    environment_check: bool = True
+    list_only: bool = False
+    json: bool = False
+    target: str | None = None  # what the files test, for those that do not name it themselves
+
+    def __post_init__(self):
+        assert self.list_only or (self.hw and self.suite)
+        assert not self.json or self.list_only
+        assert self.partition_size is None or 0 <= (self.partition_id or 0) < self.partition_size
+
+    @property
+    def attempts(self) -> int:
+        return self.max_attempts if self.enable_retry else 1
+
+    def timeout(self, est_time: float) -> float:
+        """Seconds that one attempt at a file may take, from what the file says it takes."""
+        if self.timeout_per_file is not None:
+            limit = self.timeout_per_file
+        else:
+            limit = max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
+        return limit + (self.retry_timeout_increase if self.enable_retry else 0)
+
+
+def add_history_options(group):
+    """`--history FILE` and `--no-history`, which `history_file` reads."""
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help=f"append a record of this run there (default: {HISTORY_VARIABLE}, or {default_history({})} for the tests "
+        "of this repository); scripts/history.py reads it",
+    )
+    choice.add_argument("--no-history", action="store_true", help="append none")
+
+
+def default_history(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """What PDKIT_HISTORY names, nothing where it is empty; unset, a file in the state directory of the user (XDG).
+
+    https://specifications.freedesktop.org/basedir-spec
+    """
+    named = environ.get(HISTORY_VARIABLE)
+    if named is not None:
+        return Path(named) if named else None
+    state = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
+    return Path(state, "sglang-pd-suite", "history.jsonl")
+
+
+def history_file(args: argparse.Namespace, is_own_tree: bool) -> Path | None:
+    """Where a record of the run goes, if anywhere: runs of other trees only where they are told to.
+
+    Raises UsageError where a file that was named cannot be one.
+    """
+    if args.no_history:
+        return None
+    is_named = args.history or os.environ.get(HISTORY_VARIABLE)
+    path = args.history or (default_history() if is_named or is_own_tree else None)
+    if is_named and (path.is_dir() or not path.absolute().parent.is_dir()):
+        flag = "--history" if args.history else HISTORY_VARIABLE
+        raise UsageError(f"{flag} {path}: {'is a directory' if path.is_dir() else 'its directory does not exist'}")
+    return path
+
+
+def _parser(default_test_root: Path) -> Parser:
+    codes = "; ".join(f"{int(code)} {meaning}" for code, meaning in MEANINGS.items())
+    parser = Parser(
+        prog="run_suite.py",
+        description="Run the registered test files of one suite, each as `python3 FILE -f` in a process of its own.",
+        epilog=f"Exit codes: {codes}.",
+        allow_abbrev=False,
+    )
+    select = parser.add_argument_group("which files")
+    select.add_argument("--hw", metavar="NAME", help="hardware: cpu, cuda, amd, npu, xpu, musa, ...")
+    select.add_argument("--suite", metavar="NAME", help="suite, for example stage-a-test-cpu")
+    select.add_argument("--nightly", action="store_true", help="run nightly registrations instead of the others")
+    select.add_argument("--auto-partition-id", type=natural, metavar="I", help="run partition I, from 0, ...")
+    select.add_argument("--auto-partition-size", type=natural, metavar="N", help="... of N of about equal time")
+    select.add_argument(
+        "--partition-model-file",
+        type=Path,
+        metavar="F",
+        help="JSON object of file -> seconds, or JSON lines as printed between TIMINGS BEGIN and END: "
+        "used instead of the registered est_time",
+    )
+    select.add_argument(
+        "--test-root",
+        type=Path,
+        default=default_test_root,
+        metavar="DIR",
+        help="tree of registered tests (default: %(default)s)",
+    )
+    select.add_argument("--list", dest="list_only", action="store_true", help="print what would run, and run nothing")
+    select.add_argument("--json", action="store_true", help="with --list: print JSON")
+
+    run = parser.add_argument_group("how to run them")
+    run.add_argument(
+        "--timeout-per-file",
+        type=seconds,
+        metavar="S",
+        help=f"end a file after S seconds (default: {DEFAULT_TIMEOUT_S:.0f}, or {EST_TIME_FACTOR} x est_time if more)",
+    )
+    run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
+    run.add_argument(
+        "--no-failfast",
+        dest="failfast",
+        action="store_false",
+        help="do not give -f to the files: the other methods of a file run after one failed",
+    )
+    run.add_argument(
+        "--skip-environment-check",
+        dest="environment_check",
+        action="store_false",
+        help="start the first file even if this machine lacks what the suite needs",
+    )
+    run.add_argument("--report-dir", type=Path, metavar="DIR", help="keep logs and results.json there")
+    add_history_options(run)
+
+    retry = parser.add_argument_group("retries")
+    retry.add_argument(
+        "--enable-retry", action="store_true", help="try a file again after a timeout or a missed measurement"
+    )
+    retry.add_argument("--max-attempts", type=natural, default=2, metavar="N", help="tries per file (default: 2)")
+    retry.add_argument("--retry-wait-seconds", type=seconds, default=60.0, metavar="S", help="default: 60")
+    retry.add_argument(
+        "--retry-timeout-increase",
+        type=seconds,
+        default=600.0,
+        metavar="S",
+        help="with --enable-retry: added to the timeout of each try (default: 600)",
+    )
+    retry.add_argument(
+        "--test-max-retry",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="SGLANG_TEST_MAX_RETRY of the files: retries per test method (default: 0, whatever the environment says)",
+    )
+    return parser
+
+
+def _reject_unknown_flags(parser: Parser, words: list[str]):
+    if not words:
+        return
+    word = words[0]
+    if not word.startswith("-"):
+        raise UsageError(f"unexpected argument {word!r} (--help lists the options)")
+    flag = word.split("=")[0]
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    raise UsageError(f"unknown option {flag}; nearest known: {', '.join(nearest(flag, known))}")
+
+
+def parse_options(argv: list[str], default_test_root: Path) -> Options:
+    """Options from the command line; `--help` prints and leaves by SystemExit.
+
+    Raises UsageError where the flags are wrong by themselves; the registry knows whether suite and hardware exist.
+    """
+    parser = _parser(default_test_root)
+    args, rest = parser.parse_known_args(argv)
+    _reject_unknown_flags(parser, rest)
+
+    missing = [flag for flag, value in (("--hw", args.hw), ("--suite", args.suite)) if not value]
+    size, rank = args.auto_partition_size, args.auto_partition_id
+    if missing and not args.list_only:
+        raise UsageError(f"{' and '.join(missing)} missing: say what to run, or --list to see what there is")
+    if args.json and not args.list_only:
+        raise UsageError("--json goes with --list; a run writes its results.json with --report-dir DIR")
+    if missing and (size is not None or args.partition_model_file):
+        raise UsageError(f"{' and '.join(missing)} missing: only the files of one suite are partitioned")
+    if rank is not None and size is None:
+        raise UsageError("--auto-partition-id needs --auto-partition-size")
+    if size is not None and rank is None and not args.list_only:
+        raise UsageError("--auto-partition-size needs --auto-partition-id")
+    if size == 0:
+        raise UsageError("--auto-partition-size 0: there must be at least one partition")
+    if size is not None and rank is not None and rank >= size:
+        raise UsageError(f"unknown partition {rank}; nearest known: {size - 1} (partitions run from 0 to {size - 1})")
+    if args.max_attempts == 0:
+        raise UsageError("--max-attempts 0: a file is tried at least once")
+    if args.timeout_per_file == 0:
+        raise UsageError("--timeout-per-file 0: no file can run in no time")
+    if not args.test_root.is_dir():
+        raise UsageError(f"--test-root {args.test_root}: no such directory")
+    if args.report_dir and args.report_dir.exists() and not args.report_dir.is_dir():
+        raise UsageError(f"--report-dir {args.report_dir}: not a directory")
+
+    is_own_tree = args.test_root.absolute() == default_test_root.absolute()
+    args.history = None if args.list_only else history_file(args, is_own_tree)
+    values = vars(args)
+    values.pop("no_history")
+    values["partition_id"] = values.pop("auto_partition_id")
+    values["partition_size"] = values.pop("auto_partition_size")
+    return Options(**values)

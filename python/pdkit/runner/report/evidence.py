@@ -1,0 +1,86 @@
+"""Collecting what a run leaves behind, while it runs.
+
+environment.json          command, machine, versions, environment without secrets
+gpu_plan.json             who uses which GPUs and ports, for tests that need GPUs
+results.json              what became of each file
+001-test_x.1.log          output of a test file
+001-test_x.1/             what that run of the file left: logs of its servers, transcript of its eval,
+  events.jsonl              what happened in it (pdkit.core.events)
+  metrics.PID.jsonl         what it gave to SGLang's dump_metric
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pdkit.core.events import VARIABLE, append
+from pdkit.core.host import describe
+from pdkit.core.registry import Registration
+from pdkit.core.secrets import scrub, secret_values
+from pdkit.preflight.contract.launches import ContractUnreadable, ask
+from pdkit.preflight.contract.release import ReleaseNotFound, installed
+from pdkit.preflight.plan import as_data, of_contract
+
+ENVIRONMENT_FILE = "environment.json"
+GPU_PLAN_FILE = "gpu_plan.json"
+DRAWN_AT_THE_END = ("results.json", "report.html", "junit.xml", "summary.md")
+LOG_DIR_VARIABLE = "SGLANG_PD_LOG_DIR"
+METRICS_VARIABLE = "SGLANG_TEST_METRICS_OUTPUT"
+
+
+def directory_of(log: Path) -> Path:
+    """Where the run of a test file with this log leaves the rest."""
+    return log.with_suffix("")
+
+
+def begin(report_dir: Path, registrations: Iterable[Registration]) -> None:
+    """Writes down what is known before the first file runs, and removes what an earlier run left there."""
+    for path in (report_dir / name for name in (GPU_PLAN_FILE, *DRAWN_AT_THE_END)):
+        if path.is_file():
+            path.unlink()
+    _write(report_dir / ENVIRONMENT_FILE, describe())
+    if plans := [plan for registration in registrations for plan in _gpu_plans(registration)]:
+        _write(report_dir / GPU_PLAN_FILE, plans)
+
+
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
+    if registration.hw != "cuda":
+        return []
+    try:
+        plans = of_contract(ask(installed(), Path(registration.filename)), registration.suite)
+    except (ContractUnreadable, ReleaseNotFound):
+        return []
+    return [as_data(plan) for plan in plans if plan.gpus]
+
+
+def start(log: Path) -> None:
+    """Before a run of a file: an empty directory for what it leaves, where its events begin. Raises OSError."""
+    directory = directory_of(log)
+    shutil.rmtree(directory, ignore_errors=True)
+    log.with_suffix(".hang.txt").unlink(missing_ok=True)
+    directory.mkdir(exist_ok=True)
+    append(directory, "started")
+
+
+def environment(log: Path, is_kept: bool = True) -> dict[str, str]:
+    """What names the directory of its events to a test file and, if the run is kept, that of all that it leaves.
+
+    Where the user set SGLang's variables, logs and metrics go there.
+    """
+    directory = directory_of(log)
+    if not is_kept:
+        return {VARIABLE: str(directory)}
+    ours = {LOG_DIR_VARIABLE: str(directory), METRICS_VARIABLE: str(directory / "metrics")}
+    return {VARIABLE: str(directory)} | {name: value for name, value in ours.items() if not os.environ.get(name)}
+
+
+def end(log: Path) -> None:
+    """After a run of a file: no secret stays in what it left."""
+    scrub(directory_of(log), secret_values(os.environ))

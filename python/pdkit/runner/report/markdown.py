@@ -1,0 +1,53 @@
+"""The report in short as GitHub's Markdown, for the summary of a workflow's step."""
+
+from pdkit.runner.report.model import FileRun, Report
+
+_MARKS = {"passed": "✅", "passed on retry": "✅", "failed": "❌", "timed out": "❌", "interrupted": "❌"}
+TAIL_LINES = 15
+
+
+def markdown(report: Report) -> str:
+    lines = [f"## {report.title}: {report.verdict}", "", f"{report.seconds:.0f} s, {len(report.files)} files", ""]
+    if len(report.files) > 1:
+        lines += ["| | file | tests | seconds |", "| --- | --- | --: | --: |"]
+        lines += [
+            f"| {_MARKS.get(run.state, '–')} {run.state} | {_cell(run.file)} | {run.counts.get('executed', '')} "
+            f"| {run.seconds:.1f} |"
+            for run in report.files
+        ]
+        lines.append("")
+    for run in report.files:
+        lines += _details(run)
+    return "\n".join(lines) + "\n"
+
+
+def _details(run: FileRun) -> list[str]:
+    lines = []
+    if run.score:
+        low, high = run.score.interval
+        lines += [
+            f"**Score {run.score.value:.3f}** ({run.score.correct} of {run.score.examples}), exact 95 % interval "
+            f"{low:.3f} to {high:.3f}, {run.score.gate}, {run.score.where}",
+            "",
+        ]
+    if run.phases:
+        phases = (f"{p.name} {p.seconds:.1f} s" + f" **{p.state}**" * p.is_bad for p in run.phases)
+        lines += ["Phases: " + ", ".join(phases), ""]
+    for table in run.tables:
+        lines += [f"### {table.title}", "", _row(table.columns), _row("---" for _ in table.columns)]
+        lines += [*map(_row, table.rows), "", *([table.note, ""] if table.note else [])]
+    if run.is_bad:
+        where = f" in phase {run.failed_phase}" if run.failed_phase else ""
+        lines += [f"### {run.file} {run.state}{where}", ""]
+        lines += [run.death.cause, ""] if run.death else []
+        for log in run.logs[:1]:
+            lines += [f"End of {log.path}:", "", "~~~text", *log.lines[-TAIL_LINES:], "~~~", ""]
+    return lines
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(map(_cell, cells)) + " |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

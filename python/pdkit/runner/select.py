@@ -1,0 +1,145 @@
+"""Which registrations a command line selects, in which order, and how a suite is partitioned."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pdkit.core import ci_register
+from pdkit.core.errors import UsageError
+from pdkit.core.registry import Collection, Registration
+from pdkit.core.suggest import unknown
+from pdkit.runner.options import Options
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a command line means: `enabled` run in this order, `disabled` are only named.
+
+    `partition` maps the registrations of a partitioned suite to their partition, from 0. `measured` says of how many
+    files the times are measured ones, where the command line names a file of such.
+    """
+
+    enabled: tuple[Registration, ...]
+    disabled: tuple[Registration, ...]
+    partition: dict[Registration, int]
+    why_empty: str = ""
+    measured: str = ""
+
+    @property
+    def est_time(self) -> float:
+        return sum(r.est_time for r in self.enabled)
+
+
+def live_estimates(path: Path) -> dict[str, float]:
+    """Seconds by file, from a JSON object or from the JSON lines of a TIMINGS block.
+
+    Raises UsageError where `path` is neither.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UsageError(f"--partition-model-file {path}: {reason}") from None
+    try:
+        estimates = _parse_estimates(text)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(
+            f'--partition-model-file {path}: expected a JSON object {{"test/registered/...py": seconds}} '
+            'or lines {"file": ..., "elapsed": seconds}'
+        ) from None
+    return estimates
+
+
+def _parse_estimates(text: str) -> dict[str, float]:
+    try:
+        estimates = json.loads(text)
+    except ValueError:
+        estimates = None
+    if estimates is None or "elapsed" in estimates:
+        records = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        estimates = {record["file"]: record["elapsed"] for record in records}
+    if not estimates:
+        raise ValueError("no estimates")
+    for seconds in estimates.values():
+        if isinstance(seconds, bool) or not 0 <= seconds < float("inf"):
+            raise ValueError(seconds)
+    return {name: float(seconds) for name, seconds in estimates.items()}
+
+
+def _estimate(registration: Registration, estimates: dict[str, float]) -> float | None:
+    """Seconds of the longest path in `estimates` that the path of the file ends with."""
+    parts = Path(registration.filename).parts
+    tails = ("/".join(parts[-length:]) for length in range(len(parts), 0, -1))
+    return next((estimates[tail] for tail in tails if tail in estimates), None)
+
+
+def with_estimates(
+    registrations: list[Registration], estimates: dict[str, float]
+) -> tuple[list[Registration], list[Registration]]:
+    """(the registrations, with the measured time where `estimates` has one; those that it has one for)."""
+    seconds = {registration: _estimate(registration, estimates) for registration in registrations}
+    measured = {r: replace(r, est_time=found) for r, found in seconds.items() if found is not None}
+    return [measured.get(registration, registration) for registration in registrations], list(measured)
+
+
+def check_names(collection: Collection, hw: str | None, suite: str | None):
+    """Raises UsageError, naming the nearest known ones, where hardware or suite is unknown."""
+    if hw and hw not in collection.hardware:
+        raise UsageError(unknown("hardware", hw, collection.hardware, len(collection.hardware)))
+    if not suite:
+        return
+    suites = {name: collection.suites(name) for name in collection.hardware}
+    if any(suite in suites[name] for name in ([hw] if hw else collection.hardware)):
+        return
+    owners = [name for name in collection.hardware if suite in suites[name]]
+    if owners:
+        raise UsageError(f"suite {suite!r} is not for hardware {hw!r} but for: {', '.join(owners)}")
+    known = suites[hw] if hw else set().union(*suites.values())
+    raise UsageError(unknown("suite", suite, known or set().union(*suites.values())))
+
+
+def select(collection: Collection, options: Options) -> Selection:
+    """The registrations that `options` ask for; without hardware or suite, those of all.
+
+    Raises UsageError for an unknown hardware or suite.
+    """
+    hw, suite = options.hw, options.suite
+    check_names(collection, hw, suite)
+    chosen = [r for r in collection.registrations if hw in (None, r.hw) and suite in (None, r.suite)]
+    if hw and suite:
+        of_suite, chosen = chosen, [r for r in chosen if r.nightly == options.nightly]
+    elif options.nightly:
+        of_suite, chosen = chosen, [r for r in chosen if r.nightly]
+    else:
+        of_suite = chosen
+
+    measured_of = ""
+    if options.partition_model_file:
+        chosen, measured = with_estimates(chosen, live_estimates(options.partition_model_file))
+        others = ", est_time of the others" if len(measured) < len(chosen) else ""
+        measured_of = f"times of {len(measured)} of {len(chosen)} files from {options.partition_model_file}{others}"
+    enabled = [r for r in chosen if r.is_enabled]
+    disabled = [r for r in chosen if not r.is_enabled]
+
+    partition = {}
+    if options.partition_size:
+        for rank in range(options.partition_size):
+            members = ci_register.load().auto_partition(enabled, rank, options.partition_size)
+            partition.update(dict.fromkeys(members, rank))
+        if options.partition_id is not None:
+            enabled = [r for r in enabled if partition[r] == options.partition_id]
+    why_empty = "" if enabled else _why_empty(options, of_suite, disabled, partition)
+    return Selection(tuple(enabled), tuple(disabled), partition, why_empty, measured_of)
+
+
+def _why_empty(options: Options, of_suite: list, disabled: list, partition: dict) -> str:
+    if partition:
+        files = f"{len(partition)} file" + "s" * (len(partition) != 1)
+        return f"partition {options.partition_id} of {options.partition_size} is empty: the suite has {files}"
+    if disabled:
+        return f"all {len(disabled)} registrations are disabled"
+    if of_suite and options.nightly:
+        return f"none of {len(of_suite)} registrations is nightly: leave --nightly out"
+    if of_suite:
+        return f"all {len(of_suite)} registrations are nightly: add --nightly"
+    return "no file is registered"

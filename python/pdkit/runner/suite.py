@@ -1,0 +1,250 @@
+"""Runs selected test files one after the other, each in a process and session of its own."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+from pdkit.core import source
+from pdkit.core.console import Console
+from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.host import command_line
+from pdkit.core.registry import Registration, syntax_errors
+from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
+from pdkit.runner.history.record import of_run
+from pdkit.runner.history.store import append
+from pdkit.runner.interruption import Interruption
+from pdkit.runner.options import Options
+from pdkit.runner.outcome import FileState, exit_code_of, tally
+from pdkit.runner.report import evidence, progress
+from pdkit.runner.report.progress import Live
+from pdkit.runner.results import Attempt, FileResult
+from pdkit.runner.select import Selection
+
+RULE = "=" * 60
+
+
+class SuiteRun:
+    """The files of one selection, run in order; `results` grows by one per file."""
+
+    def __init__(self, selection: Selection, options: Options, logs: Path, scratch: Path, interruption: Interruption):
+        self.selection = selection
+        self.options = options
+        self.logs = logs
+        self.interruption = interruption
+        self.console = Console(sys.stdout.buffer)
+        self.environment = child_environment(options, python3_directory(sys.executable, scratch))
+        self.results: list[FileResult] = []
+        self.began, self.tic = datetime.now(timezone.utc), time.monotonic()
+
+    def run(self) -> ExitCode:
+        self._print_header()
+        total = len(self.selection.enabled)
+        for number, registration in enumerate(self.selection.enabled, start=1):
+            if self.interruption or (self._has_failed and not self.options.continue_on_error):
+                self._add(FileResult(registration, FileState.NOT_RUN))
+                continue
+            result = self._run_file(registration, number, f"[{number}/{total}]")
+            self._add(result)
+            self.console.line(f"[{number}/{total}] {result.describe()}")
+            self._append_metrics(result)
+        for registration in self.selection.disabled:
+            self._add(FileResult(registration, FileState.DISABLED, registration.disabled or "no reason given"))
+        self._write_results(finished=True)
+        self._append_history()
+        self._print_summary()
+        return self.exit_code
+
+    def _draw_report(self):
+        """Draws what was kept; a report that cannot be drawn is no failure of what was tested."""
+        from pdkit.runner.report.write import write  # jinja2: only a run with a report pays for it
+
+        try:
+            for line in write(self.logs):
+                self.console.line(line)
+        except Exception as error:
+            self.console.line(f"no report could be drawn from {self.logs}: {type(error).__name__}: {error}")
+
+    @property
+    def states(self) -> list[FileState]:
+        return [result.state for result in self.results]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return ExitCode.INTERRUPTED if self.interruption else exit_code_of(self.states)
+
+    @property
+    def _has_failed(self) -> bool:
+        return any(state.is_failure for state in self.states)
+
+    def _add(self, result: FileResult):
+        self.results.append(result)
+        if result.state.was_started:
+            self._write_results()
+
+    def _run_file(self, registration: Registration, number: int, label: str) -> FileResult:
+        options = self.options
+        timeout = options.timeout(registration.est_time)
+        command = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
+        command += ("-f",) if options.failfast else ()
+        attempts = []
+        for count in range(1, options.attempts + 1):
+            again = f", attempt {count} of {options.attempts}" if count > 1 else ""
+            plan = f"estimated {registration.est_time:g} s, limit {timeout:g} s{again}"
+            self.console.line(f"{label} {registration.name} ({plan})")
+            self.console.line(f"$ {shlex.join(command)}")
+            log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
+            attempt = self._attempt(command, log, timeout)
+            attempts.append(attempt)
+            for leftover in attempt.leftovers:
+                self.console.line(f"{label} it left a process behind, ended now: {leftover}")
+            for line in attempt.unreleased:
+                self.console.line(f"{label} {line}")
+            if count == options.attempts or not attempt.is_retriable or self.interruption:
+                break
+            self.console.line(
+                f"{label} {attempt.verdict[0].value}, {attempt.verdict[1]}; again in {options.retry_wait_seconds:g} s"
+            )
+            self.interruption.sleep(options.retry_wait_seconds)
+            if self.interruption:
+                break
+        state, reason = attempts[-1].verdict
+        if state.is_pass and len(attempts) > 1:
+            state, reason = FileState.PASSED_ON_RETRY, f"first attempt: {attempts[0].verdict[0].value}"
+        return FileResult(registration, state, reason, command, tuple(attempts))
+
+    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float) -> Attempt:
+        is_kept, directory = bool(self.options.report_dir), evidence.directory_of(log)
+        environment = self.environment | progress.environment(self.console.is_terminal)
+        environment |= evidence.environment(log, is_kept)
+        with self.console.keeping(directory):
+            evidence.start(log)
+        with Live(self.console, directory):
+            attempt = run_attempt(
+                command, environment, log, timeout, self.console, self.interruption, self.options.test_max_retry
+            )
+        if is_kept:
+            with self.console.keeping(directory):
+                evidence.end(log)
+        return attempt
+
+    def _print_header(self):
+        options, selection = self.options, self.selection
+        nightly = ", nightly" if options.nightly else ""
+        part = f", partition {options.partition_id} of {options.partition_size}" if options.partition_size else ""
+        count = len(selection.enabled)
+        self.console.line(
+            f"suite {options.suite} on {options.hw}{nightly}{part}: {count} file{'s' * (count != 1)}, "
+            f"estimated {selection.est_time:g} s, Python {platform.python_version()} ({sys.executable})"
+        )
+        given = os.environ.get("SGLANG_TEST_MAX_RETRY")
+        if given not in (None, str(options.test_max_retry)):
+            self.console.line(
+                f"SGLANG_TEST_MAX_RETRY={given} of the environment is ignored: "
+                f"{options.test_max_retry} retries per method (--test-max-retry)"
+            )
+        if selection.measured:
+            self.console.line(selection.measured)
+        for registration in selection.disabled:
+            self.console.line(f"disabled: {registration.name}; {registration.disabled or 'no reason given'}")
+
+    def _print_summary(self):
+        line = self.console.line
+        line(RULE)
+        for result in self.results:
+            line(result.describe())
+        if self.selection.why_empty:
+            line(f"nothing ran: {self.selection.why_empty}")
+        if self.interruption:
+            line(f"interrupted by {self.interruption.requested_by.name}")
+        elif self.exit_code is ExitCode.NOTHING_RAN and self.selection.enabled:
+            line("a file that runs none of its tests proves nothing: this is not a pass")
+        line("========== TIMINGS BEGIN ==========")
+        for result in self.results:
+            if result.state.was_started:
+                path = os.path.join(self.options.test_root.absolute().parent.name, result.registration.name)
+                line(json.dumps({"file": path, "passed": result.state.is_pass, "elapsed": round(result.seconds)}))
+        line("========== TIMINGS END ==========")
+        if self.options.report_dir:
+            line(f"logs and results.json: {self.logs}")
+            self._draw_report()
+        line(f"{self.exit_code.name.lower().replace('_', ' ')} in {time.monotonic() - self.tic:.1f} s")
+        line(tally(self.states))
+
+    def _write_results(self, finished: bool = False):
+        if not self.options.report_dir:
+            return
+        document = {
+            "command": command_line(),
+            "hw": self.options.hw,
+            "suite": self.options.suite,
+            "nightly": self.options.nightly,
+            "partition_id": self.options.partition_id,
+            "partition_size": self.options.partition_size,
+            "test_max_retry": self.options.test_max_retry,
+            "python": platform.python_version(),
+            "seconds": round(time.monotonic() - self.tic, 3),
+            "finished": finished,
+            "exit_code": int(self.exit_code) if finished else None,
+            "result": self.exit_code.name.lower() if finished else None,
+            "files": [result.as_dict() for result in self.results],
+        }
+        path = self.logs / "results.json"
+        draft = path.with_suffix(".json.part")
+        with self.console.keeping(path):
+            draft.write_text(json.dumps(document, indent=2) + "\n")
+            draft.replace(path)
+
+    def _append_metrics(self, result: FileResult):
+        """One record per file where SGLang's CI asks for them with SGLANG_TEST_METRICS_FILE."""
+        path = os.environ.get("SGLANG_TEST_METRICS_FILE")
+        if not path:
+            return
+        record = {
+            "kind": "file",
+            "test_file": Path(result.registration.filename).name,
+            "status": "pass" if result.state.is_pass else "fail",
+            "duration": round(result.seconds, 2),
+        }
+        if not result.state.is_pass:
+            record["error"] = f"{result.state.value}: {result.reason}"
+        with self.console.keeping(path), open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _append_history(self):
+        path = self.options.history
+        if not path or not any(result.attempts for result in self.results):
+            return
+        seconds = time.monotonic() - self.tic
+        with self.console.keeping(path, " (--history FILE, or --no-history)"):
+            done = of_run(self.options, self.results, self.logs, self.exit_code, self.began, seconds)
+            append(path, done)
+
+
+def _program(test: Path) -> str:
+    """What runs a test file: PD tests that stand on SGLang's own fixture are supervised, all are recorded."""
+    attaches = any(cls.stands_on_sglang for cls in source.read(test).classes.values())
+    return "pdkit.deployment.attach" if attaches else "pdkit.core.recording"
+
+
+def run_suite(selection: Selection, options: Options) -> ExitCode:
+    """Runs the enabled files of `selection` and prints what became of them.
+
+    Raises UsageError, before anything ran, where a file is not Python or the report directory cannot be written.
+    """
+    if errors := syntax_errors(selection.enabled):
+        raise UsageError("\n".join(errors))
+    with tempfile.TemporaryDirectory(prefix="run_suite_") as scratch, Interruption() as interruption:
+        logs = options.report_dir.absolute() if options.report_dir else Path(scratch)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            if options.report_dir:
+                evidence.begin(logs, selection.enabled)
+        except OSError as error:
+            raise UsageError(f"--report-dir {error.filename}: {error.strerror}") from None
+        return SuiteRun(selection, options, logs, Path(scratch), interruption).run()

@@ -1,0 +1,93 @@
+"""The ladder: on what the main job can run, and which of its rungs this machine can reach."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdkit.core.errors import NotReady, UsageError
+from pdkit.core.gpus import Gpu, found
+from pdkit.core.suggest import unknown
+
+DISTRIBUTED = Path("registered", "distributed")
+
+
+class TargetUnavailable(NotReady):
+    """This machine cannot run the rung asked for; the message is one line that says why."""
+
+
+class UnknownTarget(UsageError):
+    """No rung has the name asked for; the message is one line that names the nearest."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One way to run the main job.
+
+    `name` is what the test itself prints as its rung; `test_file` is relative to the directory `test`. `gpus` GPUs are
+    needed, each of exactly `capability` and with at least `memory_mib` of memory; `needs` says the same in words.
+    """
+
+    name: str
+    engine: str
+    test_file: Path
+    needs: str = "no GPU"
+    gpus: int = 0
+    memory_mib: int = 0
+    capability: tuple[int, int] = (0, 0)
+
+    def suits(self, gpu: Gpu) -> bool:
+        return gpu.memory_mib >= self.memory_mib and gpu.capability == self.capability
+
+    def runs_on(self, gpus: Sequence[Gpu]) -> bool:
+        return sum(map(self.suits, gpus)) >= self.gpus
+
+
+TARGETS = (
+    Target(
+        name="8xH200",
+        engine="SGLang with DeepSeek-V4-Flash-FP8: prefill on GPUs 0-3, decode on GPUs 4-7",
+        test_file=DISTRIBUTED / "test_disaggregation_dsv4.py",
+        needs="8 Hopper GPUs of 141 GB",
+        gpus=8,
+        memory_mib=141_000,
+        capability=(9, 0),
+    ),
+    Target(
+        name="1xHopper",
+        engine="SGLang with a kernel-sized nano DeepSeek-V4: prefill and decode share one GPU",
+        test_file=DISTRIBUTED / "test_disaggregation_dsv4_1gpu.py",
+        needs="1 Hopper GPU of 80 GB",
+        gpus=1,
+        memory_mib=80_000,
+        capability=(9, 0),
+    ),
+    Target(
+        name="embedded",
+        engine="pdkit.engine with a nano DeepSeek-V4 on CPU: prefill and decode in a process each",
+        test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",
+    ),
+)
+assert not TARGETS[-1].gpus, "the bottom rung runs anywhere"
+
+
+def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
+    """The rung `wanted`, or else the highest that `gpus` can run.
+
+    Raises UnknownTarget where `wanted` is no rung, TargetUnavailable where it needs more than there is.
+    """
+    if wanted is None:
+        return next(rung for rung in TARGETS if rung.runs_on(gpus))
+    by_name = {rung.name: rung for rung in TARGETS}
+    if wanted not in by_name:
+        raise UnknownTarget(unknown("rung", wanted, by_name))
+    rung = by_name[wanted]
+    if not rung.runs_on(gpus):
+        has = f"this machine has {found(gpus)} and can run --rung {choose(gpus).name}"
+        raise TargetUnavailable(f"rung {rung.name} needs {rung.needs}; {has}")
+    return rung
+
+
+def why(rung: Target, gpus: Sequence[Gpu]) -> str:
+    """One line for each rung that `rung` stands below and `gpus` cannot run."""
+    above = TARGETS[: TARGETS.index(rung)]
+    return "\n".join(f"{r.name} needs {r.needs}; found {found(gpus)}" for r in above if not r.runs_on(gpus))
