@@ -101,8 +101,12 @@ class TestKit(unittest.TestCase):
         class ServerDied(BaseException):
             pass
 
-        with mock.patch.object(stress_kit.time, "sleep", side_effect=ServerDied("decode exited with code -9")):
-            message = self.run_kit(lb=Server(self, last=0, then="close"))
+        def wait(seconds):
+            if seconds == 5:
+                raise ServerDied("decode exited with code -9")
+
+        with mock.patch.object(stress_kit.time, "sleep", wait):
+            message = self.run_kit(settle=5, lb=Server(self, last=0, then="close"))
         self.assertRegex(message, r"ServerDied: round 1 of 20 \(.*: decode exited with code -9")
         self.assertNotIn("last lines of", message, "a death has the log of who died")
 
