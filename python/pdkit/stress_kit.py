@@ -15,6 +15,8 @@ from pathlib import Path
 
 import requests
 
+from pdkit.accounting_kit import unaccounted
+
 EDGES = (1, 2, 3, 4, 5, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 FILLED_ROWS = 128  # tokens of a batch whose int32 lengths fill an allocation of 512 bytes to its end
 DEATH_SECONDS = 20.0
@@ -82,6 +84,7 @@ class StressMixin:
     def take_references(cls):
         """Nothing is compared."""
 
+    @unaccounted
     def test_short_rounds_to_the_monolithic_server(self):
         self.stress("monolithic server", self.monolithic_url, ("monolithic",))
 
