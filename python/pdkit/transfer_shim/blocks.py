@@ -21,6 +21,7 @@ METADATA = (
     *FIRST_DRAFT, "room",
 )  # fmt: skip
 DRAFT_WINDOW = "draft window"
+CANARY = "canary"  # of SGLang's --kv-canary: what it wrote beside each slot of the window, and sends along
 UNKNOWN = "unknown"
 POOLS, METADATA_CALL = 0, 1
 
@@ -45,18 +46,24 @@ class Memory:
 Change = Callable[[Sequence[Block], Memory], Sequence[Block]]
 
 
-def pieces_of(ratios: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def pieces_of(ratios: Sequence[int], canary: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(pieces of the pools, pieces of the states) in the order in which SGLang registers them.
 
     ratios: tokens a compressed entry, for each layer of the model without those of its draft; 0 for window attention.
+    canary: servers run with --kv-canary, see `kv_canary.pool_patcher.buf_info_splice` of SGLang 0.5.23.
     From `DeepSeekV4TokenToKVPool.get_contiguous_buf_infos`, `get_state_buf_infos`, `get_c128_state_buf_infos` and
     `disaggregation.utils.setup_state_kv_args` of SGLang 0.5.17; 0.5.23 has the same order (`get_request_state_buf_infos`).
     """
     four, long = sum(ratio == 4 for ratio in ratios), sum(ratio == 128 for ratio in ratios)
     pools = [Kind.C4_COMPRESSED] * four + [Kind.INDEXER_COMPRESSED] * four + [Kind.C128_COMPRESSED] * long
     states = [Kind.WINDOW] * len(ratios) + [Kind.C4_BUFFERS] * four + [Kind.INDEXER_BUFFERS] * four
-    states += [Kind.C128_BUFFERS] * long
-    return tuple(kind.value for kind in pools), (*(kind.value for kind in states), DRAFT_WINDOW)
+    around = (CANARY,) * canary
+    names = (
+        *(*around, *(kind.value for kind in states), *around),
+        *(Kind.C128_BUFFERS.value,) * long,
+        *(*around, DRAFT_WINDOW, *around),
+    )
+    return tuple(kind.value for kind in pools), names
 
 
 def rows_of(listed: np.ndarray, chosen: np.ndarray) -> np.ndarray:

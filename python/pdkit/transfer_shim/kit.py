@@ -26,7 +26,7 @@ from pdkit.parity_plan import Round, generate_probe
 from pdkit.report.record import record_table
 from pdkit.transfer_shim.backends import PIECES_VARIABLE, SWITCH_VARIABLE
 from pdkit.transfer_shim.blocks import pieces_of
-from pdkit.transfer_shim.library import LIBRARY
+from pdkit.transfer_shim.library import LIBRARY, WITH_CANARY
 
 NO_FAULT = "no fault"
 SHORT = 300
@@ -37,13 +37,15 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
 
     compress_ratios       tokens a compressed entry, for each layer of the model without its draft
     transfer_faults       names of faults of `pdkit.transfer_shim.library`
+    kv_canary             whether `server_args` have SGLang's --kv-canary: it adds buffers to what is transferred
     fault_timeout         seconds for one request while a fault is on
     handover_timeout      seconds after which SGLang gives up a hand-over
     """
 
     server_module = "pdkit.transfer_shim.server"
     compress_ratios = ()
-    transfer_faults = tuple(LIBRARY)
+    transfer_faults = tuple(name for name in LIBRARY if name not in WITH_CANARY)
+    kv_canary = False
     accuracy_examples = 60
     acceptance_length_prompts = 32
     acceptance_length_tokens = 96
@@ -63,7 +65,7 @@ class TransferFaultsMixin(AcceptanceLengthMixin, FirstDraftsMixin, ParityArms):
         cls.server_env = {
             **cls.server_env,
             SWITCH_VARIABLE: str(cls.transfer_switch.path),
-            PIECES_VARIABLE: json.dumps(pieces_of(cls.compress_ratios)),
+            PIECES_VARIABLE: json.dumps(pieces_of(cls.compress_ratios, cls.kv_canary)),
             "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.handover_timeout),
             "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.handover_timeout),
         }

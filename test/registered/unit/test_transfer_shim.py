@@ -254,6 +254,14 @@ class TestBlocks(unittest.TestCase):
         self.assertEqual(pools, ("4x compressed",) * 2 + ("indexer compressed",) * 2 + ("128x compressed",))
         self.assertEqual(states[:4] + states[-2:], ("window",) * 4 + ("128x buffers", "draft window"))
 
+    def test_pieces_of_servers_with_a_canary(self):
+        """SGLang 0.5.23 puts its buffers around the target's and around the draft's states, none around the 128x."""
+        plain, guarded = pieces_of(RATIOS), pieces_of(RATIOS, canary=True)
+        self.assertEqual(guarded[0], plain[0])
+        self.assertEqual(
+            guarded[1], ("canary", *plain[1][:-2], "canary", plain[1][-2], "canary", plain[1][-1], "canary")
+        )
+
     def test_regions_take_joined_pages_apart_once_they_saw_one(self):
         regions = Regions(("a",), ())
         regions.register([(100, 64)])
