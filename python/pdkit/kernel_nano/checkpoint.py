@@ -16,8 +16,8 @@ from pdkit.kernel_nano.cache import WEIGHTS
 from pdkit.kernel_nano.config import DEEPEP_HIDDEN, HIDDEN, fields
 from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks
 from pdkit.kernel_nano.model import KernelNano
+from pdkit.kernel_nano.tokenizer import kernel_tokenizer
 from pdkit.nano.model import ModelError
-from pdkit.nano.tokenizer import nano_tokenizer
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -94,7 +94,7 @@ def save(model: KernelNano, path: str | Path) -> Path:
     """Write config.json, weights and tokenizer to the directory `path`; a reader sees the old weights or the new."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    nano_tokenizer().save_pretrained(path)
+    kernel_tokenizer().save_pretrained(path)
     (path / "config.json").write_text(json.dumps(fields(model.hidden_size), indent=1) + "\n")
     unfinished = path / f".{WEIGHTS}.{os.getpid()}"
     save_file(tensors_of(model), unfinished, metadata={"format": "pt"})

@@ -17,9 +17,11 @@ from pdkit.kernel_nano import cache, checkpoint, fitting, training
 from pdkit.kernel_nano.config import DEEPEP_HIDDEN, FIELDS, fields, reference_config
 from pdkit.kernel_nano.fp8 import dequantize_blocks, quantize_blocks, round_groups
 from pdkit.kernel_nano.model import KernelNano, randomize, rescale
+from pdkit.kernel_nano.tokenizer import kernel_tokenizer
 from pdkit.kernel_nano.truth import Truth, fp8_rounding, logprobs
 from pdkit.nano.model import ModelError
 from pdkit.nano.problems import evaluation_set, few_shot
+from pdkit.nano.tokenizer import nano_tokenizer
 from safetensors.torch import load_file, save_file
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
@@ -184,6 +186,37 @@ class TestModel(unittest.TestCase):
         rescale(model)
         after = model.main.model.layers[0].self_attn.o_a_proj.weight.std().item()
         self.assertAlmostEqual(after / before, (128 / 4096) ** 0.5, places=4)
+
+
+class TestTokenizer(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.tokenizer, cls.nano = kernel_tokenizer(), nano_tokenizer()
+
+    def test_ids_are_those_that_training_saw(self):
+        text = few_shot(evaluation_set(3))
+        self.assertEqual(self.tokenizer(text).input_ids, self.nano(text).input_ids)
+        chat = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+        ours, theirs = (each.apply_chat_template(chat)["input_ids"] for each in (self.tokenizer, self.nano))
+        self.assertEqual(ours, theirs)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            self.assertEqual(getattr(self.tokenizer, name), getattr(self.nano, name))
+        self.assertLess(max(self.tokenizer.get_vocab().values()), FIELDS["vocab_size"])
+
+    def test_sglang_makes_chats_with_it(self):
+        """Its server ends when it starts where DeepSeek-V4's special tokens are missing (0.5.23)."""
+        try:
+            from sglang.srt.entrypoints.openai import chat_encoding_adapters as adapters
+        except ImportError:
+            self.skipTest("this release makes chats by the checkpoint's template")
+        hooks = adapters.ChatOutputHooks(*[None] * 4)
+        for tokenizer in (self.tokenizer, self.nano):
+            context = adapters.ChatEncodingAdapterContext("dsv4", tokenizer, None, None, hooks, None, "", None)
+            if tokenizer is self.tokenizer:
+                self.assertIsNotNone(adapters.build_chat_encoding_adapter(context))
+            else:
+                with self.assertRaisesRegex(RuntimeError, "special token"):
+                    adapters.build_chat_encoding_adapter(context)
 
 
 class TestTraining(unittest.TestCase):
