@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pdkit
 import test_disaggregation_dsv4 as dsv4
-from pdkit import indexer_schedule
+from pdkit import fused_mhc, indexer_schedule
 from pdkit.accounting_kit import RequestAccountingMixin
 from pdkit.claimed_ports import ClaimedPortsMixin
 from pdkit.faults.beside_kit import BalancerFaultsMixin
 from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
 from pdkit.integrity_kit import TransferIntegrityMixin
 from pdkit.kernel_nano import cache
+from pdkit.kernel_nano.config import HIDDEN
 from pdkit.kernel_nano.truth_kit import ReferenceMixin
 from pdkit.monolithic_kit import MonolithicBesideMixin
 from pdkit.numbers_kit import PairNumbersMixin
@@ -69,7 +70,8 @@ class OneGpuPlan(ClaimedPortsMixin):
         + nano_args
     )
 
-    server_env = {"SGLANG_DSV4_FP4_EXPERTS": "0", **indexer_schedule.environment()}
+    nano_env = {"SGLANG_DSV4_FP4_EXPERTS": "0", **indexer_schedule.environment()}
+    server_env = {**nano_env, **fused_mhc.environment(HIDDEN)}
 
     @classmethod
     def setUpClass(cls):

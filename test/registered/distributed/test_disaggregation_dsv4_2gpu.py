@@ -53,7 +53,7 @@ class TestDisaggregationDSV4TwoGpus(
         *("--deepep-config", '{"normal_dispatch":{"num_sms":96},"normal_combine":{"num_sms":96}}'),
     ]
     server_env = {
-        **one_gpu.OneGpuPlan.server_env,
+        **one_gpu.OneGpuPlan.nano_env,
         "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "256",
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # the other servers load on the same GPUs meanwhile
     }

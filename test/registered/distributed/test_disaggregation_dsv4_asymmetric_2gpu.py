@@ -15,9 +15,17 @@ from pdkit.gate_kit import AcceptanceLengthMixin, FirstDraftsMixin
 from pdkit.monolithic_kit import MonolithicBesideMixin
 from pdkit.parity_kit import ParityMixin, References
 from pdkit.placement_kit import PlacementMixin
+from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=600, suite="stage-b-test-2-gpu-large")
+
+
+PLAIN_ALL_REDUCE = (
+    ["--enforce-disable-flashinfer-allreduce-fusion"]
+    if hasattr(ServerArgs, "enforce_disable_flashinfer_allreduce_fusion")
+    else []
+)
 
 
 class AsymmetricMixin(
@@ -36,10 +44,12 @@ class AsymmetricMixin(
 
     rung = "2xHopper"
     model_name = two_gpus.TestDisaggregationDSV4TwoGpus.model_name
-    server_args = """
-        --mem-fraction-static 0.2
-        --max-running-requests 32 --chunked-prefill-size 512
-    """.split() + one_gpu.OneGpuPlan.nano_args  # fmt: skip
+    # Two ranks without DP attention waited for ever where FlashInfer's all-reduce was set up (0.5.23, two H200s).
+    server_args = [
+        *"--mem-fraction-static 0.2 --max-running-requests 32 --chunked-prefill-size 512".split(),
+        *one_gpu.OneGpuPlan.nano_args,
+        *PLAIN_ALL_REDUCE,
+    ]
     server_env = two_gpus.TestDisaggregationDSV4TwoGpus.server_env
     parity_options = two_gpus.TestDisaggregationDSV4TwoGpus.parity_options
     acceptance_length_prompts = 32

@@ -2,8 +2,10 @@
 
 It writes a chain of token hashes beside the slots of the window's pool, hands it over with the window, and compares
 before and after each forward pass. As of 0.5.23 it has no buffers for compressed entries, for the indexer's and for the
-compressors' states, and reads no byte of the window itself (`kv_canary/pool_patcher/adapters/dsv4.py`): it can see that
-a window went to the wrong place or did not come, not that bytes of it are wrong.
+compressors' states, and reads no byte of the window itself (`kv_canary/pool_patcher/adapters/dsv4.py`). On an H200 it saw
+a window that did not come together with what the canary keeps of it, and nothing else: not that bytes of the window
+did not come, nor the whole window of another request of the same length, whose chain is as sound, neither with nor
+without SGLANG_KV_CANARY_ENABLE_VERIFY_TOKEN_ASSERT.
 """
 
 import re
@@ -24,7 +26,7 @@ from sglang.test.ci.ci_register import register_cuda_ci
 
 register_cuda_ci(est_time=220, suite="stage-b-test-1-gpu-large")
 
-SEEN = {*WITH_CANARY}
+SEEN = {"window-skipped"}
 VIOLATION = re.compile(r"kv_canary violation: launch_tag=(\S+) fail_reason=(\S+)")
 PROTECTED = re.compile(r"\[canary\] step=\d+ protected_tokens=(\d+)")
 
