@@ -45,9 +45,8 @@ class OneGpuPlan(ClaimedPortsMixin):
     prefill_gpus = decode_gpus = range(1)
     gpu_memory_gb = 80
 
-    # The pool holds the 32 requests at full length, since decode cannot retract one: the pool of DeepSeek-V4 has no
-    # `get_cpu_copy` (seen on SGLang 0.5.17, the same in the source of 0.5.23), and the attempt ends the server with a
-    # NotImplementedError.
+    # The pool holds the 32 requests at full length: decode of SGLang 0.5.17 ends where it would have to retract one
+    # (docs/findings/decode-cannot-retract.md).
     nano_args = (
         """
         --trust-remote-code
