@@ -18,7 +18,7 @@ from pdkit.placement_kit import PlacementMixin
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=600, suite="stage-b-test-2-gpu-large")
+register_cuda_ci(est_time=600, suite="stage-b-test-2-gpu-large", disabled="has not run to its end on two GPUs yet")
 
 
 PLAIN_ALL_REDUCE = (
