@@ -5,7 +5,8 @@
 
 Two requests of 64 tokens are 128 rows, 6 of them without a compressed entry: 122 tasks for the SMs of the GPU. DeepGEMM
 scores them as SGLang's plan and as its own says, in a process each, with the lengths of the rows at the end of mapped
-memory and away from it. `pdkit.deployment.quirks` says what is wrong where this fails.
+memory and away from it. Then the same for prompts so short that no row has an entry, for which SGLang 0.5.18 to 0.5.23
+still start all SMs past the last row. `pdkit.deployment.quirks` says what is wrong where this fails.
 """
 
 import importlib
@@ -69,17 +70,17 @@ def sglangs_plan():
     raise NotReady(f"sglang {version('sglang')} has no plan of its own in {', '.join(SGLANG_MODULES)}")
 
 
-def arm(plan: str, spare: int) -> dict:
-    """Scores once. Raises what CUDA raises."""
+def arm(plan: str, spare: int, tokens: int) -> dict:
+    """Scores once, for requests of `tokens` tokens. Raises what CUDA raises."""
     import deep_gemm
     import torch
 
     rows, sms = REQUESTS * TOKENS, deep_gemm.get_num_sms()
     lengths = mapped(rows, spare)
-    lengths.copy_((torch.arange(rows) % TOKENS + 1) // RATIO)
+    lengths.copy_((torch.arange(rows) % tokens + 1) // RATIO)
     make = sglangs_plan() if plan == "SGLang" else deep_gemm.get_paged_mqa_logits_metadata
     schedule = make(lengths[:, None], ENTRIES_A_PAGE, sms)
-    found = {"sms": sms, "outside": int((schedule[:sms, 0] >= rows).sum())}
+    found = {"sms": sms, "outside": int((schedule[:sms, 0] >= rows).sum()), "tasks": int((lengths > 0).sum())}
     print(json.dumps(found), flush=True)
 
     torch.manual_seed(0)
@@ -101,9 +102,9 @@ def arm(plan: str, spare: int) -> dict:
     return found | {"sum": float(logits[:, :ENTRIES_A_PAGE][asked].double().sum())}
 
 
-def outcome(plan: str, spare: int) -> dict:
+def outcome(plan: str, spare: int, tokens: int) -> dict:
     """What `arm` found in a process of its own, and how it ended."""
-    command = [sys.executable, __file__, "--arm", plan, str(spare)]
+    command = [sys.executable, __file__, "--arm", plan, str(spare), str(tokens)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ARM_S)
     except subprocess.TimeoutExpired:
@@ -121,25 +122,28 @@ def outcome(plan: str, spare: int) -> dict:
 
 def main(argv: Sequence[str]) -> ExitCode:
     parser = Parser(prog="indexer_schedule.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--arm", nargs=2, metavar=("PLAN", "SPARE"), help="one of them, in this process")
+    parser.add_argument("--arm", nargs=3, metavar=("PLAN", "SPARE", "TOKENS"), help="one of them, in this process")
     args = parser.parse_args(argv)
     import torch
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         raise NotReady("no Hopper GPU is visible; this asks one of compute capability 9.0")
     if args.arm:
-        print(json.dumps(arm(args.arm[0], int(args.arm[1]))))
+        print(json.dumps(arm(args.arm[0], *map(int, args.arm[1:]))))
         return ExitCode.PASSED
     sglangs_plan()
     print(f"sglang {version('sglang')}, DeepGEMM on {torch.cuda.get_device_name()}", flush=True)
-    print(f"{'plan of':<10}{'lengths at the end of mapped memory':<38}{'SMs that start past the last row':<36}ended")
+    print(f"{'plan of':<10}{'rows with an entry':<20}{'lengths at the end of mapped memory':<38}", end="")
+    print(f"{'SMs that start past the last row':<36}ended", flush=True)
     scored = True
-    for plan in ("SGLang", "DeepGEMM"):
-        for spare in (512, 0):
-            found = outcome(plan, spare)
-            outside = f"{found['outside']} of {found['sms']}" if "sms" in found else "?"
-            print(f"{plan:<10}{'no' if spare else 'yes':<38}{outside:<36}{found['ended']}", flush=True)
-            scored = scored and "sum" in found
+    for tokens in (TOKENS, RATIO - 1):
+        for plan in ("SGLang", "DeepGEMM"):
+            for spare in (512, 0):
+                found = outcome(plan, spare, tokens)
+                outside = f"{found['outside']} of {found['sms']}" if "sms" in found else "?"
+                print(f"{plan:<10}{found.get('tasks', '?'):<20}{'no' if spare else 'yes':<38}", end="")
+                print(f"{outside:<36}{found['ended']}", flush=True)
+                scored = scored and "sum" in found
     return ExitCode.PASSED if scored else ExitCode.FAILED
 
 

@@ -5,17 +5,17 @@ import unittest
 from pathlib import Path
 
 import pdkit
-from pdkit.deployment import quirks
+from pdkit.deployment import fused_mhc, quirks
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
 from pdkit.models.cuda import store
+from pdkit.models.cuda.config import HIDDEN
 
 PAGE = 256  # of the prefix cache, SGLang's for DeepSeek-V4
 INDEXED = 2048  # tokens from which on there are more compressed entries than the indexer selects: 512 of 4 tokens each
 
-# The pool holds the 32 requests at full length, since decode cannot retract one: the pool of DeepSeek-V4 has no
-# `get_cpu_copy` (seen on SGLang 0.5.17, the same in the source of 0.5.23), and the attempt ends the server with a
-# NotImplementedError.
+# The pool holds the 32 requests at full length: decode of SGLang 0.5.17 ends where it would have to retract one
+# (docs/findings/decode-cannot-retract.md).
 NANO_ARGS = """
     --trust-remote-code
     --context-length 8192 --max-total-tokens 262144 --swa-full-tokens-ratio 0.5
@@ -49,7 +49,7 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
     """.split()
         + NANO_ARGS
     )
-    server_env = NANO_ENV
+    server_env = {**NANO_ENV, **fused_mhc.environment(HIDDEN)}
 
     @classmethod
     def setUpClass(cls) -> None:

@@ -189,6 +189,22 @@ class TestSmallRelease(unittest.TestCase):
         prefill, _ = self.ask("--dp-size", "4", changes=changes).tests[0].processes
         self.assertEqual((prefill.settings["attention_dp"], prefill.settings["replicas"]), (1, 4))
 
+    def test_checksum_of_hand_overs(self):
+        """Its parser takes the flag; the release's checksum has no indices of DeepSeek-V4's pools."""
+        flag = "--disaggregation-enable-kv-checksum"
+        added = SERVER_ARGS.replace("EXTRA_FLAG", f'        add("{flag}", action="store_true")')
+        lacking = {"srt/server_args.py": added, "srt/disaggregation/checksum.py": "class KvChecksumComputer: pass\n"}
+        knowing = lacking | {"srt/disaggregation/checksum.py": "DeepSeekV4TokenToKVPool = 1\n"}
+        dsv4 = ["--model-path", "sgl-project/DeepSeek-V4-Flash-FP8"]
+        line = self.line(flag, *dsv4, changes=lacking)
+        self.assertEqual(
+            line,
+            f"{flag}: not for DeepSeek-V4: checksum.py knows no DeepSeekV4TokenToKVPool; prefill's first request ends it",
+        )
+        self.assertEqual(self.ask(flag, changes=lacking).errors, [], "another model")
+        self.assertEqual(self.ask(*dsv4, changes=lacking).errors, [])
+        self.assertEqual(self.ask(flag, *dsv4, changes=knowing).errors, [])
+
     def test_facts_of_the_fixture(self):
         self.assertEqual(
             self.ask().fixture, {"pins NCCL ports": True, "NICs by GPU": False, "watches processes": False}

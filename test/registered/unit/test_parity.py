@@ -487,6 +487,11 @@ class TestReferences(unittest.TestCase):
         references.take(engine.url, rounds())
         self.assertEqual(len(engine.asked), 7 + 6, "what is known from being alone is not asked again")
 
+    def test_the_control_arm_may_be_asked_of_another_server(self):
+        one, two = StubEngine(self), StubEngine(self)
+        References(bitwise=False, timeout=5, control_url=two.url).take(one.url, rounds())
+        self.assertEqual((len(one.asked), len(two.asked)), (6, 6))
+
     def test_without_a_server_and_without_answers_nothing_passes(self):
         for bitwise in (True, False):
             with self.assertRaisesRegex(RequestFailed, "no monolithic answers were taken"):

@@ -83,7 +83,17 @@ class FakeAgent:
         return types.SimpleNamespace(rows=np.asarray(descs))
 
     def make_prepped_xfer(self, operation, local, local_rows, remote, remote_rows, notif_msg=b""):
-        return types.SimpleNamespace(rows=(local.rows[local_rows], remote.rows[remote_rows]), message=notif_msg)
+        rows = (self.plain(each.rows)[chosen] for each, chosen in ((local, local_rows), (remote, remote_rows)))
+        return types.SimpleNamespace(rows=tuple(rows), message=notif_msg)
+
+    @staticmethod
+    def plain(rows):
+        """Runs of a strided list one by one."""
+        if len(rows[0]) == 3:
+            return rows
+        return np.array(
+            [(a + at * stride, size, d) for a, size, d, stride, count in rows.tolist() for at in range(count)]
+        )
 
     def initialize_xfer(self, operation, local, remote, peer, notif_msg=b""):
         assert len(local.rows), "NIXL refuses an empty list"
@@ -117,11 +127,19 @@ class ShimTest(unittest.TestCase):
         numbers = iter(range(len(POOLS) + METADATA + len(STATES)))
         return [[next(numbers) for _ in range(size)] for size in (len(POOLS), METADATA, len(STATES) - 2, 1, 1)]
 
-    def mooncake(self):
+    def mooncake_at_once(self):
+        """As SGLang 0.5.23 does it: one call registers all."""
+        return self.mooncake(at_once=True)
+
+    def nixl_strided(self):
+        """As SGLang 0.5.23 does it: prepared lists are runs of equal rows, and it notifies by itself."""
+        return self.nixl(strided=True)
+
+    def mooncake(self, at_once=False):
         """A function that hands over pages (first, count) of all regions, as SGLang's Mooncake manager asks for it."""
         engine = backends.wrapped_engine(FakeEngine, self.tap())()
         groups = self.groups()
-        for group in groups:
+        for group in [sum(groups, [])] if at_once else groups:
             engine.batch_register_memory([region(number) for number in group], [PAGES * SIZE] * len(group))
 
         def hand_over(first, count):
@@ -133,21 +151,24 @@ class ShimTest(unittest.TestCase):
 
         return hand_over
 
-    def nixl(self):
+    def nixl(self, strided=False):
         """The same as the NIXL manager asks for it: pools by rows of prepared lists, the rest by descriptors."""
         self.agent = agent = backends.wrapped_agent(FakeAgent, self.tap())("prefill")
         groups = self.groups()
         for group in (*groups[:2], sum(groups[2:], [])):
             agent.register_memory([(region(number), PAGES * SIZE, 0, "") for number in group], "VRAM")
         rows = [(region(number) + page * SIZE, SIZE, 0) for number in groups[0] for page in range(PAGES)]
+        if strided:
+            rows = [(region(number), SIZE, 0, SIZE, PAGES) for number in groups[0]]
+        messages = (b"",) * len(MESSAGES) if strided else MESSAGES
         local = agent.prep_xfer_dlist("", np.array(rows, dtype=np.uint64), "VRAM")
-        remote = [(TARGET + address, size, device) for address, size, device in rows]
+        remote = [(TARGET + address, *rest) for address, *rest in rows]
         remote = agent.prep_xfer_dlist("decode", np.array(remote, dtype=np.uint64), "VRAM")
 
         def hand_over(first, count):
             chosen = [place * PAGES + page for place in range(len(POOLS)) for page in range(first, first + count)]
-            handles = [agent.make_prepped_xfer("WRITE", local, chosen, remote, chosen, MESSAGES[0])]
-            for name, group in zip(MESSAGES[1:], groups[1:]):
+            handles = [agent.make_prepped_xfer("WRITE", local, chosen, remote, chosen, messages[0])]
+            for name, group in zip(messages[1:], groups[1:]):
                 sources = [(region(number) + first * SIZE, count * SIZE, 0) for number in group]
                 targets = [(TARGET + address, size, device) for address, size, device in sources]
                 descs = (agent.get_xfer_descs(each, "VRAM") for each in (sources, targets))
@@ -170,7 +191,7 @@ class ShimTest(unittest.TestCase):
         return self.ram.written()
 
     def test_without_a_fault_everything_arrives(self):
-        for backend in (self.mooncake, self.nixl):
+        for backend in (self.mooncake, self.mooncake_at_once, self.nixl, self.nixl_strided):
             written = self.written(backend, None)
             self.assertEqual({address - TARGET: byte for address, byte in written.items()}, Ram().bytes)
             self.assertEqual(self.switch.met(), 0)
@@ -187,9 +208,12 @@ class ShimTest(unittest.TestCase):
                 self.assertEqual(met > 0, not fault.environment)
                 self.assertEqual(self.written(self.nixl, name), wrong)
                 self.assertEqual(self.agent.heard, [*MESSAGES] * 3)
+                self.assertEqual(self.written(self.mooncake_at_once, name), wrong)
+                self.assertEqual(self.written(self.nixl_strided, name), wrong)
+                self.assertEqual(self.agent.heard, [], "an empty message is none")
 
     def test_reported_early(self):
-        for backend in (self.mooncake, self.nixl):
+        for backend in (self.mooncake, self.mooncake_at_once, self.nixl, self.nixl_strided):
             before = [number for number, at in self.written(backend, "reported-early").values() if at >= SIZE]
             self.assertEqual({*before}, {*self.groups()[1]}, "only metadata were to be written yet")
             deadline = time.monotonic() + 5
@@ -229,6 +253,14 @@ class TestBlocks(unittest.TestCase):
         pools, states = pieces_of((0, 4, 128, 4))
         self.assertEqual(pools, ("4x compressed",) * 2 + ("indexer compressed",) * 2 + ("128x compressed",))
         self.assertEqual(states[:4] + states[-2:], ("window",) * 4 + ("128x buffers", "draft window"))
+
+    def test_pieces_of_servers_with_a_canary(self):
+        """SGLang 0.5.23 puts its buffers around the target's and around the draft's states, none around the 128x."""
+        plain, guarded = pieces_of(RATIOS), pieces_of(RATIOS, canary=True)
+        self.assertEqual(guarded[0], plain[0])
+        self.assertEqual(
+            guarded[1], ("canary", *plain[1][:-2], "canary", plain[1][-2], "canary", plain[1][-1], "canary")
+        )
 
     def test_regions_take_joined_pages_apart_once_they_saw_one(self):
         regions = Regions(("a",), ())

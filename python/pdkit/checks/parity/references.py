@@ -86,11 +86,14 @@ class References:
               a server that is asked the same twice repeats itself, but not what a pair, which batches in its own way,
               makes of requests that are served together. Both arms that are compared are under load, or neither is.
     rounding  what counts as equal for requests that are served together, if bitwise
+    control_url  another monolithic server that the control arm is asked of, where its sums are rounded as the pair's
+              are: one of another tensor parallelism
     """
 
     bitwise: bool
     timeout: float
     rounding: float = 0.0
+    control_url: str | None = None
     _answers: dict = field(default_factory=dict, repr=False)
     _arms: dict = field(default_factory=dict, repr=False)
 
@@ -100,7 +103,7 @@ class References:
             return self._take_bitwise(url, round_), None
         if round_ not in self._arms:
             self._require(url, round_)
-            self._arms[round_] = self._take_alone(url, round_), self._arm(url, round_)
+            self._arms[round_] = self._take_alone(url, round_), self._arm(self.control_url or url, round_)
         return self._arms[round_]
 
     def answer(self, url: str | None, probe: Probe) -> Answer:

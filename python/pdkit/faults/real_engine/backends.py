@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdkit.faults.real_engine.blocks import METADATA, Block, Memory, Regions
+from pdkit.faults.real_engine.blocks import METADATA, Block, Memory, Regions, rows_of
 from pdkit.faults.real_engine.library import LIBRARY
 from pdkit.faults.switch import Switch
 
@@ -140,7 +140,7 @@ def wrapped_agent(original, tap):
         def make_prepped_xfer(self, operation, local, local_rows, remote, remote_rows, notif_msg=b"", *args, **options):
             _, sources, source_kind, _ = self._lists[id(local)]
             _, targets, target_kind, peer = self._lists[id(remote)]
-            rows = sources[np.asarray(local_rows)], targets[np.asarray(remote_rows)]
+            rows = rows_of(sources, local_rows), rows_of(targets, remote_rows)
             changed = self._changed(operation, *rows, source_kind, target_kind, peer, notif_msg)
             if changed is not None:
                 return changed
@@ -181,7 +181,8 @@ def wrapped_agent(original, tap):
         def transfer(self, handle, *args, **options):
             if not isinstance(handle, Announced):
                 return super().transfer(handle, *args, **options)
-            self.send_notif(handle.peer, handle.message)
+            if handle.message:  # from 0.5.23 on SGLang sends it by itself, once all is written
+                self.send_notif(handle.peer, handle.message)
             if handle.transfer is not None:
                 threading.Timer(handle.delay, super().transfer, (handle.transfer,)).start()
             return "DONE"

@@ -1,13 +1,16 @@
 """What a transfer backend is asked to write, block by block, and what else it can make of that: pure functions.
 
 SGLang registers its memory with the backend in a fixed order: pools of pages, metadata, states. By that order an
-address belongs to a piece of DeepSeek-V4's state, see `pieces_of`.
+address belongs to a piece of DeepSeek-V4's state, see `pieces_of`. Mooncake gets each of the three in a call of its own
+until SGLang 0.5.22, all in one from 0.5.23 on; NIXL always three.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from pdkit.faults.pieces import Kind
 
@@ -18,6 +21,7 @@ METADATA = (
     *FIRST_DRAFT, "room",
 )  # fmt: skip
 DRAFT_WINDOW = "draft window"
+CANARY = "canary"  # of SGLang's --kv-canary: what it wrote beside each slot of the window, and sends along
 UNKNOWN = "unknown"
 POOLS, METADATA_CALL = 0, 1
 
@@ -42,18 +46,41 @@ class Memory:
 Change = Callable[[Sequence[Block], Memory], Sequence[Block]]
 
 
-def pieces_of(ratios: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def pieces_of(ratios: Sequence[int], canary: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(pieces of the pools, pieces of the states) in the order in which SGLang registers them.
 
     ratios: tokens a compressed entry, for each layer of the model without those of its draft; 0 for window attention.
+    canary: servers run with --kv-canary, see `kv_canary.pool_patcher.buf_info_splice` of SGLang 0.5.23.
     From `DeepSeekV4TokenToKVPool.get_contiguous_buf_infos`, `get_state_buf_infos`, `get_c128_state_buf_infos` and
-    `disaggregation.utils.setup_state_kv_args` of SGLang 0.5.17.
+    `disaggregation.utils.setup_state_kv_args` of SGLang 0.5.17; 0.5.23 has the same order (`get_request_state_buf_infos`).
     """
     four, long = sum(ratio == 4 for ratio in ratios), sum(ratio == 128 for ratio in ratios)
     pools = [Kind.C4_COMPRESSED] * four + [Kind.INDEXER_COMPRESSED] * four + [Kind.C128_COMPRESSED] * long
     states = [Kind.WINDOW] * len(ratios) + [Kind.C4_BUFFERS] * four + [Kind.INDEXER_BUFFERS] * four
-    states += [Kind.C128_BUFFERS] * long
-    return tuple(kind.value for kind in pools), (*(kind.value for kind in states), DRAFT_WINDOW)
+    around = (CANARY,) * canary
+    names = (
+        *(*around, *(kind.value for kind in states), *around),
+        *(Kind.C128_BUFFERS.value,) * long,
+        *(*around, DRAFT_WINDOW, *around),
+    )
+    return tuple(kind.value for kind in pools), names
+
+
+def rows_of(listed: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Rows (address, bytes, device) number `chosen` of a list that NIXL was given.
+
+    listed: N x 3, those rows themselves; or N x 5, runs (address, bytes, device, stride, count) of `count` rows that
+    are `stride` bytes apart, numbered through (SGLang from 0.5.23 on).
+    """
+    chosen = np.asarray(chosen, dtype=np.int64)
+    if listed.shape[1] == 3:
+        return listed[chosen]
+    counts = listed[:, 4].astype(np.int64)
+    ends = np.cumsum(counts)
+    at = np.searchsorted(ends, chosen, side="right")
+    within = (chosen - (ends - counts)[at]).astype(np.uint64)
+    runs = listed[at]
+    return np.column_stack((runs[:, 0] + within * runs[:, 3], runs[:, 1], runs[:, 2]))
 
 
 class Regions:
@@ -69,6 +96,8 @@ class Regions:
     def register(self, regions: Sequence[tuple[int, int]]) -> None:
         """One call of the backend's registration: (address, bytes) of each region."""
         names = self._names.get(self._calls, self._states)
+        if self._calls == POOLS and len(regions) >= len(names) + len(METADATA) + len(self._states):
+            names = [*names, *METADATA, *self._states]
         for address, size in regions:
             self._regions.append((address, size, names.pop(0) if names else UNKNOWN))
         self._regions.sort()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pdkit.faults.pieces import COMPRESSED, Kind
-from pdkit.faults.real_engine.blocks import DRAFT_WINDOW, FIRST_DRAFT, Change, from_before, half, lost, swapped
+from pdkit.faults.real_engine.blocks import CANARY, DRAFT_WINDOW, FIRST_DRAFT, Change, from_before, half, lost, swapped
 
 SLOW_S, LATE_S = 0.02, 0.25
 FAILING_POLLS = "0.001"
@@ -39,6 +39,7 @@ class TransferFault:
 
 
 SKIPPED = "SGLang 24878: one backend skipped it"
+WITH_CANARY = "window-skipped", "window-of-the-request-before"  # need servers with --kv-canary
 
 LIBRARY: dict[str, TransferFault] = {
     fault.name: fault
@@ -58,6 +59,17 @@ LIBRARY: dict[str, TransferFault] = {
                 resembles=SKIPPED,
             )
             for kind in COMPRESSED
+        ),
+        TransferFault(
+            "window-skipped",
+            "neither the window nor what the canary keeps of it is written",
+            lost(Kind.WINDOW.value, DRAFT_WINDOW, CANARY),
+            resembles=SKIPPED,
+        ),
+        TransferFault(
+            "window-of-the-request-before",
+            "window and canary are read where the request before had its own",
+            from_before(Kind.WINDOW.value, DRAFT_WINDOW, CANARY),
         ),
         TransferFault("buffers-lost", "what compressors hold of unfinished entries is never written", lost(*BUFFERS)),
         TransferFault("draft-window-lost", "the window of the draft is never written", lost(DRAFT_WINDOW)),

@@ -17,7 +17,7 @@ from pdkit.models.cuda.config import DEEPEP_HIDDEN, HIDDEN, fields
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks
 from pdkit.models.cuda.model import KernelNano
 from pdkit.models.cuda.store import WEIGHTS
-from pdkit.models.tokenizer import nano_tokenizer
+from pdkit.models.cuda.tokenizer import kernel_tokenizer
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -94,7 +94,7 @@ def save(model: KernelNano, path: str | Path) -> Path:
     """Write config.json, weights and tokenizer to the directory `path`; a reader sees the old weights or the new."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    nano_tokenizer().save_pretrained(path)
+    kernel_tokenizer().save_pretrained(path)
     (path / "config.json").write_text(json.dumps(fields(model.hidden_size), indent=1) + "\n")
     unfinished = path / f".{WEIGHTS}.{os.getpid()}"
     save_file(tensors_of(model), unfinished, metadata={"format": "pt"})

@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 from pdkit.core.errors import NotReady
-from pdkit.preflight.contract import environment, flags, recording, settings
+from pdkit.preflight.contract import environment, flags, kv_checksum, recording, settings
 from pdkit.preflight.contract.stand_ins import Importer, is_stand_in
 
 SERVER, ROUTER = "sglang.launch_server", recording.ROUTER
@@ -69,6 +69,7 @@ def process(launch: recording.Launch, request: Mapping, parsers: Mapping[str, fl
         findings = on_flags + findings
         args = flags.by_name(parser, parser.parse_args([*required, *accepted]))
         if launch.module in SERVERS:
+            findings += kv_checksum.check(Path(request["root"]), args)
             answer["settings"] = settings.of_server(args)
             answer["ports"] = settings.ports_of_server(args, sys.modules["sglang.srt.server_args"])
         else:

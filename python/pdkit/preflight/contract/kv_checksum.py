@@ -1,0 +1,29 @@
+"""SGLang's checksum of hand-overs (0.5.21 and newer) with DeepSeek-V4: what its parser takes ends prefill's first request.
+
+`state_indices_for_request` of `disaggregation/checksum.py` gives the indices of the state buffers by the class of the
+pool. As of 0.5.23 it has none for `DeepSeekV4TokenToKVPool`, whose states are registered all the same, and
+`KvChecksumComputer.compute` asserts that there are some.
+"""
+
+import argparse
+from pathlib import Path
+
+from pdkit.preflight.contract.flags import Finding
+from pdkit.preflight.environment.model import is_dsv4
+
+FLAG = "--disaggregation-enable-kv-checksum"
+SOURCE = Path("sglang", "srt", "disaggregation", "checksum.py")
+POOL = "DeepSeekV4TokenToKVPool"
+
+
+def check(root: Path, args: argparse.Namespace) -> list[Finding]:
+    """An error where a server of DeepSeek-V4 gets the flag from a release, unpacked at `root`, that lacks its pools."""
+    source = root / SOURCE
+    if not getattr(args, "disaggregation_enable_kv_checksum", False) or not source.is_file():
+        return []
+    model = Path(args.model_path)
+    if not is_dsv4(args.model_path, model if model.is_dir() else None) or POOL in source.read_text():
+        return []
+    return [
+        Finding("error", FLAG, f"not for DeepSeek-V4: {SOURCE.name} knows no {POOL}; prefill's first request ends it")
+    ]

@@ -1,0 +1,48 @@
+"""At which hidden sizes SGLang's fused mHC kernel counts positions twice, and who gets the switch."""
+
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.deployment import fused_mhc
+
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+
+
+def counted(hidden_size, splits):
+    """How often each position is summed up: the kernel's own indices, as a loop."""
+    share = -(-hidden_size // splits)
+    times = [0] * hidden_size
+    for split in range(splits):
+        for step in range(-(-share // fused_mhc.THREADS)):
+            for thread in range(fused_mhc.THREADS):
+                position = split * share + step * fused_mhc.THREADS + thread
+                if position < hidden_size:
+                    times[position] += 1
+    return times
+
+
+class TestFusedMhc(unittest.TestCase):
+    def test_sizes_at_which_shares_overlap(self):
+        for hidden_size in (128, 512, 1024, 1536, 2048, 4096, 5120, 7168):
+            used = [splits for splits in fused_mhc.SPLITS if splits == 4 or hidden_size <= 4096]
+            overlap = any(max(counted(hidden_size, splits)) > 1 for splits in used)
+            self.assertEqual(fused_mhc.is_falsified(hidden_size), overlap, hidden_size)
+
+    def test_only_releases_with_the_defect_get_the_switch(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        source = folder / fused_mhc.SOURCE
+        source.parent.mkdir(parents=True)
+        with mock.patch.object(fused_mhc, "locate", lambda module, path: folder / "__init__.py"):
+            self.assertEqual(fused_mhc.environment(128), {}, "an older release has no such kernel")
+            source.write_text(f"{fused_mhc.WRONG}\n")
+            self.assertEqual(fused_mhc.environment(128), {fused_mhc.SWITCH: "0"})
+            self.assertEqual(fused_mhc.environment(2048), {})
+            source.write_text("if hidden_idx < T.min(hidden_size, hidden_split_start + hidden_per_split):\n")
+            self.assertEqual(fused_mhc.environment(128), {})
+
+
+if __name__ == "__main__":
+    unittest.main()
