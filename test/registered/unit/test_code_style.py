@@ -38,18 +38,31 @@ class TestCodeStyle(unittest.TestCase):
     def test_imports(self):
         self.assert_clean("lint-imports", "--no-cache")
 
-    def test_an_import_that_is_not_allowed_is_found(self):
+    def broken(self, path: str, text: str) -> str:
+        """What lint-imports prints of the package with `text` at the end of its file at `path`."""
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         shutil.copy(REPO / "pyproject.toml", folder)
-        shutil.copytree(
-            REPO / "python" / "pdkit", folder / "pdkit", ignore=shutil.ignore_patterns("assets", "__pycache__")
-        )
-        with open(folder / "pdkit" / "engine" / "state.py", "a") as file:
-            file.write("\nimport sglang.srt\n")
+        package = folder / "pdkit"
+        shutil.copytree(REPO / "python" / "pdkit", package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+        (package / path).parent.mkdir(exist_ok=True)
+        with open(package / path, "a") as file:
+            file.write(text)
         run = self.run_tool("lint-imports", "--no-cache", folder=folder, pythonpath=str(folder))
         self.assertEqual(run.returncode, 1, run.stdout + run.stderr)
-        self.assertIn("pdkit.engine.state -> sglang", run.stdout)
-        self.assertIn("1 broken", run.stdout)
+        return run.stdout
+
+    def test_an_import_that_is_not_allowed_is_found(self):
+        for path, text, names in (
+            ("engine/state.py", "\nimport sglang.srt\n", "pdkit.engine.state -> sglang"),
+            ("core/errors.py", "\ndef late():\n    import pdkit.runner.targets\n", "pdkit.core.errors -> pdkit.runner"),
+            ("faults/pieces.py", "\nimport pdkit.preflight.plan\n", "pdkit.faults.pieces -> pdkit.preflight.plan"),
+            ("checks/http.py", "\nimport torch\n", "pdkit.checks.http -> torch"),
+        ):
+            with self.subTest(path):
+                self.assertIn(names, self.broken(path, text))
+
+    def test_a_room_on_no_floor_is_found(self):
+        self.assertIn("pdkit.attic", self.broken("attic/__init__.py", '"""Old things."""\n'))
 
 
 if __name__ == "__main__":

@@ -344,7 +344,8 @@ class TestPackages(CheckCase):
 
     def test_a_release_whose_indexer_reads_out_of_bounds(self):
         def told(release, environ=None, model="DeepSeek-V4-Flash", **env):
-            with mock.patch.object(checks, "installed", lambda _: release):
+            known = {"installed": lambda _: release}
+            with mock.patch.multiple(checks, **known), mock.patch.multiple(quirks, **known):
                 server = Process("T", "prefill", (0,), models=(model,), env=env or quirks.indexer_environment())
                 found = checks.of_place(Needs("cuda", processes=(server,)), environ or {})
                 return [str(finding) for finding in found if finding.subject == "sglang"]

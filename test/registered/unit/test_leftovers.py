@@ -163,7 +163,7 @@ class TestEndEarlierRuns(unittest.TestCase):
 
     def test_we_are_no_leftover_of_the_run_that_we_are_in(self):
         dead = f"4000001.5.{os.stat('/proc/self/ns/pid').st_ino}.aa"
-        source = "from pdkit import leftovers; print(*leftovers.end_earlier_runs(), 'alive')"
+        source = "from pdkit.runner import orphans; print(*orphans.end_earlier_runs(), 'alive')"
         started = os.environ | {TOKEN_VARIABLE: f"{os.environ[TOKEN_VARIABLE]}:{dead}"}
         done = subprocess.run(command(source), env=started, capture_output=True, text=True, timeout=60)
         self.assertEqual((done.returncode, done.stdout.split()[-1:]), (0, ["alive"]), done.stderr)

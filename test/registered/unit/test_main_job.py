@@ -239,8 +239,8 @@ class TestInterrupt(unittest.TestCase):
             with events.phase("servers stopped"):
                 time.sleep(0.3)
     """
-    COMMAND = "import sys; from pathlib import Path; from pdkit import main_job; "
-    COMMAND += "main_job.TEST_DIR = Path(sys.argv[1]); sys.exit(main_job.main(['--rung', 'embedded']))"
+    COMMAND = "import sys; from pathlib import Path; from pdkit.runner import run; "
+    COMMAND += "run.TEST_DIR = Path(sys.argv[1]); sys.exit(run.main(['--rung', 'embedded']))"
 
     def test_ctrl_c_and_sigterm(self):
         for number in (signal.SIGINT, signal.SIGTERM):

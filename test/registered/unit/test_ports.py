@@ -13,7 +13,7 @@ from pdkit.core.ci_register import register_cpu_ci
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 CLAIM = (
-    "import sys\nfrom pdkit import ports\nports.BLOCKS = [int(word) for word in sys.argv[1:]]\n"
+    "import sys\nfrom pdkit.core import ports\nports.BLOCKS = [int(word) for word in sys.argv[1:]]\n"
     "blocks = [ports.claim() for _ in range(5)]\n"
     "print(*(port for block in blocks for port in block.ports), flush=True)\nsys.stdin.read()"
 )
