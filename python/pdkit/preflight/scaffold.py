@@ -14,7 +14,7 @@ from pdkit.core.suggest import unknown
 from pdkit.engine import options as engine_options
 from pdkit.preflight.contract.launches import Contract, ask
 from pdkit.preflight.contract.release import installed
-from pdkit.preflight.environment.model import is_dsv4
+from pdkit.preflight.dsv4 import is_dsv4
 from pdkit.preflight.lint.check import lint
 from pdkit.preflight.plan import Runner, of_contract, span
 

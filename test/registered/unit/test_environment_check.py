@@ -19,6 +19,7 @@ from pdkit.core.registry import Registration
 from pdkit.core.source import UNKNOWN, read
 from pdkit.deployment import quirks
 from pdkit.models.cuda import store
+from pdkit.preflight import dsv4
 from pdkit.preflight.environment import check as checks
 from pdkit.preflight.environment import dataset, gpus, machine, model, needs, packages, rdma
 from pdkit.preflight.environment.finding import Level
@@ -494,11 +495,11 @@ class TestModel(CheckCase):
             self.assertEqual(model.cache_directory(environ), Path(path))
 
     def test_is_dsv4(self):
-        self.assertTrue(model.is_dsv4("x", self.snapshot))
+        self.assertTrue(dsv4.is_dsv4("x", self.snapshot))
         self.write("other/config.json", '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-        self.assertFalse(model.is_dsv4(self.REPO, self.root / "other"))
-        self.assertTrue(model.is_dsv4(self.REPO, None))
-        self.assertFalse(model.is_dsv4("meta-llama/Llama-3.1-8B", None))
+        self.assertFalse(dsv4.is_dsv4(self.REPO, self.root / "other"))
+        self.assertTrue(dsv4.is_dsv4(self.REPO, None))
+        self.assertFalse(dsv4.is_dsv4("meta-llama/Llama-3.1-8B", None))
 
 
 class TestDataset(CheckCase):

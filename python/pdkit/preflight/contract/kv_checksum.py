@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from pdkit.preflight.contract.flags import Finding
-from pdkit.preflight.environment.model import is_dsv4
+from pdkit.preflight.dsv4 import is_dsv4
 
 FLAG = "--disaggregation-enable-kv-checksum"
 SOURCE = Path("sglang", "srt", "disaggregation", "checksum.py")

@@ -11,6 +11,7 @@ from pdkit.core import ports
 from pdkit.core.host import installed
 from pdkit.core.source import UNKNOWN
 from pdkit.deployment import quirks
+from pdkit.preflight import dsv4
 from pdkit.preflight.environment import dataset, gpus, machine, model, packages, rdma
 from pdkit.preflight.environment.finding import Finding, error, ok, warning
 from pdkit.preflight.environment.machine import UNLIMITED, Machine
@@ -185,9 +186,9 @@ def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Itera
     exposed = False
     for process in needs.processes:
         if process.gpus:
-            dsv4 = any(model.is_dsv4(name, model.locate(name, environ)) for name in process.models)
-            wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, dsv4))
-            exposed |= dsv4 and quirks.is_exposed_by_indexer({**environ, **process.env})
+            is_v4 = any(dsv4.is_dsv4(name, model.locate(name, environ)) for name in process.models)
+            wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, is_v4))
+            exposed |= is_v4 and quirks.is_exposed_by_indexer({**environ, **process.env})
     if exposed:
         what = f"{installed('sglang')} lets the indexer's kernel read past what is mapped"
         why = "a batch of 128 tokens can end a server by an illegal memory access"

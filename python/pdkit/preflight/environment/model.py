@@ -34,16 +34,6 @@ def locate(model: str, environ: Mapping[str, str] = os.environ) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
-def is_dsv4(model: str, directory: Path | None) -> bool:
-    """By its config, or by its name where there is none to read."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        names = [config.get("model_type", ""), *config.get("architectures", ())]
-    except (AttributeError, OSError, ValueError, TypeError):
-        names = [model]
-    return any("deepseekv4" in "".join(filter(str.isalnum, str(name))).lower() for name in names)
-
-
 def check(model: str, environ: Mapping[str, str] = os.environ, weights: bool = True) -> Iterator[Finding]:
     """Findings on one model; without `weights`, as with --load-format dummy, only config and tokenizer are needed."""
     if to_be_made(model):
