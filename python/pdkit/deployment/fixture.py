@@ -212,13 +212,14 @@ class PDServers(PDDisaggregationServerBase):
             super().wait_server_ready(url, timeout)
 
     @classmethod
-    def first_request(cls, base_url: str | None = None) -> None:
+    def first_request(cls, base_url: str | None = None, model: str | None = None) -> None:
         """One completion through all three: who cannot answer at all fails by this, not by a low score."""
-        base_url = base_url or cls.lb_url
-        body = {"model": cls.model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
+        base_url, model = base_url or cls.lb_url, model or getattr(cls, "model", "default")
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
+        body = {"model": model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
         connection = HTTPConnection(urlparse(base_url).netloc, timeout=test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)
         with events.phase("first request"), cls.failing_with_a_death(), contextlib.closing(connection):
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
             response = connection.getresponse()
             answer = response.read().decode(errors="replace")
             assert response.status == 200, f"first request: {base_url} answered {response.status}: {answer[:1000]}"

@@ -30,7 +30,7 @@ FATAL = re.compile(
     r"|an illegal instruction|uncorrectable ECC|the launch timed out)"
     r"|(?:NCCL|collective).{0,60}[Ww]atchdog.{0,80}(?:terminated with exception|timeout)"
     r"|Watchdog caught collective operation timeout"
-    r"|(?:Scheduler|DetokenizerManager|DataParallelController|TokenizerManager|Multi(?:Det|T)okenizerRouter) hit an exception"
+    r"|(?:Scheduler|DataParallelController|(?:Det|T)okenizerManager|Multi(?:Det|T)okenizerRouter) hit an exception"
     r"|watchdog timeout \(self\.watchdog_timeout=.*self\.soft=False\)"
 )
 
@@ -50,7 +50,7 @@ class Server(subprocess.Popen):
         log_path: str,
         stop: signal.Signals = signal.SIGTERM,
         copies: Sequence[IO[str]] = (),
-    ):
+    ) -> None:
         self.name, self.log_path = name, log_path
         self.expects_exit = False
         self.ended_at = math.inf

@@ -35,7 +35,7 @@ def wait_status(pid: int) -> int | None:
 class Workers:
     """Looks below the process `pid` again and again."""
 
-    def __init__(self, pid: int):
+    def __init__(self, pid: int) -> None:
         self._server = psutil.Process(pid)
         self._known: dict[psutil.Process, str] = {}
 

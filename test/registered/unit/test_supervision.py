@@ -17,13 +17,15 @@ from unittest import mock
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit import process_tree
 from pdkit.core import events
-from pdkit.deployment import supervisor
+from pdkit.deployment import attach, evals, supervisor
+from pdkit.deployment.fixture import PDServers
 from pdkit.deployment.fleet import Fleet
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.server import FATAL, Server
 from pdkit.deployment.supervisor import Supervisor
 from pdkit.deployment.workers import Workers
 from sglang.test.ci.ci_register import register_cpu_ci
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
@@ -289,6 +291,19 @@ class TestWhatIsNoDeath(Supervised):
 
         self.assertEqual(self.run_pair(test=test, mixins=(Expects,)), [])
 
+    def test_servers_that_a_test_ends_with_all_that_it_started(self):
+        def test(case):
+            def kill(*_, **__):
+                os.killpg(case.process_decode.pid, signal.SIGKILL)
+                time.sleep(0.6)
+
+            with mock.patch.object(attach, "_kill_process_tree", kill):
+                attach.kill_process_tree(pid)
+
+        for pid in (None, os.getpid()):
+            with self.subTest(pid):
+                self.assertEqual(self.run_pair(test=test), [])
+
     def test_a_fork_of_a_worker(self):
         """Until it runs another program it has the worker's title."""
         forks = "if not (pid := os.fork()): time.sleep(1); os._exit(0)"
@@ -335,6 +350,31 @@ class TestWhatIsNoDeath(Supervised):
         with supervised():
             pass
         self.assertEqual((signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)), before)
+
+
+class TestFirstRequest(Supervised):
+    """The first request of an attached test, whose class need not keep what it evaluates in `model`."""
+
+    def test_it_has_the_model_and_the_key_of_the_eval(self):
+        asked = []
+
+        class Handler(JsonHandler):
+            def do_POST(self):
+                asked.append((self.body()["model"], self.headers["Authorization"]))
+                self.answer(200, {"choices": [{"text": "2"}]})
+
+        class Servers(PDServers):
+            log_dir = self.log_dir
+
+        url = StubServer(self, Handler).url
+        self.enterContext(mock.patch.dict(os.environ, {"OPENAI_API_KEY": "sk-0"}))
+        self.enterContext(mock.patch.object(evals, "sglang_eval", lambda args: {"score": 1.0}))
+        self.enterContext(contextlib.redirect_stdout(io.StringIO()))
+        Servers.begin()
+        self.addCleanup(Servers.doClassCleanups)
+        args = SimpleNamespace(base_url=url, model="m", eval_name="gsm8k", api="completion", num_examples=1)
+        evals.run_eval(args)
+        self.assertEqual(asked, [("m", "Bearer sk-0")])
 
 
 class TestWhatIsLeft(Supervised):
