@@ -98,7 +98,10 @@ def start_subprocess_fail_fast_watcher(named_procs: Sequence[tuple[str, subproce
 def kill_process_tree(parent_pid: int | None, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own; what a test ends on purpose is not a death."""
     if servers := fixture.current():
-        servers.supervisor.expect_exit_of(parent_pid)
+        if parent_pid in (None, os.getpid()):  # all that we started
+            servers.supervisor.expect_all_exits()
+        else:
+            servers.supervisor.expect_exit_of(parent_pid)
     return _kill_process_tree(parent_pid, *args, **kwargs)
 
 

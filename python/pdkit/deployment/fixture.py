@@ -111,12 +111,12 @@ class PDServers(PDDisaggregationServerBase):
 
     @classmethod
     def begin(cls) -> None:
-        """Starts to watch; from here on `end` has something to do, however the class and the process end."""
+        """Starts to watch; from here on `stop_servers` has something to do, however the class and the process end."""
         if cls.supervisor is None:
             cls.supervisor, cls._servers, cls._names, cls.answered = Supervisor(), [], {}, set()
             enter(cls)
-            atexit.register(cls.end)
-            cls.addClassCleanup(cls.end)  # a test's own tearDownClass may fail before it reaches ours
+            atexit.register(cls.stop_servers)
+            cls.addClassCleanup(cls.stop_servers)  # a test's own tearDownClass may fail before it reaches ours
 
     @classmethod
     def rdma_devices_for(cls, gpu_indices: Sequence[int]) -> list[str]:
@@ -164,20 +164,19 @@ class PDServers(PDDisaggregationServerBase):
         env: Mapping[str, str] | None = None,
         stop: signal.Signals = signal.SIGTERM,
         copies: Sequence[IO[str]] = (),
-        log: str | None = None,
     ) -> Server:
-        """Starts any process of the deployment: it is watched from now on under its name, and stopped at the end.
-
-        log: what its log is called after, if not its name.
-        """
+        """Starts any process of the deployment: it is watched from now on under its name, and stopped at the end."""
         cls.begin()
         if not cls._servers:
             cls._prepare()
         python3 = os.path.dirname(sys.executable)  # commands say `python3`: let it be this one
         environment = {**os.environ, **(env or {}), "PATH": f"{python3}{os.pathsep}{os.environ['PATH']}"}
-        server = Server(name, command, environment, cls.log_path(log or name), stop, copies)
-        cls._servers.append(server)
-        cls.supervisor.watch(name, server)
+        before = sum(server.name == name for server in cls._servers)
+        log_path = cls.log_path(f"{name} restart {before}" if before else name)
+        with cls.supervisor.launching():
+            server = Server(name, command, environment, log_path, stop, copies)
+            cls._servers.append(server)
+            cls.supervisor.watch(name, server)
         return server
 
     @classmethod
@@ -213,13 +212,14 @@ class PDServers(PDDisaggregationServerBase):
             super().wait_server_ready(url, timeout)
 
     @classmethod
-    def first_request(cls, base_url: str | None = None) -> None:
+    def first_request(cls, base_url: str | None = None, model: str | None = None) -> None:
         """One completion through all three: who cannot answer at all fails by this, not by a low score."""
-        base_url = base_url or cls.lb_url
-        body = {"model": cls.model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
+        base_url, model = base_url or cls.lb_url, model or getattr(cls, "model", "default")
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
+        body = {"model": model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
         connection = HTTPConnection(urlparse(base_url).netloc, timeout=test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)
         with events.phase("first request"), cls.failing_with_a_death(), contextlib.closing(connection):
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
             response = connection.getresponse()
             answer = response.read().decode(errors="replace")
             assert response.status == 200, f"first request: {base_url} answered {response.status}: {answer[:1000]}"
@@ -242,21 +242,27 @@ class PDServers(PDDisaggregationServerBase):
         urls = {name: url for url, name in cls._names.items() if name != "load balancer"}
         return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s)
 
+    def _callSetUp(self) -> None:
+        with self.failing_with_a_death():
+            super()._callSetUp()
+
     def _callTestMethod(self, method: Callable[[], None]) -> None:
+        if getattr(self, "expect_server_exit", False):  # so SGLang's fault-injection tests declare it
+            self.supervisor.expect_all_exits()
         with self.failing_with_a_death():
             super()._callTestMethod(method)
 
     @classmethod
     def tearDownClass(cls) -> None:
-        cls.end()
+        cls.stop_servers()
 
     @classmethod
-    def end(cls) -> None:
+    def stop_servers(cls) -> None:
         """Stops all that was launched. Raises AssertionError where something died that no test has reported."""
         if cls.supervisor is None:
             return
         supervisor, cls.supervisor = cls.supervisor, None
-        atexit.unregister(cls.end)
+        atexit.unregister(cls.stop_servers)
         servers, cls._servers, cls._names = cls._servers, [], {}
         if servers:
             print(flush=True)  # ends unittest's line of dots
@@ -273,6 +279,7 @@ class PDServers(PDDisaggregationServerBase):
             finally:
                 for server in servers:
                     server.kill_all()
+                supervisor.release_signals()
                 leave(cls)
         assert not unreported_death, unreported_death
 

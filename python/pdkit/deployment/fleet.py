@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections import Counter
 
 from pdkit.deployment.router import kept_alive, metrics_at, router_command
 from pdkit.deployment.server import Server
@@ -71,11 +70,6 @@ class Fleet:
         }
 
     @classmethod
-    def start_prefill(cls) -> None:
-        cls._restarts = Counter()
-        super().start_prefill()
-
-    @classmethod
     def start_decode(cls) -> None:
         super().start_decode()
         metrics = metrics_at(cls.base_host, cls.router_metrics_port)
@@ -122,9 +116,7 @@ class Fleet:
     @classmethod
     def start_again(cls, name: str) -> None:
         """A server that ended, by the same command on the same port; its log is a new one."""
-        cls._restarts[name] += 1
-        log = f"{name} restart {cls._restarts[name]}"
-        server = cls.launch(name, cls.process(name).args, cls.server_env, log=log)
+        server = cls.launch(name, cls.process(name).args, cls.server_env)
         if name in ATTRIBUTES:
             setattr(cls, ATTRIBUTES[name], server)
 

@@ -6,7 +6,7 @@ import socketserver
 import threading
 
 
-def _copy(source, sink):
+def _copy(source: socket.socket, sink: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             sink.sendall(data)
@@ -14,7 +14,7 @@ def _copy(source, sink):
 
 
 class _Handler(socketserver.BaseRequestHandler):
-    def handle(self):
+    def handle(self) -> None:
         with contextlib.suppress(OSError), socket.create_connection(self.server.target) as upstream:
             threading.Thread(target=_copy, args=(self.request, upstream), daemon=True).start()
             _copy(upstream, self.request)
@@ -28,16 +28,16 @@ class Relay(socketserver.ThreadingTCPServer):
 
     daemon_threads, block_on_close, allow_reuse_address = True, False, True
 
-    def __init__(self, address, target):
+    def __init__(self, address: tuple[str, int], target: tuple[str, int]) -> None:
         super().__init__(address, _Handler)
         self.target = target
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
-    def __enter__(self):
+    def __enter__(self) -> "Relay":
         self._thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
         self._thread.join()

@@ -22,7 +22,7 @@ TAIL_LINES = 40
 LINES_BEFORE, LINES_AFTER = 15, 25
 
 # Lines after which the process that wrote them does not go on. All are other people's words: CPython's faulthandler,
-# the C++ runtime, CUDA as PyTorch reports it, NCCL's watchdog in PyTorch, and SGLang's scheduler.
+# the C++ runtime, CUDA as PyTorch reports it, NCCL's watchdog in PyTorch, and SGLang's processes and their watchdog.
 FATAL = re.compile(
     r"Fatal Python error: "
     r"|terminate called (?:after throwing|without an active|recursively)"
@@ -30,7 +30,8 @@ FATAL = re.compile(
     r"|an illegal instruction|uncorrectable ECC|the launch timed out)"
     r"|(?:NCCL|collective).{0,60}[Ww]atchdog.{0,80}(?:terminated with exception|timeout)"
     r"|Watchdog caught collective operation timeout"
-    r"|(?:Scheduler|Detokenizer|DataParallelController|TokenizerManager) hit an exception"
+    r"|(?:Scheduler|DataParallelController|(?:Det|T)okenizerManager|Multi(?:Det|T)okenizerRouter) hit an exception"
+    r"|watchdog timeout \(self\.watchdog_timeout=.*self\.soft=False\)"
 )
 
 
@@ -49,7 +50,7 @@ class Server(subprocess.Popen):
         log_path: str,
         stop: signal.Signals = signal.SIGTERM,
         copies: Sequence[IO[str]] = (),
-    ):
+    ) -> None:
         self.name, self.log_path = name, log_path
         self.expects_exit = False
         self.ended_at = math.inf

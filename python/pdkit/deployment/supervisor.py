@@ -38,7 +38,9 @@ class _Watched:
             return None
         worker = self._worker_death()
         code = self.process.poll()
-        if worker and not self.expects_exit:
+        if self.expects_exit:  # since just now
+            return None
+        if worker:
             return time.monotonic(), worker
         if code is not None:
             by = f" ({signal.strsignal(-code)})" if code < 0 else ""
@@ -67,10 +69,11 @@ class Supervisor:
         self._lock = threading.RLock()
         self._reported = False
         self._depth = 0
+        self._launching = self._terminated = self._released = False
         self._stopped = threading.Event()
         self._previous_handlers = {
             signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._interrupt),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate),
         }
         self._thread = threading.Thread(target=self._watch, name="pd-supervisor", daemon=True)
         self._thread.start()
@@ -78,6 +81,7 @@ class Supervisor:
     def watch(self, name: str, process: subprocess.Popen) -> None:
         """Watches `process` from now on, in the place of an earlier one of that name."""
         with self._lock:
+            self._find_death()  # of the earlier one
             self._watched[name] = _Watched(process)
 
     def names(self) -> list[str]:
@@ -107,6 +111,23 @@ class Supervisor:
             for each in list(self._watched.values()):
                 if each.process.pid == pid:
                     self.expect_exit(each.process)
+
+    def expect_all_exits(self) -> None:
+        """The same for all that is watched now."""
+        with self._lock:
+            self._watched.clear()
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[None]:
+        """Within it neither a death nor SIGTERM raises, only at its end: what starts must be known to be stopped."""
+        self._launching = True
+        try:
+            yield
+        finally:
+            self._launching = False
+        if self._terminated:
+            raise KeyboardInterrupt
+        self._check()
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -153,9 +174,14 @@ class Supervisor:
         """Ends the watch; returns a death that no test has reported yet, or None."""
         self._stopped.set()
         self._thread.join()
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
         return None if self._reported else self._find_death()
+
+    def release_signals(self) -> None:
+        """Puts the handlers of signals back, once servers are stopped: until then SIGTERM must not end us."""
+        with self._lock:
+            self._released = True
+            for number, handler in self._previous_handlers.items():
+                signal.signal(number, handler)
 
     def _watch(self) -> None:
         while not self._stopped.wait(timeout=POLL_S):
@@ -163,9 +189,10 @@ class Supervisor:
                 self._wake()
                 return
 
-    @staticmethod
-    def _wake() -> None:
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+    def _wake(self) -> None:
+        with self._lock:
+            if not self._released:  # a heartbeat may report late
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     def _find_death(self) -> str | None:
         with self._lock:
@@ -179,7 +206,7 @@ class Supervisor:
     def _report(self, name: str, how: str) -> None:
         """A death that was found in another way than by a look at the processes."""
         with self._lock:
-            if self.death is None and name in self._watched:
+            if self.death is None and name in self._watched and not self._watched[name].expects_exit:
                 self._record(name, how)
         self._wake()
 
@@ -199,10 +226,15 @@ class Supervisor:
         if self._depth and self._find_death():
             self._interrupt()
 
-    def _interrupt(self, *_) -> None:
-        if self._depth and self.death:
+    def _interrupt(self, *_: object) -> None:
+        if self._depth and self.death and not self._launching:
             self._reported = True
             raise ServerDied(self.death)
+
+    def _terminate(self, *_: object) -> None:
+        self._terminated = True
+        if not self._launching:
+            raise KeyboardInterrupt
 
 
 def one_token(url: str, timeout: float) -> str | None:

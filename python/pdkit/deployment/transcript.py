@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -27,7 +27,7 @@ class Transcript:
     progressed: called after each example.
     """
 
-    def __init__(self, path: str, progressed: Callable[[], None] = lambda: None):
+    def __init__(self, path: str, progressed: Callable[[], None] = lambda: None) -> None:
         self.path = path
         self.scores: list[float] = []
         self._progressed = progressed
@@ -41,12 +41,12 @@ class Transcript:
         completions = simple_eval_common.openai.resources.Completions
         create, map_with_progress = completions.create, simple_eval_common.map_with_progress
 
-        def create_and_count(*args, **kwargs):
+        def create_and_count(*args: Any, **kwargs: Any) -> Any:
             completion = create(*args, **kwargs)
             self._request.tokens = completion.usage and completion.usage.completion_tokens
             return completion
 
-        def map_and_keep(score, examples, num_threads):
+        def map_and_keep(score: Callable[[Any], Any], examples: Sequence[Any], num_threads: int) -> Any:
             total = len(examples)
             return map_with_progress(lambda example: self._keep(example, score, total), examples, num_threads)
 
@@ -57,7 +57,7 @@ class Transcript:
         ):
             yield self
 
-    def _keep(self, example: Any, score: Callable, total: int) -> Any:
+    def _keep(self, example: Any, score: Callable[[Any], Any], total: int) -> Any:
         self._request.tokens, start = None, time.monotonic()
         result = score(example)
         seconds = time.monotonic() - start

@@ -35,7 +35,7 @@ def wait_status(pid: int) -> int | None:
 class Workers:
     """Looks below the process `pid` again and again."""
 
-    def __init__(self, pid: int):
+    def __init__(self, pid: int) -> None:
         self._server = psutil.Process(pid)
         self._known: dict[psutil.Process, str] = {}
 
@@ -68,5 +68,13 @@ class Workers:
 
     def _note(self, child: psutil.Process) -> None:
         if not TITLED.match(self._known.get(child, "")):
-            command = child.cmdline()
-            self._known[child] = command[0].split(" ")[0] if command and TITLED.match(command[0]) else child.name()
+            title = _title(child)
+            # A fork has the title of the worker that it comes from; it may end when it likes.
+            is_fork = title is not None and (parent := child.parent()) is not None and title == _title(parent)
+            self._known[child] = f"a fork of {title}" if is_fork else title or child.name()
+
+
+def _title(process: psutil.Process) -> str | None:
+    """The name that SGLang gave it, if any."""
+    command = process.cmdline()
+    return command[0].split(" ")[0] if command and TITLED.match(command[0]) else None

@@ -11,15 +11,20 @@ import threading
 import time
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit.core import events, processes
+from pdkit.deployment import attach, evals, supervisor
+from pdkit.deployment.fixture import PDServers
+from pdkit.deployment.fleet import Fleet
 from pdkit.deployment.monolithic import MonolithicBeside
-from pdkit.deployment.server import FATAL
+from pdkit.deployment.server import FATAL, Server
 from pdkit.deployment.supervisor import Supervisor
 from pdkit.deployment.workers import Workers
 from sglang.test.ci.ci_register import register_cpu_ci
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
@@ -51,6 +56,16 @@ class Supervised(unittest.TestCase):
     def death(self):
         (found,) = events.read(self.log_dir).of("death")
         return found
+
+
+@contextlib.contextmanager
+def supervised():
+    watch = Supervisor()
+    try:
+        yield watch
+    finally:
+        watch.stop()
+        watch.release_signals()
 
 
 class TestDeathInEachPhase(Supervised):
@@ -191,6 +206,26 @@ class TestWhatCannotHideADeath(Supervised):
 
         self.assertEqual(self.run_pair(test=test), [])
 
+    def test_a_death_while_a_test_is_set_up(self):
+        class Waits:
+            def setUp(case):
+                self.strike(case.process_decode.pid, signal.SIGKILL)
+                time.sleep(20)
+
+        (message,) = self.run_pair(mixins=(Waits,), test=lambda case: None)
+        self.assertIn("decode exited with code -9 (Killed)", message)
+        self.assertLess(time.time() - self.struck_at, 10)
+
+    def test_a_death_of_a_server_in_whose_place_another_is_launched(self):
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+        process.wait()
+        successor = SimpleNamespace(pid=os.getpid(), poll=lambda: None)
+        with mock.patch.object(supervisor, "POLL_S", 60), supervised() as watch:
+            watch.watch("decode", process)
+            with contextlib.redirect_stderr(io.StringIO()):
+                watch.watch("decode", successor)
+            self.assertRegex(watch.stop() or "", "^decode exited with code 7")
+
     def test_a_worker_whose_exit_status_its_parent_took(self):
         reaps = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); input()"
         worker = f"import setproctitle, time; setproctitle.setproctitle({WORKER!r}); time.sleep(1)"
@@ -223,12 +258,75 @@ class TestWhatIsNoDeath(Supervised):
 
         self.assertEqual(self.run_pair(test=test), [])
 
+    def test_a_server_that_is_ended_while_its_workers_are_looked_at(self):
+        process = SimpleNamespace(
+            pid=os.getpid(), expects_exit=False, poll=lambda: -9 if process.expects_exit else None
+        )
+        looks = SimpleNamespace(ended=lambda: setattr(process, "expects_exit", True))
+        with mock.patch.object(supervisor, "Workers", return_value=looks), supervised() as watch:
+            watch.watch("decode", process)
+            self.assertTrue(processes.wait_until(lambda: process.expects_exit, 10))
+            self.assertIsNone(watch.stop())
+
+    def test_a_server_that_a_test_ended_is_not_asked_whether_it_lives(self):
+        def test(case):
+            type(case).silence_s, type(case).answer_s = 0.2, 1.0
+            case.process_decode.terminate()
+            case.process_decode.wait()
+            with case.heartbeat():
+                time.sleep(1.5)
+
+        self.assertEqual(self.run_pair(test=test), [])
+
+    def test_servers_of_a_test_that_expects_their_exit(self):
+        """SGLang's fault-injection tests say so by this name."""
+
+        class Expects:
+            expect_server_exit = True
+
+        def test(case):
+            os.killpg(case.process_decode.pid, signal.SIGKILL)
+            time.sleep(0.6)
+
+        self.assertEqual(self.run_pair(test=test, mixins=(Expects,)), [])
+
+    def test_servers_that_a_test_ends_with_all_that_it_started(self):
+        def test(case):
+            def kill(*_, **__):
+                os.killpg(case.process_decode.pid, signal.SIGKILL)
+                time.sleep(0.6)
+
+            with mock.patch.object(attach, "_kill_process_tree", kill):
+                attach.kill_process_tree(pid)
+
+        for pid in (None, os.getpid()):
+            with self.subTest(pid):
+                self.assertEqual(self.run_pair(test=test), [])
+
+    def test_a_fork_of_a_worker(self):
+        """Until it runs another program it has the worker's title."""
+        forks = "if not (pid := os.fork()): time.sleep(1); os._exit(0)"
+        title = f"import os, setproctitle, time; setproctitle.setproctitle({WORKER!r})"
+        worker = f"{title}\n{forks}\nprint(pid, flush=True)\nos.waitpid(pid, 0)\ntime.sleep(60)"
+        parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+        command = [sys.executable, "-c", parent, worker]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self.addCleanup(server.communicate)
+        self.addCleanup(os.killpg, server.pid, signal.SIGKILL)
+        fork, workers = int(server.stdout.readline()), Workers(server.pid)
+        self.assertIsNone(workers.ended())
+        while processes.is_pid_alive(fork):
+            self.assertIsNone(workers.ended())
+            time.sleep(0.05)
+        self.assertIsNone(workers.ended())
+
     def test_lines_that_only_mention_what_is_fatal(self):
         for line in (
             "torch.cuda.OutOfMemoryError: CUDA out of memory, falling back to a smaller batch",
             "[rank0] NCCL watchdog thread started",
             "INFO: set TORCH_NCCL_DUMP_ON_TIMEOUT=1 to trace a watchdog",
             "disable faulthandler: Fatal Python error is not printed",
+            "Scheduler watchdog timeout (self.watchdog_timeout=60.0, self.soft=True)",
         ):
             self.assertIsNone(FATAL.search(line), line)
 
@@ -240,13 +338,132 @@ class TestWhatIsNoDeath(Supervised):
             "[rank2]:[E] [PG ID 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7",
             "[rank2] Process group watchdog thread terminated with exception: CUDA error: unspecified launch failure",
             "[2026-11-26 13:06:36 DP1 TP1] Scheduler hit an exception: Traceback (most recent call last):",
+            "[2026-11-26 13:06:36] MultiTokenizerRouter hit an exception: Traceback (most recent call last):",
+            "[2026-11-26 13:06:36] MultiDetokenizerRouter hit an exception: Traceback (most recent call last):",
+            "[2026-11-26 13:06:36 TP0] Scheduler watchdog timeout (self.watchdog_timeout=300, self.soft=False)",
         ):
             self.assertIsNotNone(FATAL.search(line), line)
 
     def test_handlers_are_put_back(self):
         before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)
-        Supervisor().stop()
+        with supervised():
+            pass
         self.assertEqual((signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)), before)
+
+
+class TestFirstRequest(Supervised):
+    """The first request of an attached test, whose class need not keep what it evaluates in `model`."""
+
+    def test_it_has_the_model_and_the_key_of_the_eval(self):
+        asked = []
+
+        class Handler(JsonHandler):
+            def do_POST(self):
+                asked.append((self.body()["model"], self.headers["Authorization"]))
+                self.answer(200, {"choices": [{"text": "2"}]})
+
+        class Servers(PDServers):
+            log_dir = self.log_dir
+
+        url = StubServer(self, Handler).url
+        self.enterContext(mock.patch.dict(os.environ, {"OPENAI_API_KEY": "sk-0"}))
+        self.enterContext(mock.patch.object(evals, "sglang_eval", lambda args: {"score": 1.0}))
+        self.enterContext(contextlib.redirect_stdout(io.StringIO()))
+        Servers.begin()
+        self.addCleanup(Servers.doClassCleanups)
+        args = SimpleNamespace(base_url=url, model="m", eval_name="gsm8k", api="completion", num_examples=1)
+        evals.run_eval(args)
+        self.assertEqual(asked, [("m", "Bearer sk-0")])
+
+
+class TestWhatIsLeft(Supervised):
+    """No server outlives the class that launched it."""
+
+    def setUp(self):
+        super().setUp()
+        self.pids = []
+
+    def assert_all_ended(self):
+        self.assertTrue(self.pids)
+        self.assertEqual([pid for pid in self.pids if processes.is_pid_alive(pid)], [])
+
+    def test_after_a_fleet(self):
+        class Routers:
+            @classmethod
+            def _launch_router(cls, name, port, *options):
+                return cls.launch(name, Fate().command(port))
+
+        def test(case):
+            self.pids += [case.process(name).pid for name in case.names()]
+            case.end("decode")
+
+        self.assertEqual(self.run_pair(test=test, mixins=(Routers, Fleet)), [])
+        self.assertEqual(len(self.pids), 4)
+        self.assert_all_ended()
+
+    def interrupted_launch(self, strike):
+        """A mixin whose decode server is being launched while `strike(cls)` happens."""
+
+        class Strikes:
+            @classmethod
+            def start_decode(cls):
+                def launch(name, command, log, pid):
+                    self.pids.append(pid)
+                    strike(cls)
+                    time.sleep(1.5)
+
+                with mock.patch.object(events, "launch", launch):
+                    super().start_decode()
+
+        return Strikes
+
+    def test_after_a_death_while_another_server_is_launched(self):
+        mixin = self.interrupted_launch(lambda cls: os.kill(cls.process_prefill.pid, signal.SIGKILL))
+        (message,) = self.run_pair(mixins=(mixin,))
+        self.assertIn("prefill exited with code -9 (Killed)", message)
+        self.assert_all_ended()
+
+    def test_after_sigterm_while_a_server_is_launched(self):
+        classes = []
+
+        def strike(cls):
+            classes.append(cls)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with self.assertRaises(KeyboardInterrupt):
+            self.run_pair(mixins=(self.interrupted_launch(strike),))
+        with contextlib.redirect_stdout(io.StringIO()):
+            classes[0].tearDownClass()  # at exit
+        self.assert_all_ended()
+
+    def test_after_sigterm_while_servers_are_stopped(self):
+        def test(case):
+            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
+
+        def stop(server):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+        deadly = mock.Mock()
+        self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, deadly))
+        with mock.patch.object(Server, "stop", stop), contextlib.suppress(KeyboardInterrupt):
+            self.run_pair(test=test)
+        deadly.assert_not_called()
+        self.assertTrue(processes.wait_until(lambda: not any(map(processes.is_pid_alive, self.pids)), 5))
+
+    def test_logs_of_servers_that_had_the_same_name(self):
+        def test(case):
+            first = case.process_decode
+            first.terminate()
+            first.wait()
+            source = "import time; print('of the second', flush=True); time.sleep(60)"
+            second = case.launch("decode", [sys.executable, "-c", source])
+            processes.wait_until(lambda: "of the second" in second.log_tail(), 20)
+            self.assertIn("orphan", Path(first.log_path).read_text())
+            self.assertIn("of the second", Path(second.log_path).read_text())
+            second.terminate()
+
+        self.assertEqual(self.run_pair(test=test), [])
 
 
 if __name__ == "__main__":
