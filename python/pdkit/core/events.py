@@ -38,6 +38,8 @@ VARIABLE = "PDKIT_REPORT_DIR"
 TARGET_VARIABLE = "PDKIT_TARGET"
 FILE = "events.jsonl"
 
+deaths: list[str] = []  # causes of those that this process reported
+
 PASSED, FAILED, ERROR, SKIPPED = "passed", "failed", "error", "skipped"  # states of tests; the first two of phases
 EXPECTED_FAILURE, UNEXPECTED_SUCCESS = "expected failure", "unexpected success"
 BAD = (FAILED, ERROR, UNEXPECTED_SUCCESS)
@@ -187,7 +189,9 @@ def launch(name: str, command: Sequence[str] | str, log: Path | str | None, pid:
 
 def death(name: str, cause: str, excerpt: str = "", log: Path | str | None = None) -> None:
     """A process ended that should run: `cause` on one line, `excerpt` the lines of its log that show why."""
-    print(f"[supervisor] {cause}", file=sys.stderr, flush=True)
+    deaths.append(cause)
+    with contextlib.suppress(OSError, ValueError):  # a console that is gone must not lose a death
+        print(f"[supervisor] {cause}", file=sys.stderr, flush=True)
     emit("death", name=name, cause=cause, excerpt=excerpt, log=log and str(log))
 
 

@@ -3,6 +3,7 @@
 python3 -m pdkit.core.recording FILE [ARGS]
 """
 
+import atexit
 import os
 import runpy
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from pdkit.core import events
 from pdkit.core.events import (
     ERROR,
     EXPECTED_FAILURE,
@@ -152,10 +154,21 @@ def install() -> None:
 
 
 def run_file(path: str, argv: Sequence[str] = ()) -> None:
-    """Runs the program at `path` as `python3 PATH ARGV` would; whatever it raises, SystemExit too, is raised."""
+    """Runs the program at `path` as `python3 PATH ARGV` would; whatever it raises, SystemExit too, is raised.
+
+    After the death of a server the process ends with the program: threads that ask it in vain may never end.
+    """
     sys.argv = [path, *argv]
     sys.path[0] = os.path.dirname(os.path.realpath(path))
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as exit:
+        if events.deaths:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit.code if isinstance(exit.code, int) else 1)
+        raise
 
 
 def main(argv: Sequence[str]) -> None:

@@ -20,18 +20,21 @@ from pdkit.core import events
 GRACE_S = 60.0
 TAIL_LINES = 40
 LINES_BEFORE, LINES_AFTER = 15, 25
+LONGEST_LINE = 2000  # characters of a line in an excerpt
 
 # Lines after which the process that wrote them does not go on. All are other people's words: CPython's faulthandler,
 # the C++ runtime, CUDA as PyTorch reports it, NCCL's watchdog in PyTorch, and SGLang's processes and their watchdog.
+# They begin a line, but for tags in brackets and names of exceptions: a request that is logged may quote them.
 FATAL = re.compile(
-    r"Fatal Python error: "
+    r"^(?:\[[^\]]*\]:? ?|[\w.]*(?:Error|Exception): |  what\(\): +)*"
+    r"(?:Fatal Python error: "
     r"|terminate called (?:after throwing|without an active|recursively)"
     r"|CUDA error: (?:an illegal memory access|unspecified launch failure|misaligned address|device-side assert"
     r"|an illegal instruction|uncorrectable ECC|the launch timed out)"
-    r"|(?:NCCL|collective).{0,60}[Ww]atchdog.{0,80}(?:terminated with exception|timeout)"
+    r"|(?:Process group|NCCL) watchdog thread terminated with exception"
     r"|Watchdog caught collective operation timeout"
     r"|(?:Scheduler|DataParallelController|(?:Det|T)okenizerManager|Multi(?:Det|T)okenizerRouter) hit an exception"
-    r"|watchdog timeout \(self\.watchdog_timeout=.*self\.soft=False\)"
+    r"|.{0,40}watchdog timeout \(self\.watchdog_timeout=.*self\.soft=False\))"
 )
 
 
@@ -75,7 +78,7 @@ class Server(subprocess.Popen):
         return shlex.join(map(str, self.args))
 
     def _copy_output(self) -> None:
-        with self.stdout, open(self.log_path, "w", encoding="utf-8") as log:
+        with self.stdout, self._open_log() as log:
             for number, line in enumerate(self.stdout, start=1):
                 with contextlib.suppress(OSError, ValueError):  # a full disk or a closed console must not block it
                     log.write(line)
@@ -87,6 +90,15 @@ class Server(subprocess.Popen):
                     print(f"[{self.name}] {line}", end="", flush=True)
                 if self.fatal_at == math.inf and FATAL.search(line):
                     self.fatal_line, self.fatal_at = number, time.monotonic()
+
+    def _open_log(self) -> IO[str]:
+        """The log, or nowhere if it cannot be opened: what is tested must not end by it."""
+        try:
+            return open(self.log_path, "w", encoding="utf-8")
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):
+                print(f"[{self.name}] no log at {self.log_path}: {error.strerror}", flush=True)
+            return open(os.devnull, "w", encoding="utf-8")
 
     def _note_end(self) -> None:
         self.wait()
@@ -103,6 +115,7 @@ class Server(subprocess.Popen):
         self._copier.join(timeout=0.5)
         try:
             with open(self.log_path, encoding="utf-8", errors="replace") as log:
+                log = (line[:LONGEST_LINE] + "\n" * (len(line) > LONGEST_LINE) for line in log)
                 if self.fatal_line:
                     first = max(1, self.fatal_line - LINES_BEFORE)
                     lines = [line for n, line in enumerate(log, start=1) if first <= n <= self.fatal_line + LINES_AFTER]

@@ -16,6 +16,7 @@ from pdkit.deployment.server import Server
 from pdkit.deployment.workers import Workers
 
 POLL_S = 0.2
+WAKE_AGAIN_S = 3.0  # longer than an exception takes through a test
 FATAL_GRACE_S = 1.0  # between a line that says that a process ends, and its end
 
 
@@ -59,8 +60,9 @@ class _Watched:
 class Supervisor:
     """Watches processes until `stop()`; the first to end raises ServerDied in the main thread, within `interrupting()`.
 
-    What is left of the server that died is killed, so that nobody waits for it. SIGUSR1 wakes the main thread, and
-    SIGTERM acts like Ctrl-C, so that a run that is asked to end takes its servers with it.
+    What is left of the server that died is killed, so that nobody waits for it. SIGUSR1 wakes the main thread,
+    again and again while code swallows that; SIGTERM and SIGHUP act like Ctrl-C, so that a run that is asked to end
+    takes its servers with it.
     """
 
     def __init__(self) -> None:
@@ -74,6 +76,7 @@ class Supervisor:
         self._previous_handlers = {
             signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._interrupt),
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate),
+            signal.SIGHUP: signal.signal(signal.SIGHUP, self._terminate),
         }
         self._thread = threading.Thread(target=self._watch, name="pd-supervisor", daemon=True)
         self._thread.start()
@@ -186,8 +189,10 @@ class Supervisor:
     def _watch(self) -> None:
         while not self._stopped.wait(timeout=POLL_S):
             if self._find_death():
-                self._wake()
-                return
+                break
+        while not self._stopped.is_set():
+            self._wake()
+            self._stopped.wait(WAKE_AGAIN_S)
 
     def _wake(self) -> None:
         with self._lock:
@@ -219,8 +224,8 @@ class Supervisor:
                 time.sleep(POLL_S)  # the last words of the worker are on their way to the log
             process.kill_all()
             excerpt = process.log_tail()
-        events.death(name, cause, excerpt, log)
         self.death = f"{cause}; {excerpt or 'its output is above'}"
+        events.death(name, cause, excerpt, log)
 
     def _check(self) -> None:
         if self._depth and self._find_death():

@@ -44,6 +44,7 @@ class Output:
 
     counts    None if there is neither an event of unittest nor a closing line of pytest
     is_whole  False where unittest began, but did not come to its end
+    death     the cause of the first death of a server that a test did not expect
     """
 
     counts: TestCounts | None = None
@@ -51,10 +52,13 @@ class Output:
     has_code_error: bool = False
     has_missed_measurement: bool = False
     is_transient: bool = False
+    death: str | None = None
 
     @property
     def is_retriable(self) -> bool:
         """May go away by itself: a device in trouble, or a missed measurement and no error in the code."""
+        if self.death:
+            return False
         return self.is_transient or (self.has_missed_measurement and not self.has_code_error)
 
 
@@ -162,4 +166,5 @@ def read_output(lines: Iterable[str], events: Events | None = None, test_max_ret
     if counts and retried:
         counts = replace(counts, retried=counts.retried + retried)
     is_whole = not events.of("test") or bool(events.of("run"))
-    return Output(counts, is_whole, code_error, missed_measurement, transient)
+    death = next((event["cause"] for event in events.of("death")), None)
+    return Output(counts, is_whole, code_error, missed_measurement, transient, death)

@@ -36,6 +36,8 @@ class Attempt:
         ran_none = counts is not None and not counts.executed and not counts.failed
         if self.exit_code and not (self.exit_code == NO_TESTS_EXIT_CODE and ran_none):
             return FileState.FAILED, _exit_reason(self.exit_code)
+        if self.output.death:
+            return FileState.FAILED, f"exit code 0, but {self.output.death}"
         if counts is None:
             return FileState.NOTHING_RAN, "no event of unittest, and no closing line of pytest in its output"
         if counts.failed:

@@ -180,6 +180,29 @@ class TestWhatCannotHideADeath(Supervised):
         (message,) = self.run_pair(test=test)
         self.assertIn("decode exited with code -9 (Killed)", message)
 
+    def test_code_that_swallows_it_again_and_again(self):
+        def test(case):
+            self.strike(case.process_decode.pid, signal.SIGKILL)
+            deadline = time.monotonic() + NEVER
+            for _ in range(2):
+                with contextlib.suppress(BaseException):
+                    threading.Event().wait(deadline - time.monotonic())
+
+        (message,) = self.run_pair(test=test)
+        self.assertIn("decode exited with code -9 (Killed)", message)
+        self.assertLess(time.time() - self.struck_at, NEVER / 2)
+
+    def test_a_log_that_cannot_be_opened_ends_no_server(self):
+        def test(case):
+            self.assertIsNone(case.process_decode.poll())
+
+        case = fake_pair(self.log_dir, test=test)
+        case.log_path = classmethod(lambda cls, name, kind="log": f"/nowhere/{name}.{kind}")
+        result = unittest.TestResult()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            unittest.TestSuite([case("test_gsm8k")]).run(result)
+        self.assertEqual([message for _, message in result.errors + result.failures], [])
+
     def test_a_fatal_error_in_the_log_of_a_process_that_goes_on(self):
         def test(case):
             time.sleep(NEVER)
@@ -326,6 +349,7 @@ class TestWhatIsNoDeath(Supervised):
             "[rank0] NCCL watchdog thread started",
             "INFO: set TORCH_NCCL_DUMP_ON_TIMEOUT=1 to trace a watchdog",
             "disable faulthandler: Fatal Python error is not printed",
+            "[2026-11-26 13:06:36] Receive: obj=GenerateReqInput(text='Fatal Python error: Aborted')",
             "Scheduler watchdog timeout (self.watchdog_timeout=60.0, self.soft=True)",
         ):
             self.assertIsNone(FATAL.search(line), line)
