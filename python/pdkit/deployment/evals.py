@@ -17,7 +17,7 @@ def run_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]
     servers = current()
     if servers is None:
         return sglang_eval(args)
-    if getattr(args, "api", None) == "completion" and args.base_url not in servers.answered:
+    if getattr(args, "api", None) == "completion" and args.base_url not in servers.answering:
         servers.first_request(args.base_url, getattr(args, "model", None))
     with (
         events.phase(args.eval_name),

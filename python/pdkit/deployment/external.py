@@ -26,7 +26,7 @@ class ExternalServers(CustomTestCase):
     tokenizer_path: str | None
     log_dir: str
     gsm8k_data_path = os.getenv("SGLANG_PD_GSM8K") or None
-    answered: set[str] = set()
+    answering: set[str] = set()
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -41,7 +41,7 @@ class ExternalServers(CustomTestCase):
         cls.prefill_url, cls.decode_url = (urls[0] if urls else None for urls in (cls.prefill_urls, cls.decode_urls))
         cls.engine = f"at {cls.lb_url}"
         cls.log_dir = os.getenv(fixture.LOG_DIR_VARIABLE) or tempfile.mkdtemp(prefix=f"{cls.target}-")
-        cls.answered = {cls.lb_url}  # `probe` asked it; more is the checks' affair
+        cls.answering = {cls.lb_url}  # `probe` asked it; more is the checks' affair
         fixture.enter(cls)
         cls.addClassCleanup(fixture.leave, cls)
         print(f"target={cls.target} engine={cls.engine} model={cls.model}", flush=True)

@@ -99,7 +99,7 @@ class PDServers(PDDisaggregationServerBase):
     answer_s = 60.0
 
     prefill_nccl_port = decode_nccl_port = None  # fixtures before 0.5.18 pin none
-    answered: set[str] = set()  # URLs that have answered a first request
+    answering: set[str] = set()  # URLs that have answered a first request
     _servers: list[Server] = []
     _names: dict[str, str] = {}  # URL -> what listens there
 
@@ -113,7 +113,7 @@ class PDServers(PDDisaggregationServerBase):
     def begin(cls) -> None:
         """Starts to watch; from here on `stop_servers` has something to do, however the class and the process end."""
         if cls.supervisor is None:
-            cls.supervisor, cls._servers, cls._names, cls.answered = Supervisor(), [], {}, set()
+            cls.supervisor, cls._servers, cls._names, cls.answering = Supervisor(), [], {}, set()
             enter(cls)
             atexit.register(cls.stop_servers)
             cls.addClassCleanup(cls.stop_servers)  # a test's own tearDownClass may fail before it reaches ours
@@ -223,7 +223,7 @@ class PDServers(PDDisaggregationServerBase):
             response = connection.getresponse()
             answer = response.read().decode(errors="replace")
             assert response.status == 200, f"first request: {base_url} answered {response.status}: {answer[:1000]}"
-        cls.answered.add(base_url)
+        cls.answering.add(base_url)
         print(f"first answer: {json.loads(answer)['choices'][0]['text']!r}", flush=True)
 
     @classmethod

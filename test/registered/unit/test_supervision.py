@@ -1,6 +1,7 @@
 """A death is reported within two seconds, with its cause, in every phase: of a server, a worker below it, a router."""
 
 import contextlib
+import inspect
 import io
 import os
 import signal
@@ -488,6 +489,21 @@ class TestWhatIsLeft(Supervised):
             second.terminate()
 
         self.assertEqual(self.run_pair(test=test), [])
+
+
+class TestNames(unittest.TestCase):
+    def test_what_stands_before_a_deployment_means_the_same_by_its_names(self):
+        import test_disaggregation_dsv4_recovery as recovery  # fake_pair puts their directory on the path
+        import test_disaggregation_dsv4_scale_out as scale_out
+
+        def shape(value):
+            return list(inspect.signature(value).parameters) if callable(value) else "a value"
+
+        for test in (recovery.TestDisaggregationDSV4Recovery, scale_out.TestDisaggregationDSV4ScaleOut):
+            for name in vars(PDServers).keys() & {name for base in test.__mro__ for name in vars(base)}:
+                if not name.startswith("__"):
+                    with self.subTest(test=test.__name__, name=name):
+                        self.assertEqual(shape(getattr(test, name)), shape(getattr(PDServers, name)))
 
 
 if __name__ == "__main__":
