@@ -301,7 +301,7 @@ class PlannedServers(PDServers):
     decode_gpus: Sequence[int] = ()
     gpu_memory_gb = 80
     server_args: Sequence[str] = ()
-    monolithic_nccl_port: str | None = None
+    monolithic_nccl_port: str | None
 
     @classmethod
     def setUpClass(cls) -> None:
