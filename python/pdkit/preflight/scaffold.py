@@ -20,7 +20,7 @@ from pdkit.preflight.plan import Runner, of_contract, span
 
 SERVERS = {
     "cuda": ("pdkit.deployment.multi_gpu", "EightGpuServers"),
-    "cpu": ("pdkit.deployment.cpu", "EmbeddedServers"),
+    "cpu": ("pdkit.deployment.embedded", "EmbeddedServers"),
 }
 EST_TIME_S = {"cuda": 250, "cpu": 120}
 SHARED_FRACTION = 0.4

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import requests
 from pdkit.core.errors import ExitCode
-from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 

@@ -5,7 +5,7 @@ import unittest
 import requests
 from pdkit.checks.accuracy.checks import GSM8KChecks
 from pdkit.core import events
-from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.embedded import EmbeddedServers
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=90, suite="stage-a-test-cpu")

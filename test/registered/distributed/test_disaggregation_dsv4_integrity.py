@@ -8,7 +8,7 @@ import unittest
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.integrity import IntegrityChecks
 from pdkit.checks.parity.checks import ParityChecks
-from pdkit.deployment.cpu import RandomEmbeddedServers
+from pdkit.deployment.embedded import RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.engine.test_backends import BIT_FLIPS
 from sglang.test.ci.ci_register import register_cpu_ci

@@ -13,7 +13,7 @@ from pdkit.checks.base import Checks
 from pdkit.checks.http import MINI_LB, Client
 from pdkit.checks.protocol.checks import ProtocolChecks
 from pdkit.checks.protocol.reference import question_prompts
-from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.router import RustRouterBeside
 from sglang.test.ci.ci_register import register_cpu_ci

@@ -8,7 +8,7 @@ import unittest
 from pdkit.checks.recovery.bootstrap_messages import DuplicateMessageChecks
 from pdkit.checks.recovery.holding import HeldHandovers
 from pdkit.checks.recovery.scenarios import RecoveryChecks
-from pdkit.deployment.cpu import RandomEmbeddedServers
+from pdkit.deployment.embedded import RandomEmbeddedServers
 from pdkit.deployment.fleet import Fleet
 from sglang.test.ci.ci_register import register_cpu_ci
 

@@ -7,7 +7,7 @@ import unittest
 
 from pdkit.checks.recovery.holding import HELD_TRANSFER, HandoverValve
 from pdkit.checks.scale_out import ScaleOutChecks
-from pdkit.deployment.cpu import RandomEmbeddedServers
+from pdkit.deployment.embedded import RandomEmbeddedServers
 from pdkit.deployment.fleet import TwoPairs
 from pdkit.engine.test_backends import Valve
 from sglang.test.ci.ci_register import register_cpu_ci

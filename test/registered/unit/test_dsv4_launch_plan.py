@@ -27,7 +27,7 @@ from pdkit.core import events, ports, processes
 from pdkit.core.gpus import Gpu
 from pdkit.deployment import evals, fixture, quirks
 from pdkit.deployment import ports as deployment_ports
-from pdkit.deployment.cpu import EmbeddedServers
+from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
 from pdkit.deployment.multi_gpu import EightGpuServers
 from pdkit.deployment.one_gpu import OneGpuServers

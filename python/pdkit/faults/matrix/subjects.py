@@ -4,7 +4,7 @@ from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.accuracy.checks import AccuracyGateChecks
 from pdkit.checks.integrity import IntegrityChecks
 from pdkit.checks.parity.checks import ParityChecks
-from pdkit.deployment.cpu import EmbeddedServers, RandomEmbeddedServers
+from pdkit.deployment.embedded import EmbeddedServers, RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.engine.test_backends import BIT_FLIPS
 from pdkit.faults.servers import FaultSwitchServers
