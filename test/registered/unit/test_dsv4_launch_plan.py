@@ -25,12 +25,13 @@ from pdkit.checks.integrity import kv_checksum_args
 from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
 from pdkit.core import events, ports, processes
 from pdkit.core.gpus import Gpu
-from pdkit.deployment import evals, fixture, quirks
+from pdkit.deployment import evals, fixture, fused_mhc, quirks
 from pdkit.deployment import ports as deployment_ports
 from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside, MonolithicFirst
 from pdkit.deployment.multi_gpu import EightGpuServers
 from pdkit.deployment.one_gpu import OneGpuServers
+from pdkit.models.cuda.config import HIDDEN
 from pdkit.runner.report import facts
 from pdkit.runner.targets import TARGETS
 from sglang.srt.server_args import ServerArgs
@@ -100,7 +101,7 @@ class TestLaunchPlan(unittest.TestCase):
         )
 
     def test_environment_on_one_gpu(self):
-        safe = quirks.indexer_environment()
+        safe = {**quirks.indexer_environment(), **fused_mhc.environment(HIDDEN)}
         self.assertEqual(OneGpuServers.server_env, {"SGLANG_DSV4_FP4_EXPERTS": "0", **safe})
 
     def test_model(self):
@@ -514,7 +515,7 @@ class TestVerdict(unittest.TestCase):
         with (
             mock.patch.object(evals, "sglang_eval", return_value={"score": score}) as run_eval,
             mock.patch.object(EmbeddedServers, "heartbeat", lambda: contextlib.nullcontext(lambda: None)),
-            mock.patch.object(EmbeddedServers, "answered", {"lb"}),
+            mock.patch.object(EmbeddedServers, "answering", {"lb"}),
             mock.patch.object(embedded.requests, "get", get),
             contextlib.redirect_stdout(io.StringIO()) as self.stdout,
         ):
