@@ -100,7 +100,7 @@ class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
                            "--prefill-urls", prefill.url, "--decode-urls", decode.url)  # fmt: skip
         print(done.stdout, flush=True)
         self.assertEqual(done.returncode, ExitCode.PASSED)
-        self.assertIn(f"rung=attached engine=at {balancer.url} gsm8k=", done.stdout)
+        self.assertIn(f"target=attached engine=at {balancer.url} gsm8k=", done.stdout)
         self.assertIn("main job on rung attached: PASSED", done.stdout)
         self.assertNotIn("skipped=", done.stdout)
         self.assertIn("hand-overs", done.stdout)
