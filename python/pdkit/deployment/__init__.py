@@ -1,0 +1,1 @@
+"""What is launched, watched and stopped."""
