@@ -5,6 +5,7 @@ from pdkit.deployment.cpu.shims import (  # noqa: F401
     compression,
     experts,
     hyper_connections,
+    indexer,
     metadata,
     norm_rope,
     runtime,

@@ -13,12 +13,13 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from pdkit.deployment.cpu.shims.arithmetic import FP8, FP8_MAX, SMALLEST, amax_scale, to_fp8
+from pdkit.deployment.cpu.shims.arithmetic import FP8_MAX, SMALLEST, amax_scale, from_fp8, to_fp8
 
 NOPE, ROPE = 448, 64
 TOKEN, SCALES = NOPE + 2 * ROPE, 8
 GROUP = 64
 INDEXER, INDEXER_SCALE = 128, 4
+WORD = 8
 
 
 @functools.cache
@@ -52,16 +53,26 @@ def load_flashmla(cache: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
     """float32 [..., 512] of token slots `loc` [...] (>= 0).
 
     cache: the pool as attention sees it, [pages, page_size, 1, 584], one byte an element, whose stride(0) is the size of
-    a page; only its storage is used.
+    a page, a multiple of 8; only its storage is used.
     """
     page_size, stride = cache.shape[1], cache.stride(0)
-    size = (cache.shape[0] - 1) * stride + page_size * (TOKEN + SCALES)
-    flat = torch.as_strided(cache.view(torch.uint8), (size,), (1,))
-    data = flat[_offsets(loc, page_size, stride, 0, TOKEN) + _steps(TOKEN)]
-    scale = flat[_offsets(loc, page_size, stride, page_size * TOKEN, SCALES) + _steps(NOPE // GROUP)]
-    nope = data[..., :NOPE].contiguous().view(FP8).float().unflatten(-1, (-1, GROUP))
-    nope = nope * torch.exp2(scale.float() - 127)[..., None]
-    return torch.cat((nope.flatten(-2), data[..., NOPE:].contiguous().view(torch.bfloat16).float()), -1)
+    if cache.shape[0] == 0 or not loc.numel():
+        return torch.empty(*loc.shape, NOPE + ROPE)
+    # Read as 8-byte words: every offset is a multiple of 8.
+    size = ((cache.shape[0] - 1) * stride + page_size * (TOKEN + SCALES)) // WORD
+    words = torch.as_strided(cache.view(torch.uint8), (size * WORD,), (1,)).view(torch.int64)
+    tokens = words.as_strided((cache.shape[0], page_size, TOKEN // WORD), (stride // WORD, TOKEN // WORD, 1))
+    scales = words[page_size * TOKEN // WORD :].as_strided((cache.shape[0], page_size), (stride // WORD, 1))
+    loc = loc.long()
+    page = torch.div(loc, page_size, rounding_mode="floor")
+    at = loc - page * page_size
+    data = tokens[page, at].view(torch.uint8)
+    scale = scales[page, at][..., None].view(torch.uint8)[..., : NOPE // GROUP]
+    row = torch.empty(*loc.shape, NOPE + ROPE)
+    row[..., :NOPE] = from_fp8(data[..., :NOPE])
+    row[..., NOPE:] = data[..., NOPE:].view(torch.bfloat16)
+    row[..., :NOPE].mul_(2.0**120).unflatten(-1, (-1, GROUP)).mul_(torch.exp2(scale.float() - 127)[..., None])
+    return row
 
 
 def store_indexer(rows: torch.Tensor, cache: torch.Tensor, loc: torch.Tensor, page_size: int) -> None:
