@@ -28,8 +28,6 @@ class SglangCpuPlan(SglangCpuMixin):
     server_class = dsv4.Server
     gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
 
-    test_gsm8k = None  # random weights solve nothing
-
 
 class TestDisaggregationSglangCpu(
     RequestAccountingMixin, ExactParityMixin, MonolithicBesideMixin, SglangCpuPlan, dsv4.TestDisaggregationDSV4
@@ -37,6 +35,7 @@ class TestDisaggregationSglangCpu(
     cpu_model = plan.DSV4
     parity_options = PlanOptions(longest=1100, alone_tokens=6, rooms=16, in_flight=8, indexed=1, indexed_tokens=4)
 
+    test_gsm8k = None  # random weights solve nothing
     # Served together: asked in test_disaggregation_sglang_cpu_nightly.py, whose answers take longer.
     test_parity_concurrent = test_parity_rooms = test_parity_shared_prefix = test_parity_request_parameters = None
     test_parity_prefix_cached = None

@@ -1,7 +1,8 @@
-"""The models that are served: small, random from a fixed seed, made in seconds where they are needed.
+"""The models that are served: small; the random one is made from a fixed seed where it is needed.
 
-`llama()`  a Llama of 0.9 M parameters in float32, whose answers do not depend on who else is served
-`dsv4()`   a DeepSeek-V4 of 5 M parameters in bfloat16 whose KV pages have the size of the real ones: one KV head of
+"llama"    a Llama of 0.9 M parameters, trained on the nano models' problems (`train_llama`, assets/nano-llama), served
+           in float32: who else is served changes the sixth decimal of its logprobs
+"dsv4"     a random DeepSeek-V4 of 5 M parameters in bfloat16 whose KV pages have the size of the real ones: one KV head of
            448 + 64 dimensions, an indexer of 128, a window of 128; layers without compression, and with 4, 128 and 4
            tokens an entry; an MTP layer, whose draft mostly repeats the token before it
 """
@@ -46,13 +47,15 @@ def cache_dir() -> Path:
 
 
 def provide(kind: str) -> Path:
-    """The directory of the model "llama" or "dsv4"; made if it is not there, or was made by other code."""
-    version = _version()
-    path = cache_dir() / f"{kind}-{version}"
+    """The directory of the model "llama" or "dsv4"; the latter is made if it is not there, or was made by other code."""
+    if kind == "llama":
+        return ASSETS / "nano-llama"
+    assert kind == "dsv4", kind
+    path = cache_dir() / f"dsv4-{_version()}"
     if not (path / "config.json").is_file():
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)
-        {"llama": make_llama, "dsv4": make_dsv4}[kind](unfinished)
+        make_dsv4(unfinished)
         try:
             unfinished.rename(path)
         except OSError:  # another process was faster
@@ -75,30 +78,34 @@ def _write_tokenizer(path: Path) -> None:
         shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
 
 
-def make_llama(path: Path, seed: int = 0) -> None:
-    """Write the Llama to the new directory `path`."""
-    import torch
+def new_llama(initializer_range: float) -> Any:
+    """An untrained LlamaForCausalLM, float32, from torch's random state."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=initializer_range,
+    )
+    return LlamaForCausalLM(config).float()
+
+
+def save_llama(model: Any, path: Path) -> None:
+    """Write the model, whose values bfloat16 can hold, to the new directory `path`."""
+    import torch
+
     _write_tokenizer(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=8192,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=2,
-            tie_word_embeddings=False,
-            initializer_range=0.15,
-        )
-        LlamaForCausalLM(config).float().save_pretrained(path)
+    model.to(torch.bfloat16).save_pretrained(path)
 
 
 def dsv4_reference_config(layers: int | None = None, *, mtp: bool = False) -> Any:
