@@ -15,7 +15,7 @@ from test_disaggregation_sglang_cpu import SglangCpuPlan
 
 register_cpu_ci(est_time=600, suite="stage-a-test-cpu", nightly=True)
 
-LONG = 100  # solved problems of about 70 tokens: more than twenty chunks of prefill
+LONG = 40  # solved problems of about 70 tokens: eleven chunks of prefill
 
 
 class TestDisaggregationSglangCpuRecovery(
@@ -24,8 +24,8 @@ class TestDisaggregationSglangCpuRecovery(
     cpu_model = plan.LLAMA
     more_server_args = ["--max-total-tokens", "65536", "--disable-radix-cache"]  # long prompts are to stay long
     bitwise = False
-    router_timeout = 20
-    bootstrap_timeout = waiting_timeout = 10
+    router_timeout = 30
+    bootstrap_timeout = waiting_timeout = 15
 
     test_gsm8k = None
     test_a_bootstrap_message_is_duplicate = None  # what SGLang does with it is not defined

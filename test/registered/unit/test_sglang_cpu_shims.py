@@ -183,7 +183,7 @@ class TestPlan(unittest.TestCase):
     def test_a_working_tree_comes_before_the_release(self):
         with tempfile.TemporaryDirectory() as tree:
             Path(tree, "python", "sglang").mkdir(parents=True)
-            path = plan.environment(plan.LLAMA, {plan.SOURCE_VARIABLE: tree, "PYTHONPATH": "/else"})["PYTHONPATH"]
+            path = plan.python_path(plan.source({plan.SOURCE_VARIABLE: tree}), {"PYTHONPATH": "/else"})
         self.assertEqual(path.split(os.pathsep)[:2], [str(plan.SITE), f"{tree}/python"])
         self.assertTrue(path.endswith(f"{os.pathsep}/else"))
 

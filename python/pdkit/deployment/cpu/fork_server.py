@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from pdkit.deployment.cpu import plugin
@@ -41,7 +42,23 @@ def import_all() -> None:
 
     load_plugins()
     multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.process.BaseProcess.run = named_by_their_work(multiprocessing.process.BaseProcess.run)
     multiprocessing.set_start_method = lambda method, force=False: None  # SGLang asks for spawn
+
+
+def named_by_their_work(run: Callable[[multiprocessing.process.BaseProcess], None]) -> Callable:
+    """`run` of a process that is forked: its name in /proc is that of the function it runs.
+
+    `setproctitle`, by which SGLang names its processes, has no effect in a forked one.
+    """
+
+    def named(process: multiprocessing.process.BaseProcess) -> None:
+        target = getattr(getattr(process, "_target", None), "__name__", process.name)
+        with open("/proc/self/comm", "w") as comm:
+            comm.write(target[:15])
+        run(process)
+
+    return named
 
 
 def be_the_child(request: dict, output: int) -> NoReturn:

@@ -6,6 +6,7 @@ class Forked(Server, ForkedPopen): fork_server = ...     Server: a subclass of P
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -115,10 +116,12 @@ class ForkServer:
         return pid, open(read, encoding="utf-8", errors="replace")
 
     def close(self) -> None:
-        """End the process, and with it what it forked and still runs."""
-        self._connection.shutdown(socket.SHUT_RDWR)
-        self._process.wait(30)
-        self._connection.close()
+        """End the process, and with it what it forked and still runs. Harmless if it was ended before."""
+        if self._process.returncode is None:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            self._process.wait(30)
+            self._connection.close()
 
 
 class ForkedPopen(subprocess.Popen):

@@ -88,15 +88,23 @@ def source(environ: Mapping[str, str] = os.environ) -> Path | None:
     return next((each for each in (root / "python", root) if (each / "sglang").is_dir()), root)
 
 
-def environment(model: Model, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a server of `model` is started with, beside what it inherits; PYTHONPATH is whole."""
-    path = [SITE, source(environ), Path(pdkit.__file__).parent.parent]
+def python_path(tree: Path | None, environ: Mapping[str, str] = os.environ) -> str:
+    """PYTHONPATH of a server: the shims' site, `tree` (a directory that holds a package sglang), pdkit, and the rest."""
+    path = [SITE, tree, Path(pdkit.__file__).parent.parent]
     inherited = [each for each in environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    found = {**ENVIRONMENT, **model.environment, plugin.FAMILY_VARIABLE: model.name}
-    found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*(str(each) for each in path if each), *inherited]))
-    # Without .pyc files every server would compile SGLang anew, which takes longer than all the rest of its start.
-    found["PYTHONDONTWRITEBYTECODE"] = ""
-    return found
+    return os.pathsep.join(dict.fromkeys([*(str(each) for each in path if each), *inherited]))
+
+
+def environment(model: Model, tree: Path | None = None, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a server of `model` is started with, beside what it inherits; `tree`: see `python_path`."""
+    return {
+        **ENVIRONMENT,
+        **model.environment,
+        plugin.FAMILY_VARIABLE: model.name,
+        "PYTHONPATH": python_path(tree, environ),
+        # Without .pyc files every server would compile SGLang anew, which takes longer than all the rest of its start.
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
 
 
 def require_active(log_path: str | Path) -> None:

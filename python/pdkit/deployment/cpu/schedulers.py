@@ -15,7 +15,7 @@ import psutil
 
 from pdkit.recovery.kit import GONE, STREAMING
 
-TITLE = "sglang::scheduler"
+NAMES = "sglang::schedul", "run_scheduler_p"  # the first 15 characters: spawned, forked
 
 
 class SchedulerDeathsMixin:
@@ -67,10 +67,9 @@ class SchedulerDeathsMixin:
     def scheduler(cls, side: str) -> psutil.Process:
         """The scheduler of a server. Raises AssertionError unless there is one."""
         inside = psutil.Process(cls.process(side).pid).children(recursive=True)
-        found = [each for each in inside if (each.cmdline() or [""])[0].startswith(TITLE)]
-        assert len(found) == 1, (
-            f"{side}: one process called {TITLE} expected, found {[each.cmdline() for each in inside]}"
-        )
+        found = [each for each in inside if each.name()[:15] in NAMES]
+        names = [each.name() for each in inside]
+        assert len(found) == 1, f"{side}: one scheduler expected among its processes, found {names}"
         return found[0]
 
     @classmethod

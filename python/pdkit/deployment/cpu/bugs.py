@@ -1,0 +1,267 @@
+"""Bugs as a change of SGLang's disaggregation code could bring them, and a mixin that asks whether each is caught.
+
+Put the mixin before ExactParityMixin and a mixin with a monolithic server, which stays as released.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import requests
+
+from pdkit.deployment.cpu import drift, working_tree
+from pdkit.deployment.cpu.working_tree import Bug
+from pdkit.parity import Parity
+from pdkit.parity_kit import RequestFailed, collect, flush
+from pdkit.parity_plan import Round, generate_probe
+
+PREFILL, DECODE = "srt/disaggregation/prefill.py", "srt/disaggregation/decode.py"
+UTILS, MOONCAKE = "srt/disaggregation/utils.py", "srt/disaggregation/mooncake/conn.py"
+RADIX, ALLOCATOR, COMMON = "srt/mem_cache/radix_cache.py", "srt/mem_cache/allocator/token.py", "srt/mem_cache/common.py"
+SCHEDULER = "srt/managers/scheduler.py"
+
+BUGS = (
+    Bug(
+        "two pages change places",
+        PREFILL,
+        "                page_indices = kv_to_page_indices(kv_indices, page_size)\n            segment_is_last",
+        "                page_indices = kv_to_page_indices(kv_indices, page_size)\n"
+        "                page_indices[:2] = page_indices[:2][::-1].copy()\n            segment_is_last",
+    ),
+    Bug(
+        "the last page is dropped",
+        MOONCAKE,
+        "        dst_device_kv_ptrs = None\n        if dst_device_kv_indices is not None:\n            compression_ratios",
+        "        if len(prefill_kv_indices) > 1:\n"
+        "            prefill_kv_indices, dst_kv_indices = prefill_kv_indices[:-1], dst_kv_indices[:-1]\n"
+        "        dst_device_kv_ptrs = None\n        if dst_device_kv_indices is not None:\n            compression_ratios",
+    ),
+    Bug(
+        "the first token is dropped",
+        DECODE,
+        "        decode_req.req.output_ids.append(committed_output_id)\n        if not replayed_boundary:",
+        "        if not replayed_boundary:",
+    ),
+    Bug(
+        "the logprob of the first token is another's",
+        UTILS,
+        "                    req.logprob.output_token_logprobs_val[0]\n                )",
+        "                    self.output_token_logprobs_val[req.metadata_buffer_index - 1][0]\n                )",
+    ),
+    Bug(
+        "a metadata slot is given away while it is in use",
+        UTILS,
+        "        return self.free_slots.popleft()",
+        "        return self.free_slots[0]",
+    ),
+    Bug(
+        "a cached prefix matches one token too many",
+        RADIX,
+        "        if page_size == 1:\n            return matched_tokens\n",
+        "        if page_size == 1:\n            return min(matched_tokens + 1, len(self), len(other) - offset)\n",
+    ),
+    Bug(
+        "freed pages are free twice",
+        ALLOCATOR,
+        "                self.free_pages = torch.cat((self.free_pages, free_index))",
+        "                self.free_pages = torch.cat((free_index, self.free_pages, free_index))",
+    ),
+    Bug(
+        "pages of a retracted request come back in another order",
+        ALLOCATOR,
+        "        return self._kvcache.load_cpu_copy(\n            kv_cache_cpu,\n            indices,",
+        "        return self._kvcache.load_cpu_copy(\n            kv_cache_cpu,\n            indices.flip(0),",
+    ),
+    Bug(
+        "an aborted request decodes on",
+        SCHEDULER,
+        "        # Delete requests in the running batch\n        for req in self.collect_inflight_reqs():",
+        "        # Delete requests in the running batch\n        for req in ():",
+    ),
+)
+"""For any model."""
+
+STATE_BUGS = (
+    Bug(
+        "the state of another request is sent",
+        PREFILL,
+        "int(req.kv.req_pool_idx), c128_seq_len",
+        "int(req.kv.req_pool_idx) + 1, c128_seq_len",
+    ),
+    Bug(
+        "the window begins a page late",
+        PREFILL,
+        "                window_start = (window_start // page_size) * page_size\n",
+        "                window_start = -(-window_start // page_size) * page_size\n",
+    ),
+)
+"""For DeepSeek-V4's."""
+
+
+class PlantedBugsMixin:
+    """Each bug of `bugs` is planted in a copy of SGLang, prefill and decode are restarted from it, and all is asked.
+
+    A bug is caught where a check fails that passes for the release, and the failure names the file that was changed.
+    """
+
+    bugs: ClassVar[Sequence[Bug]] = BUGS
+    returning = 120
+    retracted = 10
+    retracted_tokens = 220
+
+    @classmethod
+    def checks(cls) -> dict[str, Callable[[PlantedBugsMixin], None]]:
+        return {
+            "alone": lambda self: self.same_as_released(self.parity_plan().alone[0]),
+            "cached prefixes": lambda self: self.cached_prefixes(),
+            "together": lambda self: self.same_tokens(self.parity_plan().rooms[0]),
+            "more than the pool holds": lambda self: self.same_tokens(self.overflowing()),
+            "aborted": lambda self: self.aborted_requests_end(),
+        }
+
+    @classmethod
+    def overflowing(cls) -> Round:
+        """Requests that decode's pool cannot hold at once, so that some are retracted."""
+        probes = tuple(
+            generate_probe(f"long-{seed}", [5 + seed * index % 500 for index in range(60)], cls.retracted_tokens)
+            for seed in range(3, 3 + cls.retracted)
+        )
+        return Round("more than the pool holds", probes, len(probes), flush=True)
+
+    @classmethod
+    def take_references(cls) -> None:
+        plan = cls.parity_plan()
+        for round_ in (*plan.alone, *plan.rooms, *plan.shared_prefix, cls.overflowing()):
+            cls.reference_alone(round_)
+
+    def test_the_release_passes(self) -> None:
+        for name, check in self.checks().items():
+            with self.subTest(name):
+                check(self)
+
+    def test_planted_bugs_are_caught(self) -> None:
+        rows = []
+        for bug in self.bugs:
+            with self.subTest(bug.name), tempfile.TemporaryDirectory(prefix="sglang-bug-") as directory:
+                package = working_tree.copy(drift.installed_package(), Path(directory))
+                bug.plant(package)
+                began = time.monotonic()
+                with self.served_from(package.parent):
+                    caught = self.what_catches()
+                message = "\n".join([*caught.values(), working_tree.report(package, drift.installed_package())])
+                rows.append(
+                    f"{bug.name} ({bug.file}): {', '.join(caught) or 'NOT CAUGHT'}, {time.monotonic() - began:.0f} s"
+                )
+                print(f"planted bug: {rows[-1]}\n{message[:1500]}", flush=True)
+                self.assertTrue(caught, f"{bug.name} in {bug.file}: not caught by any check")
+                self.assertIn(bug.file, message)
+        print("\n".join(["planted bugs:", *(f"  {row}" for row in rows)]), flush=True)
+
+    def what_catches(self) -> dict[str, str]:
+        """Message by check, of the first that fails: a pair with a bug may not come back to its senses."""
+        for name, check in self.checks().items():
+            try:
+                check(self)
+            except (AssertionError, RequestFailed, requests.RequestException) as error:
+                return {name: f"{type(error).__name__}: {error}"}
+        return {}
+
+    @contextlib.contextmanager
+    def served_from(self, tree: Path) -> Iterator[None]:
+        """Prefill and decode of another package sglang, on the same ports behind the same router; then as before."""
+        cls = type(self)
+        before, cls.tree = cls.tree, tree
+        try:
+            self.restart()
+            yield
+        finally:
+            cls.tree = before
+            self.restart()
+
+    def restart(self) -> None:
+        cls = type(self)
+        for side in ("prefill", "decode"):
+            process = getattr(cls, f"process_{side}")
+            cls.supervisor.let_die(process)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+            fresh = cls.launch(f"{side} again", process.args)
+            if cls.tree is not None:
+                cls.supervisor.let_die(fresh)
+            setattr(cls, f"process_{side}", fresh)
+        for url in (cls.prefill_url, cls.decode_url):
+            self.until_healthy(url)
+        cls.close_fork_servers_but(cls.tree)
+
+    def until_healthy(self, url: str) -> None:
+        deadline = time.monotonic() + self.returning
+        while time.monotonic() < deadline:
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.3)
+        self.fail(f"{url} is not healthy {self.returning} s after its start")
+
+    # Checks
+
+    def ask(self, round_: Round) -> tuple[list, list]:
+        """(answers of the release, of the pair)"""
+        if round_.flush:
+            flush([self.prefill_url, self.decode_url], self.request_timeout)
+        return self.reference_alone(round_), collect(self.lb_url, round_, self.request_timeout)
+
+    def same_as_released(self, round_: Round) -> None:
+        """To the bit."""
+        names = tuple(probe.name for probe in round_.probes)
+        Parity(round_.condition, names, *self.ask(round_)).assert_passed()
+
+    def same_tokens(self, round_: Round) -> None:
+        """The tokens, where rounding depends on who else is served; nearly equal logprobs."""
+        names = tuple(probe.name for probe in round_.probes)
+        Parity(round_.condition, names, *self.ask(round_), rounding=self.rounding_together).assert_passed()
+
+    rounding_together = 1e-3
+
+    def cached_prefixes(self) -> None:
+        for round_ in self.parity_plan().shared_prefix:
+            if not round_.batch:
+                self.same_tokens(round_)
+
+    def aborted_requests_end(self) -> None:
+        """Clients that hang up leave decode without work soon after."""
+        body = {
+            "text": "1",
+            "sampling_params": {"max_new_tokens": 1000, "ignore_eos": True, "temperature": 0},
+            "stream": True,
+        }
+
+        def begin_and_hang_up() -> None:
+            with contextlib.suppress(requests.RequestException):
+                with requests.post(f"{self.lb_url}/generate", json=body, stream=True, timeout=20) as answer:
+                    next(answer.iter_lines())
+
+        threads = [threading.Thread(target=begin_and_hang_up) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        began = time.monotonic()
+        while (running := self.running()) and time.monotonic() - began < self.abort_seconds:
+            time.sleep(0.1)
+        self.assertEqual(running, 0, f"decode still serves requests {self.abort_seconds} s after their clients hung up")
+
+    abort_seconds = 1.5
+
+    def running(self) -> int:
+        """Requests that decode serves or keeps."""
+        loads = requests.get(f"{self.decode_url}/get_load", timeout=10).json()
+        return sum(each["num_reqs"] for each in loads)
