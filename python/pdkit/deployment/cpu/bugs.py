@@ -263,5 +263,5 @@ class PlantedBugsMixin:
 
     def running(self) -> int:
         """Requests that decode serves or keeps."""
-        loads = requests.get(f"{self.decode_url}/get_load", timeout=10).json()
-        return sum(each["num_reqs"] for each in loads)
+        loads = requests.get(f"{self.decode_url}/v1/loads", timeout=10).json()["loads"]
+        return sum(each["num_running_reqs"] + each["num_waiting_reqs"] for each in loads)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pdkit.deployment.cpu import plan
 from pdkit.kernel_nano.config import FIELDS, KINDS
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -38,20 +39,12 @@ Linear layers are bfloat16: the fp8 ones need a GPU.
 """
 
 
-def cache_dir() -> Path:
-    """Where models are made: `PDKIT_CACHE_DIR`, or the user's cache."""
-    base = os.getenv("PDKIT_CACHE_DIR") or Path(
-        os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache", "sglang-pd-suite"
-    )
-    return Path(base, "sglang-cpu")
-
-
 def provide(kind: str) -> Path:
     """The directory of the model "llama" or "dsv4"; the latter is made if it is not there, or was made by other code."""
     if kind == "llama":
         return ASSETS / "nano-llama"
     assert kind == "dsv4", kind
-    path = cache_dir() / f"dsv4-{_version()}"
+    path = plan.cache_dir() / "sglang-cpu" / f"dsv4-{_version()}"
     if not (path / "config.json").is_file():
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)

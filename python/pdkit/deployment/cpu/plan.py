@@ -79,6 +79,19 @@ EAGLE = """
 """.split()
 
 
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where environments, models and unpacked libraries are kept, as in scripts/env.sh."""
+    base = environ.get("PDKIT_CACHE_DIR")
+    return Path(base or Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sglang-pd-suite"))
+
+
+def library_path(environ: Mapping[str, str] = os.environ) -> str:
+    """LD_LIBRARY_PATH of a server: what scripts/transfer_libraries.sh unpacked, if it did, and what is inherited."""
+    unpacked = cache_dir(environ) / "debian-libraries"
+    ours = [unpacked / "usr/lib/x86_64-linux-gnu", unpacked / "lib/x86_64-linux-gnu"] if unpacked.is_dir() else []
+    return os.pathsep.join([*map(str, ours), *filter(None, [environ.get("LD_LIBRARY_PATH")])])
+
+
 def source(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The directory that holds the package `sglang` of the working tree under test; None for the installed release."""
     given = environ.get(SOURCE_VARIABLE)
@@ -102,6 +115,7 @@ def environment(model: Model, tree: Path | None = None, environ: Mapping[str, st
         **model.environment,
         plugin.FAMILY_VARIABLE: model.name,
         "PYTHONPATH": python_path(tree, environ),
+        "LD_LIBRARY_PATH": library_path(environ),
         # Without .pyc files every server would compile SGLang anew, which takes longer than all the rest of its start.
         "PYTHONDONTWRITEBYTECODE": "",
     }

@@ -1,0 +1,64 @@
+"""What goes wrong between SGLang's own prefill and decode must be seen, on a machine without a GPU.
+
+The Python module of the transfer backend is wrapped (`pdkit.transfer_shim`), SGLang itself is as released but for its
+kernels. The model is a random DeepSeek-V4, so that each piece of its state shows in its logprobs.
+"""
+
+import unittest
+
+import test_disaggregation_dsv4 as dsv4
+from pdkit.deployment.cpu import plan
+from pdkit.deployment.cpu.checkpoints import DSV4_FIELDS
+from pdkit.deployment.cpu.exact import ExactParityMixin
+from pdkit.monolithic_kit import MonolithicBesideMixin
+from pdkit.parity import Parity
+from pdkit.parity_plan import PlanOptions
+from pdkit.transfer_shim.kit import TransferFaultsMixin
+from pdkit.transfer_shim.library import LIBRARY
+from sglang.test.ci.ci_register import register_cpu_ci
+from test_disaggregation_sglang_cpu import SglangCpuPlan
+
+register_cpu_ci(est_time=900, suite="stage-a-test-cpu", nightly=True)
+
+DRAFTS = "draft-window-lost", "first-draft-lost"  # nothing drafts here
+
+
+class TestDisaggregationSglangCpuFaults(
+    TransferFaultsMixin, ExactParityMixin, MonolithicBesideMixin, SglangCpuPlan, dsv4.TestDisaggregationDSV4
+):
+    cpu_model = plan.DSV4
+    compress_ratios = DSV4_FIELDS["compress_ratios"][: DSV4_FIELDS["num_hidden_layers"]]
+    parity_options = PlanOptions(
+        longest=700, extra_lengths=(450, 700), rooms=8, room_length=300, in_flight=8, indexed=1
+    )
+    transfer_faults = tuple(name for name in LIBRARY if name not in DRAFTS)
+    first_drafts_prompts = 8  # at once, before each fault
+
+    test_gsm8k = test_parity_alone = test_parity_prefix_cached = test_parity_concurrent = test_parity_rooms = None
+    test_parity_shared_prefix = test_parity_where_the_indexer_chooses = test_parity_request_parameters = None
+
+    @classmethod
+    def take_references(cls):
+        plan_ = cls.parity_plan()
+        for round_ in (*plan_.alone, *plan_.rooms, *plan_.indexed):
+            cls.reference_alone(round_)
+
+    def fault_checks(self):
+        plan_ = self.parity_plan()
+        rounds = {"alone": plan_.alone[0], "rooms": plan_.rooms[0], "indexed": plan_.indexed[0]}
+        return {name: lambda round_=round_: self.exactly(round_) for name, round_ in rounds.items()}
+
+    def exactly(self, round_):
+        """What is wrong with the answers to a round, each request alone; None if they are the monolithic server's."""
+        names = tuple(probe.name for probe in round_.probes)
+        alone = self.answers(round_ if round_.in_flight == 1 else type(round_)(round_.condition, round_.probes))
+        parity = Parity(round_.condition, names, self.reference_alone(round_), alone)
+        return "; ".join(parity.problems) or None
+
+
+class TestDisaggregationSglangCpuFaultsNixl(TestDisaggregationSglangCpuFaults):
+    backend = "nixl"
+
+
+if __name__ == "__main__":
+    unittest.main()
