@@ -9,5 +9,5 @@ checkpoints  the models that are served: a Llama and a DeepSeek-V4 in the geomet
 requirements what the machine must have
 fork_server  imports SGLang once and forks servers and routers from it
 forked       the client of that process: a server as `subprocess.Popen` presents it
-site/        first on the servers' PYTHONPATH: stand-ins for two packages that need libcuda, and the entry point
+assets/sglang-cpu-site: first on the servers' PYTHONPATH: stand-ins for two packages that need libcuda, and the entry point
 """

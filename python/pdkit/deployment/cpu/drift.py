@@ -1,7 +1,7 @@
 """Whether an SGLang still is what the shims were written for: `python3 -m pdkit.deployment.cpu.drift [record]`.
 
 Reads source files and imports nothing of SGLang. Of each name that is replaced, and of each file that a replacement
-imitates, `drift.txt` has a digest of the code (comments and layout left out, of Python at least) as it is in RELEASE; of
+imitates, `assets/sglang-cpu-drift.txt` has a digest of the code (comments and layout left out, of Python at least) as it is in RELEASE; of
 a name that is wrapped it says that there is one. A name that is absent or another digest means that the replacements may
 be wrong: the servers are not started.
 """
@@ -16,12 +16,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pdkit
 from pdkit.deployment.cpu import plan, shims  # noqa: F401  registers
 from pdkit.deployment.cpu.registry import REPLACEMENTS
 from pdkit.exit_codes import ExitCode, NotReady
 
 RELEASE = "0.5.23"
-RECORD = Path(__file__).with_name("drift.txt")
+RECORD = Path(pdkit.__file__).parent / "assets" / "sglang-cpu-drift.txt"
 WHOLE = "-"
 ABSENT, PRESENT = "absent", "present"
 

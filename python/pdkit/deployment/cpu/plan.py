@@ -10,7 +10,7 @@ from pathlib import Path
 import pdkit
 from pdkit.deployment.cpu import plugin
 
-SITE = Path(__file__).with_name("site")
+SITE = Path(pdkit.__file__).parent / "assets" / "sglang-cpu-site"
 SOURCE_VARIABLE = "PDKIT_SGLANG_SOURCE"
 BACKENDS = "mooncake_tcp", "nixl"
 

@@ -1,4 +1,4 @@
-"""What SGLang calls in each of its processes at start-up, by the entry point in site/.
+"""What SGLang calls in each of its processes at start-up, by the entry point in assets/sglang-cpu-site.
 
 SGLang logs the exception of a plugin and goes on. Here a failure ends the process, and success leaves a line in its log
 which `pdkit.deployment.cpu.plan.require_active` looks for.

@@ -103,3 +103,15 @@ def install(families: set[str]) -> list[Replacement]:
     for each in chosen:
         each.install()
     return chosen
+
+
+def table() -> str:
+    """The list as Markdown, for docs/sglang-cpu.md."""
+    from pdkit.deployment.cpu import shims  # noqa: F401  registers
+
+    rows = ["| replaced | by or because | imitates |", "| --- | --- | --- |"]
+    for each in sorted(REPLACEMENTS, key=lambda each: (each.family != "any", each.family, each.target)):
+        files = ", ".join(f"`{file.rpartition('/')[2]}`" for file in each.imitates)
+        kind = " (added)" if each.adds else " (wrapped)" if each.wraps else ""
+        rows.append(f"| `{each.target.removeprefix('sglang.')}`{kind} | {each.why} | {files} |")
+    return "\n".join(rows)

@@ -1,6 +1,6 @@
 """EAGLE: the operators of sgl_kernel's CPU build that SGLang imports, and a cleanup kernel.
 
-sgl_kernel is replaced as a package (site/sgl_kernel), which takes these functions by name. Their arguments are those of
+sgl_kernel is replaced as a package (assets/sglang-cpu-site/sgl_kernel), which takes these functions by name. Their arguments are those of
 kernels/ops/speculative/{spec_tree,eagle,cache_locs}.py; results go into tensors that the caller made.
 """
 
