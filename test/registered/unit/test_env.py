@@ -29,7 +29,7 @@ esac
 class TestEnvironment(unittest.TestCase):
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name in ("scripts/env.sh", "requirements.lock", "requirements-gpu.lock"):
+        for name in ("scripts/env.sh", "requirements.lock", "requirements-gpu.lock", "requirements-cpu.lock"):
             (self.root / name).parent.mkdir(exist_ok=True)
             shutil.copy(REPO / name, self.root / name)
         python = self.root / "bin" / "python3"
@@ -50,7 +50,9 @@ class TestEnvironment(unittest.TestCase):
 
     def test_what_only_gpus_need_has_an_environment_of_its_own(self):
         cpu, locks = self.env(PDKIT_GPU="0")
-        self.assertEqual((self.done.returncode, locks), (0, ["requirements.lock"]), self.done.stderr)
+        self.assertEqual(
+            (self.done.returncode, locks), (0, ["requirements.lock", "requirements-cpu.lock"]), self.done.stderr
+        )
         gpu, locks = self.env(PDKIT_GPU="1")
         self.assertEqual(locks, ["requirements.lock", "requirements-gpu.lock"])
         self.assertNotEqual(cpu, gpu)
@@ -60,7 +62,7 @@ class TestEnvironment(unittest.TestCase):
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_a_machine_without_driver_gets_none_of_it(self):
-        self.assertEqual(self.env()[1], ["requirements.lock"])
+        self.assertEqual(self.env()[1], ["requirements.lock", "requirements-cpu.lock"])
 
     def test_made_once_and_again_after_a_failure(self):
         (self.root / "refuse").touch()

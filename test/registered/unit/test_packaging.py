@@ -32,6 +32,10 @@ def gpu_requirements():
     return requirement_lines("options.extras_require", "gpu")
 
 
+def cpu_requirements():
+    return requirement_lines("options.extras_require", "cpu")
+
+
 def pins(name):
     """Versions that a lock file pins, by distribution."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)", (REPO / name).read_text(), re.MULTILINE))
@@ -56,8 +60,8 @@ class TestDependencies(unittest.TestCase):
 
     def test_each_is_justified_in_the_line_above(self):
         lines = (REPO / "setup.cfg").read_text().splitlines()
-        for name in requirement_lines() + gpu_requirements():
-            (number,) = (i for i, line in enumerate(lines) if re.match(rf"    {re.escape(name)}(?![\w-])", line))
+        for name in requirement_lines() + gpu_requirements() + cpu_requirements():
+            number, *_ = (i for i, line in enumerate(lines) if re.match(rf"    {re.escape(name)}(?![\w-])", line))
             self.assertRegex(lines[number - 1], r"^    # \w+", name)
 
     def test_each_is_pinned(self):
@@ -66,6 +70,11 @@ class TestDependencies(unittest.TestCase):
     def test_what_only_gpus_need_is_pinned_on_top(self):
         on_top = pins("requirements-gpu.lock")
         self.assertEqual(set(gpu_requirements()) - set(on_top), set())
+        self.assertEqual(set(on_top) & set(pins("requirements.lock")), set())
+
+    def test_what_only_machines_without_a_gpu_need_is_pinned_on_top(self):
+        on_top = pins("requirements-cpu.lock")
+        self.assertEqual(set(cpu_requirements()) - set(on_top), set())
         self.assertEqual(set(on_top) & set(pins("requirements.lock")), set())
 
     def test_each_transfer_backend_of_a_file_for_gpus_is_among_them(self):
