@@ -40,7 +40,7 @@ class TestDisaggregationSglangCpuRecovery(
         return {
             BEFORE: Ask("".join(shots[:LONG]) + question, 8),
             DURING: Ask("".join(shots[LONG : 2 * LONG]) + question, 8),
-            STREAMING: Ask("".join(shots[:5]) + question, 3000, stream=True),
+            STREAMING: Ask("".join(shots[:5]) + question, 700, stream=True),
             IDLE: Ask("".join(shots[:5]) + question, 8),
         }
 

@@ -219,6 +219,13 @@ class TestCheckpoints(unittest.TestCase):
         self.assertLess((path / "model.safetensors").stat().st_size, 10_000_000)
 
 
+class TestDocs(unittest.TestCase):
+    def test_the_list_in_the_docs_is_the_registry(self):
+        """Renewed by `python3 -m pdkit.deployment.cpu.registry docs/sglang-cpu.md`."""
+        text = Path(__file__).parents[3].joinpath("docs", "sglang-cpu.md").read_text(encoding="utf-8")
+        self.assertIn(f"{registry.BEGIN}\n{registry.table()}\n{registry.END}", text)
+
+
 class TestShimsAreSmall(unittest.TestCase):
     def test_shims_import_nothing_of_sglang_at_module_level(self):
         """So that the drift check and the docs read their list without SGLang."""

@@ -115,3 +115,23 @@ def table() -> str:
         kind = " (added)" if each.adds else " (wrapped)" if each.wraps else ""
         rows.append(f"| `{each.target.removeprefix('sglang.')}`{kind} | {each.why} | {files} |")
     return "\n".join(rows)
+
+
+BEGIN, END = "<!-- replaced -->", "<!-- end of replaced -->"
+
+
+def main() -> None:
+    """Write the list into the file that is named."""
+    import sys
+    from pathlib import Path
+
+    from pdkit.deployment.cpu import registry  # the shims register with this name, not with "__main__"
+
+    path = Path(sys.argv[1])
+    head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    path.write_text(f"{head}{BEGIN}\n{registry.table()}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
