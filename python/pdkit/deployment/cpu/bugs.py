@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from pdkit.deployment.cpu.working_tree import Bug
 from pdkit.parity import Parity
 from pdkit.parity_kit import RequestFailed, collect, flush
 from pdkit.parity_plan import Round, generate_probe
+from pdkit.report.record import record_table
 
 PREFILL, DECODE = "srt/disaggregation/prefill.py", "srt/disaggregation/decode.py"
 UTILS, MOONCAKE = "srt/disaggregation/utils.py", "srt/disaggregation/mooncake/conn.py"
@@ -148,22 +149,24 @@ class PlantedBugsMixin:
                 check(self)
 
     def test_planted_bugs_are_caught(self) -> None:
-        rows = []
-        for bug in self.bugs:
-            with self.subTest(bug.name), tempfile.TemporaryDirectory(prefix="sglang-bug-") as directory:
-                package = working_tree.copy(drift.installed_package(), Path(directory))
-                bug.plant(package)
-                began = time.monotonic()
-                with self.served_from(package.parent):
+        rows, before = [], type(self).tree
+        release = drift.installed_package()
+        with tempfile.TemporaryDirectory(prefix="sglang-bugs-") as directory:
+            for bug in self.bugs:
+                with self.subTest(bug.name):
+                    began = time.monotonic()
+                    package = working_tree.copy(release, Path(directory, bug.name.replace(" ", "-")))
+                    bug.plant(package)
+                    self.serve_from(package.parent)
                     caught = self.what_catches()
-                message = "\n".join([*caught.values(), working_tree.report(package, drift.installed_package())])
-                rows.append(
-                    f"{bug.name} ({bug.file}): {', '.join(caught) or 'NOT CAUGHT'}, {time.monotonic() - began:.0f} s"
-                )
-                print(f"planted bug: {rows[-1]}\n{message[:1500]}", flush=True)
-                self.assertTrue(caught, f"{bug.name} in {bug.file}: not caught by any check")
-                self.assertIn(bug.file, message)
-        print("\n".join(["planted bugs:", *(f"  {row}" for row in rows)]), flush=True)
+                    message = "\n".join([*caught.values(), working_tree.report(package, release)])
+                    what = ", ".join(caught) or "NOT CAUGHT"
+                    rows.append([bug.name, bug.file, what, f"{time.monotonic() - began:.0f}"])
+                    print(f"planted bug: {', '.join(rows[-1])} s\n{message[:1500]}", flush=True)
+                    self.assertTrue(caught, f"{bug.name} in {bug.file}: not caught by any check")
+                    self.assertIn(bug.file, message)
+            record_table("planted bugs", ["bug", "file", "caught by", "seconds"], rows)
+            self.serve_from(before)
 
     def what_catches(self) -> dict[str, str]:
         """Message by check, of the first that fails: a pair with a bug may not come back to its senses."""
@@ -174,20 +177,10 @@ class PlantedBugsMixin:
                 return {name: f"{type(error).__name__}: {error}"}
         return {}
 
-    @contextlib.contextmanager
-    def served_from(self, tree: Path) -> Iterator[None]:
-        """Prefill and decode of another package sglang, on the same ports behind the same router; then as before."""
+    def serve_from(self, tree: Path | None) -> None:
+        """Prefill and decode of another package sglang, on the same ports behind the same router."""
         cls = type(self)
-        before, cls.tree = cls.tree, tree
-        try:
-            self.restart()
-            yield
-        finally:
-            cls.tree = before
-            self.restart()
-
-    def restart(self) -> None:
-        cls = type(self)
+        cls.tree = tree
         for side in ("prefill", "decode"):
             process = getattr(cls, f"process_{side}")
             cls.supervisor.let_die(process)
@@ -195,12 +188,12 @@ class PlantedBugsMixin:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
             fresh = cls.launch(f"{side} again", process.args)
-            if cls.tree is not None:
-                cls.supervisor.let_die(fresh)
+            if tree is not None:
+                cls.supervisor.let_die(fresh)  # a bug may end it
             setattr(cls, f"process_{side}", fresh)
         for url in (cls.prefill_url, cls.decode_url):
             self.until_healthy(url)
-        cls.close_fork_servers_but(cls.tree)
+        cls.close_fork_servers_but(tree)
 
     def until_healthy(self, url: str) -> None:
         deadline = time.monotonic() + self.returning
