@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import requests
 
@@ -114,7 +114,7 @@ class PlantedBugsMixin:
     """
 
     bugs: ClassVar[Sequence[Bug]] = BUGS
-    returning = 120
+    returning = 60
     retracted = 10
     retracted_tokens = 220
 
@@ -157,8 +157,7 @@ class PlantedBugsMixin:
                     began = time.monotonic()
                     package = working_tree.copy(release, Path(directory, bug.name.replace(" ", "-")))
                     bug.plant(package)
-                    self.serve_from(package.parent)
-                    caught = self.what_catches()
+                    caught = self.what_catches(package.parent)
                     message = "\n".join([*caught.values(), working_tree.report(package, release)])
                     what = ", ".join(caught) or "NOT CAUGHT"
                     rows.append([bug.name, bug.file, what, f"{time.monotonic() - began:.0f}"])
@@ -168,9 +167,9 @@ class PlantedBugsMixin:
             record_table("planted bugs", ["bug", "file", "caught by", "seconds"], rows)
             self.serve_from(before)
 
-    def what_catches(self) -> dict[str, str]:
+    def what_catches(self, tree: Path) -> dict[str, str]:
         """Message by check, of the first that fails: a pair with a bug may not come back to its senses."""
-        for name, check in self.checks().items():
+        for name, check in {"start": lambda self: self.serve_from(tree), **self.checks()}.items():
             try:
                 check(self)
             except (AssertionError, RequestFailed, requests.RequestException) as error:
@@ -191,13 +190,15 @@ class PlantedBugsMixin:
             if tree is not None:
                 cls.supervisor.let_die(fresh)  # a bug may end it
             setattr(cls, f"process_{side}", fresh)
-        for url in (cls.prefill_url, cls.decode_url):
-            self.until_healthy(url)
         cls.close_fork_servers_but(tree)
+        for side in ("prefill", "decode"):
+            self.until_healthy(getattr(cls, f"{side}_url"), getattr(cls, f"process_{side}"))
 
-    def until_healthy(self, url: str) -> None:
+    def until_healthy(self, url: str, process: Any) -> None:
         deadline = time.monotonic() + self.returning
         while time.monotonic() < deadline:
+            if process.poll() is not None:
+                self.fail(f"the server of {url} ended with {process.returncode} at its start; {process.obituary(15)}")
             with contextlib.suppress(requests.RequestException):
                 if requests.get(f"{url}/health", timeout=5).status_code == 200:
                     return
