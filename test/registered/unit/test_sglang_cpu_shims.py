@@ -11,7 +11,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from pdkit.deployment.cpu import checkpoints, drift, plan, plugin, registry, requirements
+from pdkit.deployment.cpu import bugs, checkpoints, drift, plan, plugin, registry, requirements, working_tree
 from pdkit.exit_codes import ExitCode, NotReady
 from sglang.test.ci.ci_register import register_cpu_ci
 
@@ -177,6 +177,63 @@ class TestRequirements(unittest.TestCase):
         with mock.patch.dict(requirements.PACKAGES, {"pdkit_absent": "pdkit-absent"}, clear=True):
             (line,) = requirements.missing_packages()
         self.assertIn("needs the package pdkit-absent", line)
+
+
+class TestCommand(unittest.TestCase):
+    def test_what_cannot_be_used_is_one_line(self):
+        for words, code, says in (
+            (["--sglang-source", "/nonexistent"], ExitCode.NOT_READY, "/nonexistent has no package sglang"),
+            (["no-such-file"], ExitCode.BAD_USAGE, "no file of the target is called like no-such-file"),
+        ):
+            run = subprocess.run(
+                [sys.executable, "-m", "pdkit.deployment.cpu", *words], capture_output=True, text=True, timeout=60
+            )
+            if "target sglang-cpu needs" in run.stderr:
+                self.skipTest(run.stderr.strip())
+            self.assertEqual((run.returncode, len(run.stderr.splitlines())), (code, 1), run.stderr)
+            self.assertIn(says, run.stderr)
+
+
+class TestWorkingTree(unittest.TestCase):
+    def setUp(self):
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.release = self.root / "release"
+        for name, text in (
+            ("srt/disaggregation/prefill.py", "A = 1\n\n\nclass Scheduler:\n    def send(self):\n        return 1\n"),
+            ("lang/api.py", "def gen():\n    pass\n"),
+        ):
+            (self.release / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.release / name).write_text(text)
+        self.package = working_tree.copy(self.release, self.root / "tree")
+
+    def test_a_copy_is_as_the_release(self):
+        self.assertEqual(working_tree.report(self.package, self.release), "")
+
+    def test_a_planted_bug_is_named_and_the_release_stays_as_it_is(self):
+        working_tree.Bug("off by one", "srt/disaggregation/prefill.py", "return 1", "return 2").plant(self.package)
+        working_tree.Bug("another", "lang/api.py", "pass", "return 1").plant(self.package)
+        self.assertEqual(
+            working_tree.changed(self.package, self.release),
+            ["srt/disaggregation/prefill.py: Scheduler.send", "lang/api.py: gen"],
+        )
+        self.assertIn("return 1", (self.release / "srt/disaggregation/prefill.py").read_text())
+
+    def test_what_does_not_parse_and_what_is_new(self):
+        (self.package / "srt/new.py").write_text("")
+        working_tree.Bug("no syntax", "lang/api.py", "def gen", "def def gen").plant(self.package)
+        found = working_tree.changed(self.package, self.release)
+        self.assertEqual(found, ["lang/api.py: line 1: invalid syntax", "srt/new.py: a new file"])
+
+    def test_a_bug_that_fits_nowhere_is_an_error(self):
+        with self.assertRaisesRegex(ValueError, "0 places like 'return 7'"):
+            working_tree.Bug("none", "lang/api.py", "return 7", "").plant(self.package)
+
+    def test_each_bug_of_the_library_fits_the_release(self):
+        for bug in (*bugs.BUGS, *bugs.STATE_BUGS):
+            with self.subTest(bug.name):
+                text = (drift.installed_package() / bug.file).read_text()
+                self.assertEqual(text.count(bug.old), 1)
+                ast.parse(text.replace(bug.old, bug.new))
 
 
 class TestPlan(unittest.TestCase):
