@@ -72,8 +72,8 @@ BUGS = (
     Bug(
         "freed pages are free twice",
         ALLOCATOR,
-        "                self.free_pages = torch.cat((self.free_pages, free_index))",
-        "                self.free_pages = torch.cat((free_index, self.free_pages, free_index))",
+        "                self.release_pages = torch.cat((self.release_pages, free_index))",
+        "                self.release_pages = torch.cat((self.release_pages, free_index, free_index))",
     ),
     Bug(
         "pages of a retracted request come back in another order",
