@@ -76,10 +76,10 @@ BUGS = (
         "                self.release_pages = torch.cat((self.release_pages, free_index, free_index))",
     ),
     Bug(
-        "pages of a retracted request come back in another order",
+        "a retracted request loses its last token's keys and values",
         ALLOCATOR,
-        "        return self._kvcache.load_cpu_copy(\n            kv_cache_cpu,\n            indices,",
-        "        return self._kvcache.load_cpu_copy(\n            kv_cache_cpu,\n            indices.flip(0),",
+        "        return self._kvcache.get_cpu_copy(\n            indices,",
+        "        return self._kvcache.get_cpu_copy(\n            torch.cat((indices[:1], indices[:-1])),",
     ),
     Bug(
         "an aborted request decodes on",
