@@ -1,5 +1,6 @@
 """SGLang's own prefill and decode on a machine without a GPU: DeepSeek-V4 on NIXL, served together, with its draft, spawned."""
 
+import time
 import unittest
 
 import test_disaggregation_dsv4 as dsv4
@@ -7,7 +8,8 @@ from pdkit.accounting_kit import RequestAccountingMixin
 from pdkit.deployment.cpu import plan
 from pdkit.deployment.cpu.exact import ExactParityMixin
 from pdkit.monolithic_kit import MonolithicBesideMixin
-from pdkit.parity_plan import PlanOptions
+from pdkit.parity_kit import collect
+from pdkit.parity_plan import PlanOptions, Round, generate_probe
 from sglang.test.ci.ci_register import register_cpu_ci
 from test_disaggregation_sglang_cpu import SglangCpuPlan
 
@@ -21,6 +23,19 @@ class _Whole(
     parity_options = PlanOptions(longest=1100, rooms=16, in_flight=8, indexed=2, indexed_tokens=6)
 
     test_gsm8k = None  # random weights solve nothing
+
+    def test_report_throughput(self):
+        """Output tokens a second of 32 requests, 16 at a time; reported only."""
+        probes = tuple(
+            generate_probe(f"load-{seed}", [5 + seed * index % 499 for index in range(128)], 64)
+            for seed in range(3, 35)
+        )
+        for in_flight in (1, 16):
+            some = probes[:4] if in_flight == 1 else probes
+            began = time.monotonic()
+            answers = collect(self.lb_url, Round(f"{in_flight} at a time", some, in_flight), self.request_timeout)
+            rate = sum(len(answer.tokens) for answer in answers) / (time.monotonic() - began)
+            print(f"throughput, {in_flight} at a time: {rate:.0f} output tokens/s", flush=True)
 
 
 class TestDisaggregationSglangCpuNixl(_Whole):
