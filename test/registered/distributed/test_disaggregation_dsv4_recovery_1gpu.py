@@ -1,13 +1,12 @@
 """SGLang's own servers on one GPU: parts die and freeze, clients hear of it, service resumes."""
 
-import json
 import unittest
 
 import test_disaggregation_dsv4 as dsv4
 import test_disaggregation_dsv4_1gpu as one_gpu
 from pdkit.fleet_kit import FleetMixin
-from pdkit.recovery.clients import Ask
-from pdkit.recovery.kit import BEFORE, DURING, IDLE, STREAMING, RecoveryMixin
+from pdkit.recovery.few_shot import few_shot_asks
+from pdkit.recovery.kit import RecoveryMixin
 from pdkit.recovery.messages import BootstrapMessagesMixin
 from sglang.test.ci.ci_register import register_cuda_ci
 
@@ -35,17 +34,7 @@ class TestDisaggregationDSV4RecoveryOneGpu(
 
     @classmethod
     def asks(cls):
-        """Nothing holds a hand-over here: long prompts queue for prefill, whose chunks leave one by one."""
-        with open(cls.gsm8k_data_path, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        shots = [f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows]
-        question = f"Question: {rows[-1]['question']}\nAnswer:"
-        return {
-            BEFORE: Ask("".join(shots[:LONG]) + question, 8),
-            DURING: Ask("".join(shots[LONG : 2 * LONG]) + question, 8),
-            STREAMING: Ask("".join(shots[:5]) + question, 1000, stream=True),
-            IDLE: Ask("".join(shots[:5]) + question, 8),
-        }
+        return few_shot_asks(cls.gsm8k_data_path, LONG, 1000)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """SGLang's own servers on a machine without a GPU: parts die and freeze, a scheduler inside a server among them."""
 
-import json
 import unittest
 
 import test_disaggregation_dsv4 as dsv4
 from pdkit.deployment.cpu import plan
 from pdkit.deployment.cpu.schedulers import SchedulerDeathsMixin
 from pdkit.fleet_kit import FleetMixin
-from pdkit.recovery.clients import Ask
-from pdkit.recovery.kit import BEFORE, DURING, IDLE, STREAMING, RecoveryMixin
+from pdkit.recovery.few_shot import few_shot_asks
+from pdkit.recovery.kit import RecoveryMixin
 from pdkit.recovery.messages import BootstrapMessagesMixin
 from sglang.test.ci.ci_register import register_cpu_ci
 from test_disaggregation_sglang_cpu import SglangCpuPlan
@@ -32,17 +31,7 @@ class TestDisaggregationSglangCpuRecovery(
 
     @classmethod
     def asks(cls):
-        """Nothing holds a KV transfer here: long prompts queue for prefill, whose chunks leave one by one."""
-        with open(cls.gsm8k_data_path, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        shots = [f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows]
-        question = f"Question: {rows[-1]['question']}\nAnswer:"
-        return {
-            BEFORE: Ask("".join(shots[:LONG]) + question, 8),
-            DURING: Ask("".join(shots[LONG : 2 * LONG]) + question, 8),
-            STREAMING: Ask("".join(shots[:5]) + question, 700, stream=True),
-            IDLE: Ask("".join(shots[:5]) + question, 8),
-        }
+        return few_shot_asks(cls.gsm8k_data_path, LONG, 700)
 
 
 if __name__ == "__main__":
