@@ -32,6 +32,7 @@ class TestDisaggregationSglangCpuFaults(
     parity_options = PlanOptions(longest=300, extra_lengths=(300,), rooms=4, room_length=300, indexed=1)
     transfer_faults = tuple(name for name in LIBRARY if name not in DRAFTS)
     first_drafts_prompts = 4  # at once, before each fault
+    handover_timeout, fault_timeout = 30, 60
     shortest = 120  # tokens: of a shorter prompt not every piece of the state is used
 
     test_gsm8k = test_parity_alone = test_parity_prefix_cached = test_parity_concurrent = test_parity_rooms = None
