@@ -17,6 +17,7 @@ register_cpu_ci(est_time=700, suite="stage-a-test-cpu", nightly=True)
 class _Bugs(PlantedBugsMixin, ExactParityMixin, MonolithicBesideMixin, SglangCpuPlan, dsv4.TestDisaggregationDSV4):
     parity_options = PlanOptions(longest=600, extra_lengths=(450, 600), rooms=16, in_flight=8, indexed=0)
     request_timeout = 40
+    server_env = {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}  # by default a binary, in which none is planted
 
     test_gsm8k = test_parity_alone = test_parity_prefix_cached = test_parity_concurrent = test_parity_rooms = None
     test_parity_shared_prefix = test_parity_where_the_indexer_chooses = test_parity_request_parameters = None
