@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 from pdkit.core.errors import ExitCode, NotReady
-from pdkit.deployment.cpu import checkpoints, drift, plan, plugin, registry, requirements, working_tree
+from pdkit.deployment.cpu import checkpoints, drift, listing, plan, plugin, registry, requirements, working_tree
 from pdkit.faults import planted_bugs
 from sglang.test.ci.ci_register import register_cpu_ci
 
@@ -279,9 +279,9 @@ class TestCheckpoints(unittest.TestCase):
 
 class TestDocs(unittest.TestCase):
     def test_the_list_in_the_docs_is_the_registry(self):
-        """Renewed by `python3 -m pdkit.deployment.cpu.registry docs/sglang-cpu.md`."""
+        """Renewed by `python3 -m pdkit.deployment.cpu.listing docs/sglang-cpu.md`."""
         text = Path(__file__).parents[3].joinpath("docs", "sglang-cpu.md").read_text(encoding="utf-8")
-        self.assertIn(f"{registry.BEGIN}\n{registry.table()}\n{registry.END}", text)
+        self.assertIn(f"{listing.BEGIN}\n{listing.table()}\n{listing.END}", text)
 
 
 class TestShimsAreSmall(unittest.TestCase):

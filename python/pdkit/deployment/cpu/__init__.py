@@ -3,6 +3,7 @@
 registry     what is replaced in SGLang, by what, and why
 shims        the replacements, one module for each family of kernels
 plugin       what SGLang calls at start-up: entry-point group `sglang.srt.plugins`
+listing      the list of them, for docs
 drift        whether an SGLang still is what the replacements were written for
 plan         flags and environment of the servers
 checkpoints  the models that are served: a Llama and a DeepSeek-V4 in the geometry of the kernels

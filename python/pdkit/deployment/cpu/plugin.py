@@ -35,6 +35,8 @@ def activate() -> None:
     if torch.cuda.is_available():
         return
     try:
+        from pdkit.deployment.cpu import shims  # noqa: F401  registers
+
         model = os.environ[FAMILY_VARIABLE]
         installed = registry.install(families(model, importlib.util.find_spec("nixl") is not None))
     except BaseException:

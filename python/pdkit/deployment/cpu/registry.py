@@ -97,41 +97,7 @@ def _first_line(function: Callable) -> str:
 
 def install(families: set[str]) -> list[Replacement]:
     """Install what belongs to `families`, in the order of registration; returns what was. Raises SglangChanged."""
-    from pdkit.deployment.cpu import shims  # noqa: F401  registers
-
     chosen = [each for each in REPLACEMENTS if each.family in families]
     for each in chosen:
         each.install()
     return chosen
-
-
-def table() -> str:
-    """The list as Markdown, for docs/sglang-cpu.md."""
-    from pdkit.deployment.cpu import shims  # noqa: F401  registers
-
-    rows = ["| replaced | by or because | imitates |", "| --- | --- | --- |"]
-    for each in sorted(REPLACEMENTS, key=lambda each: (each.family != "any", each.family, each.target)):
-        files = ", ".join(f"`{file.rpartition('/')[2]}`" for file in each.imitates)
-        kind = " (added)" if each.adds else " (wrapped)" if each.wraps else ""
-        rows.append(f"| `{each.target.removeprefix('sglang.')}`{kind} | {each.why} | {files} |")
-    return "\n".join(rows)
-
-
-BEGIN, END = "<!-- replaced -->", "<!-- end of replaced -->"
-
-
-def main() -> None:
-    """Write the list into the file that is named."""
-    import sys
-    from pathlib import Path
-
-    from pdkit.deployment.cpu import registry  # the shims register with this name, not with "__main__"
-
-    path = Path(sys.argv[1])
-    head, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.write_text(f"{head}{BEGIN}\n{registry.table()}\n{END}{tail}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
