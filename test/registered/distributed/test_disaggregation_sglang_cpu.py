@@ -11,7 +11,7 @@ import unittest
 import requests
 import torch
 from pdkit.checks.accounting.checks import AccountingChecks
-from pdkit.checks.parity.exact import ExactParityChecks
+from pdkit.checks.parity.exact import ExactAloneChecks
 from pdkit.checks.parity.plan import PlanOptions
 from pdkit.deployment.cpu import checkpoints, plan
 from pdkit.deployment.cpu.servers import SglangCpuServers
@@ -24,18 +24,9 @@ register_cpu_ci(est_time=150, suite="stage-a-test-cpu", nightly=True)
 REFERENCE_TOLERANCE = 0.1  # nats
 
 
-class TestDisaggregationSglangCpu(AccountingChecks, ExactParityChecks, MonolithicBeside, SglangCpuServers):
+class TestDisaggregationSglangCpu(AccountingChecks, ExactAloneChecks, MonolithicBeside, SglangCpuServers):
     cpu_model = plan.DSV4
     parity_options = PlanOptions(longest=1100, alone_tokens=6, rooms=16, in_flight=8, indexed=1, indexed_tokens=4)
-
-    # Served together: asked in test_disaggregation_sglang_cpu_nightly.py, whose answers take longer.
-    test_parity_concurrent = test_parity_rooms = test_parity_shared_prefix = test_parity_request_parameters = None
-    test_parity_prefix_cached = None
-
-    @classmethod
-    def take_references(cls):
-        for round_ in (*cls.parity_plan().alone, *cls.parity_plan().indexed):
-            cls.reference_alone(round_)
 
     def test_prompt_logprobs_against_transformers(self):
         """Another implementation, in float32 and without pages, gives the prompt nearly the same logprobs.

@@ -27,8 +27,6 @@ class TestDisaggregationSglangCpuLlama(
 class TestDisaggregationSglangCpuLlamaNixl(TestDisaggregationSglangCpuLlama):
     backend = "nixl"
 
-    test_parity_concurrent = test_parity_shared_prefix = test_parity_request_parameters = None  # as on Mooncake
-
 
 if __name__ == "__main__":
     unittest.main()

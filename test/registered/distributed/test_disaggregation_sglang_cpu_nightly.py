@@ -4,7 +4,7 @@ import time
 import unittest
 
 from pdkit.checks.accounting.checks import AccountingChecks
-from pdkit.checks.parity.exact import ExactParityChecks
+from pdkit.checks.parity.exact import ExactAloneChecks, ExactParityChecks
 from pdkit.checks.parity.plan import PlanOptions, Round, generate_probe
 from pdkit.checks.parity.references import collect
 from pdkit.deployment.cpu import plan
@@ -43,13 +43,11 @@ class TestDisaggregationSglangCpuEagle(_Whole):
     more_server_args = plan.EAGLE
 
 
-class TestDisaggregationSglangCpuSpawned(_Whole):
+class TestDisaggregationSglangCpuSpawned(AccountingChecks, ExactAloneChecks, MonolithicBeside, SglangCpuServers):
     """Processes start as in production: what only SGLang's spawned start can show is seen here."""
 
+    cpu_model, parity_options = _Whole.cpu_model, _Whole.parity_options
     forked = False
-
-    test_parity_concurrent = test_parity_rooms = test_parity_shared_prefix = test_parity_request_parameters = None
-    test_parity_prefix_cached = None
 
 
 del _Whole

@@ -22,8 +22,6 @@ class TestDisaggregationSglangCpuRecovery(SchedulerDeathChecks, BootstrapMessage
     router_timeout = 30
     bootstrap_timeout = waiting_timeout = 15
 
-    test_a_bootstrap_message_is_duplicate = None  # what SGLang does with it is not defined
-
     @classmethod
     def asks(cls):
         return few_shot_asks(cls.gsm8k_data_path, LONG, 700)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pdkit.checks.http import flush_caches
 from pdkit.checks.parity.answers import Arm
-from pdkit.checks.parity.checks import ParityArms, ParityChecks
+from pdkit.checks.parity.checks import AloneParityChecks, IndexerParityChecks, ParityArms, ParityChecks
 from pdkit.checks.parity.plan import Round
 from pdkit.checks.parity.references import collect
 from pdkit.checks.parity.verdict import Parity
@@ -28,7 +28,7 @@ class ExactParityArms(ParityArms):
     @classmethod
     def reference_alone(cls, round_: Round) -> Arm:
         """The monolithic server's answers to `round_`, asked once, each request alone."""
-        return cls._references().take_alone(cls.monolithic_url, round_)
+        return cls.known_references().take_alone(cls.monolithic_url, round_)
 
     def check_parity(self, rounds: Sequence[Round]) -> None:
         alone = [round_ for round_ in rounds if round_.in_flight == 1 and not round_.batch]
@@ -38,7 +38,7 @@ class ExactParityArms(ParityArms):
                 flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
             candidate = collect(self.lb_url, round_, self.request_timeout)
             names = tuple(probe.name for probe in round_.probes)
-            self._assert_parity(Parity(f"{round_.condition}, one at a time", names, reference, candidate))
+            self.assert_parity(Parity(f"{round_.condition}, one at a time", names, reference, candidate))
             if self.caches_prefixes():
                 self.check_cached(round_, candidate)
         together = [round_ for round_ in rounds if round_ not in alone]
@@ -48,3 +48,12 @@ class ExactParityArms(ParityArms):
 
 class ExactParityChecks(ExactParityArms, ParityChecks):
     """All of `ParityChecks`, so compared."""
+
+
+class ExactAloneChecks(ExactParityArms, AloneParityChecks, IndexerParityChecks):
+    """What is asked one at a time."""
+
+    @classmethod
+    def take_references(cls) -> None:
+        for round_ in (*cls.parity_plan().alone, *cls.parity_plan().indexed):
+            cls.reference_alone(round_)

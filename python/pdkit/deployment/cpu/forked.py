@@ -136,7 +136,7 @@ class ForkedPopen(subprocess.Popen):
         python, dash_m, module, *argv = args
         assert (os.path.basename(python).startswith("python"), dash_m) == (True, "-m"), f"cannot be forked: {args}"
         self.args, self.stdin, self.stderr, self.returncode = args, None, None, None
-        self._exit = threading.Event()
+        self._end_noticed = threading.Event()
         self._waitpid_lock = threading.Lock()
         self._child_created = False  # by somebody else, as far as Popen's destructor is concerned
         self.pid, self.stdout = self.fork_server.fork(self, module, argv, os.environ if env is None else env)
@@ -144,12 +144,12 @@ class ForkedPopen(subprocess.Popen):
     def end(self, status: int) -> None:
         """The child has ended."""
         self.returncode = status
-        self._exit.set()
+        self._end_noticed.set()
 
     def poll(self) -> int | None:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        if not self._exit.wait(timeout):
+        if not self._end_noticed.wait(timeout):
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
