@@ -53,7 +53,7 @@ class ParityArms(Checks):
     _plan = _parameter_rounds = _parameter_ids = None
 
     @classmethod
-    def _references(cls):
+    def known_references(cls):
         if cls.references is None:
             cls.references = References(cls.bitwise, cls.request_timeout)
         return cls.references
