@@ -106,7 +106,9 @@ def launch_contract_of(wheel: Path | None = None) -> tuple[str, dict]:
         except launches.ContractUnreadable as error:
             return str(error).partition(": cannot be imported: ")[2] or str(error)
 
+    # Servers on CPU are forked from a process that has torch and transformers, for which there are stand-ins here.
     files = sorted((REGISTERED / "distributed").glob("test_*.py"))
+    files = [file for file in files if not file.name.startswith("test_disaggregation_sglang_cpu")]
     with tempfile.TemporaryDirectory(prefix="record-") as cache, launches.release_of(wheel) as release:
         paths = {cache: "<cache>", str(REPO): "<repository>", str(release.root): "<site-packages>"}
         with mock.patch.dict(os.environ, clean_environment(cache), clear=True), ThreadPoolExecutor(2) as pool:

@@ -173,11 +173,17 @@ class PDServers(PDDisaggregationServerBase):
         environment = {**os.environ, **(env or {}), "PATH": f"{python3}{os.pathsep}{os.environ['PATH']}"}
         before = sum(server.name == name for server in cls._servers)
         log_path = cls.log_path(f"{name} restart {before}" if before else name)
+        server_class = cls.server_class(name, environment)
         with cls.supervisor.launching():
-            server = Server(name, command, environment, log_path, stop, copies)
+            server = server_class(name, command, environment, log_path, stop, copies)
             cls._servers.append(server)
             cls.supervisor.watch(name, server)
         return server
+
+    @classmethod
+    def server_class(cls, name: str, environment: Mapping[str, str]) -> type[Server]:
+        """Of the process `name`, which is about to be started with `environment`."""
+        return Server
 
     @classmethod
     def _prepare(cls) -> None:

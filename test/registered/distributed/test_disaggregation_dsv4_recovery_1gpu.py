@@ -1,11 +1,9 @@
 """SGLang's own servers on one GPU: parts die and freeze, clients hear of it, service resumes."""
 
-import json
 import unittest
 
 from pdkit.checks.recovery.bootstrap_messages import BootstrapMessageChecks
-from pdkit.checks.recovery.clients import Ask
-from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
+from pdkit.checks.recovery.few_shot import few_shot_asks
 from pdkit.checks.recovery.scenarios import RecoveryChecks
 from pdkit.deployment.fleet import Fleet
 from pdkit.deployment.one_gpu import TrainedOneGpuServers
@@ -24,17 +22,7 @@ class TestDisaggregationDSV4RecoveryOneGpu(RecoveryChecks, BootstrapMessageCheck
 
     @classmethod
     def asks(cls):
-        """Nothing holds a hand-over here: long prompts queue for prefill, whose chunks leave one by one."""
-        with open(cls.gsm8k_data_path, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        shots = [f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows]
-        question = f"Question: {rows[-1]['question']}\nAnswer:"
-        return {
-            BEFORE: Ask("".join(shots[:LONG]) + question, 8),
-            DURING: Ask("".join(shots[LONG : 2 * LONG]) + question, 8),
-            STREAMING: Ask("".join(shots[:5]) + question, 1000, stream=True),
-            IDLE: Ask("".join(shots[:5]) + question, 8),
-        }
+        return few_shot_asks(cls.gsm8k_data_path, LONG, 1000)
 
 
 if __name__ == "__main__":

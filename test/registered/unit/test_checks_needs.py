@@ -12,7 +12,7 @@ from pathlib import Path
 import pdkit.checks
 from pdkit.checks.base import Checks
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.faults import lb_faults, servers
+from pdkit.faults import lb_faults, planted_bugs, servers
 from pdkit.faults.real_engine import checks as transfer_kit
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
@@ -22,7 +22,7 @@ REGISTERED = Path(__file__).resolve().parents[1]
 DISTRIBUTED = REGISTERED / "distributed"
 ALL_CHECKS = [
     *(importlib.import_module(m.name) for m in pkgutil.walk_packages(pdkit.checks.__path__, "pdkit.checks.")),
-    *(lb_faults, servers, transfer_kit),
+    *(lb_faults, planted_bugs, servers, transfer_kit),
 ]
 MOST_BASES = 5
 

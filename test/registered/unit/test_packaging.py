@@ -36,6 +36,10 @@ def dev_requirements():
     return requirement_lines("options.extras_require", "dev")
 
 
+def cpu_requirements():
+    return requirement_lines("options.extras_require", "cpu")
+
+
 def pins(name):
     """Versions that a lock file pins, by distribution."""
     return dict(re.findall(r"^([\w.-]+)==(\S+)", (REPO / name).read_text(), re.MULTILINE))
@@ -60,8 +64,8 @@ class TestDependencies(unittest.TestCase):
 
     def test_each_is_justified_in_the_line_above(self):
         lines = (REPO / "setup.cfg").read_text().splitlines()
-        for name in requirement_lines() + gpu_requirements() + dev_requirements():
-            (number,) = (i for i, line in enumerate(lines) if re.match(rf"    {re.escape(name)}(?![\w-])", line))
+        for name in requirement_lines() + gpu_requirements() + cpu_requirements() + dev_requirements():
+            number, *_ = (i for i, line in enumerate(lines) if re.match(rf"    {re.escape(name)}(?![\w-])", line))
             self.assertRegex(lines[number - 1], r"^    # \w+", name)
 
     def test_each_is_pinned(self):
@@ -70,6 +74,7 @@ class TestDependencies(unittest.TestCase):
     def test_what_only_some_need_is_pinned_on_top(self):
         for lock, requirements in (
             ("requirements-gpu.lock", gpu_requirements()),
+            ("requirements-cpu.lock", cpu_requirements()),
             ("requirements-dev.lock", dev_requirements()),
         ):
             on_top = pins(lock)

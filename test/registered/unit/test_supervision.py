@@ -241,7 +241,7 @@ class TestWhatCannotHideADeath(Supervised):
         self.assertLess(time.time() - self.struck_at, 10)
 
     def test_a_death_of_a_server_in_whose_place_another_is_launched(self):
-        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+        process = self.enterContext(subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]))
         process.wait()
         successor = SimpleNamespace(pid=os.getpid(), poll=lambda: None)
         with mock.patch.object(supervisor, "POLL_S", 60), supervised() as watch:

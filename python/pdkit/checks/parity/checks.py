@@ -53,19 +53,19 @@ class ParityArms(Checks):
     _plan = _parameter_rounds = _parameter_ids = None
 
     @classmethod
-    def _references(cls):
+    def known_references(cls):
         if cls.references is None:
             cls.references = References(cls.bitwise, cls.request_timeout)
         return cls.references
 
     @classmethod
     def references_of(cls, round_):
-        return cls._references().take(cls.monolithic_url, round_)
+        return cls.known_references().take(cls.monolithic_url, round_)
 
     @classmethod
     def take_references(cls):
         """Ask the monolithic server everything that the checks will ask."""
-        plan, references = cls.parity_plan(), cls._references()
+        plan, references = cls.parity_plan(), cls.known_references()
         for round_ in plan.rounds:
             references.take(cls.monolithic_url, round_)
         variations, round_ = cls.parameter_round()
@@ -95,7 +95,7 @@ class ParityArms(Checks):
             ids, text = cls._parameter_ids, cls._natural_text()[:200]
             size, seeded = PARAMETER_TOKENS, cls.bitwise
             probes = generate_probe("greedy", ids, size), completion_probe("completion", text, size)
-            greedy, completion = (cls._references().answer(cls.monolithic_url, probe) for probe in probes)
+            greedy, completion = (cls.known_references().answer(cls.monolithic_url, probe) for probe in probes)
             variations = (
                 *generate_variations(ids, size, greedy, seeded),
                 *completion_variations(text, size, completion, seeded),
@@ -135,18 +135,18 @@ class ParityArms(Checks):
                 flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
             candidate = collect(self.lb_url, round_, self.request_timeout)
             together = round_.in_flight > 1 or round_.batch
-            rounding = self._references().rounding if together else 0.0
+            rounding = self.known_references().rounding if together else 0.0
             names = tuple(probe.name for probe in round_.probes)
             parities.append(Parity(round_.condition, names, reference, candidate, control, rounding))
             if self.bitwise:
-                self._assert_parity(parities[-1])
+                self.assert_parity(parities[-1])
             if self.caches_prefixes():
                 self.check_cached(round_, candidate)
         if not self.bitwise:
-            self._assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
+            self.assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
 
     @staticmethod
-    def _assert_parity(parity):
+    def assert_parity(parity):
         print(parity.report(), flush=True)
         parity.assert_passed()
 
@@ -168,11 +168,25 @@ class ParityArms(Checks):
         return not info.get("disable_radix_cache", True) and info.get("dp_size", 1) == 1
 
 
-class AnswerParityChecks(ParityArms):
-    """The pair answers as a monolithic server of the same model does: all that may be asked of servers in use."""
+class AloneParityChecks(ParityArms):
+    """Requests one at a time."""
 
     def test_parity_alone(self):
         self.check_parity(self.parity_plan().alone)
+
+
+class IndexerParityChecks(ParityArms):
+    """Prompts of thousands of tokens, one at a time."""
+
+    def test_parity_where_the_indexer_chooses(self):
+        rounds = self.parity_plan().indexed
+        if not rounds:
+            self.skipTest("the model has no indexer, or its prompts are too short for it to choose")
+        self.check_parity(rounds)
+
+
+class AnswerParityChecks(AloneParityChecks):
+    """The pair answers as a monolithic server of the same model does: all that may be asked of servers in use."""
 
     def test_parity_concurrent(self):
         self.check_parity(self.parity_plan().concurrent)
@@ -191,19 +205,13 @@ class AnswerParityChecks(ParityArms):
         self.check_parity((round_,))
 
 
-class ParityChecks(AnswerParityChecks):
+class ParityChecks(AnswerParityChecks, IndexerParityChecks):
     """The same, and what takes caches that are ours to empty, and thousands of tokens a prompt."""
 
     def test_parity_prefix_cached(self):
         rounds = self.parity_plan().cached
         if not rounds:
             self.skipTest("the model's prompts are shorter than a page of the prefix cache")
-        self.check_parity(rounds)
-
-    def test_parity_where_the_indexer_chooses(self):
-        rounds = self.parity_plan().indexed
-        if not rounds:
-            self.skipTest("the model has no indexer, or its prompts are too short for it to choose")
         self.check_parity(rounds)
 
 

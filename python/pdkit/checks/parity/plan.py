@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 TOP_LOGPROBS = 8
+SHARED_TOKENS = 32  # where a page of the prefix cache is smaller, down to one token, prefixes are as if it were this
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def _shared_prefix(geometry, prompts, options):
     The prefixes: less than a page of the prefix cache, whole pages, and pages and a half. Of the three tails of a
     prefix two have the same length, so that the state of the one fits where that of the other belongs.
     """
-    page = geometry.page or max((*geometry.ratios, geometry.window or 1))
+    page = max(geometry.page or max((*geometry.ratios, geometry.window or 1)), SHARED_TOKENS)
     tail = max(4, page // 3)
     families = []
     for length in (page // 4, 2 * page, 2 * page + page // 2):

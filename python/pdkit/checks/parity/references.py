@@ -102,8 +102,7 @@ class References:
         if self.bitwise:
             return self._take_bitwise(url, round_), None
         if round_ not in self._arms:
-            self._require(url, round_)
-            self._arms[round_] = self._take_alone(url, round_), self._arm(self.control_url or url, round_)
+            self._arms[round_] = self.take_alone(url, round_), self._arm(self.control_url or url, round_)
         return self._arms[round_]
 
     def answer(self, url: str | None, probe: Probe) -> Answer:
@@ -119,9 +118,11 @@ class References:
             self.rounding = FLOAT_ROUNDING
         return distribution
 
-    def _take_alone(self, url, round_):
+    def take_alone(self, url: str | None, round_: Round) -> Arm:
+        """The answers to a round, each request sent alone; asked of the server at `url` if not known yet."""
         unknown = {probe.key: probe for probe in round_.probes if probe.key not in self._answers}
         if unknown:
+            self._require(url, round_)
             alone = replace(round_, probes=tuple(unknown.values()), in_flight=1, batch=False)
             self._answers.update(zip(unknown, self._arm(url, alone)))
         return [self._answers[probe.key] for probe in round_.probes]

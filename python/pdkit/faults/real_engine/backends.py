@@ -217,4 +217,9 @@ def install() -> None:
         except ImportError:
             continue
         setattr(found, name, wrap(getattr(found, name), tap))
-    threading.Thread(target=watch_environment, args=(tap,), daemon=True).start()
+
+    def watch():
+        threading.Thread(target=watch_environment, args=(tap,), daemon=True).start()
+
+    watch()
+    os.register_at_fork(after_in_child=watch)  # threads do not survive a fork, and a forked scheduler transfers

@@ -147,9 +147,11 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
 class TransferFaultChecks(TransferFaults):
     """Each fault is seen by a check that compares answers, drafts or scores."""
 
-    @unaccounted
-    def test_seeded_faults_of_the_transfer(self):
-        checks = {
+    def fault_checks(self):
+        """What is asked with each fault on: name -> function that returns what is wrong, or None."""
+        self.take_acceptance_reference()
+        self.take_first_drafts_reference()
+        return {
             "parity alone": lambda: self.parity_of(self.parity_plan().alone[0]),
             "parity rooms": lambda: self.parity_of(self.parity_plan().rooms[0]),
             "parity indexed": lambda: self.parity_of(self.parity_plan().indexed[0]),
@@ -157,8 +159,10 @@ class TransferFaultChecks(TransferFaults):
             "acceptance": self.acceptance_length,
             "first drafts": self.first_drafts,
         }
-        self.take_acceptance_reference()
-        self.take_first_drafts_reference()
+
+    @unaccounted
+    def test_seeded_faults_of_the_transfer(self):
+        checks = self.fault_checks()
         rows, wrong = [], []
         for name in (None, *self.transfer_faults):
             self.overwrite()

@@ -51,7 +51,7 @@ _FP8 = re.compile(
     r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$|\.(experts\.\d+|shared_experts)\.w[123]\.weight$"
     r"|\.[eh]_proj\.weight$"
 )
-_FLOAT32 = re.compile(r"\bhc_\w+$|\.attn_sink$|\.ape$|\.compressor\.norm\.weight$|\.gate\.bias$")
+FLOAT32 = re.compile(r"\bhc_\w+$|\.attn_sink$|\.ape$|\.compressor\.norm\.weight$|\.gate\.bias$")
 
 
 def name_of(name: str) -> str:
@@ -61,7 +61,7 @@ def name_of(name: str) -> str:
     return name
 
 
-def _pieces(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def pieces(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a checkpoint that one tensor of the model is made of, as views of it: experts are stored apart."""
     renamed = name_of(name)
     if renamed.endswith("experts.gate_up_proj"):
@@ -80,13 +80,13 @@ def tensors_of(model: KernelNano) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint of `model`, on CPU; its linear layers in fp8 with a float32 ``.scale``."""
     found = {}
     for own, whole in model.state_dict().items():
-        for name, tensor in _pieces(own, whole.detach().cpu()):
+        for name, tensor in pieces(own, whole.detach().cpu()):
             if _FP8.search(name):
                 found[name], found[f"{name.removesuffix('.weight')}.scale"] = quantize_blocks(tensor)
             elif name.endswith("tid2eid"):
                 found[name] = tensor.to(torch.int32)
             else:
-                found[name] = tensor.to(torch.float32 if _FLOAT32.search(name) else torch.bfloat16)
+                found[name] = tensor.to(torch.float32 if FLOAT32.search(name) else torch.bfloat16)
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}
 
 
@@ -115,7 +115,7 @@ def load(path: str | Path) -> KernelNano:
         raise ModelError(f"{file} does not fit the kernel-sized model: embed.weight is missing or of another shape")
     model = KernelNano(hidden_size=embedding.shape[1]).requires_grad_(False)
     for own, whole in model.state_dict().items():
-        for name, target in _pieces(own, whole):
+        for name, target in pieces(own, whole):
             scale = stored.pop(f"{name.removesuffix('.weight')}.scale", None) if _FP8.search(name) else None
             tensor = stored.pop(name, None)
             if tensor is None or tensor.shape != target.shape or (scale is None) == bool(_FP8.search(name)):

@@ -12,7 +12,7 @@ from pdkit.models.cpu.model import hash_routes
 from pdkit.models.cpu.windowed_attention import NAME as WINDOWED_ATTENTION
 from pdkit.models.cuda.config import BLOCK, FIELDS, HIDDEN, KINDS, fields
 
-_SHARED = """
+SHARED = """
     hidden_size moe_intermediate_size head_dim num_attention_heads num_key_value_heads num_hidden_layers
     q_lora_rank o_lora_rank o_groups index_head_dim index_n_heads index_topk sliding_window n_routed_experts
     n_shared_experts num_experts_per_tok scoring_func norm_topk_prob routed_scaling_factor swiglu_limit hc_mult
@@ -28,7 +28,7 @@ def reference_config(*, mtp: bool = False, hidden_size: int = HIDDEN) -> Deepsee
     first = FIELDS["num_hidden_layers"] if mtp else 0
     hashed = 0 if mtp else FIELDS["num_hash_layers"]
     return DeepseekV4Config(
-        **{name: ours[name] for name in _SHARED} | {"num_hidden_layers": layers},
+        **{name: ours[name] for name in SHARED} | {"num_hidden_layers": layers},
         architectures=FIELDS["architectures"],
         layer_types=[KINDS[ratio] for ratio in FIELDS["compress_ratios"][first : first + layers]],
         mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (layers - hashed),

@@ -1,0 +1,2 @@
+class FlashMLASchedMeta:
+    """A schedule of GPU blocks."""

@@ -1,0 +1,59 @@
+"""Parity where a request that is served alone is answered to the bit as a monolithic server answers it.
+
+Put it before a deployment with a monolithic server, in place of ParityChecks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pdkit.checks.http import flush_caches
+from pdkit.checks.parity.answers import Arm
+from pdkit.checks.parity.checks import AloneParityChecks, IndexerParityChecks, ParityArms, ParityChecks
+from pdkit.checks.parity.plan import Round
+from pdkit.checks.parity.references import collect
+from pdkit.checks.parity.verdict import Parity
+
+
+class ExactParityArms(ParityArms):
+    """Requests one at a time must get equal answers, logprobs to the last bit; those served together, see `Parity`.
+
+    On one machine, with the same kernels and chunks, prefill and decode do the arithmetic of a monolithic server. So
+    whatever the KV transfer changes shows, also what changes no token: two pages that were exchanged change logprobs by
+    4e-6. Requests that are served together are rounded by who else is in the batch; they have a control arm.
+    """
+
+    bitwise = False
+
+    @classmethod
+    def reference_alone(cls, round_: Round) -> Arm:
+        """The monolithic server's answers to `round_`, asked once, each request alone."""
+        return cls.known_references().take_alone(cls.monolithic_url, round_)
+
+    def check_parity(self, rounds: Sequence[Round]) -> None:
+        alone = [round_ for round_ in rounds if round_.in_flight == 1 and not round_.batch]
+        for round_ in alone:
+            reference = self.reference_alone(round_)
+            if round_.flush:
+                flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
+            candidate = collect(self.lb_url, round_, self.request_timeout)
+            names = tuple(probe.name for probe in round_.probes)
+            self.assert_parity(Parity(f"{round_.condition}, one at a time", names, reference, candidate))
+            if self.caches_prefixes():
+                self.check_cached(round_, candidate)
+        together = [round_ for round_ in rounds if round_ not in alone]
+        if together:
+            super().check_parity(together)
+
+
+class ExactParityChecks(ExactParityArms, ParityChecks):
+    """All of `ParityChecks`, so compared."""
+
+
+class ExactAloneChecks(ExactParityArms, AloneParityChecks, IndexerParityChecks):
+    """What is asked one at a time."""
+
+    @classmethod
+    def take_references(cls) -> None:
+        for round_ in (*cls.parity_plan().alone, *cls.parity_plan().indexed):
+            cls.reference_alone(round_)

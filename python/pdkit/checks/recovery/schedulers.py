@@ -1,0 +1,88 @@
+"""Kills and freezes one process inside a server: its scheduler, while the HTTP process lives on.
+
+Put it in place of RecoveryChecks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from subprocess import TimeoutExpired
+
+import psutil
+
+from pdkit.checks.recovery.in_flight import STREAMING
+from pdkit.checks.recovery.scenarios import GONE, RecoveryChecks
+
+NAMES = "sglang::schedul", "run_scheduler_p"  # the first 15 characters: spawned, forked
+
+
+class SchedulerDeathChecks(RecoveryChecks):
+    """A server without its scheduler must end, so that whoever watches it starts it again, and clients get an error.
+
+    dying  seconds within which it must
+    """
+
+    dying = 30
+    schedulers_only = False
+
+    def test_decodes_scheduler_is_killed(self) -> None:
+        self.kill_scheduler("decode", served=())
+
+    def test_prefills_scheduler_is_killed(self) -> None:
+        self.kill_scheduler("prefill", served=(STREAMING,))
+
+    def test_decodes_scheduler_freezes(self) -> None:
+        self.freeze_scheduler("decode")
+
+    def test_prefills_scheduler_freezes(self) -> None:
+        self.freeze_scheduler("prefill")
+
+    def kill_scheduler(self, side: str, served: Sequence[str]) -> None:
+        event = f"{side}'s scheduler killed"
+        clients = self.in_flight()
+        process = self.process(side)
+        process.expects_exit = True
+        struck = time.monotonic()
+        os.kill(self.scheduler(side).pid, signal.SIGKILL)
+        try:
+            process.wait(self.dying)
+        except TimeoutExpired:
+            self.end(side)
+            self.fail(f"{side} lives on without its scheduler, {self.dying} s after it was killed")
+        print(f"{side} ended {time.monotonic() - struck:.1f} s after its scheduler", flush=True)
+        process.kill_all()
+        rows = self.account(event, clients, struck, served)
+        rows += self.while_away(event, GONE, [side])
+        self.back([side], rows, self.start_again)
+
+    def freeze_scheduler(self, side: str) -> None:
+        """For a moment, which costs time and nothing else."""
+        type(self).schedulers_only = True
+        self.addCleanup(setattr, type(self), "schedulers_only", False)
+        self.freeze_shortly([side])
+
+    @classmethod
+    def scheduler(cls, side: str) -> psutil.Process:
+        """The scheduler of a server. Raises AssertionError unless there is one."""
+        inside = psutil.Process(cls.process(side).pid).children(recursive=True)
+        found = [each for each in inside if each.name()[:15] in NAMES]
+        names = [each.name() for each in inside]
+        assert len(found) == 1, f"{side}: one scheduler expected among its processes, found {names}"
+        return found[0]
+
+    @classmethod
+    def freeze(cls, name: str) -> None:
+        if cls.schedulers_only:
+            os.kill(cls.scheduler(name).pid, signal.SIGSTOP)
+        else:
+            super().freeze(name)
+
+    @classmethod
+    def thaw(cls, name: str) -> None:
+        if cls.schedulers_only:
+            os.kill(cls.scheduler(name).pid, signal.SIGCONT)
+        else:
+            super().thaw(name)

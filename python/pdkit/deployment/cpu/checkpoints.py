@@ -1,0 +1,204 @@
+"""The models that are served: small; the random one is made from a fixed seed where it is needed.
+
+"llama"    a Llama of 0.9 M parameters, trained on the nano models' problems (`train_llama`, assets/nano-llama), served
+           in float32: who else is served changes the sixth decimal of its logprobs
+"dsv4"     a random DeepSeek-V4 of 5 M parameters in bfloat16 whose KV pages have the size of the real ones: one KV head of
+           448 + 64 dimensions, an indexer of 128, a window of 128; layers without compression, and with 4, 128 and 4
+           tokens an entry; an MTP layer, whose draft mostly repeats the token before it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pdkit.deployment.cpu import plan
+from pdkit.models.cuda.config import FIELDS, KINDS
+
+ASSETS = Path(__file__).parents[2] / "assets"
+TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+VOCAB_SIZE = 520
+DSV4_FIELDS: dict[str, Any] = {
+    **{name: value for name, value in FIELDS.items() if name != "quantization_config"},
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "compress_ratios": [0, 4, 128, 4, 0],
+    "o_groups": 2,
+    "index_n_heads": 8,
+    "hc_sinkhorn_iters": 4,
+    "vocab_size": VOCAB_SIZE,
+}
+"""config.json, in DeepSeek's own names; what is not named here is as in pdkit.models.cuda.config.
+
+Linear layers are bfloat16: the fp8 ones need a GPU.
+"""
+
+
+def provide(kind: str) -> Path:
+    """The directory of the model "llama" or "dsv4"; the latter is made if it is not there, or was made by other code."""
+    if kind == "llama":
+        return ASSETS / "nano-llama"
+    assert kind == "dsv4", kind
+    path = plan.cache_dir() / "sglang-cpu" / f"dsv4-{_version()}"
+    if not (path / "config.json").is_file():
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_dsv4(unfinished)
+        try:
+            unfinished.rename(path)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
+    return path
+
+
+def _version() -> str:
+    import hashlib
+
+    import transformers
+
+    content = Path(__file__).read_bytes() + json.dumps(DSV4_FIELDS).encode() + transformers.__version__.encode()
+    return hashlib.sha256(content).hexdigest()[:10]
+
+
+def _write_tokenizer(path: Path) -> None:
+    path.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
+
+
+def new_llama(initializer_range: float) -> Any:
+    """An untrained LlamaForCausalLM, float32, from torch's random state."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=initializer_range,
+    )
+    return LlamaForCausalLM(config).float()
+
+
+def save_llama(model: Any, path: Path) -> None:
+    """Write the model, whose values bfloat16 can hold, to the new directory `path`."""
+    import torch
+
+    _write_tokenizer(path)
+    model.to(torch.bfloat16).save_pretrained(path)
+
+
+def dsv4_reference_config(layers: int | None = None, *, mtp: bool = False) -> Any:
+    """The DeepSeek-V4 for transformers, its first `layers`; with `mtp` its MTP layer as a model of one layer."""
+    from transformers import DeepseekV4Config
+
+    from pdkit.models.cuda.model import SHARED
+
+    count = 1 if mtp else layers or DSV4_FIELDS["num_hidden_layers"]
+    hashed = 0 if mtp else DSV4_FIELDS["num_hash_layers"]
+    ratios = [0] if mtp else DSV4_FIELDS["compress_ratios"][:count]
+    return DeepseekV4Config(
+        **{name: DSV4_FIELDS[name] for name in SHARED} | {"num_hidden_layers": count},
+        layer_types=[KINDS[ratio] for ratio in ratios],
+        mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (count - hashed),
+        partial_rotary_factor=DSV4_FIELDS["qk_rope_head_dim"] / DSV4_FIELDS["head_dim"],
+        initializer_range=0.08,
+    )
+
+
+def dsv4_reference(seed: int = 5) -> Any:
+    """The DeepSeek-V4 without its MTP layer as transformers has it, float32; values that bfloat16 can hold."""
+    import torch
+    from transformers import DeepseekV4ForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DeepseekV4ForCausalLM(dsv4_reference_config()).float()
+        _randomize(model)
+    return model.eval()
+
+
+def _randomize(module: Any) -> None:
+    """Values that initialisation leaves at 0 or 1, so that all that is transferred and pooled matters; in place."""
+    import torch
+
+    from pdkit.models.cuda.checkpoint import FLOAT32
+
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name.endswith("tid2eid"):
+                experts = DSV4_FIELDS["n_routed_experts"]
+                tensor.copy_(torch.rand(len(tensor), experts).argsort(1)[:, : tensor.shape[1]])
+            elif any(part in name for part in ("sinks", "position_bias", "correction_bias")):
+                tensor.normal_(0, 0.3)
+            elif "hc" in name:
+                if name.endswith("fn"):
+                    tensor.normal_(0, 0.05)
+                elif name.endswith("base"):
+                    tensor.normal_(0, 0.3)
+                elif name.endswith("scale"):
+                    tensor.fill_(0.5)
+            if tensor.is_floating_point() and not FLOAT32.search(name):
+                tensor.copy_(tensor.bfloat16().float())
+
+
+def _mtp_tensors(main: Any) -> dict[str, Any]:
+    """The MTP layer: a random layer, and a projection which makes the head name the token that was embedded."""
+    import torch
+    from transformers import DeepseekV4ForCausalLM
+
+    donor = DeepseekV4ForCausalLM(dsv4_reference_config(mtp=True)).float()
+    _randomize(donor)
+    width = DSV4_FIELDS["hidden_size"]
+    embedding, head = main.model.embed_tokens.weight.detach(), main.lm_head.weight.detach()
+    agree = head.T @ (embedding * embedding.square().mean(-1, keepdim=True).rsqrt())
+    return {
+        **donor.model.layers[0].state_dict(),
+        **{f"hc_head.{name}": tensor for name, tensor in donor.model.hc_head.state_dict().items()},
+        "norm.weight": donor.model.norm.weight.detach(),
+        "enorm.weight": torch.ones(width),
+        "hnorm.weight": torch.ones(width),
+        "h_proj.weight": torch.randn(width, width) * 0.02,
+        "e_proj.weight": agree * (20 / agree.norm(dim=1).mean()),  # louder than what the random layer adds
+    }
+
+
+def _stored(own: str, whole: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors under DeepSeek's names and dtypes, of one of transformers'."""
+    import torch
+
+    from pdkit.models.cuda.checkpoint import FLOAT32, pieces
+
+    for name, tensor in pieces(own, whole.detach()):
+        integer, wide = name.endswith("tid2eid"), FLOAT32.search(name)
+        yield name, tensor.to(torch.int32 if integer else torch.float32 if wide else torch.bfloat16)
+
+
+def make_dsv4(path: Path, seed: int = 5) -> None:
+    """Write the DeepSeek-V4 to the new directory `path`."""
+    import torch
+    from safetensors.torch import save_file
+
+    _write_tokenizer(path)
+    main = dsv4_reference(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        mtp = _mtp_tensors(main)
+    named = {f"main.{name}": tensor for name, tensor in main.state_dict().items()}
+    named |= {f"mtp.{name}": tensor for name, tensor in mtp.items()}
+    stored = {name: tensor for own, whole in named.items() for name, tensor in _stored(own, whole)}
+    save_file({name: tensor.contiguous().clone() for name, tensor in stored.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(DSV4_FIELDS, indent=1) + "\n", encoding="utf-8")

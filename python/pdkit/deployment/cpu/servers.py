@@ -1,0 +1,127 @@
+"""SGLang's own servers on CPU.
+
+class TestDisaggregationSglangCpu(ExactParityChecks, MonolithicBeside, SglangCpuServers):
+    cpu_model = plan.DSV4
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import unittest
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import pdkit
+from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
+from pdkit.deployment.cpu.forked import ForkedPopen, ForkServer
+from pdkit.deployment.fixture import PlannedServers
+from pdkit.deployment.ports import ClaimedPorts
+from pdkit.deployment.server import Server
+
+SPAWN_VARIABLE = "PDKIT_CPU_SPAWN"
+
+
+class SglangCpuServers(ClaimedPorts, PlannedServers):
+    """Prefill, decode and what else is launched, of a small model on CPU.
+
+    cpu_model     which model: plan.LLAMA or plan.DSV4
+    backend       what carries the KV pages: see plan.BACKENDS
+    forked        servers are forked from one process that imported SGLang, not spawned as in production
+    tree          the directory that holds the package `sglang` of prefill and decode; None: the installed release
+    """
+
+    target = "sglang-cpu"
+    cpu_model = plan.LLAMA
+    backend = plan.BACKENDS[0]
+    forked = not os.getenv(SPAWN_VARIABLE)
+
+    gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
+    prefill_gpus = decode_gpus = range(0)
+    server_env: ClassVar[dict[str, str]] = {}
+    more_server_args: ClassVar[Sequence[str]] = ()
+    tree: ClassVar[Path | None] = None
+    _fork_servers: ClassVar[dict[Path | None, ForkServer]] = {}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.tree = plan.source()
+        requirements.require_machine({**os.environ, **plan.environment(cls.cpu_model)})
+        super().setUpClass()
+
+    @classmethod
+    def configure(cls) -> None:
+        cls.model_name = str(checkpoints.provide(cls.cpu_model.name))
+        super().configure()
+        cls._fork_servers = {}
+        cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
+        cls.rdma_devices = []
+        cls.server_env = {**cls.server_env, **plan.environment(cls.cpu_model, cls.tree)}
+        cls.server_args = [*plan.FLAGS, *cls.cpu_model.flags, *cls.more_server_args]
+
+    @classmethod
+    def prefill_args(cls) -> list[str]:
+        return [*cls.server_args, *plan.PD_FLAGS, *cls.disaggregation_args("prefill", cls.prefill_gpus)]
+
+    @classmethod
+    def decode_args(cls) -> list[str]:
+        return [*cls.server_args, *plan.PD_FLAGS, *cls.disaggregation_args("decode", cls.decode_gpus)]
+
+    @classmethod
+    def launch(
+        cls,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        stop: signal.Signals = signal.SIGTERM,
+        copies: Sequence[IO[str]] = (),
+    ) -> Server:
+        path = {"PYTHONPATH": plan.python_path(cls.tree_of(name))}
+        return super().launch(name, command, {**cls.server_env, **(env or {}), **path}, stop, copies)
+
+    @classmethod
+    def tree_of(cls, name: str) -> Path | None:
+        """Answers are compared with those of the release, whatever tree the pair is of."""
+        return None if name == "monolithic" else cls.tree
+
+    @classmethod
+    def server_class(cls, name: str, environment: Mapping[str, str]) -> type[Server]:
+        """Servers are forked from a process that imported SGLang from the tree of `name`, if any are."""
+        if not cls.forked:
+            return super().server_class(name, environment)
+        tree = cls.tree_of(name)
+        if tree not in cls._fork_servers:
+            log = cls.log_path(f"fork server {len(cls._fork_servers)}")
+            cls._fork_servers[tree] = ForkServer(environment, log)
+        return type("ForkedServer", (Server, ForkedPopen), {"fork_server": cls._fork_servers[tree]})
+
+    @classmethod
+    def stop_servers(cls) -> None:
+        try:
+            super().stop_servers()
+        finally:
+            while cls._fork_servers:
+                cls._fork_servers.popitem()[1].close()
+
+    @classmethod
+    def close_fork_servers_but(cls, tree: Path | None) -> None:
+        """End those of trees that nobody serves any more; the release's stays."""
+        for other in cls._fork_servers.keys() - {tree, None}:
+            cls._fork_servers.pop(other).close()
+
+    def _callTestMethod(self, method: Any) -> Any:
+        """A failure ends with what in the working tree under test is another than in the release."""
+        try:
+            return super()._callTestMethod(method)
+        except Exception as error:
+            if self.tree is not None and not isinstance(error, unittest.SkipTest):
+                error.add_note(working_tree.report(self.tree / "sglang", drift.installed_package()))
+            raise
+
+    @classmethod
+    def first_request(cls, base_url: str | None = None, model: str | None = None) -> None:
+        """Also that every server runs with the shims."""
+        super().first_request(base_url, model)
+        for name in ("prefill", "decode"):
+            plan.require_active(cls.log_path(name))

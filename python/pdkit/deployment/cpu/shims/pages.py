@@ -1,0 +1,88 @@
+"""The byte layouts of DeepSeek-V4's KV pages: what is transferred between prefill and decode.
+
+A page of the FlashMLA pool (`KVLayout.V4`, kernels/jit/include/sgl_kernel/deepseek_v4/kv_layout.cuh) holds for each of
+its tokens 576 bytes, which are 448 e4m3 values and 64 bfloat16 ones, and after all of them 8 bytes for each token: 7
+exponents of powers of two (biased by 127), one for each 64 values, and a zero. A page of the indexer's pool holds 128
+e4m3 values for each token, and after all of them a float32 scale each. Pages may be padded at their end.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from pdkit.deployment.cpu.shims.arithmetic import FP8_MAX, SMALLEST, amax_scale, from_fp8, to_fp8
+
+NOPE, ROPE = 448, 64
+TOKEN, SCALES = NOPE + 2 * ROPE, 8
+GROUP = 64
+INDEXER, INDEXER_SCALE = 128, 4
+WORD = 8
+
+
+@functools.cache
+def _steps(count: int) -> torch.Tensor:
+    return torch.arange(count)
+
+
+def _offsets(loc: torch.Tensor, page_size: int, stride: int, base: int, size: int) -> torch.Tensor:
+    """Byte offsets [..., size] of what each token slot `loc` [...] has from `base` on in its page."""
+    loc = loc.long()
+    page = torch.div(loc, page_size, rounding_mode="floor")
+    return (page * stride + base + (loc - page * page_size) * size)[..., None]
+
+
+def store_flashmla(rows: torch.Tensor, cache: torch.Tensor, loc: torch.Tensor, page_size: int) -> None:
+    """Write `rows` [n, 512] float32, normed and rotated, into token slots `loc` [n] of `cache` [pages, bytes] uint8."""
+    if not rows.shape[0]:
+        return
+    cache = cache.view(torch.uint8)
+    stride, flat = cache.shape[1], cache.view(-1)
+    nope = rows[:, :NOPE].float().unflatten(-1, (-1, GROUP))
+    exponent = torch.ceil(torch.log2(nope.abs().amax(-1).clamp_min(SMALLEST) / FP8_MAX)).clamp(-127, 127)
+    low = to_fp8((nope / torch.exp2(exponent)[..., None]).flatten(1)).view(torch.uint8)
+    high = rows[:, NOPE:].bfloat16().contiguous().view(torch.uint8)
+    flat[_offsets(loc, page_size, stride, 0, TOKEN) + _steps(TOKEN)] = torch.cat((low, high), 1)
+    scales = F.pad((exponent + 127).to(torch.uint8), (0, 1))
+    flat[_offsets(loc, page_size, stride, page_size * TOKEN, SCALES) + _steps(SCALES)] = scales
+
+
+def load_flashmla(cache: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
+    """float32 [..., 512] of token slots `loc` [...] (>= 0).
+
+    cache: the pool as attention sees it, [pages, page_size, 1, 584], one byte an element, whose stride(0) is the size of
+    a page, a multiple of 8; only its storage is used.
+    """
+    page_size, stride = cache.shape[1], cache.stride(0)
+    if cache.shape[0] == 0 or not loc.numel():
+        return torch.empty(*loc.shape, NOPE + ROPE)
+    # Read as 8-byte words: every offset is a multiple of 8.
+    size = ((cache.shape[0] - 1) * stride + page_size * (TOKEN + SCALES)) // WORD
+    words = torch.as_strided(cache.view(torch.uint8), (size * WORD,), (1,)).view(torch.int64)
+    tokens = words.as_strided((cache.shape[0], page_size, TOKEN // WORD), (stride // WORD, TOKEN // WORD, 1))
+    scales = words[page_size * TOKEN // WORD :].as_strided((cache.shape[0], page_size), (stride // WORD, 1))
+    loc = loc.long()
+    page = torch.div(loc, page_size, rounding_mode="floor")
+    at = loc - page * page_size
+    data = tokens[page, at].view(torch.uint8)
+    scale = scales[page, at][..., None].view(torch.uint8)[..., : NOPE // GROUP]
+    row = torch.empty(*loc.shape, NOPE + ROPE)
+    row[..., :NOPE] = from_fp8(data[..., :NOPE])
+    row[..., NOPE:] = data[..., NOPE:].view(torch.bfloat16)
+    row[..., :NOPE].mul_(2.0**120).unflatten(-1, (-1, GROUP)).mul_(torch.exp2(scale.float() - 127)[..., None])
+    return row
+
+
+def store_indexer(rows: torch.Tensor, cache: torch.Tensor, loc: torch.Tensor, page_size: int) -> None:
+    """Write `rows` [n, 128] float32 into token slots `loc` [n] of `cache` [pages, bytes] uint8."""
+    if not rows.shape[0]:
+        return
+    cache = cache.view(torch.uint8)
+    stride, flat = cache.shape[1], cache.view(-1)
+    scale = amax_scale(rows)
+    values = to_fp8(rows / scale[:, None]).view(torch.uint8)
+    flat[_offsets(loc, page_size, stride, 0, INDEXER) + _steps(INDEXER)] = values
+    scales = scale.float()[:, None].contiguous().view(torch.uint8)
+    flat[_offsets(loc, page_size, stride, page_size * INDEXER, INDEXER_SCALE) + _steps(INDEXER_SCALE)] = scales

@@ -1,0 +1,129 @@
+"""Trains the Llama that the target `sglang-cpu` serves: `python3 -m pdkit.deployment.cpu.train_llama OUT [--tokens N]`.
+
+A quarter of an hour on one CPU core. The data are the nano models' (`pdkit.models.cpu`); the weights are rounded to bfloat16,
+served in float32, and scored as they are served. Writes the model and `training.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from pdkit.deployment.cpu.checkpoints import new_llama, save_llama
+from pdkit.models.cpu.evaluation import prompt
+from pdkit.models.cpu.training import CLIP_NORM, WEIGHT_DECAY, Batches, cosine
+from pdkit.models.problems import evaluation_set
+from pdkit.models.tokenizer import nano_tokenizer
+
+PEAK_LR = 3e-3
+WARMUP_STEPS = 100
+SHOTS = 5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A `share` of the tokens in batches of `batch` sequences of `length` tokens."""
+
+    share: float
+    length: int
+    batch: int
+
+
+STAGES = (Stage(0.5, 128, 32), Stage(0.3, 512, 8), Stage(0.2, 1024, 4))
+
+
+def train(model: Any, batches: Batches, total: int) -> Iterator[tuple[int, float]]:
+    """Train `model` in place on `total` tokens; yields tokens seen and loss (nats a token) after each step."""
+    matrices = [each for each in model.parameters() if each.dim() > 1]
+    vectors = [each for each in model.parameters() if each.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    seen = step = 0
+    done = 0.0
+    for stage in STAGES:
+        done += stage.share
+        while seen < done * total:
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * cosine(seen / total)
+            ids, weights = batches.draw(stage.batch, stage.length)
+            logits = model(ids).logits
+            each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            shares = weights[:, 1:].flatten()
+            loss = (each * shares).sum() / shares.sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen, step = seen + ids.numel(), step + 1
+            yield seen, loss.item()
+
+
+@torch.no_grad()
+def solved(model: Any, count: int, seed: str) -> float:
+    """Share of problems whose every answer token is the most likely one; at most the score of greedy decoding."""
+    tokenizer = nano_tokenizer()
+    drawn = evaluation_set(count + SHOTS, seed=seed)
+    good = 0
+    for problem in drawn[SHOTS:]:
+        question = tokenizer(prompt(drawn[:SHOTS], problem)).input_ids
+        answer = tokenizer(f" {problem.answer}\n\n").input_ids
+        best = model(torch.tensor([question + answer])).logits[0].argmax(-1).tolist()
+        good += best[len(question) - 1 : len(question) + len(answer) - 1] == answer
+    return good / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int, default=6_000_000, help="how many to train on (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    model = new_llama(initializer_range=0.05)
+    began = time.process_time()
+    for step, (seen, loss) in enumerate(train(model, Batches(nano_tokenizer(), options.seed), options.tokens), 1):
+        if step % 50 == 0:
+            print(
+                f"{seen} tokens, {seen / (time.process_time() - began):.0f} a second of CPU, loss {loss:.4f}",
+                flush=True,
+            )
+    seconds = time.process_time() - began
+    model = model.bfloat16().float().eval()
+    record = {
+        "command": shlex.join(["python3", "-m", "pdkit.deployment.cpu.train_llama", *sys.argv[1:]]),
+        "seed": options.seed,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "tokens": options.tokens,
+        "stages": [asdict(stage) for stage in STAGES],
+        "cpu_seconds": round(seconds),
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "threads": 1,
+            "python": platform.python_version(),
+        },
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "scores": {"validation, 5 shots, 400 problems": solved(model, 400, "validation-0")},
+    }
+    save_llama(model, options.out)
+    record["sha256"] = hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest()
+    (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record["scores"]))
+
+
+if __name__ == "__main__":
+    main()
