@@ -418,7 +418,7 @@ class TestServer(unittest.TestCase):
                 path.with_name("__init__.py").touch()
                 path.write_text(text)
             environ = os.environ | {
-                "PYTHONPATH": os.pathsep.join([folder, str(Path(backends.__file__).parents[2])]),
+                "PYTHONPATH": os.pathsep.join([folder, str(Path(backends.__file__).parents[3])]),
                 backends.SWITCH_VARIABLE: str(Path(folder, "switch")),
                 backends.PIECES_VARIABLE: json.dumps([POOLS, STATES]),
             }
