@@ -160,5 +160,8 @@ class CoreDumps:
 
     @classmethod
     def launch(cls, name, command, env=None, **more):
-        cores = {"SGLANG_CUDA_COREDUMP": "1", "SGLANG_CUDA_COREDUMP_DIR": os.path.join(cls.log_dir, "cuda_cores")}
+        cores = {
+            "SGLANG_CUDA_COREDUMP": "1",
+            "SGLANG_CUDA_COREDUMP_DIR": os.path.join(cls.log_directory(), "cuda_cores"),
+        }
         return super().launch(name, command, {**(env or {}), **cores}, **more)

@@ -187,14 +187,20 @@ class PDServers(PDDisaggregationServerBase):
 
     @classmethod
     def _prepare(cls) -> None:
-        cls.log_dir = os.getenv(LOG_DIR_VARIABLE) or tempfile.mkdtemp(prefix="pd-servers-")
-        os.makedirs(cls.log_dir, exist_ok=True)
         cls.addClassCleanup(ports.lock(cls).close)
         ports.require_free(cls)
 
     @classmethod
+    def log_directory(cls) -> str:
+        """`log_dir`, which is made when it is first asked for."""
+        if cls.log_dir is None:
+            cls.log_dir = os.getenv(LOG_DIR_VARIABLE) or tempfile.mkdtemp(prefix="pd-servers-")
+            os.makedirs(cls.log_dir, exist_ok=True)
+        return cls.log_dir
+
+    @classmethod
     def log_path(cls, name: str, kind: str = "log") -> str:
-        return os.path.join(cls.log_dir, f"{cls.__name__}.{name.replace(' ', '_')}.{kind}")
+        return os.path.join(cls.log_directory(), f"{cls.__name__}.{name.replace(' ', '_')}.{kind}")
 
     @classmethod
     def launch_lb(cls) -> None:
