@@ -2,6 +2,7 @@
 
 import tempfile
 import unittest
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from unittest import mock
 
@@ -35,7 +36,8 @@ class TestFusedMhc(unittest.TestCase):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         source = folder / fused_mhc.SOURCE
         source.parent.mkdir(parents=True)
-        with mock.patch.object(fused_mhc, "locate", lambda module, path: folder / "__init__.py"):
+        spec = ModuleSpec("sglang", None, origin=str(folder / "__init__.py"))
+        with mock.patch.object(fused_mhc.PathFinder, "find_spec", lambda name, path: spec):
             self.assertEqual(fused_mhc.environment(128), {}, "an older release has no such kernel")
             source.write_text(f"{fused_mhc.WRONG}\n")
             self.assertEqual(fused_mhc.environment(128), {fused_mhc.SWITCH: "0"})

@@ -239,7 +239,7 @@ class TestDeath(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
             (root / "report" / "report.html").mkdir(parents=True)
-            source = DEATH.replace("self.fail(", "print(")
+            source = DEATH.replace("self.fail(", "print(").replace("events.death(", "print(")
             _, run = run_suite(root, source)
         self.assertEqual(run.returncode, 0, run.stdout)
         self.assertIn("no report could be drawn from", run.stdout)

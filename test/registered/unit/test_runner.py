@@ -51,6 +51,14 @@ class TestReadOutput(unittest.TestCase):
         for happened, is_whole in ((TESTS, True), (TESTS.of("test"), False), (Events(), True)):
             self.assertEqual(read_output([], happened).is_whole, is_whole)
 
+    def test_a_death_is_not_hidden_by_tests_that_passed_and_is_not_retried(self):
+        """As an expected failure over a server that died has it."""
+        died = Events([*TESTS, {"kind": "death", "ts": 1.0, "cause": "decode exited with code -9 (Killed)"}])
+        output = read_output(["accuracy is too low"], died)
+        self.assertFalse(output.is_retriable)
+        state, reason = Attempt("x.log", 1.0, 0, output).verdict
+        self.assertEqual((state, reason), (FileState.FAILED, "exit code 0, but decode exited with code -9 (Killed)"))
+
     def test_a_run_that_says_that_it_was_not_successful(self):
         self.assertEqual(counts_of("", happened=Events([{**TESTS[1], "successful": False}])), TestCounts(failed=1))
 

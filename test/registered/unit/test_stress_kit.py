@@ -4,6 +4,7 @@ import sys
 import tempfile
 import threading
 import unittest
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -61,6 +62,9 @@ class TestRounds(unittest.TestCase):
 class TestKit(unittest.TestCase):
     def run_kit(self, name="test_short_rounds_to_the_pair", settle=0.0, **servers):
         class Stressed(StressChecks, unittest.TestCase):
+            lb_url: str
+            monolithic_url: str
+            log_path: Callable[[str], Path]
             stress_rounds = 20
 
         for each in ("lb", "monolithic"):
