@@ -241,7 +241,7 @@ class TestNics(unittest.TestCase):
             self.assertEqual(gpu_plan._nics_of(value), nics)
 
 
-# Of /work/shared/gpu/configs, whose random checkpoints `make_random_checkpoint.py` wrote: parameters with and without
+# Of configurations whose random checkpoints `make_random_checkpoint.py` wrote: parameters with and without
 # the MTP layer, and bytes of all tensors, as their safetensors headers have them.
 SMALLEST = json.loads("""{
     "model_type": "deepseek_v4", "hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 512,
