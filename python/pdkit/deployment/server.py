@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import threading
@@ -72,10 +71,6 @@ class Server(subprocess.Popen):
         self._copier = threading.Thread(target=self._copy_output, daemon=True)
         self._copier.start()
         threading.Thread(target=self._note_end, daemon=True).start()
-
-    @property
-    def command_line(self) -> str:
-        return shlex.join(map(str, self.args))
 
     def _copy_output(self) -> None:
         with self.stdout, self._open_log() as log:
