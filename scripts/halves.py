@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 RUNNER = Path(__file__).resolve().parents[1] / "test" / "run_suite.py"
@@ -32,7 +33,9 @@ def main() -> int:
             halves.append(subprocess.Popen([sys.executable, RUNNER, *sys.argv[1:], *part], **streams))
         if told:
             tell()
-        codes = [half.wait() for half in halves]
+        while any(half.poll() is None for half in halves):
+            time.sleep(0.1)  # never one long wait: a signal that arrives just before it would be seen only after it
+        codes = [half.returncode for half in halves]
         printed.seek(0)
         shutil.copyfileobj(printed, sys.stdout.buffer)
     return next((code if code > 0 else 128 - code for code in codes if code), 0)

@@ -18,7 +18,9 @@ import os, signal, sys, time
 half = sys.argv[sys.argv.index("--auto-partition-id") + 1] if "--auto-partition-id" in sys.argv else "whole"
 signal.signal(signal.SIGTERM, lambda *_: (print("told", half), sys.exit(130)))
 print("began", half, *sys.argv[1:], flush=True)
-time.sleep(float(os.environ.get(f"SECONDS_{half}", 0)))
+end = time.monotonic() + float(os.environ.get(f"SECONDS_{half}", 0))
+while time.monotonic() < end:
+    time.sleep(0.05)  # never one long sleep: a signal that arrives just before it would be seen only after it
 sys.exit(int(os.environ.get(f"CODE_{half}", 0)))
 """
 
