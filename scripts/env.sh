@@ -5,7 +5,7 @@
 #   scripts/env.sh CMD [ARG...]    the same, then run CMD with its python3 first on PATH and this clone's pdkit importable
 #
 # PDKIT_CACHE_DIR   where environments are kept (default ${XDG_CACHE_HOME:-~/.cache}/sglang-pd-suite)
-# PDKIT_GPU         1 or 0: with or without what only GPUs need (default: 1 where there is an NVIDIA driver)
+# PDKIT_GPU         1 or 0: with what only GPUs need, or only machines without (default: 1 where there is an NVIDIA driver)
 # PDKIT_PYTHON      use this interpreter as it is (SGLang's own container, another release): nothing is installed
 set -euo pipefail
 shopt -s inherit_errexit
@@ -68,7 +68,7 @@ cached_venv() {
     python=$(base_python)
     cache=${PDKIT_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-$repo}/.cache}/sglang-pd-suite}
     if ! mkdir -p "$cache" || ! [[ -w $cache ]]; then fail "cannot write to $cache; set PDKIT_CACHE_DIR"; fi
-    if has_gpu; then locks+=("$repo/requirements-gpu.lock"); fi
+    if has_gpu; then locks+=("$repo/requirements-gpu.lock"); else locks+=("$repo/requirements-cpu.lock"); fi
     key=$({ grep -hv "^ *#" "${locks[@]}"; echo "$UV_VERSION"; "$python" --version; } | sha256sum | cut -c1-12)
     venv=$(cd "$cache" && pwd)/venv-$key
     if ! ready "$venv"; then

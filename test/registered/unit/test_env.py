@@ -30,7 +30,7 @@ esac
 class TestEnvironment(unittest.TestCase):
     def setUp(self):
         self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name in ("scripts/env.sh", *LOCKS, "requirements-gpu.lock"):
+        for name in ("scripts/env.sh", *LOCKS, "requirements-cpu.lock", "requirements-gpu.lock"):
             (self.root / name).parent.mkdir(exist_ok=True)
             shutil.copy(REPO / name, self.root / name)
         python = self.root / "bin" / "python3"
@@ -51,7 +51,7 @@ class TestEnvironment(unittest.TestCase):
 
     def test_what_only_gpus_need_has_an_environment_of_its_own(self):
         cpu, locks = self.env(PDKIT_GPU="0")
-        self.assertEqual((self.done.returncode, locks), (0, LOCKS), self.done.stderr)
+        self.assertEqual((self.done.returncode, locks), (0, [*LOCKS, "requirements-cpu.lock"]), self.done.stderr)
         gpu, locks = self.env(PDKIT_GPU="1")
         self.assertEqual(locks, [*LOCKS, "requirements-gpu.lock"])
         self.assertNotEqual(cpu, gpu)
@@ -61,7 +61,7 @@ class TestEnvironment(unittest.TestCase):
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_a_machine_without_driver_gets_none_of_it(self):
-        self.assertEqual(self.env()[1], LOCKS)
+        self.assertEqual(self.env()[1], [*LOCKS, "requirements-cpu.lock"])
 
     def test_made_once_and_again_after_a_failure(self):
         (self.root / "refuse").touch()
