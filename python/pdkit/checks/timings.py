@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 
-from pdkit.checks.accuracy.gsm8k import gsm8k_metrics
+from pdkit.checks.accuracy.sglang_eval import gsm8k_metrics
 from pdkit.checks.base import Checks
 from pdkit.checks.http import generate, greedy
 

@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     BAD_USAGE = 2
     NOT_READY = 3
     NOTHING_RAN = 4
+    UNCONFIRMED = 5
     INTERRUPTED = 130
 
 
@@ -26,5 +27,6 @@ MEANINGS = {
     ExitCode.BAD_USAGE: "bad usage or a bad registration",
     ExitCode.NOT_READY: "the environment is not ready",
     ExitCode.NOTHING_RAN: "nothing ran, or a file ran none of its tests",
+    ExitCode.UNCONFIRMED: "pdkit check: all is right, but whether it is prefill and decode could not be confirmed",
     ExitCode.INTERRUPTED: "interrupted",
 }

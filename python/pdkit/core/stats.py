@@ -62,6 +62,11 @@ def exact_interval(correct: int, examples: int, confidence: float = 0.95) -> tup
     return float(interval.low), float(interval.high)
 
 
+def at_least(count: int, examples: int, share: float) -> float:
+    """P(at least `count` of `examples`), where each is one with probability `share`, independently."""
+    return float(binom.sf(count - 1, examples, share))
+
+
 def fixed_plan(examples: int, above: float) -> Plan:
     """Look once, after `examples`; pass when correct / examples > above, strictly and in floating point."""
     passing = [wrong for wrong in range(examples + 1) if (examples - wrong) / examples > above]

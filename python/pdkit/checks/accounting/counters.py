@@ -4,7 +4,7 @@ It shows what no client can see: a request that was served twice, a hand-over th
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -57,15 +57,20 @@ def counters_of(info: Mapping[str, Any]) -> ServerCounters | None:
     )
 
 
-def read_counters(urls: Sequence[str], timeout: float = 10) -> ServerCounters | None:
-    """Sum over the servers at `urls`; None where one does not offer counters. Raises ServerInfoError."""
+def total_of(infos: Iterable[Mapping[str, Any]]) -> ServerCounters | None:
+    """Sum over servers, by what each answers to `/server_info`; None where one does not offer counters."""
     total = ServerCounters()
-    for url in urls:
-        counters = counters_of(read_server_info(url, timeout))
+    for info in infos:
+        counters = counters_of(info)
         if counters is None:
             return None
         total += counters
     return total
+
+
+def read_counters(urls: Sequence[str], timeout: float = 10) -> ServerCounters | None:
+    """The same over the servers at `urls`. Raises ServerInfoError."""
+    return total_of(read_server_info(url, timeout) for url in urls)
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,10 @@ class Ledger:
 
     def _wrap_httpx(self, original):
         def send(client, request, **options):
-            if not self._watches(str(request.url)):
+            path = self._watched_path(str(request.url))
+            if path is None:
                 return original(client, request, **options)
-            with self._attempt(str(request.url), request.content) as attempt:
+            with self._attempt(path, request.content) as attempt:
                 if attempt.gives_up:
                     return httpx.Response(400, request=request, json={"error": {"message": attempt.refusal}})
                 if self.attempt_timeout is not None:
@@ -212,9 +213,10 @@ class Ledger:
 
     def _wrap_requests(self, original):
         def send(session, request, **options):
-            if not self._watches(request.url):
+            path = self._watched_path(request.url)
+            if path is None:
                 return original(session, request, **options)
-            with self._attempt(request.url, request.body) as attempt:
+            with self._attempt(path, request.body) as attempt:
                 if attempt.gives_up:
                     refused = requests.Response()
                     refused.status_code, refused.request, refused.url = 400, request, request.url
@@ -229,12 +231,13 @@ class Ledger:
 
         return send
 
-    def _watches(self, url):
-        return any(url.startswith(f"{watched.rstrip('/')}/") for watched in self.urls)
+    def _watched_path(self, url):
+        """What is asked of the watched server that `url` begins with, as "/generate"; None: not a watched one."""
+        bases = [watched.rstrip("/") for watched in self.urls]
+        return next((urlsplit(url[len(base) :]).path for base in bases if url.startswith(f"{base}/")), None)
 
     @contextmanager
-    def _attempt(self, url, body):
-        path = urlsplit(url).path
+    def _attempt(self, path, body):
         with self._lock:
             gives_up = sum(attempt.failed for attempt in self.attempts) >= self.give_up_after
         pending = _Pending(path, gives_up, self.give_up_after)

@@ -2,6 +2,7 @@
 
 from pdkit.checks.accuracy.gate import GateOptions
 from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
+from pdkit.checks.accuracy.sglang_eval import run_eval_with_outcomes
 from pdkit.checks.base import Checks
 from pdkit.core import events
 from pdkit.deployment.evals import run_eval
@@ -43,12 +44,12 @@ class AccuracyGateChecks(Checks):
 
     def test_gsm8k(self):
         options = GateOptions(policy=self.gsm8k_gate_policy, threshold=self.min_score)
-        gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options)
+        gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options, run=run_eval_with_outcomes)
         print(gate.report(), flush=True)
         if gate.first_look_passed is not None:
             events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
         gate.assert_passed()
         if monolithic_url := getattr(self, "monolithic_url", None):
-            paired = paired_gate(gate, self.gsm8k_args(monolithic_url))
+            paired = paired_gate(gate, self.gsm8k_args(monolithic_url), run=run_eval_with_outcomes)
             print(paired.report(), flush=True)
             paired.assert_passed()

@@ -57,6 +57,14 @@ class GateOptions:
             raise ValueError(f"a look needs at least one example, got {self.first_look} and {self.slice_examples}")
         object.__setattr__(self, "policy", Policy(self.policy))
 
+    def suffices(self, available: int) -> bool:
+        """Whether a data set of `available` scored examples is large enough for `plan`."""
+        try:
+            self.plan(available)
+        except ValueError:
+            return False
+        return True
+
     def plan(self, available: int) -> stats.Plan:
         """The looks and thresholds for a data set of `available` scored examples; ValueError if they are too few."""
         if available < self.first_look:

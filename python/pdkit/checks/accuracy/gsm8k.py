@@ -1,21 +1,23 @@
-"""GSM8K by SGLang's `run_eval`: what it gets, and slice after slice until the accuracy gate is decided."""
+"""GSM8K: its questions, and slice after slice by SGLang's `run_eval` or the like until the accuracy gate is decided."""
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
+
+import requests
 
 from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, PairedGate, ScoredSlice
 
-# Where the releases keep their GSM8K scorer, newest first: in 0.5.12 and 0.5.13 there is only the second.
-_SCORERS = ("sglang.test.simple_eval_mixed_prefix_gsm8k", "sglang.test.simple_eval_gsm8k")
+# What every release of SGLang downloads; `pdkit.preflight.environment.dataset` reads it in the installed one.
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/test.jsonl"
+DOWNLOAD_S = 20
 
 Run = Callable[[SimpleNamespace], dict[str, Any]]
 
@@ -72,21 +74,21 @@ def read_dataset(path: str | Path, num_shots: int = 5) -> Dataset:
 
 
 def default_dataset_path() -> str:
-    """The file that the installed SGLang scores when no path is given, downloaded and cached as SGLang does it."""
-    from sglang.utils import download_and_cache_file
-
-    for name in _SCORERS:
-        try:
-            url = import_module(name).GSM8K_URL
-            break
-        except ModuleNotFoundError:
-            continue
-    else:
-        raise DatasetError("this SGLang names no GSM8K data set; set gsm8k_data_path")
+    """The file that SGLang scores when no path is given, downloaded to where SGLang keeps it. Raises DatasetError."""
+    path = Path("/tmp", GSM8K_URL.rpartition("/")[2])
+    if path.exists():
+        return str(path)
     try:
-        return download_and_cache_file(url)
-    except OSError as error:
-        raise DatasetError(f"cannot fetch {url} ({type(error).__name__}); set gsm8k_data_path") from None
+        answer = requests.get(GSM8K_URL, timeout=DOWNLOAD_S)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise DatasetError(
+            f"cannot fetch {GSM8K_URL} ({type(error).__name__}); name a file of GSM8K questions"
+        ) from None
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        file.write(answer.content)
+    os.replace(file.name, path)
+    return str(path)
 
 
 def _dataset_of(args: SimpleNamespace) -> Dataset:
@@ -99,6 +101,11 @@ def few_shot_prompts(path: str | Path | None, count: int, num_shots: int = 5) ->
     shots, rows = ([json.loads(line) for line in lines] for lines in (data.shots, data.rows[:count]))
     prefix = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
     return [f"{prefix}Question: {row['question']}\nAnswer:" for row in rows]
+
+
+def gold_answers(path: str | Path, count: int, num_shots: int = 5) -> list[str]:
+    """The answers of the data set to the same questions."""
+    return [json.loads(line)["answer"] for line in read_dataset(path, num_shots).rows[:count]]
 
 
 def gsm8k_args(
@@ -116,13 +123,6 @@ def gsm8k_args(
     )  # fmt: skip
 
 
-def gsm8k_metrics(base_url: str, model: str, data_path: str | None, examples: int) -> dict[str, Any]:
-    """What run_eval measures at `base_url` on the first `examples` questions, where the score is only a means."""
-    from sglang.test.run_eval import run_eval
-
-    return run_eval(gsm8k_args(base_url, model, data_path, examples))
-
-
 def recover_correct(score: Any, examples: int) -> int:
     """The count of right answers whose mean over `examples` is `score`. Raises ScoreError if there is none."""
     if score is None or not math.isfinite(score) or not 0 <= score <= 1:
@@ -131,23 +131,6 @@ def recover_correct(score: Any, examples: int) -> int:
     if abs(float(score) * examples - correct) > 1e-6:
         raise ScoreError(f"run_eval returned score {score!r}, no whole number of right answers among {examples}")
     return correct
-
-
-def run_eval_with_outcomes(args: SimpleNamespace) -> dict[str, Any]:
-    """SGLang's `run_eval`, with `metrics["outcomes"]`: whether each example was right, in the order of the data set.
-
-    `run_eval` returns the mean only. All releases collect the scores of single examples through
-    `simple_eval_common.aggregate_results`, which is watched meanwhile; without such a call there are no outcomes.
-    """
-    from sglang.test import simple_eval_common
-    from sglang.test.run_eval import run_eval
-
-    original = simple_eval_common.aggregate_results
-    with mock.patch.object(simple_eval_common, "aggregate_results", wraps=original) as aggregate:
-        metrics = run_eval(args)
-    if aggregate.call_count != 1:
-        return metrics
-    return {**metrics, "outcomes": tuple(result.score == 1.0 for result in aggregate.call_args.args[0])}
 
 
 def score_rows(run: Run, args: SimpleNamespace, data: Dataset, start: int, stop: int) -> ScoredSlice:
@@ -175,13 +158,14 @@ def score_rows(run: Run, args: SimpleNamespace, data: Dataset, start: int, stop:
 def gsm8k_gate(
     args: SimpleNamespace,
     options: GateOptions | None = None,
-    run: Run = run_eval_with_outcomes,
+    *,
+    run: Run,
     progress: Callable[[str], None] = print,
 ) -> AccuracyGate:
     """Scores GSM8K, slice after slice, until the gate is decided; at most the whole data set, no example twice.
 
     args        as for `run_eval`; `gsm8k_data_path` and `num_shots` are read from it, what names a slice is set
-    run         `run_eval`, or what behaves like it
+    run         SGLang's `run_eval`, or what behaves like it
 
     Raises DatasetError, ScoreError, or ValueError where the data set is too small for what `options` promise.
     """
@@ -196,9 +180,7 @@ def gsm8k_gate(
     return gate
 
 
-def paired_gate(
-    gate: AccuracyGate, args: SimpleNamespace, level: float = 0.01, run: Run = run_eval_with_outcomes
-) -> PairedGate:
+def paired_gate(gate: AccuracyGate, args: SimpleNamespace, level: float = 0.01, *, run: Run) -> PairedGate:
     """Scores the examples of a finished `gate` on a baseline, which `args` addresses, and pairs the outcomes.
 
     Raises ScoreError where either side says how many were right, but not which.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pdkit.checks import acceptance
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.accounting.ledger import Ledger
-from pdkit.checks.accuracy.gsm8k import gsm8k_metrics
+from pdkit.checks.accuracy.sglang_eval import gsm8k_metrics
 from pdkit.checks.http import RequestFailed, flush_caches, post
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Round, generate_probe

@@ -1,0 +1,164 @@
+"""`pdkit check URL`: is a deployment that is already there right?"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pdkit
+from pdkit.checks.accuracy.gsm8k import Dataset, DatasetError, default_dataset_path, read_dataset
+from pdkit.checks.external.checks import MIN_SCORE, Row, State, Target, check_all
+from pdkit.core.command import Parser, positive, run_command
+from pdkit.core.errors import MEANINGS, ExitCode, NotReady, UsageError
+from pdkit.deployment.external import KEY_VARIABLE, Deployment, discover, is_monolithic, key_sent, probe
+
+DATA_VARIABLE = "SGLANG_PD_GSM8K"
+NANO_QUESTIONS = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
+LOOPBACK = "127.0.0.1,localhost,::1"
+
+
+def parser() -> Parser:
+    """What the command line may say."""
+    found = Parser(
+        prog="pdkit check",
+        description="Checks a deployment of prefill and decode that is already there, check by check, over HTTP: "
+        "nothing is launched or ended, no cache is emptied.",
+        epilog=f"A key that the servers want is {KEY_VARIABLE}. Exit codes: "
+        + "; ".join(f"{int(code)} {MEANINGS[code]}" for code in MEANINGS)
+        + ".",
+        allow_abbrev=False,
+    )
+    found.add_argument("url", metavar="URL", help="load balancer or router, http://host:port without /v1")
+    found.add_argument("--baseline", metavar="URL", help="a monolithic server of the same model: answers must be equal")
+    found.add_argument("--quick", action="store_true", help="fewer prompts and 40 questions, in a fraction of the time")
+    found.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    found.add_argument(
+        "--data", metavar="FILE", help=f"GSM8K questions, lines of JSON (default: {DATA_VARIABLE}, or a download)"
+    )
+    found.add_argument("--model", metavar="NAME", help="what it must serve (default: whatever it serves)")
+    found.add_argument(
+        "--min-score", type=positive, default=MIN_SCORE, metavar="X", help="GSM8K (default: %(default)s)"
+    )
+    found.add_argument(
+        "--prefill-urls", metavar="URL,...", help="its prefill servers, to count each request; nobody else may use them"
+    )
+    found.add_argument("--decode-urls", metavar="URL,...", help="its decode servers, likewise")
+    found.add_argument(
+        "--exact", action="store_true",
+        help="demand equal logprobs to the bit of requests that are sent alone: pair and baseline run the same kernels "
+        "on the same kind of machine (the default for pdkit's own engine)",
+    )  # fmt: skip
+    found.add_argument(
+        "--api-key", metavar="KEY", help=f"the key; {KEY_VARIABLE} keeps it from other users of this machine"
+    )
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the checks and prints what they found; returns an ExitCode."""
+    return run_command("pdkit check", _main, argv)
+
+
+def _main(argv: Sequence[str]) -> ExitCode:
+    args = parser().parse_args(argv)
+    began = time.monotonic()
+    deployment = Deployment.of(
+        args.url, args.baseline, args.prefill_urls, args.decode_urls, args.model,
+        args.api_key or os.environ.get(KEY_VARIABLE),
+    )  # fmt: skip
+    questions = args.data or os.environ.get(DATA_VARIABLE)
+    given = _questions(questions) if questions else None
+    with _loopback_without_proxy(), key_sent(deployment):
+        served = probe(deployment)
+        servers = discover(deployment)
+        if servers.problem:
+            raise NotReady(f"{deployment.base_url} is not a PD deployment: {servers.problem}")
+        if deployment.baseline_url and is_monolithic(deployment.baseline_url, deployment.api_key) is False:
+            raise UsageError(
+                f"--baseline {deployment.baseline_url}: is part of a PD deployment, name a monolithic server"
+            )
+        infos = (*servers.prefill, *servers.decode)
+        exact = args.exact or (bool(infos) and all(map(_is_embedded, infos)))
+        data = given or _default_questions(served.model_path)
+        target = Target(deployment, served, servers, data, args.quick, exact, args.min_score)
+        if not args.json:
+            print(f"check of {deployment.base_url}, which serves {target.model}", flush=True)
+        rows = check_all(target, said=(lambda row: None) if args.json else _print, watched=_shown)
+    code = verdict(rows)
+    seconds = time.monotonic() - began
+    if args.json:
+        report = {"url": deployment.base_url, "baseline": deployment.baseline_url, "model": target.model,
+                  "verdict": code.name, "exit_code": int(code), "seconds": round(seconds, 1),
+                  "checks": [asdict(row) for row in rows]}  # fmt: skip
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"{code.name}: {MEANINGS_OF_CHECK[code]}, in {seconds:.0f} s", flush=True)
+    return code
+
+
+MEANINGS_OF_CHECK = {
+    ExitCode.PASSED: "all that was checked is right",
+    ExitCode.FAILED: "something is wrong, see FAILED above",
+    ExitCode.UNCONFIRMED: "all that was checked is right, but not whether this is prefill and decode",
+}
+
+
+def verdict(rows: Sequence[Row]) -> ExitCode:
+    """FAILED by any row; UNCONFIRMED where the first, the servers' roles, could not be checked."""
+    if any(row.state is State.FAILED for row in rows):
+        return ExitCode.FAILED
+    return ExitCode.PASSED if rows[0].state is State.PASSED else ExitCode.UNCONFIRMED
+
+
+def _print(row: Row) -> None:
+    print(row.line(), *(f"    {line.strip()}" for line in row.evidence), sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def _loopback_without_proxy() -> Iterator[None]:
+    """Servers of this machine are not asked through a proxy, whatever the environment says."""
+    before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
+    for name, value in before.items():
+        os.environ[name] = ",".join(filter(None, (value, LOOPBACK)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _shown(name: str) -> AbstractContextManager[object]:
+    """While a check runs, its name on a terminal."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(f"{name} ...")
+
+
+def _questions(path: str) -> Dataset:
+    try:
+        return read_dataset(path)
+    except DatasetError as error:
+        raise NotReady(str(error)) from None
+
+
+def _default_questions(model_path: str) -> Dataset | str:
+    """GSM8K, or what our nano models were trained for; a text says why there are none."""
+    is_nano = (Path(model_path) / "training.json").is_file()
+    try:
+        return read_dataset(NANO_QUESTIONS if is_nano else default_dataset_path())
+    except DatasetError as error:
+        return f"{error} by --data FILE" if "name a file" in str(error) else str(error)
+
+
+def _is_embedded(info: Mapping[str, Any]) -> bool:
+    """Whether a server is pdkit's own engine, whose lone answers are the same to the bit wherever they are computed."""
+    engine = info.get("engine")
+    return isinstance(engine, dict) and engine.get("name") == "pdkit.engine"

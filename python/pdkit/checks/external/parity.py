@@ -1,0 +1,165 @@
+"""Answers of a deployment against those of a monolithic server, without a tokenizer: the baseline's own is asked."""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pdkit.checks.http import RequestFailed, generate
+from pdkit.checks.parity import plan
+from pdkit.checks.parity.plan import Geometry, PlanOptions, Probe, Prompts, Round
+from pdkit.checks.parity.references import References, collect
+from pdkit.checks.parity.verdict import Parity
+
+OPTIONS = PlanOptions(tokens=12, rooms=16, in_flight=16, indexed=0)
+QUICK = replace(OPTIONS, longest=600, tokens=4, rooms=8, extra_lengths=())
+TEXT_TOKENS = 3000  # of the natural text that is asked for
+PIECE = 1500  # characters of it in one request
+PARAMETER_TOKENS, PARAMETER_PROMPT = 24, 64
+# DeepSeek-V4's, for a model whose config.json cannot be read here
+WINDOW, RATIOS = 128, (4, 128)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`equal` of `total` requests got the baseline's tokens; `problems` and `hint` say what is wrong, if anything is."""
+
+    equal: int
+    total: int
+    problems: tuple[str, ...]
+    hint: str | None
+    report: str
+
+
+def geometry_of(config: Mapping[str, Any] | None, info: Mapping[str, Any]) -> Geometry:
+    """From config.json, or DeepSeek-V4's where there is none, and what a server reports of itself."""
+    if config is not None:
+        return Geometry.of(config, info)
+    return replace(Geometry.of({"vocab_size": 0}, info), window=WINDOW, ratios=RATIOS)
+
+
+def token_ids(url: str, text: str, timeout: float) -> list[int]:
+    """Token ids of `text` by the tokenizer of the server at `url`, without the first. Raises RequestFailed."""
+    sampling = {"temperature": 0, "max_new_tokens": 1}
+    answer = generate(
+        url, {"text": text, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}, timeout
+    )
+    try:
+        return [token for _, token, *_ in answer["meta_info"]["input_token_logprobs"]][1:]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestFailed(f"{url}: /generate reports no logprobs of the prompt ({error!r})") from None
+
+
+def prompts_of(url: str, text: str, timeout: float) -> Prompts:
+    """Prompts from `text`: running pieces of it, and random sequences of the tokens that it has."""
+    natural: list[int] = []
+    for start in range(0, len(text), PIECE):
+        natural += token_ids(url, text[start : start + PIECE], timeout)
+        if len(natural) >= TEXT_TOKENS:
+            break
+    return Prompts(sorted(set(natural)), natural)
+
+
+class Comparison:
+    """What is sent to both, and what came of it.
+
+    lb_url, baseline_url  the deployment, and a monolithic server of the same model
+    text                  natural text of some thousand tokens
+    exact                 a request alone must be answered to the bit: same kernels, same chunks
+    batches               the load balancer takes several prompts in one request
+    """
+
+    def __init__(
+        self, lb_url: str, baseline_url: str, geometry: Geometry, text: str, *, model: str,
+        options: PlanOptions = OPTIONS, exact: bool = False, batches: bool = True, timeout: float = 60.0,
+    ):  # fmt: skip
+        self.lb_url, self.baseline_url, self.timeout, self.exact = lb_url, baseline_url, timeout, exact
+        self.options, self.model, self.text = options, model, text
+        self.references = References(bitwise=False, timeout=timeout)
+        prompts = prompts_of(baseline_url, text, timeout)
+        self.parameter_ids = prompts.random_ids(PARAMETER_PROMPT)
+        made = plan.make_plan(geometry, prompts, options)
+        rounds = (*made.alone, *made.rooms, *made.shared_prefix, *made.concurrent)
+        self.rounds = [_whatever_is_cached(each) for each in rounds if batches or not each.batch]
+
+    def run(self) -> Compared:
+        """Asks both. Raises RequestFailed where one of them does not answer."""
+        parities = [self._compare(each) for each in self.rounds]
+        alone = [
+            (each, parity) for each, parity in zip(self.rounds, parities) if each.in_flight == 1 and not each.batch
+        ]
+        problems: list[str] = []
+        if self.exact:
+            for _, parity in alone:
+                problems += replace(parity, control=None).problems
+        pooled = Parity.pool("all requests", [*parities, self._compare(self._parameters())])
+        problems += pooled.problems
+        return Compared(
+            equal=sum(pooled.candidate_distribution.same_tokens),
+            total=len(pooled.names),
+            problems=tuple(problems),
+            hint=by_length(self._differences(alone)) if problems else None,
+            report=pooled.report(most=0),
+        )
+
+    def _compare(self, round_: Round) -> Parity:
+        reference, control = self.references.take(self.baseline_url, round_)
+        candidate = collect(self.lb_url, round_, self.timeout)
+        return Parity(round_.condition, tuple(p.name for p in round_.probes), reference, candidate, control)
+
+    def _parameters(self) -> Round:
+        ids, text, size = self.parameter_ids, self.text[:200], PARAMETER_TOKENS
+        probes = plan.generate_probe("greedy", ids, size), plan.completion_probe("completion", text, size)
+        greedy, completion = (self.references.answer(self.baseline_url, self._named(probe)) for probe in probes)
+        variations = (
+            *plan.generate_variations(ids, size, greedy, seeded=False),
+            *plan.completion_variations(text, size, completion, seeded=False),
+        )
+        probes = tuple(self._named(variation.probe) for variation in variations)
+        return Round("request parameters", probes, len(probes))
+
+    def _named(self, probe: Probe) -> Probe:
+        """The same for the model that the deployment serves; a router may ask for its name."""
+        if probe.path == "/generate":
+            return probe
+        return replace(probe, body=json.dumps(probe.request | {"model": self.model}))
+
+    def _differences(self, alone: Sequence[tuple[Round, Parity]]) -> Iterable[tuple[int, bool]]:
+        """(prompt length, whether the answer differs) of requests that were sent alone."""
+        for round_, parity in alone:
+            for probe, difference in zip(round_.probes, parity.candidate_distribution.differences):
+                differs = not difference.is_none if self.exact else difference.diverged is not None
+                yield probe.prompt_length or 0, differs
+
+
+def by_length(differences: Iterable[tuple[int, bool]]) -> str | None:
+    """What the lengths of prompts have to do with it, in words; None where nothing."""
+    groups: dict[bool, list[int]] = {True: [], False: []}
+    for length, differs in differences:
+        groups[differs].append(length)
+    if not groups[True]:
+        return "prompts that are sent alone are answered right: look at what happens to requests served together"
+    if not groups[False]:
+        return "prompts of every length differ"
+    least, most = min(groups[True]), max(groups[False])
+    if least > most:
+        return f"only prompts of {least} tokens and more differ; up to {most} tokens all are right"
+    below = [length for length in groups[False] if length < least]
+    if below and sum(length >= least for length in groups[False]) * 4 <= len(groups[True]):
+        return f"nearly all prompts of {least} tokens and more differ; shorter ones are right"
+    return None
+
+
+def _whatever_is_cached(round_: Round) -> Round:
+    """Caches are not ours to empty, and others may have filled them."""
+    return replace(round_, flush=False, cold=False, cached=frozenset())
+
+
+def natural_text(questions: Iterable[str]) -> str:
+    """Text for prompts: lines of a data set, or sums in words where there is none."""
+    given = "\n\n".join(itertools.islice(questions, 400))
+    return given or "\n\n".join(
+        f"Question: A box holds {a} apples and a bag {b}. How many are there?\nAnswer: {a}+{b}={a + b}."
+        for a in range(11, 60) for b in (7, 19)
+    )  # fmt: skip
