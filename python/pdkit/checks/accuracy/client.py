@@ -1,5 +1,6 @@
 """A light client that scores GSM8K as SGLang's `run_eval` does with its completion API, and needs HTTP only."""
 
+import json
 import re
 import threading
 import time
@@ -10,8 +11,8 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from pdkit.checks.accuracy.gsm8k import few_shot_prompts, gold_answers
 from pdkit.checks.http import RequestFailed, post_or_fail
+from pdkit.core.gsm8k import prompts_of, read_dataset
 
 STOP = ("Question", "Assistant:", "<|separator|>")
 GIVES_UP_AFTER = 5
@@ -30,11 +31,11 @@ def run(args: SimpleNamespace) -> dict[str, Any]:
     Returns score (share of right answers), outcomes (which ones), output_throughput (tokens per second). Raises
     RequestFailed where a question got no answer: what was not answered is not scored as wrong.
     """
-    shots = getattr(args, "num_shots", 5)
-    prompts = few_shot_prompts(args.gsm8k_data_path, args.num_examples, shots)
-    gold = [last_number(text) for text in gold_answers(args.gsm8k_data_path, args.num_examples, shots)]
+    data = read_dataset(args.gsm8k_data_path, args.num_shots)
+    prompts = prompts_of(data, args.num_examples)
+    gold = [last_number(json.loads(line)["answer"]) for line in data.rows[: args.num_examples]]
     failures: list[RequestFailed] = []
-    enough, tokens = threading.Event(), 0
+    enough = threading.Event()
     body = {"model": args.model, "temperature": 0, "top_p": 1.0, "max_tokens": args.max_tokens, "stop": list(STOP)}
 
     def ask(prompt: str) -> tuple[str, int] | None:

@@ -16,10 +16,11 @@ from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, tota
 from pdkit.checks.accounting.ledger import ClientAccount, Ledger
 from pdkit.checks.accuracy import client
 from pdkit.checks.accuracy.gate import GateOptions, Policy, Verdict
-from pdkit.checks.accuracy.gsm8k import Dataset, ScoreError, few_shot_prompts, gsm8k_args, gsm8k_gate
+from pdkit.checks.accuracy.gsm8k import ScoreError, gsm8k_args, gsm8k_gate
 from pdkit.checks.external import parity
 from pdkit.checks.http import RequestFailed, post, post_or_fail
 from pdkit.core import stats
+from pdkit.core.gsm8k import Dataset, prompts_of, running_text
 from pdkit.core.processes import wait_until
 from pdkit.deployment.external import Deployment, Served, Servers, discover, geometry_config, server_info
 
@@ -198,7 +199,7 @@ def answers_equal(target: Target) -> str | Row:
         target.url,
         baseline,
         parity.geometry_of(geometry_config(target.served.model_path), info),
-        parity.natural_text(f"{row['question']}\n{row['answer']}" for row in map(json.loads, rows)),
+        running_text(rows[:400]) or parity.SUMS,
         model=target.model,
         options=parity.QUICK if target.quick else parity.OPTIONS,
         exact=target.exact,
@@ -268,7 +269,7 @@ def acceptance_length(target: Target) -> str | Row:
 
 def _accepted(target: Target, url: str) -> acceptance.Acceptance | None:
     assert isinstance(target.questions, Dataset)
-    prompts = few_shot_prompts(target.questions.path, 8 if target.quick else DRAFTS)
+    prompts = prompts_of(target.questions, 8 if target.quick else DRAFTS)
     sampling = {"temperature": 0, "max_new_tokens": DRAFT_TOKENS}
     with ThreadPoolExecutor(8) as pool:
         answers = list(

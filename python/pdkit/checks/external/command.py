@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pdkit
-from pdkit.checks.accuracy.gsm8k import Dataset, DatasetError, default_dataset_path, read_dataset
+from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.external.checks import MIN_SCORE, Row, State, Target, check_all
 from pdkit.core.command import Parser, positive, run_command
 from pdkit.core.errors import MEANINGS, ExitCode, NotReady, UsageError
+from pdkit.core.gsm8k import Dataset, DatasetError, read_dataset
 from pdkit.deployment.external import KEY_VARIABLE, Deployment, discover, is_monolithic, key_sent, probe
 
 DATA_VARIABLE = "SGLANG_PD_GSM8K"

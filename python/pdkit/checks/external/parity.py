@@ -1,6 +1,5 @@
 """Answers of a deployment against those of a monolithic server, without a tokenizer: the baseline's own is asked."""
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,11 @@ PIECE = 1500  # characters of it in one request
 PARAMETER_TOKENS, PARAMETER_PROMPT = 24, 64
 # DeepSeek-V4's, for a model whose config.json cannot be read here
 WINDOW, RATIOS = 128, (4, 128)
+# natural text where there are no questions
+SUMS = "\n\n".join(
+    f"Question: A box holds {a} apples and a bag {b}. How many are there?\nAnswer: {a}+{b}={a + b}."
+    for a in range(11, 60) for b in (7, 19)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,12 +158,3 @@ def by_length(differences: Iterable[tuple[int, bool]]) -> str | None:
 def _whatever_is_cached(round_: Round) -> Round:
     """Caches are not ours to empty, and others may have filled them."""
     return replace(round_, flush=False, cold=False, cached=frozenset())
-
-
-def natural_text(questions: Iterable[str]) -> str:
-    """Text for prompts: lines of a data set, or sums in words where there is none."""
-    given = "\n\n".join(itertools.islice(questions, 400))
-    return given or "\n\n".join(
-        f"Question: A box holds {a} apples and a bag {b}. How many are there?\nAnswer: {a}+{b}={a + b}."
-        for a in range(11, 60) for b in (7, 19)
-    )  # fmt: skip
