@@ -1,13 +1,14 @@
-"""`scripts/run.sh --base-url` against servers that are not its own: they are asked, with their key, and left as they are.
+"""`pdkit check` against servers that are not its own: they are asked, with their key, and left as they are.
 
-Each of them is behind a gateway that wants the key, as an ingress would, and writes down what it was asked for.
+It runs without sglang, torch and transformers. Some of the servers are behind a gateway that wants a key, as an ingress
+would, and writes down what it was asked for.
 """
 
 import http.client
+import json
 import os
 import subprocess
 import sys
-import tempfile
 import unittest
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,21 +17,31 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 import requests
+import self_prefilling_engine
 from pdkit.core.errors import ExitCode
 from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
+from pdkit.deployment.router import RustRouterBeside
+from pdkit.faults.servers import FaultSwitchServers
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=200, suite="stage-a-test-cpu")
 
 KEY = "sk-a-key-that-nobody-may-see"
+CHECK = """
+import sys
+sys.modules |= dict.fromkeys(("sglang", "torch", "transformers", "openai"))  # an import of one raises ImportError
+from pdkit.checks.external.command import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 class Forwarder(BaseHTTPRequestHandler):
-    """Forwards what has the key; `self.server` is a Gateway."""
+    """Forwards what has the key and begins with the prefix; `self.server` is a Gateway."""
 
     def do_GET(self):
-        self.server.asked[self.path] += 1
+        path = self.path.removeprefix(self.server.prefix)
+        self.server.asked[path] += 1
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Authorization") != f"Bearer {KEY}":
             self.server.refused += 1
@@ -38,7 +49,7 @@ class Forwarder(BaseHTTPRequestHandler):
             return
         connection = http.client.HTTPConnection(urlsplit(self.server.target).netloc, timeout=300)
         kept = {name: value for name, value in self.headers.items() if name in ("Content-Type", "Accept")}
-        connection.request(self.command, self.path, body, kept)
+        connection.request(self.command, path, body, kept)
         answer = connection.getresponse()
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.getheader("Content-Type", "text/plain"))
@@ -60,33 +71,34 @@ class Gateway(ThreadingHTTPServer):
     request_queue_size = 256
     daemon_threads = True
 
-    def __init__(self, case, target):
+    def __init__(self, case, target, prefix=""):
         super().__init__(("127.0.0.1", 0), Forwarder)
-        self.target, self.asked, self.refused = target, Counter(), 0
+        self.target, self.prefix, self.asked, self.refused = target, prefix, Counter(), 0
         Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         case.addCleanup(self.server_close)
         case.addCleanup(self.shutdown)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http://127.0.0.1:{self.server_port}{prefix}"
 
 
-class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
+class Attached(MonolithicBeside, EmbeddedServers):
     """The servers of this class are somebody else's to the command that the tests run."""
 
-    def setUp(self):
-        super().setUp()
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.report = Path(directory.name)
-        urls = self.lb_url, self.monolithic_url, self.prefill_url, self.decode_url
-        self.gateways = [Gateway(self, url) for url in urls]
-
-    def run_sh(self, *words, key=KEY):
-        command = [sys.executable, "-m", "pdkit.runner.run", "--report-dir", str(self.report), *words]
-        environment = {**os.environ, "PDKIT_HISTORY": "", "SGLANG_PD_GSM8K": self.gsm8k_data_path}
+    def check(self, *words, key=None, expected=ExitCode.PASSED):
+        """What `pdkit check` prints on its standard output; its exit code must be `expected`."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "SGLANG_"))}
         environment |= {"SGLANG_PD_API_KEY": key} if key else {}
-        return subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=600
+        done = subprocess.run(
+            [sys.executable, "-c", CHECK, *words], capture_output=True, text=True, env=environment, timeout=600
         )
+        print(done.stdout, done.stderr, sep="", flush=True)
+        self.assertEqual(done.returncode, expected, done.stdout + done.stderr)
+        return done.stdout if expected in (ExitCode.PASSED, ExitCode.FAILED) else done.stderr
+
+    def quick(self, *words, expected=ExitCode.PASSED, **options):
+        """The rows of a quick check by name: (state, sentence)."""
+        found = json.loads(self.check(self.lb_url, "--quick", "--json", *words, expected=expected, **options))
+        self.assertEqual((found["verdict"], found["exit_code"]), (expected.name, int(expected)))
+        return {row["check"]: (row["state"], row["sentence"]) for row in found["checks"]}
 
     def assert_left_alone(self):
         for process in (self.process_prefill, self.process_decode, self.process_lb, self.process_monolithic):
@@ -94,45 +106,128 @@ class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
         for url in (self.prefill_url, self.decode_url, self.monolithic_url):
             self.assertEqual(requests.get(f"{url}/health", timeout=60).status_code, 200)
 
+
+class TestDisaggregationDSV4Attached(Attached):
+    """Sound servers."""
+
     def test_all_checks_pass_and_nothing_is_left_behind(self):
-        balancer, monolithic, prefill, decode = self.gateways
-        done = self.run_sh("--base-url", balancer.url, "--baseline-url", monolithic.url + "/",
-                           "--prefill-urls", prefill.url, "--decode-urls", decode.url)  # fmt: skip
-        print(done.stdout, flush=True)
-        self.assertEqual(done.returncode, ExitCode.PASSED)
-        self.assertIn(f"target=attached engine=at {balancer.url} gsm8k=", done.stdout)
-        self.assertIn("main job on rung attached: PASSED", done.stdout)
-        self.assertNotIn("skipped=", done.stdout)
-        self.assertIn("hand-overs", done.stdout)
+        urls = self.lb_url, self.monolithic_url, self.prefill_url, self.decode_url
+        balancer, monolithic, prefill, decode = gateways = [Gateway(self, url) for url in urls]
+        printed = self.check(balancer.url, "--baseline", monolithic.url + "/", "--prefill-urls", prefill.url,
+                             "--decode-urls", decode.url, key=KEY)  # fmt: skip
+        lines = printed.splitlines()
+        self.assertIn("prefill and decode: the command line names 1 prefill and 1 decode", lines)
+        for check in ("usage adds up", "streaming equals whole", "/generate equals /v1/completions", "chat answers",
+                      "wrong requests are refused"):  # fmt: skip
+            self.assertIn(f"{check}: yes", lines)
+        self.assertRegex(printed, r"(?m)^answers equal the baseline: (\d+) of \1$")
+        self.assertRegex(printed, r"(?m)^GSM8K: score [\d.]+ of 200 questions, needed is more than 0.95$")
+        self.assertRegex(printed, r"(?m)^every request was answered: (\d+) of \1$")
+        self.assertRegex(printed, r"(?m)^counters: each of \d+ sequences was prefilled, transferred and decoded once$")
+        self.assertIn("not checked: acceptance length, decode does not speculate", lines)
         self.assert_left_alone()
 
-        self.assertEqual([gateway.refused for gateway in self.gateways], [0, 0, 0, 0], "requests without the key")
-        asked = sum((gateway.asked for gateway in self.gateways), Counter())
+        self.assertEqual([gateway.refused for gateway in gateways], [0, 0, 0, 0], "requests without the key")
+        asked = sum((gateway.asked for gateway in gateways), Counter())
         self.assertGreater(balancer.asked["/v1/completions"], 200)
         self.assertGreater(monolithic.asked["/generate"], 50)
         answering = {"/v1/models", "/v1/completions", "/v1/chat/completions", "/generate"}
-        reading = {"/model_info", "/get_model_info", "/server_info", "/get_server_info"}
+        reading = {"/model_info", "/get_model_info", "/server_info", "/get_server_info", "/workers"}
         self.assertLessEqual(set(asked), answering | reading)
+        self.assertNotIn(KEY, printed)
 
-        written = {path: path.read_bytes() for path in self.report.rglob("*") if path.is_file()}
-        self.assertGreater(len(written), 1)
-        self.assertEqual([path for path, content in written.items() if KEY.encode() in content], [])
-        self.assertNotIn(KEY, done.stdout)
+    def test_servers_without_a_key_need_none(self):
+        rows = self.quick("--baseline", self.monolithic_url)
+        self.assertEqual(rows["prefill and decode"], ("passed", "the load balancer reports 1 prefill and 1 decode"))
+        self.assertEqual(rows["counters"][0], "passed")
+        self.assertEqual(rows["answers equal the baseline"][0], "passed")
+
+    def test_a_path_prefix(self):
+        gateway = Gateway(self, self.lb_url, "/some/where")
+        printed = self.check(gateway.url, "--quick", key=KEY)
+        self.assertRegex(printed, r"(?m)^every request was answered: [1-9]\d* of \d+$")
+        self.assertRegex(printed, "(?m)^counters: each of [1-9]")
+        self.assertIn("not checked: answers, no baseline to compare with (--baseline URL)\n", printed)
 
     def test_what_is_wrong_is_one_line(self):
-        balancer, url = self.gateways[0], self.gateways[0].url
+        gateway = Gateway(self, self.lb_url)
+        url, monolithic = gateway.url, self.monolithic_url
+        port = urlsplit(self.lb_url).port
         for key, words, code, line in (
-            ("wrong", [], 3, f"{url}/v1/models: status 401, it does not accept the key in SGLANG_PD_API_KEY"),
-            (None, [], 3, f"{url}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY"),
-            (KEY, ["--model", "another"], 2, f"{url} serves {self.model}, not another (SGLANG_PD_MODEL)"),
-            (KEY, ["--baseline-url", "http://127.0.0.1:9"], 3,
+            ("wrong", [url], 3, f"{url}/v1/models: status 401, it does not accept the key in SGLANG_PD_API_KEY"),
+            (None, [url], 3, f"{url}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY"),
+            (KEY, [url, "--model", "another"], 2, f"{url} serves {self.model}, not another (--model)"),
+            (KEY, [url, "--baseline", "http://127.0.0.1:9"], 3,
              "http://127.0.0.1:9/v1/models: cannot be reached: Connection refused"),
+            (None, [monolithic, "--baseline", monolithic], 2,
+             f"{monolithic} and {monolithic} are the same server: each address is to be another one's"),
+            (None, [f"http://localhost:{port}", "--baseline", self.lb_url], 2,
+             f"http://localhost:{port} and {self.lb_url} are the same server: each address is to be another one's"),
+            (None, [monolithic], 3, f"{monolithic} is not a PD deployment: it is a monolithic server "
+             "(/server_info: disaggregation_mode null)"),
+            (None, [self.decode_url, "--baseline", monolithic], 3, f"{self.decode_url} is not a PD deployment: it is one "
+             "decode server without its load balancer (/server_info: disaggregation_mode decode)"),
+            (None, [self.lb_url, "--prefill-urls", self.prefill_url, "--decode-urls", monolithic], 3,
+             f"{self.lb_url} is not a PD deployment: a server that the command line names as decode has "
+             "disaggregation_mode null"),
+            (None, [self.lb_url, "--baseline", self.prefill_url], 2,
+             f"--baseline {self.prefill_url}: is part of a PD deployment, name a monolithic server"),
+            (None, [f"https://127.0.0.1:{port}"], 3,
+             f"https://127.0.0.1:{port}/v1/models: this port speaks plain HTTP; write http:// instead of https://"),
         ):  # fmt: skip
             with self.subTest(line):
-                done = self.run_sh("--base-url", url, *words, key=key)
-                self.assertEqual((done.returncode, done.stdout), (code, f"run.sh: error: {line}\n"))
-        self.assertNotIn("/generate", balancer.asked)
+                self.assertEqual(self.check(*words, key=key, expected=code), f"pdkit check: error: {line}\n")
+        self.assertNotIn("/generate", gateway.asked)
         self.assert_left_alone()
+
+
+class TestDisaggregationDSV4AttachedFaults(FaultSwitchServers, RustRouterBeside, Attached):
+    """Servers of which something is wrong while a test says so."""
+
+    server_module = self_prefilling_engine.__name__
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        cls.self_prefilling = Path(cls.temporary_path("self-prefilling-", "on"))
+        folder = str(Path(__file__).parent)
+        cls.server_env = {
+            **cls.server_env,
+            self_prefilling_engine.VARIABLE: str(cls.self_prefilling),
+            "PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH")))),
+        }
+
+    def test_the_router_lists_its_servers(self):
+        printed = self.check(self.router_url, "--quick", "--baseline", self.monolithic_url)
+        self.assertIn("prefill and decode: the router reports 1 prefill and 1 decode\n", printed)
+        self.assertRegex(printed, "(?m)^counters: each of ")
+
+    def test_a_fault_fails_the_check_that_is_for_it(self):
+        baseline = ["--baseline", self.monolithic_url]
+        exact = ["--prefill-urls", self.prefill_url, "--decode-urls", self.decode_url]
+        for fault, words, check, sentence in (
+            (
+                "128x-compressed-shifted",
+                baseline,
+                "answers equal the baseline",
+                r"prompts of 1\d\d tokens and more differ",
+            ),
+            ("request-duplicated", exact, "counters", r"prefill started \d+, the client asked for \d+ sequences"),
+            ("transfer-fails-one-in-ten", [], "every request was answered", r"^\d+ of \d+$"),
+        ):
+            with self.subTest(fault):
+                self.switch.turn(fault)
+                self.addCleanup(self.switch.turn, None)
+                state, found = self.quick(*words, expected=ExitCode.FAILED)[check]
+                self.assertEqual(state, "failed")
+                self.assertRegex(found, sentence)
+
+    def test_a_pair_whose_decode_computes_prompts_itself_does_not_pass(self):
+        self.self_prefilling.touch()
+        self.addCleanup(self.self_prefilling.unlink)
+        rows = self.quick("--baseline", self.monolithic_url, expected=ExitCode.FAILED)
+        self.assertRegex(rows["counters"][1], r"^decode computed \d+ prompt tokens itself$")
+        self.assertEqual([name for name, (state, _) in rows.items() if state == "failed"], ["counters"])
 
 
 if __name__ == "__main__":

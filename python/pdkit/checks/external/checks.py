@@ -330,7 +330,8 @@ def pair_counters(deployment: Deployment, settle: float = 0.0) -> PairCounters |
     def at_rest() -> bool:
         servers = discover(deployment)
         prefill, decode = total_of(servers.prefill), total_of(servers.decode)
-        found.append(PairCounters(prefill, decode) if prefill and decode else None)
+        known = servers.prefill and servers.decode and prefill and decode
+        found.append(PairCounters(prefill, decode) if known else None)
         return found[-1] is None or found[-1].is_idle
 
     wait_until(at_rest, settle)

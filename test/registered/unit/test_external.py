@@ -1,0 +1,358 @@
+"""A deployment that somebody else runs: where it is, where its key goes and does not go, what is found wrong with it."""
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+import unittest
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from unittest import mock
+
+import requests
+from pdkit.checks.accounting.counters import PairCounters, ServerCounters
+from pdkit.checks.accounting.ledger import OK, ClientAccount, HttpAttempt
+from pdkit.checks.accuracy import client
+from pdkit.checks.external import checks
+from pdkit.checks.external.checks import State
+from pdkit.checks.external.command import main
+from pdkit.checks.external.parity import by_length
+from pdkit.checks.http import RequestFailed
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import ExitCode, NotReady, UsageError
+from pdkit.deployment import external
+from pdkit.deployment.external import Deployment
+from stub_server import JsonHandler, StubServer
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+KEY = "sk-0123456789"
+
+
+class Talkative(BaseHTTPRequestHandler):
+    """Refuses each request and repeats the key that came with it."""
+
+    def do_GET(self):
+        self.server.keys.append(self.headers.get("Authorization"))
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(f"no such user: {self.headers.get('Authorization')}".encode())
+
+    def log_message(self, *_):
+        pass
+
+
+class TestUrls(unittest.TestCase):
+    def test_what_is_no_url_is_one_line(self):
+        for url in ("http://[::1", "http://[::1]:x", "localhost:80", "http://", "http://h:0"):
+            with self.subTest(url), self.assertRaisesRegex(UsageError, r"is not a URL like http://host:port"):
+                Deployment.of(url)
+
+    def test_what_may_be_secret_is_not_repeated(self):
+        for url in (f"http://me:{KEY}@h", f"me:{KEY}@h:80", f"http://h?key={KEY}", f"http://h#{KEY}"):
+            with self.subTest(url), self.assertRaisesRegex(UsageError, "SGLANG_PD_API_KEY") as caught:
+                Deployment.of(url)
+            self.assertNotIn(KEY, str(caught.exception))
+
+    def test_one_server_has_one_address(self):
+        for url, other in (
+            ("http://127.0.0.1:81", "http://127.0.0.1:81/"),
+            ("http://127.0.0.1:81", "http://localhost:81"),
+            ("http://127.0.0.1", "http://127.0.0.1:80"),
+        ):
+            for names in ({"baseline_url": other}, {"prefill_urls": other, "decode_urls": "http://127.0.0.1:82"}):
+                with self.subTest(other), self.assertRaisesRegex(UsageError, "are the same server"):
+                    Deployment.of(url, **names)
+        Deployment.of("http://127.0.0.1:81/a", "http://127.0.0.1:81/b")
+
+
+class TestKey(unittest.TestCase):
+    def setUp(self):
+        self.server = HTTPServer(("127.0.0.1", 0), Talkative)
+        self.server.keys = []
+        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.port = self.server.server_address[1]
+
+    def test_it_goes_to_the_deployment_however_its_name_is_written(self):
+        with external.key_sent(Deployment(f"http://LocalHost:{self.port}", api_key=KEY)):
+            requests.get(f"http://LocalHost:{self.port}/generate", timeout=10)
+        self.assertEqual(self.server.keys, [f"Bearer {KEY}"])
+
+    def test_it_goes_to_nobody_else(self):
+        with external.key_sent(Deployment("http://localhost:1", api_key=KEY)):
+            requests.get(f"http://localhost:{self.port}/generate", timeout=10)
+        self.assertEqual(self.server.keys, [None])
+
+    def test_it_is_not_sent_afterwards(self):
+        with external.key_sent(Deployment(f"http://localhost:{self.port}", api_key=KEY)):
+            pass
+        requests.get(f"http://localhost:{self.port}/generate", timeout=10)
+        self.assertEqual(self.server.keys, [None])
+
+    def test_a_server_that_repeats_it(self):
+        with self.assertRaisesRegex(NotReady, r"status 500: no such user: Bearer \(removed\)$"):
+            external.ask(f"http://127.0.0.1:{self.port}", KEY)
+
+
+class Stub(StubServer):
+    """Answers a GET of a path in `gets` with what is there; POSTs as an SGLang server that always says the same.
+
+    tamper  takes (path, request, answer) and returns what is answered; None: no answer but a status that is not 200
+    """
+
+    def __init__(self, test, gets, tamper=lambda path, request, answer: answer):
+        class Handler(JsonHandler):
+            def do_GET(self):
+                found = gets.get(self.path)
+                self.answer(404 if found is None else 200, found or {})
+
+            def do_POST(self):
+                request = self.body()
+                answer = tamper(self.path, request, self.plain(request))
+                if isinstance(answer, list):
+                    events = [*map(json.dumps, answer), "[DONE]"]
+                    self.answer(200, "".join(f"data: {event}\n\n" for event in events).encode())
+                else:
+                    refusal = 400 if self.is_wrong(request) else 500
+                    self.answer(refusal if answer is None else 200, answer or {"error": "no"})
+
+            def is_wrong(self, request):
+                return any(
+                    isinstance(request.get(name), str) for name in ("max_tokens", "temperature", "sampling_params")
+                )
+
+            def plain(self, request):
+                if self.is_wrong(request):
+                    return None
+                text, size = " It is 2.", request.get("max_tokens", checks.TOKENS)
+                prompt = str(request.get("prompt") or request.get("text") or request.get("messages"))
+                usage = {"prompt_tokens": len(prompt), "completion_tokens": size, "total_tokens": len(prompt) + size}
+                if self.path == "/generate":
+                    meta = {**usage, "finish_reason": {"type": "length"}}
+                    return {"text": text, "meta_info": meta}
+                choice = {"index": 0, "text": text, "message": {"content": text}, "finish_reason": "length"}
+                if request.get("stream"):
+                    halves = [{"text": text[:4], "finish_reason": None}, {"text": text[4:], "finish_reason": "length"}]
+                    return [{"choices": [half]} for half in halves] + [{"choices": [], "usage": usage}]
+                return {"choices": [choice], "usage": usage}
+
+        super().__init__(test, Handler)
+
+
+MODELS, INFO = {"data": [{"id": "m"}]}, {"model_path": "/no/such/model"}
+SERVER = {"/v1/models": MODELS, "/model_info": INFO}
+PAIR = {**SERVER, "/get_server_info": {"prefill": [{"disaggregation_mode": "prefill"}],
+                                       "decode": [{"disaggregation_mode": "decode"}]}}  # fmt: skip
+
+
+def workers(*roles):
+    return {**SERVER, "/workers": {"workers": [{"worker_type": role, "metadata": {}} for role in roles]}}
+
+
+class TestCommand(unittest.TestCase):
+    def setUp(self):
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.data = Path(folder, "questions.jsonl")
+        self.data.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n' * 300)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_PD_", "OPENAI_"))}
+        self.enterContext(mock.patch.dict(os.environ, kept, clear=True))
+
+    def check(self, server, *words):
+        """(exit code, what was printed, errors included)."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main([server.url, "--quick", "--data", str(self.data), *words])
+        return code, printed.getvalue()
+
+    def refused(self, gets):
+        code, printed = self.check(server := Stub(self, gets))
+        self.assertEqual((code, printed.count("\n")), (ExitCode.NOT_READY, 1), printed)
+        return printed.removeprefix(f"pdkit check: error: {server.url} ").strip()
+
+    def test_a_sound_pair(self):
+        code, printed = self.check(Stub(self, PAIR))
+        self.assertEqual(code, ExitCode.PASSED, printed)
+        for line in (
+            "prefill and decode: the load balancer reports 1 prefill and 1 decode",
+            "usage adds up: yes",
+            "streaming equals whole: yes",
+            "/generate equals /v1/completions: yes",
+            "chat answers: yes",
+            "wrong requests are refused: yes",
+            "GSM8K: score 1.000 of 40 questions (too few to pass the gate: without --quick)",
+            "not checked: answers, no baseline to compare with (--baseline URL)",
+            "not checked: counters, the servers have none",
+        ):
+            self.assertIn(f"{line}\n", printed)
+
+    def test_what_is_wrong_fails_the_check_that_is_for_it(self):
+        def counting_wrong(path, request, answer):
+            if request.get("ignore_eos"):
+                answer["usage"]["total_tokens"] += 1
+            return answer
+
+        def streaming_less(path, request, answer):
+            return answer[1:] if isinstance(answer, list) else answer
+
+        def ending_twice(path, request, answer):
+            return [*answer[:-1], *answer[-2:]] if isinstance(answer, list) else answer
+
+        def generating_else(path, request, answer):
+            return answer | {"text": "else"} if path == "/generate" else answer
+
+        def chatting_of_nothing(path, request, answer):
+            if path == "/v1/chat/completions":
+                answer["choices"][0]["finish_reason"] = "abort"
+            return answer
+
+        def answering_wrong(path, request, answer):
+            if request.get("max_tokens") == 512 and path == "/v1/completions":
+                answer["choices"][0]["text"] = " It is 3."
+            return answer
+
+        for tamper, check in (
+            (counting_wrong, "usage adds up"),
+            (streaming_less, "streaming equals whole"),
+            (ending_twice, "streaming equals whole"),
+            (generating_else, "/generate equals /v1/completions"),
+            (chatting_of_nothing, "chat answers"),
+            (answering_wrong, "GSM8K"),
+        ):
+            with self.subTest(tamper.__name__):
+                sound = lambda path, request, answer, tamper=tamper: answer and tamper(path, request, answer)  # noqa: E731
+                code, printed = self.check(Stub(self, PAIR, sound))
+                self.assertEqual(code, ExitCode.FAILED, printed)
+                failed = [line for line in printed.splitlines() if ": FAILED, " in line]
+                self.assertEqual([line.partition(": FAILED, ")[0] for line in failed], [check])
+
+    def test_a_server_that_takes_anything(self):
+        code, printed = self.check(Stub(self, PAIR, lambda path, request, answer: answer or {"text": "?"}))
+        self.assertEqual(code, ExitCode.FAILED, printed)
+        self.assertIn("wrong requests are refused: FAILED, /v1/completions answers", printed)
+
+    def test_a_deployment_that_stops_answering(self):
+        asked = []
+
+        def dying(path, request, answer):
+            asked.append(path)
+            return answer if len(asked) < 6 else None
+
+        code, printed = self.check(server := Stub(self, PAIR, dying))
+        self.assertEqual(code, ExitCode.FAILED, printed)
+        self.assertIn(f"not checked: all else, {server.url} does not answer any more\n", printed)
+        self.assertNotIn("GSM8K", printed)
+
+    def test_what_is_not_prefill_and_decode_is_one_line(self):
+        alone = {**SERVER, "/server_info": {"disaggregation_mode": "null"}}
+        half = {**PAIR, "/get_server_info": {"prefill": [{"disaggregation_mode": "prefill"}], "decode": [{}]}}
+        fused = {**half, "/get_server_info": {**half["/get_server_info"], "decode": [{"disaggregation_mode": "null"}]}}
+        for gets, line in (
+            (alone, "is not a PD deployment: it is a monolithic server (/server_info: disaggregation_mode null)"),
+            (
+                fused,
+                "is not a PD deployment: a server that the load balancer reports as decode has disaggregation_mode",
+            ),
+            (workers("regular"), "is not a PD deployment: the router reports no prefill server"),
+            (workers("prefill"), "is not a PD deployment: the router reports no decode server"),
+            ({"/v1/completions": {}}, "is not an SGLang server: it has no /v1/models; needed is SGLang's router or "),
+            ({"/v1/models": MODELS}, "serves m, but is not an SGLang server: no /model_info that names a model_path; "),
+        ):
+            with self.subTest(line):
+                self.assertTrue(self.refused(gets).startswith(line), self.refused(gets))
+
+    def test_what_cannot_be_confirmed_has_not_passed(self):
+        for gets in (SERVER, workers("prefill", "decode")):
+            code, printed = self.check(Stub(self, gets))
+            self.assertEqual(code, ExitCode.UNCONFIRMED, printed)
+            self.assertIn("not checked: prefill and decode, could not be confirmed: ", printed)
+            self.assertIn("UNCONFIRMED: ", printed)
+
+    def test_json_has_the_same(self):
+        code, printed = self.check(Stub(self, PAIR), "--json")
+        found = json.loads(printed)
+        self.assertEqual((found["verdict"], found["exit_code"], code), ("PASSED", 0, 0))
+        self.assertIn({"check": "usage adds up", "state": "passed", "sentence": "yes", "evidence": []}, found["checks"])
+
+    def test_loopback_is_not_asked_through_a_proxy(self):
+        proxy = "http://127.0.0.1:9"
+        with mock.patch.dict(os.environ, {"http_proxy": proxy, "HTTP_PROXY": proxy}):
+            code, printed = self.check(Stub(self, PAIR))
+            self.assertEqual(code, ExitCode.PASSED, printed)
+            self.assertNotIn("no_proxy", os.environ)
+
+    def test_questions_that_are_none(self):
+        for text, line in (("hello\n", "is not JSON"), ('{"question": "q"}\n', "has no texts 'question' and 'answer'")):
+            self.data.write_text(text)
+            code, printed = self.check(Stub(self, PAIR))
+            self.assertEqual((code, printed.count("\n")), (ExitCode.NOT_READY, 1))
+            self.assertIn(line, printed)
+
+
+class TestHints(unittest.TestCase):
+    def test_by_length(self):
+        for differing, equal, hint in (
+            ((129, 255, 500), (1, 64, 128), "only prompts of 129 tokens and more differ; up to 128 tokens all are right"),
+            ((1, 64), (), "prompts of every length differ"),
+            ((), (1, 64), "prompts that are sent alone are answered right: look at what happens to requests served "
+             "together"),
+            ((128, 200, 300, 400), (1, 64, 257), "nearly all prompts of 128 tokens and more differ; shorter ones are right"),
+            ((5, 300), (1, 64, 128), None),
+        ):  # fmt: skip
+            pairs = [(length, True) for length in differing] + [(length, False) for length in equal]
+            self.assertEqual(by_length(pairs), hint)
+
+
+class TestCounters(unittest.TestCase):
+    ACCOUNT = ClientAccount((HttpAttempt("/generate", OK, None, 3, 0.1, 1),))
+
+    def row(self, exact=True, **decode):
+        before = PairCounters(ServerCounters(), ServerCounters())
+        did = {"requests": 3, "received": 3, **decode}
+        requests_ = decode.get("requests", 3)
+        after = PairCounters(ServerCounters(requests=requests_, sent=requests_), ServerCounters(**did))
+        return checks.counters(before, after, self.ACCOUNT, exact)
+
+    def test_each_sequence_once(self):
+        self.assertIs(self.row().state, State.PASSED)
+        self.assertIs(checks.counters(None, None, self.ACCOUNT, True).state, State.NOT_CHECKED)
+
+    def test_a_decode_server_that_computes_prompts_itself(self):
+        for exact in (True, False):
+            row = self.row(exact, prefill_tokens=7)
+            self.assertEqual((row.state, row.sentence), (State.FAILED, "decode computed 7 prompt tokens itself"))
+
+    def test_more_than_was_asked_for(self):
+        self.assertIs(self.row(True, requests=4, received=4).state, State.FAILED)
+        row = self.row(False, requests=4, received=4)
+        self.assertIs(row.state, State.PASSED)
+        self.assertIn("others used the servers", row.sentence)
+
+
+class TestClient(unittest.TestCase):
+    """The light client scores as SGLang's `run_eval` does."""
+
+    def test_the_last_number(self):
+        from sglang.test.simple_eval_mixed_prefix_gsm8k import INVALID, get_answer_value
+
+        for text in ("#### 18", "it is 1,234 dollars.", "-5 or -7", "3.50.", "7.", "none", "", "a1b2", "12 - 5", "x-3"):
+            theirs = get_answer_value(text)
+            self.assertEqual(client.last_number(text), None if theirs == INVALID else theirs, text)
+
+    def test_a_question_without_an_answer_is_not_a_wrong_one(self):
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        data = Path(folder, "data.jsonl")
+        data.write_text('{"question": "q", "answer": "#### 2"}\n' * 50)
+        server = Stub(self, {}, lambda path, request, answer: None)
+        args = SimpleNamespace(base_url=server.url, model="m", gsm8k_data_path=str(data), num_examples=40, num_shots=5,
+                               num_threads=2, max_tokens=512, timeout=10)  # fmt: skip
+        with self.assertRaisesRegex(RequestFailed, r"of 40 questions got no answer, the first: status 500"):
+            client.run(args)
+
+
+if __name__ == "__main__":
+    unittest.main()
