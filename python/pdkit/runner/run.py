@@ -83,16 +83,24 @@ def registration_of(rung: Target) -> Registration:
     raise TestNotFound(f"no registered test at {path}; run scripts/run.sh of a clone of the repository")
 
 
-def run(rung: Target, report_dir: Path | None, history: Path | None = None, environment_check: bool = True) -> ExitCode:
+def run(
+    rung: Target,
+    report_dir: Path | None,
+    history: Path | None = None,
+    environment_check: bool = True,
+    sglang_source: str | None = None,
+) -> ExitCode:
     """Runs the test of `rung` as `test/run_suite.py` would, and ends with the summary.
 
-    Raises TestNotFound, and NotReady where this machine lacks what the test needs.
+    Raises TestNotFound, NotReady where this machine lacks what the test needs, UsageError where it takes no
+    `sglang_source`.
     """
     # psutil and more: --help and --ladder do without
     from pdkit.preflight.environment.require import require
     from pdkit.runner.orphans import end_earlier_runs
 
     registration = registration_of(rung)
+    rung.prepare(sglang_source)
     for line in end_earlier_runs():
         print(line, flush=True)
     if environment_check:
@@ -159,6 +167,9 @@ def _main(argv: Sequence[str]) -> ExitCode:
         action="store_false",
         help="start even if this machine lacks what the rung needs",
     )
+    parser.add_argument(
+        "--sglang-source", metavar="DIR", help="test this checkout of SGLang, or its python/, in place of the release"
+    )
     add_history_options(parser)
     there = parser.add_argument_group(
         "a deployment that is there", "nothing is launched or ended; a key that it wants is SGLANG_PD_API_KEY"
@@ -179,7 +190,8 @@ def _main(argv: Sequence[str]) -> ExitCode:
         return ExitCode.PASSED
     rung = choose(gpus, args.rung)
     print(f"main job on rung {rung.name}: {rung.engine}", *why(rung, gpus).splitlines(), sep="\n  ", flush=True)
-    return run(rung, args.report_dir, history_file(args, is_own_tree=True), args.environment_check)
+    history = history_file(args, is_own_tree=True)
+    return run(rung, args.report_dir, history, args.environment_check, args.sglang_source)
 
 
 def main(argv: Sequence[str]) -> ExitCode:

@@ -120,7 +120,7 @@ class ForkServer:
         if self._process.returncode is None:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
-            self._process.wait(30)
+            self._process.wait()
             self._connection.close()
 
 

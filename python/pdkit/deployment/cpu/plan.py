@@ -39,14 +39,18 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of model: its flags, and the environment that takes SGLang to the paths which the shims cover."""
+    """A kind of model: its flags, and the environment that takes SGLang to the paths which the shims cover.
+
+    trained: whether its weights are, so that what it answers can be scored.
+    """
 
     name: str
     flags: tuple[str, ...]
     environment: Mapping[str, str]
+    trained: bool = False
 
 
-LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), {})
+LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), {}, trained=True)
 DSV4 = Model(
     "dsv4",
     (
