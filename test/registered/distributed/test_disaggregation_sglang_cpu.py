@@ -37,11 +37,11 @@ class TestDisaggregationSglangCpu(
     cpu_model = plan.DSV4
     parity_options = PlanOptions(longest=1100, alone_tokens=6, rooms=16, in_flight=8, indexed=1, indexed_tokens=4)
 
-    def test_gsm8k(self):
+    def test_gsm8k(self) -> None:
         self.require_training()
         super().test_gsm8k()
 
-    def test_prompt_logprobs_against_transformers(self):
+    def test_prompt_logprobs_against_transformers(self) -> None:
         """Another implementation, in float32 and without pages, gives the prompt nearly the same logprobs.
 
         The difference is what bfloat16 and fp8 pages do: 0.02 to 0.04 nats on average. Without rotary embedding of the

@@ -20,7 +20,7 @@ class _Whole(AccountingChecks, ExactParityChecks, MonolithicBeside, SglangCpuSer
     cpu_model = plan.DSV4
     parity_options = PlanOptions(longest=1100, rooms=16, in_flight=8, indexed=2, indexed_tokens=6)
 
-    def test_report_throughput(self):
+    def test_report_throughput(self) -> None:
         """Output tokens a second of 32 requests, 16 at a time; reported only."""
         probes = tuple(
             generate_probe(f"load-{seed}", [5 + seed * index % 499 for index in range(128)], 64)

@@ -130,5 +130,5 @@ def require_active(log_path: str | Path) -> None:
     with open(log_path, encoding="utf-8", errors="replace") as log:
         if not any(plugin.ACTIVE in line for line in log):
             raise AssertionError(
-                f"{log_path}: SGLang did not load the CPU shims, so this server proves nothing; see site/"
+                f"{log_path}: SGLang did not load the CPU shims, so this server proves nothing: is {SITE} first on its PYTHONPATH?"
             )
