@@ -23,6 +23,9 @@ def add_arguments(parser: Parser) -> None:
         action="store_false",
         help="start even if this machine lacks what the target needs",
     )
+    parser.add_argument(
+        "--sglang-source", metavar="DIR", help="test this checkout of SGLang, or its python/, in place of the release"
+    )
     add_history_options(parser)
 
 
@@ -31,4 +34,5 @@ def main(args: Namespace) -> ExitCode:
     gpus = visible_gpus()
     target = choose(gpus, args.on)
     print(f"main job on {target.name}: {target.engine}", *why(target, gpus).splitlines(), sep="\n  ", flush=True)
-    return run.run(target, args.report_dir, history_file(args, is_own_tree=True), args.environment_check)
+    history = history_file(args, is_own_tree=True)
+    return run.run(target, args.report_dir, history, args.environment_check, args.sglang_source)

@@ -70,17 +70,23 @@ def registration_of(target: Target) -> Registration:
 
 
 def run(
-    target: Target, report_dir: Path | None, history: Path | None = None, environment_check: bool = True
+    target: Target,
+    report_dir: Path | None,
+    history: Path | None = None,
+    environment_check: bool = True,
+    sglang_source: str | None = None,
 ) -> ExitCode:
     """Runs the test of `target` as `test/run_suite.py` would, and ends with the summary.
 
-    Raises TestNotFound, and NotReady where this machine lacks what the test needs.
+    Raises TestNotFound, NotReady where this machine lacks what the test needs, UsageError where it takes no
+    `sglang_source`.
     """
     # psutil and more: listing the targets does without
     from pdkit.preflight.environment.require import require
     from pdkit.runner.orphans import end_earlier_runs
 
     registration = registration_of(target)
+    target.prepare(sglang_source)
     for line in end_earlier_runs():
         print(line, flush=True)
     if environment_check:

@@ -1,5 +1,6 @@
 """On what the main job can run, and which of these targets this machine can run."""
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ class Target:
 
     `name` is what the test itself prints as its target; `test_file` is relative to the directory `test`. `gpus` GPUs are
     needed, each of exactly `capability` and with at least `memory_mib` of memory; `needs` says the same in words.
+
+    by_request  it is run only where it is asked for by name
+    prepares    "module:function" that is called before it runs, with a working tree of SGLang to test, or None
     """
 
     name: str
@@ -34,12 +38,22 @@ class Target:
     gpus: int = 0
     memory_mib: int = 0
     capability: tuple[int, int] = (0, 0)
+    by_request: bool = False
+    prepares: str | None = None
 
     def suits(self, gpu: Gpu) -> bool:
         return gpu.memory_mib >= self.memory_mib and gpu.capability == self.capability
 
     def runs_on(self, gpus: Sequence[Gpu]) -> bool:
         return sum(map(self.suits, gpus)) >= self.gpus
+
+    def prepare(self, sglang_source: str | None) -> None:
+        """Raises NotReady where the machine lacks what only this target needs, UsageError where it takes no tree."""
+        if self.prepares:
+            pkgutil.resolve_name(self.prepares)(sglang_source)
+        elif sglang_source:
+            others = ", ".join(each.name for each in TARGETS if each.prepares)
+            raise UsageError(f"--sglang-source is not for target {self.name}; a working tree is tested on {others}")
 
 
 # Highest first: the first that the machine can run is run.
@@ -63,6 +77,14 @@ TARGETS = (
         capability=(9, 0),
     ),
     Target(
+        name="sglang-cpu",
+        engine="SGLang on CPU, torch in place of its GPU kernels: a small trained Llama, a random DeepSeek-V4",
+        test_file=DISTRIBUTED / "test_disaggregation_sglang_cpu.py",
+        needs="no GPU, 5 GiB of memory, Mooncake and NIXL",
+        by_request=True,
+        prepares="pdkit.runner.sglang_cpu:prepare",
+    ),
+    Target(
         name="embedded",
         engine="pdkit.engine with a nano DeepSeek-V4 on CPU: prefill and decode in a process each",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",
@@ -77,7 +99,7 @@ def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
     Raises UnknownTarget where `wanted` is not a target, TargetUnavailable where it needs more than there is.
     """
     if wanted is None:
-        return next(target for target in TARGETS if target.runs_on(gpus))
+        return next(target for target in TARGETS if target.runs_on(gpus) and not target.by_request)
     by_name = {target.name: target for target in TARGETS}
     if wanted not in by_name:
         raise UnknownTarget(unknown("target", wanted, by_name))

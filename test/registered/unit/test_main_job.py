@@ -187,7 +187,7 @@ class TestMain(unittest.TestCase):
         first, second = self.err.getvalue().splitlines()
         self.assertRegex(first, f"^pdkit run: error: model: {self.test_dir}/nano-dsv4: no such directory; ")
         self.assertRegex(second, f"^pdkit run: error: data: {self.test_dir}/gsm8k_nano.jsonl: No such file .*; ")
-        self.assertEqual(len(self.printed.splitlines()), len(TARGETS), self.printed)
+        self.assertEqual(len(self.printed.splitlines()), 1 + sum(bool(each.gpus) for each in TARGETS), self.printed)
         with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
             self.assertEqual(self.main("--skip-environment-check"), ExitCode.FAILED)
         self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)

@@ -2,17 +2,19 @@
 
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import NotReady, UsageError
 from pdkit.core.gpus import Gpu, found
 from pdkit.runner.targets import TARGETS, TargetUnavailable, UnknownTarget, choose, why
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
 B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
-TOP, MIDDLE, BOTTOM = TARGETS
+TOP, MIDDLE, SGLANG_CPU, BOTTOM = TARGETS
 
 
 class TestChoose(unittest.TestCase):
@@ -32,6 +34,19 @@ class TestChoose(unittest.TestCase):
 
     def test_a_target_can_be_asked_for(self):
         self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)
+
+    def test_what_runs_by_request_only_is_not_chosen_by_itself(self):
+        self.assertTrue(SGLANG_CPU.by_request and SGLANG_CPU.runs_on(()))
+        self.assertIs(choose((), wanted="sglang-cpu"), SGLANG_CPU)
+
+    def test_a_working_tree_is_for_one_target_only(self):
+        with self.assertRaisesRegex(UsageError, "not for target embedded; a working tree is tested on sglang-cpu"):
+            BOTTOM.prepare("/tree")
+        BOTTOM.prepare(None)
+
+    def test_what_a_target_needs_beside_gpus_is_one_line_for_each_thing(self):
+        with mock.patch.dict("os.environ"), self.assertRaisesRegex(NotReady, "/nonexistent has no package sglang"):
+            SGLANG_CPU.prepare("/nonexistent")
 
     def test_a_target_out_of_reach_is_refused_and_never_replaced(self):
         reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
