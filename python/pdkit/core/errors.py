@@ -27,6 +27,5 @@ MEANINGS = {
     ExitCode.BAD_USAGE: "bad usage or a bad registration",
     ExitCode.NOT_READY: "the environment is not ready",
     ExitCode.NOTHING_RAN: "nothing ran, or a file ran none of its tests",
-    ExitCode.UNCONFIRMED: "pdkit check: all is right, but whether it is prefill and decode could not be confirmed",
     ExitCode.INTERRUPTED: "interrupted",
 }

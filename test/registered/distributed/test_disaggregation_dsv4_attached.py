@@ -31,8 +31,8 @@ KEY = "sk-a-key-that-nobody-may-see"
 CHECK = """
 import sys
 sys.modules |= dict.fromkeys(("sglang", "torch", "transformers", "openai"))  # an import of one raises ImportError
-from pdkit.checks.external.command import main
-sys.exit(main(sys.argv[1:]))
+from pdkit.cli.main import main
+sys.exit(main(["check", *sys.argv[1:]]))
 """
 
 

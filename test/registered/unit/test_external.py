@@ -18,9 +18,9 @@ from pdkit.checks.accounting.ledger import OK, ClientAccount, HttpAttempt
 from pdkit.checks.accuracy import client
 from pdkit.checks.external import checks
 from pdkit.checks.external.checks import State
-from pdkit.checks.external.command import main
 from pdkit.checks.external.parity import by_length
 from pdkit.checks.http import RequestFailed
+from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.deployment import external
@@ -166,7 +166,7 @@ class TestCommand(unittest.TestCase):
         """(exit code, what was printed, errors included)."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            code = main([server.url, "--quick", "--data", str(self.data), *words])
+            code = main(["check", server.url, "--quick", "--data", str(self.data), *words])
         return code, printed.getvalue()
 
     def refused(self, gets):

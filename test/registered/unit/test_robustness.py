@@ -19,7 +19,7 @@ register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 CPU = "--hw cpu --suite stage-a-test-cpu"
-BASE = "--base-url {good}"
+BASE = "check {good}"
 HISTORY_LINE = '{"version": 1}'
 NAN = """
     def test_it(self):
@@ -30,7 +30,7 @@ NAN = """
 """
 COMMANDS = {
     "run_suite.py": ("test/run_suite.py",),
-    "run.sh": ("-m", "pdkit.runner.run"),
+    "pdkit": ("-m", "pdkit"),
     "history.py": ("scripts/history.py",),
     "train_kernel_nano.py": ("scripts/train_kernel_nano.py",),
     "make_kernel_nano.py": ("scripts/make_kernel_nano.py",),
@@ -118,51 +118,54 @@ ROWS = (
     Row("run_suite.py", f"{CPU} --test-root {{computed}}", "est_time is a required constant in register_cpu_ci()"),
     Row("run_suite.py", f"{CPU} --test-root {{empty}}", "nothing ran: no file is registered", 4, where="stdout"),
     Row("run_suite.py", f"{CPU} --test-root {{nan_score}}", "0 passed, 1 failed, 0 skipped", 1, where="stdout"),
-    # scripts/run.sh: flags
-    Row("run.sh", "--rungs", "unrecognized arguments: --rungs"),
-    Row("run.sh", "--rung 8xH100", "unknown rung '8xH100'; nearest known: "),
+    # pdkit: commands and flags
+    Row("pdkit", "rum", "pdkit: error: unknown command 'rum'; nearest known: run, "),
+    Row("pdkit", "--report", "the following arguments are required: COMMAND"),
+    Row("pdkit", "run --onn", "unknown option --onn; nearest known: --on"),
+    Row("pdkit", "run --on 8xH100", "unknown target '8xH100'; nearest known: "),
     Row(
-        "run.sh",
-        "--rung 8xH200",
-        "rung 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --rung embedded",
+        "pdkit",
+        "run --on 8xH200",
+        "target 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --on embedded",
         3,
     ),
-    Row("run.sh", "--rung embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
-    Row("run.sh", "--model x", "need --base-url"),
-    Row("run.sh", f"{BASE} --rung embedded", "choose one"),
+    Row("pdkit", "run --on embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
+    Row("pdkit", "check --model x", "the following arguments are required: URL"),
     # a deployment that is no such thing
-    Row("run.sh", "--base-url localhost:30000", "localhost:30000 is no URL like http://host:port"),
-    Row("run.sh", "--base-url http://127.0.0.1:99999", "http://127.0.0.1:99999 is no URL like"),
-    Row("run.sh", "--base-url http://[::1", "http://[::1 is no URL like http://host:port"),
-    Row("run.sh", "--base-url http://127.0.0.1:8000/v1", "leave /v1 of http://127.0.0.1:8000/v1 away"),
-    Row("run.sh", "--base-url http://me:secret@127.0.0.1:80", "no credentials in a URL, they reach logs"),
-    Row("run.sh", f"{BASE} --prefill-urls {{good}}", "name both kinds, or none"),
-    Row("run.sh", BASE, "SGLANG_PD_API_KEY: has spaces or", environ={"SGLANG_PD_API_KEY": "two words\n"}),
-    Row("run.sh", "--base-url http://127.0.0.1:9", "cannot be reached: Connection refused", 3),
-    Row("run.sh", "--base-url http://no.such.host.invalid", "cannot be reached: ", 3),
-    Row("run.sh", "--base-url {never}", "{never}/v1/models: no answer within 10 s", 3),
-    Row("run.sh", "--base-url {closing}", "{closing}/v1/models: cannot be reached: ", 3),
-    Row("run.sh", "--base-url {garbage}", "{garbage}/v1/models: ", 3),
-    Row("run.sh", "--base-url {half}", "{half}/v1/models: ", 3),
-    Row("run.sh", "--base-url {error500}", "{error500}/v1/models: status 500: oh no", 3),
-    Row("run.sh", "--base-url {locked}", "{locked}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY", 3),
-    Row(
-        "run.sh", "--base-url {locked}", "does not accept the key in SGL", 3, environ={"SGLANG_PD_API_KEY": "sk-wrong"}
-    ),
-    Row("run.sh", "--base-url {page}", "{page} is no SGLang server: /v1/models names no model", 3),
-    Row("run.sh", "--base-url {listing}", "{listing} is no SGLang server: /v1/models names no model", 3),
-    Row("run.sh", "--base-url {openai}", "{openai} serves m, but is no SGLang server", 3),
-    Row("run.sh", f"{BASE} --model other", "{good} serves m, not other (SGLANG_PD_MODEL)"),
-    Row("run.sh", f"{BASE} --baseline-url {{openai}}", "{openai} serves m, but is no SGLang server", 3),
+    Row("pdkit", "check localhost:30000", "localhost:30000 is not a URL like http://host:port"),
+    Row("pdkit", "check http://127.0.0.1:99999", "http://127.0.0.1:99999 is not a URL like"),
+    Row("pdkit", "check http://[::1", "http://[::1 is not a URL like http://host:port"),
+    Row("pdkit", "check http://127.0.0.1:8000/v1", "leave /v1 of http://127.0.0.1:8000/v1 away"),
+    Row("pdkit", "check http://me:secret@127.0.0.1:80", "no credentials in a URL, they reach logs"),
+    Row("pdkit", "check {good} --baseline {good}", "{good} and {good} are the same server"),
+    Row("pdkit", f"{BASE} --prefill-urls {{good}}", "name both kinds, or none"),
+    Row("pdkit", BASE, "SGLANG_PD_API_KEY: has spaces or", environ={"SGLANG_PD_API_KEY": "two words\n"}),
+    Row("pdkit", "check http://127.0.0.1:9", "cannot be reached: Connection refused", 3),
+    Row("pdkit", "check http://no.such.host.invalid", "cannot be reached: ", 3),
+    Row("pdkit", "check {never}", "{never}/v1/models: no answer within 10 s", 3),
+    Row("pdkit", "check {closing}", "{closing}/v1/models: cannot be reached: ", 3),
+    Row("pdkit", "check {garbage}", "{garbage}/v1/models: ", 3),
+    Row("pdkit", "check {half}", "{half}/v1/models: ", 3),
+    Row("pdkit", "check {error500}", "{error500}/v1/models: status 500: oh no", 3),
+    Row("pdkit", "check {locked}", "{locked}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY", 3),
+    Row("pdkit", "check {locked}", "does not accept the key in SGL", 3, environ={"SGLANG_PD_API_KEY": "sk-wrong"}),
+    Row("pdkit", "check {completions}", "{completions} is not an SGLang server: it has no /v1/models; needed is", 3),
+    Row("pdkit", "check {alone}", "{alone} is not a PD deployment: it is a monolithic server", 3),
+    Row("pdkit", "check {tls}", "{tls}/v1/models: this port speaks plain HTTP; write http:// instead of https", 3),
+    Row("pdkit", "check {page}", "{page} is not an SGLang server: /v1/models names no model", 3),
+    Row("pdkit", "check {listing}", "{listing} is not an SGLang server: /v1/models names no model", 3),
+    Row("pdkit", "check {openai}", "{openai} serves m, but is not an SGLang server", 3),
+    Row("pdkit", f"{BASE} --model other", "{good} serves m, not other (--model)"),
+    Row("pdkit", f"{BASE} --baseline {{openai}}", "{openai} serves m, but is not an SGLang server", 3),
     # data sets
-    Row("run.sh", BASE, "{absent}: No such file or directory", 3, gsm8k("absent")),
-    Row("run.sh", BASE, "{root}: Is a directory", 3, gsm8k("root")),
-    Row("run.sh", BASE, "{text}: not lines of JSON", 3, gsm8k("text")),
-    Row("run.sh", BASE, "{binary}: not lines of JSON", 3, gsm8k("binary")),
-    Row("run.sh", BASE, "{broken_line}: not lines of JSON", 3, gsm8k("broken_line")),
-    Row("run.sh", BASE, "{no_answer}: row 2 has no question or no answer", 3, gsm8k("no_answer")),
-    Row("run.sh", BASE, "{numbers}: ", 3, gsm8k("numbers")),
-    Row("run.sh", BASE, "{empty_file}: no questions", 3, gsm8k("empty_file")),
+    Row("pdkit", BASE, "{absent}: No such file or directory", 3, gsm8k("absent")),
+    Row("pdkit", BASE, "{root}: Is a directory", 3, gsm8k("root")),
+    Row("pdkit", BASE, "{text}, line 1 is not JSON", 3, gsm8k("text")),
+    Row("pdkit", BASE, "{binary}: not UTF-8 text", 3, gsm8k("binary")),
+    Row("pdkit", BASE, "{broken_line}, line 2 is not JSON", 3, gsm8k("broken_line")),
+    Row("pdkit", BASE, "{no_answer}, line 2 has no texts 'question' and", 3, gsm8k("no_answer")),
+    Row("pdkit", BASE, "{numbers}, line 1 has no texts", 3, gsm8k("numbers")),
+    Row("pdkit", BASE, "{empty_file}: no questions", 3, gsm8k("empty_file")),
     # histories
     Row("history.py", "{absent}", "{absent}: No such file or directory"),
     Row("history.py", "{root}", "{root}: Is a directory"),
@@ -183,7 +186,7 @@ ROWS = (
     Row("check_environment.py", "--machine {text}", "error: "),
     Row("check_environment.py", "--machine {binary}", "error: "),
     Row("lint_registered.py", "{absent}", "{absent}: No such file or directory"),
-    Row("lint_registered.py", "--rule", "unrecognized arguments: --rule"),
+    Row("lint_registered.py", "--rule", "unknown option --rule; nearest known: --rules"),
     Row("new_pd_test.py", "X", "the following arguments are required: --suite"),
     Row("new_pd_test.py", "X --suite y", "unknown suite 'y'"),
     Row("new_pd_test.py", "X --suite stage-a-test-cpu --directory {absent}", "--directory {absent}: no such directory"),
@@ -199,7 +202,7 @@ ROWS = (
     Row("train_kernel_nano.py", "--seconds 5 --out {root}/out", "no usable CUDA GPU; --device cpu trains for hours", 3),
     Row("make_kernel_nano.py", "--seed x", "make_kernel_nano.py: error: argument --seed: invalid number value: 'x'"),
     Row("make_kernel_nano.py", "--out {text}", "{text}: File exists"),
-    Row("chaos_runner.py", "--attacks hup", "invalid choice: 'hup'"),
+    Row("chaos_runner.py", "--attacks hup", "unknown value 'hup'; nearest known: "),
     Row("report", "{absent}", "{absent}: no results.json of a run with --report-dir"),
     Row("report", "", "the following arguments are required: DIR"),
     Row("engine", "", "the following arguments are required: --model-path"),
@@ -218,6 +221,8 @@ MODELS, INFO = http('{"data": [{"id": "m"}]}'), http('{"model_path": "/models/m"
 SERVERS = {
     "good": {"/v1/models": MODELS, "/model_info": INFO},
     "openai": {"/v1/models": MODELS},
+    "completions": {"/v1/completions": http("{}")},
+    "alone": {"/v1/models": MODELS, "/model_info": INFO, "/server_info": http('{"disaggregation_mode": "null"}')},
     "page": {"/v1/models": http("<html>hello</html>")},
     "listing": {"/v1/models": http('[1, {"data": NaN}]')},
     "error500": {"/v1/models": http("oh\nno", "500 Internal Server Error")},
@@ -286,6 +291,7 @@ class TestBadInput(unittest.TestCase):
             for cleanup in (server.server_close, server.shutdown, server.over.set):
                 cls.addClassCleanup(cleanup)
             cls.names[name] = f"http://127.0.0.1:{server.server_address[1]}"
+        cls.names["tls"] = cls.names["good"].replace("http:", "https:")
         began = time.monotonic()
         with ThreadPoolExecutor(4) as pool:
             cls.done = dict(zip(map(id, ROWS), pool.map(cls.run_row, ROWS)))

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -14,8 +15,8 @@ from typing import Any
 import pdkit
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.external.checks import MIN_SCORE, Row, State, Target, check_all
-from pdkit.core.command import Parser, positive, run_command
-from pdkit.core.errors import MEANINGS, ExitCode, NotReady, UsageError
+from pdkit.core.command import Parser, positive
+from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.gsm8k import Dataset, DatasetError, read_dataset
 from pdkit.deployment.external import KEY_VARIABLE, Deployment, discover, is_monolithic, key_sent, probe
 
@@ -24,50 +25,45 @@ NANO_QUESTIONS = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
 LOOPBACK = "127.0.0.1,localhost,::1"
 
 
-def parser() -> Parser:
-    """What the command line may say."""
-    found = Parser(
-        prog="pdkit check",
-        description="Checks a deployment of prefill and decode that is already there, check by check, over HTTP: "
-        "nothing is launched or ended, no cache is emptied.",
-        epilog=f"A key that the servers want is {KEY_VARIABLE}. Exit codes: "
-        + "; ".join(f"{int(code)} {MEANINGS[code]}" for code in MEANINGS)
-        + ".",
-        allow_abbrev=False,
+EPILOG = f"""\
+A key that the servers want is read from {KEY_VARIABLE}.
+Exit codes: 0 all that was checked is right, 1 something is wrong, 2 bad usage, 3 this is not a PD deployment, or not one \
+that answers, 5 all is right, but whether this is prefill and decode could not be confirmed"""
+
+
+def add_arguments(parser: Parser) -> None:
+    """The command line of `pdkit check`."""
+    parser.add_argument("url", metavar="URL", help="load balancer or router, http://host:port without /v1")
+    parser.add_argument(
+        "--baseline", metavar="URL", help="a monolithic server of the same model: answers must be equal"
     )
-    found.add_argument("url", metavar="URL", help="load balancer or router, http://host:port without /v1")
-    found.add_argument("--baseline", metavar="URL", help="a monolithic server of the same model: answers must be equal")
-    found.add_argument("--quick", action="store_true", help="fewer prompts and 40 questions, in a fraction of the time")
-    found.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    found.add_argument(
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer prompts and 40 questions, in a fraction of the time"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument(
         "--data", metavar="FILE", help=f"GSM8K questions, lines of JSON (default: {DATA_VARIABLE}, or a download)"
     )
-    found.add_argument("--model", metavar="NAME", help="what it must serve (default: whatever it serves)")
-    found.add_argument(
+    parser.add_argument("--model", metavar="NAME", help="what it must serve (default: whatever it serves)")
+    parser.add_argument(
         "--min-score", type=positive, default=MIN_SCORE, metavar="X", help="GSM8K (default: %(default)s)"
     )
-    found.add_argument(
+    parser.add_argument(
         "--prefill-urls", metavar="URL,...", help="its prefill servers, to count each request; nobody else may use them"
     )
-    found.add_argument("--decode-urls", metavar="URL,...", help="its decode servers, likewise")
-    found.add_argument(
+    parser.add_argument("--decode-urls", metavar="URL,...", help="its decode servers, likewise")
+    parser.add_argument(
         "--exact", action="store_true",
         help="demand equal logprobs to the bit of requests that are sent alone: pair and baseline run the same kernels "
         "on the same kind of machine (the default for pdkit's own engine)",
     )  # fmt: skip
-    found.add_argument(
+    parser.add_argument(
         "--api-key", metavar="KEY", help=f"the key; {KEY_VARIABLE} keeps it from other users of this machine"
     )
-    return found
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the checks and prints what they found; returns an ExitCode."""
-    return run_command("pdkit check", _main, argv)
-
-
-def _main(argv: Sequence[str]) -> ExitCode:
-    args = parser().parse_args(argv)
+def main(args: Namespace) -> ExitCode:
+    """Runs the checks and prints what they found. Raises UsageError and NotReady."""
     began = time.monotonic()
     deployment = Deployment.of(
         args.url, args.baseline, args.prefill_urls, args.decode_urls, args.model,
@@ -99,11 +95,11 @@ def _main(argv: Sequence[str]) -> ExitCode:
                   "checks": [asdict(row) for row in rows]}  # fmt: skip
         print(json.dumps(report, indent=2))
     else:
-        print(f"{code.name}: {MEANINGS_OF_CHECK[code]}, in {seconds:.0f} s", flush=True)
+        print(f"{code.name}: {MEANINGS[code]}, in {seconds:.0f} s", flush=True)
     return code
 
 
-MEANINGS_OF_CHECK = {
+MEANINGS = {
     ExitCode.PASSED: "all that was checked is right",
     ExitCode.FAILED: "something is wrong, see FAILED above",
     ExitCode.UNCONFIRMED: "all that was checked is right, but not whether this is prefill and decode",
