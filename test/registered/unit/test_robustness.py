@@ -238,7 +238,7 @@ class Handler(socketserver.StreamRequestHandler):
     """Answers with the bytes that the server has for a path; None: never."""
 
     def handle(self):
-        path = (self.rfile.readline().split() or [b"", b"/"])[1].decode()
+        path = (self.rfile.readline().split() or [b"", b"/"])[1].decode(errors="replace")
         while self.rfile.readline().strip():
             pass
         answer = self.server.answers.get(path, http("{}", "404 Not Found"))
