@@ -145,7 +145,7 @@ ROWS = (
     # data sets
     Row("pdkit", BASE, "{absent}: No such file or directory", 3, gsm8k("absent")),
     Row("pdkit", BASE, "{root}: Is a directory", 3, gsm8k("root")),
-    Row("pdkit", BASE, "{text}: not lines of JSON", 3, gsm8k("text")),
+    Row("pdkit", BASE, "{text}, line 1 is not JSON", 3, gsm8k("text")),
     Row("pdkit", BASE, "{binary}: not lines of JSON", 3, gsm8k("binary")),
     Row("pdkit", BASE, "{broken_line}: not lines of JSON", 3, gsm8k("broken_line")),
     Row("pdkit", BASE, "{no_answer}: row 2 has no question or no answer", 3, gsm8k("no_answer")),
