@@ -102,17 +102,6 @@ ROWS = (
     ),
     Row("run_suite.py", CPU, "PDKIT_HISTORY {absent}/x: its directory does", environ={"PDKIT_HISTORY": "{absent}/x"}),
     # files that it reads
-    Row("run_suite.py", f"{CPU} --partition-model-file {{absent}}", "--partition-model-file {absent}: No such file"),
-    Row("run_suite.py", f"{CPU} --partition-model-file {{root}}", "--partition-model-file {root}: Is a directory"),
-    Row("run_suite.py", f"{CPU} --partition-model-file {{binary}}", "--partition-model-file {binary}: not a text file"),
-    Row(
-        "run_suite.py",
-        f"{CPU} --partition-model-file {{text}}",
-        "--partition-model-file {text}: expected a JSON object",
-    ),
-    Row(
-        "run_suite.py", f"{CPU} --partition-model-file {{nan}}", "--partition-model-file {nan}: expected a JSON object"
-    ),
     Row("run_suite.py", f"{CPU} --test-root {{unregistered}}", "No CI registry found in {unregistered}/test_x.py"),
     Row("run_suite.py", f"{CPU} --test-root {{no_python}}", "{no_python}/test_x.py:1: not valid Python"),
     Row("run_suite.py", f"{CPU} --test-root {{computed}}", "est_time is a required constant in register_cpu_ci()"),
