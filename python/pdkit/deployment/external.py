@@ -43,12 +43,10 @@ def _place(url: str) -> tuple[str, int | None, str]:
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     try:
-        host = sorted(found[4][0] for found in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM))[0]
+        host = min(str(found[4][0]) for found in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM))
     except OSError:
-        host = parts.hostname
-    if host == "::1":
-        host = "127.0.0.1"
-    return str(host), port, parts.path
+        host = str(parts.hostname)
+    return "127.0.0.1" if host == "::1" else host, port, parts.path
 
 
 @dataclass(frozen=True)

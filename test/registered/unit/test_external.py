@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import unittest
+import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -16,7 +17,7 @@ import requests
 from pdkit.checks.accounting.counters import PairCounters, ServerCounters
 from pdkit.checks.accounting.ledger import OK, ClientAccount, HttpAttempt
 from pdkit.checks.accuracy import client
-from pdkit.checks.external import checks
+from pdkit.checks.external import checks, parity
 from pdkit.checks.external.checks import State
 from pdkit.checks.external.parity import by_length
 from pdkit.checks.http import RequestFailed
@@ -27,7 +28,7 @@ from pdkit.deployment import external
 from pdkit.deployment.external import Deployment
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
 KEY = "sk-0123456789"
 
@@ -291,6 +292,109 @@ class TestCommand(unittest.TestCase):
             code, printed = self.check(Stub(self, PAIR))
             self.assertEqual((code, printed.count("\n")), (ExitCode.NOT_READY, 1))
             self.assertIn(line, printed)
+
+
+class Parrot(StubServer):
+    """A model whose next token follows from the tokens before it; `loses(ids, place)` says where a state is lost."""
+
+    request_queue_size = 256
+
+    def __init__(self, test, loses=lambda ids, place: False):
+        test.asked = asked = []
+
+        def step(ids, place):
+            digest = zlib.crc32(repr((ids[-40:], loses(ids[: place + 1], place))).encode())
+            return 2 + digest % 200, -1 - digest % 97 / 100
+
+        def answer_to(ids, params, request):
+            out, logprobs = [], []
+            for _ in range(params.get("max_new_tokens", 16)):
+                token, logprob = step(ids + out, len(ids) - 1)
+                out.append(token)
+                logprobs.append((logprob, token, None))
+                if token in params.get("stop_token_ids", ()) or not cut("".join(map(chr_of, out)), params)[1]:
+                    break
+            text, _ = cut("".join(map(chr_of, out)), params)
+            meta = {"prompt_tokens": len(ids), "completion_tokens": len(out), "finish_reason": {"type": "length"}}
+            if request.get("return_logprob"):
+                meta |= {"output_token_logprobs": logprobs, "output_top_logprobs": [[each] for each in logprobs]}
+                if request.get("logprob_start_len") == 0:
+                    meta["input_token_logprobs"] = [(None, ids[0], None)] + [(-1.0, token, None) for token in ids[1:]]
+            return {"text": text, "output_ids": out, "meta_info": meta}
+
+        def chr_of(token):
+            return chr(ord("!") + token % 90)
+
+        def cut(text, params):
+            stops = params.get("stop") or []
+            found = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in text]
+            return (text[: min(found)], False) if found else (text, True)
+
+        def ids_of(text):
+            return [2 + ord(character) % 200 for character in text]
+
+        class Handler(JsonHandler):
+            def do_GET(self):
+                found = {"/server_info": {"disaggregation_mode": "null", "context_length": 4096}, **SERVER}.get(
+                    self.path
+                )
+                self.answer(404 if found is None else 200, found or {})
+
+            def do_POST(self):
+                request = self.body()
+                asked.append(request)
+                if self.path == "/v1/completions":
+                    params = {"max_new_tokens": request["max_tokens"], "stop": request.get("stop")}
+                    answer = answer_to(ids_of(request["prompt"]), params, request)
+                    usage = {name: answer["meta_info"][name] for name in ("prompt_tokens", "completion_tokens")}
+                    choice = {"index": 0, "text": answer["text"], "finish_reason": "length"}
+                    return self.answer(200, {"choices": [choice], "usage": usage})
+                params, ids = request["sampling_params"], request.get("input_ids") or ids_of(request["text"])
+                if isinstance(ids[0], list):
+                    return self.answer(200, [answer_to(*each, request) for each in zip(ids, params)])
+                answer = answer_to(ids, params, request)
+                if request.get("stream"):
+                    return self.answer(200, f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n".encode())
+                self.answer(200, answer)
+
+        super().__init__(test, Handler)
+
+
+class TestComparison(unittest.TestCase):
+    """Prompts from the baseline's own tokens, answers compared, and what the lengths of those that differ say."""
+
+    def compare(self, exact=True, batches=True, **settings):
+        baseline, pair = Parrot(self), Parrot(self, **settings)
+        geometry = parity.geometry_of(None, {"context_length": 4096, "page_size": 64})
+        return parity.Comparison(
+            pair.url, baseline.url, geometry, parity.SUMS, model="m", options=parity.QUICK, exact=exact, batches=batches
+        ).run()
+
+    def test_an_equal_server(self):
+        found = self.compare()
+        self.assertEqual((found.equal, found.problems, found.hint), (found.total, (), None))
+        self.assertGreater(found.total, 60)
+        sent = [request for request in self.asked if "input_ids" in request]
+        self.assertTrue(any(request.get("stream") for request in sent))
+        self.assertTrue(any(isinstance(request["input_ids"][0], list) for request in sent))
+        self.assertEqual({request["model"] for request in self.asked if "prompt" in request}, {"m"})
+
+    def test_a_router_that_takes_no_batches_gets_none(self):
+        found = self.compare(batches=False)
+        self.assertEqual(found.problems, ())
+        sent = [request["input_ids"] for request in self.asked if "input_ids" in request]
+        self.assertFalse(any(isinstance(ids[0], list) for ids in sent))
+
+    def test_what_long_prompts_lose(self):
+        for exact in (True, False):
+            found = self.compare(exact, loses=lambda ids, place: place + 1 >= 128)
+            self.assertTrue(found.problems)
+            self.assertEqual(found.hint, "only prompts of 128 tokens and more differ; up to 127 tokens all are right")
+
+    def test_what_every_prompt_loses(self):
+        found = self.compare(loses=lambda ids, place: True)
+        self.assertLess(found.equal, 3)  # one of 200 tokens may be right by chance
+        self.assertEqual(found.hint, "prompts of every length differ")
 
 
 class TestHints(unittest.TestCase):

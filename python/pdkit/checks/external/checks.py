@@ -280,7 +280,8 @@ def _accepted(target: Target, url: str) -> acceptance.Acceptance | None:
     metas = [answer["meta_info"] for answer in answers]
     if not any(meta.get("spec_verify_ct") for meta in metas):
         return None
-    return acceptance.from_meta_info("speculation", metas)
+    accepted = acceptance.from_meta_info("speculation", metas)
+    return accepted if isinstance(accepted, acceptance.Acceptance) else None
 
 
 Check = Callable[[Target], str | Row]
@@ -330,8 +331,8 @@ def pair_counters(deployment: Deployment, settle: float = 0.0) -> PairCounters |
     def at_rest() -> bool:
         servers = discover(deployment)
         prefill, decode = total_of(servers.prefill), total_of(servers.decode)
-        known = servers.prefill and servers.decode and prefill and decode
-        found.append(PairCounters(prefill, decode) if known else None)
+        known = servers.prefill and servers.decode
+        found.append(PairCounters(prefill, decode) if known and prefill and decode else None)
         return found[-1] is None or found[-1].is_idle
 
     wait_until(at_rest, settle)

@@ -27,7 +27,7 @@ SUMS = "\n\n".join(
 
 @dataclass(frozen=True)
 class Compared:
-    """`equal` of `total` requests got the baseline's tokens; `problems` and `hint` say what is wrong, if anything is."""
+    """`equal` of `total` requests got the baseline's tokens, text and end; `problems` and `hint` say what is wrong, if anything is."""
 
     equal: int
     total: int
@@ -100,7 +100,10 @@ class Comparison:
         pooled = Parity.pool("all requests", [*parities, self._compare(self._parameters())])
         problems += pooled.problems
         return Compared(
-            equal=sum(pooled.candidate_distribution.same_tokens),
+            equal=sum(
+                difference.diverged is None and not {"text", "finish"} & set(difference.other)
+                for difference in pooled.candidate_distribution.differences
+            ),
             total=len(pooled.names),
             problems=tuple(problems),
             hint=by_length(self._differences(alone)) if problems else None,
@@ -120,8 +123,7 @@ class Comparison:
             *plan.generate_variations(ids, size, greedy, seeded=False),
             *plan.completion_variations(text, size, completion, seeded=False),
         )
-        probes = tuple(self._named(variation.probe) for variation in variations)
-        return Round("request parameters", probes, len(probes))
+        return Round("request parameters", tuple(self._named(each.probe) for each in variations), len(variations))
 
     def _named(self, probe: Probe) -> Probe:
         """The same for the model that the deployment serves; a router may ask for its name."""
