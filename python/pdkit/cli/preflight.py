@@ -33,7 +33,7 @@ def main(args: Namespace) -> ExitCode:
     from pdkit.core.registry import collect
     from pdkit.preflight.environment import machine, needs
     from pdkit.preflight.environment.check import check, of_machine
-    from pdkit.preflight.environment.finding import Level
+    from pdkit.preflight.finding import Level
     from pdkit.runner.options import Options
     from pdkit.runner.select import select
 
