@@ -34,6 +34,8 @@ class Options:
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
+    verbose: bool = False
+    timings: bool = False
     failfast: bool = True
     report_dir: Path | None = None
     history: Path | None = None
@@ -144,6 +146,7 @@ def _parser(default_test_root: Path) -> Parser:
         metavar="N",
         help="run N files side by side (default: 2 where there are two cores, but those that need GPUs one by one)",
     )
+    run.add_argument("-v", "--verbose", action="store_true", help="print what the files print, one file at a time")
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
         "--no-failfast",
@@ -232,7 +235,7 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
 
     is_own_tree = args.test_root.absolute() == default_test_root.absolute()
     args.history = None if args.list_only else history_file(args, is_own_tree)
-    values = vars(args)
+    values = vars(args) | {"timings": True}
     values.pop("no_history")
     values["partition_id"] = values.pop("auto_partition_id")
     values["partition_size"] = values.pop("auto_partition_size")
