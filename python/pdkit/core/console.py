@@ -14,7 +14,7 @@ UP = b"\x1b[A"
 class Console:
     """The output stream, shared by our lines and the bytes of the children; a reader that goes away stops nothing."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._at_margin = True
@@ -22,11 +22,11 @@ class Console:
         self._status: list[bytes] = []
         self.is_terminal = stream.isatty()
 
-    def write(self, data: bytes):
+    def write(self, data: bytes) -> None:
         with self._lock:
             self._write(data)
 
-    def _write(self, data: bytes):
+    def _write(self, data: bytes) -> None:
         if not data:
             return
         self._put(self._clear() + data)
@@ -38,7 +38,7 @@ class Console:
         """What takes the lines of the status away, where they are shown: below what was written, at the margin."""
         return CLEAR + (UP + CLEAR) * (len(self._status) - 1) if self._status and self._at_margin else b""
 
-    def status(self, lines: Sequence[str]):
+    def status(self, lines: Sequence[str]) -> None:
         """On a terminal, keeps `lines` below all that was written, until they are replaced."""
         with self._lock:
             if not self.is_terminal or not self._at_margin:
@@ -47,7 +47,7 @@ class Console:
             clear, self._status = self._clear(), [line[:width].encode() for line in lines]
             self._put(clear + b"\n".join(self._status))
 
-    def _put(self, data: bytes):
+    def _put(self, data: bytes) -> None:
         if not self._is_open or not data:
             return
         try:
@@ -64,7 +64,7 @@ class Console:
         except OSError as error:
             self.line(f"cannot be kept: {error.filename or path}: {error.strerror}{hint}")
 
-    def line(self, text: str = ""):
+    def line(self, text: str = "") -> None:
         """A line of its own, or several that stay together."""
         with self._lock:
             margin = "" if self._at_margin else "\n"
