@@ -65,6 +65,7 @@ def run(
     history: Path | None = None,
     environment_check: bool = True,
     sglang_source: str | None = None,
+    verbose: bool = False,
 ) -> ExitCode:
     """Runs the test of `target` as `test/run_suite.py` would, and ends with the summary.
 
@@ -81,10 +82,12 @@ def run(
         print(line, flush=True)
     if environment_check:
         require([registration])
-    return _run(target, registration, report_dir, history)
+    return _run(target, registration, report_dir, history, verbose)
 
 
-def _run(target: Target, registration: Registration, report_dir: Path | None, history: Path | None) -> ExitCode:
+def _run(
+    target: Target, registration: Registration, report_dir: Path | None, history: Path | None, verbose: bool
+) -> ExitCode:
     from pdkit.runner.suite import run_suite  # psutil, as above
 
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
@@ -95,6 +98,7 @@ def _run(target: Target, registration: Registration, report_dir: Path | None, hi
         report_dir=report_dir,
         history=history,
         target=target.name,
+        verbose=verbose,
     )
     code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
     results = json.loads((report_dir / "results.json").read_text())
