@@ -24,7 +24,8 @@ from pdkit.core.gsm8k import Dataset, prompts_of, running_text
 from pdkit.core.processes import wait_until
 from pdkit.deployment.external import Deployment, Served, Servers, discover, geometry_config, server_info
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
+IN_FLIGHT = 32  # questions at a time
 MIN_SCORE = 0.95
 SETTLE_S = 10.0
 PROMPT = "Question: What is 1 + 1?\nAnswer:"
@@ -222,6 +223,7 @@ def gsm8k(target: Target) -> str | Row:
         return Row("GSM8K", State.NOT_CHECKED, target.questions)
     count = len(target.questions.rows)
     args = gsm8k_args(target.url, target.model, str(target.questions.path), num_shots=5, timeout=target.timeout)
+    args.num_threads = IN_FLIGHT
     if target.quick:
         args.num_examples = min(QUICK_EXAMPLES, count)
         right = sum(client.run(args)["outcomes"])
@@ -375,19 +377,20 @@ def check_all(target: Target, said: Callable[[Row], None], watched: Callable[[st
         said(row)
 
     add(roles(target))
-    before = pair_counters(target.deployment)
+    before, is_up = pair_counters(target.deployment), True
     with target.ledger.open():
         for name, check in ACCOUNTED:
             with watched(name):
                 row = ask(name, check, target)
             add(row)
-            if row.sentence.startswith("no answer: ") and not _answers(target):
+            is_up = not row.sentence.startswith("no answer: ") or _answers(target)
+            if not is_up:
                 add(Row("all else", State.NOT_CHECKED, f"{target.url} does not answer any more"))
                 break
     account = target.ledger.account()
     add(accounting(account))
     add(counters(before, pair_counters(target.deployment, SETTLE_S) if before else None, account, target.servers.exact))
-    if rows[-1].state is not State.FAILED:
+    if is_up:
         add(ask("wrong requests are refused", wrong_requests_are_refused, target))
     return rows
 
