@@ -121,7 +121,7 @@ class TestDisaggregationDSV4Attached(Attached):
                       "wrong requests are refused"):  # fmt: skip
             self.assertIn(f"{check}: yes", lines)
         self.assertRegex(printed, r"(?m)^answers equal the baseline: (\d+) of \1$")
-        self.assertRegex(printed, r"(?m)^GSM8K: score [\d.]+ of 200 questions, needed is more than 0.95$")
+        self.assertRegex(printed, r"(?m)^GSM8K: score [\d.]+ of 200 questions, the gate is 0.95$")
         self.assertRegex(printed, r"(?m)^every request was answered: (\d+) of \1$")
         self.assertRegex(printed, r"(?m)^counters: each of \d+ sequences was prefilled, transferred and decoded once$")
         self.assertIn("not checked: acceptance length, decode does not speculate", lines)

@@ -243,9 +243,9 @@ def gsm8k(target: Target) -> str | Row:
     gate = gsm8k_gate(args, options, run=client.run, progress=lambda line: None)
     share = f"score {gate.correct / gate.examples:.3f} of {gate.examples} questions"
     if gate.verdict is not Verdict.PASS:
-        return Row("GSM8K", State.FAILED, f"{share}, needed is more than {target.min_score:g}",
+        return Row("GSM8K", State.FAILED, f"{share}, the gate is {target.min_score:g}",
                    tuple(gate.report().splitlines()))  # fmt: skip
-    return f"{share}, needed is more than {target.min_score:g}"
+    return f"{share}, the gate is {target.min_score:g}"
 
 
 def acceptance_length(target: Target) -> str | Row:
