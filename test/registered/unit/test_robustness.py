@@ -219,7 +219,10 @@ class Handler(socketserver.StreamRequestHandler):
     """Answers with the bytes that the server has for a path; None: never."""
 
     def handle(self):
-        path = (self.rfile.readline().split() or [b"", b"/"])[1].decode(errors="replace")
+        if self.rfile.peek(1).startswith(b"\x16"):  # TLS
+            self.wfile.write(http("{}", "400 Bad Request"))
+            return
+        path = (self.rfile.readline().split() or [b"", b"/"])[1].decode()
         while self.rfile.readline().strip():
             pass
         answer = self.server.answers.get(path, http("{}", "404 Not Found"))
