@@ -27,6 +27,8 @@ _RUNNER = re.compile(r"\b(\d+)-gpu(?:-([a-z0-9]+))?\b")
 SHARED_FRACTION = 0.9  # of a GPU that several servers may reserve together; the rest is for activations and graphs
 EPHEMERAL = range(32768, 61000)  # ports that Linux gives to outgoing connections
 MOONCAKE = range(12000, 17001)  # ports that Mooncake draws its own from
+LOWER = f"choose one from {MOONCAKE.stop} to {EPHEMERAL.start - 1}"
+OWN_NICS = "pass those of its own GPUs, cls.rdma_devices_for(GPUs)"
 
 
 @dataclass(frozen=True)
@@ -200,21 +202,21 @@ class GpuPlan:
         mooncake = any((server.transfer_backend or "").startswith("mooncake") for server in self.servers)
         for process, use, port in self.ports:
             if port in EPHEMERAL:
-                yield f"{process} {use}: port {port} may be taken by an outgoing connection ({EPHEMERAL.start} and up)"
+                yield f"{process} {use}: port {port} may be taken by an outgoing connection; {LOWER}"
             if port in MOONCAKE and mooncake:
-                yield f"{process} {use}: port {port} may be drawn by Mooncake ({MOONCAKE.start} to {MOONCAKE.stop - 1})"
+                yield f"{process} {use}: port {port} may be drawn by Mooncake; {LOWER}"
 
     def _nics(self, nic_sockets: Mapping[str, int], gpu_sockets: Mapping[int, int]) -> Iterable[str]:
         for one, two in combinations(self.servers, 2):
             common = [nic for nic in one.nics if nic in two.nics]
             if common and not {*one.gpus} & {*two.gpus}:
-                yield f"{one.name} and {two.name} share NIC {', '.join(common)}"
+                yield f"{one.name} and {two.name} share NIC {', '.join(common)}; {OWN_NICS}"
         for server in self.servers:
             near = {gpu_sockets[gpu] for gpu in server.gpus if gpu in gpu_sockets}
             far = [nic for nic in server.nics if near and nic_sockets.get(nic, -1) not in near | {-1}]
             if far:
                 gpus = f"GPUs {span(server.gpus)} (socket {span(sorted(near))})"
-                yield f"{server.name}: NIC {', '.join(far)} sits on another socket than its {gpus}"
+                yield f"{server.name}: NIC {', '.join(far)} sits on another socket than its {gpus}; {OWN_NICS}"
 
 
 def span(numbers: Sequence[int]) -> str:
