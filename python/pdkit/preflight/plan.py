@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from pdkit.preflight.contract.launches import Contract, ProcessContract, TestContract
 
@@ -43,9 +44,9 @@ class Runner:
     def of_suite(cls, suite: str) -> "Runner | None":
         """`stage-c-test-dsv4-8-gpu-h200` runs on `8-gpu-h200`; None where the name tells no GPUs."""
         match = _RUNNER.search(suite)
-        return cls(match[0], int(match[1]), MEMORY_GB.get(match[2])) if match else None
+        return cls(match[0], int(match[1]), MEMORY_GB.get(match[2] or "")) if match else None
 
-    def __str__(self):
+    def __str__(self) -> str:
         memory = f" of {self.memory_gb} GB" if self.memory_gb else ""
         return f"{self.name} ({self.gpus} GPU{'s' * (self.gpus != 1)}{memory})"
 
@@ -169,7 +170,8 @@ class GpuPlan:
             shared.setdefault(users, []).append(gpu)
         for users, gpus in shared.items():
             fractions = [server.mem_fraction for server in users]
-            if len(users) == 1 or (None not in fractions and sum(fractions) <= SHARED_FRACTION):
+            stated = [fraction for fraction in fractions if fraction is not None]
+            if len(users) == 1 or (stated == fractions and sum(stated) <= SHARED_FRACTION):
                 continue
             asked = " + ".join("an unset share" if fraction is None else f"{fraction:g}" for fraction in fractions)
             names = " and ".join(server.name for server in users)
@@ -241,6 +243,7 @@ def _nics_of(value: object) -> tuple[str, ...]:
 
 def _server(name: str, process: ProcessContract) -> Server:
     settings = process.settings
+    assert settings, f"{name} is not a server"
     is_of_a_pair = settings["disaggregation_mode"] != "null"
     return Server(
         name=name,
@@ -270,7 +273,7 @@ def of_test(test: TestContract, runner: Runner | None) -> GpuPlan:
 
 def _distinct(names: Iterable[str]) -> Iterator[str]:
     """`a, a 2, b` for a, a, b."""
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for name in names:
         seen[name] += 1
         yield name if seen[name] == 1 else f"{name} {seen[name]}"
@@ -283,7 +286,7 @@ def of_contract(contract: Contract, suite: str | None = None) -> list[GpuPlan]:
     return [of_test(test, runner) for test in contract.tests]
 
 
-def as_data(plan: GpuPlan) -> dict:
+def as_data(plan: GpuPlan) -> dict[str, Any]:
     """The plan as plain data for a report."""
     return {
         "test": plan.test,

@@ -66,7 +66,7 @@ def of_place(needs: Needs, environ: Mapping[str, str] = os.environ, has_gpus: bo
             why = "whether it is there shows when the eval asks"
             yield warning("data", "gsm8k_data_path is computed", why, "see to it, or make it a literal or os.getenv()")
         else:
-            yield from dataset.check(path, environ=environ)
+            yield from dataset.check(path if path is None else str(path), environ=environ)
 
 
 def _python(environ: Mapping[str, str]) -> Finding:
