@@ -1,4 +1,4 @@
-"""The ladder: on what the main job can run, and which of its rungs this machine can reach."""
+"""On what the main job can run, and which of these targets this machine can run."""
 
 import pkgutil
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ DISTRIBUTED = Path("registered", "distributed")
 
 
 class TargetUnavailable(NotReady):
-    """This machine cannot run the rung asked for; the message is one line that says why."""
+    """This machine cannot run the target asked for; the message is one line that says why."""
 
 
 class UnknownTarget(UsageError):
-    """No rung has the name asked for; the message is one line that names the nearest."""
+    """No target has the name asked for; the message is one line that names the nearest."""
 
 
 @dataclass(frozen=True)
 class Target:
     """One way to run the main job.
 
-    `name` is what the test itself prints as its rung; `test_file` is relative to the directory `test`. `gpus` GPUs are
+    `name` is what the test itself prints as its target; `test_file` is relative to the directory `test`. `gpus` GPUs are
     needed, each of exactly `capability` and with at least `memory_mib` of memory; `needs` says the same in words.
 
     by_request  it is run only where it is asked for by name
@@ -56,6 +56,7 @@ class Target:
             raise UsageError(f"--sglang-source is not for target {self.name}; a working tree is tested on {others}")
 
 
+# Highest first: the first that the machine can run is run.
 TARGETS = (
     Target(
         name="8xH200",
@@ -89,27 +90,35 @@ TARGETS = (
         test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",
     ),
 )
-assert not TARGETS[-1].gpus, "the bottom rung runs anywhere"
+assert not TARGETS[-1].gpus, "the last target runs anywhere"
 
 
 def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
-    """The rung `wanted`, or else the highest that `gpus` can run.
+    """The target `wanted`, or else the first that `gpus` can run.
 
-    Raises UnknownTarget where `wanted` is no rung, TargetUnavailable where it needs more than there is.
+    Raises UnknownTarget where `wanted` is not a target, TargetUnavailable where it needs more than there is.
     """
     if wanted is None:
-        return next(rung for rung in TARGETS if rung.runs_on(gpus) and not rung.by_request)
-    by_name = {rung.name: rung for rung in TARGETS}
+        return next(target for target in TARGETS if target.runs_on(gpus) and not target.by_request)
+    by_name = {target.name: target for target in TARGETS}
     if wanted not in by_name:
-        raise UnknownTarget(unknown("rung", wanted, by_name))
-    rung = by_name[wanted]
-    if not rung.runs_on(gpus):
-        has = f"this machine has {found(gpus)} and can run --rung {choose(gpus).name}"
-        raise TargetUnavailable(f"rung {rung.name} needs {rung.needs}; {has}")
-    return rung
+        raise UnknownTarget(unknown("target", wanted, by_name))
+    target = by_name[wanted]
+    if not target.runs_on(gpus):
+        has = f"this machine has {found(gpus)} and can run --on {choose(gpus).name}"
+        raise TargetUnavailable(f"target {target.name} needs {target.needs}; {has}")
+    return target
 
 
-def why(rung: Target, gpus: Sequence[Gpu]) -> str:
-    """One line for each rung that `rung` stands below and `gpus` cannot run."""
-    above = TARGETS[: TARGETS.index(rung)]
+def why(target: Target, gpus: Sequence[Gpu]) -> str:
+    """One line for each target that is tried before `target` and that `gpus` cannot run."""
+    above = TARGETS[: TARGETS.index(target)]
     return "\n".join(f"{r.name} needs {r.needs}; found {found(gpus)}" for r in above if not r.runs_on(gpus))
+
+
+def overview(gpus: Sequence[Gpu]) -> str:
+    """One line per target, highest first: what it needs, and whether this machine can run it."""
+    rows = [(target.name, target.needs, "runs here" if target.runs_on(gpus) else "not here") for target in TARGETS]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, f"this machine has {found(gpus)}"])

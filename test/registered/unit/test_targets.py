@@ -1,4 +1,4 @@
-"""Which rung of the ladder a machine runs."""
+"""Which target a machine runs."""
 
 import unittest
 from pathlib import Path
@@ -18,8 +18,8 @@ TOP, MIDDLE, SGLANG_CPU, BOTTOM = TARGETS
 
 
 class TestChoose(unittest.TestCase):
-    def test_highest_rung_that_the_machine_can_run(self):
-        for gpus, rung in (
+    def test_highest_target_that_the_machine_can_run(self):
+        for gpus, target in (
             ((), BOTTOM),
             ([H200] * 7, MIDDLE),
             ([H200] * 8, TOP),
@@ -30,9 +30,9 @@ class TestChoose(unittest.TestCase):
             ([B200] * 8, BOTTOM),
         ):
             with self.subTest(gpus=found(gpus)):
-                self.assertIs(choose(gpus), rung)
+                self.assertIs(choose(gpus), target)
 
-    def test_a_rung_can_be_asked_for(self):
+    def test_a_target_can_be_asked_for(self):
         self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)
 
     def test_what_runs_by_request_only_is_not_chosen_by_itself(self):
@@ -48,13 +48,13 @@ class TestChoose(unittest.TestCase):
         with mock.patch.dict("os.environ"), self.assertRaisesRegex(NotReady, "/nonexistent has no package sglang"):
             SGLANG_CPU.prepare("/nonexistent")
 
-    def test_a_rung_out_of_reach_is_refused_and_never_replaced(self):
+    def test_a_target_out_of_reach_is_refused_and_never_replaced(self):
         reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
         with self.assertRaisesRegex(TargetUnavailable, reason):
             choose([H200] * 2, wanted="8xH200")
 
-    def test_an_unknown_rung_names_the_nearest(self):
-        with self.assertRaisesRegex(UnknownTarget, "unknown rung 'embeded'; nearest known: embedded"):
+    def test_an_unknown_target_names_the_nearest(self):
+        with self.assertRaisesRegex(UnknownTarget, "unknown target 'embeded'; nearest known: embedded"):
             choose((), wanted="embeded")
 
     def test_why_not_higher(self):
@@ -62,14 +62,14 @@ class TestChoose(unittest.TestCase):
         lines = "^8xH200 needs 8 Hopper GPUs .*; found no GPU\n1xHopper needs 1 Hopper GPU .*; found no GPU$"
         self.assertRegex(why(BOTTOM, ()), lines)
 
-    def test_why_is_silent_on_a_lower_rung_by_choice(self):
+    def test_why_is_silent_on_a_lower_target_by_choice(self):
         self.assertEqual(why(BOTTOM, [H200] * 8), "")
 
 
 class TestAgreesWithTheTests(unittest.TestCase):
-    """The test of the top rung imports no pdkit, so it states its needs itself."""
+    """The test of the first target imports no pdkit, so it states its needs itself."""
 
-    def test_top_rung(self):
+    def test_first_target(self):
         source = (Path(__file__).parents[2] / TOP.test_file).read_text()
         self.assertIn(f"get_device_count() >= {TOP.gpus}", source)
 
