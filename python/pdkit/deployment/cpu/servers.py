@@ -81,11 +81,13 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
 
     @classmethod
     def prefill_args(cls) -> list[str]:
-        return [*cls.server_args, *plan.PD_FLAGS, *cls.disaggregation_args("prefill", cls.prefill_gpus)]
+        own = cls.disaggregation_args("prefill", cls.prefill_gpus)
+        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_prefill_args]
 
     @classmethod
     def decode_args(cls) -> list[str]:
-        return [*cls.server_args, *plan.PD_FLAGS, *cls.disaggregation_args("decode", cls.decode_gpus)]
+        own = cls.disaggregation_args("decode", cls.decode_gpus)
+        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_decode_args]
 
     @classmethod
     def launch(cls, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, **more: Any) -> Server:
