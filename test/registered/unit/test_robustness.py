@@ -102,17 +102,6 @@ ROWS = (
     ),
     Row("run_suite.py", CPU, "PDKIT_HISTORY {absent}/x: its directory does", environ={"PDKIT_HISTORY": "{absent}/x"}),
     # files that it reads
-    Row("run_suite.py", f"{CPU} --partition-model-file {{absent}}", "--partition-model-file {absent}: No such file"),
-    Row("run_suite.py", f"{CPU} --partition-model-file {{root}}", "--partition-model-file {root}: Is a directory"),
-    Row("run_suite.py", f"{CPU} --partition-model-file {{binary}}", "--partition-model-file {binary}: not a text file"),
-    Row(
-        "run_suite.py",
-        f"{CPU} --partition-model-file {{text}}",
-        "--partition-model-file {text}: expected a JSON object",
-    ),
-    Row(
-        "run_suite.py", f"{CPU} --partition-model-file {{nan}}", "--partition-model-file {nan}: expected a JSON object"
-    ),
     Row("run_suite.py", f"{CPU} --test-root {{unregistered}}", "No CI registry found in {unregistered}/test_x.py"),
     Row("run_suite.py", f"{CPU} --test-root {{no_python}}", "{no_python}/test_x.py:1: not valid Python"),
     Row("run_suite.py", f"{CPU} --test-root {{computed}}", "est_time is a required constant in register_cpu_ci()"),
@@ -156,7 +145,7 @@ ROWS = (
     # data sets
     Row("pdkit", BASE, "{absent}: No such file or directory", 3, gsm8k("absent")),
     Row("pdkit", BASE, "{root}: Is a directory", 3, gsm8k("root")),
-    Row("pdkit", BASE, "{text}: not lines of JSON", 3, gsm8k("text")),
+    Row("pdkit", BASE, "{text}, line 1 is not JSON", 3, gsm8k("text")),
     Row("pdkit", BASE, "{binary}: not lines of JSON", 3, gsm8k("binary")),
     Row("pdkit", BASE, "{broken_line}: not lines of JSON", 3, gsm8k("broken_line")),
     Row("pdkit", BASE, "{no_answer}: row 2 has no question or no answer", 3, gsm8k("no_answer")),
