@@ -183,7 +183,7 @@ class TestRequirements(unittest.TestCase):
 class TestCommand(unittest.TestCase):
     """`pdkit run --on sglang-cpu` where it cannot run: one line for each thing, exit status 3, nothing is started."""
 
-    def refusal(self, *words):
+    def refusal(self, *words, command="run"):
         """(exit code, lines on standard error)"""
         from pdkit.cli.main import main
 
@@ -194,7 +194,7 @@ class TestCommand(unittest.TestCase):
             contextlib.redirect_stderr(errors),
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            code = main(["run", "--on", "sglang-cpu", "--no-history", *words])
+            code = main([command, "--on", "sglang-cpu", "--no-history", *words])
         return code, errors.getvalue().splitlines()
 
     def setUp(self):
@@ -224,9 +224,10 @@ class TestCommand(unittest.TestCase):
                 self.assertIn(says, lines[0])
 
     def test_a_directory_without_sglang(self):
-        code, lines = self.refusal("--sglang-source", "/nonexistent")
-        self.assertEqual((code, len(lines)), (ExitCode.NOT_READY, 1), lines)
-        self.assertIn("/nonexistent has no package sglang", lines[0])
+        for command in ("run", "test"):
+            code, lines = self.refusal("--sglang-source", "/nonexistent", command=command)
+            self.assertEqual((code, len(lines)), (ExitCode.NOT_READY, 1), lines)
+            self.assertIn("/nonexistent has no package sglang", lines[0])
 
 
 class TestWorkingTree(unittest.TestCase):
