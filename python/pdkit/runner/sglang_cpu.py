@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from pdkit.core.errors import ExitCode
@@ -29,7 +30,7 @@ def prepare(sglang_source: str | None = None) -> None:
 
 
 def run_tests(options: Options, sglang_source: str | None = None) -> ExitCode:
-    """Runs all files of the target, nightly ones among them. Raises NotReady as `prepare` does."""
+    """Runs all files of the target one after the other, nightly ones among them. Raises NotReady as `prepare` does."""
     prepare(sglang_source)
     chosen = [
         each
@@ -39,4 +40,4 @@ def run_tests(options: Options, sglang_source: str | None = None) -> ExitCode:
     ]
     from pdkit.runner.suite import run_suite
 
-    return run_suite(Selection(enabled=tuple(chosen), disabled=(), partition={}), options)
+    return run_suite(Selection(enabled=tuple(chosen), disabled=(), partition={}), replace(options, jobs=1))
