@@ -1,4 +1,4 @@
-"""Runs registered test files, each in a process of its own: ended with all that it started, if it takes too long."""
+"""Runs registered test files, each in a process that is ended with all that it started."""
 
 from argparse import Namespace
 
