@@ -16,7 +16,7 @@ from unittest import mock
 import requests
 from pdkit.checks.accounting.counters import PairCounters, ServerCounters
 from pdkit.checks.accounting.ledger import OK, ClientAccount, HttpAttempt
-from pdkit.checks.accuracy import client
+from pdkit.checks.accuracy import client, gsm8k
 from pdkit.checks.external import checks, parity
 from pdkit.checks.external.checks import State
 from pdkit.checks.external.parity import by_length
@@ -26,6 +26,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.deployment import external
 from pdkit.deployment.external import Deployment
+from pdkit.preflight.environment.dataset import default_url
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
@@ -446,6 +447,9 @@ class TestClient(unittest.TestCase):
         for text in ("#### 18", "it is 1,234 dollars.", "-5 or -7", "3.50.", "7.", "none", "", "a1b2", "12 - 5", "x-3"):
             theirs = get_answer_value(text)
             self.assertEqual(client.last_number(text), None if theirs == INVALID else theirs, text)
+
+    def test_the_data_set_is_that_of_sglang(self):
+        self.assertEqual(gsm8k.GSM8K_URL, default_url())
 
     def test_a_question_without_an_answer_is_not_a_wrong_one(self):
         folder = self.enterContext(tempfile.TemporaryDirectory())
