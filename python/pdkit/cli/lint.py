@@ -30,11 +30,11 @@ def main(args: Namespace) -> ExitCode:
 
     if args.rules:
         width = max(map(len, RULES))
-        print(*(f"{name:<{width}}  {check.__doc__.splitlines()[0]}" for name, check in RULES.items()), sep="\n")
+        print(*(f"{name:<{width}}  {(check.__doc__ or '').splitlines()[0]}" for name, check in RULES.items()), sep="\n")
         return ExitCode.PASSED
     findings = lint(args.paths)
     for finding in findings:
-        path = finding.path
+        path = finding.path or Path()
         shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else path
         print(str(finding).replace(str(path), str(shown), 1))
     return ExitCode.FAILED if findings else ExitCode.PASSED

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pdkit
 from pdkit.core import events, ports
@@ -57,7 +58,7 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
     return environment
 
 
-def _chunks(source) -> Iterator[bytes]:
+def _chunks(source: IO[bytes]) -> Iterator[bytes]:
     """The output as it comes, without secrets."""
     redactor = Redactor(secret_values(os.environ))
     while chunk := os.read(source.fileno(), 65536):
@@ -65,7 +66,7 @@ def _chunks(source) -> Iterator[bytes]:
     yield redactor.feed(b"")
 
 
-def _pump(source, log: Path, console: Console, is_shown: bool):
+def _pump(source: IO[bytes], log: Path, console: Console, is_shown: bool) -> None:
     """Writes all output to the log, and to the console if `is_shown`; to that alone once the log cannot be written.
 
     Nobody may wait for a log.
@@ -138,11 +139,11 @@ def run_attempt(
     ending = _ending(guarded, token, time.monotonic() - tic)
     forced = forced if ending.exit_code is None else None
     pump.join(DRAIN_S)
-    if not pump.is_alive():
+    if guarded.output and not pump.is_alive():
         guarded.output.close()
     output = Output()
-    with console.keeping(log), log.open(errors="replace") as lines:
-        output = read_output(lines, events.read(directory_of(log)), test_max_retry)
+    with console.keeping(log), log.open(errors="replace") as text:
+        output = read_output(text, events.read(directory_of(log)), test_max_retry)
     return Attempt(
         log=log.name,
         seconds=ending.seconds,

@@ -47,7 +47,7 @@ class Options:
     json: bool = False
     target: str | None = None  # what the files test, for those that do not name it themselves
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.list_only or (self.hw and self.suite)
         assert not self.json or self.list_only
         assert self.partition_size is None or 0 <= (self.partition_id or 0) < self.partition_size
@@ -65,7 +65,7 @@ class Options:
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
 
 
-def add_verbose(group):
+def add_verbose(group: argparse._ActionsContainer) -> None:
     """`-v`."""
     group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
 
@@ -90,7 +90,7 @@ def default_timeout(est_time: float) -> float:
     return max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
 
 
-def add_history_options(group):
+def add_history_options(group: argparse._ActionsContainer) -> None:
     """`--history FILE` and `--no-history`, which `history_file` reads."""
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
@@ -123,8 +123,8 @@ def history_file(args: argparse.Namespace, is_own_tree: bool) -> Path | None:
     if args.no_history:
         return None
     is_named = args.history or os.environ.get(HISTORY_VARIABLE)
-    path = args.history or (default_history() if is_named or is_own_tree else None)
-    if is_named and (path.is_dir() or not path.absolute().parent.is_dir()):
+    path: Path | None = args.history or (default_history() if is_named or is_own_tree else None)
+    if is_named and path and (path.is_dir() or not path.absolute().parent.is_dir()):
         flag = "--history" if args.history else HISTORY_VARIABLE
         raise UsageError(f"{flag} {path}: {'is a directory' if path.is_dir() else 'its directory does not exist'}")
     return path

@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from pdkit.core.registry import Registration
 from pdkit.runner.outcome import FileState, Output
@@ -71,7 +72,7 @@ class FileResult:
         """Of the last attempt, as SGLang's timings have it."""
         return self.attempts[-1].seconds if self.attempts else 0.0
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         registration = self.registration
         last = self.attempts[-1] if self.attempts else None
         counts = last.output.counts if last else None

@@ -121,7 +121,7 @@ class SuiteRun:
                 waiting.clear()
             raise
 
-    def _draw_report(self):
+    def _draw_report(self) -> None:
         """Draws what was kept; a report that cannot be drawn is no failure of what was tested."""
         from pdkit.runner.report.write import write  # jinja2: only a run with a report pays for it
 
@@ -157,7 +157,7 @@ class SuiteRun:
     def _run_file(self, registration: Registration, number: int, label: str, jobs: int) -> FileResult:
         options = self.options
         timeout = options.timeout(registration.est_time)
-        command = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
+        command: tuple[str, ...] = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
         command += ("-f",) if options.failfast else ()
         attempts = []
         for count in range(1, options.attempts + 1):
@@ -207,7 +207,7 @@ class SuiteRun:
             evidence.end(log)
         return attempt
 
-    def _print_header(self):
+    def _print_header(self) -> None:
         options, selection = self.options, self.selection
         nightly = ", nightly" if options.nightly else ""
         part = f", partition {options.partition_id} of {options.partition_size}" if options.partition_size else ""
@@ -229,7 +229,7 @@ class SuiteRun:
         for registration in selection.disabled:
             self.console.line(f"disabled: {registration.name}; {registration.disabled or 'no reason given'}")
 
-    def _print_summary(self):
+    def _print_summary(self) -> None:
         """What a reader of the last lines wants to know comes last: the causes of failures, and one line of numbers."""
         line = self.console.line
         if self.options.timings:
@@ -245,14 +245,14 @@ class SuiteRun:
             line(f"logs and results.json: {self.logs}")
             self._draw_report()
         self._print_failures()
-        if self.interruption:
-            line(f"interrupted by {self.interruption.requested_by.name}")
+        if by := self.interruption.requested_by:
+            line(f"interrupted by {by.name}")
         elif self.exit_code is ExitCode.NOTHING_RAN and self.selection.enabled:
             line("a file that runs none of its tests proves nothing: this is not a pass")
         line(f"{self.exit_code.name.lower().replace('_', ' ')} in {time.monotonic() - self.tic:.1f} s")
         line(tally(self.states))
 
-    def _print_timings(self):
+    def _print_timings(self) -> None:
         """The lines that SGLang's CI reads."""
         self.console.line("========== TIMINGS BEGIN ==========")
         for result in self.results:
@@ -262,17 +262,21 @@ class SuiteRun:
                 self.console.line(json.dumps(timing))
         self.console.line("========== TIMINGS END ==========")
 
-    def _print_failures(self):
+    def _print_failures(self) -> None:
         """The logs of each file that did not pass, then, once more and together, the cause of each."""
         bad = [result for result in self.results if result.attempts and not result.state.is_pass]
         runs = self._read(bad)
         if not self.options.verbose:
-            for run in filter(None, runs):
+            for run in (run for run in runs if run):
                 with self.console.keeping(self.logs):
                     is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
                     self.console.line("\n".join(log_tails(run, self.logs, is_grouped)))
-        for result, run in zip(bad, runs, strict=True):
-            lines = [result.describe(), *(cause(run) if run else ()), f"  log: {self.logs / result.attempts[-1].log}"]
+        for result, known in zip(bad, runs, strict=True):
+            lines = [
+                result.describe(),
+                *(cause(known) if known else ()),
+                f"  log: {self.logs / result.attempts[-1].log}",
+            ]
             self.console.line("\n".join(lines))
 
     def _read(self, results: list[FileResult]) -> list[FileRun | None]:
@@ -283,7 +287,7 @@ class SuiteRun:
             self.console.line(f"the logs in {self.logs} cannot be read: {type(error).__name__}: {error}")
             return [None] * len(results)
 
-    def _write_results(self, finished: bool = False):
+    def _write_results(self, finished: bool = False) -> None:
         if not self.options.report_dir:
             return
         document = {
@@ -307,7 +311,7 @@ class SuiteRun:
             draft.write_text(json.dumps(document, indent=2) + "\n")
             draft.replace(path)
 
-    def _append_metrics(self, result: FileResult):
+    def _append_metrics(self, result: FileResult) -> None:
         """One record per file where SGLang's CI asks for them with SGLANG_TEST_METRICS_FILE."""
         path = os.environ.get("SGLANG_TEST_METRICS_FILE")
         if not path:
@@ -320,10 +324,10 @@ class SuiteRun:
         }
         if not result.state.is_pass:
             record["error"] = f"{result.state.value}: {result.reason}"
-        with self.console.keeping(path), open(path, "a") as file:
+        with self.console.keeping(Path(path)), open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _append_history(self):
+    def _append_history(self) -> None:
         path = self.options.history
         if not path or not any(result.attempts for result in self.results):
             return
