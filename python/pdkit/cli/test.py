@@ -5,15 +5,16 @@ from argparse import Namespace
 from pdkit.core import paths
 from pdkit.core.command import Parser
 from pdkit.core.errors import ExitCode
-from pdkit.runner.options import add_running, add_selection, options_of
+from pdkit.runner.options import add_running, options_of
 from pdkit.runner.registered import run_registered
 
 
 def add_arguments(parser: Parser) -> None:
-    add_selection(parser, paths.registered_tests())
-    add_running(parser)
-    parser.set_defaults(hw="cpu", suite="stage-a-test-cpu")
+    parser.usage = "pdkit test [OPTION...] [FILE...]"
+    add_running(parser, paths.registered_tests())
 
 
 def main(args: Namespace) -> ExitCode:
+    if not (args.hw or args.suite or args.files or args.last_failed):
+        args.hw, args.suite = "cpu", "stage-a-test-cpu"
     return run_registered(options_of(args, paths.registered_tests()))
