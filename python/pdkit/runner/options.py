@@ -168,13 +168,13 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         "--timeout-per-file",
         type=seconds,
         metavar="S",
-        help="end a file after S seconds (default: from est_time, as SGLang does)",
+        help="end a file after S seconds (default: as SGLang derives it)",
     )
     run.add_argument(
         "--jobs",
         type=natural,
         metavar="N",
-        help="run N files side by side (default: 2 of two cores, 1 on GPUs)",
+        help="run N files side by side (default: 2 on two cores; 1 with GPUs)",
     )
     add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
@@ -182,7 +182,7 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         "--no-failfast",
         dest="failfast",
         action="store_false",
-        help="run the other tests of a file after one failed",
+        help="without -f: other methods run after one failed",
     )
     run.add_argument(
         "--skip-environment-check",
