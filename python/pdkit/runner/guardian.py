@@ -14,9 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any
 
 import psutil
 
@@ -47,30 +45,22 @@ class Ending:
 class Guarded:
     """A command that runs under a guardian; its `output`, standard error included, is a pipe or file of the caller."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        environment: Mapping[str, str],
-        token: str,
-        output: int | IO[Any] = subprocess.PIPE,
-    ) -> None:
+    def __init__(self, command, environment: dict[str, str], token: str, output=subprocess.PIPE):
         self._ending: Ending | None = None
         self._guardian = subprocess.Popen(
             [sys.executable, "-m", __name__, *command],
-            env={**environment, GUARDIAN_VARIABLE: token},
+            env=environment | {GUARDIAN_VARIABLE: token},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
             start_new_session=True,
         )
-        assert self._guardian.stdin and self._guardian.stdout, "both are pipes"
-        self._tell, self._said = self._guardian.stdin, self._guardian.stdout
         self.output = self._guardian.stderr
         self.guardian_pid = self._guardian.pid
         self.pid = (self._hear() or {}).get("pid")
 
-    def _hear(self) -> dict[str, Any] | None:
-        line = self._said.readline()
+    def _hear(self) -> dict | None:
+        line = self._guardian.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     @property
@@ -99,24 +89,23 @@ class Guarded:
 
     def end(self) -> Ending | None:
         """Ends what is left; None where the guardian itself was killed and can say nothing. May be called again."""
-        if self._tell.closed:
+        if self._guardian.stdin.closed:
             return self._ending
-        self._tell.close()
+        self._guardian.stdin.close()
         if not self.has_ended(LIMIT_S):
             self._guardian.kill()
             self._guardian.wait()
-        with self._said:
+        with self._guardian.stdout:
             said = self._hear()
         if said:
-            ended, unreleased = tuple(said["ended"]), tuple(said["unreleased"])
-            self._ending = Ending(said["exit_code"], said["seconds"], ended, unreleased)
+            self._ending = Ending(**{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
         return self._ending
 
 
 class Children:
     """The children of this process, adopted ones included, where nobody else waits for them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.exit_codes: dict[int, int] = {}
 
     def are_gone(self) -> bool:
@@ -131,14 +120,14 @@ class Children:
             self.exit_codes[pid] = os.waitstatus_to_exitcode(status)
 
 
-def _say(**what: Any) -> None:
+def _say(**what):
     try:
         os.write(sys.stdout.fileno(), (json.dumps(what) + "\n").encode())
     except BrokenPipeError:  # the runner is gone
         pass
 
 
-def become_subreaper() -> None:
+def become_subreaper():
     """Makes this process the parent of its descendants' orphans. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -154,7 +143,7 @@ def _bell() -> int:
     return reader
 
 
-def _wait(leader: int, children: Children, bell: int) -> None:
+def _wait(leader: int, children: Children, bell: int):
     """Returns when `leader` has ended or we are told to end it."""
     while True:
         ready, _, _ = select.select([sys.stdin, bell], [], [])
@@ -188,7 +177,7 @@ def guard(command: list[str], environment: dict[str, str]) -> Ending:
     return Ending(exit_code, seconds, ended.processes, tuple(unreleased))
 
 
-def main(command: list[str]) -> None:
+def main(command: list[str]):
     become_subreaper()
     token = os.environ.pop(GUARDIAN_VARIABLE)
     if not select.select([sys.stdin], [], [], 0)[0]:  # or else the runner is gone already
