@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import pdkit
+from pdkit.core.forked import ForkedPopen, ForkServer
 from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
-from pdkit.deployment.cpu.forked import ForkedPopen, ForkServer
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
 from pdkit.deployment.server import Server
@@ -93,7 +93,8 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         tree = cls.tree_of(name)
         if tree not in cls._fork_servers:
             log = cls.log_path(f"fork server {len(cls._fork_servers)}")
-            cls._fork_servers[tree] = ForkServer(environment, log)
+            prepare = "pdkit.deployment.cpu.preload:prepare"
+            cls._fork_servers[tree] = ForkServer(prepare, environment, log, flags=["-W", "ignore"])
         return type("ForkedServer", (Server, ForkedPopen), {"fork_server": cls._fork_servers[tree]})
 
     @classmethod
