@@ -3,8 +3,7 @@
 fork_server = ForkServer("MODULE:FUNCTION", environment, log_path)
 process = fork_server.popen(["python3", "-m", ...], env=..., stdout=PIPE, ...)
 
-class ForkedServer(Server, ForkedPopen):    # Server: a subclass of Popen that calls super().__init__
-    fork_server = ...
+server_class = fork_server.based_on(Server)    # a subclass of Popen that calls super().__init__
 """
 
 from __future__ import annotations
@@ -124,6 +123,10 @@ class ForkServer:
         if status is not None:
             process.end(status)
         return pid
+
+    def based_on(self, popen: type[subprocess.Popen]) -> type[subprocess.Popen]:
+        """`popen`, a subclass of Popen that calls super().__init__, with its processes forked from here."""
+        return type(f"Forked{popen.__name__}", (popen, ForkedPopen), {"fork_server": self})
 
     @property
     def popen(self) -> type[ForkedPopen]:

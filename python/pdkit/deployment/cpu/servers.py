@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import pdkit
-from pdkit.core.forked import ForkedPopen, ForkServer
+from pdkit.core.forked import ForkServer
 from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
@@ -95,7 +95,7 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
             log = cls.log_path(f"fork server {len(cls._fork_servers)}")
             prepare = "pdkit.deployment.cpu.preload:prepare"
             cls._fork_servers[tree] = ForkServer(prepare, environment, log, flags=["-W", "ignore"])
-        return type("ForkedServer", (Server, ForkedPopen), {"fork_server": cls._fork_servers[tree]})
+        return cls._fork_servers[tree].based_on(Server)
 
     @classmethod
     def stop_servers(cls) -> None:
