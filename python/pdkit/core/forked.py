@@ -51,19 +51,21 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self._listen_to(ours, self._process.pid, log_path, is_ready=False)
+        self._listen_to(ours, self._process.pid, log_path)
 
     @classmethod
     def at(cls, connection: socket.socket, pid: int) -> ForkServer:
         """The one that waits at the other end of `connection`."""
         server = cls.__new__(cls)
         server._process = None
-        server._listen_to(connection, pid, os.devnull, is_ready=True)
+        server._listen_to(connection, pid, os.devnull)
+        server._started.set()
         return server
 
-    def _listen_to(self, connection: socket.socket, pid: int, log_path: str, is_ready: bool) -> None:
+    def _listen_to(self, connection: socket.socket, pid: int, log_path: str) -> None:
         self.pid, self.log_path = pid, log_path
-        self._connection, self._ready, self.is_there = connection, is_ready, True
+        self._connection, self.is_there = connection, True
+        self._started = threading.Event()
         self._answers: queue.Queue[dict[str, int] | None] = queue.Queue()
         self._waiting: dict[int, ForkedPopen] = {}
         self._ended: dict[int, int] = {}
@@ -79,7 +81,10 @@ class ForkServer:
             if not message:
                 break
             answer = json.loads(message)
-            if "exited" not in answer:
+            if "ready" in answer:
+                self._started.set()
+                continue
+            if "pid" in answer:
                 self._answers.put(answer)
                 continue
             with self._lock:
@@ -89,17 +94,19 @@ class ForkServer:
             if process is not None:
                 process.end(answer["status"])
         self.is_there = False
+        self._started.set()
         self._answers.put(None)
         with self._lock:
             left, self._waiting = self._waiting, {}
         for process in left.values():
             process.go_on_unseen()
 
+    def has_started(self, timeout: float) -> bool:
+        """Whether it has imported all, or has failed, within `timeout` seconds."""
+        return self._started.wait(timeout)
+
     def _answer(self) -> dict[str, int]:
-        try:
-            answer = self._answers.get(timeout=START_TIMEOUT)
-        except queue.Empty:
-            answer = None
+        answer = self._answers.get() if self.has_started(START_TIMEOUT) else None
         if answer is None:
             self._answers.put(None)
             with open(self.log_path, encoding="utf-8", errors="replace") as log:
@@ -110,9 +117,6 @@ class ForkServer:
     def fork(self, process: ForkedPopen, request: Request, streams: Sequence[int]) -> int:
         """The pid of a child that runs `request` with these standard streams. Raises ForkServerError."""
         with self._forking:
-            if not self._ready:
-                self._answer()
-                self._ready = True
             with contextlib.suppress(OSError):  # `_answer` reports why
                 socket.send_fds(self._connection, [request.dump()], streams)
             pid = self._answer()["pid"]

@@ -27,6 +27,7 @@ SETTLE_S = 0.5
 PORTS_S = 10.0
 LIMIT_S = SETTLE_S + processes.GRACE_S + processes.KILL_S + PORTS_S + 10.0
 PR_SET_CHILD_SUBREAPER = 36
+Popen = Callable[..., subprocess.Popen]
 TOLD_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -53,7 +54,7 @@ class Guarded:
         environment: Mapping[str, str],
         token: str,
         output: int | IO = subprocess.PIPE,
-        popen: Callable[..., subprocess.Popen] = subprocess.Popen,
+        popen: Popen = subprocess.Popen,
     ):
         self._ending: Ending | None = None
         self._guardian = popen(

@@ -34,6 +34,7 @@ class Options:
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
+    warm: bool = True  # fork test files from a process that has imported SGLang, where that can be
     failfast: bool = True
     report_dir: Path | None = None
     history: Path | None = None
@@ -143,6 +144,12 @@ def _parser(default_test_root: Path) -> Parser:
         type=natural,
         metavar="N",
         help="run N files side by side (default: 2 where there are two cores, but those that need GPUs one by one)",
+    )
+    run.add_argument(
+        "--no-warm",
+        dest="warm",
+        action="store_false",
+        help="start each file on CPU anew, and its servers, not forked from a process that imported SGLang once",
     )
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(

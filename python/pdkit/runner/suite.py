@@ -21,6 +21,7 @@ from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.host import command_line
 from pdkit.core.registry import Registration, syntax_errors
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
+from pdkit.runner.guardian import Popen
 from pdkit.runner.history.record import of_run
 from pdkit.runner.history.store import append
 from pdkit.runner.interruption import Interruption
@@ -30,6 +31,7 @@ from pdkit.runner.report import evidence, progress
 from pdkit.runner.report.progress import Live
 from pdkit.runner.results import Attempt, FileResult
 from pdkit.runner.select import Selection
+from pdkit.runner.warm import Warm
 
 RULE = "=" * 60
 POLL_S = 0.1
@@ -65,6 +67,9 @@ class SuiteRun:
         self.interruption = interruption
         self.console = Console(sys.stdout.buffer)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
+        self._warm = Warm(
+            selection.enabled, self.environment, logs / "warm.log", self.console, interruption, options.warm
+        )
         self._groups = lanes(selection.enabled, options)
         self._results: dict[int, FileResult] = {}
         self._lock = threading.Lock()
@@ -72,8 +77,9 @@ class SuiteRun:
 
     def run(self) -> ExitCode:
         self._print_header()
-        for files, jobs in self._groups:
-            self._run_lanes(files, jobs)
+        with contextlib.closing(self._warm):
+            for files, jobs in self._groups:
+                self._run_lanes(files, jobs)
         for number, registration in enumerate(self.selection.disabled, start=len(self.selection.enabled) + 1):
             self._results[number] = FileResult(
                 registration, FileState.DISABLED, registration.disabled or "no reason given"
@@ -158,7 +164,7 @@ class SuiteRun:
             self.console.line(f"{label} {registration.name} ({plan})")
             self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            attempt = self._attempt(command, log, timeout, jobs)
+            attempt = self._attempt(command, log, timeout, jobs, self._warm.popen_for(registration))
             attempts.append(attempt)
             for leftover in attempt.leftovers:
                 self.console.line(f"{label} it left a process behind, ended now: {leftover}")
@@ -177,7 +183,7 @@ class SuiteRun:
             state, reason = FileState.PASSED_ON_RETRY, f"first attempt: {attempts[0].verdict[0].value}"
         return FileResult(registration, state, reason, command, tuple(attempts))
 
-    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float, jobs: int) -> Attempt:
+    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float, jobs: int, popen: Popen) -> Attempt:
         is_kept, directory = bool(self.options.report_dir), evidence.directory_of(log)
         environment = self.environment | progress.environment(self.console.is_terminal)
         environment |= evidence.environment(log, is_kept)
@@ -194,6 +200,7 @@ class SuiteRun:
                 self.interruption,
                 self.options.test_max_retry,
                 is_shown,
+                popen,
             )
         if not is_shown:
             with self.console.keeping(log):

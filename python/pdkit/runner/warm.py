@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pdkit.core import source
 from pdkit.core.console import Console
 from pdkit.core.forked import ForkServer, ForkServerError
 from pdkit.core.gpus import visible_gpus
 from pdkit.core.registry import Registration
+from pdkit.runner.guardian import Popen
+from pdkit.runner.interruption import POLL_S, Interruption
+from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 
 PREPARE = "pdkit.deployment.preload:prepare"
 SLOW = ("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults")
@@ -34,16 +38,23 @@ class Warm:
     """
 
     def __init__(
-        self, files: Sequence[Registration], environment: Mapping[str, str], log: Path, console: Console, is_on: bool
+        self,
+        files: Sequence[Registration],
+        environment: Mapping[str, str],
+        log: Path,
+        console: Console,
+        interruption: Interruption,
+        is_on: bool = True,
     ):
-        self._environment, self._log, self._console = environment, log, console
-        is_on = is_on and all(file.hw == "cpu" for file in files) and not visible_gpus()
+        self._environment = {**environment, TOKEN_VARIABLE: new_token(environment)}
+        self._log, self._console, self._interruption = log, console, interruption
+        is_on = is_on and all(file.hw == "cpu" for file in files)
         names = [file.filename for file in files if is_on and imports_much(Path(file.filename))]
-        self._names = frozenset(names if len(names) >= ENOUGH else ())
+        self._names = frozenset(names if len(names) >= ENOUGH and not visible_gpus() else ())
         self._server: ForkServer | None = None
         self._lock = threading.Lock()
 
-    def popen_for(self, registration: Registration) -> Callable[..., subprocess.Popen]:
+    def popen_for(self, registration: Registration) -> Popen:
         """What starts the guardian of a file: `subprocess.Popen`, or that of the process."""
         if registration.filename not in self._names:
             return subprocess.Popen
@@ -52,7 +63,10 @@ class Warm:
                 self._server = ForkServer(PREPARE, self._environment, str(self._log))
         return self._popen
 
-    def _popen(self, *args, **kwargs) -> subprocess.Popen:
+    def _popen(self, *args: Any, **kwargs: Any) -> subprocess.Popen:
+        while not self._server.has_started(POLL_S):
+            if self._interruption:
+                return subprocess.Popen(*args, **kwargs)
         try:
             return self._server.popen(*args, **kwargs)
         except ForkServerError as error:

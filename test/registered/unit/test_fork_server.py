@@ -8,16 +8,22 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import test_guardian
 from detached import LISTEN, SLEEP, is_alive, listening, spawner
 from pdkit.core import ports, processes
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.console import Console
 from pdkit.core.forked import ForkServer, ForkServerError
+from pdkit.core.registry import Registration
 from pdkit.runner import orphans
+from pdkit.runner import warm as warm_module
 from pdkit.runner.guardian import Guarded
+from pdkit.runner.interruption import Interruption
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
+from pdkit.runner.warm import Warm
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
@@ -212,6 +218,49 @@ class TestForkedGuardian(ForkServerCase, test_guardian.TestGuardian):
         ended = " ".join(guarded.end().ended)
         self.assertTrue(f"pid {child} (" in ended and f"pid {guarded.pid} (" in ended, ended)
         self.assert_all_end(child, guarded.pid)
+
+
+class TestWarm(unittest.TestCase):
+    """Which files a run forks."""
+
+    def warm(self, **files):
+        """A `Warm` over files of that content; "gpu" is registered for CUDA."""
+        root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        registrations = []
+        for name, text in files.items():
+            path = root / f"{name}.py"
+            path.write_text(text)
+            hw = "cuda" if name == "gpu" else "cpu"
+            registrations.append(Registration(str(path), name, hw=hw, suite="s", est_time=1))
+        warm = Warm(registrations, dict(os.environ), root / "log", Console(sys.stdout.buffer), Interruption())
+        return warm, registrations
+
+    def forked(self, **files):
+        warm, registrations = self.warm(**files)
+        with mock.patch.object(warm_module, "ForkServer"):
+            return [each.name for each in registrations if warm.popen_for(each) is not subprocess.Popen]
+
+    def test_files_that_import_much_if_there_are_several(self):
+        light = {"a": "import json, sglang_router\nfrom pdkit.core import events"}
+        heavy = {"b": "import sglang", "c": "from pdkit.deployment import fixture", "d": "from torch.nn import Linear"}
+        self.assertEqual(self.forked(**light, **heavy), ["b", "c", "d"])
+        self.assertEqual(self.forked(**light, b="import sglang"), [])
+
+    def test_not_where_there_is_a_gpu(self):
+        heavy = {"a": "import torch", "b": "import torch"}
+        self.assertEqual(self.forked(**heavy, gpu="import torch"), [])
+        with mock.patch.object(warm_module, "visible_gpus", lambda: ["a GPU"]):
+            self.assertEqual(self.forked(**heavy), [])
+        self.assertEqual(self.forked(**heavy), ["a", "b"])
+
+    def test_a_process_that_cannot_import_is_done_without(self):
+        warm, (first, second) = self.warm(a="import torch", b="import torch")
+        with mock.patch.object(warm_module, "PREPARE", "nowhere:f"):
+            popen = warm.popen_for(first)
+        self.addCleanup(warm.close)
+        process = self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.PIPE))
+        self.assertTrue(process.stdout.read())
+        self.assertIs(warm.popen_for(second), subprocess.Popen)
 
 
 if __name__ == "__main__":
