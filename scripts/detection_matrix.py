@@ -78,10 +78,10 @@ def subjects_of(args):
 
 
 def models_of(args):
-    from pdkit.faults.matrix.truth import Model
+    from pdkit.faults.matrix.truth import TriedModel
 
-    random = Model("random", ASSETS / "random-dsv4", "dummy", 1)
-    return [random] if args.quick else [Model("trained", ASSETS / "nano-dsv4", "auto", 0), random]
+    random = TriedModel("random", ASSETS / "random-dsv4", "dummy", 1)
+    return [random] if args.quick else [TriedModel("trained", ASSETS / "nano-dsv4", "auto", 0), random]
 
 
 def print_library():

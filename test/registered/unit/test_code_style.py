@@ -1,11 +1,13 @@
 """ruff and import-linter find nothing: pyproject.toml says what they ask for."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import unittest
+from collections import defaultdict
 from pathlib import Path
 
 from pdkit.core.ci_register import register_cpu_ci
@@ -60,6 +62,17 @@ class TestCodeStyle(unittest.TestCase):
         ):
             with self.subTest(path):
                 self.assertIn(names, self.broken(path, text))
+
+    def test_a_class_name_stands_for_one_thing(self):
+        """At most three names of top-level classes are defined in more than one module."""
+        places = defaultdict(list)
+        for path in sorted((REPO / "python" / "pdkit").rglob("*.py")):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    places[node.name].append(str(path.relative_to(REPO / "python")))
+        self.assertGreater(len(places), 300)
+        twice = {name: paths for name, paths in places.items() if len(paths) > 1}
+        self.assertLessEqual(len(twice), 3, twice)
 
     def test_a_room_on_no_floor_is_found(self):
         self.assertIn("pdkit.attic", self.broken("attic/__init__.py", '"""Old things."""\n'))

@@ -509,14 +509,14 @@ class TestDataset(CheckCase):
         path = self.write("data.jsonl", self.ROW * 3)
         self.assert_fine(dataset.check(str(path)))
         for text, says in (
-            ("", "no questions"),
-            ("what?\n", "not lines of JSON"),
-            (self.ROW + '{"question": "?"}\n', "row 2 has no question or no answer"),
-            ("[]\n", "row 1"),
-            ("3\n", "not lines of JSON"),
+            ("", ": no questions"),
+            ("what?\n", ", line 1 is not JSON"),
+            (self.ROW + '{"question": "?"}\n', ", line 2 has no texts 'question' and 'answer'"),
+            ("[]\n", ", line 1 has no texts"),
+            ("3\n", ", line 1 has no texts"),
         ):
             path.write_text(text)
-            self.assert_one(dataset.check(str(path)), Level.ERROR, f"{path}: {says}", "SGLANG_PD_GSM8K")
+            self.assert_one(dataset.check(str(path)), Level.ERROR, f"{path}{says}", "SGLANG_PD_GSM8K")
 
     def test_no_such_file(self):
         self.assert_one(dataset.check("/no/such.jsonl"), Level.ERROR, "/no/such.jsonl: No such file or directory")
