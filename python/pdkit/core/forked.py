@@ -142,7 +142,7 @@ class ForkServer:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         if self._process is not None and self._process.returncode is None:
-            self._process.wait(30)
+            self._process.wait()
             self._connection.close()
 
 

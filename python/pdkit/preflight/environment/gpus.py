@@ -8,7 +8,7 @@ from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
 from pdkit.preflight.plan import span
 
-ELSEWHERE = "run on such a machine, or the CPU rung here: scripts/run.sh --rung embedded"
+ELSEWHERE = "run on such a machine, or without a GPU: pdkit run --on embedded"
 NOT_OURS = "wait for them or ask their owner; nothing here ends them"
 
 
