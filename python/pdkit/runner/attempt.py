@@ -156,5 +156,6 @@ def run_attempt(
         forced=forced,
         hung_in=phase,
         leftovers=() if forced else ending.ended,
+        cpu_seconds=ending.cpu_seconds,
         unreleased=(*ending.unreleased, *gpu_memory.wait_for_release(memory)),
     )

@@ -9,6 +9,7 @@ the runner holds: closed on purpose, or by the kernel after a SIGKILL of the run
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -35,14 +36,15 @@ TOLD_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Ending:
     """How a guarded command ended.
 
-    `exit_code` is None where it had to be ended, `seconds` how long it ran. `ended` describes the processes that were
-    still there, `unreleased` what is there after all was done.
+    `exit_code` is None where it had to be ended, `seconds` how long it ran, `cpu_seconds` the CPU time of all that ran.
+    `ended` describes the processes that were still there, `unreleased` what is there after all was done.
     """
 
     exit_code: int | None
     seconds: float
     ended: tuple[str, ...] = ()
     unreleased: tuple[str, ...] = ()
+    cpu_seconds: float = 0.0
 
 
 class Guarded:
@@ -188,7 +190,8 @@ def guard(command: list[str], environment: dict[str, str]) -> Ending:
     ended = processes.end(lambda: processes.descendants(me), children.are_gone)
     unreleased = [f"{survivor} survived SIGKILL" for survivor in ended.survivors]
     unreleased += ports.wait_until_free(ended.ports, PORTS_S)
-    return Ending(exit_code, seconds, ended.processes, tuple(unreleased))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Ending(exit_code, seconds, ended.processes, tuple(unreleased), used.ru_utime + used.ru_stime)
 
 
 def main(command: list[str]):
