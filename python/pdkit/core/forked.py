@@ -150,6 +150,7 @@ class ForkedPopen(subprocess.Popen):
     """A child of a fork server, of which `pid`, `poll`, `wait`, `returncode`, signals and streams are as usual.
 
     Command: ["python3", "-m", MODULE, ARGUMENT...]. It has a session of its own. There is no `communicate`.
+    has_fork_server: what it starts can be forked in turn, from its `here()`.
     """
 
     fork_server: ForkServer
@@ -165,6 +166,7 @@ class ForkedPopen(subprocess.Popen):
         encoding: str | None = None,
         errors: str | None = None,
         start_new_session: bool = True,
+        has_fork_server: bool = False,
     ):
         argv = python_program(args)
         assert argv and start_new_session, f"cannot be forked: {args}"
@@ -172,7 +174,7 @@ class ForkedPopen(subprocess.Popen):
         self._end_noticed = threading.Event()
         self._waitpid_lock = threading.Lock()
         self._child_created = False  # by somebody else, as far as Popen's destructor is concerned
-        request = Request(argv, dict(os.environ if env is None else env), os.getcwd())
+        request = Request(argv, dict(os.environ if env is None else env), os.getcwd(), has_fork_server)
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             ends = [_stream(what, number, ours, theirs) for number, what in enumerate((stdin, stdout))]
             ends.append((ends[1][0], None) if stderr == subprocess.STDOUT else _stream(stderr, 2, ours, theirs))

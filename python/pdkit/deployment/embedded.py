@@ -1,23 +1,17 @@
 """Targets on a machine without a GPU: two embedded engines that serve a nano DeepSeek-V4."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pdkit
-from pdkit.core import forked
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
-from pdkit.deployment.server import Server
 
 ASSETS = Path(pdkit.__file__).parent / "assets"
 RANDOM_WEIGHTS = ["--load-format", "dummy", "--random-seed", "1"]
 
 
 class EmbeddedServers(ClaimedPorts, PlannedServers):
-    """Prefill and decode are `pdkit.engine`, a process each.
-
-    Where the test's own process was forked from one that had imported what they need, they and the load balancer are, too.
-    """
+    """Prefill and decode are `pdkit.engine`, a process each."""
 
     target = "embedded"
     engine = server_module = "pdkit.engine"
@@ -25,11 +19,6 @@ class EmbeddedServers(ClaimedPorts, PlannedServers):
 
     model_name = str(ASSETS / "nano-dsv4")
     gsm8k_data_path = str(ASSETS / "gsm8k_nano.jsonl")
-
-    @classmethod
-    def server_class(cls, name: str, environment: Mapping[str, str]) -> type[Server]:
-        fork_server = forked.here()
-        return fork_server.based_on(Server) if fork_server else super().server_class(name, environment)
 
     @classmethod
     def prefill_args(cls) -> list[str]:

@@ -28,7 +28,7 @@ from sglang.test import test_utils
 from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
 
-from pdkit.core import events
+from pdkit.core import events, forked
 from pdkit.core.gpus import found, visible_gpus
 from pdkit.deployment import ports, quirks
 from pdkit.deployment.server import Server
@@ -185,8 +185,12 @@ class PDServers(PDDisaggregationServerBase):
 
     @classmethod
     def server_class(cls, name: str, environment: Mapping[str, str]) -> type[Server]:
-        """Of the process `name`, which is about to be started with `environment`."""
-        return Server
+        """Of the process `name`, which is about to be started with `environment`.
+
+        Where our own process was forked from one that had imported what servers need, so are they.
+        """
+        fork_server = forked.here()
+        return fork_server.based_on(Server) if fork_server else Server
 
     @classmethod
     def _prepare(cls) -> None:
