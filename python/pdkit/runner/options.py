@@ -5,10 +5,13 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from pdkit.core import ci_register
 from pdkit.core.command import Parser, natural, seconds
 from pdkit.core.errors import MEANINGS, UsageError
+from pdkit.core.source import read
 
 DEFAULT_TIMEOUT_S = 1200.0
 EST_TIME_FACTOR = 1.5
@@ -57,8 +60,28 @@ class Options:
         if self.timeout_per_file is not None:
             limit = self.timeout_per_file
         else:
-            limit = max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
+            limit = default_timeout(est_time)
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
+
+
+@cache
+def _timeout_rule() -> tuple[float, float]:
+    """(factor, seconds on top) by which the installed SGLang derives a limit from est_time; (0, 0) before 0.5.23."""
+    try:
+        source = read(ci_register.locate().with_name("ci_utils.py"))
+    except (ci_register.CIRegisterNotFound, OSError):
+        return 0, 0
+    rule = [source.value(source.constants.get(f"DERIVED_TIMEOUT_{part}")) for part in ("FACTOR", "SLACK")]
+    factor, slack = (value if isinstance(value, float) else 0 for value in rule)
+    return factor, slack
+
+
+def default_timeout(est_time: float) -> float:
+    """Seconds that one attempt at a file may take where the command line sets no limit, as in the installed SGLang."""
+    factor, slack = _timeout_rule()
+    if slack:
+        return max(factor * est_time, est_time + slack)
+    return max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
 
 
 def add_history_options(group):
@@ -123,7 +146,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--timeout-per-file",
         type=seconds,
         metavar="S",
-        help=f"end a file after S seconds (default: {DEFAULT_TIMEOUT_S:.0f}, or {EST_TIME_FACTOR} x est_time if more)",
+        help="end a file after S seconds (default: as the installed SGLang derives it from est_time)",
     )
     run.add_argument(
         "--jobs",

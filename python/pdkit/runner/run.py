@@ -101,7 +101,7 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
     """
     from pdkit.deployment import attached  # requests: only this way of running pays for it
     from pdkit.preflight.environment.dataset import check
-    from pdkit.preflight.environment.finding import Level
+    from pdkit.preflight.finding import Level
 
     for name in ATTACHED:
         if given := getattr(args, name):
