@@ -120,6 +120,7 @@ _kept: list[Any] = []
 
 def _begin(request: Request, streams: Sequence[int]) -> None:
     """Makes a process that was just forked what an exec would have made it."""
+    assert _server is not None
     os.setsid()
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
@@ -167,6 +168,7 @@ def _run(request: Request) -> Request | None:
 
 def _end_beside() -> None:
     """Whoever sees our end must not find it still there."""
+    assert beside is not None
     ours, pid = beside
     with contextlib.suppress(OSError):
         ours.shutdown(socket.SHUT_RDWR)

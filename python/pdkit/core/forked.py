@@ -19,12 +19,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from pdkit.core import fork_server
 from pdkit.core.fork_server import MESSAGE, Request, python_program
 
 START_TIMEOUT = 300
+
+P = TypeVar("P", bound="subprocess.Popen[Any]")
 
 
 class ForkServerError(RuntimeError):
@@ -42,7 +44,7 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(log_path, "w", encoding="utf-8") as log:
             module = ("-m", "pdkit.core.fork_server", str(theirs.fileno()), prepare)
-            self._process = subprocess.Popen(
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
                 [sys.executable, *flags, *module],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
@@ -128,7 +130,7 @@ class ForkServer:
             process.end(status)
         return pid
 
-    def based_on(self, popen: type[subprocess.Popen]) -> type[subprocess.Popen]:
+    def based_on(self, popen: type[P]) -> type[P]:
         """`popen`, a subclass of Popen that calls super().__init__, with its processes forked from here."""
         return type(f"Forked{popen.__name__}", (popen, ForkedPopen), {"fork_server": self})
 
@@ -146,7 +148,7 @@ class ForkServer:
             self._connection.close()
 
 
-class ForkedPopen(subprocess.Popen):
+class ForkedPopen(subprocess.Popen[Any]):
     """A child of a fork server, of which `pid`, `poll`, `wait`, `returncode`, signals and streams are as usual.
 
     Command: ["python3", "-m", MODULE, ARGUMENT...]. It has a session of its own. There is no `communicate`.
@@ -160,9 +162,9 @@ class ForkedPopen(subprocess.Popen):
         args: Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
-        stdin: int | IO | None = None,
-        stdout: int | IO | None = None,
-        stderr: int | IO | None = None,
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
         encoding: str | None = None,
         errors: str | None = None,
         start_new_session: bool = True,
@@ -181,8 +183,8 @@ class ForkedPopen(subprocess.Popen):
             self.pid = self.fork_server.fork(self, request, [end for end, _ in ends])
             ours.pop_all()
         text = {"encoding": encoding, "errors": errors} if encoding else {}
-        modes = [mode if encoding else f"{mode}b" for mode in "wrr"]
-        self.stdin, self.stdout, self.stderr = (end and open(end, mode, **text) for (_, end), mode in zip(ends, modes))
+        files = [end if end is None else _open(end, mode, text) for (_, end), mode in zip(ends, "wrr")]
+        self.stdin, self.stdout, self.stderr = files
 
     def end(self, status: int) -> None:
         """The child has ended."""
@@ -206,12 +208,16 @@ class ForkedPopen(subprocess.Popen):
 
     def wait(self, timeout: float | None = None) -> int:
         if not self._end_noticed.wait(timeout):
-            raise subprocess.TimeoutExpired(self.args, timeout)
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return self.returncode
 
 
+def _open(descriptor: int, mode: str, text: Mapping[str, str | None]) -> IO[Any]:
+    return open(descriptor, mode, **text) if text else open(descriptor, f"{mode}b")  # type: ignore[call-overload]
+
+
 def _stream(
-    what: int | IO | None, number: int, ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+    what: int | IO[Any] | None, number: int, ours: contextlib.ExitStack, theirs: contextlib.ExitStack
 ) -> tuple[int, int | None]:
     """(descriptor for the child, our end of a pipe or None); both are closed with their stacks."""
     if what == subprocess.PIPE:
