@@ -38,6 +38,8 @@ class Options:
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
     warm: bool = True  # fork test files from a process that has imported SGLang, where that can be
+    verbose: bool = False
+    timings: bool = False
     failfast: bool = True
     report_dir: Path | None = None
     history: Path | None = None
@@ -62,6 +64,11 @@ class Options:
         else:
             limit = default_timeout(est_time)
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
+
+
+def add_verbose(group):
+    """`-v`."""
+    group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
 
 
 @cache
@@ -160,6 +167,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="start each file on CPU anew, and its servers, not forked from a process that imported SGLang once",
     )
+    add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
         "--no-failfast",
@@ -228,6 +236,7 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
     add_selection(parser, default_test_root)
     add_running(parser)
     _add_for_ci(parser)
+    parser.set_defaults(timings=True)
     return options_of(parser.parse_args(argv), default_test_root)
 
 
