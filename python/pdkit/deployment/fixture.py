@@ -29,6 +29,7 @@ from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
 
 from pdkit.core import events, forked
+from pdkit.core.fork_server import python_program
 from pdkit.core.gpus import found, visible_gpus
 from pdkit.deployment import ports, quirks
 from pdkit.deployment.server import Server
@@ -176,7 +177,7 @@ class PDServers(PDDisaggregationServerBase):
         environment = {**os.environ, **(env or {}), "PATH": f"{python3}{os.pathsep}{os.environ['PATH']}"}
         before = sum(server.name == name for server in cls._servers)
         log_path = cls.log_path(f"{name} restart {before}" if before else name)
-        server_class = cls.server_class(name, environment)
+        server_class = cls.server_class(name, environment) if python_program(command) else Server
         with cls.supervisor.launching():
             server = server_class(name, command, environment, log_path, stop, copies)
             cls._servers.append(server)
