@@ -153,13 +153,13 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--timeout-per-file",
         type=seconds,
         metavar="S",
-        help="end a file after S seconds (default: as the installed SGLang derives it from est_time)",
+        help="end a file after S seconds (default: as SGLang derives it)",
     )
     run.add_argument(
         "--jobs",
         type=natural,
         metavar="N",
-        help="run N files side by side (default: 2 where there are two cores, but those that need GPUs one by one)",
+        help="run N files side by side (default: 2 on two cores; 1 with GPUs)",
     )
     run.add_argument(
         "--no-warm",
@@ -173,7 +173,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--no-failfast",
         dest="failfast",
         action="store_false",
-        help="do not give -f to the files: the other methods of a file run after one failed",
+        help="without -f: other methods run after one failed",
     )
     run.add_argument(
         "--skip-environment-check",
