@@ -66,7 +66,7 @@ ROWS = (
     Row(
         "run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"
     ),
-    Row("run_suite.py", f"{CPU} extra", "unexpected argument 'extra'"),
+    Row("run_suite.py", f"{CPU} extra", "extra: neither a path nor the name of a registered file"),
     Row("run_suite.py", "--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
     Row("run_suite.py", "--hw gpu --suite stage-a-test-cpu", "cuda"),
     Row(
