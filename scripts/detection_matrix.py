@@ -74,7 +74,8 @@ def subjects_of(args):
     from pdkit.faults.matrix.session import Subject
 
     random = Subject("random", SUBJECTS, "RandomWeights", QUICK_TESTS if args.quick else ())
-    return [random] if args.quick else [Subject("trained", SUBJECTS, "Trained"), random]
+    kinds = Subject("kinds", SUBJECTS, "Kinds", by_request=True)
+    return [random] if args.quick else [Subject("trained", SUBJECTS, "Trained"), random, kinds]
 
 
 def models_of(args):
