@@ -184,7 +184,7 @@ def test_names() -> dict:
 
 # The runner: its lines, files and exit codes
 
-SUITE = ("--hw", "cpu", "--suite", "stage-a-test-cpu", "--no-history")
+SUITE = ("--hw", "cpu", "--suite", "stage-a-test-cpu", "--no-history", "--jobs", "1")
 
 
 def stub_files() -> dict[str, str]:

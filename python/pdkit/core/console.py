@@ -23,12 +23,15 @@ class Console:
 
     def write(self, data: bytes):
         with self._lock:
-            if not data:
-                return
-            self._put((CLEAR if self._status else b"") + data)
-            self._at_margin = data.endswith(b"\n")
-            if self._status and self._at_margin:
-                self._put(self._status)
+            self._write(data)
+
+    def _write(self, data: bytes):
+        if not data:
+            return
+        self._put((CLEAR if self._status else b"") + data)
+        self._at_margin = data.endswith(b"\n")
+        if self._status and self._at_margin:
+            self._put(self._status)
 
     def status(self, text: str):
         """On a terminal, keeps `text` below all that was written, until it is replaced."""
@@ -57,5 +60,7 @@ class Console:
             self.line(f"cannot be kept: {error.filename or path}: {error.strerror}{hint}")
 
     def line(self, text: str = ""):
-        margin = "" if self._at_margin else "\n"
-        self.write(f"{margin}{text}\n".encode())
+        """A line of its own, or several that stay together."""
+        with self._lock:
+            margin = "" if self._at_margin else "\n"
+            self._write(f"{margin}{text}\n".encode())

@@ -33,6 +33,7 @@ class Options:
     retry_wait_seconds: float = 60.0
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
+    jobs: int | None = None  # None: the runner chooses
     failfast: bool = True
     report_dir: Path | None = None
     history: Path | None = None
@@ -137,6 +138,12 @@ def _parser(default_test_root: Path) -> Parser:
         metavar="S",
         help=f"end a file after S seconds (default: {DEFAULT_TIMEOUT_S:.0f}, or {EST_TIME_FACTOR} x est_time if more)",
     )
+    run.add_argument(
+        "--jobs",
+        type=natural,
+        metavar="N",
+        help="run N files side by side (default: 2 where there are two cores, but those that need GPUs one by one)",
+    )
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
         "--no-failfast",
@@ -214,6 +221,8 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
         raise UsageError(f"unknown partition {rank}; nearest known: {size - 1} (partitions run from 0 to {size - 1})")
     if args.max_attempts == 0:
         raise UsageError("--max-attempts 0: a file is tried at least once")
+    if args.jobs == 0:
+        raise UsageError("--jobs 0: at least one file runs at a time")
     if args.timeout_per_file == 0:
         raise UsageError("--timeout-per-file 0: no file can run in no time")
     if not args.test_root.is_dir():

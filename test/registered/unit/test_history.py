@@ -295,7 +295,8 @@ class TestPartition(HistoryCase):
 class TestRuns(HistoryCase):
     def run_suite(self, files, *words, **environment):
         root = write_tree(self.root, {f"test_{number}.py": source for number, source in enumerate(files)})
-        command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", SUITE, "--test-root", str(root), *words]
+        command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", SUITE, "--jobs", "1"]
+        command += ["--test-root", str(root), *words]
         environment = {**os.environ, "XDG_STATE_HOME": str(self.root / "state"), **environment}
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=self.root)
 
