@@ -2,16 +2,9 @@
 
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.accuracy.checks import AccuracyGateChecks
-from pdkit.checks.age import AgeChecks
-from pdkit.checks.crossed import CrossedParameterChecks
 from pdkit.checks.integrity import IntegrityChecks
-from pdkit.checks.length import LengthChecks
-from pdkit.checks.memory import MemoryChecks
+from pdkit.checks.kinds import KindChecks, LifeChecks
 from pdkit.checks.parity.checks import ParityChecks
-from pdkit.checks.races import RaceChecks
-from pdkit.checks.seam import SeamChecks
-from pdkit.checks.streams import StreamChecks
-from pdkit.checks.work import WorkChecks
 from pdkit.deployment.embedded import EmbeddedServers, RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.engine.test_backends import BIT_FLIPS, WITHHELD
@@ -35,20 +28,7 @@ class RandomWeights(FaultSwitchServers, RandomWeightsIntact):
     attempt_timeout = request_timeout = 120
 
 
-class Kinds(
-    FaultSwitchServers,
-    AccountingChecks,
-    AgeChecks,
-    CrossedParameterChecks,
-    LengthChecks,
-    MemoryChecks,
-    RaceChecks,
-    SeamChecks,
-    StreamChecks,
-    WorkChecks,
-    MonolithicBeside,
-    RandomEmbeddedServers,
-):
+class Kinds(FaultSwitchServers, AccountingChecks, KindChecks, LifeChecks, MonolithicBeside, RandomEmbeddedServers):
     """What one request at a time, or a few, do not show; see `pdkit.faults.kinds`."""
 
     bitwise = True

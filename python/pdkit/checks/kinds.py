@@ -1,0 +1,23 @@
+"""What single requests do not show: the kinds of `pdkit.faults.kinds`, each by a general check."""
+
+from pdkit.checks.age import AgeChecks
+from pdkit.checks.crossed import CrossedParameterChecks
+from pdkit.checks.length import LengthChecks
+from pdkit.checks.memory import MemoryChecks
+from pdkit.checks.parity.checks import ParityChecks
+from pdkit.checks.races import RaceChecks
+from pdkit.checks.seam import SeamChecks
+from pdkit.checks.streams import StreamChecks
+from pdkit.checks.work import WorkChecks
+
+
+class KindChecks(CrossedParameterChecks, LengthChecks, RaceChecks, SeamChecks, StreamChecks, WorkChecks):
+    """Those that a few dozen requests show."""
+
+
+class LifeChecks(AgeChecks, MemoryChecks):
+    """Those that take the life of a launch."""
+
+
+class ParityAndKindChecks(KindChecks, ParityChecks):
+    """Parity in all conditions, and the kinds."""
