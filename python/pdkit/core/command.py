@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 
@@ -42,7 +43,7 @@ def _refuse(name: str, message: str, code: ExitCode) -> ExitCode:
 class Parser(argparse.ArgumentParser):
     """Raises UsageError, where argparse would print its usage and exit."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists the options)")
 
 

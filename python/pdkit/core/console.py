@@ -13,7 +13,7 @@ CLEAR = b"\r\x1b[K"
 class Console:
     """The output stream, shared by our lines and the bytes of the children; a reader that goes away stops nothing."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._at_margin = True
@@ -21,11 +21,11 @@ class Console:
         self._status = b""
         self.is_terminal = stream.isatty()
 
-    def write(self, data: bytes):
+    def write(self, data: bytes) -> None:
         with self._lock:
             self._write(data)
 
-    def _write(self, data: bytes):
+    def _write(self, data: bytes) -> None:
         if not data:
             return
         self._put((CLEAR if self._status else b"") + data)
@@ -33,7 +33,7 @@ class Console:
         if self._status and self._at_margin:
             self._put(self._status)
 
-    def status(self, text: str):
+    def status(self, text: str) -> None:
         """On a terminal, keeps `text` below all that was written, until it is replaced."""
         with self._lock:
             if not self.is_terminal or not self._at_margin:
@@ -42,7 +42,7 @@ class Console:
             self._put((CLEAR if self._status else b"") + text[:width].encode())
             self._status = text[:width].encode()
 
-    def _put(self, data: bytes):
+    def _put(self, data: bytes) -> None:
         if not self._is_open:
             return
         try:
@@ -59,7 +59,7 @@ class Console:
         except OSError as error:
             self.line(f"cannot be kept: {error.filename or path}: {error.strerror}{hint}")
 
-    def line(self, text: str = ""):
+    def line(self, text: str = "") -> None:
         """A line of its own, or several that stay together."""
         with self._lock:
             margin = "" if self._at_margin else "\n"

@@ -4,12 +4,13 @@ import gc
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pdkit.core import ci_register, top_level
 
@@ -56,7 +57,7 @@ class Collection:
         return {r.suite for r in self.registrations if r.hw == hw} | set(PROJECT_SUITES.get(hw, ()))
 
 
-def _parse_top_level(rules: ModuleType, filename: str):
+def _parse_top_level(rules: ModuleType, filename: str) -> tuple[list[Any], bool]:
     """What SGLang's `ut_parse_one_file` finds, by SGLang's own visitor."""
     source = Path(filename).read_bytes()
     if b"register_" not in source:
@@ -67,7 +68,7 @@ def _parse_top_level(rules: ModuleType, filename: str):
 
 
 @contextmanager
-def _no_garbage_collection():
+def _no_garbage_collection() -> Iterator[None]:
     """Syntax trees hold no cycles, yet make the collector walk them again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -129,7 +130,7 @@ def collect(root: Path, rules: ModuleType | None = None) -> Collection:
     """
     root = root.absolute()
     rules = rules or ci_register.load()
-    rules.ut_parse_one_file = partial(_parse_top_level, rules)
+    vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
     registrations, errors = [], []
     with _no_garbage_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

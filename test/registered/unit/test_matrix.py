@@ -226,15 +226,6 @@ class TestResults(unittest.TestCase):
         self.assertEqual(len(rows), 10)
         self.assertEqual([row["fault"] for row in rows if row["caught"] == "1"], ["window-zeroed", "length-one-more"])
 
-    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
-    def test_the_picture_names_faults_and_checks(self):
-        from pdkit.faults.matrix.picture import draw
-
-        self.fill(run_of(None), run_of("window-zeroed", caught=["parity alone"], first_caught=1.5))
-        picture = self.path.with_suffix(".svg")
-        draw(self.results, picture)
-        self.assertIn("window-zeroed", picture.read_text())
-
 
 class TestTruth(unittest.TestCase):
     def test_of_a_balancer_is_what_it_does_unless_it_says_why_not(self):
