@@ -2,6 +2,7 @@
 
 from pdkit.checks.age import AgeChecks
 from pdkit.checks.crossed import CrossedParameterChecks
+from pdkit.checks.latency import LatencyChecks
 from pdkit.checks.length import LengthChecks
 from pdkit.checks.memory import MemoryChecks
 from pdkit.checks.parity.checks import ParityChecks
@@ -15,7 +16,7 @@ class KindChecks(CrossedParameterChecks, LengthChecks, RaceChecks, SeamChecks, S
     """Those that a few dozen requests show."""
 
 
-class LifeChecks(AgeChecks, MemoryChecks):
+class LifeChecks(AgeChecks, LatencyChecks, MemoryChecks):
     """Those that take the life of a launch."""
 
 

@@ -18,6 +18,7 @@ TRUNCATED_FROM = (1500, 3000)  # tokens
 OWN_WORK_FROM = (1, 120, 500)  # tokens
 SEAM = (1, 2, 3)  # output tokens
 STREAMS = (20, 100)  # one in so many
+RETRIED = (10, 33)  # one request in so many
 RACES_S = (0.05, 0.5)
 
 
@@ -184,6 +185,17 @@ def _of_crossed_parameters() -> Iterator[Fault]:
         )
 
 
+def _of_latency() -> Iterator[Fault]:
+    for every in RETRIED:
+        yield Fault(
+            f"retried-one-in-{every}",
+            f"one request of {every} is served twice, one after the other, and the second answer is given",
+            Where.LB,
+            balancer="request-retried",
+            every=every,
+        )
+
+
 TESTS: Mapping[Callable[[], Iterator[Fault]], tuple[str, ...]] = {
     _of_age: ("test_answers_stay_equal",),
     _of_silence: ("test_answers_stay_equal",),
@@ -195,6 +207,7 @@ TESTS: Mapping[Callable[[], Iterator[Fault]], tuple[str, ...]] = {
     ),
     _of_the_seam: ("test_ends_at_every_token",),
     _of_streams: ("test_short_streams_equal_whole_answers",),
+    _of_latency: ("test_no_second_mode_of_latency",),
     _of_races: ("test_shared_prefix_in_flight",),
     _of_crossed_parameters: ("test_parity_crossed_parameters",),
     _of_work: (

@@ -112,6 +112,8 @@ class FaultySession:
         if side == "prefill":
             if self._trick == "prefill-late":
                 await asyncio.sleep(DELAY_S)
+            if self._trick == "request-retried":
+                await self._duplicate(mini_lb.lb.decode_urls[0] + url.removeprefix(mini_lb.lb.prefill_urls[0]), body)
             return body
         if self._trick in LOST:
             return without(body, LOST[self._trick])

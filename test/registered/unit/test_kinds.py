@@ -8,6 +8,7 @@ from pdkit.checks.accounting.invariants import contradiction
 from pdkit.checks.accounting.ledger import CONTRADICTS, OK, ClientAccount, HttpAttempt, judge
 from pdkit.checks.age import Life
 from pdkit.checks.crossed import covering_rows, crossed_probes
+from pdkit.checks.latency import SecondMode
 from pdkit.checks.length import lengths_up_to
 from pdkit.checks.memory import Growth
 from pdkit.checks.parity.answers import Answer
@@ -156,6 +157,16 @@ class TestMemory(unittest.TestCase):
         self.assertAlmostEqual(growth.slope, 1 << 20)
         with self.assertRaisesRegex(AssertionError, "memory of decode grows by 1024 KiB a request"):
             growth.assert_passed()
+
+
+class TestLatency(unittest.TestCase):
+    def test_a_second_mode_is_rejected_and_a_slow_machine_is_not(self):
+        fast = [1.0 + 0.01 * (i % 7) for i in range(500)]
+        retried = [2 * each if i % 33 == 0 else each for i, each in enumerate(fast)]
+        with self.assertRaisesRegex(AssertionError, "second mode: 16 of 500"):
+            SecondMode(retried, fast).assert_passed()
+        for through, past in ((fast, fast), (retried, retried), (fast, retried), ([3 * each for each in fast], fast)):
+            SecondMode(through, past).assert_passed()
 
 
 class TestStreams(unittest.TestCase):
