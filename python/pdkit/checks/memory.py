@@ -121,12 +121,12 @@ class MemoryChecks(Checks):
         ]  # fmt: skip
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda body: post(self.lb_url, "/generate", body, self.memory_timeout), bodies))
-            list(pool.map(self._leave, self.memory_aborted))
+            list(pool.map(self._hang_up, self.memory_aborted))
         bad = [answer for answer in answers if answer.status_code != 200]
         self.assertFalse(bad, f"{len(bad)} of {len(answers)} answers failed, the first: {bad and bad[0].text[:300]}")
         self._wait_idle()
 
-    def _leave(self, seconds: float) -> None:
+    def _hang_up(self, seconds: float) -> None:
         """A client that hangs up so long after it asked."""
         body = {"input_ids": [10 + index % 200 for index in range(150)], "sampling_params": greedy(12), "stream": True}
         with contextlib.suppress(requests.RequestException):

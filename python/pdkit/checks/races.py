@@ -22,6 +22,11 @@ from pdkit.checks.parity.references import ask
 from pdkit.checks.parity.verdict import Parity
 
 
+def race_ids(length: int, seed: int) -> list[int]:
+    """`length` token ids, others for each seed."""
+    return [10 + (index * (7 + seed % 11) + seed * 17 + index * index) % 230 for index in range(length)]
+
+
 class RaceChecks(ParityArms):
     """Put it before the servers.
 
@@ -42,11 +47,11 @@ class RaceChecks(ParityArms):
         """Two of one length, different in their tails only, with empty caches each time."""
         probes, arms = [], []
         for turn, offset in enumerate(self.race_offsets):
-            prefix = self._ids(self.race_prefix, turn)
+            prefix = race_ids(self.race_prefix, turn)
             pair = [
                 generate_probe(
                     f"{half} of two, {offset * 1000:g} ms apart",
-                    [*prefix, *self._ids(self.race_tail, 100 * turn + number)],
+                    [*prefix, *race_ids(self.race_tail, 100 * turn + number)],
                     self.race_tokens,
                 )
                 for number, half in enumerate(("first", "second"), 1)
@@ -54,7 +59,7 @@ class RaceChecks(ParityArms):
             flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
             arms += self._apart(pair, offset)
             probes += pair
-        self._assert_equal("races: shared prefixes in flight", probes, arms)
+        self._assert_race("races: shared prefixes in flight", probes, arms)
 
     def _apart(self, pair: Sequence[Probe], offset: float) -> list[Answer]:
         with requests.Session() as session, ThreadPoolExecutor(len(pair)) as pool:
@@ -69,19 +74,19 @@ class RaceChecks(ParityArms):
         """Clients leave while transfers are in flight; the next requests, of the same lengths, get their pages."""
         for turn, delay in enumerate(self.abort_delays):
             with ThreadPoolExecutor(self.abort_storm) as pool:
-                list(pool.map(partial(self._leave, delay), range(self.abort_storm)))
+                list(pool.map(partial(self._abort_by_id, delay), range(self.abort_storm)))
             probes = [
                 generate_probe(f"after {self.abort_storm} aborts at {delay * 1000:g} ms, {number}",
-                               self._ids(160, 1000 * turn + number), self.race_tokens)
+                               race_ids(160, 1000 * turn + number), self.race_tokens)
                 for number in range(6)
             ]  # fmt: skip
             with requests.Session() as session, ThreadPoolExecutor(len(probes)) as pool:
                 answers = list(pool.map(lambda each: ask(session, self.lb_url, each, self.request_timeout), probes))
-            self._assert_equal("races: pages of aborted requests", probes, answers)
+            self._assert_race("races: pages of aborted requests", probes, answers)
 
-    def _leave(self, delay: float, number: int) -> None:
+    def _abort_by_id(self, delay: float, number: int) -> None:
         rid = f"storm-{time.monotonic_ns()}-{number}"
-        body = {"input_ids": self._ids(160, number), "sampling_params": greedy(24), "rid": rid}
+        body = {"input_ids": race_ids(160, number), "sampling_params": greedy(24), "rid": rid}
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, self.lb_url, "/generate", body, self.request_timeout)
             time.sleep(delay)
@@ -90,13 +95,9 @@ class RaceChecks(ParityArms):
             with contextlib.suppress(requests.RequestException):
                 asked.result()
 
-    def _assert_equal(self, condition: str, probes: Sequence[Probe], answers: Sequence[Answer]) -> None:
+    def _assert_race(self, condition: str, probes: Sequence[Probe], answers: Sequence[Answer]) -> None:
         names = tuple(probe.name for probe in probes)
         round_ = Round(condition, tuple(probes), in_flight=2)
         reference, control = self.references_of(round_)
         rounding = self.known_references().rounding
         self.assert_parity(Parity(condition, names, reference, answers, control, rounding))
-
-    @staticmethod
-    def _ids(length: int, seed: int) -> list[int]:
-        return [10 + (index * (7 + seed % 11) + seed * 17 + index * index) % 230 for index in range(length)]

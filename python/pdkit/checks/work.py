@@ -46,6 +46,26 @@ class Withheld(Judgement):
         return f"who did the work: PASS, no prompt of {tried} tokens is answered rightly without its transfer"
 
 
+def work_ids(length: int) -> list[int]:
+    """`length` token ids, others for each length."""
+    return [12 + (index * index + length) % 230 for index in range(length)]
+
+
+def read_answer(answer: requests.Response) -> Answer | None:
+    """The answer that a response with status 200 holds, None where there is none."""
+    if answer.status_code != 200:
+        return None
+    try:
+        return Answer.of_generate(answer.json())
+    except (AnswerError, ValueError):
+        return None
+
+
+def said(answer: requests.Response) -> str:
+    """Status and beginning of a response, on one line."""
+    return f"status {answer.status_code}, {' '.join(answer.text.split())[:150]}"
+
+
 class WorkChecks(ParityArms):
     """Put it before the servers.
 
@@ -65,28 +85,15 @@ class WorkChecks(ParityArms):
     def test_answers_need_their_transfer(self) -> None:
         if not self.withheld_lengths:
             self.skipTest("nothing withholds transfers here; set withheld_lengths")
-        probes = tuple(generate_probe(f"withheld-{n}", self._ids(n), self.work_tokens) for n in self.withheld_lengths)
+        probes = tuple(generate_probe(f"withheld-{n}", work_ids(n), self.work_tokens) for n in self.withheld_lengths)
         right = self.known_references().take_alone(self.monolithic_url, Round("withheld transfers", probes))
         answers: dict[int, tuple[Answer, Answer | None]] = {}
         for length, probe, reference in zip(self.withheld_lengths, probes, right):
             answer = post(self.lb_url, "/generate", probe.request, self.request_timeout)
-            answers[length] = reference, self._read(answer)
+            answers[length] = reference, read_answer(answer)
         withheld = Withheld(answers)
         print(withheld.report(), flush=True)
         withheld.assert_passed()
-
-    @staticmethod
-    def _read(answer: requests.Response) -> Answer | None:
-        if answer.status_code != 200:
-            return None
-        try:
-            return Answer.of_generate(answer.json())
-        except (AnswerError, ValueError):
-            return None
-
-    @staticmethod
-    def _ids(length: int) -> list[int]:
-        return [12 + (index * index + length) % 230 for index in range(length)]
 
     @unaccounted
     def test_decode_answers_no_failed_receive(self) -> None:
@@ -96,26 +103,26 @@ class WorkChecks(ParityArms):
             answer = self._decode_answer(length, None)
             failed += answer.status_code >= 500
             if answer.status_code < 500:
-                wrong.append(f"a transfer of {length} tokens that arrives broken: {self._said(answer)}")
+                wrong.append(f"a transfer of {length} tokens that arrives broken: {said(answer)}")
         for delay in self.failing_delays:
-            right = self._right(150)
+            right = self.right_whole(150)
             answer = self._decode_answer(150, delay)
             failed += answer.status_code >= 500
-            got = self._read(answer)
+            got = read_answer(answer)
             if answer.status_code < 500 and not (got and compare(right, got).is_none):
-                wrong.append(f"prefill's half aborted after {delay:g} s: {self._said(answer)}")
+                wrong.append(f"prefill's half aborted after {delay:g} s: {said(answer)}")
         print(f"failed receives: {failed} of {len(self.failing_lengths) + len(self.failing_delays)} requests failed, "
               f"{len(wrong)} of the others got another answer than the right one", flush=True)  # fmt: skip
         self.assertFalse(wrong, "a failed receive is answered as if it had not failed: " + "; ".join(wrong))
         self.assertGreater(failed, 0, "no receive failed: nothing was tried")
 
-    def _right(self, length: int) -> Answer:
-        probe = generate_probe(f"whole-{length}", self._ids(length), self.work_tokens)
+    def right_whole(self, length: int) -> Answer:
+        probe = generate_probe(f"whole-{length}", work_ids(length), self.work_tokens)
         return self.known_references().take_alone(self.monolithic_url, Round("whole transfers", (probe,)))[0]
 
     def _decode_answer(self, length: int, abort_after: float | None) -> requests.Response:
         """Decode's answer to a request that goes to both as a load balancer sends it."""
-        probe = generate_probe(f"by-hand-{length}", self._ids(length), self.work_tokens)
+        probe = generate_probe(f"by-hand-{length}", work_ids(length), self.work_tokens)
         rid = f"by-hand-{time.monotonic_ns()}"
         body: dict[str, Any] = {
             **probe.request,
@@ -131,7 +138,3 @@ class WorkChecks(ParityArms):
                 post(self.prefill_url, "/abort_request", {"rid": rid}, self.request_timeout)
             prefill.result()
             return decode.result()
-
-    @staticmethod
-    def _said(answer: requests.Response) -> str:
-        return f"status {answer.status_code}, {' '.join(answer.text.split())[:150]}"
