@@ -22,9 +22,9 @@ from pdkit.models.cuda import store
 from pdkit.preflight import dsv4
 from pdkit.preflight.environment import check as checks
 from pdkit.preflight.environment import dataset, gpus, machine, model, needs, packages, rdma
-from pdkit.preflight.environment.finding import Level
 from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.finding import Level
 
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 

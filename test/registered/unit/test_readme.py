@@ -11,7 +11,7 @@ from pathlib import Path
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.registry import collect
-from pdkit.runner.run import ladder
+from pdkit.runner.targets import overview
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
@@ -22,8 +22,8 @@ EXAMPLE = "test_disaggregation_dsv4_no_prefix_cache.py"
 
 
 class TestReadme(unittest.TestCase):
-    def test_ladder_of_a_machine_without_gpu(self):
-        shown = "$ scripts/run.sh --ladder\n" + ladder(())
+    def test_targets_of_a_machine_without_gpu(self):
+        shown = "$ scripts/pdkit list --targets\n" + overview(())
         self.assertIn(textwrap.indent(shown, "    "), README)
 
     def test_exit_codes(self):

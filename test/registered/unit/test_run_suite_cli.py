@@ -390,7 +390,6 @@ class TestList(CommandCase):
         self.assertEqual(done.stdout.splitlines()[-1], "exit 0, heavy set()", done.stderr)
 
     def test_a_reader_that_leaves_early(self):
-        # lint: allow unended-process: --list ends by itself
         process = subprocess.Popen(self.command(self.FILES, "--list"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.close()
         self.assertEqual(process.stderr.read(), b"")

@@ -9,8 +9,8 @@ from urllib.parse import urlparse
 
 from pdkit.core.gsm8k import SCORERS, DatasetError, read_lines
 from pdkit.core.source import read
-from pdkit.preflight.environment.finding import Finding, error, ok, warning
 from pdkit.preflight.environment.packages import locate
+from pdkit.preflight.finding import Finding, error, ok, warning
 
 WHY = "the servers would load for minutes before the eval finds out"
 DO = "set SGLANG_PD_GSM8K to a .jsonl file of GSM8K questions"

@@ -1,4 +1,4 @@
-"""What a rule found, and comments that say why it is right all the same."""
+"""Comments that say why a line is right though it breaks a rule."""
 
 import io
 import re
@@ -8,22 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdkit.core.suggest import unknown
+from pdkit.preflight.finding import Finding, broken
 
 RULE = "exemption"
 _COMMENT = re.compile(r"#\s*lint:\s*allow\s+(?P<rule>[\w-]+)\s*(?::\s*(?P<reason>.*\S))?\s*")
-
-
-@dataclass(frozen=True, order=True)
-class Finding:
-    """One line for a person: where, which rule, what is wrong and what to do."""
-
-    path: Path
-    line: int
-    rule: str
-    message: str
-
-    def __str__(self):
-        return f"{self.path}:{self.line}: {self.rule}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -48,12 +36,12 @@ def exemptions(text: str) -> Iterator[Exemption]:
 
 def apply(path: Path, text: str, found: Iterable[Finding], rules: Iterable[str]) -> list[Finding]:
     """The findings that no exemption covers, and one for each exemption that is wrong or covers nothing."""
-    rules, open_findings = set(rules), sorted(set(found))
+    known, open_findings = set(rules), sorted(set(found), key=lambda finding: finding.order)
     for exemption in exemptions(text):
-        covered = {f for f in open_findings if (f.line, f.rule) == (exemption.covers, exemption.rule)}
+        covered = {f for f in open_findings if (f.line, f.subject) == (exemption.covers, exemption.rule)}
         problem = None
-        if exemption.rule not in rules:
-            problem = unknown("rule", exemption.rule, rules)
+        if exemption.rule not in known:
+            problem = unknown("rule", exemption.rule, known)
         elif not exemption.reason:
             problem = f"`lint: allow {exemption.rule}` gives no reason; write `# lint: allow {exemption.rule}: REASON`"
         elif not covered:
@@ -61,5 +49,5 @@ def apply(path: Path, text: str, found: Iterable[Finding], rules: Iterable[str])
         else:
             open_findings = [f for f in open_findings if f not in covered]
         if problem:
-            open_findings.append(Finding(path, exemption.line, RULE, problem))
-    return sorted(open_findings)
+            open_findings.append(broken(path, exemption.line, RULE, problem))
+    return sorted(open_findings, key=lambda finding: finding.order)
