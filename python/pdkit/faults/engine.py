@@ -1,5 +1,6 @@
 """Faults of a server itself, beside the transfer: wraps classes of the embedded engine in the process of a server."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,11 @@ from pdkit.faults.fault import Encounter, Where
 from pdkit.faults.switch import Switch
 
 _kept: list[Any] = []  # what a server that leaks never lets go of
+
+
+def _came(future: asyncio.Future[Any]) -> bool:
+    """Whether a future has a result."""
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 class FaultyServer:
@@ -67,8 +73,7 @@ class FaultyServer:
         self, original: Callable[..., Any], sender: PrefillSender, room_id: int, reason: str, opened: Any = None
     ) -> None:
         room = sender.rooms.get(room_id)
-        failed = room is not None and not (room.outcome.done() and room.outcome.exception() is None)
-        if failed and room.payload.done() and room.payload.exception() is None and self._met("failed-rooms-kept"):
+        if room is not None and not _came(room.outcome) and _came(room.payload) and self._met("failed-rooms-kept"):
             _kept.append(room.payload.result())
         original(sender, room_id, reason, opened)
 
