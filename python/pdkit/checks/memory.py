@@ -24,7 +24,7 @@ from pdkit.checks.judgement import Judgement
 from pdkit.checks.server_info import read_server_info
 
 LEVEL = 1e-3
-LEAST_BYTES = 16 << 10  # of a request; what grows more slowly is not told from an allocator's habits
+LEAST_BYTES = 8 << 10  # of a request; what grows more slowly is not told from an allocator's habits
 
 
 def resident_bytes(pid: int) -> int:
@@ -84,15 +84,20 @@ class MemoryChecks(Checks):
     """Put it before the servers.
 
     memory_rounds     identical rounds that are measured, after as many as `memory_warm_up`
-    memory_requests   answered ones of a round; memory_aborted: those that their client leaves, at different moments
+    memory_requests   answered ones of a round
+    memory_aborted    seconds after which clients of others leave
+    memory_abandoned  those that prefill alone hears of, and that are aborted when it has computed them
     """
 
-    needs = ("lb_url", "prefill_url", "decode_url", "process_prefill", "process_decode")
+    needs = ("lb_url", "prefill_url", "decode_url", "process_prefill", "process_decode", "base_host", "bootstrap_port")
 
     memory_rounds = 10
     memory_warm_up = 2
     memory_requests = 16
     memory_aborted: Sequence[float] = (0.001, 0.01, 0.03, 0.1)
+    memory_abandoned = 8
+    memory_abandoned_length = 900
+    memory_abandoned_s = 1.0
     memory_timeout = 120.0
     memory_settling = 20.0
 
@@ -104,7 +109,7 @@ class MemoryChecks(Checks):
             if number >= self.memory_warm_up:
                 for name, process in self._processes().items():
                     resident[name].append(resident_bytes(process.pid))
-        count = self.memory_requests + len(self.memory_aborted)
+        count = self.memory_requests + len(self.memory_aborted) + self.memory_abandoned
         grown = [Growth(name, tuple(series), count) for name, series in resident.items()]
         print(*(each.report() for each in grown), sep="\n", flush=True)
         for each in grown:
@@ -122,6 +127,8 @@ class MemoryChecks(Checks):
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda body: post(self.lb_url, "/generate", body, self.memory_timeout), bodies))
             list(pool.map(self._hang_up, self.memory_aborted))
+        with ThreadPoolExecutor(self.memory_abandoned) as pool:
+            list(pool.map(self._abandon, range(self.memory_abandoned)))
         bad = [answer for answer in answers if answer.status_code != 200]
         self.assertFalse(bad, f"{len(bad)} of {len(answers)} answers failed, the first: {bad and bad[0].text[:300]}")
         self._wait_idle()
@@ -134,6 +141,23 @@ class MemoryChecks(Checks):
                 f"{self.lb_url}/generate", json=body, stream=True, timeout=(self.memory_timeout, seconds)
             ):
                 pass
+
+    def _abandon(self, number: int) -> None:
+        """A room whose state nobody fetches."""
+        rid = f"abandoned-{time.monotonic_ns()}-{number}"
+        body = {
+            "input_ids": [10 + (index + number) % 200 for index in range(self.memory_abandoned_length)],
+            "sampling_params": greedy(2),
+            "rid": rid,
+            "bootstrap_host": self.base_host,
+            "bootstrap_port": int(self.bootstrap_port),
+            "bootstrap_room": time.monotonic_ns(),
+        }
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(post, self.prefill_url, "/generate", body, self.memory_timeout)
+            time.sleep(self.memory_abandoned_s)
+            post(self.prefill_url, "/abort_request", {"rid": rid}, self.memory_timeout)
+            asked.result()
 
     def _wait_idle(self) -> None:
         """Until no server holds a request, where that is counted."""

@@ -1,9 +1,11 @@
 """Faults of a server itself, beside the transfer: wraps classes of the embedded engine in the process of a server."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pdkit.engine import state
 from pdkit.engine.request import Request, finish
@@ -24,18 +26,25 @@ def _came(future: asyncio.Future[Any]) -> bool:
 class FaultyServer:
     """Asks `switch` at each request whether this server is to go wrong, and how."""
 
+    _installed: ClassVar[FaultyServer | None] = None
+
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
 
-    def install(self) -> None:
-        """From now on the engine's classes of this process ask first."""
-        self._wrap(Scheduler, "prefill", self._silent("prefill-silent"))
-        self._wrap(Scheduler, "decode", self._silent("decode-silent"))
-        self._wrap(DecodeReceiver, "fetch", self._fetch)
-        self._wrap(PrefillSender, "close", self._close)
-        self._wrap(Service, "_continue", self._continue)
-        self._wrap(Service, "_decode", self._decode)
-        self._wrap(Request, "_update_text_and_finish", self._finish)
+    @classmethod
+    def install(cls, switch: Switch) -> None:
+        """From now on the engine's classes of this process ask `switch` first, in place of an earlier one."""
+        if cls._installed is not None:
+            cls._installed.switch = switch
+            return
+        server = cls._installed = cls(switch)
+        cls._wrap(Scheduler, "prefill", server._silent("prefill-silent"))
+        cls._wrap(Scheduler, "decode", server._silent("decode-silent"))
+        cls._wrap(DecodeReceiver, "fetch", server._fetch)
+        cls._wrap(PrefillSender, "close", server._close)
+        cls._wrap(Service, "_continue", server._continue)
+        cls._wrap(Service, "_decode", server._decode)
+        cls._wrap(Request, "_update_text_and_finish", server._finish)
 
     @staticmethod
     def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:

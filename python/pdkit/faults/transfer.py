@@ -21,7 +21,7 @@ class FaultyTransfer(TransferBackend):
 
     def __init__(self):
         self._switch = Switch.of_environment()
-        FaultyServer(self._switch).install()
+        FaultyServer.install(self._switch)
         self._backend = load_backend(os.environ.get(BACKEND_VARIABLE, "tcp"))
 
     def outgoing(self, handover):
