@@ -54,7 +54,9 @@ def _main(argv: Sequence[str]) -> ExitCode:
         raise UsageError(f"no file of the target is called like {' or '.join(args.names)}")
     from pdkit.runner.suite import run_suite
 
-    options = Options(TEST_ROOT, chosen[0].hw, chosen[0].suite, continue_on_error=True, report_dir=args.report_dir)
+    options = Options(
+        TEST_ROOT, chosen[0].hw, chosen[0].suite, jobs=1, continue_on_error=True, report_dir=args.report_dir
+    )
     return run_suite(Selection(enabled=tuple(chosen), disabled=(), partition={}), options)
 
 

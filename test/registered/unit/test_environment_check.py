@@ -29,7 +29,7 @@ from pdkit.preflight.finding import Level
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
-COMMAND = REPO / "scripts" / "check_environment.py"
+COMMAND = ("-m", "pdkit", "preflight")
 RUN_SUITE = REPO / "test" / "run_suite.py"
 DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"
 GPU_SUITE = "stage-c-test-dsv4-8-gpu-h200"
@@ -723,17 +723,15 @@ class TestRecordedMachine(CheckCase):
 
 
 class TestCommands(CheckCase):
-    def run_command(self, command, *words, **environ):
+    def run_command(self, *words, **environ):
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "HF_"))} | environ
-        return subprocess.run([sys.executable, command, *words], capture_output=True, text=True, env=environ)
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environ)
 
     def test_cpu_suite_without_importing_sglang(self):
         source = (
-            "import runpy, sys\n"
-            f"sys.argv = ['x', '--hw', 'cpu', '--suite', 'stage-a-test-cpu']\n"
-            f"try:\n    runpy.run_path({str(COMMAND)!r}, run_name='__main__')\n"
-            "except SystemExit as end:\n"
-            "    print('exit', int(end.code), 'heavy', sorted({'sglang', 'torch', 'numpy'} & set(sys.modules)))\n"
+            "import sys; from pdkit.cli.main import main\n"
+            "code = main(['preflight', '--hw', 'cpu', '--suite', 'stage-a-test-cpu'])\n"
+            "print('exit', int(code), 'heavy', sorted({'sglang', 'torch', 'numpy'} & set(sys.modules)))\n"
         )
         done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
         self.assertEqual(done.stdout.splitlines()[-1], "exit 0 heavy []", done.stdout + done.stderr)
@@ -742,7 +740,7 @@ class TestCommands(CheckCase):
     def test_gpu_suite_on_a_machine_without_gpus(self):
         model_dir = self.write("model/config.json", "{}").parent
         environ = {"SGLANG_PD_MODEL": str(model_dir), "SGLANG_PD_GSM8K": str(self.root / "data.jsonl")}
-        done = self.run_command(COMMAND, **environ)
+        done = self.run_command(*COMMAND, **environ)
         self.assertEqual((done.returncode, done.stderr), (3, ""))
         lines = [line for line in done.stdout.splitlines() if line.startswith("error")]
         for pattern in (
@@ -761,18 +759,18 @@ class TestCommands(CheckCase):
 
     def test_a_recorded_machine(self):
         ready = self.write("ready.json", TestRecordedMachine.MACHINE.to_json())
-        done = self.run_command(COMMAND, "--machine", str(ready))
+        done = self.run_command(*COMMAND, "--machine", str(ready))
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         levels = [line.split()[0] for line in done.stdout.splitlines()]
         self.assertEqual((set(levels[:-1]), levels[-1]), ({"ok"}, "not"), done.stdout)
         seven = self.write("seven.json", replace(NODE, gpus=NODE.gpus[1:]).to_json())
-        done = self.run_command(COMMAND, "--machine", str(seven), "--json")
+        done = self.run_command(*COMMAND, "--machine", str(seven), "--json")
         self.assertEqual(done.returncode, 3)
         errors = [finding["what"] for finding in json.loads(done.stdout) if finding["level"] == "error"]
         self.assertEqual(errors, ["7 found"])
 
     def test_record(self):
-        done = self.run_command(COMMAND, "--record")
+        done = self.run_command(*COMMAND, "--record")
         self.assertEqual(done.returncode, 0)
         self.assertGreater(Machine.from_json(done.stdout).memory_bytes, 0)
 
@@ -788,7 +786,7 @@ class TestCommands(CheckCase):
             ),
         ):
             with self.subTest(words):
-                done = self.run_command(COMMAND, *words)
+                done = self.run_command(*COMMAND, *words)
                 self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
                 self.assertEqual(len(done.stderr.splitlines()), 1)
                 self.assertIn(says, done.stderr)

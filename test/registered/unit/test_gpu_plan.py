@@ -359,7 +359,7 @@ class TestFromContract(unittest.TestCase):
 
     def test_command(self):
         def run(*argv):
-            command = [sys.executable, str(REPO / "scripts" / "gpu_plan.py"), *argv]
+            command = [sys.executable, "-m", "pdkit", "plan", *argv]
             env = {**os.environ, "COLUMNS": "120"}
             done = subprocess.run(command, capture_output=True, text=True, env=env)
             return done.returncode, done.stdout, done.stderr.splitlines()
@@ -372,7 +372,7 @@ class TestFromContract(unittest.TestCase):
         ten = write_subclasses(folder / "test_ten.py", TestTen=5)
         code, _, (error,) = run(str(ten))
         self.assertEqual(code, ExitCode.NOT_READY)
-        self.assertRegex(error, r"^gpu_plan: error: TestTen: needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 ")
+        self.assertRegex(error, r"^pdkit plan: error: TestTen: needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 ")
 
         code, out, (error,) = run("--flags", "--tp-size four", "--json")
         self.assertEqual(code, ExitCode.BAD_USAGE)

@@ -1,13 +1,11 @@
 """Does a release of SGLang take what a registered PD test launches it with?
 
-    python3 -m pdkit.preflight.contract.launches TEST_FILE [--sglang-wheel FILE]
+    pdkit contract TEST_FILE [--sglang-wheel FILE]
 
 The test itself says what it launches: it is imported and launches its processes in a process of its own, where nothing
 is started but written down. The release says whether it takes that: its own parser takes each flag by itself, its own
 registry each SGLANG_* variable. Neither needs the release to be installed: its Python sources are executed with
 stand-ins for the packages that it depends on (`pdkit.preflight.contract.stand_ins`).
-
-Exit codes: 0 the release takes it all; 2 it refuses something, or bad usage; 3 no SGLang is installed.
 """
 
 import argparse
@@ -23,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pdkit
-from pdkit.core.command import Parser, run_command
-from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.errors import UsageError
 from pdkit.preflight.contract.flags import Finding
 from pdkit.preflight.contract.release import Release, installed, unpacked
 
@@ -250,32 +247,3 @@ def report(contract: Contract) -> Iterable[str]:
             verdict = f"{refused} refused" if process.checked else f"flags not checked: no parser of {process.module}"
             yield f"  {process.name:<14}{count:>3} flags, {len(variables)} variables, {verdict}"
     yield from (f"warning: {line}" for line in contract.warnings)
-
-
-def _main(argv: Sequence[str]) -> ExitCode:
-    parser = Parser(
-        prog="launch_contract",
-        description="Ask a release of SGLang whether it takes what a PD test launches it with; starts nothing.",
-        epilog="Exit codes: 0 it takes it all; 2 it refuses something, or bad usage; 3 no SGLang is installed.",
-        allow_abbrev=False,
-    )
-    add_arguments(parser)
-    parser.add_argument("--sglang-wheel", type=Path, metavar="FILE", help="a release that is not installed")
-    parser.add_argument(
-        "--real-imports", action="store_true", help="import SGLang's dependencies too: slower, same answer"
-    )
-    args = parser.parse_args(argv)
-    with release_of(args.sglang_wheel) as release:
-        contract = ask(release, args.test_file, args.flags, dict(args.env), args.real_imports)
-    print(json.dumps(as_data(contract), indent=2) if args.json else "\n".join(report(contract)))
-    for line in contract.errors:
-        print(f"launch_contract: error: {line} (sglang {contract.release.version})", file=sys.stderr)
-    return ExitCode.BAD_USAGE if contract.errors else ExitCode.PASSED
-
-
-def main(argv: Sequence[str]) -> ExitCode:
-    return run_command("launch_contract", _main, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
