@@ -137,9 +137,7 @@ class MemoryChecks(Checks):
         """A client that hangs up so long after it asked."""
         body = {"input_ids": [10 + index % 200 for index in range(150)], "sampling_params": greedy(12), "stream": True}
         with contextlib.suppress(requests.RequestException):
-            with requests.post(
-                f"{self.lb_url}/generate", json=body, stream=True, timeout=(self.memory_timeout, seconds)
-            ):
+            with post(self.lb_url, "/generate", body, (self.memory_timeout, seconds), stream=True):
                 pass
 
     def _abandon(self, number: int) -> None:
