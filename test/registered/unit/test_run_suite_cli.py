@@ -450,9 +450,10 @@ class TestBadInput(CommandCase):
         self.assert_usage_error(done, f"--report-dir {self.root}/report/environment.json: Is a directory")
 
     def test_without_sglang(self):
-        command = [sys.executable, "-I", "-S", *self.command({"test_a.py": PASS}, "--list")[1:]]
-        done = subprocess.run(command, capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stdout), (3, ""))
+        for words, code in ((["--list"], 0), ([*SUITE, "--list", "--auto-partition-size", "2"], 3)):
+            command = [sys.executable, "-I", "-S", *self.command({"test_a.py": PASS}, *words)[1:]]
+            done = subprocess.run(command, capture_output=True, text=True)
+            self.assertEqual(done.returncode, code, done.stderr)
         self.assertRegex(done.stderr, "^run_suite.py: error: sglang.* is not installed for .*: pip install sglang\n$")
 
     def test_help_names_the_exit_codes(self):
