@@ -12,12 +12,20 @@ from pdkit.checks.streams import StreamChecks
 from pdkit.checks.work import WorkChecks
 
 
-class KindChecks(CrossedParameterChecks, LengthChecks, RaceChecks, SeamChecks, StreamChecks, WorkChecks):
+class EdgeChecks(CrossedParameterChecks, LengthChecks, SeamChecks):
+    """Where parameters, the context limit and the first tokens of an answer meet."""
+
+
+class KindChecks(EdgeChecks, RaceChecks, StreamChecks, WorkChecks):
     """Those that a few dozen requests show."""
 
 
 class LifeChecks(AgeChecks, LatencyChecks, MemoryChecks):
     """Those that take the life of a launch."""
+
+
+class LifeAndKindChecks(KindChecks, LifeChecks):
+    """All of them."""
 
 
 class ParityAndKindChecks(KindChecks, ParityChecks):

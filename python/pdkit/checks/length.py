@@ -29,7 +29,7 @@ class LengthChecks(ParityArms):
 
     def test_parity_up_to_the_context_limit(self) -> None:
         info = read_server_info(self.monolithic_url or self.prefill_url)
-        context = Geometry.of(self._config(), info).context
+        context = Geometry.of(self.model_config(), info).context
         lengths = lengths_up_to(context, self.length_tokens, self.length_shortest, self.length_count)
         probes = tuple(
             generate_probe(f"length-{n}", [10 + (i * i + 3 * n) % 230 for i in range(n)], self.length_tokens)

@@ -3,7 +3,7 @@
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.accuracy.checks import AccuracyGateChecks
 from pdkit.checks.integrity import IntegrityChecks
-from pdkit.checks.kinds import KindChecks, LifeChecks
+from pdkit.checks.kinds import LifeAndKindChecks
 from pdkit.checks.parity.checks import ParityChecks
 from pdkit.deployment.embedded import EmbeddedServers, RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
@@ -28,7 +28,7 @@ class RandomWeights(FaultSwitchServers, RandomWeightsIntact):
     attempt_timeout = request_timeout = 120
 
 
-class Kinds(FaultSwitchServers, AccountingChecks, KindChecks, LifeChecks, MonolithicBeside, RandomEmbeddedServers):
+class Kinds(FaultSwitchServers, AccountingChecks, LifeAndKindChecks, MonolithicBeside, RandomEmbeddedServers):
     """What one request at a time, or a few, do not show; see `pdkit.faults.kinds`."""
 
     bitwise = True
