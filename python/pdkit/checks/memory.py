@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,7 +154,9 @@ class MemoryChecks(Checks):
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, self.prefill_url, "/generate", body, self.memory_timeout)
             time.sleep(self.memory_abandoned_s)
-            post(self.prefill_url, "/abort_request", {"rid": rid}, self.memory_timeout)
+            while not asked.done():  # an abort may overtake its request
+                post(self.prefill_url, "/abort_request", {"rid": rid}, self.memory_timeout)
+                wait([asked], 0.2)
             asked.result()
 
     def _wait_idle(self) -> None:

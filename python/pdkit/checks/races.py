@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 
 import requests
@@ -20,6 +20,8 @@ from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
 from pdkit.checks.parity.references import ask
 from pdkit.checks.parity.verdict import Parity
+
+ABORT_AGAIN_S = 0.2
 
 
 def race_ids(length: int, seed: int) -> list[int]:
@@ -90,8 +92,10 @@ class RaceChecks(ParityArms):
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, self.lb_url, "/generate", body, self.request_timeout)
             time.sleep(delay)
-            for url in (self.prefill_url, self.decode_url):
-                post(url, "/abort_request", {"rid": rid}, self.request_timeout)
+            while not asked.done():  # an abort may overtake its request
+                for url in (self.prefill_url, self.decode_url):
+                    post(url, "/abort_request", {"rid": rid}, self.request_timeout)
+                wait([asked], ABORT_AGAIN_S)
             with contextlib.suppress(requests.RequestException):
                 asked.result()
 
