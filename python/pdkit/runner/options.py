@@ -152,13 +152,13 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--timeout-per-file",
         type=seconds,
         metavar="S",
-        help="end a file after S seconds (default: as the installed SGLang derives it from est_time)",
+        help="end a file after S seconds (default: as SGLang derives it)",
     )
     run.add_argument(
         "--jobs",
         type=natural,
         metavar="N",
-        help="run N files side by side (default: 2 where there are two cores, but those that need GPUs one by one)",
+        help="run N files side by side (default: 2 on two cores; 1 with GPUs)",
     )
     add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
@@ -166,7 +166,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--no-failfast",
         dest="failfast",
         action="store_false",
-        help="do not give -f to the files: the other methods of a file run after one failed",
+        help="without -f: other methods run after one failed",
     )
     run.add_argument(
         "--skip-environment-check",

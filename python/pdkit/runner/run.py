@@ -101,7 +101,7 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
     Raises UsageError and NotReady where it is not what it is said to be.
     """
     from pdkit.deployment import attached  # requests: only this way of running pays for it
-    from pdkit.preflight.environment.dataset import check
+    from pdkit.preflight.environment import dataset
     from pdkit.preflight.finding import Level
 
     for name in ATTACHED:
@@ -109,7 +109,7 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
             os.environ[attached.variable(name)] = given
     deployment = attached.Deployment.of()
     served = attached.probe(deployment)
-    for finding in check(os.environ.get("SGLANG_PD_GSM8K") or None):
+    for finding in dataset.check(os.environ.get("SGLANG_PD_GSM8K") or None, why=dataset.THERE):
         if finding.level is Level.ERROR:
             raise NotReady(str(finding))
     print(f"main job on {deployment.base_url}, which serves {', '.join(served.names)}: nothing is launched", flush=True)

@@ -16,14 +16,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pdkit
 from pdkit.core.errors import UsageError
-from pdkit.preflight.contract.flags import Finding
 from pdkit.preflight.contract.release import Release, installed, unpacked
+from pdkit.preflight.finding import Finding, Level
 
 TIMEOUT_S = 120.0
 INHERITED = ("SGLANG_PD_", "SGLANG_TEST_", "SGLANG_CI_", "SGLANG_IS_IN_CI")  # what a test may look at
@@ -46,14 +47,14 @@ class ProcessContract:
     env: Mapping[str, str]
     checked: bool
     findings: tuple[Finding, ...]
-    settings: Mapping[str, object] | None
+    settings: Mapping[str, Any] | None
     ports: Mapping[str, int]
 
     @property
     def name(self) -> str:
         """`prefill`, `decode`, `load balancer`, or else the module."""
         if self.settings:
-            mode = self.settings["disaggregation_mode"]
+            mode: str = self.settings["disaggregation_mode"]
             return mode if mode in ("prefill", "decode") else "server"
         return "load balancer" if self.module.startswith("sglang_router") else self.module
 
@@ -85,7 +86,7 @@ class Contract:
 
     release: Release
     test_file: Path | None
-    flags: Mapping[str, Mapping]
+    flags: Mapping[str, Mapping[str, Any]]
     variables: tuple[str, ...]
     fixture: Mapping[str, bool]
     assumed: Mapping[str, str]
@@ -161,14 +162,14 @@ def ask(
     )
 
 
-def _test_contract(plan: Mapping) -> TestContract:
+def _test_contract(plan: Mapping[str, Any]) -> TestContract:
     processes = (
         ProcessContract(
             module=p["module"],
             argv=tuple(p["argv"]),
             env=p["env"],
             checked=p["checked"],
-            findings=tuple(Finding(**finding) for finding in p["findings"]),
+            findings=tuple(Finding(Level(f["level"]), f["subject"], f["message"]) for f in p["findings"]),
             settings=p["settings"],
             ports=p["ports"],
         )
@@ -177,12 +178,17 @@ def _test_contract(plan: Mapping) -> TestContract:
     return TestContract(plan["test"], plan["problem"], tuple(processes))
 
 
-def release_of(wheel: Path | None):
+def release_of(wheel: Path | None) -> AbstractContextManager[Release]:
     """A context manager that gives the installed release, or the one in `wheel`. Raises ReleaseNotFound, or BadWheel."""
     return unpacked(wheel) if wheel else nullcontext(installed())
 
 
-def as_data(contract: Contract) -> dict:
+def remark_as_data(finding: Finding) -> dict[str, str]:
+    """What a release says to a flag or variable, as plain data."""
+    return {"level": finding.level.value, "subject": finding.subject, "message": finding.what}
+
+
+def as_data(contract: Contract) -> dict[str, Any]:
     """The contract as plain data for JSON."""
     return {
         "release": contract.release.version,
@@ -206,7 +212,7 @@ def as_data(contract: Contract) -> dict:
                         "env": dict(process.env),
                         "checked": process.checked,
                         "ports": dict(process.ports),
-                        "findings": [vars(finding) for finding in process.findings],
+                        "findings": [remark_as_data(finding) for finding in process.findings],
                     }
                     for process in test.processes
                 ],
@@ -216,9 +222,9 @@ def as_data(contract: Contract) -> dict:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: Path | None = None):
+def add_arguments(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
     """The arguments that say which test and what more its servers get; without `default` the test must be named."""
-    how = {"nargs": "?", "default": default} if default else {}
+    how: dict[str, Any] = {"nargs": "?", "default": default} if default else {}
     parser.add_argument("test_file", type=Path, metavar="TEST_FILE", help="a registered PD test", **how)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
