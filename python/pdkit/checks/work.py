@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.checks.parity.verdict import compare
+
+PATIENCE_S, ABORT_AGAIN_S = 10.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ def read_answer(answer: requests.Response) -> Answer | None:
         return Answer.of_generate(answer.json())
     except (AnswerError, ValueError):
         return None
+
+
+def is_error(answer: requests.Response) -> bool:
+    """Whether a response reports a failure: a server error, or an answer that was aborted."""
+    got = read_answer(answer)
+    return answer.status_code >= 500 or (got is not None and (got.finish or "").startswith("abort"))
 
 
 def said(answer: requests.Response) -> str:
@@ -101,15 +109,15 @@ class WorkChecks(ParityArms):
         wrong, failed = [], 0
         for length in self.failing_lengths:
             answer = self._decode_answer(length, None)
-            failed += answer.status_code >= 500
-            if answer.status_code < 500:
+            failed += is_error(answer)
+            if not is_error(answer):
                 wrong.append(f"a transfer of {length} tokens that arrives broken: {said(answer)}")
         for delay in self.failing_delays:
             right = self.right_whole(150)
             answer = self._decode_answer(150, delay)
-            failed += answer.status_code >= 500
+            failed += is_error(answer)
             got = read_answer(answer)
-            if answer.status_code < 500 and not (got and compare(right, got).is_none):
+            if not is_error(answer) and not (got and compare(right, got).is_none):
                 wrong.append(f"prefill's half aborted after {delay:g} s: {said(answer)}")
         print(f"failed receives: {failed} of {len(self.failing_lengths) + len(self.failing_delays)} requests failed, "
               f"{len(wrong)} of the others got another answer than the right one", flush=True)  # fmt: skip
@@ -131,10 +139,14 @@ class WorkChecks(ParityArms):
             "bootstrap_room": time.monotonic_ns(),
         }
         with ThreadPoolExecutor(2) as pool:
+            decode = pool.submit(post, self.decode_url, "/generate", {**body, "rid": f"{rid}-d"}, self.request_timeout)
             prefill = pool.submit(post, self.prefill_url, "/generate", {**body, "rid": rid}, self.request_timeout)
-            decode = pool.submit(post, self.decode_url, "/generate", body, self.request_timeout)
             if abort_after is not None:
                 time.sleep(abort_after)
                 post(self.prefill_url, "/abort_request", {"rid": rid}, self.request_timeout)
             prefill.result()
+            wait([decode], PATIENCE_S)
+            while not decode.done():  # it waits for a room that was closed before it came
+                post(self.decode_url, "/abort_request", {"rid": f"{rid}-d"}, self.request_timeout)
+                wait([decode], ABORT_AGAIN_S)
             return decode.result()
