@@ -38,6 +38,7 @@ class Options:
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
+    warm: bool = True  # fork test files from a process that has imported SGLang, where that can be
     files: tuple[str, ...] = ()
     only: str | None = None  # -k
     last_failed: bool = False
@@ -175,6 +176,12 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         type=natural,
         metavar="N",
         help="run N files side by side (default: 2 on two cores; 1 with GPUs)",
+    )
+    run.add_argument(
+        "--no-warm",
+        dest="warm",
+        action="store_false",
+        help="start each file on CPU anew, and its servers, not forked from a process that imported SGLang once",
     )
     add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")

@@ -26,6 +26,7 @@ class Attempt:
     hung_in: str | None = None
     leftovers: tuple[str, ...] = ()
     unreleased: tuple[str, ...] = ()
+    cpu_seconds: float = 0.0  # of all its processes
 
     @property
     def verdict(self) -> tuple[FileState, str]:
@@ -92,6 +93,7 @@ class FileResult:
                 {
                     "state": attempt.verdict[0].value,
                     "seconds": round(attempt.seconds, 3),
+                    "cpu_seconds": round(attempt.cpu_seconds, 3),
                     "exit_code": attempt.exit_code,
                     "log": attempt.log,
                     "hung_in": attempt.hung_in,

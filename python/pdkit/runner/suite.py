@@ -1,5 +1,6 @@
 """Runs selected test files, several side by side where the machine has the cores, each in a session of its own."""
 
+import contextlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pdkit.core.host import command_line
 from pdkit.core.registry import Registration, syntax_errors
 from pdkit.runner import narrow
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
+from pdkit.runner.guardian import Popen
 from pdkit.runner.history.record import of_run
 from pdkit.runner.history.store import append
 from pdkit.runner.interruption import Interruption
@@ -34,6 +36,7 @@ from pdkit.runner.report.read import read_results
 from pdkit.runner.report.terminal import cause, log_tails
 from pdkit.runner.results import Attempt, FileResult
 from pdkit.runner.select import Selection
+from pdkit.runner.warm import Warm
 
 RULE = "=" * 60
 POLL_S = 0.1
@@ -76,6 +79,9 @@ class SuiteRun:
         self.console = Console(sys.stdout.buffer)
         self._board = Board(self.console)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
+        self._warm = Warm(
+            selection.enabled, self.environment, logs / "warm.log", self.console, interruption, options.warm
+        )
         self._groups = lanes(selection.enabled, options)
         self._total = sum(len(files) for files, _ in self._groups)
         self._results: dict[int, FileResult] = {}
@@ -84,8 +90,9 @@ class SuiteRun:
 
     def run(self) -> ExitCode:
         self._print_header()
-        for files, jobs in self._groups:
-            self._run_lanes(files, jobs)
+        with contextlib.closing(self._warm):
+            for files, jobs in self._groups:
+                self._run_lanes(files, jobs)
         for number, registration in enumerate(self.selection.disabled, start=self._total + 1):
             self._results[number] = FileResult(
                 registration, FileState.DISABLED, registration.disabled or "no reason given"
@@ -177,7 +184,8 @@ class SuiteRun:
             if self.options.verbose:
                 self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}")
+            popen = self._warm.popen_for(registration)
+            attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}", popen)
             attempts.append(attempt)
             for leftover in attempt.leftovers:
                 self.console.line(f"{label} it left a process behind, ended now: {leftover}")
@@ -196,7 +204,9 @@ class SuiteRun:
             state, reason = FileState.PASSED_ON_RETRY, f"first attempt: {attempts[0].verdict[0].value}"
         return FileResult(registration, state, reason, command, tuple(attempts))
 
-    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float, jobs: int, name: str) -> Attempt:
+    def _attempt(
+        self, command: tuple[str, ...], log: Path, timeout: float, jobs: int, name: str, popen: Popen
+    ) -> Attempt:
         directory, retries = evidence.directory_of(log), self.options.test_max_retry
         environment = self.environment | progress.environment(self.console.is_terminal) | evidence.environment(log)
         with self.console.keeping(directory):
@@ -205,7 +215,7 @@ class SuiteRun:
         self._board.begins(name, directory)
         try:
             attempt = run_attempt(
-                command, environment, log, timeout, self.console, self.interruption, retries, is_shown
+                command, environment, log, timeout, self.console, self.interruption, retries, is_shown, popen
             )
         finally:
             self._board.ends(directory)
