@@ -75,6 +75,15 @@ class TestDisaggregationSglangCpuIntegrity(IntegrityChecks, ExactParityArms, Mon
 
 class TestDisaggregationSglangCpuScaleOut(ScaleOutChecks, TwoPairs, SglangCpuServers):
     cpu_model = plan.LLAMA
+    prefill_2_nccl_port = decode_2_nccl_port = None
+
+    @classmethod
+    def prefill_2_args(cls) -> list[str]:
+        return [cls.prefill_2_nccl_port if each == cls.prefill_nccl_port else each for each in super().prefill_2_args()]
+
+    @classmethod
+    def decode_2_args(cls) -> list[str]:
+        return [cls.decode_2_nccl_port if each == cls.decode_nccl_port else each for each in super().decode_2_args()]
 
 
 if __name__ == "__main__":
