@@ -3,6 +3,7 @@
 Also integrity: SGLang's checksum of KV pages, of which it makes a share fail by itself; and two pairs behind one router.
 """
 
+import json
 import unittest
 from typing import ClassVar
 
@@ -25,6 +26,18 @@ from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
 register_cpu_ci(est_time=400, suite="stage-a-test-cpu", nightly=True)
 
 
+NAME, POPULATION = {"type": "string", "pattern": "^[a-z]{1,8}$"}, {"type": "integer", "minimum": 0, "maximum": 999}
+CITY = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": NAME, "population": POPULATION},
+        "required": ["name", "population"],
+        "additionalProperties": False,
+    }
+)
+"""What SGLang's JSON kit asks, of bounded length: a small model would not end a name by itself."""
+
+
 class TestDisaggregationSglangCpuProtocol(
     ProtocolChecks,
     RustRouterBeside,
@@ -36,6 +49,7 @@ class TestDisaggregationSglangCpuProtocol(
 ):
     cpu_model = plan.LLAMA
     more_server_args = ("--constrained-json-disable-any-whitespace",)  # a small model would write blanks for ever
+    json_schema = CITY
     near_tie = 1e-3  # who else is served changes the sixth decimal
     prefix_cache_tokens = 256
     rendered_chat = "<|user|>{}<|assistant|>"
