@@ -1,11 +1,9 @@
 """Which test files are registered, for which hardware and suite."""
 
-import gc
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -14,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from pdkit.core import ci_register, top_level
+from pdkit.core.errors import UsageError
 
 PROJECT_SUITES = {
     "cpu": ("stage-a-test-cpu",),
@@ -37,6 +36,7 @@ RUNNER_CONFIGS = {
 
 NAMELESS = ("amd", "npu")  # SGLang's runner does not check the suites of these, and some files name none
 
+UNREGISTERED_S = 60.0
 _REGISTERS = re.compile(rb"^register_\w+_ci\s*\(", re.MULTILINE)
 
 
@@ -98,18 +98,6 @@ def _parse_top_level(rules: ModuleType, filename: str) -> tuple[list[Any], bool]
     return visitor.registries, visitor.has_main_entry
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees hold no cycles, yet make the collector walk them again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _is_test(path: str, name: str) -> bool:
     if not name.endswith(".py"):
         return False
@@ -163,7 +151,7 @@ def collect(root: Path, rules: ModuleType | None = None) -> Collection:
     rules = rules or ci_register.load()
     vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
     registrations, errors = [], []
-    with _no_garbage_collection(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for filename in find_test_files(root):
             try:
@@ -175,6 +163,22 @@ def collect(root: Path, rules: ModuleType | None = None) -> Collection:
                 errors.append(line if filename in line else f"{filename}: {line}")
     hardware = tuple(backend.name.lower() for backend in rules.HWBackend)
     return Collection(tuple(registrations), tuple(errors), hardware)
+
+
+def registrations_of_file(path: Path) -> list[Registration]:
+    """Those of a file anywhere; of one that has none, a registration on CPU in no suite, for it can be run all the same.
+
+    Raises UsageError where it is not Python, CIRegisterNotFound where SGLang is not installed.
+    """
+    filename = str(path.absolute())
+    rules = ci_register.load()
+    vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
+    try:
+        if not _REGISTERS.search(path.read_bytes()):
+            return [Registration(filename, os.path.relpath(filename), "cpu", "", UNREGISTERED_S)]
+        return _registrations_of(rules, filename, Path.cwd() / "registered")
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def syntax_errors(registrations: Iterable[Registration]) -> list[str]:

@@ -29,11 +29,10 @@ NAN = """
         self.assertGreater(float("nan"), 0.95)
 """
 COMMANDS = {
+    "recovery_table.py": ("studies/recovery_table.py",),
+    "chaos_runner.py": ("test/registered/unit/chaos_runner.py",),
     "run_suite.py": ("test/run_suite.py",),
     "pdkit": ("-m", "pdkit"),
-    "soak.py": ("scripts/soak.py",),
-    "recovery_table.py": ("scripts/recovery_table.py",),
-    "chaos_runner.py": ("scripts/chaos_runner.py",),
     "engine": ("-m", "pdkit.engine"),
 }
 
@@ -66,7 +65,7 @@ ROWS = (
     Row(
         "run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"
     ),
-    Row("run_suite.py", f"{CPU} extra", "unexpected argument 'extra'"),
+    Row("run_suite.py", f"{CPU} extra", "extra: neither a path nor the name of a registered file"),
     Row("run_suite.py", "--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
     Row("run_suite.py", "--hw gpu --suite stage-a-test-cpu", "cuda"),
     Row(
@@ -157,9 +156,9 @@ ROWS = (
     Row("pdkit", "history {text} --last 0", "at least one run is needed"),
     Row("pdkit", "history", "no history: PDKIT_HISTORY is empty; name a FILE", environ={"PDKIT_HISTORY": ""}),
     # other scripts
-    Row("soak.py", "", "the following arguments are required: --out"),
-    Row("soak.py", "--out {text}", "--out {text}: File exists"),
-    Row("soak.py", "--out {root}/soak --runs 0", "--runs and --jobs: at least 1"),
+    Row("pdkit", "run --keep-going", "need --repeat N"),
+    Row("pdkit", "run --repeat 2 --report-dir {text}", "--report-dir {text}: File exists"),
+    Row("pdkit", "run --repeat 0 --report-dir {root}/soak", "--repeat and --jobs: at least 1"),
     Row("pdkit", "preflight --suite x", "unknown suite 'x'"),
     Row("pdkit", "preflight --machine {absent}", "{absent}: No such file or directory"),
     Row("pdkit", "preflight --machine {text}", "error: "),
