@@ -7,6 +7,7 @@ pdkit.engine.test_backends:BitFlip        flips one bit of some KV transfers on 
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from pdkit.engine.transfer import Handover, TransferBackend, TransferError
@@ -24,10 +25,10 @@ class Valve:
 
     HOLD, REFUSE = "hold", "refuse"
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def turn(self, word: str | None):
+    def turn(self, word: str | None) -> None:
         new = self.path.with_name(self.path.name + ".new")
         new.write_text(word or "")
         os.replace(new, self.path)
@@ -39,13 +40,13 @@ class Valve:
 class HeldTransfer(TransferBackend):
     """Plain TCP while the valve is open."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         path = os.environ.get(HOLD_FILE_VARIABLE)
         if not path:
             raise ValueError(f"{HOLD_FILE_VARIABLE} is not set; let it name the file that says what is held")
         self._valve = Valve(path)
 
-    async def pieces(self, data):
+    async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
         """HELD_BEFORE: nothing leaves before the valve opens; HELD_DURING: one half does."""
         length = Handover.unpack(data).prompt_tokens
         if length == HELD_BEFORE:
@@ -56,12 +57,12 @@ class HeldTransfer(TransferBackend):
             await self._until_open()
             yield data[half:]
 
-    def incoming(self, handover):
+    def incoming(self, handover: Handover) -> Handover:
         if self._valve.says(Valve.REFUSE):
             raise TransferError("this decode server takes nothing")
         return handover
 
-    async def _until_open(self):
+    async def _until_open(self) -> None:
         while self._valve.says(Valve.HOLD):
             await asyncio.sleep(POLL_S)
 
@@ -73,7 +74,7 @@ BIT_FLIPS = {211: 0.0, 212: 0.5, 213: 1.0}
 class BitFlip(TransferBackend):
     """Flips a bit of the hand-over of a prompt whose length is in BIT_FLIPS; every other one arrives as it was sent."""
 
-    def wire(self, data):
+    def wire(self, data: bytes) -> bytes:
         share = BIT_FLIPS.get(Handover.unpack(data).prompt_tokens)
         if share is None:
             return data
