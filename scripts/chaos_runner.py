@@ -151,8 +151,8 @@ class Chaos:
     def command(self, kinds: Sequence[str]) -> list[str]:
         if kinds and self.rung:
             report = tempfile.mkdtemp(dir=self.directory)
-            words = ["--rung", self.rung, "--report-dir", report, "--no-history"]
-            return [sys.executable, "-m", "pdkit.runner.run", *words]
+            words = ["--on", self.rung, "--report-dir", report, "--no-history"]
+            return [sys.executable, "-m", "pdkit", "run", *words]
         root = self.tree(kinds)
         return [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "stage-a-test-cpu", "--test-root", str(root)]
 

@@ -14,7 +14,7 @@ from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
 from pdkit.core.registry import collect  # noqa: E402
 from pdkit.preflight.environment import machine, needs  # noqa: E402
 from pdkit.preflight.environment.check import check, of_machine  # noqa: E402
-from pdkit.preflight.environment.finding import Level  # noqa: E402
+from pdkit.preflight.finding import Level  # noqa: E402
 from pdkit.runner.options import Options  # noqa: E402
 from pdkit.runner.select import select  # noqa: E402
 

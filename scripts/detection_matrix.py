@@ -3,7 +3,7 @@
 
     scripts/env.sh python3 scripts/detection_matrix.py --out matrix
 
-writes results.jsonl, matrix.md, matrix.csv, matrix.svg and the logs of all servers below --out.
+writes results.jsonl, matrix.md, matrix.csv and the logs of all servers below --out.
 Exit code 0: each fault that changes anything was caught and no clean run failed; 1: not so.
 """
 
@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from pdkit.core.errors import ExitCode
@@ -78,10 +77,10 @@ def subjects_of(args):
 
 
 def models_of(args):
-    from pdkit.faults.matrix.truth import Model
+    from pdkit.faults.matrix.truth import TriedModel
 
-    random = Model("random", ASSETS / "random-dsv4", "dummy", 1)
-    return [random] if args.quick else [Model("trained", ASSETS / "nano-dsv4", "auto", 0), random]
+    random = TriedModel("random", ASSETS / "random-dsv4", "dummy", 1)
+    return [random] if args.quick else [TriedModel("trained", ASSETS / "nano-dsv4", "auto", 0), random]
 
 
 def print_library():
@@ -127,20 +126,12 @@ def run_matrix(args, out: Path) -> ExitCode:
 
 
 def write(results, problems, out: Path):
-    """Table and picture into `out`; prints the summary."""
+    """The table into `out`; prints the summary."""
     from pdkit.faults.matrix import report
 
     (out / "matrix.md").write_text(f"# Detection matrix\n\n{report.markdown(results, problems)}", encoding="utf-8")
     report.write_csv(results, out / "matrix.csv")
-    written = "matrix.md, matrix.csv"
-    if find_spec("matplotlib"):
-        from pdkit.faults.matrix.picture import draw
-
-        draw(results, out / "matrix.svg")
-        written += ", matrix.svg"
-    else:
-        print("no picture: matplotlib is not installed", file=sys.stderr)
-    print(f"\n{report.summary(results, problems)}\nwritten: {out}/{written}")
+    print(f"\n{report.summary(results, problems)}\nwritten: {out}/matrix.md, matrix.csv")
 
 
 def line_of(run) -> str:

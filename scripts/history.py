@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What earlier runs say: score, phases and acceptance length over time, drift or noise, and better time estimates.
+"""What earlier runs say: score, phases and acceptance length over time, and better time estimates.
 
 Each run of test/run_suite.py and scripts/run.sh appends a record to the history.
 """
@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     default = default_history()
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"histories, together (default: {default})")
     parser.add_argument("--out", type=_figure, metavar="FIGURE", help="draw it into this .svg, .png or .pdf, too")
-    parser.add_argument("--json", action="store_true", help="print series and verdicts as JSON")
+    parser.add_argument("--json", action="store_true", help="print the series as JSON")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--est-time", action="store_true", help="print new est_time literals as a patch for git apply")
     what.add_argument("--estimates", action="store_true", help="print file -> seconds for --partition-model-file")
@@ -81,7 +81,7 @@ def _show(args, records) -> None:
 
     all_series = main_job_series(records)
     if args.json:
-        print(json.dumps([drawing.as_dict(series, len(all_series)) for series in all_series], indent=2))
+        print(json.dumps([drawing.as_dict(series) for series in all_series], indent=2))
     else:
         from rich.console import Console
 

@@ -1,6 +1,6 @@
 """Shows the table that a recovery test left in its log directory, or puts it into a document between its markers.
 
-scripts/env.sh python3 scripts/recovery_table.py FILE [--into README.md]
+scripts/env.sh python3 scripts/recovery_table.py FILE [--into docs/recovery.md]
 """
 
 import sys

@@ -27,7 +27,7 @@ from pdkit.core.command import (  # noqa: E402
 from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
 from pdkit.runner.targets import TARGETS  # noqa: E402
 
-COMMAND = (sys.executable, "-m", "pdkit.runner.run")
+COMMAND = (sys.executable, "-m", "pdkit", "run")
 WIDTH = 40
 
 
@@ -90,7 +90,7 @@ class Soak:
     def _command(self, directory: Path) -> list[str]:
         if self.file:
             return [sys.executable, str(self.file), "-f"]
-        return [*COMMAND, "--rung", self.rung, "--report-dir", str(directory), "--history", str(self._history)]
+        return [*COMMAND, "--on", self.rung, "--report-dir", str(directory), "--history", str(self._history)]
 
     def interrupt(self):
         """Tells what runs to end its servers, and waits for it."""

@@ -184,7 +184,7 @@ def test_names() -> dict:
 
 # The runner: its lines, files and exit codes
 
-SUITE = ("--hw", "cpu", "--suite", "stage-a-test-cpu", "--no-history")
+SUITE = ("--hw", "cpu", "--suite", "stage-a-test-cpu", "--no-history", "--jobs", "1")
 
 
 def stub_files() -> dict[str, str]:
@@ -270,7 +270,7 @@ def exit_codes() -> dict:
         "run_suite.py --no-such-flag": [sys.executable, TEST / "run_suite.py", "--no-such-flag"],
         "run_suite.py --list": [sys.executable, TEST / "run_suite.py", "--list"],
         "run.sh --no-such-flag": [REPO / "scripts" / "run.sh", "--no-such-flag"],
-        "run.sh on a target that this machine lacks the GPUs for": [REPO / "scripts" / "run.sh", "--rung", "8xH200"],
+        "run.sh on a target that this machine lacks the GPUs for": [REPO / "scripts" / "run.sh", "--on", "8xH200"],
         "test.sh --no-such-flag": [REPO / "scripts" / "test.sh", "--no-such-flag"],
         "env.sh without the Python that it is given": ["env", "PDKIT_PYTHON=/none", REPO / "scripts" / "env.sh"],
     }

@@ -13,6 +13,7 @@ from typing import Any
 from pdkit.checks import http
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts
 from pdkit.checks.base import Checks
+from pdkit.checks.judgement import Judgement
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events
 from pdkit.core.stats import Signs, sign_test
@@ -87,7 +88,7 @@ def measure(url: str, decode_url: str, prompts: Sequence[str], max_new_tokens: i
 
 
 @dataclass(frozen=True)
-class AcceptanceGate:
+class AcceptanceGate(Judgement):
     """The measured length must reach `minimum_ratio` of `reference`. Raises ValueError where there is no reference."""
 
     measured: Acceptance
@@ -122,14 +123,9 @@ class AcceptanceGate:
             f"ratio {measured.length / self.reference:.4f}"
         )
 
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report, unless the length reaches the minimum."""
-        if not self.passed:
-            raise AssertionError(self.report())
-
 
 @dataclass(frozen=True)
-class FirstDrafts:
+class FirstDrafts(Judgement):
     """Verification steps that the same short answers took, through the pair and at a server that hands nothing over.
 
     Fails where the pair's took more than chance explains, by `stats.sign_test` at a one-sided probability of at
@@ -157,11 +153,6 @@ class FirstDrafts:
             f"({self.measured.length:.4f} and {self.reference.length:.4f} tokens a step; {self.measured.algorithm}); "
             f"exact sign test p = {found.p_value:.2g}, fails at <= {self.level:g}"
         )
-
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report, where drafts were lost."""
-        if not self.passed:
-            raise AssertionError(self.report())
 
 
 class DraftMeasures(Checks):

@@ -17,6 +17,7 @@ import requests
 from pdkit.checks.accounting.checks import SETTLE_SECONDS, unaccounted
 from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, read_pair
 from pdkit.checks.http import flush_caches, post, status_of
+from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.checks.parity.references import collect
@@ -25,7 +26,7 @@ KV_CHECKSUM_FLAG = "--disaggregation-enable-kv-checksum"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ServedOrRejected:
     """The answer to one request. `corrupted`: whether its hand-over was; None where only chance knows."""
 
     name: str
@@ -43,13 +44,13 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Rejections:
+class Rejections(Judgement):
     """Derives from the outcomes of one load what was wrongly served or rejected, reports and asserts it.
 
     error  what the text of a rejection must name
     """
 
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[ServedOrRejected]
     error: str = "checksum"
 
     @property
@@ -86,11 +87,6 @@ class Rejections:
                 f"  first rejection: {first.name}: status {first.status}: {' '.join(first.text.split())[:200]}"
             )
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
-
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report."""
-        if self.problems:
-            raise AssertionError(self.report())
 
 
 def kv_checksum_args() -> list[str]:
@@ -182,8 +178,8 @@ class IntegrityChecks(ParityArms):
         try:
             answer = post(self.lb_url, "/generate", probe.request, self.request_timeout)
         except requests.RequestException as error:
-            return Outcome(probe.name, 0, f"{type(error).__name__}: {error}", corrupted)
-        return Outcome(probe.name, answer.status_code, answer.text, corrupted)
+            return ServedOrRejected(probe.name, 0, f"{type(error).__name__}: {error}", corrupted)
+        return ServedOrRejected(probe.name, answer.status_code, answer.text, corrupted)
 
     def _pair(self) -> PairCounters | None:
         return read_pair([self.prefill_url], [self.decode_url], SETTLE_SECONDS)

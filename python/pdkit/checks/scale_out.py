@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from pdkit.checks.base import Checks
-from pdkit.checks.recovery.clients import Ask, Client, Fate, token_ids
+from pdkit.checks.recovery.clients import Fate, Query, QueryThread, token_ids
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events, processes
 from pdkit.deployment.router import healthy_workers
@@ -61,7 +61,7 @@ class ScaleOutChecks(Checks):
     def right_asks(cls):
         """The load, and what the first pair alone answers to each, one at a time."""
         lengths = itertools.islice(itertools.cycle(cls.lengths), cls.load)
-        asks = [Ask(token_ids(length, number), cls.new_tokens) for number, length in enumerate(lengths)]
+        asks = [Query(token_ids(length, number), cls.new_tokens) for number, length in enumerate(lengths)]
         outcomes = [cls.answer_by_hand(ask, room) for room, ask in enumerate(asks)]
         assert all(outcome.fate is Fate.SERVED for outcome in outcomes), f"before any load: {outcomes}"
         return [replace(ask, right=outcome.text) for ask, outcome in zip(asks, outcomes)]
@@ -70,13 +70,13 @@ class ScaleOutChecks(Checks):
     def answer_by_hand(cls, ask, room):
         bootstrap = {"bootstrap_host": cls.base_host, "bootstrap_port": int(cls.bootstrap_port), "bootstrap_room": room}
         ask = replace(ask, more=bootstrap)
-        clients = [Client(url, ask, cls.returning) for url in (cls.prefill_url, cls.decode_url)]
+        clients = [QueryThread(url, ask, cls.returning) for url in (cls.prefill_url, cls.decode_url)]
         return [client.result() for client in clients][-1]
 
     def test_pairs_are_right_under_load(self):
         """Each decode server got from each prefill server as many hand-overs as that one sent it."""
         before = self.handovers()
-        clients = [Client(url, ask, self.bound) for ask in self.asks for url in self.routers().values()]
+        clients = [QueryThread(url, ask, self.bound) for ask in self.asks for url in self.routers().values()]
         outcomes = [client.result() for client in clients]
         self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
         self.wait_idle()
@@ -124,7 +124,9 @@ class ScaleOutChecks(Checks):
 
     def fates(self):
         """How many requests of the load had which fate, by router; none may be wrong, hang or fail without a word."""
-        clients = {name: [Client(url, ask, self.bound) for ask in self.asks] for name, url in self.routers().items()}
+        clients = {
+            name: [QueryThread(url, ask, self.bound) for ask in self.asks] for name, url in self.routers().items()
+        }
         fates = {}
         for router, each in clients.items():
             outcomes = [client.result() for client in each]
@@ -143,7 +145,7 @@ class ScaleOutChecks(Checks):
     def wait_until_all_served(self, router):
         deadline, url = time.monotonic() + self.settling, self.routers()[router]
         while True:
-            outcomes = [client.result() for client in [Client(url, ask, self.bound) for ask in self.asks]]
+            outcomes = [client.result() for client in [QueryThread(url, ask, self.bound) for ask in self.asks]]
             failed = [outcome for outcome in outcomes if outcome.fate is not Fate.SERVED]
             if not failed:
                 return

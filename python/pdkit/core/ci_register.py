@@ -13,6 +13,7 @@ from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pdkit.core.errors import NotReady
 
@@ -39,13 +40,14 @@ def locate() -> Path:
 def load() -> ModuleType:
     """The module, executed once and apart from any `sglang` that is imported later."""
     spec = spec_from_file_location(MODULE_NAME, locate())
+    assert spec is not None and spec.loader is not None, "a path ending in .py has a loader"
     module = module_from_spec(spec)
     sys.modules[MODULE_NAME] = module
     spec.loader.exec_module(module)
     return module
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(load(), name)

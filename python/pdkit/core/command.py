@@ -4,9 +4,11 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from pdkit.core.errors import ExitCode, NotReady, UsageError
+from pdkit.core.suggest import nearest, unknown
 
 
 def run_command(name: str, main: Callable[[Sequence[str]], ExitCode], argv: Sequence[str]) -> ExitCode:
@@ -39,10 +41,55 @@ def _refuse(name: str, message: str, code: ExitCode) -> ExitCode:
     return code
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UsageError, where argparse would print its usage and exit."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Each line of a text is a paragraph; one that is indented stays as it is."""
 
-    def error(self, message: str):
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, max_help_position=30, **settings)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n".join(line if line.startswith(" ") else fill(line, width, indent) for line in text.splitlines())
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print its usage and exit, and names what was probably meant.
+
+    No option may be abbreviated; each line of description and epilog is a paragraph.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _HelpFormatter, **settings})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse's. Raises UsageError."""
+        found, unknown_words = self.parse_known_args(args, namespace)
+        if unknown_words:
+            self._refuse(unknown_words[0])
+        return found
+
+    def _refuse(self, word: str) -> NoReturn:
+        if not word.startswith("-"):
+            raise UsageError(f"unexpected argument {word!r} (--help lists the options)")
+        flag, known = word.split("=")[0], {name for name in self._options() if name.startswith("--")}
+        raise UsageError(f"unknown option {flag}; nearest known: {', '.join(nearest(flag, known))}")
+
+    def _options(self) -> Iterator[str]:
+        """Options of this parser and of its sub-commands."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._options()
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            if isinstance(action, argparse._SubParsersAction):
+                raise UsageError(unknown("command", value, names))
+            raise argparse.ArgumentError(action, f"{unknown('value', str(value), names)}")
+
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists the options)")
 
 

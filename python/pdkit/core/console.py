@@ -13,7 +13,7 @@ CLEAR = b"\r\x1b[K"
 class Console:
     """The output stream, shared by our lines and the bytes of the children; a reader that goes away stops nothing."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
         self._at_margin = True
@@ -21,16 +21,19 @@ class Console:
         self._status = b""
         self.is_terminal = stream.isatty()
 
-    def write(self, data: bytes):
+    def write(self, data: bytes) -> None:
         with self._lock:
-            if not data:
-                return
-            self._put((CLEAR if self._status else b"") + data)
-            self._at_margin = data.endswith(b"\n")
-            if self._status and self._at_margin:
-                self._put(self._status)
+            self._write(data)
 
-    def status(self, text: str):
+    def _write(self, data: bytes) -> None:
+        if not data:
+            return
+        self._put((CLEAR if self._status else b"") + data)
+        self._at_margin = data.endswith(b"\n")
+        if self._status and self._at_margin:
+            self._put(self._status)
+
+    def status(self, text: str) -> None:
         """On a terminal, keeps `text` below all that was written, until it is replaced."""
         with self._lock:
             if not self.is_terminal or not self._at_margin:
@@ -39,7 +42,7 @@ class Console:
             self._put((CLEAR if self._status else b"") + text[:width].encode())
             self._status = text[:width].encode()
 
-    def _put(self, data: bytes):
+    def _put(self, data: bytes) -> None:
         if not self._is_open:
             return
         try:
@@ -56,6 +59,8 @@ class Console:
         except OSError as error:
             self.line(f"cannot be kept: {error.filename or path}: {error.strerror}{hint}")
 
-    def line(self, text: str = ""):
-        margin = "" if self._at_margin else "\n"
-        self.write(f"{margin}{text}\n".encode())
+    def line(self, text: str = "") -> None:
+        """A line of its own, or several that stay together."""
+        with self._lock:
+            margin = "" if self._at_margin else "\n"
+            self._write(f"{margin}{text}\n".encode())

@@ -15,7 +15,7 @@ class NoDriver(Exception):
 
 
 @contextmanager
-def visible_handles(environ: Mapping[str, str]) -> Iterator[list]:
+def visible_handles(environ: Mapping[str, str]) -> Iterator[list[Any]]:
     """NVML handles of the GPUs that CUDA_VISIBLE_DEVICES leaves, in CUDA's order. Raises NoDriver."""
     import pynvml
 

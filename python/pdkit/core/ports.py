@@ -21,11 +21,11 @@ class PortBlock:
     guard: socket.socket
     ports: range
 
-    def release(self):
+    def release(self) -> None:
         self.guard.close()
 
 
-def claim(host="127.0.0.1"):
+def claim(host: str = "127.0.0.1") -> PortBlock:
     """A block of BLOCK_SIZE - 1 ports that nobody listens on. Raises RuntimeError when there is none."""
     for base in random.sample(BLOCKS, len(BLOCKS)):
         try:
@@ -39,7 +39,7 @@ def claim(host="127.0.0.1"):
     raise RuntimeError(f"no {BLOCK_SIZE} free ports in a row on {host} from {BLOCKS[0]} to {BLOCKS[-1]}")
 
 
-def is_free(port, host="127.0.0.1"):
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether nobody listens on a TCP port."""
     try:
         socket.create_server((host, port)).close()
@@ -50,7 +50,8 @@ def is_free(port, host="127.0.0.1"):
 
 def wait_until_free(ports: Iterable[int], seconds: float) -> list[str]:
     """Waits until nobody listens on these TCP ports, on any address; then, one line for each that is still taken."""
-    wanted, taken = set(ports), {}
+    wanted = set(ports)
+    taken: dict[int, int | None] = {}
 
     def are_free() -> bool:
         taken.clear()
@@ -68,4 +69,4 @@ def wait_until_free(ports: Iterable[int], seconds: float) -> list[str]:
 def listeners() -> list[tuple[int, int | None]]:
     """TCP ports that are listened on, with the process id, where we may see it."""
     found = psutil.net_connections(kind="tcp")
-    return [(each.laddr.port, each.pid) for each in found if each.status == psutil.CONN_LISTEN]
+    return [(each.laddr.port, each.pid) for each in found if each.laddr and each.status == psutil.CONN_LISTEN]

@@ -4,12 +4,14 @@ import gc
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pdkit.core import ci_register, top_level
 
@@ -22,6 +24,18 @@ PROJECT_SUITES = {
         "stage-c-test-dsv4-8-gpu-h200",
     ),
 }
+
+# Names of SGLang's own suites since it registers by `stage=` and `runner_config=`: {stage}-test-{runner_config}.
+STAGES = ("base-a", "base-b", "base-c", "extra-a", "extra-b")
+RUNNER_CONFIGS = {
+    "cpu": ("cpu", "cpu-arm64"),
+    "cuda": (
+        *("1-gpu-small", "1-gpu-large", "2-gpu-large", "4-gpu-h100", "4-gpu-b200", "4-gpu-gb300"),
+        *("8-gpu-h20", "8-gpu-h200", "8-gpu-b200", "deepep-4-gpu-h100", "deepep-4-gpu-b200", "deepep-8-gpu-h200"),
+    ),
+}
+
+NAMELESS = ("amd", "npu")  # SGLang's runner does not check the suites of these, and some files name none
 
 _REGISTERS = re.compile(rb"^register_\w+_ci\s*\(", re.MULTILINE)
 
@@ -52,11 +66,29 @@ class Collection:
     hardware: tuple[str, ...]
 
     def suites(self, hw: str) -> set[str]:
-        """Suites that some file registers for `hw`, and those that this project defines."""
-        return {r.suite for r in self.registrations if r.hw == hw} | set(PROJECT_SUITES.get(hw, ()))
+        """Suites that some file registers for `hw`, and those that need no file."""
+        return {r.suite for r in self.registrations if r.hw == hw and r.suite} | defined_suites(hw)
 
 
-def _parse_top_level(rules: ModuleType, filename: str):
+def takes_pairs() -> bool:
+    """Whether the installed SGLang registers by `stage=` and `runner_config=`. Raises CIRegisterNotFound."""
+    return "runner_config" in signature(ci_register.load().register_cuda_ci).parameters
+
+
+def pair_of(suite: str) -> tuple[str, str] | None:
+    """(stage, runner_config) of a suite of that form; None for one that has a single name."""
+    stage, separator, runner_config = suite.partition("-test-")
+    known = any(runner_config in configs for configs in RUNNER_CONFIGS.values())
+    return (stage, runner_config) if separator and stage in STAGES and known else None
+
+
+def defined_suites(hw: str) -> set[str]:
+    """Suites that exist though no file is registered in them: this project's, and those of the installed SGLang."""
+    pairs = [f"{stage}-test-{config}" for stage in STAGES for config in RUNNER_CONFIGS.get(hw, ())]
+    return {*PROJECT_SUITES.get(hw, ()), *(pairs if takes_pairs() else ())}
+
+
+def _parse_top_level(rules: ModuleType, filename: str) -> tuple[list[Any], bool]:
     """What SGLang's `ut_parse_one_file` finds, by SGLang's own visitor."""
     source = Path(filename).read_bytes()
     if b"register_" not in source:
@@ -67,7 +99,7 @@ def _parse_top_level(rules: ModuleType, filename: str):
 
 
 @contextmanager
-def _no_garbage_collection():
+def _no_garbage_collection() -> Iterator[None]:
     """Syntax trees hold no cycles, yet make the collector walk them again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -106,14 +138,14 @@ def _registrations_of(rules: ModuleType, filename: str, root: Path) -> list[Regi
     registrations = []
     for found in rules.collect_tests([filename]):
         hw = found.backend.name.lower()
-        if not found.effective_suite:
+        if not found.effective_suite and hw not in NAMELESS:
             raise ValueError(f"{filename}: register_{hw}_ci() names no suite")
         registrations.append(
             Registration(
                 filename=filename,
                 name=name,
                 hw=hw,
-                suite=found.effective_suite,
+                suite=found.effective_suite or "",
                 est_time=found.est_time,
                 nightly=found.nightly,
                 disabled=found.disabled,
@@ -129,7 +161,7 @@ def collect(root: Path, rules: ModuleType | None = None) -> Collection:
     """
     root = root.absolute()
     rules = rules or ci_register.load()
-    rules.ut_parse_one_file = partial(_parse_top_level, rules)
+    vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
     registrations, errors = [], []
     with _no_garbage_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

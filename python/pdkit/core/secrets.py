@@ -67,13 +67,13 @@ class Redactor:
 
 def scrub(directory: Path, secrets: Iterable[str]) -> list[Path]:
     """Replaces `secrets` in all files below `directory`; returns those that had some."""
-    secrets = [secret.encode() for secret in secrets]
+    encoded = [secret.encode() for secret in secrets]
     changed = []
-    for path in sorted(directory.rglob("*")) if secrets else ():
+    for path in sorted(directory.rglob("*")) if encoded else ():
         if not path.is_file() or path.is_symlink():
             continue
         content = clean = path.read_bytes()
-        for secret in secrets:
+        for secret in encoded:
             clean = clean.replace(secret, REMOVED.encode())
         if clean != content:
             path.write_bytes(clean)

@@ -5,11 +5,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
+_PACKAGE = Path(__file__).parents[1]
 PD_FIXTURE = "PDDisaggregationServerBase"
 UNKNOWN = object()
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,8 @@ class Source:
         return {node.name: TestClass(self, node) for node in self.tree.body if isinstance(node, ast.ClassDef)}
 
     @cached_property
-    def functions(self) -> dict[str, ast.FunctionDef]:
-        return {node.name: node for node in self.tree.body if isinstance(node, _FUNCTION)}
+    def functions(self) -> dict[str, Function]:
+        return {node.name: node for node in self.tree.body if isinstance(node, Function)}
 
     @cached_property
     def constants(self) -> dict[str, ast.expr]:
@@ -72,27 +73,28 @@ class Source:
 
     def enclosing(self, node: ast.AST, kind: type | tuple[type, ...]) -> Iterator[ast.AST]:
         """The ancestors of `node` of that kind, innermost first."""
-        while node := self.parents.get(node):
-            if isinstance(node, kind):
-                yield node
+        parent = self.parents.get(node)
+        while parent is not None:
+            if isinstance(parent, kind):
+                yield parent
+            parent = self.parents.get(parent)
 
-    def value(self, node: ast.expr | None, environ: Mapping[str, str] = os.environ):
+    def value(self, node: ast.expr | None, environ: Mapping[str, str] = os.environ) -> object:
         """What an expression is where it is a literal, a constant of the module or a variable of `environ`."""
         if isinstance(node, ast.Name) and node.id in self.constants:
             return self.value(self.constants[node.id], environ)
         if isinstance(node, ast.Call) and self.dotted(node.func) in ("os.getenv", "os.environ.get"):
             name, *default = [self.value(arg, environ) for arg in node.args]
-            return environ.get(name, default[0] if default else None)
+            return environ.get(str(name), default[0] if default else None)
         if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
             values = [self.value(operand, environ) for operand in node.values]
             return UNKNOWN if UNKNOWN in values else next(filter(None, values), values[-1])
+        if node is None:
+            return UNKNOWN
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError):
             return UNKNOWN
-
-
-_FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def _statements(block: ast.AST) -> Iterator[ast.stmt]:
@@ -153,12 +155,11 @@ class TestClass:
     @property
     def stands_on_sglang(self) -> bool:
         """Built on that fixture without this package: what `pdkit.deployment.attach` supervises from outside."""
-        package = Path(find_spec("pdkit").submodule_search_locations[0])
-        return self.is_pd and not any(package in each.source.path.parents for each in self.mro)
+        return self.is_pd and not any(_PACKAGE in each.source.path.parents for each in self.mro)
 
     @cached_property
-    def methods(self) -> dict[str, ast.FunctionDef]:
-        return {node.name: node for node in self.node.body if isinstance(node, _FUNCTION)}
+    def methods(self) -> dict[str, Function]:
+        return {node.name: node for node in self.node.body if isinstance(node, Function)}
 
     @cached_property
     def attributes(self) -> dict[str, ast.expr]:
@@ -172,12 +173,12 @@ class TestClass:
         """The nearest class that assigns `name` in its body, and the expression."""
         return next(((cls, cls.attributes[name]) for cls in self.mro if name in cls.attributes), None)
 
-    def method(self, name: str, above: "TestClass | None" = None) -> tuple["TestClass", ast.FunctionDef] | None:
+    def method(self, name: str, above: "TestClass | None" = None) -> tuple["TestClass", Function] | None:
         """The nearest class that defines `name`, and the definition; with `above`, as super() there finds it."""
         classes = self.mro[self.mro.index(above) + 1 :] if above else self.mro
         return next(((cls, cls.methods[name]) for cls in classes if name in cls.methods), None)
 
-    def value(self, name: str, environ: Mapping[str, str] = os.environ):
+    def value(self, name: str, environ: Mapping[str, str] = os.environ) -> object:
         """Value of a class attribute, or UNKNOWN."""
         found = self.attribute(name)
         return found[0].source.value(found[1], environ) if found else UNKNOWN
@@ -195,11 +196,11 @@ def _module_path(directory: Path, module: str) -> Path | None:
     if not module or module.startswith("."):
         return None
     if module.startswith("pdkit."):
-        path = Path(find_spec("pdkit").submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
+        candidates = [_PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")]
     else:
         name = f"{module}.py"
-        path = next((path for path in [directory / name, *directory.parent.glob(f"*/{name}")] if path.is_file()), None)
-    return path if path and path.is_file() else None
+        candidates = [directory / name, *directory.parent.glob(f"*/{name}")]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def read(path: Path) -> Source:

@@ -35,7 +35,7 @@ class Plan:
     pass_at_most: tuple[int, ...]
     fail_at_least: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert len(self.looks) == len(self.pass_at_most) == len(self.fail_at_least) > 0, self
         for values in (self.looks, self.pass_at_most, self.fail_at_least):
             assert list(values) == sorted(values), f"thresholds must not fall from look to look: {self}"

@@ -73,11 +73,17 @@ def popen_launch_pd_server(
 
 
 def popen_launch_server(*args: Any, **kwargs: Any) -> subprocess.Popen:
-    """SGLang's own, which waits until the server is ready; from then on it is watched."""
+    """SGLang's own, which waits until the server is ready; from then on it is watched, and ended with the class."""
     process = _launch_server(*args, **kwargs)
     if servers := fixture.current():
         servers.supervisor.watch(_unused_name("server"), process)
+        servers.addClassCleanup(_end, process)
     return process
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        kill_process_tree(process.pid)
 
 
 def popen_with_error_check(command: Sequence[str]) -> subprocess.Popen:

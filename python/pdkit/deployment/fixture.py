@@ -10,8 +10,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPConnection
@@ -37,6 +39,7 @@ SERVER_MODULE_VARIABLE = "PDKIT_SERVER_MODULE"
 SGLANG_SERVER = "sglang.launch_server"
 
 _deployments: list[type["PDServers"]] = []
+_preparing = threading.Lock()  # a test may launch its servers in threads
 
 
 def current() -> type["PDServers"] | None:
@@ -101,6 +104,7 @@ class PDServers(PDDisaggregationServerBase):
     prefill_nccl_port = decode_nccl_port = None  # fixtures before 0.5.18 pin none
     answering: set[str] = set()  # URLs that have answered a first request
     _servers: list[Server] = []
+    _port_lock: socket.socket | None = None
     _names: dict[str, str] = {}  # URL -> what listens there
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -167,8 +171,7 @@ class PDServers(PDDisaggregationServerBase):
     ) -> Server:
         """Starts any process of the deployment: it is watched from now on under its name, and stopped at the end."""
         cls.begin()
-        if not cls._servers:
-            cls._prepare()
+        cls._prepare()
         python3 = os.path.dirname(sys.executable)  # commands say `python3`: let it be this one
         environment = {**os.environ, **(env or {}), "PATH": f"{python3}{os.pathsep}{os.environ['PATH']}"}
         before = sum(server.name == name for server in cls._servers)
@@ -187,8 +190,11 @@ class PDServers(PDDisaggregationServerBase):
 
     @classmethod
     def _prepare(cls) -> None:
-        cls.addClassCleanup(ports.lock(cls).close)
-        ports.require_free(cls)
+        """Before the first server: the ports are ours until the servers are stopped, and nobody listens there."""
+        with _preparing:
+            if cls._port_lock is None:
+                cls._port_lock = ports.lock(cls)
+                ports.require_free(cls)
 
     @classmethod
     def log_directory(cls) -> str:
@@ -264,6 +270,14 @@ class PDServers(PDDisaggregationServerBase):
         with self.failing_with_a_death():
             super()._callTestMethod(method)
 
+    def _callTearDown(self) -> None:
+        with self.failing_with_a_death():
+            super()._callTearDown()
+
+    def _callCleanup(self, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> None:
+        with self.failing_with_a_death():
+            super()._callCleanup(function, *args, **kwargs)
+
     @classmethod
     def tearDownClass(cls) -> None:
         cls.stop_servers()
@@ -292,6 +306,9 @@ class PDServers(PDDisaggregationServerBase):
                 for server in servers:
                     server.kill_all()
                 supervisor.release_signals()
+                if cls._port_lock:
+                    cls._port_lock.close()
+                    cls._port_lock = None
                 leave(cls)
         assert not unreported_death, unreported_death
 

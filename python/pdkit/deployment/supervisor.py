@@ -61,8 +61,8 @@ class Supervisor:
     """Watches processes until `stop()`; the first to end raises ServerDied in the main thread, within `interrupting()`.
 
     What is left of the server that died is killed, so that nobody waits for it. SIGUSR1 wakes the main thread,
-    again and again while code swallows that; SIGTERM and SIGHUP act like Ctrl-C, so that a run that is asked to end
-    takes its servers with it.
+    again and again while code swallows that; SIGTERM and SIGHUP act like Ctrl-C (SIGINT), so that a run that is asked
+    to end takes its servers with it.
     """
 
     def __init__(self) -> None:
@@ -73,11 +73,9 @@ class Supervisor:
         self._depth = 0
         self._launching = self._terminated = self._released = False
         self._stopped = threading.Event()
-        self._previous_handlers = {
-            signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._interrupt),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, self._terminate),
-            signal.SIGHUP: signal.signal(signal.SIGHUP, self._terminate),
-        }
+        self._previous_handlers = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._interrupt)}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._previous_handlers[number] = signal.signal(number, self._terminate)
         self._thread = threading.Thread(target=self._watch, name="pd-supervisor", daemon=True)
         self._thread.start()
 
@@ -122,7 +120,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def launching(self) -> Iterator[None]:
-        """Within it neither a death nor SIGTERM raises, only at its end: what starts must be known to be stopped."""
+        """Within it neither a death nor a signal raises, only at its end: what starts must be known to be stopped."""
         self._launching = True
         try:
             yield

@@ -113,7 +113,15 @@ class PlantedBugChecks(ExactParityArms):
     A bug is caught where a check fails that passes for the release, and the failure names the file that was changed.
     """
 
-    needs = ("launch", "supervisor", "tree", "close_fork_servers_but", "process_prefill", "process_decode")
+    needs = (
+        "launch",
+        "server_env",
+        "supervisor",
+        "tree",
+        "close_fork_servers_but",
+        "process_prefill",
+        "process_decode",
+    )
 
     bugs: ClassVar[Sequence[Bug]] = BUGS
     returning = 60
@@ -187,7 +195,7 @@ class PlantedBugChecks(ExactParityArms):
             process = getattr(cls, f"process_{side}")
             process.kill_all()
             process.wait(30)
-            fresh = cls.launch(side, process.args)
+            fresh = cls.launch(side, process.args, cls.server_env)
             fresh.expects_exit = tree is not None  # a bug may end it
             setattr(cls, f"process_{side}", fresh)
         cls.close_fork_servers_but(tree)

@@ -64,7 +64,7 @@ class Server:
     """What one `sglang.launch_server` takes.
 
     `nics` are RDMA devices, `mem_fraction` is a share of a GPU's memory, `pins_nccl` whether the NCCL port is its
-    argument; `fp4_experts` is what SGLANG_DSV4_FP4_EXPERTS says, None where it is not set.
+    argument.
     """
 
     name: str
@@ -80,9 +80,6 @@ class Server:
     pins_nccl: bool = False
     nics: tuple[str, ...] = ()
     transfer_backend: str | None = None
-    speculative: bool = False
-    model: str | None = None
-    fp4_experts: bool | None = None
 
     @property
     def ranks(self) -> list[Rank]:
@@ -242,8 +239,6 @@ def _nics_of(value: object) -> tuple[str, ...]:
 
 def _server(name: str, process: ProcessContract) -> Server:
     settings = process.settings
-    model = dict(zip(process.argv, process.argv[1:], strict=False)).get("--model-path")
-    fp4 = process.env.get("SGLANG_DSV4_FP4_EXPERTS")
     is_of_a_pair = settings["disaggregation_mode"] != "null"
     return Server(
         name=name,
@@ -259,9 +254,6 @@ def _server(name: str, process: ProcessContract) -> Server:
         pins_nccl=settings["nccl_port"] is not None,
         nics=_nics_of(settings["disaggregation_ib_device"]),
         transfer_backend=settings["disaggregation_transfer_backend"] if is_of_a_pair else None,
-        speculative=settings["speculative_algorithm"] is not None,
-        model=model,
-        fp4_experts=fp4.lower() in ("1", "true", "yes", "y") if fp4 else None,
     )
 
 

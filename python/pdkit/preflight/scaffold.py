@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdkit.core.errors import UsageError
-from pdkit.core.registry import PROJECT_SUITES
+from pdkit.core.registry import PROJECT_SUITES, defined_suites, pair_of
 from pdkit.core.suggest import unknown
 from pdkit.engine import options as engine_options
 from pdkit.preflight.contract.launches import Contract, ask
@@ -24,11 +24,28 @@ SERVERS = {
 }
 EST_TIME_S = {"cuda": 250, "cpu": 120}
 SHARED_FRACTION = 0.4
-INHERITED_WIDTH = 4
-INHERITED_TARGET, INHERITED_MEMORY_GB = "8xH200", 141
+INHERITED = {"width": 4, "target": "8xH200", "memory_gb": 141}  # of the main job's servers
 WIDTH = 120
 _GPUS = re.compile(r"(\d+)(?:\+(\d+))?")
 _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
+TEMPLATE = '''"""{title} must still solve GSM8K."""
+
+import unittest
+
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from {module} import {servers}
+from sglang.test.ci.ci_register import register_{hw}_ci
+
+register_{hw}_ci(est_time={est_time}, {suite})
+
+
+class {name}(GSM8KChecks, {servers}):
+{body}
+
+
+if __name__ == "__main__":
+    unittest.main()
+'''
 
 
 class Refused(UsageError):
@@ -100,7 +117,7 @@ class NewTest:
     def common_flags(self) -> tuple[str, ...]:
         """Flags of both servers on GPUs, on top of what they inherit."""
         trust = () if self.inherits_flags else ("--trust-remote-code",)
-        inherited_width = self.inherits_flags and len(self.prefill_gpus) == INHERITED_WIDTH
+        inherited_width = self.inherits_flags and len(self.prefill_gpus) == INHERITED["width"]
         width = self._width(self.prefill_gpus) if self.is_symmetric and not inherited_width else ()
         shared = ("--mem-fraction-static", str(SHARED_FRACTION)) if self.prefill_gpus == self.decode_gpus else ()
         return trust + width + shared + self.flags
@@ -122,9 +139,10 @@ def new_test(name: str, model: str | None, suite: str, gpus: str | None = None, 
         raise UsageError(f"{name!r} is no name for a class; for example Qwen3NoPrefixCache")
     if name.lower().startswith("test"):
         raise UsageError(f"{name!r}: leave the word test out, it becomes TestDisaggregation{name[4:].lstrip('_')}")
-    hw = next((hw for hw, suites in PROJECT_SUITES.items() if suite in suites), None)
+    suites = {hw: defined_suites(hw) for hw in PROJECT_SUITES}
+    hw = next((hw for hw in suites if suite in suites[hw]), None)
     if hw is None:
-        raise UsageError(unknown("suite", suite, (known for suites in PROJECT_SUITES.values() for known in suites)))
+        raise UsageError(unknown("suite", suite, set().union(*suites.values())))
     if model is not None and not re.fullmatch(r"[^\s\"'\\]+", model):
         raise UsageError(f"--model {model!r}: expected a repository or a directory without blanks and quotes")
     if hw == "cuda" and model is None:
@@ -142,23 +160,8 @@ def _list(flags: tuple[str, ...], before: str) -> str:
     """Flags as a list, on the line that `before` begins or below it."""
     words = [json.dumps(word) if '"' not in word and "\\" not in word else repr(word) for word in flags]
     line = f"{before}[{', '.join(words)}]"
-    if len(line) <= WIDTH:
-        return line
     indent = " " * (len(before) - len(before.lstrip()))
-    return f"{before}[\n" + "".join(f"{indent}    {word},\n" for word in words) + f"{indent}]"
-
-
-def _server_args(flags: tuple[str, ...]) -> str:
-    """Flags as a block of text with one to a line, or as a list where a word has blanks or quotes of its own."""
-    before = "    server_args = "
-    if any(re.search(r"\s|\"\"\"|\\", word) or not word for word in flags):
-        return _list(flags, before)
-    lines: list[list[str]] = []
-    for word in flags:
-        if word.startswith("-") or not lines:
-            lines.append([])
-        lines[-1].append(word)
-    return f'{before}"""\n' + "".join(f"        {' '.join(line)}\n" for line in lines) + '    """.split()'
+    return line if len(line) <= WIDTH else f"{before}[\n" + "".join(f"{indent}    {w},\n" for w in words) + f"{indent}]"
 
 
 def _attributes(test: NewTest) -> list[str]:
@@ -168,13 +171,13 @@ def _attributes(test: NewTest) -> list[str]:
         lines.append(f"    min_score = {test.min_score:g}")
     if test.hw != "cuda":
         return lines
-    if test.target != INHERITED_TARGET:
+    if test.target != INHERITED["target"]:
         lines.insert(0, f'    target = "{test.target}"')
     lines += [f"    prefill_gpus = {test.prefill_gpus}", f"    decode_gpus = {test.decode_gpus}"]
-    if test.runner.memory_gb not in (None, INHERITED_MEMORY_GB):
+    if test.runner.memory_gb not in (None, INHERITED["memory_gb"]):
         lines.append(f"    gpu_memory_gb = {test.runner.memory_gb}")
     if not test.inherits_flags:
-        lines += [_server_args(test.common_flags), "    server_env = {}"]
+        lines += [_list(test.common_flags, "    server_args = "), "    server_env = {}"]
     elif test.common_flags:
         lines.append(_list(test.common_flags, f"    server_args = {SERVERS[test.hw][1]}.server_args + "))
     return lines
@@ -183,36 +186,26 @@ def _attributes(test: NewTest) -> list[str]:
 def render(test: NewTest) -> str:
     """Source of the test."""
     module, servers = SERVERS[test.hw]
-    what, where = test.model or "The nano model", "on the embedded engine"
+    where = "on the embedded engine"
     if test.hw == "cuda":
         prefill, decode = (f"GPU{'s' * (len(g) > 1)} {span(g)}" for g in (test.prefill_gpus, test.decode_gpus))
         where = f"with prefill on {prefill} and decode on {decode}"
     methods = [
-        f"    @classmethod\n    def {side}_args(cls):\n"
-        + _list(test.side_flags(side), f"        return super().{side}_args() + ")
+        f"    @classmethod\n    def {side}_args(cls):\n" + _list(flags, f"        return super().{side}_args() + ")
         for side in ("prefill", "decode")
-        if test.side_flags(side)
+        if (flags := test.side_flags(side))
     ]
-    attributes = "\n".join(_attributes(test))
-    body = "\n\n".join(filter(None, [attributes, *methods])) or "    pass"
-    return f'''"""{what} {where} must still solve GSM8K."""
-
-import unittest
-
-from pdkit.checks.accuracy.checks import GSM8KChecks
-from {module} import {servers}
-from sglang.test.ci.ci_register import register_{test.hw}_ci
-
-register_{test.hw}_ci(est_time={test.est_time or EST_TIME_S[test.hw]}, suite="{test.suite}")
-
-
-class {test.class_name}(GSM8KChecks, {servers}):
-{body}
-
-
-if __name__ == "__main__":
-    unittest.main()
-'''
+    pair = pair_of(test.suite)
+    return TEMPLATE.format(
+        title=f"{test.model or 'The nano model'} {where}",
+        module=module,
+        servers=servers,
+        hw=test.hw,
+        est_time=test.est_time or EST_TIME_S[test.hw],
+        suite=f'stage="{pair[0]}", runner_config="{pair[1]}"' if pair else f'suite="{test.suite}"',
+        name=test.class_name,
+        body="\n\n".join(filter(None, ["\n".join(_attributes(test)), *methods])) or "    pass",
+    )
 
 
 def check(test: NewTest, directory: Path) -> Contract:

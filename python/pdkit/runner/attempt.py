@@ -65,12 +65,16 @@ def _chunks(source) -> Iterator[bytes]:
     yield redactor.feed(b"")
 
 
-def _pump(source, log: Path, console: Console):
-    """Passes all output on, if to the console alone: nobody may wait for a log that cannot be written."""
+def _pump(source, log: Path, console: Console, is_shown: bool):
+    """Writes all output to the log, and to the console if `is_shown`; to that alone once the log cannot be written.
+
+    Nobody may wait for a log.
+    """
     chunks = _chunks(source)
     with console.keeping(log), log.open("wb") as file:
         for chunk in chunks:
-            console.write(chunk)
+            if is_shown:
+                console.write(chunk)
             file.write(chunk)
             file.flush()
     for chunk in chunks:
@@ -99,6 +103,11 @@ def _ending(guarded: Guarded, token: str, seconds: float) -> Ending:
     return ending
 
 
+def start(command: tuple[str, ...], environment: dict[str, str], token: str) -> Guarded:
+    """Starts the process of a test file below a guardian of its own: the one place where one is started."""
+    return Guarded(command, environment, token)
+
+
 def run_attempt(
     command: tuple[str, ...],
     environment: dict[str, str],
@@ -107,15 +116,16 @@ def run_attempt(
     console: Console,
     interruption: Interruption,
     test_max_retry: int = 0,
+    is_shown: bool = True,
 ) -> Attempt:
     """Runs `command` in a new session for at most `timeout` seconds; whatever it started is gone afterwards.
 
-    Its events are read in the directory that belongs to `log`, which `environment` names to it.
+    Its output goes to `log`, and to the console if `is_shown`; several threads may run one each at a time. Its events are read in the directory that belongs to `log`, which `environment` names to it.
     """
     memory = gpu_memory.unaccounted()
     token, tic = new_token(environment), time.monotonic()
-    guarded = Guarded(command, environment, token)
-    pump = threading.Thread(target=_pump, args=(guarded.output, log, console), daemon=True)
+    guarded = start(command, environment, token)
+    pump = threading.Thread(target=_pump, args=(guarded.output, log, console, is_shown), daemon=True)
     pump.start()
     forced = _wait(guarded, timeout, interruption)
     phase = None
@@ -123,8 +133,7 @@ def run_attempt(
         phase, lines = diagnose(guarded.descendants(), log, py_spy())
         with console.keeping(log):
             log.with_suffix(".hang.txt").write_text("\n".join(lines) + "\n")
-        for line in lines:
-            console.line(line)
+        console.line("\n".join(lines))
     ending = _ending(guarded, token, time.monotonic() - tic)
     forced = forced if ending.exit_code is None else None
     pump.join(DRAIN_S)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as something to look at rather than something to catch."""
+"""Signals that ask for an end, as something to look at rather than something to catch."""
 
 import signal
 import time
@@ -7,9 +7,12 @@ POLL_S = 0.25
 
 
 class Interruption:
-    """Remembers SIGINT and SIGTERM instead of raising, so that no child is lost between two statements."""
+    """Remembers SIGINT, SIGTERM and SIGHUP instead of raising, so that no child is lost between two statements.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    A SIGHUP that is ignored, as nohup has it, stays ignored. To be used in the main thread; any thread may look.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self.requested_by: signal.Signals | None = None
@@ -21,7 +24,11 @@ class Interruption:
         self.requested_by = self.requested_by or signal.Signals(number)
 
     def __enter__(self):
-        self._previous = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        self._previous = {
+            number: signal.signal(number, self._remember)
+            for number in self.SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *_):

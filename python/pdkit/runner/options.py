@@ -1,14 +1,17 @@
 """The command line of `test/run_suite.py`: SGLang's flags, and a few on top."""
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from pdkit.core import ci_register
 from pdkit.core.command import Parser, natural, seconds
 from pdkit.core.errors import MEANINGS, UsageError
-from pdkit.core.suggest import nearest
+from pdkit.core.source import read
 
 DEFAULT_TIMEOUT_S = 1200.0
 EST_TIME_FACTOR = 1.5
@@ -33,6 +36,7 @@ class Options:
     retry_wait_seconds: float = 60.0
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
+    jobs: int | None = None  # None: the runner chooses
     failfast: bool = True
     report_dir: Path | None = None
     history: Path | None = None
@@ -55,8 +59,28 @@ class Options:
         if self.timeout_per_file is not None:
             limit = self.timeout_per_file
         else:
-            limit = max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
+            limit = default_timeout(est_time)
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
+
+
+@cache
+def _timeout_rule() -> tuple[float, float]:
+    """(factor, seconds on top) by which the installed SGLang derives a limit from est_time; (0, 0) before 0.5.23."""
+    try:
+        source = read(ci_register.locate().with_name("ci_utils.py"))
+    except (ci_register.CIRegisterNotFound, OSError):
+        return 0, 0
+    rule = [source.value(source.constants.get(f"DERIVED_TIMEOUT_{part}")) for part in ("FACTOR", "SLACK")]
+    factor, slack = (value if isinstance(value, float) else 0 for value in rule)
+    return factor, slack
+
+
+def default_timeout(est_time: float) -> float:
+    """Seconds that one attempt at a file may take where the command line sets no limit, as in the installed SGLang."""
+    factor, slack = _timeout_rule()
+    if slack:
+        return max(factor * est_time, est_time + slack)
+    return max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
 
 
 def add_history_options(group):
@@ -67,7 +91,7 @@ def add_history_options(group):
         type=Path,
         metavar="FILE",
         help=f"append a record of this run there (default: {HISTORY_VARIABLE}, or {default_history({})} for the tests "
-        "of this repository); scripts/history.py reads it",
+        "of this repository); pdkit history reads it",
     )
     choice.add_argument("--no-history", action="store_true", help="append none")
 
@@ -99,43 +123,35 @@ def history_file(args: argparse.Namespace, is_own_tree: bool) -> Path | None:
     return path
 
 
-def _parser(default_test_root: Path) -> Parser:
-    codes = "; ".join(f"{int(code)} {meaning}" for code, meaning in MEANINGS.items())
-    parser = Parser(
-        prog="run_suite.py",
-        description="Run the registered test files of one suite, each as `python3 FILE -f` in a process of its own.",
-        epilog=f"Exit codes: {codes}.",
-        allow_abbrev=False,
-    )
+def add_selection(parser: argparse.ArgumentParser, default_test_root: Path) -> None:
+    """Which files: what every command that lists or runs registered files takes."""
     select = parser.add_argument_group("which files")
     select.add_argument("--hw", metavar="NAME", help="hardware: cpu, cuda, amd, npu, xpu, musa, ...")
     select.add_argument("--suite", metavar="NAME", help="suite, for example stage-a-test-cpu")
-    select.add_argument("--nightly", action="store_true", help="run nightly registrations instead of the others")
-    select.add_argument("--auto-partition-id", type=natural, metavar="I", help="run partition I, from 0, ...")
-    select.add_argument("--auto-partition-size", type=natural, metavar="N", help="... of N of about equal time")
-    select.add_argument(
-        "--partition-model-file",
-        type=Path,
-        metavar="F",
-        help="JSON object of file -> seconds, or JSON lines as printed between TIMINGS BEGIN and END: "
-        "used instead of the registered est_time",
-    )
+    select.add_argument("--nightly", action="store_true", help="nightly registrations instead of the others")
     select.add_argument(
         "--test-root",
         type=Path,
         default=default_test_root,
         metavar="DIR",
-        help="tree of registered tests (default: %(default)s)",
+        help="tree of registered tests (default: this repository's)",
     )
-    select.add_argument("--list", dest="list_only", action="store_true", help="print what would run, and run nothing")
-    select.add_argument("--json", action="store_true", help="with --list: print JSON")
 
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """How they are run."""
     run = parser.add_argument_group("how to run them")
     run.add_argument(
         "--timeout-per-file",
         type=seconds,
         metavar="S",
-        help=f"end a file after S seconds (default: {DEFAULT_TIMEOUT_S:.0f}, or {EST_TIME_FACTOR} x est_time if more)",
+        help="end a file after S seconds (default: as the installed SGLang derives it from est_time)",
+    )
+    run.add_argument(
+        "--jobs",
+        type=natural,
+        metavar="N",
+        help="run N files side by side (default: 2 where there are two cores, but those that need GPUs one by one)",
     )
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
@@ -152,6 +168,22 @@ def _parser(default_test_root: Path) -> Parser:
     )
     run.add_argument("--report-dir", type=Path, metavar="DIR", help="keep logs and results.json there")
     add_history_options(run)
+
+
+def _add_for_ci(parser: argparse.ArgumentParser) -> None:
+    """SGLang's own options of its runner, which its CI passes."""
+    select = parser.add_argument_group("partitions")
+    select.add_argument("--auto-partition-id", type=natural, metavar="I", help="run partition I, from 0, ...")
+    select.add_argument("--auto-partition-size", type=natural, metavar="N", help="... of N of about equal time")
+    select.add_argument(
+        "--partition-model-file",
+        type=Path,
+        metavar="F",
+        help="JSON object of file -> seconds, or JSON lines as printed between TIMINGS BEGIN and END: "
+        "used instead of the registered est_time",
+    )
+    select.add_argument("--list", dest="list_only", action="store_true", help="print what would run, and run nothing")
+    select.add_argument("--json", action="store_true", help="with --list: print JSON")
 
     retry = parser.add_argument_group("retries")
     retry.add_argument(
@@ -173,29 +205,30 @@ def _parser(default_test_root: Path) -> Parser:
         metavar="N",
         help="SGLANG_TEST_MAX_RETRY of the files: retries per test method (default: 0, whatever the environment says)",
     )
-    return parser
-
-
-def _reject_unknown_flags(parser: Parser, words: list[str]):
-    if not words:
-        return
-    word = words[0]
-    if not word.startswith("-"):
-        raise UsageError(f"unexpected argument {word!r} (--help lists the options)")
-    flag = word.split("=")[0]
-    known = [name for name in parser._option_string_actions if name.startswith("--")]
-    raise UsageError(f"unknown option {flag}; nearest known: {', '.join(nearest(flag, known))}")
 
 
 def parse_options(argv: list[str], default_test_root: Path) -> Options:
-    """Options from the command line; `--help` prints and leaves by SystemExit.
+    """Options from the command line of `test/run_suite.py`; `--help` prints and leaves by SystemExit.
 
     Raises UsageError where the flags are wrong by themselves; the registry knows whether suite and hardware exist.
     """
-    parser = _parser(default_test_root)
-    args, rest = parser.parse_known_args(argv)
-    _reject_unknown_flags(parser, rest)
+    codes = "; ".join(f"{int(code)} {meaning}" for code, meaning in MEANINGS.items())
+    parser = Parser(
+        prog="run_suite.py",
+        description="Run the registered test files of one suite, each as `python3 FILE -f` in a process of its own.",
+        epilog=f"Exit codes: {codes}.",
+    )
+    add_selection(parser, default_test_root)
+    add_running(parser)
+    _add_for_ci(parser)
+    return options_of(parser.parse_args(argv), default_test_root)
 
+
+def options_of(given: argparse.Namespace, default_test_root: Path) -> Options:
+    """Options from what a parser found; those that its command does not take have their defaults. Raises UsageError."""
+    fields = {field.name: field.default for field in dataclasses.fields(Options)}
+    args = argparse.Namespace(**fields, auto_partition_id=None, auto_partition_size=None, no_history=False)
+    vars(args).update(vars(given))
     missing = [flag for flag, value in (("--hw", args.hw), ("--suite", args.suite)) if not value]
     size, rank = args.auto_partition_size, args.auto_partition_id
     if missing and not args.list_only:
@@ -214,6 +247,8 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
         raise UsageError(f"unknown partition {rank}; nearest known: {size - 1} (partitions run from 0 to {size - 1})")
     if args.max_attempts == 0:
         raise UsageError("--max-attempts 0: a file is tried at least once")
+    if args.jobs == 0:
+        raise UsageError("--jobs 0: at least one file runs at a time")
     if args.timeout_per_file == 0:
         raise UsageError("--timeout-per-file 0: no file can run in no time")
     if not args.test_root.is_dir():
@@ -223,8 +258,5 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
 
     is_own_tree = args.test_root.absolute() == default_test_root.absolute()
     args.history = None if args.list_only else history_file(args, is_own_tree)
-    values = vars(args)
-    values.pop("no_history")
-    values["partition_id"] = values.pop("auto_partition_id")
-    values["partition_size"] = values.pop("auto_partition_size")
-    return Options(**values)
+    args.partition_id, args.partition_size = rank, size
+    return Options(**{name: getattr(args, name) for name in fields})

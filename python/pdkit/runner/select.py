@@ -30,27 +30,26 @@ class Selection:
         return sum(r.est_time for r in self.enabled)
 
 
-def live_estimates(path: Path) -> dict[str, float]:
-    """Seconds by file, from a JSON object or from the JSON lines of a TIMINGS block.
+class NoEstimates(Exception):
+    """No measured times for a suite; the message is one line that says why."""
 
-    Raises UsageError where `path` is neither.
+
+def live_estimates(path: Path, suite: str) -> dict[str, float]:
+    """Seconds by file, from the model.json of SGLang's CI, a JSON object, or the JSON lines of a TIMINGS block.
+
+    Raises NoEstimates where `path` is none of these, or has no times for `suite`.
     """
     try:
-        text = path.read_text()
+        return _parse_estimates(path.read_text(), suite)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UsageError(f"--partition-model-file {path}: {reason}") from None
-    try:
-        estimates = _parse_estimates(text)
+        raise NoEstimates(getattr(error, "strerror", None) or "not a text file") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(
-            f'--partition-model-file {path}: expected a JSON object {{"test/registered/...py": seconds}} '
-            'or lines {"file": ..., "elapsed": seconds}'
+        raise NoEstimates(
+            'expected {"est": {suite: {file: seconds}}}, {file: seconds} or lines {"file": ..., "elapsed": seconds}'
         ) from None
-    return estimates
 
 
-def _parse_estimates(text: str) -> dict[str, float]:
+def _parse_estimates(text: str, suite: str) -> dict[str, float]:
     try:
         estimates = json.loads(text)
     except ValueError:
@@ -58,6 +57,10 @@ def _parse_estimates(text: str) -> dict[str, float]:
     if estimates is None or "elapsed" in estimates:
         records = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         estimates = {record["file"]: record["elapsed"] for record in records}
+    if isinstance(estimates.get("est"), dict):
+        estimates = estimates["est"].get(suite)
+        if not estimates:
+            raise NoEstimates(f"it has no times for {suite}")
     if not estimates:
         raise ValueError("no estimates")
     for seconds in estimates.values():
@@ -82,7 +85,7 @@ def with_estimates(
     return [measured.get(registration, registration) for registration in registrations], list(measured)
 
 
-def check_names(collection: Collection, hw: str | None, suite: str | None):
+def check_names(collection: Collection, hw: str | None, suite: str | None) -> None:
     """Raises UsageError, naming the nearest known ones, where hardware or suite is unknown."""
     if hw and hw not in collection.hardware:
         raise UsageError(unknown("hardware", hw, collection.hardware, len(collection.hardware)))
@@ -115,9 +118,7 @@ def select(collection: Collection, options: Options) -> Selection:
 
     measured_of = ""
     if options.partition_model_file:
-        chosen, measured = with_estimates(chosen, live_estimates(options.partition_model_file))
-        others = ", est_time of the others" if len(measured) < len(chosen) else ""
-        measured_of = f"times of {len(measured)} of {len(chosen)} files from {options.partition_model_file}{others}"
+        chosen, measured_of = _measured(chosen, options.partition_model_file, suite or "")
     enabled = [r for r in chosen if r.is_enabled]
     disabled = [r for r in chosen if not r.is_enabled]
 
@@ -132,7 +133,19 @@ def select(collection: Collection, options: Options) -> Selection:
     return Selection(tuple(enabled), tuple(disabled), partition, why_empty, measured_of)
 
 
-def _why_empty(options: Options, of_suite: list, disabled: list, partition: dict) -> str:
+def _measured(chosen: list[Registration], path: Path, suite: str) -> tuple[list[Registration], str]:
+    """The registrations with the times of a file, and one line that says for how many; est_time where it has none."""
+    try:
+        registrations, measured = with_estimates(chosen, live_estimates(path, suite))
+    except NoEstimates as problem:
+        return chosen, f"no times from {path}: {problem}; est_time of all files"
+    others = ", est_time of the others" if len(measured) < len(chosen) else ""
+    return registrations, f"times of {len(measured)} of {len(chosen)} files from {path}{others}"
+
+
+def _why_empty(
+    options: Options, of_suite: list[Registration], disabled: list[Registration], partition: dict[Registration, int]
+) -> str:
     if partition:
         files = f"{len(partition)} file" + "s" * (len(partition) != 1)
         return f"partition {options.partition_id} of {options.partition_size} is empty: the suite has {files}"

@@ -19,6 +19,19 @@ FILES = "test_disaggregation_sglang_cpu"
 BUGS = "test_disaggregation_sglang_cpu_bugs.py"
 
 
+def prepare(sglang_source: str | None = None) -> None:
+    """Makes `sglang_source`, a checkout of SGLang or its python/, what is tested, and prints how it differs.
+
+    Raises NotReady with one line for each thing that the machine lacks, or where the tree cannot be tested here.
+    """
+    if sglang_source:
+        os.environ[plan.SOURCE_VARIABLE] = os.path.abspath(os.path.expanduser(sglang_source))
+    requirements.require_machine()
+    if tree := plan.source():
+        found = working_tree.report(tree / "sglang", drift.installed_package())
+        print(found or f"{tree} is as SGLang {drift.RELEASE}", flush=True)
+
+
 def _main(argv: Sequence[str]) -> ExitCode:
     """Raises UsageError, and NotReady with one line for each thing that the machine lacks."""
     parser = Parser(prog="sglang_cpu", description=__doc__.partition(":")[0], allow_abbrev=False)
@@ -27,13 +40,8 @@ def _main(argv: Sequence[str]) -> ExitCode:
     parser.add_argument("--report-dir", type=Path, metavar="DIR", help="keep logs and results.json there")
     parser.add_argument("names", nargs="*", metavar="NAME", help="only files whose names contain one of these")
     args = parser.parse_args(argv)
-    if args.sglang_source:
-        os.environ[plan.SOURCE_VARIABLE] = os.path.abspath(os.path.expanduser(args.sglang_source))
-    requirements.require_machine({**os.environ, **plan.environment(plan.DSV4)})
+    prepare(args.sglang_source)
     tree = plan.source()
-    if tree is not None:
-        found = working_tree.report(tree / "sglang", drift.installed_package())
-        print(found or f"{tree} is as SGLang {drift.RELEASE}", flush=True)
     chosen = [
         each
         for each in collect(TEST_ROOT).registrations

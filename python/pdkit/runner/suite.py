@@ -1,12 +1,17 @@
-"""Runs selected test files one after the other, each in a process and session of its own."""
+"""Runs selected test files, several side by side where the machine has the cores, each in a session of its own."""
 
+import contextlib
 import json
 import os
 import platform
 import shlex
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -27,10 +32,31 @@ from pdkit.runner.results import Attempt, FileResult
 from pdkit.runner.select import Selection
 
 RULE = "=" * 60
+POLL_S = 0.1
+LANES_AT_MOST = 2  # a test file with servers keeps one core busy, and waits for half of its time
+
+Numbered = tuple[int, Registration]
+
+
+def lanes(files: Sequence[Registration], options: Options) -> list[tuple[list[Numbered], int]]:
+    """The files in the order in which they are started, numbered from 1, in groups: (files, how many run side by side).
+
+    Side by side the longest start first, so that all lanes end together. Without --jobs there are two lanes for files
+    on CPU, and one for those that need GPUs: they share GPU memory, and some measure.
+    """
+    few = min(LANES_AT_MOST, len(os.sched_getaffinity(0)))
+    is_alone = {each: each.hw != "cpu" and not options.jobs for each in files}
+    jobs = options.jobs or few
+    together = [each for each in files if not is_alone[each]]
+    if jobs > 1:
+        together.sort(key=lambda each: -each.est_time)
+    numbered = list(enumerate([*together, *(each for each in files if is_alone[each])], start=1))
+    groups = [(numbered[: len(together)], jobs), (numbered[len(together) :], 1)]
+    return [(group, min(jobs, len(group))) for group, jobs in groups if group]
 
 
 class SuiteRun:
-    """The files of one selection, run in order; `results` grows by one per file."""
+    """The files of one selection, run side by side or in order; `results` grows by one per file."""
 
     def __init__(self, selection: Selection, options: Options, logs: Path, scratch: Path, interruption: Interruption):
         self.selection = selection
@@ -39,26 +65,53 @@ class SuiteRun:
         self.interruption = interruption
         self.console = Console(sys.stdout.buffer)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
-        self.results: list[FileResult] = []
+        self._groups = lanes(selection.enabled, options)
+        self._results: dict[int, FileResult] = {}
+        self._lock = threading.Lock()
         self.began, self.tic = datetime.now(timezone.utc), time.monotonic()
 
     def run(self) -> ExitCode:
         self._print_header()
-        total = len(self.selection.enabled)
-        for number, registration in enumerate(self.selection.enabled, start=1):
-            if self.interruption or (self._has_failed and not self.options.continue_on_error):
-                self._add(FileResult(registration, FileState.NOT_RUN))
-                continue
-            result = self._run_file(registration, number, f"[{number}/{total}]")
-            self._add(result)
-            self.console.line(f"[{number}/{total}] {result.describe()}")
-            self._append_metrics(result)
-        for registration in self.selection.disabled:
-            self._add(FileResult(registration, FileState.DISABLED, registration.disabled or "no reason given"))
+        for files, jobs in self._groups:
+            self._run_lanes(files, jobs)
+        for number, registration in enumerate(self.selection.disabled, start=len(self.selection.enabled) + 1):
+            self._results[number] = FileResult(
+                registration, FileState.DISABLED, registration.disabled or "no reason given"
+            )
         self._write_results(finished=True)
         self._append_history()
         self._print_summary()
         return self.exit_code
+
+    def _run_lanes(self, files: list[Numbered], jobs: int) -> None:
+        """Runs files in `jobs` threads, while this one is free to see signals. What breaks a lane ends the run."""
+        waiting = deque(files)
+        with ThreadPoolExecutor(jobs) as pool:
+            running = started = {pool.submit(self._lane, waiting, jobs) for _ in range(jobs)}
+            while running:  # never one long wait: a signal that arrives just before it would be seen only after it
+                _, running = wait(running, POLL_S)
+        for lane in started:
+            lane.result()
+
+    def _lane(self, waiting: "deque[Numbered]", jobs: int) -> None:
+        total = len(self.selection.enabled)
+        try:
+            while True:
+                with self._lock:
+                    if not waiting:
+                        return
+                    number, registration = waiting.popleft()
+                    starts = not self.interruption and (self.options.continue_on_error or not self._has_failed)
+                if starts:
+                    result = self._run_file(registration, number, f"[{number}/{total}]", jobs)
+                else:
+                    result = FileResult(registration, FileState.NOT_RUN)
+                with self._lock:
+                    self._add(number, result)
+        except BaseException:
+            with self._lock:
+                waiting.clear()
+            raise
 
     def _draw_report(self):
         """Draws what was kept; a report that cannot be drawn is no failure of what was tested."""
@@ -69,6 +122,10 @@ class SuiteRun:
                 self.console.line(line)
         except Exception as error:
             self.console.line(f"no report could be drawn from {self.logs}: {type(error).__name__}: {error}")
+
+    @property
+    def results(self) -> list[FileResult]:
+        return [result for _, result in sorted(self._results.items())]
 
     @property
     def states(self) -> list[FileState]:
@@ -82,12 +139,14 @@ class SuiteRun:
     def _has_failed(self) -> bool:
         return any(state.is_failure for state in self.states)
 
-    def _add(self, result: FileResult):
-        self.results.append(result)
+    def _add(self, number: int, result: FileResult) -> None:
+        self._results[number] = result
         if result.state.was_started:
             self._write_results()
+            self.console.line(f"[{number}/{len(self.selection.enabled)}] {result.describe()}")
+            self._append_metrics(result)
 
-    def _run_file(self, registration: Registration, number: int, label: str) -> FileResult:
+    def _run_file(self, registration: Registration, number: int, label: str, jobs: int) -> FileResult:
         options = self.options
         timeout = options.timeout(registration.est_time)
         command = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
@@ -99,7 +158,7 @@ class SuiteRun:
             self.console.line(f"{label} {registration.name} ({plan})")
             self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            attempt = self._attempt(command, log, timeout)
+            attempt = self._attempt(command, log, timeout, jobs)
             attempts.append(attempt)
             for leftover in attempt.leftovers:
                 self.console.line(f"{label} it left a process behind, ended now: {leftover}")
@@ -118,16 +177,27 @@ class SuiteRun:
             state, reason = FileState.PASSED_ON_RETRY, f"first attempt: {attempts[0].verdict[0].value}"
         return FileResult(registration, state, reason, command, tuple(attempts))
 
-    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float) -> Attempt:
+    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float, jobs: int) -> Attempt:
         is_kept, directory = bool(self.options.report_dir), evidence.directory_of(log)
         environment = self.environment | progress.environment(self.console.is_terminal)
         environment |= evidence.environment(log, is_kept)
         with self.console.keeping(directory):
             evidence.start(log)
-        with Live(self.console, directory):
+        is_shown = jobs == 1
+        with Live(self.console, directory) if is_shown else contextlib.nullcontext():
             attempt = run_attempt(
-                command, environment, log, timeout, self.console, self.interruption, self.options.test_max_retry
+                command,
+                environment,
+                log,
+                timeout,
+                self.console,
+                self.interruption,
+                self.options.test_max_retry,
+                is_shown,
             )
+        if not is_shown:
+            with self.console.keeping(log):
+                self.console.write(log.read_bytes())
         if is_kept:
             with self.console.keeping(directory):
                 evidence.end(log)

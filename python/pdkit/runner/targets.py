@@ -1,5 +1,6 @@
-"""The ladder: on what the main job can run, and which of its rungs this machine can reach."""
+"""On what the main job can run, and which of these targets this machine can run."""
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,22 @@ DISTRIBUTED = Path("registered", "distributed")
 
 
 class TargetUnavailable(NotReady):
-    """This machine cannot run the rung asked for; the message is one line that says why."""
+    """This machine cannot run the target asked for; the message is one line that says why."""
 
 
 class UnknownTarget(UsageError):
-    """No rung has the name asked for; the message is one line that names the nearest."""
+    """No target has the name asked for; the message is one line that names the nearest."""
 
 
 @dataclass(frozen=True)
 class Target:
     """One way to run the main job.
 
-    `name` is what the test itself prints as its rung; `test_file` is relative to the directory `test`. `gpus` GPUs are
+    `name` is what the test itself prints as its target; `test_file` is relative to the directory `test`. `gpus` GPUs are
     needed, each of exactly `capability` and with at least `memory_mib` of memory; `needs` says the same in words.
+
+    by_request  it is run only where it is asked for by name
+    prepares    "module:function" that is called before it runs, with a working tree of SGLang to test, or None
     """
 
     name: str
@@ -34,6 +38,8 @@ class Target:
     gpus: int = 0
     memory_mib: int = 0
     capability: tuple[int, int] = (0, 0)
+    by_request: bool = False
+    prepares: str | None = None
 
     def suits(self, gpu: Gpu) -> bool:
         return gpu.memory_mib >= self.memory_mib and gpu.capability == self.capability
@@ -41,7 +47,16 @@ class Target:
     def runs_on(self, gpus: Sequence[Gpu]) -> bool:
         return sum(map(self.suits, gpus)) >= self.gpus
 
+    def prepare(self, sglang_source: str | None) -> None:
+        """Raises NotReady where the machine lacks what only this target needs, UsageError where it takes no tree."""
+        if self.prepares:
+            pkgutil.resolve_name(self.prepares)(sglang_source)
+        elif sglang_source:
+            others = ", ".join(each.name for each in TARGETS if each.prepares)
+            raise UsageError(f"--sglang-source is not for target {self.name}; a working tree is tested on {others}")
 
+
+# Highest first: the first that the machine can run is run.
 TARGETS = (
     Target(
         name="8xH200",
@@ -62,32 +77,48 @@ TARGETS = (
         capability=(9, 0),
     ),
     Target(
+        name="sglang-cpu",
+        engine="SGLang on CPU, torch in place of its GPU kernels: a small trained Llama, a random DeepSeek-V4",
+        test_file=DISTRIBUTED / "test_disaggregation_sglang_cpu.py",
+        needs="no GPU, 5 GiB of memory, Mooncake and NIXL",
+        by_request=True,
+        prepares="pdkit.runner.sglang_cpu:prepare",
+    ),
+    Target(
         name="embedded",
         engine="pdkit.engine with a nano DeepSeek-V4 on CPU: prefill and decode in a process each",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",
     ),
 )
-assert not TARGETS[-1].gpus, "the bottom rung runs anywhere"
+assert not TARGETS[-1].gpus, "the last target runs anywhere"
 
 
 def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
-    """The rung `wanted`, or else the highest that `gpus` can run.
+    """The target `wanted`, or else the first that `gpus` can run.
 
-    Raises UnknownTarget where `wanted` is no rung, TargetUnavailable where it needs more than there is.
+    Raises UnknownTarget where `wanted` is not a target, TargetUnavailable where it needs more than there is.
     """
     if wanted is None:
-        return next(rung for rung in TARGETS if rung.runs_on(gpus))
-    by_name = {rung.name: rung for rung in TARGETS}
+        return next(target for target in TARGETS if target.runs_on(gpus) and not target.by_request)
+    by_name = {target.name: target for target in TARGETS}
     if wanted not in by_name:
-        raise UnknownTarget(unknown("rung", wanted, by_name))
-    rung = by_name[wanted]
-    if not rung.runs_on(gpus):
-        has = f"this machine has {found(gpus)} and can run --rung {choose(gpus).name}"
-        raise TargetUnavailable(f"rung {rung.name} needs {rung.needs}; {has}")
-    return rung
+        raise UnknownTarget(unknown("target", wanted, by_name))
+    target = by_name[wanted]
+    if not target.runs_on(gpus):
+        has = f"this machine has {found(gpus)} and can run --on {choose(gpus).name}"
+        raise TargetUnavailable(f"target {target.name} needs {target.needs}; {has}")
+    return target
 
 
-def why(rung: Target, gpus: Sequence[Gpu]) -> str:
-    """One line for each rung that `rung` stands below and `gpus` cannot run."""
-    above = TARGETS[: TARGETS.index(rung)]
+def why(target: Target, gpus: Sequence[Gpu]) -> str:
+    """One line for each target that is tried before `target` and that `gpus` cannot run."""
+    above = TARGETS[: TARGETS.index(target)]
     return "\n".join(f"{r.name} needs {r.needs}; found {found(gpus)}" for r in above if not r.runs_on(gpus))
+
+
+def overview(gpus: Sequence[Gpu]) -> str:
+    """One line per target, highest first: what it needs, and whether this machine can run it."""
+    rows = [(target.name, target.needs, "runs here" if target.runs_on(gpus) else "not here") for target in TARGETS]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, f"this machine has {found(gpus)}"])

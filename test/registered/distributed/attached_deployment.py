@@ -1,4 +1,4 @@
-"""The main job against a deployment that somebody else runs: `scripts/run.sh --base-url http://host:port`.
+"""The main job against a deployment that somebody else runs: `pdkit check http://host:port`.
 
 Not registered: it needs a deployment. See `pdkit.deployment.attached` for what the environment says of it.
 """

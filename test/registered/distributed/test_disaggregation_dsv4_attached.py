@@ -1,4 +1,4 @@
-"""`scripts/run.sh --base-url` against servers that are not its own: they are asked, with their key, and left as they are.
+"""`pdkit check` against servers that are not its own: they are asked, with their key, and left as they are.
 
 Each of them is behind a gateway that wants the key, as an ingress would, and writes down what it was asked for.
 """
@@ -80,8 +80,8 @@ class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
         urls = self.lb_url, self.monolithic_url, self.prefill_url, self.decode_url
         self.gateways = [Gateway(self, url) for url in urls]
 
-    def run_sh(self, *words, key=KEY):
-        command = [sys.executable, "-m", "pdkit.runner.run", "--report-dir", str(self.report), *words]
+    def check(self, *words, key=KEY):
+        command = [sys.executable, "-m", "pdkit", "check", "--report-dir", str(self.report), *words]
         environment = {**os.environ, "PDKIT_HISTORY": "", "SGLANG_PD_GSM8K": self.gsm8k_data_path}
         environment |= {"SGLANG_PD_API_KEY": key} if key else {}
         return subprocess.run(
@@ -96,12 +96,12 @@ class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
 
     def test_all_checks_pass_and_nothing_is_left_behind(self):
         balancer, monolithic, prefill, decode = self.gateways
-        done = self.run_sh("--base-url", balancer.url, "--baseline-url", monolithic.url + "/",
+        done = self.check(balancer.url, "--baseline", monolithic.url + "/",
                            "--prefill-urls", prefill.url, "--decode-urls", decode.url)  # fmt: skip
         print(done.stdout, flush=True)
         self.assertEqual(done.returncode, ExitCode.PASSED)
         self.assertIn(f"target=attached engine=at {balancer.url} gsm8k=", done.stdout)
-        self.assertIn("main job on rung attached: PASSED", done.stdout)
+        self.assertIn("main job on attached: PASSED", done.stdout)
         self.assertNotIn("skipped=", done.stdout)
         self.assertIn("hand-overs", done.stdout)
         self.assert_left_alone()
@@ -125,12 +125,12 @@ class TestDisaggregationDSV4Attached(MonolithicBeside, EmbeddedServers):
             ("wrong", [], 3, f"{url}/v1/models: status 401, it does not accept the key in SGLANG_PD_API_KEY"),
             (None, [], 3, f"{url}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY"),
             (KEY, ["--model", "another"], 2, f"{url} serves {self.model}, not another (SGLANG_PD_MODEL)"),
-            (KEY, ["--baseline-url", "http://127.0.0.1:9"], 3,
+            (KEY, ["--baseline", "http://127.0.0.1:9"], 3,
              "http://127.0.0.1:9/v1/models: cannot be reached: Connection refused"),
         ):  # fmt: skip
             with self.subTest(line):
-                done = self.run_sh("--base-url", url, *words, key=key)
-                self.assertEqual((done.returncode, done.stdout), (code, f"run.sh: error: {line}\n"))
+                done = self.check(url, *words, key=key)
+                self.assertEqual((done.returncode, done.stdout), (code, f"pdkit check: error: {line}\n"))
         self.assertNotIn("/generate", balancer.asked)
         self.assert_left_alone()
 

@@ -3,7 +3,7 @@
 import unittest
 
 from pdkit.checks.recovery.bootstrap_messages import BootstrapMessageChecks
-from pdkit.checks.recovery.clients import Ask
+from pdkit.checks.recovery.clients import Query
 from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
 from pdkit.checks.recovery.scenarios import RecoveryChecks
 from pdkit.deployment.fleet import Fleet
@@ -26,10 +26,10 @@ class TestDisaggregationDSV4Recovery8GPU(RecoveryChecks, BootstrapMessageChecks,
     def asks(cls):
         """Nothing holds a hand-over here: prompts that take long are in the phases before, a long answer streams."""
         return {
-            BEFORE: Ask(f"{PAGES}\n{COUNTING}", 8),
-            DURING: Ask(f"{PAGES}{PAGES}\n{COUNTING}", 8),
-            STREAMING: Ask(COUNTING, 600, stream=True),
-            IDLE: Ask(COUNTING, 8),
+            BEFORE: Query(f"{PAGES}\n{COUNTING}", 8),
+            DURING: Query(f"{PAGES}{PAGES}\n{COUNTING}", 8),
+            STREAMING: Query(COUNTING, 600, stream=True),
+            IDLE: Query(COUNTING, 8),
         }
 
 

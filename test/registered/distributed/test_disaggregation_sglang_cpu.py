@@ -1,9 +1,9 @@
-"""SGLang's own prefill and decode with DeepSeek-V4's model code, pools and state transfer, on a machine without a GPU.
+"""The main job with SGLang's own prefill and decode on a machine without a GPU; what is replaced: `pdkit.deployment.cpu`.
 
-The model is random and has the geometry of the real KV pages. What is replaced in SGLang: `pdkit.deployment.cpu`.
-Requests are sent one at a time and must be answered as SGLang's own monolithic server answers them, to the bit. Among
-them are prompts that end just before, at and after multiples of 128 and 256: what a compressor's ring holds of an
-unfinished entry shows there alone, and in logprobs only.
+A small Llama, trained to solve GSM8K-like problems and served in float32, is scored. A random DeepSeek-V4 with the
+geometry of the real KV pages is compared: requests are sent one at a time and must be answered as SGLang's own
+monolithic server answers them, to the bit. Among them are prompts that end just before, at and after multiples of 128
+and 256: what a compressor's ring holds of an unfinished entry shows there alone, and in logprobs only.
 """
 
 import unittest
@@ -11,24 +11,37 @@ import unittest
 import requests
 import torch
 from pdkit.checks.accounting.checks import AccountingChecks
-from pdkit.checks.parity.exact import ExactAloneChecks
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from pdkit.checks.parity.exact import ExactIndexerChecks, ExactParityChecks
 from pdkit.checks.parity.plan import PlanOptions
 from pdkit.deployment.cpu import checkpoints, plan
 from pdkit.deployment.cpu.servers import SglangCpuServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=150, suite="stage-a-test-cpu", nightly=True)
-
+register_cpu_ci(est_time=220, suite="stage-a-test-cpu", nightly=True)
 
 REFERENCE_TOLERANCE = 0.1  # nats
 
 
-class TestDisaggregationSglangCpu(AccountingChecks, ExactAloneChecks, MonolithicBeside, SglangCpuServers):
+class TestDisaggregationSglangCpuLlama(
+    AccountingChecks, GSM8KChecks, ExactParityChecks, MonolithicBeside, SglangCpuServers
+):
+    cpu_model = plan.LLAMA
+    parity_options = PlanOptions(rooms=24, in_flight=8)
+
+
+class TestDisaggregationSglangCpu(
+    AccountingChecks, GSM8KChecks, ExactIndexerChecks, MonolithicBeside, SglangCpuServers
+):
     cpu_model = plan.DSV4
     parity_options = PlanOptions(longest=1100, alone_tokens=6, rooms=16, in_flight=8, indexed=1, indexed_tokens=4)
 
-    def test_prompt_logprobs_against_transformers(self):
+    def test_gsm8k(self) -> None:
+        self.require_training()
+        super().test_gsm8k()
+
+    def test_prompt_logprobs_against_transformers(self) -> None:
         """Another implementation, in float32 and without pages, gives the prompt nearly the same logprobs.
 
         The difference is what bfloat16 and fp8 pages do: 0.02 to 0.04 nats on average. Without rotary embedding of the

@@ -32,7 +32,7 @@ class TestDisaggregationSglangCpuStateBugs(_Bugs):
         return {name: check for name, check in super().checks().items() if name == "alone"}
 
     @classmethod
-    def take_references(cls):
+    def take_references(cls) -> None:
         cls.reference_alone(cls.parity_plan().alone[0])
 
 

@@ -33,7 +33,7 @@ class TestDisaggregationSglangCpuFaults(TransferFaultChecks, ExactParityArms, Mo
     shortest = 120  # tokens: of a shorter prompt not every piece of the state is used
 
     @classmethod
-    def take_references(cls):
+    def take_references(cls) -> None:
         plan_ = cls.parity_plan()
         for round_ in (*plan_.alone, *plan_.rooms, *plan_.indexed):
             cls.reference_alone(round_)

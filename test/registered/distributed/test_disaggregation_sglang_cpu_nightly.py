@@ -1,10 +1,11 @@
-"""SGLang's own prefill and decode on a machine without a GPU: DeepSeek-V4 on NIXL, served together, with its draft, spawned."""
+"""SGLang's own prefill and decode on a machine without a GPU: NIXL, DeepSeek-V4 served together, with its draft, spawned."""
 
 import time
 import unittest
 
 from pdkit.checks.accounting.checks import AccountingChecks
-from pdkit.checks.parity.exact import ExactAloneChecks, ExactParityChecks
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from pdkit.checks.parity.exact import ExactIndexerChecks, ExactParityChecks
 from pdkit.checks.parity.plan import PlanOptions, Round, generate_probe
 from pdkit.checks.parity.references import collect
 from pdkit.deployment.cpu import plan
@@ -12,14 +13,14 @@ from pdkit.deployment.cpu.servers import SglangCpuServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=700, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=800, suite="stage-a-test-cpu", nightly=True)
 
 
 class _Whole(AccountingChecks, ExactParityChecks, MonolithicBeside, SglangCpuServers):
     cpu_model = plan.DSV4
     parity_options = PlanOptions(longest=1100, rooms=16, in_flight=8, indexed=2, indexed_tokens=6)
 
-    def test_report_throughput(self):
+    def test_report_throughput(self) -> None:
         """Output tokens a second of 32 requests, 16 at a time; reported only."""
         probes = tuple(
             generate_probe(f"load-{seed}", [5 + seed * index % 499 for index in range(128)], 64)
@@ -33,6 +34,14 @@ class _Whole(AccountingChecks, ExactParityChecks, MonolithicBeside, SglangCpuSer
             print(f"throughput, {in_flight} at a time: {rate:.0f} output tokens/s", flush=True)
 
 
+class TestDisaggregationSglangCpuLlamaNixl(
+    AccountingChecks, GSM8KChecks, ExactParityChecks, MonolithicBeside, SglangCpuServers
+):
+    cpu_model = plan.LLAMA
+    backend = "nixl"
+    parity_options = PlanOptions(rooms=24, in_flight=8)
+
+
 class TestDisaggregationSglangCpuNixl(_Whole):
     backend = "nixl"
 
@@ -43,7 +52,7 @@ class TestDisaggregationSglangCpuEagle(_Whole):
     more_server_args = plan.EAGLE
 
 
-class TestDisaggregationSglangCpuSpawned(AccountingChecks, ExactAloneChecks, MonolithicBeside, SglangCpuServers):
+class TestDisaggregationSglangCpuSpawned(AccountingChecks, ExactIndexerChecks, MonolithicBeside, SglangCpuServers):
     """Processes start as in production: what only SGLang's spawned start can show is seen here."""
 
     cpu_model, parity_options = _Whole.cpu_model, _Whole.parity_options

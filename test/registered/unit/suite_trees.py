@@ -1,7 +1,18 @@
-"""Small trees of test files for the tests of the runner."""
+"""Small trees of test files for the tests of the runner, and how they are run."""
 
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import textwrap
+import unittest
 from pathlib import Path
+
+from detached import is_alive
+
+RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
+SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu", "--jobs", "1"]
 
 MAIN = '\n\nif __name__ == "__main__":\n    unittest.main()\n'
 IMPORTS = "import unittest\n\nfrom pdkit.core.ci_register import register_cpu_ci, register_cuda_ci\n\n"
@@ -23,3 +34,52 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
     return registered
+
+
+HANG = source_of(
+    """
+    def test_it(self):
+        import subprocess, sys, time
+        sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
+        child = subprocess.Popen(sleeper, start_new_session=True)
+        from pdkit.core import events
+        events.emit("phase", name="first request", state="begins")
+        print(f"sleeper {child.pid}", flush=True)
+        time.sleep(300)
+    """
+)
+
+
+class CommandCase(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.root = Path(directory.name)
+
+    def command(self, files, *words):
+        return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(self.root, files)), *words]
+
+    def run_suite(self, files, *words, environment=None):
+        environment = os.environ | (environment or {})
+        command = self.command(files, *words)
+        return subprocess.run(command, capture_output=True, text=True, cwd=self.root, env=environment, timeout=60)
+
+    def run_files(self, *sources, words=(), environment=None):
+        files = {f"test_{number}.py": source for number, source in enumerate(sources)}
+        return self.run_suite(files, *SUITE, *words, environment=environment)
+
+    def assert_ended(self, done, code, tally):
+        self.assertEqual((done.returncode, done.stdout.splitlines()[-1:]), (code, [tally]), done.stdout + done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+
+    def assert_usage_error(self, done, *expected):
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        lines = done.stderr.splitlines()
+        self.assertEqual(len(lines), len(expected), done.stderr)
+        for line, text in zip(lines, expected, strict=True):
+            self.assertTrue(line.startswith("run_suite.py: error: "), line)
+            self.assertIn(text, line)
+
+    def assert_sleeper_gone(self, output):
+        pid = int(re.search(r"^sleeper (\d+)", output, re.MULTILINE)[1])
+        self.assertFalse(is_alive(pid))

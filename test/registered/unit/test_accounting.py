@@ -30,8 +30,8 @@ from pdkit.checks.accounting.ledger import (
     OK,
     SERVERS,
     TIMEOUT,
-    Attempt,
     ClientAccount,
+    HttpAttempt,
     Ledger,
     judge,
     sequences_of,
@@ -237,7 +237,7 @@ class TestLedger(unittest.TestCase):
 
 def attempts(*outcomes):
     return tuple(
-        Attempt("/generate", outcome, None if outcome == OK else "broken", 1, 0.1, key)
+        HttpAttempt("/generate", outcome, None if outcome == OK else "broken", 1, 0.1, key)
         for key, outcome in enumerate(outcomes)
     )
 

@@ -1,16 +1,18 @@
-"""ruff and import-linter find nothing: pyproject.toml says what they ask for."""
+"""ruff, import-linter and mypy find nothing: pyproject.toml says what they ask for."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import unittest
+from collections import defaultdict
 from pathlib import Path
 
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 PYTHONPATH = str(REPO / "python")
@@ -38,16 +40,19 @@ class TestCodeStyle(unittest.TestCase):
     def test_imports(self):
         self.assert_clean("lint-imports", "--no-cache")
 
-    def broken(self, path: str, text: str) -> str:
-        """What lint-imports prints of the package with `text` at the end of its file at `path`."""
+    def test_types(self):
+        self.assert_clean("mypy", "--cache-dir=/dev/null")
+
+    def broken(self, path: str, text: str, *tool: str) -> str:
+        """What a tool prints of the package with `text` at the end of its file at `path`."""
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         shutil.copy(REPO / "pyproject.toml", folder)
-        package = folder / "pdkit"
+        package = folder / "python" / "pdkit"
         shutil.copytree(REPO / "python" / "pdkit", package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
         (package / path).parent.mkdir(exist_ok=True)
         with open(package / path, "a") as file:
             file.write(text)
-        run = self.run_tool("lint-imports", "--no-cache", folder=folder, pythonpath=str(folder))
+        run = self.run_tool(*tool, folder=folder, pythonpath=str(folder / "python"))
         self.assertEqual(run.returncode, 1, run.stdout + run.stderr)
         return run.stdout
 
@@ -59,10 +64,28 @@ class TestCodeStyle(unittest.TestCase):
             ("checks/http.py", "\nimport torch\n", "pdkit.checks.http -> torch"),
         ):
             with self.subTest(path):
-                self.assertIn(names, self.broken(path, text))
+                self.assertIn(names, self.broken(path, text, "lint-imports", "--no-cache"))
+
+    def test_a_class_name_stands_for_one_thing(self):
+        """At most three names of top-level classes are defined in more than one module."""
+        places = defaultdict(list)
+        for path in sorted((REPO / "python" / "pdkit").rglob("*.py")):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    places[node.name].append(str(path.relative_to(REPO / "python")))
+        self.assertGreater(len(places), 300)
+        twice = {name: paths for name, paths in places.items() if len(paths) > 1}
+        self.assertLessEqual(len(twice), 3, twice)
 
     def test_a_room_on_no_floor_is_found(self):
-        self.assertIn("pdkit.attic", self.broken("attic/__init__.py", '"""Old things."""\n'))
+        printed = self.broken("attic/__init__.py", '"""Old things."""\n', "lint-imports", "--no-cache")
+        self.assertIn("pdkit.attic", printed)
+
+    def test_a_wrong_type_and_a_missing_one_are_found(self):
+        text = "\ndef wrong() -> int:\n    return str(1)\n\n\ndef missing(word):\n    return word\n"
+        printed = self.broken("core/errors.py", text, "mypy", "--cache-dir=/dev/null")
+        for complaint in ("[return-value]", "[no-untyped-def]"):
+            self.assertIn(complaint, printed)
 
 
 if __name__ == "__main__":

@@ -462,7 +462,7 @@ class TestSupervision(unittest.TestCase):
                 with self.subTest(signal=number, prefill=prefill):
                     for path in (*logs, in_test):
                         path.unlink(missing_ok=True)
-                    pid = os.fork()  # lint: allow unended-process: the loop below fails only where the child has ended
+                    pid = os.fork()
                     if not pid:
                         self.run_pair_until_interrupted(prefill=prefill, test=test)
                     while not all(path.exists() and (path == in_test or path.stat().st_size) for path in begun):

@@ -303,7 +303,7 @@ class TestNative(EngineTestCase):
                 with self.subTest(server=server.name, abort=abort), ThreadPoolExecutor(1) as pool:
                     running = pool.submit(server.post, "/generate", body | {"rid": "one"})
                     self.eventually(lambda told=told: told.busy[1] == 1)
-                    # lint: allow sleep-as-readiness: lets it decode for a while; without it the outcome is the same
+                    # lets it decode for a while; without it the outcome is the same
                     time.sleep(0.1)
                     for other in ({}, {"rid": ""}, {"rid": "two"}):
                         self.assertEqual(told.post("/abort_request", other).status_code, 200)
@@ -710,7 +710,7 @@ class TestFailures(EngineTestCase):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(decode.post, "/generate", self.ask(9, spare_bootstrap_port))
             self.eventually(lambda: decode.busy[1] == 1)
-            # lint: allow sleep-as-readiness: lets the hand-over begin; without it the outcome is the same
+            # lets the hand-over begin; without it the outcome is the same
             time.sleep(0.2)
             spare.process.send_signal(signal.SIGTERM)
             start = time.monotonic()

@@ -22,9 +22,9 @@ from pdkit.models.cuda import store
 from pdkit.preflight import dsv4
 from pdkit.preflight.environment import check as checks
 from pdkit.preflight.environment import dataset, gpus, machine, model, needs, packages, rdma
-from pdkit.preflight.environment.finding import Level
 from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.finding import Level
 
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
@@ -509,14 +509,14 @@ class TestDataset(CheckCase):
         path = self.write("data.jsonl", self.ROW * 3)
         self.assert_fine(dataset.check(str(path)))
         for text, says in (
-            ("", "no questions"),
-            ("what?\n", "not lines of JSON"),
-            (self.ROW + '{"question": "?"}\n', "row 2 has no question or no answer"),
-            ("[]\n", "row 1"),
-            ("3\n", "not lines of JSON"),
+            ("", ": no questions"),
+            ("what?\n", ", line 1 is not JSON"),
+            (self.ROW + '{"question": "?"}\n', ", line 2 has no texts 'question' and 'answer'"),
+            ("[]\n", ", line 1 has no texts"),
+            ("3\n", ", line 1 has no texts"),
         ):
             path.write_text(text)
-            self.assert_one(dataset.check(str(path)), Level.ERROR, f"{path}: {says}", "SGLANG_PD_GSM8K")
+            self.assert_one(dataset.check(str(path)), Level.ERROR, f"{path}{says}", "SGLANG_PD_GSM8K")
 
     def test_no_such_file(self):
         self.assert_one(dataset.check("/no/such.jsonl"), Level.ERROR, "/no/such.jsonl: No such file or directory")

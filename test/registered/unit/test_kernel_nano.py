@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from pdkit.checks.reference.truth import Truth, fp8_rounding, logprobs
+from pdkit.checks.reference.truth import LogprobTruth, fp8_rounding, logprobs
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import NotReady
 from pdkit.models.cpu.model import ModelError
@@ -169,7 +169,7 @@ class TestModel(unittest.TestCase):
         with fp8_rounding(self.read):
             rounded = tuple(logprobs(self.read, self.ids))
         self.assertEqual(tuple(logprobs(self.read, self.ids)), exact)
-        truth = Truth(exact, rounded, rounded)
+        truth = LogprobTruth(exact, rounded, rounded)
         self.assertGreater(truth.expected, 1e-4)
         truth.assert_passed()
         sinks = self.read.main.model.layers[1].self_attn.sinks
@@ -179,7 +179,7 @@ class TestModel(unittest.TestCase):
             wrong = tuple(logprobs(self.read, self.ids))
             sinks.copy_(kept)
         with self.assertRaisesRegex(AssertionError, "FAIL, 127 positions"):
-            Truth(exact, rounded, wrong).assert_passed()
+            LogprobTruth(exact, rounded, wrong).assert_passed()
 
     def test_a_wide_matrix_starts_as_quiet_as_a_narrow_one(self):
         model = KernelNano()
@@ -271,14 +271,14 @@ class TestFitting(unittest.TestCase):
         self.out.mkdir()
         (self.out / store.RECORD).write_text("{}")
         stage = training.STAGES[0]
-        steps = [training.Progress(stage, at, 100, time, 1, 1, 1, 1) for at, time in enumerate(seconds, 1)]
+        steps = [training.TimedProgress(stage, at, 100, time, 1, 1, 1, 1) for at, time in enumerate(seconds, 1)]
         options = SimpleNamespace(
             device="cpu", seconds=60, save_every=30, seed=0, hidden_size=128, workers=1, score_rows=1, out=self.out
         )
         printed = io.StringIO()
         with (
             mock.patch.object(fitting, "train", lambda *_: iter(steps)),
-            mock.patch.object(fitting, "score", lambda *_: training.Score(1, 0.5, 0.75)),
+            mock.patch.object(fitting, "score", lambda *_: training.DraftScore(1, 0.5, 0.75)),
             mock.patch.object(fitting, "BatchQueue"),
             mock.patch.object(fitting.checkpoint, "save", wraps=checkpoint.save) as self.save,
             contextlib.redirect_stdout(printed),

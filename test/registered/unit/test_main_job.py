@@ -1,4 +1,4 @@
-"""The command behind scripts/run.sh: verdict, closing summary, and what a skip, a wrong rung or Ctrl-C make of it."""
+"""`pdkit run`: verdict, closing summary, and what a skip, a wrong target or Ctrl-C make of it."""
 
 import io
 import json
@@ -13,13 +13,14 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
 from pdkit.core.gpus import Gpu
 from pdkit.runner import run
 from pdkit.runner.report import evidence
-from pdkit.runner.run import main, summary
+from pdkit.runner.run import summary
 from pdkit.runner.targets import TARGETS
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
@@ -53,7 +54,7 @@ class TestSummary(unittest.TestCase):
         self.assertEqual(
             text,
             textwrap.dedent("""\
-                main job on rung embedded: PASSED
+                main job on embedded: PASSED
                   engine                pdkit.engine
                   score                 0.985 of 200 examples (gate >0.95)
                   throughput            312 output tokens/s
@@ -111,12 +112,12 @@ class TestMain(unittest.TestCase):
         self.out, self.err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
         with ExitStack() as patches:
             patches.enter_context(patch.object(run, "TEST_DIR", self.test_dir))
-            patches.enter_context(patch.object(run, "visible_gpus", lambda: gpus))
+            patches.enter_context(patch("pdkit.core.gpus.visible_gpus", lambda: gpus))
             patches.enter_context(patch.object(tempfile, "tempdir", str(self.test_dir)))
             patches.enter_context(patch.dict("os.environ", PDKIT_HISTORY=""))
             patches.enter_context(redirect_stdout(self.out))
             patches.enter_context(redirect_stderr(self.err))
-            code = main(argv)
+            code = main(argv if argv[:1] == ("list",) else ("run", *argv))
         self.out.seek(0)
         self.printed = self.out.read()
         return code
@@ -125,9 +126,9 @@ class TestMain(unittest.TestCase):
         self.write_test(*RUN)
         self.assertEqual(self.main(), ExitCode.PASSED)
         first = self.printed.splitlines()[:2]
-        self.assertEqual(first[0], f"main job on rung embedded: {EMBEDDED.engine}")
+        self.assertEqual(first[0], f"main job on embedded: {EMBEDDED.engine}")
         self.assertEqual(first[1], "  8xH200 needs 8 Hopper GPUs of 141 GB; found no GPU")
-        self.assertIn("\nmain job on rung embedded: PASSED\n", self.printed)
+        self.assertIn("\nmain job on embedded: PASSED\n", self.printed)
 
     def test_a_failed_run_fails_though_it_was_scored(self):
         self.write_test(*RUN, then="self.fail()")
@@ -137,7 +138,7 @@ class TestMain(unittest.TestCase):
         self.write_test(then="self.skipTest('no GPU')")
         self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
 
-    def test_the_score_of_another_rung_is_no_pass(self):
+    def test_the_score_of_another_target_is_no_pass(self):
         self.write_test(score("8xH200"))
         self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
 
@@ -160,18 +161,20 @@ class TestMain(unittest.TestCase):
 
     def test_a_wrong_flag_is_one_line(self):
         for words, line in (
-            (["--rungs"], "unrecognized arguments: --rungs (--help lists the options)"),
+            (["--onn"], "unknown option --onn; nearest known: --on, --history, --help"),
             (["--history", "/absent/h.jsonl"], "--history /absent/h.jsonl: its directory does not exist"),
         ):
-            self.assertEqual((self.main(*words), self.err.getvalue()), (ExitCode.BAD_USAGE, f"run.sh: error: {line}\n"))
+            self.assertEqual(
+                (self.main(*words), self.err.getvalue()), (ExitCode.BAD_USAGE, f"pdkit run: error: {line}\n")
+            )
 
-    def test_unknown_rung(self):
-        self.assertEqual(self.main("--rung", "8xH100"), ExitCode.BAD_USAGE)
+    def test_unknown_target(self):
+        self.assertEqual(self.main("--on", "8xH100"), ExitCode.BAD_USAGE)
         self.assertIn("nearest known: 8xH200", self.err.getvalue())
 
-    def test_unavailable_rung_runs_nothing(self):
+    def test_unavailable_target_runs_nothing(self):
         self.write_test(*RUN)
-        self.assertEqual(self.main("--rung", "8xH200"), ExitCode.NOT_READY)
+        self.assertEqual(self.main("--on", "8xH200"), ExitCode.NOT_READY)
         self.assertEqual(self.printed, "")
 
     def test_a_machine_that_lacks_something_starts_nothing(self):
@@ -182,9 +185,9 @@ class TestMain(unittest.TestCase):
         with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
             self.assertEqual(self.main(), ExitCode.NOT_READY)
         first, second = self.err.getvalue().splitlines()
-        self.assertRegex(first, f"^run.sh: error: model: {self.test_dir}/nano-dsv4: no such directory; ")
-        self.assertRegex(second, f"^run.sh: error: data: {self.test_dir}/gsm8k_nano.jsonl: No such file .*; ")
-        self.assertEqual(len(self.printed.splitlines()), len(TARGETS), self.printed)
+        self.assertRegex(first, f"^pdkit run: error: model: {self.test_dir}/nano-dsv4: no such directory; ")
+        self.assertRegex(second, f"^pdkit run: error: data: {self.test_dir}/gsm8k_nano.jsonl: No such file .*; ")
+        self.assertEqual(len(self.printed.splitlines()), 1 + sum(bool(each.gpus) for each in TARGETS), self.printed)
         with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
             self.assertEqual(self.main("--skip-environment-check"), ExitCode.FAILED)
         self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)
@@ -217,8 +220,8 @@ class TestMain(unittest.TestCase):
             self.assertEqual(self.main(), ExitCode.INTERRUPTED)
         self.assertIn("score                 none, the test did not get that far", self.printed)
 
-    def test_ladder(self):
-        self.assertEqual(self.main("--ladder", gpus=[Gpu("NVIDIA H200", 143_771, (9, 0))]), ExitCode.PASSED)
+    def test_targets(self):
+        self.assertEqual(self.main("list", "--targets", gpus=[Gpu("NVIDIA H200", 143_771, (9, 0))]), ExitCode.PASSED)
         self.assertRegex(
             self.printed, r"8xH200 +8 Hopper GPUs of 141 GB +not here\n(.*\n)*embedded +no GPU +runs here\n"
         )
@@ -239,8 +242,8 @@ class TestInterrupt(unittest.TestCase):
             with events.phase("servers stopped"):
                 time.sleep(0.3)
     """
-    COMMAND = "import sys; from pathlib import Path; from pdkit.runner import run; "
-    COMMAND += "run.TEST_DIR = Path(sys.argv[1]); sys.exit(run.main(['--rung', 'embedded']))"
+    COMMAND = "import sys; from pathlib import Path; from pdkit.runner import run; from pdkit.cli.main import main; "
+    COMMAND += "run.TEST_DIR = Path(sys.argv[1]); sys.exit(main(['run', '--on', 'embedded']))"
 
     def test_ctrl_c_and_sigterm(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -256,7 +259,7 @@ class TestInterrupt(unittest.TestCase):
                         self.assertEqual(process.wait(timeout=30), ExitCode.INTERRUPTED)
                     finally:
                         process.kill()
-                self.assertRegex(rest, r"main job on rung embedded: INTERRUPTED\n(.*\n)*  servers stopped +0.3 s\n")
+                self.assertRegex(rest, r"main job on embedded: INTERRUPTED\n(.*\n)*  servers stopped +0.3 s\n")
 
 
 if __name__ == "__main__":

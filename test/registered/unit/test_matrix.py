@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from pdkit.checks.accounting.checks import OWN_RESULT
-from pdkit.checks.accounting.ledger import CLIENT, OK, SERVERS, Attempt
+from pdkit.checks.accounting.ledger import CLIENT, OK, SERVERS, HttpAttempt
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
@@ -23,7 +23,7 @@ from pdkit.faults.matrix import report, truth
 from pdkit.faults.matrix.results import Results, ResultsError, Run, planned
 from pdkit.faults.matrix.session import Session, Subject, WorkerFailed
 from pdkit.faults.matrix.truth import Truth
-from pdkit.faults.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, Verdict, checks_of, merged, verdicts_of
+from pdkit.faults.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, CheckVerdict, checks_of, merged, verdicts_of
 from pdkit.faults.matrix.worker import PatientLedger
 from stub_server import JsonHandler, StubServer
 
@@ -41,7 +41,7 @@ def load_script():
 
 
 def run_of(fault, index=0, caught=(), **more):
-    verdicts = {check: Verdict(check in caught, 1.5, "why") for check in CHECKS}
+    verdicts = {check: CheckVerdict(check in caught, 1.5, "why") for check in CHECKS}
     return Run(fault, index, met=0 if fault is None else 9, seconds=4.0, verdicts=verdicts, **more)
 
 
@@ -108,15 +108,17 @@ class TestVerdicts(unittest.TestCase):
             verdicts_of("test_parity_alone", Events(), 2.0)
 
     def test_a_check_that_several_tests_hold(self):
-        passed, caught = Verdict(False, 2.0), Verdict(True, 3.0, "first")
-        self.assertEqual(merged(passed, caught), Verdict(True, 5.0, "first"))
-        self.assertEqual(merged(merged(passed, caught), Verdict(True, 9.0, "second")), Verdict(True, 5.0, "first"))
+        passed, caught = CheckVerdict(False, 2.0), CheckVerdict(True, 3.0, "first")
+        self.assertEqual(merged(passed, caught), CheckVerdict(True, 5.0, "first"))
+        self.assertEqual(
+            merged(merged(passed, caught), CheckVerdict(True, 9.0, "second")), CheckVerdict(True, 5.0, "first")
+        )
 
 
 class TestPatientLedger(unittest.TestCase):
     def test_gives_up_early_only_on_servers_that_never_answer(self):
         ledger = PatientLedger(["http://127.0.0.1:1"])
-        failed = Attempt("/generate", "500", "error", 1, 0.1, 1)
+        failed = HttpAttempt("/generate", "500", "error", 1, 0.1, 1)
         ledger.attempts += [failed] * 30
         self.assertLess(ledger.give_up_after, 30)
         ledger.attempts.append(replace(failed, outcome=OK, error=None))
@@ -208,7 +210,7 @@ class TestResults(unittest.TestCase):
 
     def test_the_table_says_what_was_caught(self):
         self.fill(run_of(None), run_of(None, 1), run_of("window-zeroed", caught=["parity alone"], first_caught=1.5))
-        gone = {CLIENT: Verdict(True, 1.0)}
+        gone = {CLIENT: CheckVerdict(True, 1.0)}
         self.fill(replace(run_of("length-one-more"), verdicts=gone, restarted="decode exited"))
         problems = self.results.problems(list(self.results.runs))
         text = report.markdown(self.results, problems)
@@ -223,15 +225,6 @@ class TestResults(unittest.TestCase):
             rows = list(csv.DictReader(file))
         self.assertEqual(len(rows), 10)
         self.assertEqual([row["fault"] for row in rows if row["caught"] == "1"], ["window-zeroed", "length-one-more"])
-
-    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
-    def test_the_picture_names_faults_and_checks(self):
-        from pdkit.faults.matrix.picture import draw
-
-        self.fill(run_of(None), run_of("window-zeroed", caught=["parity alone"], first_caught=1.5))
-        picture = self.path.with_suffix(".svg")
-        draw(self.results, picture)
-        self.assertIn("window-zeroed", picture.read_text())
 
 
 class TestTruth(unittest.TestCase):
@@ -423,7 +416,7 @@ class TestCommand(unittest.TestCase):
                 if len(ran) == 2:
                     raise KeyboardInterrupt
                 ran.append((fault, index))
-                return Run(fault, index, 1, 1.0, "", {"parity alone": Verdict(fault is not None, 1.0)}, 1.0)
+                return Run(fault, index, 1, 1.0, "", {"parity alone": CheckVerdict(fault is not None, 1.0)}, 1.0)
 
         args = ["--out", str(self.out), "--faults", "seed-lost,top-p-lost", "--clean-runs", "2"]
         with mock.patch("pdkit.faults.matrix.session.Session", OneByOne):

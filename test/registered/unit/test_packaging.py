@@ -1,12 +1,12 @@
-"""setup.cfg and the lock file say what the code needs, and the package has all of its files."""
+"""pyproject.toml and the lock files say what the code needs, and the package has all of its files."""
 
 import ast
-import configparser
 import re
 import sys
 import unittest
 from pathlib import Path
 
+import tomllib
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight.environment.packages import BACKENDS
 
@@ -22,22 +22,16 @@ DISTRIBUTION = {
 }
 
 
-def requirement_lines(section="options", field="install_requires"):
-    config = configparser.ConfigParser()
-    config.read(REPO / "setup.cfg")
-    return re.findall(r"^[\w-]+", config[section][field], re.MULTILINE)
+# What requirements.lock is made of: pip install 'sglang-pd-suite[suite,pictures,browser,studies]'.
+LOCKED = ("suite", "pictures", "browser", "studies")
 
 
-def gpu_requirements():
-    return requirement_lines("options.extras_require", "gpu")
-
-
-def dev_requirements():
-    return requirement_lines("options.extras_require", "dev")
-
-
-def cpu_requirements():
-    return requirement_lines("options.extras_require", "cpu")
+def requirement_names(*extras):
+    """Names of what `extras` require; of what the package itself requires where there are none."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    lines = [line for extra in extras for line in optional[extra]] if extras else project["dependencies"]
+    return [re.match(r"[\w-]+", line)[0] for line in lines]
 
 
 def pins(name):
@@ -60,27 +54,37 @@ def imported_distributions():
 
 class TestDependencies(unittest.TestCase):
     def test_what_is_imported_is_declared(self):
-        self.assertEqual(imported_distributions() - set(requirement_lines()), set())
+        declared = {*requirement_names(), *requirement_names(*LOCKED)}
+        self.assertEqual(imported_distributions() - declared, set())
+
+    def test_the_package_itself_requires_little(self):
+        heavy = {"sglang", "torch", "transformers", "openai", "matplotlib"}
+        self.assertLessEqual(len(requirement_names()), 14)
+        self.assertEqual(heavy & set(requirement_names()), set())
 
     def test_each_is_justified_in_the_line_above(self):
-        lines = (REPO / "setup.cfg").read_text().splitlines()
-        for name in requirement_lines() + gpu_requirements() + cpu_requirements() + dev_requirements():
-            number, *_ = (i for i, line in enumerate(lines) if re.match(rf"    {re.escape(name)}(?![\w-])", line))
+        lines = (REPO / "pyproject.toml").read_text().splitlines()
+        for name in requirement_names() + requirement_names(*LOCKED, "gpu", "cpu", "dev", "docs"):
+            number, *_ = (i for i, line in enumerate(lines) if re.match(rf'    "{re.escape(name)}(?![\w-])', line))
             self.assertRegex(lines[number - 1], r"^    # \w+", name)
 
     def test_each_is_pinned(self):
-        self.assertEqual(set(requirement_lines()) - set(pins("requirements.lock")), set())
+        self.assertEqual({*requirement_names(), *requirement_names(*LOCKED)} - set(pins("requirements.lock")), set())
 
     def test_what_only_some_need_is_pinned_on_top(self):
-        for lock, requirements in (
-            ("requirements-gpu.lock", gpu_requirements()),
-            ("requirements-cpu.lock", cpu_requirements()),
-            ("requirements-dev.lock", dev_requirements()),
+        for lock, extras in (
+            ("requirements-gpu.lock", ("gpu",)),
+            ("requirements-cpu.lock", ("cpu",)),
+            ("requirements-dev.lock", ("dev", "docs")),
         ):
             on_top = pins(lock)
-            self.assertTrue(requirements)
-            self.assertEqual(set(requirements) - set(on_top), set())
+            self.assertEqual(set(requirement_names(*extras)) - set(on_top), set())
             self.assertEqual(set(on_top) & set(pins("requirements.lock")), set())
+
+    def test_the_lock_names_the_command_that_makes_it(self):
+        with open(REPO / "requirements.lock") as file:
+            command = file.read().splitlines()[1]
+        self.assertEqual(re.findall(r"--extra (\w+)", command), list(LOCKED))
 
     def test_each_transfer_backend_of_a_file_for_gpus_is_among_them(self):
         files = (REPO / "test" / "registered" / "distributed").glob("*gpu*.py")
@@ -89,7 +93,7 @@ class TestDependencies(unittest.TestCase):
         self.assertIn("nixl", backends)
         for backend in backends:
             _, install = BACKENDS[backend]
-            self.assertTrue(set(re.findall(r"[\w-]+", install)) & set(gpu_requirements()), backend)
+            self.assertTrue(set(re.findall(r"[\w-]+", install)) & set(requirement_names("gpu")), backend)
 
 
 class TestPackage(unittest.TestCase):

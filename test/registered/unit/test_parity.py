@@ -7,7 +7,7 @@ from dataclasses import replace
 from unittest import mock
 
 from pdkit.checks.http import RequestFailed
-from pdkit.checks.integrity import Outcome, Rejections
+from pdkit.checks.integrity import Rejections, ServedOrRejected
 from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityChecks
 from pdkit.checks.parity.plan import (
@@ -23,8 +23,9 @@ from pdkit.checks.parity.plan import (
     make_plan,
 )
 from pdkit.checks.parity.references import References, collect
-from pdkit.checks.parity.verdict import FLOAT_ROUNDING, LEVEL, RESOLUTION, Distribution, Parity, compare, quantile
+from pdkit.checks.parity.verdict import FLOAT_ROUNDING, LEVEL, RESOLUTION, Differences, Parity, compare
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.quantile import quantile
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
@@ -555,8 +556,8 @@ class TestMixin(unittest.TestCase):
 
 
 class TestRejections(unittest.TestCase):
-    HEALTHY = Outcome("healthy", 200, "{}", False)
-    REJECTED = Outcome("bad", 500, "Checksum mismatch", True)
+    HEALTHY = ServedOrRejected("healthy", 200, "{}", False)
+    REJECTED = ServedOrRejected("bad", 500, "Checksum mismatch", True)
 
     def problems(self, *outcomes):
         return Rejections(outcomes).problems
@@ -591,7 +592,7 @@ class TestDistribution(unittest.TestCase):
     def test_report(self):
         reference = [answer(), answer(), answer()]
         arm = [answer(), answer((5, 6, 9)), answer((5, 6, 7), (-0.5, -0.6, -0.8))]
-        report = Distribution.of(reference, arm).report()
+        report = Differences.of(reference, arm).report()
         self.assertIn("1 of 3 equal to the bit, 2 of 3 with the same tokens", report)
         self.assertIn("others differ first at token 2, median 2", report)
         self.assertIn("over 9 positions", report)

@@ -1,6 +1,8 @@
-"""What the README shows is what the commands do."""
+"""What README and docs show is what the commands do, and the site is built from them."""
 
 import re
+import subprocess
+import sys
 import tempfile
 import textwrap
 import unittest
@@ -9,18 +11,19 @@ from pathlib import Path
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.registry import collect
-from pdkit.runner.run import ladder
+from pdkit.runner.targets import overview
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
 README = (REPO / "README.md").read_text()
+DOCS = sorted((REPO / "docs").glob("*.md"))
 EXAMPLE = "test_disaggregation_dsv4_no_prefix_cache.py"
 
 
 class TestReadme(unittest.TestCase):
-    def test_ladder_of_a_machine_without_gpu(self):
-        shown = "$ scripts/run.sh --ladder\n" + ladder(())
+    def test_targets_of_a_machine_without_gpu(self):
+        shown = "$ scripts/pdkit list --targets\n" + overview(())
         self.assertIn(textwrap.indent(shown, "    "), README)
 
     def test_exit_codes(self):
@@ -29,10 +32,24 @@ class TestReadme(unittest.TestCase):
         self.assertEqual(codes, [int(code) for code in ExitCode])
 
     def test_files_named_exist(self):
-        paths = set(re.findall(r"\b((?:test|scripts|python|\.github)/[\w./-]+\.\w+)", README))
-        self.assertGreater(len(paths), 5)
-        missing = [path for path in sorted(paths) if not (REPO / path).exists() and Path(path).name != EXAMPLE]
-        self.assertEqual(missing, [])
+        for page in (REPO / "README.md", *DOCS):
+            with self.subTest(page.name):
+                paths = set(
+                    re.findall(r"\b((?:test|scripts|studies|python|docs|\.github)/[\w./-]+\.\w+)", page.read_text())
+                )
+                missing = [path for path in sorted(paths) if not (REPO / path).exists() and Path(path).name != EXAMPLE]
+                self.assertEqual(missing, [])
+
+    def test_the_readme_is_short(self):
+        self.assertLessEqual(len(README.splitlines()), 150)
+
+    def test_the_site_is_built_and_each_link_leads_somewhere(self):
+        tool = Path(sys.executable).with_name("mkdocs")
+        self.assertTrue(tool.exists(), f"mkdocs is not beside {sys.executable}: pip install -r requirements-dev.lock")
+        with tempfile.TemporaryDirectory() as site:
+            run = subprocess.run([tool, "build", "-q", "-d", site], cwd=REPO, capture_output=True, text=True)
+            self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
+            self.assertTrue((Path(site) / "index.html").is_file())
 
     def test_the_next_test_is_a_registered_one(self):
         (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

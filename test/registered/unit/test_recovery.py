@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 from pdkit.checks.recovery import table
-from pdkit.checks.recovery.clients import Ask, Client, Fate, Outcome, token_ids
+from pdkit.checks.recovery.clients import Fate, Outcome, Query, QueryThread, token_ids
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import test_backends as held
 from stub_server import JsonHandler, StubServer
@@ -20,8 +20,8 @@ from stub_server import JsonHandler, StubServer
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 RIGHT = "one two three"
-WHOLE = Ask(token_ids(5), 3, right=RIGHT)
-STREAM = Ask("count", 3, stream=True, right=RIGHT)
+WHOLE = Query(token_ids(5), 3, right=RIGHT)
+STREAM = Query("count", 3, stream=True, right=RIGHT)
 
 
 def answered(text, reason="length"):
@@ -65,7 +65,7 @@ class TestClient(unittest.TestCase):
     def outcome_of(self, ask, timeout=2.0, **server):
         for name, value in server.items():
             setattr(self.server, name, value)
-        return Client(self.server.url, ask, timeout).result()
+        return QueryThread(self.server.url, ask, timeout).result()
 
     def assertFate(self, fate, outcome, clear=None):
         self.assertIs(outcome.fate, fate, outcome)
@@ -123,7 +123,7 @@ class TestClient(unittest.TestCase):
 
     def test_nobody_there(self):
         for ask in (WHOLE, STREAM):
-            self.assertFate(Fate.FAILED, Client("http://127.0.0.1:1", ask, 2.0).result(), clear=True)
+            self.assertFate(Fate.FAILED, QueryThread("http://127.0.0.1:1", ask, 2.0).result(), clear=True)
 
     def test_a_client_that_waits_too_long_hangs(self):
         self.assertFate(Fate.HUNG, self.outcome_of(WHOLE, timeout=0.2, delay=0.5))

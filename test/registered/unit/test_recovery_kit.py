@@ -14,7 +14,7 @@ from pdkit.checks import scale_out
 from pdkit.checks.recovery import bootstrap_messages
 from pdkit.checks.recovery import scenarios as recovery_scenarios
 from pdkit.checks.recovery.bootstrap_messages import DuplicateMessageChecks
-from pdkit.checks.recovery.clients import Ask, Fate, Outcome
+from pdkit.checks.recovery.clients import Fate, Outcome, Query
 from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
 from pdkit.checks.recovery.scenarios import IN_FLIGHT, RecoveryChecks
 from pdkit.checks.scale_out import ScaleOutChecks
@@ -46,7 +46,7 @@ class Deployment:
     router_timeout = slack = settling = returning = 1
     bootstrap_timeout, waiting_timeout = 6, 10
     prefill_url = decode_url = base_host = bootstrap_port = target = engine = log_dir = configure = fleet = None
-    right_asks = {phase: Ask("1", 1, right="right") for phase in (*IN_FLIGHT, IDLE)}
+    right_asks = {phase: Query("1", 1, right="right") for phase in (*IN_FLIGHT, IDLE)}
 
     def setUp(self):
         self.down, self.recovery_rows, self.rooms = set(), [], Counter()
@@ -221,7 +221,7 @@ class Pairs:
 
     router_timeout = slack = settling = returning = 0
     prefill_url = decode_url = base_host = bootstrap_port = router_url = prefills = decodes = None
-    asks = [Ask((number,), 1, right="right") for number in range(8)]
+    asks = [Query((number,), 1, right="right") for number in range(8)]
 
     def setUp(self):
         self.down, self.known, self.served, self.fate_rows = set(), Counter(), Counter(), []
@@ -343,7 +343,7 @@ class TestScaleOut(Scenarios, unittest.TestCase):
 
     def passes(self, pairs, scenario):
         case = type("Case", (pairs, ScaleOutChecks, unittest.TestCase), {})(scenario)
-        with mock.patch.object(scale_out, "Client", case.client), mock.patch("builtins.print"):
+        with mock.patch.object(scale_out, "QueryThread", case.client), mock.patch("builtins.print"):
             return case.run().wasSuccessful()
 
     def test_all_scenarios_are_here(self):

@@ -7,6 +7,7 @@ import unittest
 from enum import Enum
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from unittest.mock import patch
 
 from pdkit.core import ci_register, top_level
 from pdkit.core.ci_register import register_cpu_ci
@@ -238,6 +239,32 @@ class TestSelect(TreeCase):
         selection = self.select({}, "cuda", "stage-c-test-dsv4-8-gpu-h200")
         self.assertEqual((selection.enabled, selection.why_empty), ((), "no file is registered"))
 
+    def test_suites_of_the_installed_release_are_known_without_a_file(self):
+        selection = self.select({}, "cuda", "base-c-test-deepep-8-gpu-h200")
+        self.assertEqual((selection.enabled, selection.why_empty), ((), "no file is registered"))
+        with self.assertRaisesRegex(UsageError, "not for hardware 'cpu' but for: cuda"):
+            self.select({}, "cpu", "base-c-test-deepep-8-gpu-h200")
+        with self.assertRaisesRegex(UsageError, "nearest known: base-c-test-deepep-8-gpu-h200"):
+            self.select({}, "cuda", "base-c-test-deepep-8-gpu-h201")
+        with patch.object(ci_register.load(), "register_cuda_ci", lambda est_time, suite: None):
+            with self.assertRaisesRegex(UsageError, "unknown suite 'base-c-test-deepep-8-gpu-h200'"):
+                self.select({}, "cuda", "base-c-test-deepep-8-gpu-h200")
+
+    def test_a_file_in_a_suite_by_stage_and_runner_configuration(self):
+        pair = 'register_cuda_ci(est_time=5, stage="base-c", runner_config="deepep-8-gpu-h200")'
+        files = {"test_a.py": source_of(registration=pair)}
+        self.assertEqual(self.names(self.select(files, "cuda", "base-c-test-deepep-8-gpu-h200")), ["a"])
+
+    def test_files_of_sglang_that_name_no_suite(self):
+        nameless = 'register_npu_ci(est_time=400, suite="", nightly=True)'
+        imported = "from pdkit.core.ci_register import register_npu_ci\n"
+        files = {"test_npu.py": source_of(registration=f"{imported}{nameless}"), "test_a.py": source_of()}
+        self.assertEqual(self.names(self.select(files)), ["a"])
+        collection = self.collect(files)
+        self.assertEqual((collection.errors, collection.suites("npu")), ((), set()))
+        errors = self.collect({"test_b.py": source_of(registration='register_cuda_ci(est_time=4, suite="")')}).errors
+        self.assertEqual(len(errors), 1)
+
     def test_nearest(self):
         self.assertEqual(nearest("cpy", ["cuda", "cpu", "npu"], limit=1), ["cpu"])
         self.assertEqual(nearest("zzz", ["b", "a"]), ["a", "b"])
@@ -255,7 +282,8 @@ class TestSelect(TreeCase):
         model = self.root / "model.json"
         plain = {"registered/test_f.py": 1000, "other/test_a.py": 3}
         timings = "noise\n" + "\n".join(json.dumps({"file": f, "elapsed": s}) for f, s in plain.items())
-        for text in (json.dumps(plain), timings):
+        of_sglang = {"est": {"stage-a-test-cpu": plain, "other": {"registered/test_a.py": 5000}}, "groups": []}
+        for text in (json.dumps(plain), timings, json.dumps(of_sglang)):
             model.write_text(text)
             selection = self.select(partition_id=0, partition_size=2, partition_model_file=model)
             self.assertEqual((self.names(selection), selection.est_time), (["f"], 1000))
@@ -265,15 +293,27 @@ class TestSelect(TreeCase):
         (found,), _ = with_estimates([registration], {"test_x.py": 1, "b/test_x.py": 2})
         self.assertEqual(found.est_time, 2)
 
-    def test_a_bad_model_file_is_bad_usage(self):
+    def test_without_measured_times_the_registered_ones_stand(self):
+        """As in SGLang's runner, which is given the file where its CI could fetch one."""
         model = self.root / "model.json"
+        expected = self.select(partition_id=0, partition_size=2)
+
+        def assert_falls_back(says, path=model):
+            selection = self.select(partition_id=0, partition_size=2, partition_model_file=path)
+            self.assertEqual((selection.enabled, selection.est_time), (expected.enabled, expected.est_time))
+            self.assertRegex(selection.measured, f"^no times from {path}: {says}.*; est_time of all files$")
+
         wrong_values = ('{"a": "x"}', '{"a": -1}', '{"a": NaN}', '{"a": true}', '{"file": "a"}')
         for text in ("", "x", "[]", "{}", "[1]", *wrong_values):
             model.write_text(text)
-            with self.subTest(text), self.assertRaisesRegex(UsageError, "expected a JSON object"):
-                self.select(partition_id=0, partition_size=2, partition_model_file=model)
-        with self.assertRaisesRegex(UsageError, "No such file"):
-            self.select(partition_model_file=self.root / "absent")
+            with self.subTest(text):
+                assert_falls_back("expected ")
+        model.write_text('{"est": {"other": {"a.py": 5}}}')
+        assert_falls_back("it has no times for stage-a-test-cpu")
+        model.write_bytes(b"\xff")
+        assert_falls_back("not a text file")
+        assert_falls_back("No such file", self.root / "absent")
+        assert_falls_back("Is a directory", self.root)
 
 
 if __name__ == "__main__":

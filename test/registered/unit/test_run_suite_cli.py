@@ -6,9 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 
 import psutil
 from detached import is_alive
@@ -16,12 +14,9 @@ from pdkit.core import processes
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import MEANINGS
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
-from suite_trees import source_of, write_tree
+from suite_trees import HANG, SUITE, CommandCase, source_of
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
-
-RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
-SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu"]
 
 PASS = source_of()
 FAIL = source_of("def test_it(self): self.fail()")
@@ -30,18 +25,6 @@ CODE_ERROR = source_of("def test_it(self): raise TypeError('a score')")
 EMPTY = source_of("x = 1")
 SILENT = source_of(main='\nif __name__ == "__main__":\n    print("fine")\n')
 DISABLED = source_of(registration='register_cpu_ci(est_time=5, suite="stage-a-test-cpu", disabled="see #7")')
-HANG = source_of(
-    """
-    def test_it(self):
-        import subprocess, sys, time
-        sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
-        child = subprocess.Popen(sleeper, start_new_session=True)
-        from pdkit.core import events
-        events.emit("phase", name="first request", state="begins")
-        print(f"sleeper {child.pid}", flush=True)
-        time.sleep(300)
-    """
-)
 SECOND_TIME_LUCKY = source_of(
     """
     def test_it(self):
@@ -52,41 +35,6 @@ SECOND_TIME_LUCKY = source_of(
         self.assertGreater(0.96 if was_seen else 0.94, 0.95)
     """
 )
-
-
-class CommandCase(unittest.TestCase):
-    def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.root = Path(directory.name)
-
-    def command(self, files, *words):
-        return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(self.root, files)), *words]
-
-    def run_suite(self, files, *words, environment=None):
-        environment = os.environ | (environment or {})
-        command = self.command(files, *words)
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.root, env=environment, timeout=60)
-
-    def run_files(self, *sources, words=(), environment=None):
-        files = {f"test_{number}.py": source for number, source in enumerate(sources)}
-        return self.run_suite(files, *SUITE, *words, environment=environment)
-
-    def assert_ended(self, done, code, tally):
-        self.assertEqual((done.returncode, done.stdout.splitlines()[-1:]), (code, [tally]), done.stdout + done.stderr)
-        self.assertNotIn("Traceback", done.stderr)
-
-    def assert_usage_error(self, done, *expected):
-        self.assertEqual((done.returncode, done.stdout), (2, ""))
-        lines = done.stderr.splitlines()
-        self.assertEqual(len(lines), len(expected), done.stderr)
-        for line, text in zip(lines, expected, strict=True):
-            self.assertTrue(line.startswith("run_suite.py: error: "), line)
-            self.assertIn(text, line)
-
-    def assert_sleeper_gone(self, output):
-        pid = int(re.search(r"^sleeper (\d+)", output, re.MULTILINE)[1])
-        self.assertFalse(is_alive(pid))
 
 
 class TestRun(CommandCase):
@@ -442,7 +390,6 @@ class TestList(CommandCase):
         self.assertEqual(done.stdout.splitlines()[-1], "exit 0, heavy set()", done.stderr)
 
     def test_a_reader_that_leaves_early(self):
-        # lint: allow unended-process: --list ends by itself
         process = subprocess.Popen(self.command(self.FILES, "--list"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.close()
         self.assertEqual(process.stderr.read(), b"")

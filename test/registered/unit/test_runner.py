@@ -1,5 +1,6 @@
 """What the runner makes of outputs and exit codes, and how it starts and ends processes."""
 
+import ast
 import io
 import os
 import signal
@@ -14,11 +15,13 @@ from pathlib import Path
 from unittest import mock
 
 from detached import SLEEP, is_alive, orphaner, spawner
+from pdkit.core import ci_register
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.console import Console
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.events import TARGET_VARIABLE, Events
 from pdkit.core.gpus import Gpu, GpuProcess
+from pdkit.core.source import read
 from pdkit.runner import gpu_memory
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
 from pdkit.runner.interruption import Interruption
@@ -196,10 +199,26 @@ class TestOptions(unittest.TestCase):
         self.assertEqual(options.timeout(1e6), 97)
         self.assertEqual(options.partition_model_file, Path("f.json"))
 
-    def test_default_timeout_grows_with_the_estimate(self):
-        self.assertEqual(self.parse().timeout(250), 1200)
-        self.assertEqual(self.parse().timeout(2000), 3000)
-        self.assertEqual(self.parse("--enable-retry").timeout(250), 1800)
+    def test_default_timeout_is_the_one_of_the_installed_release(self):
+        """Against SGLang's own function, which is taken from its source: its module imports all of SGLang."""
+        nodes = [
+            node
+            for node in read(ci_register.locate().with_name("ci_utils.py")).tree.body
+            if (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("DERIVED_TIMEOUT_"))
+            or (isinstance(node, ast.FunctionDef) and node.name == "derive_timeout_per_file")
+        ]
+        namespace = {}
+        exec(compile(ast.Module(nodes, type_ignores=[]), "ci_utils", "exec"), namespace)
+        derived = namespace["derive_timeout_per_file"]
+        for est_time in (1, 250, 2000, 3600, 5000):
+            self.assertEqual(self.parse().timeout(est_time), derived(est_time))
+        self.assertEqual(self.parse("--enable-retry").timeout(250), derived(250) + 600)
+
+    def test_default_timeout_of_a_release_that_derives_none(self):
+        with mock.patch("pdkit.runner.options._timeout_rule", return_value=(0, 0)):
+            self.assertEqual(self.parse().timeout(250), 1200)
+            self.assertEqual(self.parse().timeout(2000), 3000)
+            self.assertEqual(self.parse("--enable-retry").timeout(250), 1800)
 
     def test_bad_usage(self):
         for words, expected in (

@@ -94,6 +94,13 @@ class TestWhatItWrites(ScaffoldCase):
         self.assertIn("register_cuda_ci(est_time=99, suite=", path.read_text())
         self.assertIn("min_score = 0.3\n", path.read_text())
 
+    def test_a_suite_by_stage_and_runner_configuration(self):
+        words = ["--model", DSV4, "--gpus", "4+4", "--suite", "base-c-test-deepep-8-gpu-h200"]
+        path, found = self.write("Pair", *words)
+        expected = 'register_cuda_ci(est_time=250, stage="base-c", runner_config="deepep-8-gpu-h200")\n'
+        self.assertIn(expected, path.read_text())
+        self.assertEqual((found.gpu_count, found.gpu_memory_gb, found.capability), (8, 141, (9, 0)))
+
     def test_on_cpu(self):
         path, found = self.write("DSV4NoPrefixCache", "--suite", CPU, "--prefill-flags", "--disable-radix-cache")
         self.assertEqual(found, Needs("cpu", embedded=True))

@@ -183,7 +183,7 @@ class TestDataset(DataSetTest):
 
     def test_bad_files_are_one_clear_line(self):
         for content, message in (
-            (None, "cannot read the GSM8K data set .*: No such file"),
+            (None, r"test\.jsonl: No such file"),
             (b"\xff\xfe", "not UTF-8"),
             (b'{"question": "a", "answer": "#### 1"}\n{"question": "a", "ans', "line 2 is not JSON .*complete"),
             (b'{"question": "a", "answer": "1"}\n\n', "line 2 is not JSON"),

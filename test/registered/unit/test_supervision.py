@@ -1,5 +1,6 @@
 """A death is reported within two seconds, with its cause, in every phase: of a server, a worker below it, a router."""
 
+import concurrent.futures
 import contextlib
 import inspect
 import io
@@ -17,7 +18,7 @@ from unittest import mock
 
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit.core import events, processes
-from pdkit.deployment import attach, evals, supervisor
+from pdkit.deployment import attach, evals, ports, supervisor
 from pdkit.deployment.fixture import PDServers
 from pdkit.deployment.fleet import Fleet
 from pdkit.deployment.monolithic import MonolithicBeside
@@ -240,6 +241,22 @@ class TestWhatCannotHideADeath(Supervised):
         self.assertIn("decode exited with code -9 (Killed)", message)
         self.assertLess(time.time() - self.struck_at, 10)
 
+    def test_a_death_while_a_test_is_torn_down(self):
+        class Waits:
+            def tearDown(case):
+                self.strike(case.process_decode.pid, signal.SIGKILL)
+                time.sleep(20)
+
+        class Cleans:
+            def setUp(case):
+                case.addCleanup(Waits.tearDown, case)
+
+        for mixin in (Waits, Cleans):
+            with self.subTest(mixin.__name__):
+                (message,) = self.run_pair(mixins=(mixin,), test=lambda case: None)
+                self.assertIn("decode exited with code -9 (Killed)", message)
+                self.assertLess(time.time() - self.struck_at, 10)
+
     def test_a_death_of_a_server_in_whose_place_another_is_launched(self):
         process = self.enterContext(subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]))
         process.wait()
@@ -370,10 +387,11 @@ class TestWhatIsNoDeath(Supervised):
             self.assertIsNotNone(FATAL.search(line), line)
 
     def test_handlers_are_put_back(self):
-        before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)
+        numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = [signal.getsignal(number) for number in numbers]
         with supervised():
             pass
-        self.assertEqual((signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)), before)
+        self.assertEqual([signal.getsignal(number) for number in numbers], before)
 
 
 class TestFirstRequest(Supervised):
@@ -448,17 +466,49 @@ class TestWhatIsLeft(Supervised):
         self.assertIn("prefill exited with code -9 (Killed)", message)
         self.assert_all_ended()
 
-    def test_after_sigterm_while_a_server_is_launched(self):
-        classes = []
+    def test_after_a_signal_while_a_server_is_launched(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            classes = []
 
-        def strike(cls):
-            classes.append(cls)
-            os.kill(os.getpid(), signal.SIGTERM)
+            def strike(cls, number=number, classes=classes):
+                classes.append(cls)
+                os.kill(os.getpid(), number)
 
-        with self.assertRaises(KeyboardInterrupt):
-            self.run_pair(mixins=(self.interrupted_launch(strike),))
-        with contextlib.redirect_stdout(io.StringIO()):
-            classes[0].tearDownClass()  # at exit
+            with self.subTest(number), self.assertRaises(KeyboardInterrupt):
+                self.run_pair(mixins=(self.interrupted_launch(strike),))
+            with contextlib.redirect_stdout(io.StringIO()):
+                classes[0].tearDownClass()  # at exit
+            self.assert_all_ended()
+
+    def test_after_a_class_that_is_set_up_again_in_a_test(self):
+        def test(case):
+            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
+            case.tearDownClass()
+            case.setUpClass()
+            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
+
+        self.assertEqual(self.run_pair(test=test), [])
+        self.assertEqual(len(self.pids), 6)
+        self.assert_all_ended()
+
+    def test_after_servers_that_were_launched_in_threads(self):
+        class Threads:
+            @classmethod
+            def start_prefill(cls):
+                with concurrent.futures.ThreadPoolExecutor(2) as threads:
+                    for started in [threads.submit(super().start_prefill), threads.submit(super().start_decode)]:
+                        started.result()
+
+            @classmethod
+            def start_decode(cls):
+                """Has been started beside prefill."""
+
+        def test(case):
+            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
+
+        slow = mock.patch.object(ports, "require_free", lambda test: time.sleep(0.5))
+        with slow:
+            self.assertEqual(self.run_pair(test=test, mixins=(Threads,)), [])
         self.assert_all_ended()
 
     def test_after_sigterm_while_servers_are_stopped(self):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pdkit.checks.accounting.ledger import ClientAccount
+from pdkit.checks.judgement import Judgement
 from pdkit.checks.server_info import read_server_info
 
 
@@ -100,7 +101,7 @@ def read_pair(prefill_urls, decode_urls, settle: float = 0.0) -> PairCounters | 
 
 
 @dataclass(frozen=True)
-class HandoverAccount:
+class HandoverAccount(Judgement):
     """What the servers did against what was asked of them: each sequence prefilled, handed over and decoded once.
 
     did       None where the engine does not count
@@ -156,7 +157,7 @@ class HandoverAccount:
 
 
 @dataclass(frozen=True)
-class RequestAccount:
+class RequestAccount(Judgement):
     """Client and servers together; what a test did by itself, passed or not, is told apart from it."""
 
     client: ClientAccount
@@ -164,8 +165,8 @@ class RequestAccount:
     own_result: str = "passed"
 
     @property
-    def passed(self) -> bool:
-        return not self.client.problems and not self.handover.problems
+    def problems(self) -> tuple[str, ...]:
+        return self.client.problems + self.handover.problems
 
     def report(self) -> str:
         own = f"the test by itself: {self.own_result}"
@@ -173,8 +174,3 @@ class RequestAccount:
             own += f" (of what it scored, {self.client.lost} requests had no answer)"
         verdict = f"request accounting: {'PASS' if self.passed else 'FAIL'}"
         return "\n".join((verdict, self.client.report(), self.handover.report(), own))
-
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report."""
-        if not self.passed:
-            raise AssertionError(self.report())

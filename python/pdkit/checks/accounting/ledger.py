@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import httpx
 import requests
 
+from pdkit.checks.judgement import Judgement
+
 CLIENT, SERVERS = "request accounting", "division of labour"  # names of the checks
 
 OK = "200"
@@ -74,7 +76,7 @@ def judge(path: str, status: int, content: bytes | None) -> tuple[str, str | Non
 
 
 @dataclass(frozen=True)
-class Attempt:
+class HttpAttempt:
     """One HTTP request as it was sent once. `key` is the same for attempts of the same request, `seconds` its time."""
 
     path: str
@@ -90,10 +92,10 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class ClientAccount:
+class ClientAccount(Judgement):
     """Attempts in the order they ended. A problem: more than `tolerated_rate` of them failed, or there are none."""
 
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[HttpAttempt, ...]
     tolerated_rate: float = 0.0
 
     def __post_init__(self):
@@ -105,7 +107,7 @@ class ClientAccount:
         return Counter(attempt.outcome for attempt in self.attempts)
 
     @property
-    def failures(self) -> tuple[Attempt, ...]:
+    def failures(self) -> tuple[HttpAttempt, ...]:
         return tuple(attempt for attempt in self.attempts if attempt.failed)
 
     @property
@@ -176,7 +178,7 @@ class Ledger:
     urls: Sequence[str]
     attempt_timeout: float | None = None
     give_up_after: int = 20
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[HttpAttempt] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def account(self, tolerated_rate: float = 0.0) -> ClientAccount:
@@ -252,7 +254,7 @@ class Ledger:
                 seconds = time.monotonic() - started
                 key = hash((path, body if isinstance(body, (bytes, str)) else None))
                 sequences = sequences_of(path, body)
-                attempt = Attempt(path, pending.outcome, pending.error, sequences, seconds, key)
+                attempt = HttpAttempt(path, pending.outcome, pending.error, sequences, seconds, key)
                 with self._lock:
                     self.attempts.append(attempt)
 

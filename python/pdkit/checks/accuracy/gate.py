@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from pdkit.checks.judgement import Judgement
 from pdkit.core import stats
 from pdkit.core.suggest import unknown
 
@@ -92,7 +93,7 @@ class ScoredSlice:
 
 
 @dataclass(frozen=True)
-class AccuracyGate:
+class AccuracyGate(Judgement):
     """Derives a verdict from the slices scored so far, reports how, and asserts it."""
 
     options: GateOptions
@@ -141,6 +142,10 @@ class AccuracyGate:
     @property
     def verdict(self) -> Verdict:
         return self.verdicts[-1] if self.slices else Verdict.UNDECIDED
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is Verdict.PASS
 
     @property
     def next_examples(self) -> int:
@@ -209,14 +214,9 @@ class AccuracyGate:
         decided = Verdict.PASS if self.first_look_passed else Verdict.FAIL
         return f"{look}: {self.first_look_score:.4f}, {decided.value}"
 
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report, unless the verdict is PASS."""
-        if self.verdict is not Verdict.PASS:
-            raise AssertionError(self.report())
-
 
 @dataclass(frozen=True)
-class PairedGate:
+class PairedGate(Judgement):
     """Same examples, two engines: the candidate must not lose answers that the baseline has.
 
     `level` is the largest P(fail) of two equally good engines, on top of the accuracy gate's own.
@@ -234,6 +234,10 @@ class PairedGate:
     def verdict(self) -> Verdict:
         return Verdict.FAIL if self.discordance.p_value <= self.level else Verdict.PASS
 
+    @property
+    def passed(self) -> bool:
+        return self.verdict is Verdict.PASS
+
     def report(self) -> str:
         """The discordant pairs and what they mean."""
         pairs = self.discordance
@@ -242,8 +246,3 @@ class PairedGate:
             f"baseline only, {pairs.gained} right with the candidate only; "
             f"exact McNemar p = {pairs.p_value:.4g} (one-sided, fails at <= {self.level:g})"
         )
-
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report, unless the verdict is PASS."""
-        if self.verdict is not Verdict.PASS:
-            raise AssertionError(self.report())

@@ -1,11 +1,7 @@
 """GSM8K by SGLang's `run_eval`: what it gets, and slice after slice until the accuracy gate is decided."""
 
-import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,69 +9,20 @@ from typing import Any
 from unittest import mock
 
 from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, PairedGate, ScoredSlice
-
-# Where the releases keep their GSM8K scorer, newest first: in 0.5.12 and 0.5.13 there is only the second.
-_SCORERS = ("sglang.test.simple_eval_mixed_prefix_gsm8k", "sglang.test.simple_eval_gsm8k")
+from pdkit.core.gsm8k import SCORERS, Dataset, DatasetError, prompts_of, read_dataset
 
 Run = Callable[[SimpleNamespace], dict[str, Any]]
-
-
-class DatasetError(ValueError):
-    """The data set cannot be scored; the message names the file and the line."""
 
 
 class ScoreError(ValueError):
     """`run_eval` returned something that is not the mean of that many right or wrong answers."""
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Lines of a GSM8K .jsonl file as they stand: the first `num_shots` make the prompt, the others are scored."""
-
-    path: Path
-    shots: tuple[str, ...]
-    rows: tuple[str, ...]
-
-    @contextmanager
-    def file_of(self, start: int, stop: int) -> Iterator[str]:
-        """Path of a temporary .jsonl from which `run_eval` scores rows [start, stop), shots unchanged."""
-        with tempfile.NamedTemporaryFile("w", prefix="gsm8k-slice-", suffix=".jsonl", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in (*self.shots, *self.rows[start:stop]))
-            file.flush()
-            yield file.name
-
-
-def _check_row(path: Path, number: int, line: str) -> None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{path}, line {number} is not JSON ({error.msg}); is the file complete?") from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
-        raise DatasetError(f"{path}, line {number} has no texts 'question' and 'answer'; is this GSM8K's format?")
-
-
-def read_dataset(path: str | Path, num_shots: int = 5) -> Dataset:
-    """The rows that `run_eval` would see in `path`, which skips lines that start with '#'. Raises DatasetError."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DatasetError(f"cannot read the GSM8K data set {path}: {reason}") from None
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if not line.startswith("#")]
-    for number, line in rows:
-        _check_row(path, number, line)
-    if len(rows) <= num_shots:
-        raise DatasetError(f"{path} has {len(rows)} rows, of which {num_shots} are shots: nothing is left to score")
-    texts = tuple(line for _, line in rows)
-    return Dataset(path, texts[:num_shots], texts[num_shots:])
-
-
 def default_dataset_path() -> str:
     """The file that the installed SGLang scores when no path is given, downloaded and cached as SGLang does it."""
     from sglang.utils import download_and_cache_file
 
-    for name in _SCORERS:
+    for name in SCORERS:
         try:
             url = import_module(name).GSM8K_URL
             break
@@ -95,10 +42,7 @@ def _dataset_of(args: SimpleNamespace) -> Dataset:
 
 def few_shot_prompts(path: str | Path | None, count: int, num_shots: int = 5) -> list[str]:
     """The first `count` prompts, shots included, as `run_eval` would send them with the completion API."""
-    data = read_dataset(path or default_dataset_path(), num_shots)
-    shots, rows = ([json.loads(line) for line in lines] for lines in (data.shots, data.rows[:count]))
-    prefix = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
-    return [f"{prefix}Question: {row['question']}\nAnswer:" for row in rows]
+    return prompts_of(read_dataset(path or default_dataset_path(), num_shots), count)
 
 
 def gsm8k_args(

@@ -8,12 +8,12 @@ The monolithic server of the same model is launched by one of the bases: see `pd
 
 import json
 
-from pdkit.checks.accuracy.gsm8k import default_dataset_path, read_dataset
+from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.base import Checks
 from pdkit.checks.http import flush_caches
 from pdkit.checks.parity.plan import (
     Geometry,
-    Plan,
+    ParityPlan,
     PlanOptions,
     Prompts,
     Round,
@@ -27,6 +27,7 @@ from pdkit.checks.parity.plan import (
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import Parity
 from pdkit.checks.server_info import read_server_info
+from pdkit.core.gsm8k import read_dataset, running_text
 
 PARAMETER_TOKENS = 24
 PARAMETER_PROMPT = 64
@@ -80,7 +81,7 @@ class ParityArms(Checks):
             )
 
     @classmethod
-    def parity_plan(cls) -> Plan:
+    def parity_plan(cls) -> ParityPlan:
         if cls._plan is None:
             info = read_server_info(cls.monolithic_url or cls.prefill_url)
             geometry = Geometry.of(cls._config(), info)
@@ -123,8 +124,7 @@ class ParityArms(Checks):
 
     @classmethod
     def _natural_text(cls):
-        rows = read_dataset(cls.gsm8k_data_path or default_dataset_path()).rows
-        return "\n\n".join(f"{row['question']}\n{row['answer']}" for row in map(json.loads, rows[:400]))
+        return running_text(read_dataset(cls.gsm8k_data_path or default_dataset_path()).rows[:400])
 
     def check_parity(self, rounds):
         """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""

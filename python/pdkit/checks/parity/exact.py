@@ -50,10 +50,20 @@ class ExactParityChecks(ExactParityArms, ParityChecks):
     """All of `ParityChecks`, so compared."""
 
 
-class ExactAloneChecks(ExactParityArms, AloneParityChecks, IndexerParityChecks):
+class ExactAloneChecks(ExactParityArms, AloneParityChecks):
     """What is asked one at a time."""
 
     @classmethod
     def take_references(cls) -> None:
-        for round_ in (*cls.parity_plan().alone, *cls.parity_plan().indexed):
+        for round_ in cls.parity_plan().alone:
+            cls.reference_alone(round_)
+
+
+class ExactIndexerChecks(ExactAloneChecks, IndexerParityChecks):
+    """The same, and prompts of thousands of tokens."""
+
+    @classmethod
+    def take_references(cls) -> None:
+        super().take_references()
+        for round_ in cls.parity_plan().indexed:
             cls.reference_alone(round_)

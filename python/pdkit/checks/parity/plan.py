@@ -173,7 +173,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ParityPlan:
     """The rounds of one parity run, by what they check."""
 
     alone: tuple[Round, ...]
@@ -195,7 +195,7 @@ def lengths_of(geometry: Geometry, options: PlanOptions) -> tuple[int, ...]:
     return tuple(sorted({*geometry.boundaries(longest), *extra}))
 
 
-def make_plan(geometry: Geometry, prompts: Prompts, options: PlanOptions = PlanOptions()) -> Plan:
+def make_plan(geometry: Geometry, prompts: Prompts, options: PlanOptions = PlanOptions()) -> ParityPlan:
     """All rounds but those of sampling parameters, which follow from reference answers."""
     lengths = lengths_of(geometry, options)
     random = [(f"random-{length}", prompts.random_ids(length)) for length in lengths]
@@ -206,7 +206,7 @@ def make_plan(geometry: Geometry, prompts: Prompts, options: PlanOptions = PlanO
         flush=True,
         cold=True,
     )
-    return Plan(
+    return ParityPlan(
         alone=(alone,),
         cached=_cached(geometry, alone, options),
         concurrent=_concurrent(geometry, prompts, lengths, options),

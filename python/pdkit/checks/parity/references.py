@@ -13,7 +13,7 @@ from pdkit.checks import http
 from pdkit.checks.http import RequestFailed
 from pdkit.checks.parity.answers import Answer, AnswerError, Arm
 from pdkit.checks.parity.plan import Probe, Round
-from pdkit.checks.parity.verdict import FLOAT_ROUNDING, Distribution
+from pdkit.checks.parity.verdict import FLOAT_ROUNDING, Differences
 
 
 def ask(session: requests.Session, url: str, probe: Probe, timeout: float) -> Answer:
@@ -109,11 +109,11 @@ class References:
         """The reference answer to one probe, sent alone."""
         return self.take(url, Round(probe.name, (probe,)))[0][0]
 
-    def measure_rounding(self, url: str, round_: Round, in_flight: int) -> Distribution:
+    def measure_rounding(self, url: str, round_: Round, in_flight: int) -> Differences:
         """Does the load change bits without any hand-over? Sends a round that is known from being alone all at once."""
         alone = self.take(url, round_)[0]
         together = collect(url, Round("control: monolithic, together", round_.probes, in_flight), self.timeout)
-        distribution = Distribution.of(alone, together)
+        distribution = Differences.of(alone, together)
         if distribution.equal < len(round_.probes):
             self.rounding = FLOAT_ROUNDING
         return distribution

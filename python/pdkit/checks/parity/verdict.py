@@ -12,7 +12,9 @@ from functools import cached_property
 from itertools import chain
 from operator import eq
 
+from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.answers import Answer, Arm
+from pdkit.core.quantile import quantile
 from pdkit.core.stats import mcnemar, sign_test
 
 # What another order of summation does to a float32 logprob of a nano model: about 1e-6; a hand-over without its last
@@ -103,23 +105,14 @@ def other_end(reference: Answer, candidate: Answer) -> set[str]:
     return {name for name in ("finish", "prompt_tokens") if getattr(reference, name) != getattr(candidate, name)}
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest of `values` that at least `share` of them do not exceed; 0 of none.
-
-    Definition 1 of R. J. Hyndman, Y. Fan, Am. Stat. 50 (1996) 361-365: always one of the values.
-    """
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
-
-
 @dataclass(frozen=True)
-class Distribution:
+class Differences:
     """The differences of one arm from the reference arm."""
 
     differences: tuple[Difference, ...]
 
     @classmethod
-    def of(cls, reference: Arm, arm: Arm) -> "Distribution":
+    def of(cls, reference: Arm, arm: Arm) -> "Differences":
         return cls(tuple(compare(ours, theirs) for ours, theirs in zip(reference, arm, strict=True)))
 
     @property
@@ -153,7 +146,7 @@ QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 
 
 @dataclass(frozen=True)
-class Parity:
+class Parity(Judgement):
     """Derives whether a candidate arm is at parity with the reference arm, reports how, and asserts it.
 
     condition  what was sent and how, for the report
@@ -204,12 +197,12 @@ class Parity:
         )
 
     @cached_property
-    def candidate_distribution(self) -> Distribution:
-        return Distribution.of(self.reference, self.candidate)
+    def candidate_distribution(self) -> Differences:
+        return Differences.of(self.reference, self.candidate)
 
     @cached_property
-    def control_distribution(self) -> Distribution | None:
-        return None if self.control is None else Distribution.of(self.reference, self.control)
+    def control_distribution(self) -> Differences | None:
+        return None if self.control is None else Differences.of(self.reference, self.control)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -287,8 +280,3 @@ class Parity:
         if len(problems) > most:
             lines.append(f"  and {len(problems) - most} more")
         return "\n".join(lines)
-
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report."""
-        if self.problems:
-            raise AssertionError(self.report())

@@ -5,7 +5,6 @@ each test both servers must be idle, which SGLang's /flush_cache tells: it refus
 or being handed over.
 """
 
-import json
 import time
 import unittest
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import requests
 
 from pdkit.checks.base import Checks
 from pdkit.checks.http import MINI_LB, RUST_ROUTER, Client, greedy, post
+from pdkit.core.gsm8k import question_text, read_lines
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ def counting_prompts(count):
 
 def question_prompts(path, count):
     """The first `count` questions of a GSM8K file."""
-    with open(path, encoding="utf-8") as lines:
-        rows = [json.loads(line) for line, _ in zip(lines, range(count))]
-    return [f"Question: {row['question']}\nAnswer:" for row in rows]
+    return [question_text(line) for line in read_lines(path)[:count]]
 
 
 def through_each_load_balancer(test):

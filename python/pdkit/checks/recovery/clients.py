@@ -25,7 +25,7 @@ class Fate(Enum):
 
 
 @dataclass(frozen=True)
-class Ask:
+class Query:
     """A greedy request of `new_tokens` tokens: streamed through OpenAI's client, or whole through /generate.
 
     prompt  a text, or token ids for /generate
@@ -98,7 +98,7 @@ def judge_stream(said, finish_reason, error, right):
     return Fate.SERVED, ""
 
 
-class Client(threading.Thread):
+class QueryThread(threading.Thread):
     """Sends `ask` to the server at `url` at once. `begun` is set at the first piece of an answer."""
 
     def __init__(self, url, ask, timeout):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pdkit.checks.base import Checks
 from pdkit.checks.http import post
 from pdkit.checks.recovery import table
-from pdkit.checks.recovery.clients import Ask, Client, Fate, judge_answer, token_ids
+from pdkit.checks.recovery.clients import Fate, Query, QueryThread, judge_answer, token_ids
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events
 from pdkit.engine import test_backends
@@ -49,10 +49,10 @@ class RequestsInFlight(Checks):
     def asks(cls):
         """What is in flight in each phase."""
         return {
-            BEFORE: Ask(token_ids(test_backends.HELD_BEFORE), 4),
-            DURING: Ask(token_ids(test_backends.HELD_DURING), 4),
-            STREAMING: Ask("one two three", 80, stream=True),
-            IDLE: Ask(token_ids(70), 8),
+            BEFORE: Query(token_ids(test_backends.HELD_BEFORE), 4),
+            DURING: Query(token_ids(test_backends.HELD_DURING), 4),
+            STREAMING: Query("one two three", 80, stream=True),
+            IDLE: Query(token_ids(70), 8),
         }
 
     @classmethod
@@ -72,7 +72,7 @@ class RequestsInFlight(Checks):
     @classmethod
     def answered(cls, ask):
         """`ask` with its right answer: what all routers say while all is well."""
-        outcomes = [Client(url, ask, cls.returning).result() for url in cls.routers().values()]
+        outcomes = [QueryThread(url, ask, cls.returning).result() for url in cls.routers().values()]
         assert all(outcome.fate is Fate.SERVED for outcome in outcomes), f"before any event: {outcomes}"
         if ask.stream and not cls.bitwise:
             return ask
@@ -104,10 +104,10 @@ class RequestsInFlight(Checks):
     def send(self, phase, patience=None):
         """A client at each router, by name."""
         timeout = patience or self.router_timeout + self.slack
-        return {name: Client(url, self.right_asks[phase], timeout) for name, url in self.routers().items()}
+        return {name: QueryThread(url, self.right_asks[phase], timeout) for name, url in self.routers().items()}
 
     def in_flight(self, patience=None):
-        """Clients of each phase, each of them in it: phase -> router -> Client."""
+        """Clients of each phase, each of them in it: phase -> router -> QueryThread."""
         self.addCleanup(self.turn_valve, None)
         for _ in range(ATTEMPTS):
             self.wait_idle(self.servers())
@@ -185,7 +185,7 @@ class RequestsInFlight(Checks):
         deadline = time.monotonic() + self.returning
         outcome = None
         while time.monotonic() < deadline:
-            client = Client(url, self.right_asks[IDLE], self.router_timeout + self.slack)
+            client = QueryThread(url, self.right_asks[IDLE], self.router_timeout + self.slack)
             outcome = client.result()
             self.assertIsNot(outcome.fate, Fate.WRONG, f"on the way back: {outcome}")
             if outcome.fate is Fate.SERVED:

@@ -10,13 +10,13 @@ class ReferenceChecks(ParityArms):
     reference_prompts = 4
 
     def test_logprobs_are_those_of_transformers(self):
-        from pdkit.checks.reference.truth import Truth, expected
+        from pdkit.checks.reference.truth import LogprobTruth, expected
 
         prompts = self.prompts_of_the_reference()
         exact, rounded = expected(self.model, prompts)
         for name, url in (("monolithic", self.monolithic_url), ("prefill and decode", self.lb_url)):
             served = [self.input_logprobs(url, ids) for ids in prompts]
-            truth = Truth(*(tuple(value for row in arm for value in row) for arm in (exact, rounded, served)))
+            truth = LogprobTruth(*(tuple(value for row in arm for value in row) for arm in (exact, rounded, served)))
             print(f"{name}: {truth.report()}", flush=True)
             truth.assert_passed()
 

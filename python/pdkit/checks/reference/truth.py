@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from pdkit.checks.judgement import Judgement
 from pdkit.models.cuda.checkpoint import load
 from pdkit.models.cuda.fp8 import round_groups
 from pdkit.models.cuda.model import KernelNano
@@ -86,7 +87,7 @@ def rms(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Truth:
+class LogprobTruth(Judgement):
     """Derives whether served logprobs are those of the checkpoint, reports and asserts it; all in nats, by position.
 
     exact    the reference; rounded: the same with fp8's roundings; served: what the server says
@@ -120,11 +121,6 @@ class Truth:
             f"{self.expected:.4f}; may be {MARGIN:g} x that = {MARGIN * self.expected:.4f}; ratio "
             f"{self.found / self.expected if self.expected else math.inf:.3f}"
         )
-
-    def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report."""
-        if not self.passed:
-            raise AssertionError(self.report())
 
 
 def expected(path: str | Path, prompts: Sequence[Sequence[int]]) -> tuple[list[list[float]], list[list[float]]]:

@@ -95,7 +95,7 @@ def serve(connection: socket.socket) -> None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     children: set[int] = set()
     selector = selectors.DefaultSelector()
     selector.register(connection, selectors.EVENT_READ)
@@ -149,7 +149,10 @@ def main() -> None:
     threads = len(os.listdir("/proc/self/task"))
     print(f"fork server: SGLang is imported, {threads} thread(s)", flush=True)
     connection.send(json.dumps({"ready": threads}).encode())
-    serve(connection)
+    try:
+        serve(connection)
+    finally:
+        os._exit(0)  # nothing is left to put in order, and to take down all that was imported takes seconds
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class ForkServer:
     environment: of the process, and so of what SGLang reads while it is imported. log_path: of its own output.
     """
 
-    def __init__(self, environment: Mapping[str, str], log_path: str):
+    def __init__(self, environment: Mapping[str, str], log_path: str) -> None:
         self.log_path = log_path
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(log_path, "w", encoding="utf-8") as log:
@@ -120,7 +120,7 @@ class ForkServer:
         if self._process.returncode is None:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
-            self._process.wait(30)
+            self._process.wait()
             self._connection.close()
 
 
@@ -132,7 +132,7 @@ class ForkedPopen(subprocess.Popen):
 
     fork_server: ForkServer
 
-    def __init__(self, args: Sequence[str], *, env: Mapping[str, str] | None = None, **_: Any):
+    def __init__(self, args: Sequence[str], *, env: Mapping[str, str] | None = None, **_: Any) -> None:
         python, dash_m, module, *argv = args
         assert (os.path.basename(python).startswith("python"), dash_m) == (True, "-m"), f"cannot be forked: {args}"
         self.args, self.stdin, self.stderr, self.returncode = args, None, None, None

@@ -39,14 +39,18 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of model: its flags, and the environment that takes SGLang to the paths which the shims cover."""
+    """A kind of model: its flags, and the environment that takes SGLang to the paths which the shims cover.
+
+    trained: whether its weights are, so that what it answers can be scored.
+    """
 
     name: str
     flags: tuple[str, ...]
     environment: Mapping[str, str]
+    trained: bool = False
 
 
-LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), {})
+LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), {}, trained=True)
 DSV4 = Model(
     "dsv4",
     (
@@ -126,5 +130,5 @@ def require_active(log_path: str | Path) -> None:
     with open(log_path, encoding="utf-8", errors="replace") as log:
         if not any(plugin.ACTIVE in line for line in log):
             raise AssertionError(
-                f"{log_path}: SGLang did not load the CPU shims, so this server proves nothing; see site/"
+                f"{log_path}: SGLang did not load the CPU shims, so this server proves nothing: is {SITE} first on its PYTHONPATH?"
             )

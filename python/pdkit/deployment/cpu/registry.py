@@ -85,7 +85,14 @@ def remakes(
     return register
 
 
-def _register(target, make, family, why, imitates=(), **options):
+def _register(
+    target: str,
+    make: Callable[[Any], Any],
+    family: Family,
+    why: str,
+    imitates: tuple[str, ...] = (),
+    **options: bool,
+) -> None:
     assert all(each.target != target for each in REPLACEMENTS), f"{target} is replaced twice"
     REPLACEMENTS.append(Replacement(target, make, family, why, imitates, **options))
 

@@ -6,12 +6,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 
 import psutil
 
 from pdkit.core.errors import NotReady
-from pdkit.deployment.cpu import drift
+from pdkit.deployment.cpu import drift, plan
 
 MEMORY_GIB = 5  # three servers and a router that were forked, and the test process
 LIBRARIES = {
@@ -24,11 +23,11 @@ LIBRARIES = {
 PACKAGES = {"mooncake": "mooncake-transfer-engine-non-cuda", "nixl": "nixl", "sglang_router": "sglang-router"}
 
 
-def require_machine(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises NotReady with one line for each thing that is missing. `environment`: of the servers."""
+def require_machine() -> None:
+    """Raises NotReady with one line for each thing that is missing."""
     problems = [
         *missing_packages(),
-        *missing_libraries(environment),
+        *missing_libraries(),
         *too_little_memory(psutil.virtual_memory().available / 2**30),
     ]
     try:
@@ -48,14 +47,14 @@ def missing_packages() -> list[str]:
     ]
 
 
-def missing_libraries(environment: Mapping[str, str]) -> list[str]:
+def missing_libraries() -> list[str]:
     """One line that names the Debian packages which are missing, or none."""
     code = (
         "import ctypes, sys\nfor name in sys.argv[1:]:\n    try: ctypes.CDLL(name)\n    except OSError: print(name)\n"
     )
     looked = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, *LIBRARIES],
-        env=dict(environment),
+        env={**os.environ, "LD_LIBRARY_PATH": plan.library_path()},
         capture_output=True,
         text=True,
         check=True,

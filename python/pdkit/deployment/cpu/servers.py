@@ -6,12 +6,12 @@ class TestDisaggregationSglangCpu(ExactParityChecks, MonolithicBeside, SglangCpu
 
 from __future__ import annotations
 
+import atexit
 import os
-import signal
 import unittest
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import pdkit
 from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
@@ -21,6 +21,9 @@ from pdkit.deployment.ports import ClaimedPorts
 from pdkit.deployment.server import Server
 
 SPAWN_VARIABLE = "PDKIT_CPU_SPAWN"
+
+# By tree, model and environment; those that the next class can use outlive the one that started them.
+_fork_servers: dict[tuple[Path | None, str, tuple[tuple[str, str], ...]], ForkServer] = {}
 
 
 class SglangCpuServers(ClaimedPorts, PlannedServers):
@@ -42,23 +45,33 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
     server_env: ClassVar[dict[str, str]] = {}
     more_server_args: ClassVar[Sequence[str]] = ()
     tree: ClassVar[Path | None] = None
-    _fork_servers: ClassVar[dict[Path | None, ForkServer]] = {}
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.tree = plan.source()
-        requirements.require_machine({**os.environ, **plan.environment(cls.cpu_model)})
+        requirements.require_machine()
         super().setUpClass()
 
     @classmethod
     def configure(cls) -> None:
         cls.model_name = str(checkpoints.provide(cls.cpu_model.name))
         super().configure()
-        cls._fork_servers = {}
         cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
         cls.rdma_devices = []
-        cls.server_env = {**cls.server_env, **plan.environment(cls.cpu_model, cls.tree)}
         cls.server_args = [*plan.FLAGS, *cls.cpu_model.flags, *cls.more_server_args]
+
+    @classmethod
+    def require_training(cls) -> None:
+        """Raises SkipTest where the model's weights are random, and prints why."""
+        if not cls.cpu_model.trained:
+            reason = f"accuracy gate off: the weights of {cls.cpu_model.name} are random, so there is nothing to score"
+            print(reason, flush=True)
+            raise unittest.SkipTest(reason)
+
+    @classmethod
+    def launch_all(cls) -> None:
+        cls.close_fork_servers_but(cls.tree)
+        super().launch_all()
 
     @classmethod
     def prefill_args(cls) -> list[str]:
@@ -69,16 +82,9 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         return [*cls.server_args, *plan.PD_FLAGS, *cls.disaggregation_args("decode", cls.decode_gpus)]
 
     @classmethod
-    def launch(
-        cls,
-        name: str,
-        command: Sequence[str],
-        env: Mapping[str, str] | None = None,
-        stop: signal.Signals = signal.SIGTERM,
-        copies: Sequence[IO[str]] = (),
-    ) -> Server:
-        path = {"PYTHONPATH": plan.python_path(cls.tree_of(name))}
-        return super().launch(name, command, {**cls.server_env, **(env or {}), **path}, stop, copies)
+    def launch(cls, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, **more: Any) -> Server:
+        environment = plan.environment(cls.cpu_model, cls.tree_of(name))
+        return super().launch(name, command, {**environment, **(env or {})}, **more)
 
     @classmethod
     def tree_of(cls, name: str) -> Path | None:
@@ -90,30 +96,28 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         """Servers are forked from a process that imported SGLang from the tree of `name`, if any are."""
         if not cls.forked:
             return super().server_class(name, environment)
-        tree = cls.tree_of(name)
-        if tree not in cls._fork_servers:
-            log = cls.log_path(f"fork server {len(cls._fork_servers)}")
-            cls._fork_servers[tree] = ForkServer(environment, log)
-        return type("ForkedServer", (Server, ForkedPopen), {"fork_server": cls._fork_servers[tree]})
+        key = cls._fork_key(cls.tree_of(name))
+        if key not in _fork_servers:
+            _fork_servers[key] = ForkServer(environment, cls.log_path(f"fork server {len(_fork_servers)}"))
+            atexit.register(_fork_servers[key].close)
+        return type("ForkedServer", (Server, ForkedPopen), {"fork_server": _fork_servers[key]})
 
     @classmethod
-    def stop_servers(cls) -> None:
-        try:
-            super().stop_servers()
-        finally:
-            while cls._fork_servers:
-                cls._fork_servers.popitem()[1].close()
+    def _fork_key(cls, tree: Path | None) -> tuple[Path | None, str, tuple[tuple[str, str], ...]]:
+        return tree, cls.cpu_model.name, tuple(sorted(cls.server_env.items()))
 
     @classmethod
     def close_fork_servers_but(cls, tree: Path | None) -> None:
-        """End those of trees that nobody serves any more; the release's stays."""
-        for other in cls._fork_servers.keys() - {tree, None}:
-            cls._fork_servers.pop(other).close()
+        """End those that no server of this class is forked from, with `tree` or the release."""
+        for key in _fork_servers.keys() - {cls._fork_key(tree), cls._fork_key(None)}:
+            server = _fork_servers.pop(key)
+            atexit.unregister(server.close)
+            server.close()
 
-    def _callTestMethod(self, method: Any) -> Any:
+    def _callTestMethod(self, method: Callable[[], None]) -> None:
         """A failure ends with what in the working tree under test is another than in the release."""
         try:
-            return super()._callTestMethod(method)
+            super()._callTestMethod(method)
         except Exception as error:
             if self.tree is not None and not isinstance(error, unittest.SkipTest):
                 error.add_note(working_tree.report(self.tree / "sglang", drift.installed_package()))

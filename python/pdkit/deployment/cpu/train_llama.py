@@ -34,7 +34,7 @@ SHOTS = 5
 
 
 @dataclass(frozen=True)
-class Stage:
+class LlamaStage:
     """A `share` of the tokens in batches of `batch` sequences of `length` tokens."""
 
     share: float
@@ -42,7 +42,7 @@ class Stage:
     batch: int
 
 
-STAGES = (Stage(0.5, 128, 32), Stage(0.3, 512, 8), Stage(0.2, 1024, 4))
+STAGES = (LlamaStage(0.5, 128, 32), LlamaStage(0.3, 512, 8), LlamaStage(0.2, 1024, 4))
 
 
 def train(model: Any, batches: Batches, total: int) -> Iterator[tuple[int, float]]:

@@ -6,5 +6,4 @@ session   workers side by side, one run after the other
 results   what came out, on disk; what is still to do; whether the goal is met
 truth     whether a fault changes anything at all
 report    the table
-picture   the same to look at
 """

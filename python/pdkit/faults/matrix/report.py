@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdkit.faults import LIBRARY
-from pdkit.faults.matrix.results import Problem, Results, Run
+from pdkit.faults.matrix.results import Results, Run, Shortfall
 from pdkit.faults.matrix.verdicts import FIRST_LOOK
 
 CAUGHT, MISSED, NOT_RUN = "●", "–", "·"
@@ -20,7 +20,7 @@ def _seconds(value):
     return "" if value is None else f"{value:.1f}"
 
 
-def markdown(results: Results, problems: Sequence[Problem]) -> str:
+def markdown(results: Results, problems: Sequence[Shortfall]) -> str:
     """The table, with what the symbols mean and the summary above it."""
     heads = ["fault", *results.checks, "changes", "caught after (s)", "cost (s)"]
     rows = [
@@ -69,7 +69,7 @@ def _about(results, run):
     return "; ".join(parts)
 
 
-def summary(results: Results, problems: Sequence[Problem]) -> str:
+def summary(results: Results, problems: Sequence[Shortfall]) -> str:
     """What was caught, by the accuracy gate alone and by all checks, and whether the goal is met."""
     faulty, clean = results.faulty, results.clean
     changing = [run for run in faulty if run.fault in results.truths and results.truths[run.fault].changes]

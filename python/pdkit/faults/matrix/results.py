@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdkit.faults import LIBRARY
 from pdkit.faults.matrix.truth import Truth
-from pdkit.faults.matrix.verdicts import Verdict
+from pdkit.faults.matrix.verdicts import CheckVerdict
 
 
 class ResultsError(ValueError):
@@ -29,7 +29,7 @@ class Run:
     met: int
     seconds: float
     restarted: str = ""
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    verdicts: dict[str, CheckVerdict] = field(default_factory=dict)
     first_caught: float | None = None
 
     @property
@@ -53,7 +53,7 @@ def planned(faults: Sequence[str], clean_runs: int) -> list[tuple[str | None, in
 
 
 @dataclass(frozen=True)
-class Problem:
+class Shortfall:
     """One reason why the goal is missed."""
 
     what: str
@@ -99,7 +99,7 @@ class Results:
         elif kind == "truth":
             self.truths[record["fault"]] = Truth(**record)
         else:
-            record["verdicts"] = {check: Verdict(**told) for check, told in record["verdicts"].items()}
+            record["verdicts"] = {check: CheckVerdict(**told) for check, told in record["verdicts"].items()}
             run = Run(**record)
             self.runs[run.key] = run
 
@@ -133,18 +133,18 @@ class Results:
         """In the order of the library."""
         return [self.runs[name, 0] for name in LIBRARY if (name, 0) in self.runs]
 
-    def problems(self, wanted: Sequence[tuple[str | None, int]]) -> list[Problem]:
+    def problems(self, wanted: Sequence[tuple[str | None, int]]) -> list[Shortfall]:
         """What keeps the runs `wanted` from the goal: each fault that changes anything caught, no clean run failed."""
         found = []
         for fault, index in wanted:
             run = self.runs.get((fault, index))
             name = fault or f"clean run {index}"
             if run is None:
-                found.append(Problem(name, "did not run"))
+                found.append(Shortfall(name, "did not run"))
             elif fault is None and (run.caught_by or run.restarted):
-                found.append(Problem(name, f"failed: {', '.join(run.caught_by) or run.restarted}"))
+                found.append(Shortfall(name, f"failed: {', '.join(run.caught_by) or run.restarted}"))
             elif fault is not None:
-                found += [Problem(name, why) for why in self._problems_of(run)]
+                found += [Shortfall(name, why) for why in self._problems_of(run)]
         return found
 
     def _problems_of(self, run):

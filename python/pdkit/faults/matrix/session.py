@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdkit.faults.matrix.results import Run
-from pdkit.faults.matrix.verdicts import Verdict, merged
+from pdkit.faults.matrix.verdicts import CheckVerdict, merged
 
 STOP_TIMEOUT = 60
 
@@ -114,7 +114,7 @@ class Session:
 
     def run(self, fault: str | None, index: int = 0) -> Run:
         """All tests of all subjects under `fault`. Raises WorkerFailed."""
-        verdicts: dict[str, Verdict] = {}
+        verdicts: dict[str, CheckVerdict] = {}
         finished: dict[str, float] = {}
         clocks = {worker: 0.0 for worker in self.workers}
         done = {}
@@ -128,7 +128,7 @@ class Session:
             clocks[worker] += event["seconds"]
             self.progress(f"{fault or 'no fault'}: {event['test']} of {worker.subject.name}")
             for check, told in event["verdicts"].items():
-                verdict = Verdict(**told)
+                verdict = CheckVerdict(**told)
                 verdicts[check] = merged(verdicts.get(check), verdict)
                 if verdict.caught:
                     finished.setdefault(check, clocks[worker])

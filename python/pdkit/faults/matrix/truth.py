@@ -15,7 +15,7 @@ PROMPTS_PER_FAULT = 3
 
 
 @dataclass(frozen=True)
-class Model:
+class TriedModel:
     """A model that faults are tried on: what `pdkit.models.cpu.model.load_model` is told."""
 
     name: str
@@ -39,7 +39,7 @@ def of_load_balancer(name: str) -> Truth:
     return Truth(name, not fault.harmless, fault.harmless or f"by construction: {fault.what}")
 
 
-def of_handover(names: Sequence[str], models: Sequence[Model], progress: Callable[[str], None]) -> list[Truth]:
+def of_handover(names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None]) -> list[Truth]:
     """From runs in this process."""
     import torch
 
@@ -78,7 +78,7 @@ def _truth(name, by_model):
 
 
 def truths_of(
-    names: Sequence[str], models: Sequence[Model], progress: Callable[[str], None] = lambda text: None
+    names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None] = lambda text: None
 ) -> list[Truth]:
     """The truth of each fault named."""
     balancer = [name for name in names if LIBRARY[name].where is Where.LB]

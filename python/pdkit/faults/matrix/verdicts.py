@@ -20,7 +20,7 @@ MESSAGE_LIMIT = 300
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckVerdict:
     """caught: the check failed. message: why, on one line. seconds: how long the test ran that holds the check."""
 
     caught: bool
@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:MESSAGE_LIMIT]
 
 
-def verdicts_of(test: str, happened: Events, seconds: float) -> dict[str, Verdict]:
+def verdicts_of(test: str, happened: Events, seconds: float) -> dict[str, CheckVerdict]:
     """{check: verdict} of one test by its events; nothing of one that was skipped. Raises ValueError without events.
 
     Where requests are accounted for, the test's event has the outcome of both together, and the verdict on the test by
@@ -60,19 +60,19 @@ def verdicts_of(test: str, happened: Events, seconds: float) -> dict[str, Verdic
     if bad is None and any(event["state"] == SKIPPED for event in tests):
         return {}
     told = {event["check"]: _verdict(event, seconds) for event in happened.of("verdict")}
-    own = Verdict(bad is not None, seconds, one_line(bad["message"]) if bad else "")
+    own = CheckVerdict(bad is not None, seconds, one_line(bad["message"]) if bad else "")
     accounted = {check: told[check] for check in (OWN_RESULT, CLIENT, SERVERS) if check in told}
     if any(verdict.caught for verdict in accounted.values()):  # they are why the test failed
         own = accounted.get(OWN_RESULT, own)
     return {check_of(test): own} | {check: told[check] for check in (CLIENT, SERVERS, FIRST_LOOK) if check in told}
 
 
-def _verdict(event: dict, seconds: float) -> Verdict:
-    return Verdict(not event["passed"], seconds, "" if event["passed"] else one_line(event["message"]))
+def _verdict(event: dict, seconds: float) -> CheckVerdict:
+    return CheckVerdict(not event["passed"], seconds, "" if event["passed"] else one_line(event["message"]))
 
 
-def merged(one: Verdict | None, other: Verdict) -> Verdict:
+def merged(one: CheckVerdict | None, other: CheckVerdict) -> CheckVerdict:
     """Of a check that several tests hold: the first that catches counts, and the time of all until then."""
     if one is None or one.caught:
         return one or other
-    return Verdict(other.caught, one.seconds + other.seconds, other.message)
+    return CheckVerdict(other.caught, one.seconds + other.seconds, other.message)

@@ -55,7 +55,7 @@ class PatientLedger(Ledger):
         pass
 
 
-class Subject:
+class RunningSubject:
     """A test class whose servers are up."""
 
     def __init__(self, cls, tests=(), directory: Path = Path()):
@@ -156,7 +156,7 @@ def main(argv=None):
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     os.environ[VARIABLE] = str(directory)
-    subject = Subject(load_class(file, name), tests, directory)
+    subject = RunningSubject(load_class(file, name), tests, directory)
     try:
         subject.start()
         emit({"event": "ready", "tests": subject.tests})

@@ -33,7 +33,7 @@ WINDOW = 128
 
 
 @dataclass(frozen=True)
-class Stage:
+class TimedStage:
     """A `share` of the time on batches of `batch` sequences of `length` tokens."""
 
     name: str
@@ -44,17 +44,17 @@ class Stage:
 
 
 STAGES = (
-    Stage("single examples", 0.40, length=128, batch=32, sinkhorn=EARLY_SINKHORN),
-    Stage("few-shot", 0.30, length=512, batch=8, sinkhorn=EARLY_SINKHORN),
-    Stage("long", 0.30, length=1024, batch=4),
+    TimedStage("single examples", 0.40, length=128, batch=32, sinkhorn=EARLY_SINKHORN),
+    TimedStage("few-shot", 0.30, length=512, batch=8, sinkhorn=EARLY_SINKHORN),
+    TimedStage("long", 0.30, length=1024, batch=4),
 )
 
 
 @dataclass(frozen=True)
-class Progress:
+class TimedProgress:
     """Where training stands after a step; losses are means in nats, `rate` is tokens a second since the start."""
 
-    stage: Stage
+    stage: TimedStage
     step: int
     tokens: int
     seconds: float
@@ -149,9 +149,9 @@ def train(
     batches: BatchQueue,
     seconds: float,
     *,
-    stages: Sequence[Stage] = STAGES,
+    stages: Sequence[TimedStage] = STAGES,
     peak_lr: float = PEAK_LR,
-) -> Iterator[Progress]:
+) -> Iterator[TimedProgress]:
     """Train `model` in place for `seconds`, yielding after every step; the caller's time counts, too."""
     records, optimizer = IndexerRecords(model.main), optimizer_of(model)
     kind = model.device.type
@@ -172,14 +172,14 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             step += 1
             tokens += ids.numel()
-            yield Progress(
+            yield TimedProgress(
                 stage, step, tokens, time.monotonic() - began, loss.item(), mtp_loss.item(), index_loss.item(), lr
             )
     set_sinkhorn(model, None)
 
 
 @dataclass(frozen=True)
-class Score:
+class DraftScore:
     """Shares: of problems whose every answer token is the most likely one, and of drafts that are the token after."""
 
     problems: int
@@ -188,7 +188,7 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: KernelNano, problems: Sequence[Problem], shots: Sequence[Problem], batch: int = 8) -> Score:
+def score(model: KernelNano, problems: Sequence[Problem], shots: Sequence[Problem], batch: int = 8) -> DraftScore:
     """What greedy decoding would give, without decoding: the data's answers follow from the question.
 
     If at each position of the right answer its next token is the most likely one, decoding writes that answer; `solved`
@@ -209,7 +209,7 @@ def score(model: KernelNano, problems: Sequence[Problem], shots: Sequence[Proble
             solved += torch.equal(best[row, first - 1 : len(ids) - 1], answer)
             right += (draft[row, first - 1 : len(ids) - 2] == answer[1:]).sum().item()
             drafts += len(answer) - 1
-    return Score(len(problems), solved / len(problems), right / drafts)
+    return DraftScore(len(problems), solved / len(problems), right / drafts)
 
 
 def validation(count: int, seed: int) -> tuple[list[Problem], list[Problem]]:

@@ -25,18 +25,18 @@ class Finding:
         return f"{self.subject}: {self.message}"
 
 
-class Refused(Exception):
+class FlagsRefused(Exception):
     """The parser does not take these arguments; the message is the parser's."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises Refused where it would print and exit."""
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises FlagsRefused where it would print and exit."""
 
     def error(self, message: str):
-        raise Refused(message)
+        raise FlagsRefused(message)
 
     def exit(self, status: int = 0, message: str | None = None):
-        raise Refused(message or "ends before it serves")
+        raise FlagsRefused(message or "ends before it serves")
 
 
 def segments(argv: Iterable[str]) -> list[list[str]]:
@@ -49,7 +49,7 @@ def segments(argv: Iterable[str]) -> list[list[str]]:
     return cut
 
 
-def check(parser: Parser, argv: Sequence[str], required: Sequence[str] = ()) -> tuple[list[Finding], list[str]]:
+def check(parser: FlagParser, argv: Sequence[str], required: Sequence[str] = ()) -> tuple[list[Finding], list[str]]:
     """Findings on `argv`, and the part of it that the parser takes.
 
     `required` are arguments without which the parser takes nothing; each segment is parsed with them alone, so that
@@ -59,14 +59,14 @@ def check(parser: Parser, argv: Sequence[str], required: Sequence[str] = ()) -> 
     for segment in segments(argv):
         try:
             parser.parse_args([*required, *segment])
-        except Refused as refusal:
+        except FlagsRefused as refusal:
             findings.append(Finding("error", segment[0], _why(parser, segment, str(refusal))))
             continue
         accepted += segment
         findings += _remarks(parser, segment)
     try:
         parser.parse_args([*required, *accepted])
-    except Refused as refusal:
+    except FlagsRefused as refusal:
         findings.append(Finding("error", "command line", str(refusal)))
     return findings, accepted
 
@@ -85,7 +85,7 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {name: action for action in parser._actions for name in action.option_strings}
 
 
-def _why(parser: Parser, segment: Sequence[str], refusal: str) -> str:
+def _why(parser: FlagParser, segment: Sequence[str], refusal: str) -> str:
     flag = segment[0].partition("=")[0]
     if flag.startswith("-") and not any(name.startswith(flag) for name in _options(parser)):
         return f"no such flag; nearest: {', '.join(nearest(flag, _options(parser)))}"
@@ -95,7 +95,7 @@ def _why(parser: Parser, segment: Sequence[str], refusal: str) -> str:
     return " ".join(re.sub(r"^argument \S+: ", "", refusal).split())
 
 
-def _remarks(parser: Parser, segment: Sequence[str]) -> list[Finding]:
+def _remarks(parser: FlagParser, segment: Sequence[str]) -> list[Finding]:
     flag, _, attached = segment[0].partition("=")
     options = _options(parser)
     if not flag.startswith("-"):

@@ -28,10 +28,10 @@ class Unreadable(Exception):
     """The release or the test cannot be asked; the message is one line."""
 
 
-def server_parser() -> flags.Parser:
+def server_parser() -> flags.FlagParser:
     """The parser of `sglang.launch_server`. Raises Unreadable where an answer would rest on a stand-in."""
     server_args = importlib.import_module("sglang.srt.server_args")
-    parser = flags.Parser(prog=SERVER)
+    parser = flags.FlagParser(prog=SERVER)
     server_args.ServerArgs.add_cli_args(parser)
     for action in parser._actions:
         if any(map(is_stand_in, (action.choices, action.type, action.nargs, action.option_strings))):
@@ -39,18 +39,18 @@ def server_parser() -> flags.Parser:
     return parser
 
 
-def router_parser() -> flags.Parser | None:
+def router_parser() -> flags.FlagParser | None:
     """The parser of the load balancer, where sglang-router is installed."""
     try:
         from sglang_router.router_args import RouterArgs
     except ImportError:
         return None
-    parser = flags.Parser(prog=ROUTER)
+    parser = flags.FlagParser(prog=ROUTER)
     RouterArgs.add_cli_args(parser, use_router_prefix=False)
     return parser
 
 
-def process(launch: recording.Launch, request: Mapping, parsers: Mapping[str, flags.Parser]) -> dict:
+def process(launch: recording.Launch, request: Mapping, parsers: Mapping[str, flags.FlagParser]) -> dict:
     """One launched process as plain data: what it is, what is wrong with it, and what it takes of the machine.
 
     `checked` is false where no parser for its flags is at hand.

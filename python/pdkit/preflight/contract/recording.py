@@ -28,7 +28,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecordedPlan:
     """What one test class launches, in order; `problem` is one line where it did not come to an end."""
 
     test: str
@@ -107,7 +107,7 @@ def pd_tests(module, fixture: type) -> list[type]:
     return [c for c in classes if issubclass(c, fixture) and unittest.defaultTestLoader.getTestCaseNames(c)]
 
 
-def record(test: type, baseline: Mapping[str, str]) -> Plan:
+def record(test: type, baseline: Mapping[str, str]) -> RecordedPlan:
     """What `test` launches. A class with `configure()` is settled by it, any other by its setUpClass().
 
     The load balancer is the last that the fixture launches: what fails after it speaks to servers that are not there.
@@ -132,7 +132,7 @@ def record(test: type, baseline: Mapping[str, str]) -> Plan:
     launches = tuple(_launch(command, env, baseline) for command, env in RecordedProcess.commands)
     if not launches:
         problem = problem or "launches nothing"
-    return Plan(test.__name__, launches, " ".join(problem.split()) if problem else None)
+    return RecordedPlan(test.__name__, launches, " ".join(problem.split()) if problem else None)
 
 
 def _launch(command: Sequence[str], env: Mapping[str, str], baseline: Mapping[str, str]) -> Launch:

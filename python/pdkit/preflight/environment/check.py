@@ -13,9 +13,9 @@ from pdkit.core.source import UNKNOWN
 from pdkit.deployment import quirks
 from pdkit.preflight import dsv4
 from pdkit.preflight.environment import dataset, gpus, machine, model, packages, rdma
-from pdkit.preflight.environment.finding import Finding, error, ok, warning
 from pdkit.preflight.environment.machine import UNLIMITED, Machine
 from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.finding import Finding, error, ok, warning
 
 GIB = 2**30
 ASSETS = Path(pdkit.__file__).parent / "assets"

@@ -1,6 +1,5 @@
 """Are the questions there that a test asks?"""
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -8,11 +7,11 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlparse
 
+from pdkit.core.gsm8k import SCORERS, DatasetError, read_lines
 from pdkit.core.source import read
-from pdkit.preflight.environment.finding import Finding, error, ok, warning
 from pdkit.preflight.environment.packages import locate
+from pdkit.preflight.finding import Finding, error, ok, warning
 
-SCORERS = ("sglang.test.simple_eval_mixed_prefix_gsm8k", "sglang.test.simple_eval_gsm8k")
 WHY = "the servers would load for minutes before the eval finds out"
 DO = "set SGLANG_PD_GSM8K to a .jsonl file of GSM8K questions"
 TIMEOUT_S = 2.0
@@ -50,15 +49,9 @@ def check(path: str | None, tmp: Path = Path("/tmp"), environ: Mapping[str, str]
 
 def _readable(path: Path, do: str) -> Finding:
     try:
-        with path.open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip() and not line.startswith("#")]
-        bad = next((i for i, row in enumerate(rows, 1) if not {"question", "answer"} <= set(row)), None)
-    except (OSError, ValueError, TypeError) as problem:
-        what = problem.strerror if isinstance(problem, OSError) else "not lines of JSON"
-        return error("data", f"{path}: {what}", WHY, do)
-    if not rows or bad:
-        what = f"row {bad} has no question or no answer" if bad else "no questions"
-        return error("data", f"{path}: {what}", WHY, do)
+        rows = read_lines(path)
+    except DatasetError as problem:
+        return error("data", str(problem), WHY, do)
     return ok("data", f"{len(rows)} questions at {path}")
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 from pdkit.core.gpus import Gpu
-from pdkit.preflight.environment.finding import Finding, error, ok, warning
 from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.finding import Finding, error, ok, warning
 from pdkit.preflight.plan import span
 
-ELSEWHERE = "run on such a machine, or the CPU rung here: scripts/run.sh --rung embedded"
+ELSEWHERE = "run on such a machine, or without a GPU: pdkit run --on embedded"
 NOT_OURS = "wait for them or ask their owner; nothing here ends them"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pdkit.models.cuda.store import to_be_made
-from pdkit.preflight.environment.finding import Finding, error, ok
+from pdkit.preflight.finding import Finding, error, ok
 
 WHY = "the servers would download it while their start-up time runs out, or fail"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tiktoken.model")

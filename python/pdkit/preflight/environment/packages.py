@@ -10,7 +10,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from pdkit.preflight.environment.finding import Finding, error, ok
+from pdkit.preflight.finding import Finding, error, ok
 
 PIP = f"{sys.executable} -m pip install"  # bare pip may be another Python's
 MOONCAKE = ("mooncake.engine", f"{PIP} mooncake-transfer-engine-cuda13, for a torch of CUDA 12 without -cuda13")

@@ -6,7 +6,7 @@ from pdkit.core.errors import NotReady
 from pdkit.core.registry import Registration
 from pdkit.preflight.environment import needs
 from pdkit.preflight.environment.check import check
-from pdkit.preflight.environment.finding import Level
+from pdkit.preflight.finding import Level
 
 
 def require(registrations: Iterable[Registration]):

@@ -5,19 +5,15 @@ from pathlib import Path
 
 from pdkit.core.registry import Collection, collect
 from pdkit.core.source import Source, read
-from pdkit.preflight.lint import evals, findings, overrides, ports, processes, registration, thresholds
-from pdkit.preflight.lint.findings import Finding
+from pdkit.preflight.finding import Finding, broken
+from pdkit.preflight.lint import evals, exemptions, overrides, registration, thresholds
 
 RULES: dict[str, Callable[[Source, Collection], Iterator[Finding]]] = {
     "registration": registration.registration,
     "suite": registration.suite,
     "silent-main": registration.silent_main,
     "deprecated-eval": evals.deprecated_eval,
-    "fixed-port": ports.fixed_port,
     "pd-override": overrides.pd_override,
-    "unended-process": processes.unended_process,
-    "sleep-as-readiness": processes.sleep_as_readiness,
-    "kill-by-name": processes.kill_by_name,
     "noisy-threshold": thresholds.noisy_threshold,
 }
 
@@ -32,9 +28,9 @@ def lint_file(path: Path, collection: Collection) -> list[Finding]:
     try:
         source = read(path)
     except SyntaxError as error:
-        return [Finding(path, error.lineno or 1, "syntax", f"not valid Python: {error.msg}; nothing else was checked")]
+        return [broken(path, error.lineno or 1, "syntax", f"not valid Python: {error.msg}; nothing else was checked")]
     found = [finding for check in RULES.values() for finding in check(source, collection)]
-    return findings.apply(path, source.text, found, RULES)
+    return exemptions.apply(path, source.text, found, RULES)
 
 
 def lint(paths: Iterable[Path]) -> list[Finding]:

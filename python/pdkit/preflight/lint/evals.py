@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 
 from pdkit.core.source import Source
-from pdkit.preflight.lint.findings import Finding
+from pdkit.preflight.finding import Finding, broken
 
 SUCCESSORS = {
     "sglang.test.few_shot_gsm8k": 'sglang.test.run_eval with eval_name="gsm8k"',
@@ -13,7 +13,7 @@ SUCCESSORS = {
 }
 
 
-def deprecated_eval(source: Source, _) -> Iterator[Finding]:
+def deprecated_eval(source: Source, _: object) -> Iterator[Finding]:
     """No eval module that SGLang deprecates, or that is gone from a release that serves DeepSeek-V4."""
     for node in source.nodes:
         names = []
@@ -26,4 +26,4 @@ def deprecated_eval(source: Source, _) -> Iterator[Finding]:
         for name in names:
             if name in SUCCESSORS:
                 message = f"{name} is deprecated; use {SUCCESSORS[name]}"
-                yield Finding(source.path, node.lineno, "deprecated-eval", message)
+                yield broken(source.path, node.lineno, "deprecated-eval", message)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pdkit.core.source import Source, TestClass
-from pdkit.preflight.lint.findings import Finding
+from pdkit.preflight.finding import Finding, broken
 
 RATE = 0.05
 _COUNTS = {"num_examples", "num_questions"}
@@ -59,7 +59,7 @@ class Threshold:
     examples: int
 
 
-def noisy_threshold(source: Source, _) -> Iterator[Finding]:
+def noisy_threshold(source: Source, _: object) -> Iterator[Finding]:
     """A threshold tells half the errors that it allows from twice as many, each time but one in twenty."""
     found = [t for cls in source.classes.values() for t in _thresholds(cls)]
     for threshold in dict.fromkeys(t for t in found if t.source is source):
@@ -71,7 +71,7 @@ def noisy_threshold(source: Source, _) -> Iterator[Finding]:
                 f"accuracy {n.better:g} fails {n.false_alarm:.0%} and {n.worse:g} passes {n.miss:.0%} of the time; "
                 f"{n.enough or 'over 100000'} examples can tell them apart, or use pdkit.checks.accuracy.checks.AccuracyGateChecks"
             )
-            yield Finding(source.path, threshold.line, "noisy-threshold", message)
+            yield broken(source.path, threshold.line, "noisy-threshold", message)
 
 
 def _thresholds(cls: TestClass) -> Iterator[Threshold]:

@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
 from pdkit.core.errors import ExitCode
-from pdkit.runner.history.drift import LEVEL
 from pdkit.runner.history.record import Record
-from pdkit.runner.history.series import MOST_RUNS, Series
+from pdkit.runner.history.series import Series
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LATEST = 12
@@ -53,23 +52,8 @@ def runs_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def verdict_of(series: Series, count: int, level: float = LEVEL) -> str:
-    """Drift or noise, where it began and how sure that is; `count` series are looked at together."""
-    change = series.change(count, level)
-    if change is None:
-        return "one run: nothing to compare"
-    if not change.is_drift:
-        return f"noise (p {change.p_value:.2g})"
-    first = series.point_of(change).record
-    return (
-        f"DRIFT {series.show(change.before)} -> {series.show(change.after)} since {first.time:%Y-%m-%d %H:%M} "
-        f"({first.revision}, sglang {first.sglang}, {first.host}), p {change.p_value:.1g}"
-    )
-
-
-def as_dict(series: Series, count: int, level: float = LEVEL) -> dict:
-    """A series and its verdict for JSON."""
-    change = series.change(count, level)
+def as_dict(series: Series) -> dict[str, Any]:
+    """A series for JSON."""
     return {
         "rung": series.rung,
         "name": series.name,
@@ -77,47 +61,28 @@ def as_dict(series: Series, count: int, level: float = LEVEL) -> dict:
         "times": [point.record.time.isoformat() for point in series.points],
         "values": [point.value for point in series.points],
         "counts": [point.counts for point in series.points] if series.points[0].counts else None,
-        "drift": bool(change and change.is_drift),
-        "p_value": change.p_value if change else None,
-        "since": series.point_of(change).record.time.isoformat() if change and change.is_drift else None,
     }
 
 
-def series_table(all_series: Sequence[Series], level: float = LEVEL) -> Table:
-    """Each series as a line of blocks with its range, latest value, and drift or noise."""
+def series_table(all_series: Sequence[Series]) -> Table:
+    """Each series as a line of blocks with its range and latest value."""
     table = Table(title="over time, oldest first", box=box.SIMPLE_HEAD)
-    for name in ("rung", "what", "", "lowest", "highest", "latest", "drift or noise"):
+    for name in ("target", "what", "", "lowest", "highest", "latest"):
         table.add_column(name, justify="right" if name in ("lowest", "highest", "latest") else "left")
     for series in all_series:
         values = [point.value for point in series.points]
         shown = (series.show(value) for value in (min(values), max(values), values[-1]))
-        verdict = verdict_of(series, len(all_series), level)
-        style = "bold" if verdict.startswith("DRIFT") else ""
-        table.add_row(series.rung, series.name, sparkline(values[-WIDTH:]), *shown, Text(verdict, style))
+        table.add_row(series.rung, series.name, sparkline(values[-WIDTH:]), *shown)
     return table
 
 
-def explanation(all_series: Sequence[Series], level: float = LEVEL) -> str:
-    """What the verdicts promise."""
-    return (
-        f"Drift: a change at some run whose exact p-value, times the number of runs where it may lie, is below the "
-        f"share of this look. All looks, one after each run, at all {len(all_series)} series together call unchanged "
-        f"engines drifting with probability {level:g} at most: the look after run n may use 1/(n(n+1)) of that. "
-        f"Looked at are the latest {MOST_RUNS} runs. Scores: Fisher's exact test; others: exact permutation of the "
-        f"rank sum. Seconds drift with the machine as well as with the code."
-    )
-
-
-def terminal(records: Sequence[Record], all_series: Sequence[Series], level: float = LEVEL) -> Group:
+def terminal(records: Sequence[Record], all_series: Sequence[Series]) -> Group:
     """All of it, for a rich console."""
-    parts = [runs_table(records)]
-    if all_series:
-        parts += [series_table(all_series, level), Text(explanation(all_series, level), "dim")]
-    return Group(*parts)
+    return Group(runs_table(records), *([series_table(all_series)] if all_series else ()))
 
 
-def draw(all_series: Sequence[Series], path: Path, level: float = LEVEL) -> None:
-    """For each rung: scores with exact 95 % intervals, phases (which may overlap), acceptance length. Needs matplotlib."""
+def draw(all_series: Sequence[Series], path: Path) -> None:
+    """For each target: scores with exact 95 % intervals, phases (which may overlap), acceptance length. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,10 +97,6 @@ def draw(all_series: Sequence[Series], path: Path, level: float = LEVEL) -> None
             _phases(panel, chosen)
         else:
             _points(panel, chosen[0], unit)
-        for series in chosen:
-            change = series.change(len(all_series), level)
-            if change and change.is_drift:
-                _mark(panel, series, change)
         panel.set_title(f"{rung}: {'phases' if unit == 's' else chosen[0].name}", loc="left", fontsize=10)
     figure.savefig(path)
     pyplot.close(figure)
@@ -178,12 +139,3 @@ def _phases(panel, chosen):
     panel.set_ylim(bottom=0)
     panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     _ticks(panel, [point.record for point in whole.points])
-
-
-def _mark(panel, series, change):
-    place = len(series.points) - len(series.points[-MOST_RUNS:]) + change.at
-    panel.axvline(place - 0.5, color="#b30000", linewidth=1)
-    text = f"{series.name}: {series.show(change.before)} -> {series.show(change.after)}"
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right"}
-    panel.annotate(text, (place - 0.6, 0.03), fontsize=7, bbox=box, **where)

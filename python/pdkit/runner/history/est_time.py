@@ -11,6 +11,7 @@ import numpy as np
 
 from pdkit.core import ci_register
 from pdkit.core.errors import UsageError
+from pdkit.core.quantile import quantile
 from pdkit.core.registry import Registration
 
 QUANTILE = 0.9
@@ -41,7 +42,7 @@ def rounded(seconds: float) -> int:
 
 def p90(seconds: Sequence[float]) -> float:
     """The least of the values that at least 90 % of them do not exceed."""
-    return float(np.quantile(seconds, QUANTILE, method="inverted_cdf"))
+    return quantile(seconds, QUANTILE)
 
 
 def propose(

@@ -61,7 +61,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """A run of `test/run_suite.py` or `scripts/run.sh`. `time`: when it began, in UTC; `seconds` in all."""
+    """A run of `test/run_suite.py` or `pdkit run`. `time`: when it began, in UTC; `seconds` in all."""
 
     __pydantic_config__ = _STRICT
 

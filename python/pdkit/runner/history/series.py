@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pdkit.core import stats
-from pdkit.runner.history.drift import LEVEL, Change, change_of_counts, change_of_values
 from pdkit.runner.history.record import Record
-
-MOST_RUNS = 100
 
 
 @dataclass(frozen=True)
@@ -33,17 +30,6 @@ class Series:
     name: str
     unit: str
     points: tuple[Point, ...]
-
-    def change(self, series: int, level: float = LEVEL) -> Change | None:
-        """The most likely change of the latest runs, where there are at least two."""
-        points = self.points[-MOST_RUNS:]
-        if all(point.counts for point in points):
-            return change_of_counts(*zip(*(point.counts for point in points)), series, level)
-        return change_of_values([point.value for point in points], series, level)
-
-    def point_of(self, change: Change) -> Point:
-        """The first point after a change that was found in this series."""
-        return self.points[-MOST_RUNS:][change.at]
 
     def show(self, value: float) -> str:
         return f"{value:.3f}" if not self.unit else f"{value:.1f} {self.unit}" if self.unit == "s" else f"{value:.3f}"

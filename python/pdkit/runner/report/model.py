@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pdkit.core.quantile import quantile
+
 PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
 
 
@@ -216,9 +218,8 @@ class Distribution:
         assert self.values and self.bins > 0
 
     def quantile(self, share: float) -> float:
-        """The smallest value that `share` of the values do not exceed."""
-        ranked = sorted(self.values)
-        return ranked[max(0, -(-int(share * 1000) * len(ranked) // 1000) - 1)]
+        """As `pdkit.core.quantile.quantile`."""
+        return quantile(self.values, share)
 
     @property
     def mean(self) -> float:

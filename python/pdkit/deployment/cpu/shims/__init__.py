@@ -1,14 +1,7 @@
 """The replacements by family of kernels. Importing this package registers them; it imports nothing of SGLang."""
 
-from pdkit.deployment.cpu.shims import (  # noqa: F401
-    attention,
-    compression,
-    experts,
-    hyper_connections,
-    indexer,
-    metadata,
-    norm_rope,
-    runtime,
-    speculative,
-    transfer,
-)
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

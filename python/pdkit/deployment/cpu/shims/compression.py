@@ -38,7 +38,7 @@ class Slots:
         swa_page: int,
         ring: int,
         use_req_ring: bool,
-    ):
+    ) -> None:
         self.ratio, self.swa_page, self.ring = ratio, swa_page, ring
         self.own = ratio == 128 or use_req_ring
         self.req_to_token, self.full_to_state = req_to_token, full_to_state

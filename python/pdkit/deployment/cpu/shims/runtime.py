@@ -13,7 +13,7 @@ from pdkit.deployment.cpu.registry import remakes, replaces
 class Event:
     """no streams here: what was recorded has happened; prefill asks before it sends a cached prefix early"""
 
-    def __init__(self, *_: Any, **__: Any):
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def record(self, stream: Any = None) -> None:

@@ -65,7 +65,7 @@ def build_tree_kernel_efficient_cpu(
         chosen = selected_index[b].tolist()
         parents = (parent_list[b] if parent_list.dim() > 1 else parent_list).tolist()
 
-        def parent(i, chosen=chosen, parents=parents):
+        def parent(i: int, chosen: list[int] = chosen, parents: list[int] = parents) -> int | None:
             """Position in the tree of the parent of draft token i > 0; None where it was not chosen."""
             at = chosen[i - 1] // topk
             return 0 if at == 0 else chosen.index(parents[at]) + 1 if parents[at] in chosen else None

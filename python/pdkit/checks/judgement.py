@@ -1,0 +1,27 @@
+"""What every verdict of a check has: problems or none, a report, and an assertion whose message is the report."""
+
+
+class Judgement:
+    """A verdict that is derived from what was measured.
+
+    A subclass has `report()` and either `problems`, one text for each thing that is wrong, or a `passed` of its own.
+    """
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, one text each."""
+        return ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def report(self) -> str:
+        """What was measured, by which rule it is judged, and what is wrong."""
+        raise NotImplementedError
+
+    def assert_passed(self) -> None:
+        """Raises AssertionError, whose message is the report, where something is wrong."""
+        if not self.passed:
+            raise AssertionError(self.report())

@@ -1,0 +1,38 @@
+"""Runs the main job, `TestDisaggregationDSV4`, on the highest target that this machine can run."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from pdkit.core.command import Parser
+from pdkit.core.errors import ExitCode
+from pdkit.core.gpus import visible_gpus
+from pdkit.runner import run
+from pdkit.runner.options import add_history_options, history_file
+from pdkit.runner.targets import TARGETS, choose, why
+
+
+def add_arguments(parser: Parser) -> None:
+    names = ", ".join(target.name for target in TARGETS)
+    parser.add_argument("--on", metavar="TARGET", help=f"run it on this target or fail: {names}")
+    parser.add_argument(
+        "--report-dir", type=Path, metavar="DIR", help="for log, server logs and results.json (default: a new one)"
+    )
+    parser.add_argument(
+        "--skip-environment-check",
+        dest="environment_check",
+        action="store_false",
+        help="start even if this machine lacks what the target needs",
+    )
+    parser.add_argument(
+        "--sglang-source", metavar="DIR", help="test this checkout of SGLang, or its python/, in place of the release"
+    )
+    add_history_options(parser)
+
+
+def main(args: Namespace) -> ExitCode:
+    """Raises UsageError and NotReady."""
+    gpus = visible_gpus()
+    target = choose(gpus, args.on)
+    print(f"main job on {target.name}: {target.engine}", *why(target, gpus).splitlines(), sep="\n  ", flush=True)
+    history = history_file(args, is_own_tree=True)
+    return run.run(target, args.report_dir, history, args.environment_check, args.sglang_source)

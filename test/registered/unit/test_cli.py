@@ -1,0 +1,118 @@
+"""The command `pdkit`: its sub-commands, what each imports, and what is said where one is mistyped."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import unittest
+from unittest.mock import patch
+
+from pdkit.cli.main import COMMANDS, main
+from pdkit.core.ci_register import register_cpu_ci
+
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+
+SCREEN_LINES, SCREEN_COLUMNS = 30, 100
+HEAVY = {"sglang", "torch", "transformers"}
+IMPORTED = """
+import contextlib, io, json, sys
+from pdkit.cli.main import main
+found = {}
+for words in json.loads(sys.argv[1]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        assert main(words) == 0, words
+    found[" ".join(words)] = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps(found))
+"""
+
+
+def pdkit(*words: str) -> tuple[int, str, str]:
+    """(Exit code, standard output, standard error) of a command line, run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        patch.dict("os.environ", COLUMNS=str(SCREEN_COLUMNS)),
+    ):
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+class TestCommands(unittest.TestCase):
+    def test_each_is_explained_on_one_screen(self):
+        for words in ([], *([name] for name in COMMANDS)):
+            with self.subTest(*words):
+                code, out, err = pdkit(*words, "--help")
+                self.assertEqual((code, err), (0, ""))
+                self.assertLessEqual(len(out.splitlines()), SCREEN_LINES, out)
+                self.assertLessEqual(max(map(len, out.splitlines())), SCREEN_COLUMNS, out)
+
+    def test_all_are_listed(self):
+        _, out, _ = pdkit("--help")
+        for name, summary in COMMANDS.items():
+            self.assertRegex(out, f"(?m)^    {name} +{summary[:30]}")
+
+    def test_without_a_command_they_are_listed(self):
+        self.assertEqual(pdkit(), (2, pdkit("--help")[1], ""))
+
+    def test_as_a_module(self):
+        done = subprocess.run([sys.executable, "-m", "pdkit", "lsit"], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertRegex(done.stderr, "^pdkit: error: unknown command 'lsit'; nearest known: list, .*\n$")
+
+    def test_what_was_meant(self):
+        for words, line in (
+            (["lsit"], "pdkit: error: unknown command 'lsit'; nearest known: list, "),
+            (["list", "--hardware", "cpu"], "pdkit list: error: unknown option --hardware; nearest known: --hw"),
+            (["list", "--suite", "stage-a-test-gpu"], "nearest known: stage-a-test-cpu"),
+            (["run", "--on", "embeded"], "pdkit run: error: unknown target 'embeded'; nearest known: embedded"),
+            (["list", "more"], "pdkit list: error: unexpected argument 'more'"),
+        ):
+            with self.subTest(words):
+                code, out, err = pdkit(*words)
+                self.assertEqual((code, out), (2, ""))
+                self.assertIn(line, err)
+                self.assertEqual(len(err.splitlines()), 1, err)
+
+    def test_what_a_shell_completes(self):
+        for typed, expected in (("pdkit li", "list"), ("pdkit list --targ", "--targets"), ("pdkit run --rep", "--rep")):
+            with self.subTest(typed):
+                with subprocess.Popen(
+                    ["bash", "-c", f'"{sys.executable}" -m pdkit 8>&1 9>/dev/null'],
+                    env={**os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed))},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                ) as shell:
+                    self.assertIn(expected, shell.communicate()[0])
+
+
+class TestImports(unittest.TestCase):
+    def imported(self, *commands: list[str], first: str = "") -> dict[str, list[str]]:
+        """Top-level modules that are there after each of `commands`, one after the other in one process."""
+        command = [sys.executable, "-c", first + IMPORTED, json.dumps(commands)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return json.loads(done.stdout)
+
+    def test_what_needs_none_of_them_imports_none_of_them(self):
+        helps = ([name, "--help"] for name in COMMANDS)
+        found = self.imported(["--help"], *helps, ["list"], ["list", "--targets"])
+        self.assertGreater(len(found), len(COMMANDS))
+        for words, modules in found.items():
+            self.assertEqual(HEAVY & set(modules), set(), words)
+
+    def test_it_would_be_seen(self):
+        self.assertIn("torch", self.imported(["--help"], first="import sys; sys.modules['torch'] = sys")["--help"])
+
+    def test_help_of_one_command_imports_no_other(self):
+        modules = self.imported(["--help"])["--help"]
+        self.assertEqual({"requests", "rich", "psutil", "numpy", "unittest"} & set(modules), set())
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,207 @@
+"""Test files side by side: `--jobs N`, none of which can fail, hang or be left behind unseen."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+from detached import is_alive
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.registry import Registration
+from pdkit.runner import suite
+from pdkit.runner.options import Options
+from pdkit.runner.suite import SuiteRun, lanes
+from suite_trees import HANG, CommandCase, source_of
+
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu"]
+PASS = source_of()
+FAIL = source_of("def test_it(self): self.fail('a reason')")
+
+
+def cpu(seconds):
+    return f'register_cpu_ci(est_time={seconds}, suite="stage-a-test-cpu")'
+
+
+def meets(me, other, then="pass", seconds=5):
+    """A test file that passes only beside another."""
+    return source_of(
+        f"""
+        def test_it(self):
+            from pathlib import Path
+            from pdkit.core.processes import wait_until
+            here = Path(__file__).parent
+            (here / "{me}").touch()
+            self.assertTrue(wait_until((here / "{other}").exists, 40), "nobody came")
+            {then}
+        """,
+        registration=cpu(seconds),
+    )
+
+
+def registration(name, seconds, hw="cpu"):
+    return Registration(f"/t/{name}.py", f"registered/{name}.py", hw, "s", seconds)
+
+
+class TestOrder(unittest.TestCase):
+    FILES = [registration("a", 1), registration("b", 9, hw="cuda"), registration("c", 3), registration("d", 5)]
+
+    def groups(self, jobs=None, cores=4):
+        with mock.patch("os.sched_getaffinity", lambda _: set(range(cores))):
+            found = lanes(self.FILES, Options(Path("/"), "cpu", "s", jobs=jobs))
+        return [([(number, Path(each.filename).stem) for number, each in files], count) for files, count in found]
+
+    def test_the_longest_start_first_and_those_that_need_gpus_are_alone(self):
+        self.assertEqual(self.groups(), [([(1, "d"), (2, "c"), (3, "a")], 2), ([(4, "b")], 1)])
+
+    def test_in_order_where_there_is_one_lane(self):
+        self.assertEqual(self.groups(cores=1), [([(1, "a"), (2, "c"), (3, "d")], 1), ([(4, "b")], 1)])
+        self.assertEqual(self.groups(jobs=1), [([(1, "a"), (2, "b"), (3, "c"), (4, "d")], 1)])
+
+    def test_who_asks_for_it_gets_it(self):
+        self.assertEqual(self.groups(jobs=3, cores=1), [([(1, "b"), (2, "d"), (3, "c"), (4, "a")], 3)])
+
+    def test_no_more_lanes_than_files(self):
+        self.assertEqual(self.groups(jobs=9)[0][1], 4)
+
+
+class TestLanes(CommandCase):
+    def run_lanes(self, *words, jobs="2", **files):
+        files = {f"{name}.py": source for name, source in files.items()}
+        return self.run_suite(files, *SUITE, "--jobs", jobs, *words)
+
+    def test_two_run_side_by_side(self):
+        done = self.run_lanes(test_a=meets("a", "b"), test_b=meets("b", "a"), test_c=PASS)
+        self.assert_ended(done, 0, "3 passed, 0 failed, 0 skipped")
+
+    def test_a_file_that_fails_is_seen_in_either_lane_whichever_ends_first(self):
+        fail = "self.fail('a reason')"
+        wait = 'self.assertTrue(wait_until((here / "ended").exists, 40))'
+        end = 'import atexit; atexit.register((here / "ended").touch)'
+        for fails in "ab":
+            for first in "ab":
+                with self.subTest(fails=fails, ends_first=first):
+                    for name in ("a", "b", "ended"):
+                        (self.root / "registered" / name).unlink(missing_ok=True)
+                    then = {
+                        name: f"{end if name == first else wait}; {fail if name == fails else 'pass'}" for name in "ab"
+                    }
+                    done = self.run_lanes(
+                        "--continue-on-error",
+                        test_a=meets("a", "b", then["a"], seconds=7),
+                        test_b=meets("b", "a", then["b"]),
+                        test_c=PASS,
+                    )
+                    self.assert_ended(done, 1, "2 passed, 1 failed, 0 skipped")
+                    self.assertRegex(done.stdout, rf"\n\[\d/3\] failed: registered/test_{fails}.py; ")
+                    self.assertIn("a reason", done.stdout)
+
+    def test_after_a_failure_no_other_file_is_started(self):
+        slow = meets("a", "b", 'self.assertTrue(wait_until((here / "failed").exists, 40))', seconds=9)
+        fails = meets("b", "a", '(here / "failed").touch(); self.fail()', seconds=8)
+        after = source_of("def test_it(self): open(__file__ + '.ran', 'w').close()")
+        done = self.run_lanes("--report-dir", "report", test_a=slow, test_b=fails, test_c=after)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        states = {entry["file"][-4]: entry["state"] for entry in self.results()}
+        self.assertEqual((states["b"], len(states)), ("failed", 3))
+        was_free_before = (self.root / "registered" / "test_c.py.ran").exists()  # the lane of a, which ended first
+        self.assertEqual(states["c"], "passed" if was_free_before else "not run")
+
+    def results(self):
+        return json.loads((self.root / "report" / "results.json").read_text())["files"]
+
+    def test_results_are_in_the_order_of_their_numbers(self):
+        files = {f"test_{number}": source_of(registration=cpu(number + 1)) for number in range(5)}
+        done = self.run_lanes("--report-dir", "report", **files)
+        self.assert_ended(done, 0, "5 passed, 0 failed, 0 skipped")
+        self.assertEqual([entry["file"][-4] for entry in self.results()], [*"43210"])
+        self.assertEqual(
+            [entry["attempts"][0]["log"][:3] for entry in self.results()], ["001", "002", "003", "004", "005"]
+        )
+
+    def test_what_files_print_is_not_mixed(self):
+        prints = "for _ in range(50): print('{0}' * 70, flush=True)"
+        done = self.run_lanes(
+            "--continue-on-error",
+            test_a=meets("a", "b", prints.format("x") + "; self.fail()"),
+            test_b=meets("b", "a", prints.format("y") + "; self.fail()"),
+        )
+        self.assertNotRegex(done.stdout, "xy|yx")
+
+    def test_a_timeout_and_what_is_left_behind_end_in_their_lane_alone(self):
+        done = self.run_lanes("--continue-on-error", "--timeout-per-file", "4", test_a=HANG, test_b=PASS, test_c=PASS)
+        self.assert_ended(done, 1, "2 passed, 1 failed, 0 skipped")
+        self.assertRegex(done.stdout, r"timed out: registered/test_a\.py; .*in phase first request")
+        self.assert_sleeper_gone(done.stdout)
+
+    def test_a_signal_reaches_every_lane(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            with self.subTest(number):
+                files = {"test_a.py": HANG, "test_b.py": HANG, "test_c.py": PASS}
+                command = self.command(files, *SUITE, "--jobs", "2", "--report-dir", "report")
+                shutil.rmtree(self.root / "report", ignore_errors=True)
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.root)
+                self.addCleanup(process.kill)
+                with ThreadPoolExecutor() as pool:
+                    output = pool.submit(process.communicate)
+                    try:
+                        sleepers = self.wait_for_sleepers(process, 2)
+                    finally:
+                        process.send_signal(number)
+                    output = output.result()[0].decode()
+                self.assertEqual(process.returncode, 130, output)
+                self.assertIn(f"interrupted by {number.name}\n", output)
+                self.assertEqual([entry["state"] for entry in self.results()], ["interrupted"] * 2 + ["not run"])
+                self.assertEqual([pid for pid in sleepers if is_alive(pid)], [])
+
+    def wait_for_sleepers(self, process, count):
+        found = []
+        while len(found) < count and process.poll() is None:
+            logs = (self.root / "report").glob("*.log")
+            time.sleep(0.05)
+            found = [int(pid) for log in logs for pid in re.findall(r"^sleeper (\d+)\n", log.read_text(), re.M)]
+        return found
+
+    def test_nohup_stays_nohup(self):
+        command = self.command(
+            {"test_a.py": source_of("def test_it(self):\n    import os\n    os.kill(int(os.environ['RUNNER']), 1)")},
+            *SUITE,
+        )
+        nohup = ["bash", "-c", 'trap "" HUP; export RUNNER=$$; exec "$@"', "bash", *command]
+        done = subprocess.run(nohup, capture_output=True, text=True, timeout=60)
+        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+
+    def test_what_breaks_a_lane_breaks_the_run(self):
+        """A mistake of the runner's own, not of a test file."""
+        files = [registration("a", 1), registration("b", 1)]
+        selection = suite.Selection(tuple(files), (), {})
+        run = SuiteRun(selection, Options(Path("/t"), "cpu", "s", jobs=2), self.root, self.root, suite.Interruption())
+        with (
+            mock.patch.object(SuiteRun, "_run_file", side_effect=ZeroDivisionError),
+            self.assertRaises(ZeroDivisionError),
+        ):
+            run.run()
+
+
+class TestTestSh(unittest.TestCase):
+    def test_arguments_go_to_the_runner(self):
+        environment = {**os.environ, "PDKIT_PYTHON": shutil.which("python3"), "CUDA_VISIBLE_DEVICES": ""}
+        command = [REPO / "scripts" / "test.sh", "--list", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        listed = json.loads(done.stdout)
+        self.assertEqual((listed["hw"], listed["suite"]), ("cpu", "stage-a-test-cpu"))
+        self.assertIn("registered/unit/test_lanes.py", [entry["file"] for entry in listed["files"]])
+
+
+if __name__ == "__main__":
+    unittest.main()

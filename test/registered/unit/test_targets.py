@@ -1,0 +1,78 @@
+"""Which target a machine runs."""
+
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import NotReady, UsageError
+from pdkit.core.gpus import Gpu, found
+from pdkit.runner.targets import TARGETS, TargetUnavailable, UnknownTarget, choose, why
+
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+
+H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
+B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
+TOP, MIDDLE, SGLANG_CPU, BOTTOM = TARGETS
+
+
+class TestChoose(unittest.TestCase):
+    def test_highest_target_that_the_machine_can_run(self):
+        for gpus, target in (
+            ((), BOTTOM),
+            ([H200] * 7, MIDDLE),
+            ([H200] * 8, TOP),
+            ([H200] * 9, TOP),
+            ([H100] * 8, MIDDLE),
+            ([H200] * 7 + [H100], MIDDLE),
+            ([H100], MIDDLE),
+            ([B200] * 8, BOTTOM),
+        ):
+            with self.subTest(gpus=found(gpus)):
+                self.assertIs(choose(gpus), target)
+
+    def test_a_target_can_be_asked_for(self):
+        self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)
+
+    def test_what_runs_by_request_only_is_not_chosen_by_itself(self):
+        self.assertTrue(SGLANG_CPU.by_request and SGLANG_CPU.runs_on(()))
+        self.assertIs(choose((), wanted="sglang-cpu"), SGLANG_CPU)
+
+    def test_a_working_tree_is_for_one_target_only(self):
+        with self.assertRaisesRegex(UsageError, "not for target embedded; a working tree is tested on sglang-cpu"):
+            BOTTOM.prepare("/tree")
+        BOTTOM.prepare(None)
+
+    def test_what_a_target_needs_beside_gpus_is_one_line_for_each_thing(self):
+        with mock.patch.dict("os.environ"), self.assertRaisesRegex(NotReady, "/nonexistent has no package sglang"):
+            SGLANG_CPU.prepare("/nonexistent")
+
+    def test_a_target_out_of_reach_is_refused_and_never_replaced(self):
+        reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
+        with self.assertRaisesRegex(TargetUnavailable, reason):
+            choose([H200] * 2, wanted="8xH200")
+
+    def test_an_unknown_target_names_the_nearest(self):
+        with self.assertRaisesRegex(UnknownTarget, "unknown target 'embeded'; nearest known: embedded"):
+            choose((), wanted="embeded")
+
+    def test_why_not_higher(self):
+        self.assertEqual(why(TOP, [H200] * 8), "")
+        lines = "^8xH200 needs 8 Hopper GPUs .*; found no GPU\n1xHopper needs 1 Hopper GPU .*; found no GPU$"
+        self.assertRegex(why(BOTTOM, ()), lines)
+
+    def test_why_is_silent_on_a_lower_target_by_choice(self):
+        self.assertEqual(why(BOTTOM, [H200] * 8), "")
+
+
+class TestAgreesWithTheTests(unittest.TestCase):
+    """The test of the first target imports no pdkit, so it states its needs itself."""
+
+    def test_first_target(self):
+        source = (Path(__file__).parents[2] / TOP.test_file).read_text()
+        self.assertIn(f"get_device_count() >= {TOP.gpus}", source)
+
+
+if __name__ == "__main__":
+    unittest.main()
