@@ -1,10 +1,13 @@
 """Servers of the embedded engine as processes, with the model of `assets/random-dsv4`."""
 
+import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -30,7 +33,29 @@ def keep_logs():
     unittest.addModuleCleanup(logs.cleanup)
 
 
-class Server:
+class Client:
+    """What tests ask of the server at `url`."""
+
+    def post(self, path, body, timeout=60, **options):
+        return requests.post(self.url + path, json=body, timeout=timeout, **options)
+
+    def generate(self, text_or_ids, **body):
+        key = "input_ids" if isinstance(text_or_ids, list) and not isinstance(text_or_ids[0], str) else "text"
+        response = self.post("/generate", {key: text_or_ids, "sampling_params": GREEDY} | body)
+        response.raise_for_status()
+        return response.json()
+
+    def info(self):
+        return requests.get(self.url + "/server_info", timeout=30).json()
+
+    @property
+    def busy(self):
+        """(rooms held, requests in hand)."""
+        info = self.info()
+        return info["rooms"], info["internal_states"][0]["running_requests"]
+
+
+class Server(Client):
     """One process and its log; ended whatever happens."""
 
     def __init__(self, name, port, *command, **environment):
@@ -61,31 +86,36 @@ class Server:
             self.process.kill()
             self.process.wait()
 
-    def post(self, path, body, timeout=60, **options):
-        return requests.post(self.url + path, json=body, timeout=timeout, **options)
 
-    def generate(self, text_or_ids, **body):
-        key = "input_ids" if isinstance(text_or_ids, list) and not isinstance(text_or_ids[0], str) else "text"
-        response = self.post("/generate", {key: text_or_ids, "sampling_params": GREEDY} | body)
-        response.raise_for_status()
-        return response.json()
-
-    def info(self):
-        return requests.get(self.url + "/server_info", timeout=30).json()
-
-    @property
-    def busy(self):
-        """(rooms held, requests in hand)."""
-        info = self.info()
-        return info["rooms"], info["internal_states"][0]["running_requests"]
+def _arguments(mode, *more):
+    return (
+        "--model-path", str(RANDOM), "--load-format", "dummy", "--random-seed", "7", "--served-model-name", "random",
+        "--log-level", "warning", "--disaggregation-mode", mode, *more,
+    )  # fmt: skip
 
 
 def engine(name, port, mode, *arguments, **environment):
-    return Server(
-        name, port, "pdkit.engine", "--model-path", str(RANDOM), "--load-format", "dummy", "--random-seed", "7",
-        "--served-model-name", "random", "--log-level", "warning", "--disaggregation-mode", mode, *arguments,
-        **environment,
-    )  # fmt: skip
+    return Server(name, port, "pdkit.engine", *_arguments(mode, *arguments), **environment)
+
+
+class EngineHere(Client):
+    """A server in a thread of this process, until it ends: for tests that look at answers alone."""
+
+    def __init__(self, mode, *arguments):
+        import torch
+        from pdkit.engine import options
+        from pdkit.engine.__main__ import serve
+        from pdkit.engine.service import Service
+        from pdkit.models.cpu.model import load_model
+        from transformers import AutoTokenizer
+
+        torch.set_num_threads(1)
+        given = options.parse(_arguments(mode, *arguments))
+        model = load_model(given.model_path, load_format=given.load_format, seed=given.random_seed)
+        service = Service(given, model, AutoTokenizer.from_pretrained(RANDOM, local_files_only=True))
+        sock = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        threading.Thread(target=asyncio.run, args=(serve(given, service, sock, None),), daemon=True).start()
 
 
 def events(response):

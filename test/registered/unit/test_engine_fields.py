@@ -34,6 +34,7 @@ PROBES = (
 # SGLang 0.5.23 fails with status 500 where n is null: `None > 1` in GenerateReqInput._handle_parallel_sampling.
 ACCEPTED_HERE_ALONE = {("sampling_params.n", "null")}
 
+GENERATE_REQUEST = TypeAdapter(GenerateReqInput)
 tokenizer = SimpleNamespace(encode=lambda text, **_: list(text.encode()))
 
 
@@ -41,7 +42,7 @@ def sglang_generates(body):
     """As `/generate` of SGLang looks at a body before it tokenizes it. Raises whatever makes it refuse."""
     if error := generate_contract_error(body):
         raise ValueError(error)
-    request = TypeAdapter(GenerateReqInput).validate_python(body)
+    request = GENERATE_REQUEST.validate_python(body)
     request.normalize_batch_and_arguments()
     if request.lora_path or request.max_thinking_tokens is not None:
         raise ValueError("refused without a flag at start")
