@@ -25,7 +25,7 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except OSError as error:
-        reason = os.strerror(error.errno)
+        reason = os.strerror(error.errno or 0)
         fail(ExitCode.NOT_READY, f"{host}:{port} cannot be bound: {reason}; choose another with {flag}")
     return sock
 
@@ -36,7 +36,10 @@ def listen(sock: socket.socket) -> None:
         sock.listen()
     except OSError as error:
         host, port = sock.getsockname()[:2]
-        fail(ExitCode.NOT_READY, f"{host}:{port} was taken meanwhile: {os.strerror(error.errno)}; choose another port")
+        fail(
+            ExitCode.NOT_READY,
+            f"{host}:{port} was taken meanwhile: {os.strerror(error.errno or 0)}; choose another port",
+        )
 
 
 def fail(code: ExitCode, message: str) -> NoReturn:

@@ -59,12 +59,13 @@ class GenerateBody(Body):
     decode_tp_size: int | list[int | None] | None = None
 
     @property
-    def prompts(self) -> str | list[Any] | None:
+    def prompts(self) -> Any:
         return self.text if self.text is not None else self.input_ids
 
     @property
     def is_batch(self) -> bool:
-        return isinstance(self.prompts, list) and not (self.prompts and isinstance(self.prompts[0], int))
+        prompts = self.prompts
+        return isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
 
     def asks(self) -> list[Ask]:
         """One Ask a sequence. Raises BadRequest."""

@@ -29,9 +29,8 @@ def _text(tokenizer: Any, token: int) -> str:
 def completion_logprobs(request: Request, start: int, with_prompt: bool = False) -> dict[str, Any]:
     """OpenAI's legacy logprobs object of the output tokens from index `start`; before them, if wanted, the prompt's."""
     tokenizer = request.tokenizer
-    pairs, rows = request.output_logprobs[start:], list(request.output_top_logprobs[start:])
-    if with_prompt:
-        pairs, rows = request.input_logprobs + pairs, request.input_top_logprobs + rows
+    pairs = (request.input_logprobs if with_prompt else []) + request.output_logprobs[start:]
+    rows = [*(request.input_top_logprobs if with_prompt else []), *request.output_top_logprobs[start:]]
     return {
         "text_offset": [-1] * len(pairs),
         "token_logprobs": [logprob for logprob, _ in pairs],

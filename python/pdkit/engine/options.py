@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from pdkit.core.errors import ExitCode
 
@@ -19,7 +19,7 @@ class EngineOptions:
     host: str = "127.0.0.1"
     port: int = 30000
     served_model_name: str | None = None
-    load_format: str = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
     random_seed: int = 0
     context_length: int | None = None
     chunked_prefill_size: int = 128

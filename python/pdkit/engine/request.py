@@ -130,8 +130,8 @@ class Request:
     output_top_logprobs: list[list[Scored]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.logprob_start_len is None or not self.return_logprob:
-            self.logprob_start_len = len(self.ids)
+        start = self.logprob_start_len if self.return_logprob else None
+        self._scored_from = len(self.ids) if start is None else start
         seed = self.params.sampling_seed
         self._seed = secrets.randbits(32) if seed is None else seed
 
@@ -140,20 +140,15 @@ class Request:
         return len(self.ids) + len(self.output_ids)
 
     @property
-    def cache_limit(self) -> int:
-        """How much of the prompt may come from a cache: its last token and each wanted logprob must be computed."""
-        return min(len(self.ids) - 1, self.logprob_start_len)
-
-    @property
     def keep_from(self) -> int:
-        """First prompt position whose logits are needed: they predict the next token."""
-        return min(len(self.ids) - 1, self.logprob_start_len)
+        """First prompt position whose logits are needed, for a logprob or for the next token; none before it may be."""
+        return min(len(self.ids) - 1, self._scored_from)
 
     def add_prompt_logits(self, start: int, logits: torch.Tensor) -> None:
         """logits [m, V] of prompt positions start..start+m-1; each scores the prompt token that follows it."""
-        if self.logprob_start_len >= len(self.ids) or not len(logits) or not self._takes(logits):
+        if self._scored_from >= len(self.ids) or not len(logits) or not self._takes(logits):
             return
-        if start == self.logprob_start_len:
+        if start == self._scored_from:
             self.input_logprobs.append((None, self.ids[start]))
             self.input_top_logprobs.append(None)
         for row, token in zip(logits, self.ids[start + 1 : start + 1 + len(logits)]):
@@ -231,8 +226,10 @@ class Request:
     def _update_text_and_finish(self, token: int) -> None:
         """A stop string wins over a stop token, a stop token over the length: as SGLang decides."""
         params, text = self.params, self._decode(self.output_ids)
+        limit = params.max_new_tokens
+        assert limit is not None, "whoever makes a Request says how many tokens fit"
         stop_ids = () if params.ignore_eos else self.eos_ids | params.stop_token_ids
-        if len(self.output_ids) > params.max_new_tokens:
+        if len(self.output_ids) > limit:
             self.output_ids.clear()
             self.finish_reason = finish("length", length=0)
         elif (stop := self._matched_stop()) is not None:
@@ -244,9 +241,9 @@ class Request:
         elif token in stop_ids:
             self.text = text if params.no_stop_trim else self._decode(self.output_ids[:-1])
             self.finish_reason = finish("stop", matched=token)
-        elif len(self.output_ids) == params.max_new_tokens:
+        elif len(self.output_ids) == limit:
             self.text = text
-            self.finish_reason = finish("length", length=params.max_new_tokens)
+            self.finish_reason = finish("length", length=limit)
         else:
             self.text = text[: len(text) - self._held_back(text)]
 

@@ -142,7 +142,7 @@ class Scheduler:
     def _cached_prefix(self, request: Request) -> DynamicCache:
         found = None
         if self.prefix_cache is not None:
-            found = self.prefix_cache.match(request.ids, request.cache_limit, request.extra_key)
+            found = self.prefix_cache.match(request.ids, request.keep_from, request.extra_key)
         return found or state.new_cache(self.runner.config)
 
     def _next_batch(self) -> _Batch:
@@ -155,10 +155,10 @@ class Scheduler:
     def _decode_batch(self) -> None:
         batch = self._next_batch()
         peers = [other for other in self._batches if other.length == batch.length]
-        live = sum(len(peer.live()) for peer in peers)
-        if len(peers) > 1 or -(-live // ROWS) < -(-len(batch.requests) // ROWS):
+        rows = sum(len(peer.live()) for peer in peers)
+        if len(peers) > 1 or -(-rows // ROWS) < -(-len(batch.requests) // ROWS):
             self._batches = [other for other in self._batches if other.length != batch.length]
-            if not live:
+            if not rows:
                 return
             batch = _merge(peers)
             self._batches.append(batch)

@@ -84,7 +84,11 @@ class Service:
             for request in requests:
                 loop.call_soon_threadsafe(self.sender.close, request.room, ABORTED)
 
-        self.scheduler.call(lambda: [request.abort(ABORTED) for request in requests], free_rooms)
+        def end() -> None:
+            for request in requests:
+                request.abort(ABORTED)
+
+        self.scheduler.call(end, free_rooms)
 
     def server_info(self) -> dict[str, Any]:
         """SGLang's keys where it has the key, then this engine's own.

@@ -60,7 +60,7 @@ def gather(parts: Sequence[tuple[DynamicCache, list[int]]], multiple: int = 1) -
     assert len({cache.get_seq_length() for cache in caches}) == 1, "rows of different lengths cannot share a batch"
     padding = -sum(len(rows) for _, rows in parts) % multiple
 
-    def merge(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    def merge(tensors: Sequence[Any]) -> torch.Tensor | None:
         if tensors[0] is None:
             return None
         chosen = [tensor[rows] for tensor, (_, rows) in zip(tensors, parts)]
@@ -95,7 +95,8 @@ def tensors_of(cache: DynamicCache) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 def expected(config: Any, length: int) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     """({name: shape}, {name: int}) of the state of a prompt of `length` tokens, from the config alone."""
-    shapes, counts = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    counts: dict[str, int] = {}
     for index, layer_type in enumerate(config.layer_types):
         prefix = f"layers.{index}"
         shapes[f"{prefix}.window"] = (1, 1, min(length, config.sliding_window - 1), config.head_dim)

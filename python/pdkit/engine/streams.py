@@ -48,8 +48,9 @@ async def _end(tasks: Iterable[asyncio.Future[Any]]) -> None:
 
 def raise_if_failed(request: Request) -> None:
     """HTTPException for a request that ended with an error status."""
-    if request.is_aborted and "status_code" in request.finish_reason:
-        raise HTTPException(request.finish_reason["status_code"], request.finish_reason["message"])
+    reason = request.finish_reason or {}
+    if "status_code" in reason:
+        raise HTTPException(reason["status_code"], reason["message"])
 
 
 async def interleave(

@@ -118,14 +118,16 @@ class TransferCounters:
 
 async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any]:
     """Raises ConnectionError for anything but one line with a JSON object."""
+    message = None
     try:
         line = await reader.readline()
+        if not line:
+            raise ConnectionError("the peer closed the connection")
         message = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
-        line = message = None
+        pass
     if not isinstance(message, dict):
-        closed = line == b""
-        raise ConnectionError("the peer closed the connection" if closed else "the peer's message is not understood")
+        raise ConnectionError("the peer's message is not understood")
     return message
 
 
