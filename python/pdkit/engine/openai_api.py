@@ -314,7 +314,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         if body.echo_logprobs and service.mode != "null":
             raise BadRequest(
                 f"a {service.mode} server does not support echo with logprobs: the prompt's logprobs stay with prefill, "
-                "and SGLang's answer would omit them; use /generate with logprob_start_len=0, or a monolithic server",
+                "and SGLang's answer would omit them; use /generate with logprob_start_len=0 through the load balancer, or a monolithic server",
                 "echo",
             )
         asks = body.asks(

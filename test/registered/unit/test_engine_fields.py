@@ -129,6 +129,11 @@ MODELS = (
         lambda options: completion({"prompt": "1", "stream_options": options}), "stream_options.",
     ),
 )  # fmt: skip
+ALSO_NEUTRAL = {
+    "min_p": (0,), "repetition_penalty": (1,), "beam_width": (1,), "stream_interval": (1,), "return_sampling_mask": (False,), "prefix": (False,),
+    "continuous_usage_stats": (False,), "response_format": ({"type": "text"},), "tool_choice": ("none",),
+    **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank"), (0,)),
+}  # fmt: skip
 NOT_DECLARED = {"/v1/chat/completions": {"reasoning"}}  # read by normalize_reasoning_inputs
 
 
@@ -176,12 +181,14 @@ class TestEveryField(unittest.TestCase):
                         self.assertIsNone(model.verdict(model.takes, {name: value}))
 
     def test_neutral_values_are_sglangs_own(self):
-        """Each neutral value is one that SGLang accepts."""
+        """SGLang accepts each of them, and each is SGLang's default or empty, but for a few."""
         for model in MODELS:
             for name, values in model.table.neutral.items():
+                default = default_of(model.sglang[name]) if name in model.sglang else None
                 for value in values:
                     with self.subTest(model=model.name, field=name, value=value):
                         self.assertIsNone(model.verdict(model.sglang_takes, {name: value}))
+                        self.assertIn(value, (default, None, "", [], {}, *ALSO_NEUTRAL.get(name, ())))
 
     def test_fields_that_sglang_does_not_know_are_ignored_but_among_sampling_parameters(self):
         for model in MODELS:
