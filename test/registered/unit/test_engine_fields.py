@@ -130,8 +130,8 @@ MODELS = (
     ),
 )  # fmt: skip
 ALSO_NEUTRAL = {
-    "min_p": (0,), "repetition_penalty": (1,), "beam_width": (1,), "stream_interval": (1,), "return_sampling_mask": (False,), "prefix": (False,),
-    "continuous_usage_stats": (False,), "response_format": ({"type": "text"},), "tool_choice": ("none",),
+    "min_p": (0,), "repetition_penalty": (1,), "beam_width": (1,), "stream_interval": (1,),
+    "return_sampling_mask": (False,), "prefix": (False,), "continuous_usage_stats": (False,), "response_format": ({"type": "text"},), "tool_choice": ("none",),
     **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank"), (0,)),
 }  # fmt: skip
 NOT_DECLARED = {"/v1/chat/completions": {"reasoning"}}  # read by normalize_reasoning_inputs
