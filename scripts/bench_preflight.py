@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 REPO = Path(__file__).resolve().parents[1]
 DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"
 NANO = Path(pdkit.__file__).parent / "assets"
-CHECK = REPO / "scripts" / "check_environment.py"
+CHECK = ("-m", "pdkit", "preflight")
 _ERROR, _NUMBER = re.compile(r"error |\w+(\.py)?: error: "), re.compile(r"[\d.]+")
 SUITE = ("--hw", "cuda", "--suite", "stage-c-test-dsv4-8-gpu-h200")
 
@@ -41,8 +41,8 @@ class Mistake:
 
 
 def mistakes(folder: Path) -> list[Mistake]:
-    contract, plan = ("-m", "pdkit.preflight.contract.launches"), (str(REPO / "scripts" / "gpu_plan.py"),)
-    here = (str(CHECK),)
+    contract, plan = (("-m", "pdkit", name) for name in ("contract", "plan"))
+    here = CHECK
     ten = (("--tp 4 --dp 4", "--tp 5 --dp 5"), ("range(0, 4)", "range(0, 5)"), ("range(4, 8)", "range(5, 10)"))
     return [
         Mistake("wrong flag", contract, (("--mem-fraction-static ", "--mem-fraction-statik "),)),
@@ -117,7 +117,7 @@ def main() -> ExitCode:
         sane = {"SGLANG_PD_MODEL": model(folder / "whole"), "SGLANG_PD_GSM8K": str(NANO / "gsm8k_nano.jsonl")}
         suite = (str(REPO / "test" / "run_suite.py"), *SUITE, "--test-root")
         path = tree(folder / "sane", ())
-        usual = {"suite": run((*suite, str(path.parents[1])), sane), "check": run((str(CHECK),), sane)}
+        usual = {"suite": run((*suite, str(path.parents[1])), sane), "check": run(CHECK, sane)}
         for mistake in mistakes(folder):
             path = tree(folder / mistake.name, mistake.replace)
             env = sane | dict(mistake.env)

@@ -211,16 +211,11 @@ def stub_files() -> dict[str, str]:
 
 
 def normalised_output(text: str, root: Path) -> list[str]:
-    """Lines of the runner itself, without what the test files print, times, and where things are."""
-    lines, of_test_file = [], False
-    for line in text.splitlines():
-        is_ours = re.match(r"\[\d+/\d+\] |={60}$", line)
-        of_test_file = of_test_file and not is_ours
-        if not of_test_file:
-            lines.append(line)
-        of_test_file = of_test_file or line.startswith("$ ")
-    joined = "\n".join(lines).replace(sys.executable, "<python>").replace(str(root), "<root>")
+    """Lines of the runner itself, without what the test files print (indented), times, and where things are."""
+    joined = "\n".join(line for line in text.splitlines() if not line.startswith("  "))
+    joined = joined.replace(sys.executable, "<python>").replace(str(root), "<root>")
     joined = joined.replace(f'"{root.name}/', '"<root>/')
+    joined = re.sub(r"<root>/pdkit-logs-\w+", "<logs>", joined)
     joined = re.sub(r"Python [\d.]+\w*", "Python <version>", joined)
     joined = re.sub(r"(?m)(; |in |after )[\d.]+ s\b", r"\1<seconds> s", joined)
     return re.sub(r'("elapsed"|"duration"): [\d.]+', r"\1: <seconds>", joined).splitlines()
@@ -235,7 +230,7 @@ def run_suite(files: Iterable[str], *words: str) -> dict:
         root = Path(folder)
         registered = write_tree(root, {name: sources[name] for name in files})
         metrics, summary = root / "metrics.jsonl", root / "summary.md"
-        told = {"SGLANG_TEST_METRICS_FILE": str(metrics), "GITHUB_STEP_SUMMARY": str(summary)}
+        told = {"TMPDIR": folder, "SGLANG_TEST_METRICS_FILE": str(metrics), "GITHUB_STEP_SUMMARY": str(summary)}
         command = [sys.executable, str(TEST / "run_suite.py"), "--test-root", str(registered), *SUITE, *words]
         run = subprocess.run(command, env=clean_environment(folder) | told, capture_output=True, text=True)
         return {

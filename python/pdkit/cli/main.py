@@ -18,6 +18,13 @@ COMMANDS = {
     "check": "a deployment that is already there: is it right?",
     "test": "registered test files, supervised",
     "list": "what is registered, and on what the main job can run",
+    "plan": "which GPUs, ports and NICs a test would use, and whether they are there",
+    "preflight": "what this machine lacks for a suite",
+    "contract": "whether a release of SGLang takes what a test launches",
+    "lint": "rules for registered tests that a file breaks",
+    "new": "the next registered PD test, written and checked",
+    "report": "the report of a run, drawn again from its directory",
+    "history": "what earlier runs left: scores and phases over time, time estimates",
 }
 EPILOG = "pdkit COMMAND --help lists the options of one.\nExit codes: " + ", ".join(
     f"{code:d} {code.name.lower().replace('_', ' ')}" for code in ExitCode

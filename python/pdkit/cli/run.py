@@ -7,7 +7,7 @@ from pdkit.core.command import Parser
 from pdkit.core.errors import ExitCode
 from pdkit.core.gpus import visible_gpus
 from pdkit.runner import run
-from pdkit.runner.options import add_history_options, history_file
+from pdkit.runner.options import add_history_options, add_verbose, history_file
 from pdkit.runner.targets import TARGETS, choose, why
 
 
@@ -26,6 +26,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--sglang-source", metavar="DIR", help="test this checkout of SGLang, or its python/, in place of the release"
     )
+    add_verbose(parser)
     add_history_options(parser)
 
 
@@ -35,4 +36,4 @@ def main(args: Namespace) -> ExitCode:
     target = choose(gpus, args.on)
     print(f"main job on {target.name}: {target.engine}", *why(target, gpus).splitlines(), sep="\n  ", flush=True)
     history = history_file(args, is_own_tree=True)
-    return run.run(target, args.report_dir, history, args.environment_check, args.sglang_source)
+    return run.run(target, args.report_dir, history, args.environment_check, args.sglang_source, args.verbose)

@@ -1,10 +1,10 @@
-"""Runs registered test files, each in a process of its own: ended with all that it started, if it takes too long."""
+"""Runs registered test files, each in a process that is ended with all that it started."""
 
 from argparse import Namespace
 
 from pdkit.core import paths
 from pdkit.core.command import Parser
-from pdkit.core.errors import ExitCode
+from pdkit.core.errors import ExitCode, UsageError
 from pdkit.runner.options import add_running, add_selection, options_of
 from pdkit.runner.registered import run_registered
 
@@ -12,8 +12,20 @@ from pdkit.runner.registered import run_registered
 def add_arguments(parser: Parser) -> None:
     add_selection(parser, paths.registered_tests())
     add_running(parser)
+    parser.add_argument("--on", choices=["sglang-cpu"], help="all files of this target, nightly ones among them")
+    parser.add_argument(
+        "--sglang-source", metavar="DIR", help="with --on: a checkout of SGLang in place of the release"
+    )
     parser.set_defaults(hw="cpu", suite="stage-a-test-cpu")
 
 
 def main(args: Namespace) -> ExitCode:
-    return run_registered(options_of(args, paths.registered_tests()))
+    """Raises UsageError and NotReady."""
+    options = options_of(args, paths.registered_tests())
+    if args.on:
+        from pdkit.runner import sglang_cpu
+
+        return sglang_cpu.run_tests(options, args.sglang_source)
+    if args.sglang_source:
+        raise UsageError("--sglang-source goes with --on sglang-cpu")
+    return run_registered(options)

@@ -5,7 +5,7 @@ only. It is loaded by path; every name in it can be imported from here:
 
     from pdkit.core.ci_register import register_cpu_ci
 
-Raises `CIRegisterNotFound`, an ImportError, where SGLang is not installed.
+Where SGLang is not installed, `pdkit.core.registration` takes its place: it reads registrations, and partitions nothing.
 """
 
 import sys
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pdkit.core import registration
 from pdkit.core.errors import NotReady
 
 MODULE_NAME = "pdkit._sglang_ci_register"
@@ -38,8 +39,12 @@ def locate() -> Path:
 
 @cache
 def load() -> ModuleType:
-    """The module, executed once and apart from any `sglang` that is imported later."""
-    spec = spec_from_file_location(MODULE_NAME, locate())
+    """The module, executed once and apart from any `sglang` that is imported later; or what takes its place."""
+    try:
+        path = locate()
+    except CIRegisterNotFound:
+        return registration
+    spec = spec_from_file_location(MODULE_NAME, path)
     assert spec is not None and spec.loader is not None, "a path ending in .py has a loader"
     module = module_from_spec(spec)
     sys.modules[MODULE_NAME] = module
@@ -50,4 +55,6 @@ def load() -> ModuleType:
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
+    if not hasattr(load(), name):
+        locate()  # raises where it is only missing because SGLang is not installed
     return getattr(load(), name)

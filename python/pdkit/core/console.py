@@ -2,12 +2,13 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 CLEAR = b"\r\x1b[K"
+UP = b"\x1b[A"
 
 
 class Console:
@@ -18,7 +19,7 @@ class Console:
         self._lock = threading.Lock()
         self._at_margin = True
         self._is_open = True
-        self._status = b""
+        self._status: list[bytes] = []
         self.is_terminal = stream.isatty()
 
     def write(self, data: bytes) -> None:
@@ -28,22 +29,26 @@ class Console:
     def _write(self, data: bytes) -> None:
         if not data:
             return
-        self._put((CLEAR if self._status else b"") + data)
+        self._put(self._clear() + data)
         self._at_margin = data.endswith(b"\n")
-        if self._status and self._at_margin:
-            self._put(self._status)
+        if self._at_margin:
+            self._put(b"\n".join(self._status))
 
-    def status(self, text: str) -> None:
-        """On a terminal, keeps `text` below all that was written, until it is replaced."""
+    def _clear(self) -> bytes:
+        """What takes the lines of the status away, where they are shown: below what was written, at the margin."""
+        return CLEAR + (UP + CLEAR) * (len(self._status) - 1) if self._status and self._at_margin else b""
+
+    def status(self, lines: Sequence[str]) -> None:
+        """On a terminal, keeps `lines` below all that was written, until they are replaced."""
         with self._lock:
             if not self.is_terminal or not self._at_margin:
                 return
             width = shutil.get_terminal_size().columns - 1
-            self._put((CLEAR if self._status else b"") + text[:width].encode())
-            self._status = text[:width].encode()
+            clear, self._status = self._clear(), [line[:width].encode() for line in lines]
+            self._put(clear + b"\n".join(self._status))
 
     def _put(self, data: bytes) -> None:
-        if not self._is_open:
+        if not self._is_open or not data:
             return
         try:
             self._stream.write(data)

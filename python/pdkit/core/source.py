@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 PD_FIXTURE = "PDDisaggregationServerBase"
 UNKNOWN = object()
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -155,7 +155,7 @@ class TestClass:
     @property
     def stands_on_sglang(self) -> bool:
         """Built on that fixture without this package: what `pdkit.deployment.attach` supervises from outside."""
-        return self.is_pd and not any(_PACKAGE in each.source.path.parents for each in self.mro)
+        return self.is_pd and not any(PACKAGE in each.source.path.parents for each in self.mro)
 
     @cached_property
     def methods(self) -> dict[str, Function]:
@@ -196,7 +196,7 @@ def _module_path(directory: Path, module: str) -> Path | None:
     if not module or module.startswith("."):
         return None
     if module.startswith("pdkit."):
-        candidates = [_PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")]
+        candidates = [PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")]
     else:
         name = f"{module}.py"
         candidates = [directory / name, *directory.parent.glob(f"*/{name}")]

@@ -1,4 +1,4 @@
-"""One line about what may go wrong: about a machine, or about a line of a test file."""
+"""One line about what may go wrong: about a machine, a flag or variable of a server, or a line of a test file."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -29,9 +29,6 @@ class Finding:
     path: Path | None = None
     line: int = 0
 
-    def __post_init__(self) -> None:
-        assert self.level is Level.OK or self.path or (self.why and self.do), self
-
     def __str__(self) -> str:
         place = f"{self.path}:{self.line}: " if self.path else ""
         return f"{place}{self.subject}: " + "; ".join(filter(None, (self.what, self.why, self.do)))
@@ -43,10 +40,12 @@ class Finding:
 
 
 def error(subject: str, what: str, why: str, do: str) -> Finding:
+    assert why and do, what
     return Finding(Level.ERROR, subject, what, why, do)
 
 
 def warning(subject: str, what: str, why: str, do: str) -> Finding:
+    assert why and do, what
     return Finding(Level.WARNING, subject, what, why, do)
 
 

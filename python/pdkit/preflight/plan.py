@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from pdkit.preflight.contract.launches import Contract, ProcessContract, TestContract
 
@@ -27,6 +28,8 @@ _RUNNER = re.compile(r"\b(\d+)-gpu(?:-([a-z0-9]+))?\b")
 SHARED_FRACTION = 0.9  # of a GPU that several servers may reserve together; the rest is for activations and graphs
 EPHEMERAL = range(32768, 61000)  # ports that Linux gives to outgoing connections
 MOONCAKE = range(12000, 17001)  # ports that Mooncake draws its own from
+LOWER = f"choose one from {MOONCAKE.stop} to {EPHEMERAL.start - 1}"
+OWN_NICS = "pass those of its own GPUs, cls.rdma_devices_for(GPUs)"
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Runner:
     def of_suite(cls, suite: str) -> "Runner | None":
         """`stage-c-test-dsv4-8-gpu-h200` runs on `8-gpu-h200`; None where the name tells no GPUs."""
         match = _RUNNER.search(suite)
-        return cls(match[0], int(match[1]), MEMORY_GB.get(match[2])) if match else None
+        return cls(match[0], int(match[1]), MEMORY_GB.get(match[2] or "")) if match else None
 
-    def __str__(self):
+    def __str__(self) -> str:
         memory = f" of {self.memory_gb} GB" if self.memory_gb else ""
         return f"{self.name} ({self.gpus} GPU{'s' * (self.gpus != 1)}{memory})"
 
@@ -167,7 +170,8 @@ class GpuPlan:
             shared.setdefault(users, []).append(gpu)
         for users, gpus in shared.items():
             fractions = [server.mem_fraction for server in users]
-            if len(users) == 1 or (None not in fractions and sum(fractions) <= SHARED_FRACTION):
+            stated = [fraction for fraction in fractions if fraction is not None]
+            if len(users) == 1 or (stated == fractions and sum(stated) <= SHARED_FRACTION):
                 continue
             asked = " + ".join("an unset share" if fraction is None else f"{fraction:g}" for fraction in fractions)
             names = " and ".join(server.name for server in users)
@@ -200,21 +204,21 @@ class GpuPlan:
         mooncake = any((server.transfer_backend or "").startswith("mooncake") for server in self.servers)
         for process, use, port in self.ports:
             if port in EPHEMERAL:
-                yield f"{process} {use}: port {port} may be taken by an outgoing connection ({EPHEMERAL.start} and up)"
+                yield f"{process} {use}: port {port} may be taken by an outgoing connection; {LOWER}"
             if port in MOONCAKE and mooncake:
-                yield f"{process} {use}: port {port} may be drawn by Mooncake ({MOONCAKE.start} to {MOONCAKE.stop - 1})"
+                yield f"{process} {use}: port {port} may be drawn by Mooncake; {LOWER}"
 
     def _nics(self, nic_sockets: Mapping[str, int], gpu_sockets: Mapping[int, int]) -> Iterable[str]:
         for one, two in combinations(self.servers, 2):
             common = [nic for nic in one.nics if nic in two.nics]
             if common and not {*one.gpus} & {*two.gpus}:
-                yield f"{one.name} and {two.name} share NIC {', '.join(common)}"
+                yield f"{one.name} and {two.name} share NIC {', '.join(common)}; {OWN_NICS}"
         for server in self.servers:
             near = {gpu_sockets[gpu] for gpu in server.gpus if gpu in gpu_sockets}
             far = [nic for nic in server.nics if near and nic_sockets.get(nic, -1) not in near | {-1}]
             if far:
                 gpus = f"GPUs {span(server.gpus)} (socket {span(sorted(near))})"
-                yield f"{server.name}: NIC {', '.join(far)} sits on another socket than its {gpus}"
+                yield f"{server.name}: NIC {', '.join(far)} sits on another socket than its {gpus}; {OWN_NICS}"
 
 
 def span(numbers: Sequence[int]) -> str:
@@ -239,6 +243,7 @@ def _nics_of(value: object) -> tuple[str, ...]:
 
 def _server(name: str, process: ProcessContract) -> Server:
     settings = process.settings
+    assert settings, f"{name} is not a server"
     is_of_a_pair = settings["disaggregation_mode"] != "null"
     return Server(
         name=name,
@@ -268,7 +273,7 @@ def of_test(test: TestContract, runner: Runner | None) -> GpuPlan:
 
 def _distinct(names: Iterable[str]) -> Iterator[str]:
     """`a, a 2, b` for a, a, b."""
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for name in names:
         seen[name] += 1
         yield name if seen[name] == 1 else f"{name} {seen[name]}"
@@ -281,7 +286,7 @@ def of_contract(contract: Contract, suite: str | None = None) -> list[GpuPlan]:
     return [of_test(test, runner) for test in contract.tests]
 
 
-def as_data(plan: GpuPlan) -> dict:
+def as_data(plan: GpuPlan) -> dict[str, Any]:
     """The plan as plain data for a report."""
     return {
         "test": plan.test,

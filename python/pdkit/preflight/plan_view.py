@@ -46,4 +46,5 @@ def draw(plan: GpuPlan, nic_sockets: Mapping[str, int] | None = None) -> Group:
     processes = {server.name: server.ports for server in plan.servers} | dict(plan.others)
     lines += [f"{name}: ports {_ports(ports)}" for name, ports in processes.items()]
     lines += [f"{server.name}: NICs {_nics(server, nic_sockets or {})}" for server in plan.servers]
-    return Group(*([_grid(plan)] if plan.servers else [Text(f"{plan.test} uses no GPU")]), Text("\n".join(lines)))
+    head = _grid(plan) if plan.servers else Text(f"{plan.test} uses no GPU")
+    return Group(head, Text("\n".join(lines)))

@@ -7,6 +7,7 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import PROJECT_SUITES, defined_suites, pair_of
@@ -85,7 +86,9 @@ class NewTest:
 
     @property
     def runner(self) -> Runner:
-        return Runner.of_suite(self.suite)
+        found = Runner.of_suite(self.suite)
+        assert found, f"{self.suite} names no GPUs"
+        return found
 
     @property
     def target(self) -> str:
@@ -106,7 +109,7 @@ class NewTest:
     @property
     def inherits_flags(self) -> bool:
         """DeepSeek-V4 is served with the flags of the main job, other models with their own."""
-        return bool(self.model) and is_dsv4(self.model, None)
+        return self.model is not None and is_dsv4(self.model, None)
 
     def _width(self, gpus: range) -> tuple[str, ...]:
         """Flags that spread a server over its GPUs; the main job's attention is data parallel."""
@@ -133,7 +136,7 @@ def parse_gpus(text: str) -> tuple[range, range]:
     return prefill, range(counts[0], sum(counts)) if len(counts) == 2 else prefill
 
 
-def new_test(name: str, model: str | None, suite: str, gpus: str | None = None, **stated) -> NewTest:
+def new_test(name: str, model: str | None, suite: str, gpus: str | None = None, **stated: Any) -> NewTest:
     """Raises UsageError where name, suite and GPUs do not make a test."""
     if not re.fullmatch(r"[A-Za-z]\w*", name) or "".join(_WORD.findall(name)) != name.replace("_", ""):
         raise UsageError(f"{name!r} is no name for a class; for example Qwen3NoPrefixCache")

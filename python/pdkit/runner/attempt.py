@@ -133,7 +133,8 @@ def run_attempt(
         phase, lines = diagnose(guarded.descendants(), log, py_spy())
         with console.keeping(log):
             log.with_suffix(".hang.txt").write_text("\n".join(lines) + "\n")
-        console.line("\n".join(lines))
+        if is_shown:
+            console.line("\n".join(lines))
     ending = _ending(guarded, token, time.monotonic() - tic)
     forced = forced if ending.exit_code is None else None
     pump.join(DRAIN_S)

@@ -37,6 +37,8 @@ class Options:
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
+    verbose: bool = False
+    timings: bool = False
     failfast: bool = True
     report_dir: Path | None = None
     history: Path | None = None
@@ -61,6 +63,11 @@ class Options:
         else:
             limit = default_timeout(est_time)
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
+
+
+def add_verbose(group):
+    """`-v`."""
+    group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
 
 
 @cache
@@ -145,20 +152,21 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--timeout-per-file",
         type=seconds,
         metavar="S",
-        help="end a file after S seconds (default: as the installed SGLang derives it from est_time)",
+        help="end a file after S seconds (default: as SGLang derives it)",
     )
     run.add_argument(
         "--jobs",
         type=natural,
         metavar="N",
-        help="run N files side by side (default: 2 where there are two cores, but those that need GPUs one by one)",
+        help="run N files side by side (default: 2 on two cores; 1 with GPUs)",
     )
+    add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
         "--no-failfast",
         dest="failfast",
         action="store_false",
-        help="do not give -f to the files: the other methods of a file run after one failed",
+        help="without -f: other methods run after one failed",
     )
     run.add_argument(
         "--skip-environment-check",
@@ -221,6 +229,7 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
     add_selection(parser, default_test_root)
     add_running(parser)
     _add_for_ci(parser)
+    parser.set_defaults(timings=True)
     return options_of(parser.parse_args(argv), default_test_root)
 
 

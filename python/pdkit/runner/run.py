@@ -75,6 +75,7 @@ def run(
     history: Path | None = None,
     environment_check: bool = True,
     sglang_source: str | None = None,
+    verbose: bool = False,
 ) -> ExitCode:
     """Runs the test of `target` as `test/run_suite.py` would, and ends with the summary.
 
@@ -91,7 +92,7 @@ def run(
         print(line, flush=True)
     if environment_check:
         require([registration])
-    return _run(target, registration, report_dir, history)
+    return _run(target, registration, report_dir, history, verbose)
 
 
 def run_attached(args: argparse.Namespace) -> ExitCode:
@@ -100,7 +101,7 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
     Raises UsageError and NotReady where it is not what it is said to be.
     """
     from pdkit.deployment import attached  # requests: only this way of running pays for it
-    from pdkit.preflight.environment.dataset import check
+    from pdkit.preflight.environment import dataset
     from pdkit.preflight.finding import Level
 
     for name in ATTACHED:
@@ -108,17 +109,19 @@ def run_attached(args: argparse.Namespace) -> ExitCode:
             os.environ[attached.variable(name)] = given
     deployment = attached.Deployment.of()
     served = attached.probe(deployment)
-    for finding in check(os.environ.get("SGLANG_PD_GSM8K") or None):
+    for finding in dataset.check(os.environ.get("SGLANG_PD_GSM8K") or None, why=dataset.THERE):
         if finding.level is Level.ERROR:
             raise NotReady(str(finding))
     print(f"main job on {deployment.base_url}, which serves {', '.join(served.names)}: nothing is launched", flush=True)
     target = Target("attached", f"at {deployment.base_url}", DISTRIBUTED / "attached_deployment.py")
     name = str(target.test_file)
     registration = Registration(str(TEST_DIR / target.test_file), name, hw="cpu", suite="attached", est_time=600)
-    return _run(target, registration, args.report_dir, history_file(args, is_own_tree=True))
+    return _run(target, registration, args.report_dir, history_file(args, is_own_tree=True), args.verbose)
 
 
-def _run(target: Target, registration: Registration, report_dir: Path | None, history: Path | None) -> ExitCode:
+def _run(
+    target: Target, registration: Registration, report_dir: Path | None, history: Path | None, verbose: bool
+) -> ExitCode:
     from pdkit.runner.suite import run_suite  # psutil, as above
 
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
@@ -129,6 +132,7 @@ def _run(target: Target, registration: Registration, report_dir: Path | None, hi
         report_dir=report_dir,
         history=history,
         target=target.name,
+        verbose=verbose,
     )
     code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
     results = json.loads((report_dir / "results.json").read_text())

@@ -125,7 +125,7 @@ def select(collection: Collection, options: Options) -> Selection:
     partition = {}
     if options.partition_size:
         for rank in range(options.partition_size):
-            members = ci_register.load().auto_partition(enabled, rank, options.partition_size)
+            members = ci_register.auto_partition(enabled, rank, options.partition_size)
             partition.update(dict.fromkeys(members, rank))
         if options.partition_id is not None:
             enabled = [r for r in enabled if partition[r] == options.partition_id]

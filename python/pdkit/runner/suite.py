@@ -1,10 +1,10 @@
 """Runs selected test files, several side by side where the machine has the cores, each in a session of its own."""
 
-import contextlib
 import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
 import threading
@@ -27,12 +27,16 @@ from pdkit.runner.interruption import Interruption
 from pdkit.runner.options import Options
 from pdkit.runner.outcome import FileState, exit_code_of, tally
 from pdkit.runner.report import evidence, progress
-from pdkit.runner.report.progress import Live
+from pdkit.runner.report.model import FileRun
+from pdkit.runner.report.progress import Board
+from pdkit.runner.report.read import read_results
+from pdkit.runner.report.terminal import cause, log_tails
 from pdkit.runner.results import Attempt, FileResult
 from pdkit.runner.select import Selection
 
 RULE = "=" * 60
 POLL_S = 0.1
+REFRESH_S = 1.0
 LANES_AT_MOST = 2  # a test file with servers keeps one core busy, and waits for half of its time
 
 Numbered = tuple[int, Registration]
@@ -46,7 +50,7 @@ def lanes(files: Sequence[Registration], options: Options) -> list[tuple[list[Nu
     """
     few = min(LANES_AT_MOST, len(os.sched_getaffinity(0)))
     is_alone = {each: each.hw != "cpu" and not options.jobs for each in files}
-    jobs = options.jobs or few
+    jobs = options.jobs or (1 if options.verbose else few)
     together = [each for each in files if not is_alone[each]]
     if jobs > 1:
         together.sort(key=lambda each: -each.est_time)
@@ -64,6 +68,7 @@ class SuiteRun:
         self.logs = logs
         self.interruption = interruption
         self.console = Console(sys.stdout.buffer)
+        self._board = Board(self.console)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
         self._groups = lanes(selection.enabled, options)
         self._results: dict[int, FileResult] = {}
@@ -85,11 +90,14 @@ class SuiteRun:
 
     def _run_lanes(self, files: list[Numbered], jobs: int) -> None:
         """Runs files in `jobs` threads, while this one is free to see signals. What breaks a lane ends the run."""
-        waiting = deque(files)
+        waiting, shown_at = deque(files), time.monotonic()
         with ThreadPoolExecutor(jobs) as pool:
             running = started = {pool.submit(self._lane, waiting, jobs) for _ in range(jobs)}
             while running:  # never one long wait: a signal that arrives just before it would be seen only after it
                 _, running = wait(running, POLL_S)
+                if time.monotonic() - shown_at >= REFRESH_S:
+                    shown_at = time.monotonic()
+                    self._board.tick()
         for lane in started:
             lane.result()
 
@@ -155,10 +163,12 @@ class SuiteRun:
         for count in range(1, options.attempts + 1):
             again = f", attempt {count} of {options.attempts}" if count > 1 else ""
             plan = f"estimated {registration.est_time:g} s, limit {timeout:g} s{again}"
-            self.console.line(f"{label} {registration.name} ({plan})")
-            self.console.line(f"$ {shlex.join(command)}")
+            if self.options.verbose or not self.console.is_terminal:
+                self.console.line(f"{label} {registration.name} ({plan})")
+            if self.options.verbose:
+                self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            attempt = self._attempt(command, log, timeout, jobs)
+            attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}")
             attempts.append(attempt)
             for leftover in attempt.leftovers:
                 self.console.line(f"{label} it left a process behind, ended now: {leftover}")
@@ -177,30 +187,24 @@ class SuiteRun:
             state, reason = FileState.PASSED_ON_RETRY, f"first attempt: {attempts[0].verdict[0].value}"
         return FileResult(registration, state, reason, command, tuple(attempts))
 
-    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float, jobs: int) -> Attempt:
-        is_kept, directory = bool(self.options.report_dir), evidence.directory_of(log)
-        environment = self.environment | progress.environment(self.console.is_terminal)
-        environment |= evidence.environment(log, is_kept)
+    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float, jobs: int, name: str) -> Attempt:
+        directory, retries = evidence.directory_of(log), self.options.test_max_retry
+        environment = self.environment | progress.environment(self.console.is_terminal) | evidence.environment(log)
         with self.console.keeping(directory):
             evidence.start(log)
-        is_shown = jobs == 1
-        with Live(self.console, directory) if is_shown else contextlib.nullcontext():
+        is_shown = self.options.verbose and jobs == 1
+        self._board.begins(name, directory)
+        try:
             attempt = run_attempt(
-                command,
-                environment,
-                log,
-                timeout,
-                self.console,
-                self.interruption,
-                self.options.test_max_retry,
-                is_shown,
+                command, environment, log, timeout, self.console, self.interruption, retries, is_shown
             )
-        if not is_shown:
+        finally:
+            self._board.ends(directory)
+        if self.options.verbose and not is_shown:
             with self.console.keeping(log):
                 self.console.write(log.read_bytes())
-        if is_kept:
-            with self.console.keeping(directory):
-                evidence.end(log)
+        with self.console.keeping(directory):
+            evidence.end(log)
         return attempt
 
     def _print_header(self):
@@ -220,31 +224,64 @@ class SuiteRun:
             )
         if selection.measured:
             self.console.line(selection.measured)
+        if not options.report_dir and selection.enabled:
+            self.console.line(f"logs: {self.logs}, kept if a file does not pass (--report-dir DIR)")
         for registration in selection.disabled:
             self.console.line(f"disabled: {registration.name}; {registration.disabled or 'no reason given'}")
 
     def _print_summary(self):
+        """What a reader of the last lines wants to know comes last: the causes of failures, and one line of numbers."""
         line = self.console.line
+        if self.options.timings:
+            self._print_timings()
         line(RULE)
-        for result in self.results:
-            line(result.describe())
+        not_run = [result for result in self.results if result.state is FileState.NOT_RUN]
+        if not_run:
+            why = "" if self.interruption else ", for a file before failed (--continue-on-error runs them)"
+            line(f"not run: {len(not_run)} file{'s' * (len(not_run) != 1)}{why}")
         if self.selection.why_empty:
             line(f"nothing ran: {self.selection.why_empty}")
+        if self.options.report_dir:
+            line(f"logs and results.json: {self.logs}")
+            self._draw_report()
+        self._print_failures()
         if self.interruption:
             line(f"interrupted by {self.interruption.requested_by.name}")
         elif self.exit_code is ExitCode.NOTHING_RAN and self.selection.enabled:
             line("a file that runs none of its tests proves nothing: this is not a pass")
-        line("========== TIMINGS BEGIN ==========")
+        line(f"{self.exit_code.name.lower().replace('_', ' ')} in {time.monotonic() - self.tic:.1f} s")
+        line(tally(self.states))
+
+    def _print_timings(self):
+        """The lines that SGLang's CI reads."""
+        self.console.line("========== TIMINGS BEGIN ==========")
         for result in self.results:
             if result.state.was_started:
                 path = os.path.join(self.options.test_root.absolute().parent.name, result.registration.name)
-                line(json.dumps({"file": path, "passed": result.state.is_pass, "elapsed": round(result.seconds)}))
-        line("========== TIMINGS END ==========")
-        if self.options.report_dir:
-            line(f"logs and results.json: {self.logs}")
-            self._draw_report()
-        line(f"{self.exit_code.name.lower().replace('_', ' ')} in {time.monotonic() - self.tic:.1f} s")
-        line(tally(self.states))
+                timing = {"file": path, "passed": result.state.is_pass, "elapsed": round(result.seconds)}
+                self.console.line(json.dumps(timing))
+        self.console.line("========== TIMINGS END ==========")
+
+    def _print_failures(self):
+        """The logs of each file that did not pass, then, once more and together, the cause of each."""
+        bad = [result for result in self.results if result.attempts and not result.state.is_pass]
+        runs = self._read(bad)
+        if not self.options.verbose:
+            for run in filter(None, runs):
+                with self.console.keeping(self.logs):
+                    is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
+                    self.console.line("\n".join(log_tails(run, self.logs, is_grouped)))
+        for result, run in zip(bad, runs, strict=True):
+            lines = [result.describe(), *(cause(run) if run else ()), f"  log: {self.logs / result.attempts[-1].log}"]
+            self.console.line("\n".join(lines))
+
+    def _read(self, results: list[FileResult]) -> list[FileRun | None]:
+        """What is known of each, None where that cannot be read: it changes nothing but what is shown."""
+        try:
+            return list(read_results(self.logs, {"files": [result.as_dict() for result in results]}).files)
+        except Exception as error:
+            self.console.line(f"the logs in {self.logs} cannot be read: {type(error).__name__}: {error}")
+            return [None] * len(results)
 
     def _write_results(self, finished: bool = False):
         if not self.options.report_dir:
@@ -310,11 +347,15 @@ def run_suite(selection: Selection, options: Options) -> ExitCode:
     if errors := syntax_errors(selection.enabled):
         raise UsageError("\n".join(errors))
     with tempfile.TemporaryDirectory(prefix="run_suite_") as scratch, Interruption() as interruption:
-        logs = options.report_dir.absolute() if options.report_dir else Path(scratch)
+        logs = options.report_dir.absolute() if options.report_dir else Path(tempfile.mkdtemp(prefix="pdkit-logs-"))
         try:
             logs.mkdir(parents=True, exist_ok=True)
             if options.report_dir:
                 evidence.begin(logs, selection.enabled)
         except OSError as error:
             raise UsageError(f"--report-dir {error.filename}: {error.strerror}") from None
-        return SuiteRun(selection, options, logs, Path(scratch), interruption).run()
+        run = SuiteRun(selection, options, logs, Path(scratch), interruption)
+        code = run.run()
+        if not options.report_dir and all(result.state.is_pass for result in run.results if result.attempts):
+            shutil.rmtree(logs, ignore_errors=True)
+        return code

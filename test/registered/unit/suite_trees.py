@@ -8,6 +8,7 @@ import tempfile
 import textwrap
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from detached import is_alive
 
@@ -55,6 +56,10 @@ class CommandCase(unittest.TestCase):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
         self.root = Path(directory.name)
+        environment = mock.patch.dict("os.environ", TMPDIR=directory.name)  # logs of what fails are kept there
+        environment.start()
+        self.addCleanup(environment.stop)
+        os.environ.pop("GITHUB_ACTIONS", None)
 
     def command(self, files, *words):
         return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(self.root, files)), *words]
@@ -81,5 +86,5 @@ class CommandCase(unittest.TestCase):
             self.assertIn(text, line)
 
     def assert_sleeper_gone(self, output):
-        pid = int(re.search(r"^sleeper (\d+)", output, re.MULTILINE)[1])
+        pid = int(re.search(r"^ *sleeper (\d+)", output, re.MULTILINE)[1])
         self.assertFalse(is_alive(pid))

@@ -13,10 +13,10 @@ import threading
 import unittest
 import unittest.mock
 from datetime import datetime, timedelta, timezone
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
+from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.registry import Registration, collect
@@ -28,9 +28,6 @@ register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 RUN_SUITE = REPO / "test" / "run_suite.py"
-_SPEC = spec_from_file_location("history_script", REPO / "scripts" / "history.py")
-SCRIPT = module_from_spec(_SPEC)
-_SPEC.loader.exec_module(SCRIPT)
 MAIN_JOB = "test/registered/distributed/test_disaggregation_dsv4_embedded.py"
 SUITE = "stage-a-test-cpu"
 
@@ -75,7 +72,7 @@ class HistoryCase(unittest.TestCase):
     def history(self, *words):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            self.assertEqual(SCRIPT.main(list(map(str, words))), ExitCode.PASSED)
+            self.assertEqual(main(["history", *map(str, words)]), ExitCode.PASSED)
         return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
     def shown(self, *words):

@@ -1,7 +1,9 @@
 """Test files side by side: `--jobs N`, none of which can fail, hang or be left behind unseen."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -138,7 +140,7 @@ class TestLanes(CommandCase):
         self.assertNotRegex(done.stdout, "xy|yx")
 
     def test_a_timeout_and_what_is_left_behind_end_in_their_lane_alone(self):
-        done = self.run_lanes("--continue-on-error", "--timeout-per-file", "4", test_a=HANG, test_b=PASS, test_c=PASS)
+        done = self.run_lanes("--continue-on-error", "--timeout-per-file", "10", test_a=HANG, test_b=PASS, test_c=PASS)
         self.assert_ended(done, 1, "2 passed, 1 failed, 0 skipped")
         self.assertRegex(done.stdout, r"timed out: registered/test_a\.py; .*in phase first request")
         self.assert_sleeper_gone(done.stdout)
@@ -190,6 +192,91 @@ class TestLanes(CommandCase):
             self.assertRaises(ZeroDivisionError),
         ):
             run.run()
+
+
+class TestQuiet(CommandCase):
+    """About one line per file; what failed, and why, comes last."""
+
+    DIES = source_of(
+        """
+        def test_it(self):
+            import os
+            from pathlib import Path
+            from pdkit.core import events
+            log = Path(os.environ["SGLANG_PD_LOG_DIR"], "T.decode.log")
+            log.write_text("noise\\n" * 999 + "CUDA error: an illegal memory access\\n")
+            with events.phase("gsm8k"):
+                events.launch("decode", ["python3"], log, 1)
+                events.death("decode", "decode exited with code 7", log=log)
+                print("noise of a client\\n" * 999, flush=True)
+                self.fail("no answer\\nwithin 300 s")
+        """
+    )
+    NOISY = source_of("def test_it(self): print('noise of a server\\n' * 999, flush=True)")
+
+    def run_quiet(self, environment=None):
+        files = {f"test_{number}.py": self.NOISY for number in range(6)} | {"test_6.py": self.DIES, "test_7.py": FAIL}
+        words = [*SUITE, "--jobs", "2", "--continue-on-error"]
+        done = self.run_suite(files, *words, environment=environment)
+        self.assert_ended(done, 1, "6 passed, 2 failed, 0 skipped")
+        return done.stdout.splitlines()
+
+    def test_two_lines_per_file_and_the_causes_at_the_end(self):
+        lines = self.run_quiet()
+        rule = lines.index("=" * 60)
+        ours = [line for line in lines[:rule] if line.startswith("[")]
+        self.assertEqual(len(ours), 2 * 8)
+        self.assertLess(rule, 2 * 8 + 8 + 6)
+        self.assertLess(len(lines) - rule, 100)
+        causes = next(number for number, line in enumerate(lines) if line.startswith("failed: registered/test_6.py; "))
+        self.assertEqual(
+            lines[causes + 1 : causes + 6],
+            [
+                "  in phase gsm8k",
+                "  died first: decode exited with code 7",
+                "  failed: __main__.T.test_it",
+                "  no answer",
+                "  within 300 s",
+            ],
+        )
+        self.assertRegex(lines[causes + 7], "^failed: registered/test_7.py; .*exit code 1$")
+        self.assertEqual(lines[causes + 8 : causes + 10], ["  failed: __main__.T.test_it", "  a reason"])
+        self.assertRegex(lines[-2], r"^failed in [\d.]+ s$")
+        self.assertEqual(len(lines), causes + 13)
+        self.assertLess(rule, lines.index("  CUDA error: an illegal memory access"))
+        self.assertLess(lines.index("  CUDA error: an illegal memory access"), causes)
+        log = Path(lines[causes + 6].partition("log: ")[2])
+        self.assertEqual(log.read_text().count("noise of a client\n"), 999)
+        self.assertEqual((log.with_suffix("") / "T.decode.log").read_text().count("noise\n"), 999)
+        self.assertFalse(any("noise of a server" in line for line in lines))
+
+    def test_logs_are_groups_on_github(self):
+        lines = self.run_quiet(environment={"GITHUB_ACTIONS": "true"})
+        begins = [number for number, line in enumerate(lines) if line.startswith("::group::")]
+        ends = [number for number, line in enumerate(lines) if line == "::endgroup::"]
+        self.assertEqual([lines[at] for at in begins], [f"::group::logs of registered/test_{n}.py" for n in (6, 7)])
+        self.assertEqual((len(ends), begins[0] < ends[0] < begins[1] < ends[1]), (2, True))
+        noise = lines[begins[0] : ends[0]].count("  noise of a client")
+        self.assertTrue(200 < noise < 300, noise)
+        self.assertLess(len(lines) - ends[1], 20)
+
+    def test_one_line_per_file_on_a_terminal(self):
+        command = self.command({"test_0.py": self.NOISY, "test_1.py": self.NOISY}, *SUITE, "--jobs", "2")
+        reader, writer = pty.openpty()
+        process = subprocess.Popen(command, stdout=writer, stderr=writer)
+        self.addCleanup(process.kill)
+        os.close(writer)
+        output = b""
+        with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
+            while chunk := os.read(reader, 65536):
+                output += chunk
+        os.close(reader)
+        self.assertEqual(process.wait(), 0, output)
+        text = output.decode().replace("\r\n", "\n")
+        self.assertRegex(text, r"\[\d/2\] registered/test_\d.py \d+ s\n\[\d/2\] registered/test_\d.py \d+ s")
+        self.assertEqual(len(re.findall(r"\[\d/2\] passed: registered/test_\d.py; ", text)), 2)
+        self.assertNotIn("estimated 5 s, limit", text)
+        self.assertNotIn("noise", text)
 
 
 class TestTestSh(unittest.TestCase):

@@ -13,6 +13,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.preflight.contract import launches
@@ -296,7 +297,7 @@ class TestSmallRelease(unittest.TestCase):
     def main(self, *argv):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = launches.main([*map(str, argv)])
+            code = main(["contract", *map(str, argv)])
         return code, out.getvalue(), err.getvalue().splitlines()
 
     def test_command(self):
@@ -307,7 +308,7 @@ class TestSmallRelease(unittest.TestCase):
         self.assertIn("prefill         3 flags, 0 variables, 0 refused", out)
 
         code, out, errors = self.main(test, "--sglang-wheel", wheel, "--flags", "--tp-size four", "--json")
-        wanted = "launch_contract: error: TestPD: prefill, decode: --tp-size: invalid int value: 'four' (sglang 0.5.99)"
+        wanted = "pdkit contract: error: TestPD: prefill, decode: --tp-size: invalid int value: 'four' (sglang 0.5.99)"
         self.assertEqual((code, errors), (ExitCode.BAD_USAGE, [wanted]))
         self.assertEqual(json.loads(out)["errors"], ["TestPD: prefill, decode: --tp-size: invalid int value: 'four'"])
 
@@ -335,7 +336,7 @@ class TestSmallRelease(unittest.TestCase):
 
 
 class TestMatrix(unittest.TestCase):
-    SCRIPT = Path(__file__).parents[3] / "scripts" / "contract_matrix.py"
+    COMMAND = (sys.executable, "-m", "pdkit", "contract")
 
     def test_releases_that_differ(self):
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -347,15 +348,15 @@ class TestMatrix(unittest.TestCase):
         write_wheel(folder / "sglang-0.5.100.whl", None, "0.5.100")
         arguments = [test, "--wheels", folder, "--flags", "--cuda-graph-max-bs 128"]
         for more, versions in (([], ["0.5.18", "0.5.100"]), (["--newest"], ["0.5.100"])):
-            command = [sys.executable, self.SCRIPT, *arguments, "--json", *more]
+            command = [*self.COMMAND, *arguments, "--json", *more]
             run = subprocess.run([*map(str, command)], capture_output=True, text=True)
             found = json.loads(run.stdout)
             self.assertEqual([release["release"] for release in found["releases"]], versions)
             self.assertEqual(found["releases"][-1]["errors"][0].split(": ")[2], "--cuda-graph-max-bs")
             self.assertFalse(len(versions) > 1 and found["releases"][0]["errors"])
             self.assertEqual(run.returncode, ExitCode.BAD_USAGE)
-            self.assertRegex(run.stderr, "^contract_matrix: error: sglang 0.5.100: TestPD: .*ambiguous")
-        command = [sys.executable, self.SCRIPT, *arguments, "--flags=--old-switch"]
+            self.assertRegex(run.stderr, "^pdkit contract: error: sglang 0.5.100: TestPD: .*ambiguous")
+        command = [*self.COMMAND, *arguments, "--flags=--old-switch"]
         table = subprocess.run(
             [*map(str, command)], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}
         )
@@ -370,9 +371,9 @@ class TestMatrix(unittest.TestCase):
         self.assertIn(f"  {only_newer}\n", table.stdout)
 
     def test_no_wheels(self):
-        run = subprocess.run([sys.executable, self.SCRIPT, "--wheels", "/nowhere"], capture_output=True, text=True)
+        run = subprocess.run([*self.COMMAND, "--wheels", "/nowhere"], capture_output=True, text=True)
         self.assertEqual(run.returncode, ExitCode.NOT_READY)
-        self.assertEqual(run.stderr, "contract_matrix: error: no wheel of sglang in /nowhere; --download fetches it\n")
+        self.assertEqual(run.stderr, "pdkit contract: error: no wheel of sglang in /nowhere; --download fetches it\n")
 
 
 class TestInstalledRelease(unittest.TestCase):

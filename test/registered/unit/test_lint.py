@@ -15,7 +15,7 @@ from pdkit.preflight.lint.check import RULES, lint
 register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
-COMMAND = REPO / "scripts" / "lint_registered.py"
+COMMAND = (sys.executable, "-m", "pdkit", "lint")
 
 SOUND = """\
 import subprocess
@@ -322,7 +322,7 @@ class TestCommand(LintCase):
         collect.assert_not_called()
 
     def run_lint(self, *words):
-        command = [sys.executable, COMMAND, *words]
+        command = [*COMMAND, *words]
         return subprocess.run(command, capture_output=True, text=True, cwd=self.registered, env={**os.environ})
 
     def test_findings(self):

@@ -144,13 +144,13 @@ class TestMain(unittest.TestCase):
 
     def test_a_score_that_is_only_printed_is_no_pass(self):
         self.write_test(RUN[0], then=f"print({PRINTED!r})")
-        self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
+        self.assertEqual(self.main("-v"), ExitCode.NOTHING_RAN)
         self.assertIn(f"\n{PRINTED}\n", self.printed)
         self.assertIn("score                 none, the test did not get that far\n", self.printed)
 
     def test_a_test_that_does_not_name_its_target_is_scored_on_that_of_the_run(self):
         self.write_test(then="from pdkit.core import events; events.score('gsm8k', 0.985, 200)")
-        self.assertEqual(self.main(), ExitCode.PASSED, self.printed)
+        self.assertEqual(self.main("-v"), ExitCode.PASSED, self.printed)
         self.assertIn("target=embedded gsm8k=0.985 examples=200\n", self.printed)
 
     def test_a_run_is_recorded(self):
@@ -161,7 +161,7 @@ class TestMain(unittest.TestCase):
 
     def test_a_wrong_flag_is_one_line(self):
         for words, line in (
-            (["--onn"], "unknown option --onn; nearest known: --on, --history, --help"),
+            (["--onn"], "unknown option --onn; nearest known: --on, --history, --verbose"),
             (["--history", "/absent/h.jsonl"], "--history /absent/h.jsonl: its directory does not exist"),
         ):
             self.assertEqual(
@@ -208,10 +208,10 @@ class TestMain(unittest.TestCase):
         write_test(self.test_dir, "import os; print('server logs:', os.environ['SGLANG_PD_LOG_DIR'])")
         with patch.dict("os.environ"):
             os.environ.pop("SGLANG_PD_LOG_DIR", None)
-            self.main("--report-dir", str(self.test_dir))
+            self.main("-v", "--report-dir", str(self.test_dir))
         self.assertRegex(self.printed, rf"server logs: {self.test_dir}/001-\w+\.1\n")
         with patch.dict("os.environ", SGLANG_PD_LOG_DIR="/mine"):
-            self.main()
+            self.main("-v")
         self.assertIn("server logs: /mine\n", self.printed)
 
     def test_ctrl_c_before_the_test_starts(self):
@@ -243,7 +243,7 @@ class TestInterrupt(unittest.TestCase):
                 time.sleep(0.3)
     """
     COMMAND = "import sys; from pathlib import Path; from pdkit.runner import run; from pdkit.cli.main import main; "
-    COMMAND += "run.TEST_DIR = Path(sys.argv[1]); sys.exit(main(['run', '--on', 'embedded']))"
+    COMMAND += "run.TEST_DIR = Path(sys.argv[1]); sys.exit(main(['run', '-v', '--on', 'embedded']))"
 
     def test_ctrl_c_and_sigterm(self):
         for number in (signal.SIGINT, signal.SIGTERM):

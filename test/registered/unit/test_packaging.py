@@ -16,6 +16,7 @@ REPO = Path(__file__).parents[3]
 OUR_MODULES = {"pdkit"} | {path.stem for path in (REPO / "test").rglob("*.py")}
 DISTRIBUTION = {
     "sglang_router": "sglang-router",
+    "huggingface_hub": "huggingface-hub",
     "pynvml": "nvidia-ml-py",
     "deep_gemm": "sgl-deep-gemm",
     "cuda": "cuda-python",

@@ -27,7 +27,7 @@ from pdkit.runner.report.junit import junit
 from pdkit.runner.report.markdown import markdown
 from pdkit.runner.report.model import Distribution, Phase, Score
 from pdkit.runner.report.read import NoReport, read_directory
-from pdkit.runner.report.terminal import terminal
+from pdkit.runner.report.terminal import cause, log_tails, scores
 from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
 
 register_cpu_ci(est_time=11, suite="stage-a-test-cpu")
@@ -175,8 +175,11 @@ class TestRecorded(unittest.TestCase):
         self.assertIn("End of 001-test_recorded.1.log:\n", text)
 
     def test_terminal(self):
-        self.assertIn("score 0.940 (188 of 200), exact 95 % interval ", terminal(self.report)[0])
-        self.assertTrue(terminal(self.report)[1].endswith("failed in phase gate"))
+        self.assertIn("score 0.940 (188 of 200), exact 95 % interval ", scores(self.report)[0])
+        (run,) = self.report.files
+        self.assertEqual([*cause(run)][0], "  in phase gate")
+        self.assertEqual([*log_tails(run, Path("r"))][0], "test, the end of r/001-test_recorded.1.log:")
+        self.assertLess(len([*cause(run)]), 15)
 
     def test_html_is_well_formed_and_needs_nothing_else(self):
         text = page(self.report)
@@ -202,9 +205,12 @@ class TestDeath(unittest.TestCase):
         order = [("decode", True), ("test", False), ("prefill", False), ("prefill", False)]
         self.assertEqual([(log.name, log.died) for log in self.run_.logs], order)
         lines = self.suite.stdout.splitlines()
-        at = lines.index("tests/test_x.py failed in phase launch decode")
-        self.assertEqual(lines[at + 1], f"  died first: {death}")
-        self.assertIn("<b>CUDA out of memory</b>", lines[at + 4])
+        at = lines.index("  in phase launch decode")
+        self.assertRegex(lines[at - 1], "^failed: tests/test_x.py; ")
+        self.assertEqual(lines[at + 1 : at + 3], [f"  died first: {death}", "  failed: __main__.TestX.test_x"])
+        tail = next(number for number, line in enumerate(lines) if line.startswith("decode, the end of "))
+        self.assertIn("<b>CUDA out of memory</b>", lines[tail + 2])
+        self.assertLess(tail, at)
 
     def test_a_phase_that_did_not_end(self):
         self.assertEqual(
@@ -297,7 +303,7 @@ class TestBroken(unittest.TestCase):
         lines.append(json.dumps({"kind": "score", "ts": 1.0, "eval": "mmlu", "score": 0.5, "examples": 64}))
         path.write_text("\n".join(lines) + "\n")
         report = read_directory(self.directory)
-        for text in (page(report), markdown(report), junit(report), *terminal(report)[:1]):
+        for text in (page(report), markdown(report), junit(report), *scores(report)):
             self.assertIn("no gate", text)
             self.assertNotIn("None", text.replace("None of", ""))
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pdkit.core.host import command_line
 from pdkit.core.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, scrub, secret_values
 from pdkit.runner.report import evidence
 from pdkit.runner.report.evidence import GPU_PLAN_FILE
-from pdkit.runner.report.progress import Live
+from pdkit.runner.report.progress import Board
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
@@ -195,61 +196,85 @@ class Terminal(io.BytesIO):
     def isatty(self):
         return True
 
+    def screen(self):
+        """The lines that are seen: what was written, after erasing lines and moving up as a terminal does."""
+        rows, at = [""], 0
+        for text in re.split(r"(\r\x1b\[K|\x1b\[A|\n)", self.getvalue().decode()):
+            if text == "\n":
+                at += 1
+                rows += [""] * (at == len(rows))
+            elif text == "\x1b[A":
+                at -= 1
+            elif text == "\r\x1b[K":
+                rows[at] = ""
+            else:
+                rows[at] += text
+        return [row for row in rows if row]
 
-class TestLive(unittest.TestCase):
+
+class TestBoard(unittest.TestCase):
     def setUp(self):
         self.now = 1000.0
-        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-    def live(self, stream):
+    def board(self, stream, *names):
         self.stream = stream
-        return Live(Console(stream), self.directory, clock=lambda: self.now)
+        self.console = Console(stream)
+        board = Board(self.console, clock=lambda: self.now)
+        for name in names:
+            (self.root / name).mkdir()
+            board.begins(name, self.root / name)
+        return board
 
-    def emit(self, kind, **fields):
+    def emit(self, file, kind, **fields):
         with mock.patch("time.time", lambda: self.now):
-            events.append(self.directory, kind, **fields)
+            events.append(self.root / file, kind, **fields)
 
-    def said(self):
-        return [line for line in self.stream.getvalue().decode().splitlines() if line.startswith("[progress]")]
+    def lines(self):
+        return self.stream.getvalue().decode().splitlines()
 
     def test_a_line_now_and_then(self):
-        live = self.live(io.BytesIO())
-        self.emit("phase", name="launch prefill", state="begins")
-        for self.now in range(1001, 1036):
-            live.tick()
-        self.assertEqual(self.said(), ["[progress] launch prefill 15 s", "[progress] launch prefill 30 s"])
-
-    def test_the_test_itself_says_how_far_it_is(self):
-        live = self.live(io.BytesIO())
-        self.emit("phase", name="gsm8k", state="begins")
-        for self.now in range(1001, 1030):
+        board = self.board(io.BytesIO(), "a")
+        self.now += 10
+        self.emit("a", "phase", name="gsm8k", state="begins")
+        for self.now in range(1011, 1130):
             if self.now == 1014:
-                self.emit("progress", done=120, total=200, score=0.983)
-            live.tick()
-        self.assertEqual(self.said(), ["[progress] gsm8k 29 s, 120/200, score so far 0.983"])
+                self.emit("a", "progress", done=120, total=200, score=0.983)
+            if self.now == 1100:
+                self.emit("a", "phase", name="gsm8k", state="passed", seconds=90.0)
+            board.tick()
+        self.assertEqual(self.lines(), ["a 60 s; gsm8k 50 s, 120/200, score so far 0.983", "a 120 s"])
 
-    def test_nothing_between_phases(self):
-        live = self.live(io.BytesIO())
-        self.emit("phase", name="a", state="begins")
-        self.emit("phase", name="a", state="passed", seconds=1.0)
-        for self.now in range(1000, 1060):
-            live.tick()
-        self.assertEqual(self.said(), [])
-
-    def test_what_is_printed_is_no_phase(self):
-        live = self.live(io.BytesIO())
-        live._console.write(b"[phase] gsm8k begins\n")
-        live.tick()
-        self.assertEqual(live.status(), "")
-
-    def test_terminal_refreshes_one_line_below_the_output(self):
-        live = self.live(Terminal())
-        self.emit("phase", name="launch prefill", state="begins")
+    def test_nothing_of_who_is_quick(self):
+        board = self.board(io.BytesIO(), "a", "b")
+        self.now += 59
+        board.tick()
+        board.ends(self.root / "a")
         self.now += 2
-        live.tick()
-        live._console.write(b"[prefill] loading\n")
-        written = self.stream.getvalue()
-        self.assertTrue(written.endswith(b"launch prefill 2 s\r\x1b[K[prefill] loading\nlaunch prefill 2 s"), written)
+        board.tick()
+        self.assertEqual(self.lines(), ["b 61 s"])
+
+    def test_a_line_for_each_on_a_terminal_below_all_output(self):
+        board = self.board(Terminal(), "a", "b")
+        self.emit("b", "phase", name="launch prefill", state="begins")
+        self.now += 2
+        board.tick()
+        self.console.line("passed: c")
+        self.assertEqual(self.stream.screen(), ["passed: c", "a 2 s", "b 2 s; launch prefill 2 s"])
+        self.console.write(b"no end of line")
+        self.console.line("passed: d")
+        board.tick()
+        self.assertEqual(
+            self.stream.screen()[:3] + self.stream.screen()[-2:],
+            ["passed: c", "no end of line", "passed: d", "a 2 s", "b 2 s; launch prefill 2 s"],
+        )
+        board.ends(self.root / "a")
+        board.ends(self.root / "b")
+        self.assertEqual(self.stream.screen(), ["passed: c", "no end of line", "passed: d"])
+
+    def test_lines_are_not_wider_than_the_terminal(self):
+        self.board(Terminal(), "x" * 200)
+        self.assertLess(len(self.stream.screen()[0]), 200)
 
     def test_only_a_terminal_hears_more_often(self):
         from pdkit.runner.report.progress import environment

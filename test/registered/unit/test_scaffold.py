@@ -19,7 +19,7 @@ from pdkit.preflight.lint.check import lint
 register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
-COMMAND = REPO / "scripts" / "new_pd_test.py"
+COMMAND = (sys.executable, "-m", "pdkit", "new")
 DISTRIBUTED = REPO / "test" / "registered" / "distributed"
 H200, LARGE, CPU = "stage-c-test-dsv4-8-gpu-h200", "stage-b-test-1-gpu-large", "stage-a-test-cpu"
 DSV4 = "sgl-project/DeepSeek-V4-Flash-FP8"
@@ -37,7 +37,7 @@ class ScaffoldCase(unittest.TestCase):
         self.before = sorted(self.directory.iterdir())
 
     def run_scaffold(self, *words):
-        command = [sys.executable, COMMAND, *words, "--directory", self.directory]
+        command = [*COMMAND, *words, "--directory", self.directory]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
         return subprocess.run(command, capture_output=True, text=True, env=environ)
 
@@ -136,7 +136,7 @@ class TestBadInput(ScaffoldCase):
         self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
         self.assertEqual(self.written(), [])
         lines = done.stderr.splitlines()
-        self.assertTrue(all(line.startswith("new_pd_test.py: error: ") for line in lines), done.stderr)
+        self.assertTrue(all(line.startswith("pdkit new: error: ") for line in lines), done.stderr)
         return lines
 
     def test_words(self):

@@ -1,6 +1,8 @@
 """The CPU shims compute what SGLang's kernels do, and are installed only where they fit."""
 
 import ast
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -179,18 +181,53 @@ class TestRequirements(unittest.TestCase):
 
 
 class TestCommand(unittest.TestCase):
-    def test_what_cannot_be_used_is_one_line(self):
-        for words, code, says in (
-            (["--sglang-source", "/nonexistent"], ExitCode.NOT_READY, "/nonexistent has no package sglang"),
-            (["no-such-file"], ExitCode.BAD_USAGE, "no file of the target is called like no-such-file"),
+    """`pdkit run --on sglang-cpu` where it cannot run: one line for each thing, exit status 3, nothing is started."""
+
+    def refusal(self, *words, command="run"):
+        """(exit code, lines on standard error)"""
+        from pdkit.cli.main import main
+
+        errors = io.StringIO()
+        with (
+            mock.patch.dict(os.environ),
+            mock.patch("pdkit.runner.suite.run_suite", side_effect=AssertionError("it was started")),
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(io.StringIO()),
         ):
-            run = subprocess.run(
-                [sys.executable, "-m", "pdkit.runner.sglang_cpu", *words], capture_output=True, text=True, timeout=60
-            )
-            if "target sglang-cpu needs" in run.stderr:
-                self.skipTest(run.stderr.strip())
-            self.assertEqual((run.returncode, len(run.stderr.splitlines())), (code, 1), run.stderr)
-            self.assertIn(says, run.stderr)
+            code = main([command, "--on", "sglang-cpu", "--no-history", *words])
+        return code, errors.getvalue().splitlines()
+
+    def setUp(self):
+        try:
+            requirements.require_machine()
+        except NotReady as reason:
+            self.skipTest(str(reason))
+
+    def test_what_the_machine_lacks_is_one_line_and_status_3(self):
+        def memory():
+            return mock.Mock(available=1.24 * 2**30)
+
+        no_ports = mock.patch("pdkit.core.ports.claim", side_effect=RuntimeError("no 10 free ports in a row"))
+        for lacks, says in (
+            (mock.patch.dict(requirements.LIBRARIES, {"libabsent.so.1": "libabsent1"}), "apt-get install libabsent1"),
+            (mock.patch.dict(requirements.PACKAGES, {"pdkit_absent": "absent"}), "needs the package absent"),
+            (
+                mock.patch.object(requirements.psutil, "virtual_memory", memory),
+                "needs 5 GiB of memory, 1.2 GiB are free",
+            ),
+            (no_ports, "no 10 free ports in a row"),
+            (mock.patch.object(drift, "RELEASE", "0.5.22"), "needs SGLang 0.5.22, found"),
+        ):
+            with self.subTest(says), lacks:
+                code, lines = self.refusal()
+                self.assertEqual((code, len(lines)), (ExitCode.NOT_READY, 1), lines)
+                self.assertIn(says, lines[0])
+
+    def test_a_directory_without_sglang(self):
+        for command in ("run", "test"):
+            code, lines = self.refusal("--sglang-source", "/nonexistent", command=command)
+            self.assertEqual((code, len(lines)), (ExitCode.NOT_READY, 1), lines)
+            self.assertIn("/nonexistent has no package sglang", lines[0])
 
 
 class TestWorkingTree(unittest.TestCase):

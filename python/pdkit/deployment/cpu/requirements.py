@@ -9,6 +9,7 @@ import sys
 
 import psutil
 
+from pdkit.core import ports
 from pdkit.core.errors import NotReady
 from pdkit.deployment.cpu import drift, plan
 
@@ -29,6 +30,7 @@ def require_machine() -> None:
         *missing_packages(),
         *missing_libraries(),
         *too_little_memory(psutil.virtual_memory().available / 2**30),
+        *too_few_ports(),
     ]
     try:
         drift.require_fit()
@@ -73,3 +75,12 @@ def too_little_memory(available_gib: float) -> list[str]:
     if available_gib >= MEMORY_GIB:
         return []
     return [f"target sglang-cpu needs {MEMORY_GIB} GiB of memory, {available_gib:.1f} GiB are free: end other programs"]
+
+
+def too_few_ports() -> list[str]:
+    """One line if there is no block of free ports for servers and routers."""
+    try:
+        ports.claim().release()
+    except RuntimeError as problem:
+        return [f"target sglang-cpu needs ports for its servers, and there are {problem}: end what listens there"]
+    return []

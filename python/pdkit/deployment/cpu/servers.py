@@ -26,6 +26,12 @@ SPAWN_VARIABLE = "PDKIT_CPU_SPAWN"
 _fork_servers: dict[tuple[Path | None, str, tuple[tuple[str, str], ...]], ForkServer] = {}
 
 
+@atexit.register  # at import, so that classes stop their servers before
+def _close_fork_servers() -> None:
+    while _fork_servers:
+        _fork_servers.popitem()[1].close()
+
+
 class SglangCpuServers(ClaimedPorts, PlannedServers):
     """Prefill, decode and what else is launched, of a small model on CPU.
 
@@ -75,11 +81,13 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
 
     @classmethod
     def prefill_args(cls) -> list[str]:
-        return [*cls.server_args, *plan.PD_FLAGS, *cls.disaggregation_args("prefill", cls.prefill_gpus)]
+        own = cls.disaggregation_args("prefill", cls.prefill_gpus)
+        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_prefill_args]
 
     @classmethod
     def decode_args(cls) -> list[str]:
-        return [*cls.server_args, *plan.PD_FLAGS, *cls.disaggregation_args("decode", cls.decode_gpus)]
+        own = cls.disaggregation_args("decode", cls.decode_gpus)
+        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_decode_args]
 
     @classmethod
     def launch(cls, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, **more: Any) -> Server:
@@ -99,7 +107,6 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         key = cls._fork_key(cls.tree_of(name))
         if key not in _fork_servers:
             _fork_servers[key] = ForkServer(environment, cls.log_path(f"fork server {len(_fork_servers)}"))
-            atexit.register(_fork_servers[key].close)
         return type("ForkedServer", (Server, ForkedPopen), {"fork_server": _fork_servers[key]})
 
     @classmethod
@@ -110,9 +117,7 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
     def close_fork_servers_but(cls, tree: Path | None) -> None:
         """End those that no server of this class is forked from, with `tree` or the release."""
         for key in _fork_servers.keys() - {cls._fork_key(tree), cls._fork_key(None)}:
-            server = _fork_servers.pop(key)
-            atexit.unregister(server.close)
-            server.close()
+            _fork_servers.pop(key).close()
 
     def _callTestMethod(self, method: Callable[[], None]) -> None:
         """A failure ends with what in the working tree under test is another than in the release."""

@@ -6,17 +6,19 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from pdkit.core.suggest import nearest
-from pdkit.preflight.contract.flags import Finding
+from pdkit.preflight.finding import Finding, Level
 
 PREFIXES = ("SGLANG_", "SGL_")
 
 
-def load(path: Path):
+def load(path: Path) -> Any:
     """A fresh copy of the registry: it looks at os.environ while it is executed."""
     spec = spec_from_file_location("pdkit_environ_of_release", path)
+    assert spec is not None and spec.loader is not None, path
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -31,18 +33,20 @@ def _said_of(path: Path, name: str, value: str) -> list[str]:
     return [" ".join(str(warning.message).split()) for warning in said if name in str(warning.message)]
 
 
-def known(registry) -> dict[str, object]:
+def known(registry: Any) -> dict[str, Any]:
     """The fields of a registry by the name of their variable."""
     return {name: field for name, field in vars(registry.Envs).items() if isinstance(field, registry.EnvField)}
 
 
 def _unregistered(path: Path, name: str, value: str, fields: Mapping[str, object]) -> list[Finding]:
     if said := _said_of(path, name, value):
-        return [Finding("warning", name, text) for text in said]
+        return [Finding(Level.WARNING, name, text) for text in said]
     package = path.parents[1]
     if reader := _reader(package, name):
-        return [Finding("warning", name, f"not in the registry, yet read by {reader.relative_to(package.parent)}")]
-    return [Finding("error", name, f"no such variable, nobody reads it; nearest: {', '.join(nearest(name, fields))}")]
+        return [Finding(Level.WARNING, name, f"not in the registry, yet read by {reader.relative_to(package.parent)}")]
+    return [
+        Finding(Level.ERROR, name, f"no such variable, nobody reads it; nearest: {', '.join(nearest(name, fields))}")
+    ]
 
 
 def _reader(package: Path, name: str) -> Path | None:
@@ -61,7 +65,7 @@ def check(path: Path, env: Mapping[str, str]) -> list[Finding]:
         if not name.startswith(PREFIXES):
             continue
         if name in aliases:
-            findings.append(Finding("warning", name, f"deprecated, use {aliases[name]}"))
+            findings.append(Finding(Level.WARNING, name, f"deprecated, use {aliases[name]}"))
         field = fields.get(aliases.get(name, name))
         if field is None:
             findings += _unregistered(path, name, value, fields)
@@ -69,5 +73,5 @@ def check(path: Path, env: Mapping[str, str]) -> list[Finding]:
         try:
             field.parse(value)
         except ValueError as error:
-            findings.append(Finding("error", name, f"{error}; the server would warn and take its default"))
+            findings.append(Finding(Level.ERROR, name, f"{error}; the server would warn and take its default"))
     return findings

@@ -4,25 +4,13 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, NoReturn
 
 from pdkit.core.suggest import nearest
+from pdkit.preflight.finding import Finding, Level
 
 _FLAG = re.compile(r"--?[A-Za-z]")
 _DEPRECATED = re.compile(r"^\W*(note: )?.{0,60}?\bdeprecated\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line about one flag or variable; only errors keep a plan from being launched."""
-
-    level: Literal["error", "warning"]
-    subject: str
-    message: str
-
-    def __str__(self):
-        return f"{self.subject}: {self.message}"
 
 
 class FlagsRefused(Exception):
@@ -32,10 +20,10 @@ class FlagsRefused(Exception):
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that raises FlagsRefused where it would print and exit."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise FlagsRefused(message)
 
-    def exit(self, status: int = 0, message: str | None = None):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         raise FlagsRefused(message or "ends before it serves")
 
 
@@ -60,14 +48,14 @@ def check(parser: FlagParser, argv: Sequence[str], required: Sequence[str] = ())
         try:
             parser.parse_args([*required, *segment])
         except FlagsRefused as refusal:
-            findings.append(Finding("error", segment[0], _why(parser, segment, str(refusal))))
+            findings.append(Finding(Level.ERROR, segment[0], _why(parser, segment, str(refusal))))
             continue
         accepted += segment
         findings += _remarks(parser, segment)
     try:
         parser.parse_args([*required, *accepted])
     except FlagsRefused as refusal:
-        findings.append(Finding("error", "command line", str(refusal)))
+        findings.append(Finding(Level.ERROR, "command line", str(refusal)))
     return findings, accepted
 
 
@@ -104,12 +92,12 @@ def _remarks(parser: FlagParser, segment: Sequence[str]) -> list[Finding]:
     action = options[name]
     remarks = []
     if name != flag:
-        remarks.append(Finding("warning", flag, f"abbreviates {name}: refused once another flag starts like that"))
+        remarks.append(Finding(Level.WARNING, flag, f"abbreviates {name}: refused once another flag starts like that"))
     if successor := _successor(action):
-        remarks.append(Finding("warning", flag, successor))
+        remarks.append(Finding(Level.WARNING, flag, successor))
     for value in [attached] * bool(attached) + list(segment[1:]):
         if value.startswith(("{", "[")) and not _is_json(value):
-            remarks.append(Finding("error", flag, f"not valid JSON: {value}"))
+            remarks.append(Finding(Level.ERROR, flag, f"not valid JSON: {value}"))
     return remarks
 
 
@@ -132,7 +120,7 @@ def _is_json(value: str) -> bool:
     return True
 
 
-def describe(parser: argparse.ArgumentParser) -> dict[str, dict]:
+def describe(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
     """Every flag by each of its names, as plain data, to compare two parsers."""
     return {
         name: {

@@ -35,7 +35,7 @@ def releases() -> list[str]:
     return sorted((v for v in versions if re.fullmatch(r"[\d.]+", v) and sort_key(v) >= FIRST), key=sort_key)
 
 
-def fetch(version: str, folder: Path):
+def fetch(version: str, folder: Path) -> None:
     """Downloads the wheel of one release, without its dependencies, into `folder`. Raises IndexUnavailable."""
     wanted = ("--no-deps", "--only-binary", ":all:", "--quiet", "--dest", str(folder))
     _pip("download", *wanted, f"sglang=={version}")

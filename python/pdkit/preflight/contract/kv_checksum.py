@@ -8,8 +8,8 @@ pool. As of 0.5.23 it has none for `DeepSeekV4TokenToKVPool`, whose states are r
 import argparse
 from pathlib import Path
 
-from pdkit.preflight.contract.flags import Finding
 from pdkit.preflight.dsv4 import is_dsv4
+from pdkit.preflight.finding import Finding, Level
 
 FLAG = "--disaggregation-enable-kv-checksum"
 SOURCE = Path("sglang", "srt", "disaggregation", "checksum.py")
@@ -25,5 +25,7 @@ def check(root: Path, args: argparse.Namespace) -> list[Finding]:
     if not is_dsv4(args.model_path, model if model.is_dir() else None) or POOL in source.read_text():
         return []
     return [
-        Finding("error", FLAG, f"not for DeepSeek-V4: {SOURCE.name} knows no {POOL}; prefill's first request ends it")
+        Finding(
+            Level.ERROR, FLAG, f"not for DeepSeek-V4: {SOURCE.name} knows no {POOL}; prefill's first request ends it"
+        )
     ]

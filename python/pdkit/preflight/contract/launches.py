@@ -1,13 +1,11 @@
 """Does a release of SGLang take what a registered PD test launches it with?
 
-    python3 -m pdkit.preflight.contract.launches TEST_FILE [--sglang-wheel FILE]
+    pdkit contract TEST_FILE [--sglang-wheel FILE]
 
 The test itself says what it launches: it is imported and launches its processes in a process of its own, where nothing
 is started but written down. The release says whether it takes that: its own parser takes each flag by itself, its own
 registry each SGLANG_* variable. Neither needs the release to be installed: its Python sources are executed with
 stand-ins for the packages that it depends on (`pdkit.preflight.contract.stand_ins`).
-
-Exit codes: 0 the release takes it all; 2 it refuses something, or bad usage; 3 no SGLang is installed.
 """
 
 import argparse
@@ -18,15 +16,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pdkit
-from pdkit.core.command import Parser, run_command
-from pdkit.core.errors import ExitCode, UsageError
-from pdkit.preflight.contract.flags import Finding
+from pdkit.core.errors import UsageError
 from pdkit.preflight.contract.release import Release, installed, unpacked
+from pdkit.preflight.finding import Finding, Level
 
 TIMEOUT_S = 120.0
 INHERITED = ("SGLANG_PD_", "SGLANG_TEST_", "SGLANG_CI_", "SGLANG_IS_IN_CI")  # what a test may look at
@@ -49,14 +47,14 @@ class ProcessContract:
     env: Mapping[str, str]
     checked: bool
     findings: tuple[Finding, ...]
-    settings: Mapping[str, object] | None
+    settings: Mapping[str, Any] | None
     ports: Mapping[str, int]
 
     @property
     def name(self) -> str:
         """`prefill`, `decode`, `load balancer`, or else the module."""
         if self.settings:
-            mode = self.settings["disaggregation_mode"]
+            mode: str = self.settings["disaggregation_mode"]
             return mode if mode in ("prefill", "decode") else "server"
         return "load balancer" if self.module.startswith("sglang_router") else self.module
 
@@ -88,7 +86,7 @@ class Contract:
 
     release: Release
     test_file: Path | None
-    flags: Mapping[str, Mapping]
+    flags: Mapping[str, Mapping[str, Any]]
     variables: tuple[str, ...]
     fixture: Mapping[str, bool]
     assumed: Mapping[str, str]
@@ -164,14 +162,14 @@ def ask(
     )
 
 
-def _test_contract(plan: Mapping) -> TestContract:
+def _test_contract(plan: Mapping[str, Any]) -> TestContract:
     processes = (
         ProcessContract(
             module=p["module"],
             argv=tuple(p["argv"]),
             env=p["env"],
             checked=p["checked"],
-            findings=tuple(Finding(**finding) for finding in p["findings"]),
+            findings=tuple(Finding(Level(f["level"]), f["subject"], f["message"]) for f in p["findings"]),
             settings=p["settings"],
             ports=p["ports"],
         )
@@ -180,12 +178,17 @@ def _test_contract(plan: Mapping) -> TestContract:
     return TestContract(plan["test"], plan["problem"], tuple(processes))
 
 
-def release_of(wheel: Path | None):
+def release_of(wheel: Path | None) -> AbstractContextManager[Release]:
     """A context manager that gives the installed release, or the one in `wheel`. Raises ReleaseNotFound, or BadWheel."""
     return unpacked(wheel) if wheel else nullcontext(installed())
 
 
-def as_data(contract: Contract) -> dict:
+def remark_as_data(finding: Finding) -> dict[str, str]:
+    """What a release says to a flag or variable, as plain data."""
+    return {"level": finding.level.value, "subject": finding.subject, "message": finding.what}
+
+
+def as_data(contract: Contract) -> dict[str, Any]:
     """The contract as plain data for JSON."""
     return {
         "release": contract.release.version,
@@ -209,7 +212,7 @@ def as_data(contract: Contract) -> dict:
                         "env": dict(process.env),
                         "checked": process.checked,
                         "ports": dict(process.ports),
-                        "findings": [vars(finding) for finding in process.findings],
+                        "findings": [remark_as_data(finding) for finding in process.findings],
                     }
                     for process in test.processes
                 ],
@@ -219,9 +222,9 @@ def as_data(contract: Contract) -> dict:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: Path | None = None):
+def add_arguments(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
     """The arguments that say which test and what more its servers get; without `default` the test must be named."""
-    how = {"nargs": "?", "default": default} if default else {}
+    how: dict[str, Any] = {"nargs": "?", "default": default} if default else {}
     parser.add_argument("test_file", type=Path, metavar="TEST_FILE", help="a registered PD test", **how)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -250,32 +253,3 @@ def report(contract: Contract) -> Iterable[str]:
             verdict = f"{refused} refused" if process.checked else f"flags not checked: no parser of {process.module}"
             yield f"  {process.name:<14}{count:>3} flags, {len(variables)} variables, {verdict}"
     yield from (f"warning: {line}" for line in contract.warnings)
-
-
-def _main(argv: Sequence[str]) -> ExitCode:
-    parser = Parser(
-        prog="launch_contract",
-        description="Ask a release of SGLang whether it takes what a PD test launches it with; starts nothing.",
-        epilog="Exit codes: 0 it takes it all; 2 it refuses something, or bad usage; 3 no SGLang is installed.",
-        allow_abbrev=False,
-    )
-    add_arguments(parser)
-    parser.add_argument("--sglang-wheel", type=Path, metavar="FILE", help="a release that is not installed")
-    parser.add_argument(
-        "--real-imports", action="store_true", help="import SGLang's dependencies too: slower, same answer"
-    )
-    args = parser.parse_args(argv)
-    with release_of(args.sglang_wheel) as release:
-        contract = ask(release, args.test_file, args.flags, dict(args.env), args.real_imports)
-    print(json.dumps(as_data(contract), indent=2) if args.json else "\n".join(report(contract)))
-    for line in contract.errors:
-        print(f"launch_contract: error: {line} (sglang {contract.release.version})", file=sys.stderr)
-    return ExitCode.BAD_USAGE if contract.errors else ExitCode.PASSED
-
-
-def main(argv: Sequence[str]) -> ExitCode:
-    return run_command("launch_contract", _main, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

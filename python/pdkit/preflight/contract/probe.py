@@ -4,7 +4,6 @@ REQUEST is a JSON file (`root`, `version`, `test`, `extra_argv`, `extra_env`, `r
 write. Test files and SGLang may print what they like.
 """
 
-import dataclasses
 import importlib
 import json
 import logging
@@ -13,10 +12,12 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 from unittest import mock
 
 from pdkit.core.errors import NotReady
 from pdkit.preflight.contract import environment, flags, kv_checksum, recording, settings
+from pdkit.preflight.contract.launches import remark_as_data
 from pdkit.preflight.contract.stand_ins import Importer, is_stand_in
 
 SERVER, ROUTER = "sglang.launch_server", recording.ROUTER
@@ -50,13 +51,15 @@ def router_parser() -> flags.FlagParser | None:
     return parser
 
 
-def process(launch: recording.Launch, request: Mapping, parsers: Mapping[str, flags.FlagParser]) -> dict:
+def process(
+    launch: recording.Launch, request: Mapping[str, Any], parsers: Mapping[str, flags.FlagParser | None]
+) -> dict[str, Any]:
     """One launched process as plain data: what it is, what is wrong with it, and what it takes of the machine.
 
     `checked` is false where no parser for its flags is at hand.
     """
     argv, env = [*launch.argv], dict(launch.env)
-    answer = {"module": launch.module, "argv": argv, "env": env, "settings": None, "ports": {}}
+    answer: dict[str, Any] = {"module": launch.module, "argv": argv, "env": env, "settings": None, "ports": {}}
     parser = parsers.get(launch.module)
     answer["checked"] = parser is not None
     if launch.module in SERVERS:
@@ -74,12 +77,12 @@ def process(launch: recording.Launch, request: Mapping, parsers: Mapping[str, fl
             answer["ports"] = settings.ports_of_server(args, sys.modules["sglang.srt.server_args"])
         else:
             answer["ports"] = {"http": args.port}
-    return answer | {"findings": [dataclasses.asdict(finding) for finding in findings]}
+    return answer | {"findings": [remark_as_data(finding) for finding in findings]}
 
 
 def fixture_facts(fixture: type) -> dict[str, bool]:
     """What the PD fixture of this release does for a test."""
-    plain = type("Plain", (fixture,), {})
+    plain: Any = type("Plain", (fixture,), {})
     with mock.patch.dict(os.environ):
         plain.setUpClass()
     return {
@@ -100,14 +103,14 @@ def attached(version: str) -> dict[str, list[str]]:
     return {module: sorted(names) for module, names in quirks.substituted(version).items()}
 
 
-def registrations(path: str) -> list[dict]:
+def registrations(path: str) -> list[dict[str, Any]]:
     """The CI registrations of a test file."""
     register = importlib.import_module("sglang.test.ci.ci_register")
     found, _ = register.ut_parse_one_file(path)
     return [{"hw": r.backend.name.lower(), "suite": r.effective_suite, "nightly": r.nightly} for r in found]
 
 
-def answer(request: Mapping) -> dict:
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that is asked for. Raises Unreadable."""
     importer = None
     if request["real_imports"]:
@@ -149,7 +152,7 @@ def answer(request: Mapping) -> dict:
     return result
 
 
-def main(request_path: str, answer_path: str):
+def main(request_path: str, answer_path: str) -> NoReturn:
     request = json.loads(Path(request_path).read_text())
     status = 1
     try:

@@ -12,7 +12,8 @@ import unittest
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 ROUTER = "sglang_router.launch_router"
 PID_MAX = 2**22  # of Linux, so that a signal to a recorded process reaches nobody
@@ -42,7 +43,9 @@ class RecordedProcess:
     commands: list[tuple[list[str], dict[str, str]]] = []
     _pids = itertools.count(PID_MAX + 1)
 
-    def __init__(self, args, *_, env=None, **kwargs):
+    def __init__(
+        self, args: str | Sequence[str], *_: object, env: Mapping[str, str] | None = None, **kwargs: object
+    ) -> None:
         command = args.split() if isinstance(args, str) else [os.fsdecode(arg) for arg in args]
         if "-m" not in command:
             raise FileNotFoundError(errno.ENOENT, "not run while a plan is read", command[0])
@@ -50,33 +53,33 @@ class RecordedProcess:
         self.args, self.pid, self.returncode = command, next(self._pids), None
         self.stdin, self.stdout, self.stderr = io.StringIO(), io.StringIO(), io.StringIO()
 
-    def __class_getitem__(cls, item):
+    def __class_getitem__(cls, item: object) -> type:
         return cls
 
-    def poll(self):
+    def poll(self) -> None:
         return None
 
-    def wait(self, timeout=None):
+    def wait(self, timeout: float | None = None) -> int:
         """Only a thread that watches waits for the end that does not come; the test itself has given up by then."""
         if threading.current_thread() is not threading.main_thread():
             threading.Event().wait()
         return 0
 
-    def communicate(self, input=None, timeout=None):
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:
         self.wait()
         return "", ""
 
-    def send_signal(self, number):
+    def send_signal(self, number: int) -> None:
         pass
 
-    def terminate(self):
+    def terminate(self) -> None:
         pass
 
-    def kill(self):
+    def kill(self) -> None:
         pass
 
 
-def start_recording():
+def start_recording() -> None:
     """From here on this process starts no other, and whatever it asks over HTTP is healthy.
 
     To call before the test is imported, since a test may subclass Popen.
@@ -86,28 +89,29 @@ def start_recording():
     from pdkit.deployment import ports  # psutil: a release may be asked where it is not installed
 
     healthy = SimpleNamespace(status_code=200, ok=True, text="", json=dict, raise_for_status=lambda: None)
-    subprocess.Popen = RecordedProcess
-    requests.get = requests.post = lambda *args, **kwargs: healthy
-    ports.lock = lambda test: SimpleNamespace(close=lambda: None)  # nothing is bound, so other plans may be read
-    ports.require_free = lambda test: None
+    vars(subprocess).update(Popen=RecordedProcess)
+    vars(requests).update(dict.fromkeys(("get", "post"), lambda *args, **kwargs: healthy))
+    # nothing is bound, so other plans may be read
+    vars(ports).update(lock=lambda test: SimpleNamespace(close=lambda: None), require_free=lambda test: None)
 
 
-def import_test(path: Path):
+def import_test(path: Path) -> ModuleType:
     """The module at `path`, named as when it runs by itself; what it raises is passed on."""
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, path
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def pd_tests(module, fixture: type) -> list[type]:
+def pd_tests(module: ModuleType, fixture: type[unittest.TestCase]) -> list[Any]:
     """Classes with tests that `module` itself defines on top of SGLang's PD `fixture`, in order."""
     classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     return [c for c in classes if issubclass(c, fixture) and unittest.defaultTestLoader.getTestCaseNames(c)]
 
 
-def record(test: type, baseline: Mapping[str, str]) -> RecordedPlan:
+def record(test: Any, baseline: Mapping[str, str]) -> RecordedPlan:
     """What `test` launches. A class with `configure()` is settled by it, any other by its setUpClass().
 
     The load balancer is the last that the fixture launches: what fails after it speaks to servers that are not there.

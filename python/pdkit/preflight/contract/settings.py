@@ -2,6 +2,7 @@
 
 import argparse
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 NAMES = (
@@ -38,8 +39,8 @@ def widths(args: argparse.Namespace) -> dict[str, int]:
     return {"replicas": args.dp_size, "attention_dp": attention_dp}
 
 
-def of_server(args: argparse.Namespace) -> dict:
-    """Plain data that the GPU plan and the memory estimate are made from."""
+def of_server(args: argparse.Namespace) -> dict[str, Any]:
+    """Plain data that the GPU plan is made from."""
     return {name: getattr(args, name, None) for name in NAMES} | widths(args)
 
 
@@ -47,14 +48,14 @@ def _as_server_args(args: argparse.Namespace, cls: type) -> SimpleNamespace:
     """`args` with the properties of ServerArgs, which itself might look for the model when it is made."""
 
     class Raw(SimpleNamespace):
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             found = getattr(cls, name)
-            return found.fget(self) if isinstance(found, property) else found
+            return found.fget(self) if isinstance(found, property) and found.fget else found
 
     return Raw(**vars(args))
 
 
-def ports_of_server(args: argparse.Namespace, server_args) -> dict[str, int]:
+def ports_of_server(args: argparse.Namespace, server_args: Any) -> dict[str, int]:
     """Ports that a server listens on or wants to be free when it starts, by what they are for.
 
     HTTP and, on the prefill side, bootstrap are its arguments; the rest is what the release's own
@@ -70,11 +71,11 @@ def ports_of_server(args: argparse.Namespace, server_args) -> dict[str, int]:
     if hasattr(raw, "attn_dp_size"):
         raw.attn_dp_size, raw.dp_size = wide["attention_dp"], wide["replicas"]
 
-    def note(port, name="port", *_, **__):
+    def note(port: int, name: str = "port", *_: object, **__: object) -> None:
         ports[name.removesuffix("_port")] = port
 
     drawn = {name: 0 for name in vars(server_args) if name.startswith("get_free_port")}
-    patches = {"wait_port_available": note} | {name: lambda *_: 0 for name in drawn}
+    patches: dict[str, Any] = {"wait_port_available": note} | {name: lambda *_: 0 for name in drawn}
     if hasattr(server_args, "resolving_view"):
         patches["resolving_view"] = lambda config: config
     with mock.patch.multiple(server_args, **patches):

@@ -11,9 +11,11 @@ To install before the first import of sglang, in a process of its own.
 import importlib.abc
 import sys
 import types
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 REAL = {"msgspec", "packaging", "typing_extensions", "sglang_router", "pdkit"}
 ABSENT = {"habana_frameworks"}  # SGLang asks whether it is there, and then for what torch has with it
@@ -25,44 +27,44 @@ KNOWN_ATTRIBUTES = {"torch": {"version": SimpleNamespace(cuda="13.0", hip=None, 
 class _Base:
     """What a class inherits instead of a stand-in."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: object) -> None:
         pass
 
 
 class _StandIn:
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.__dict__["_name"] = name
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> "_StandIn":
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
         value = self.__dict__[name] = _StandIn(f"{self._name}.{name}")
         return value
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         is_bare_decorator = len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, type))
         return args[0] if is_bare_decorator else _StandIn(f"{self._name}()")
 
-    def __mro_entries__(self, bases):
+    def __mro_entries__(self, bases: tuple[object, ...]) -> tuple[type, ...]:
         first = next(base for base in bases if isinstance(base, _StandIn))
         return (_Base,) if first is self else ()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<stand-in for {self._name}>"
 
-    def _itself(self, *_):
+    def _itself(self, *_: object) -> "_StandIn":
         return self
 
-    def _false(self, *_):
+    def _false(self, *_: object) -> bool:
         return False
 
-    def _zero(self):
+    def _zero(self) -> int:
         return 0
 
-    def _ignore(self, *_):
+    def _ignore(self, *_: object) -> None:
         pass
 
     __enter__ = __getitem__ = __or__ = __ror__ = __and__ = __neg__ = __invert__ = _itself
@@ -73,15 +75,15 @@ class _StandIn:
     __len__ = __int__ = __index__ = _zero
     __setitem__ = __delitem__ = _ignore
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[object]:
         return iter(())
 
-    def __float__(self):
+    def __float__(self) -> float:
         return 0.0
 
 
 class _StandInModule(types.ModuleType):
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "__version__":
             return "999.0.0"
         known = KNOWN_ATTRIBUTES.get(self.__name__, {})
@@ -94,7 +96,7 @@ class _StandInModule(types.ModuleType):
         return value
 
 
-def is_stand_in(value) -> bool:
+def is_stand_in(value: object) -> bool:
     """Whether `value`, or something in it, comes from a module that is not there."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return any(map(is_stand_in, value))
@@ -102,21 +104,21 @@ def is_stand_in(value) -> bool:
 
 
 class _Loader(importlib.abc.Loader):
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         module = _StandInModule(spec.name)
         module.__path__ = []
         return module
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         pass
 
 
 class _LenientLoader(SourceFileLoader):
-    def __init__(self, name: str, path: str, assumed: dict[str, str]):
+    def __init__(self, name: str, path: str, assumed: dict[str, str]) -> None:
         super().__init__(name, path)
         self.assumed = assumed
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         try:
             super().exec_module(module)
         except Exception as error:
@@ -133,19 +135,21 @@ class Importer(importlib.abc.MetaPathFinder):
     `assumed` maps the modules of SGLang that were not executed to the end to the reason.
     """
 
-    def __init__(self, root: Path, version: str):
+    def __init__(self, root: Path, version: str) -> None:
         self.root, self.version, self.before = root, version, frozenset(sys.path)
         self.assumed: dict[str, str] = {}
 
-    def install(self):
+    def install(self) -> None:
         package = _StandInModule("sglang")
         package.__spec__ = ModuleSpec("sglang", None, is_package=True)  # find_spec() of a test reads it
         package.__path__ = package.__spec__.submodule_search_locations = [str(self.root / "sglang")]
-        package.__version__ = self.version
+        vars(package)["__version__"] = self.version
         sys.modules["sglang"] = package
         sys.meta_path.insert(0, self)
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
         top = name.partition(".")[0]
         if top == "sglang":
             return self._sglang(name, path)
@@ -155,7 +159,7 @@ class Importer(importlib.abc.MetaPathFinder):
             return None
         return ModuleSpec(name, _Loader(), is_package=True)
 
-    def _sglang(self, name, path):
+    def _sglang(self, name: str, path: Sequence[str] | None) -> ModuleSpec:
         spec = PathFinder.find_spec(name, path)
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -1,5 +1,6 @@
 """All checks of one suite on one machine."""
 
+import math
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from pdkit.preflight.environment.machine import UNLIMITED, Machine
 from pdkit.preflight.environment.needs import Needs, Process
 from pdkit.preflight.finding import Finding, error, ok, warning
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 ASSETS = Path(pdkit.__file__).parent / "assets"
 RDMA_BACKENDS = ("mooncake", "mori")
 SERVER_FILES = 65535  # what SGLang's servers raise their limit to
@@ -48,8 +49,10 @@ def of_place(needs: Needs, environ: Mapping[str, str] = os.environ, has_gpus: bo
     yield _python(environ)
     fails = "it would fail once it is launched", "correct the test"
     yield from (error("contract", line, *fails) for line in needs.errors)
-    later = "this release still takes it", "change the test before the next one does not"
-    yield from (warning("contract", line, *later) for line in needs.warnings)
+    yield from (ok("contract", f"{line}; this release still takes it") for line in needs.deprecations)
+    for line in needs.warnings:
+        what, _, do = line.rpartition("; ")
+        yield warning("plan", what, "servers may fail to start, or transfer slowly", do)
     if needs.embedded:
         yield from _embedded()
     if needs.hw != "cuda":
@@ -63,7 +66,7 @@ def of_place(needs: Needs, environ: Mapping[str, str] = os.environ, has_gpus: bo
             why = "whether it is there shows when the eval asks"
             yield warning("data", "gsm8k_data_path is computed", why, "see to it, or make it a literal or os.getenv()")
         else:
-            yield from dataset.check(path, environ=environ)
+            yield from dataset.check(path if path is None else str(path), environ=environ)
 
 
 def _python(environ: Mapping[str, str]) -> Finding:
@@ -96,7 +99,9 @@ def _room(facts: Machine, shm: float, tmp: float, memory: float, home: float = 0
     )
     for subject, free, wanted, why, do in rows:
         if wanted and free < wanted * GIB:
-            yield error(subject, f"{free / GIB:.2f} of {wanted:g} GiB free", why, do)
+            unit, size = ("GiB", GIB) if wanted >= 1 else ("MiB", MIB)
+            found = math.floor(free / size * 100) / 100  # 15.999 of 16 must not read 16
+            yield error(subject, f"needs {wanted * GIB / size:g} {unit} free, found {found:g}", why, do)
         elif wanted:
             yield ok(subject, f"{free / GIB:.1f} GiB free")
 
@@ -205,8 +210,10 @@ def _ports(needs: Needs) -> Iterator[Finding]:
     taken = {port: what for port, what in wanted.items() if not ports.is_free(port)}
     for port, what in sorted(taken.items()):
         holder = _listener(port)
-        why = f"{what} listens there, and a stranger must not be taken for it"
-        yield error("ports", f"{port} is in use by {holder}", why, "is another run on? wait for it, or end it yourself")
+        why = f"{what} listens there, and another process would be mistaken for it"
+        yield error(
+            "ports", f"{port} is in use by {holder}", why, "wait for the run that it belongs to, or end it yourself"
+        )
     if wanted and not taken:
         yield ok("ports", f"{len(wanted)} free, {min(wanted)} to {max(wanted)}")
 
@@ -216,7 +223,12 @@ def _listener(port: int) -> str:
 
     try:
         for connection in psutil.net_connections("inet"):
-            if connection.laddr.port == port and connection.status == psutil.CONN_LISTEN and connection.pid:
+            if (
+                connection.laddr
+                and connection.laddr.port == port
+                and connection.status == psutil.CONN_LISTEN
+                and connection.pid
+            ):
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     except psutil.Error:
         pass

@@ -1,6 +1,7 @@
 """GPUs, their memory and their driver, against what the tests launch on them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from pdkit.core.gpus import Gpu
 from pdkit.preflight.environment.machine import Machine
@@ -18,15 +19,33 @@ def check(needs: Needs, machine: Machine) -> Iterator[Finding]:
     count = max((max(process.gpus) + 1 for process in on_gpus), default=needs.gpu_count)
     yield from _count(needs, on_gpus, count, machine)
     yield from _driver(machine)
+    same: dict[Finding, list[int]] = {}
     for index, gpu in enumerate(machine.gpus[:count]):
-        if needs.capability not in (None, gpu.capability):
-            found, wanted = (".".join(map(str, capability)) for capability in (gpu.capability, needs.capability))
-            what = f"{gpu.name}, compute capability {found}"
-            yield error(f"GPU {index}", what, f"the suite is for {wanted}: kernels and memory differ", ELSEWHERE)
-            continue
-        users = [process for process in on_gpus if index in process.gpus]
-        for name in dict.fromkeys(process.test for process in users):
-            yield from _memory(index, gpu, needs.gpu_memory_gb, [p for p in users if p.test == name])
+        for finding in _gpu(needs, gpu, [process for process in on_gpus if index in process.gpus]):
+            same.setdefault(finding, []).append(index)
+    for finding, indices in same.items():
+        yield replace(finding, subject=f"GPU{'s' * (len(indices) > 1)} {span(indices)}")
+
+
+def _gpu(needs: Needs, gpu: Gpu, users: Sequence[Process]) -> list[Finding]:
+    """What is wrong with a GPU for the processes of each test class, or one line that nothing is."""
+    if needs.capability not in (None, gpu.capability):
+        found, wanted = (".".join(map(str, version)) for version in (gpu.capability, needs.capability or ()))
+        what = f"{gpu.name}, compute capability {found}"
+        return [error("GPU", what, f"the suite is for {wanted}: kernels and memory differ", ELSEWHERE)]
+    by_test: dict[str, list[Process]] = {}
+    for process in users:
+        by_test.setdefault(process.test, []).append(process)
+    found_wrong = [problem for of_test in by_test.values() if (problem := _memory(gpu, needs.gpu_memory_gb, of_test))]
+    if found_wrong or not users:
+        return list(dict.fromkeys(found_wrong))
+    return [ok("GPU", f"{gpu.free_mib} of {gpu.memory_mib} MiB free for {_names(users)}")]
+
+
+def _names(users: Sequence[Process]) -> str:
+    """`prefill, decode and server`, each name once."""
+    *first, last = dict.fromkeys(process.name for process in users)
+    return " and ".join(filter(None, (", ".join(first), last)))
 
 
 def _count(needs: Needs, on_gpus: Sequence[Process], count: int, machine: Machine) -> Iterator[Finding]:
@@ -55,19 +74,17 @@ def _driver(machine: Machine) -> Iterator[Finding]:
         yield ok("driver", what)
 
 
-def _memory(index: int, gpu: Gpu, memory_gb: float, users: Sequence[Process]) -> Iterator[Finding]:
-    subject = f"GPU {index}"
-    names = " and ".join(process.name for process in users)
+def _memory(gpu: Gpu, memory_gb: float, users: Sequence[Process]) -> Finding | None:
+    """What is wrong with the memory of a GPU for the processes of one test class."""
+    names = _names(users)
     if gpu.memory_mib < 1000 * memory_gb:
         what = f"{gpu.name} with {gpu.memory_mib} MiB"
-        yield error(subject, what, f"{users[0].test} asks for {memory_gb:g} GB ({names})", ELSEWHERE)
-        return
+        return error("GPU", what, f"{users[0].test} asks for {memory_gb:g} GB ({names})", ELSEWHERE)
     wanted = round(sum(process.memory_fraction for process in users) * gpu.memory_mib)
     strangers = ", ".join(f"{p.name} (pid {p.pid}, {p.memory_mib} MiB)" for p in gpu.processes)
     if gpu.free_mib < wanted:
-        what = f"{gpu.free_mib} of {gpu.memory_mib} MiB free" + (f", the rest with {strangers}" if strangers else "")
-        yield error(subject, what, f"{names} take{'s' * (len(users) == 1)} {wanted} MiB", NOT_OURS)
-    elif gpu.processes:
-        yield warning(subject, f"in use by {strangers}", f"{names} would share it, and slow down", NOT_OURS)
-    else:
-        yield ok(subject, f"{gpu.free_mib} of {gpu.memory_mib} MiB free for {names}")
+        what = f"{names} need{'s' * (len(users) == 1)} {wanted} MiB, found {gpu.free_mib} of {gpu.memory_mib} MiB free"
+        return error("GPU", what, f"the rest is with {strangers or 'others'}", NOT_OURS)
+    if gpu.processes:
+        return warning("GPU", f"in use by {strangers}", f"{names} would share it, and slow down", NOT_OURS)
+    return None

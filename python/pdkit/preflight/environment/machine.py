@@ -166,4 +166,7 @@ def _torch_cuda() -> tuple[int, int] | None:
     path = locate("torch.version")
     value = path and read(path)
     version = value and value.value(value.constants.get("cuda"))
-    return tuple(map(int, version.split(".")[:2])) if isinstance(version, str) else None
+    if not isinstance(version, str):
+        return None
+    major, minor = map(int, version.split(".")[:2])
+    return major, minor

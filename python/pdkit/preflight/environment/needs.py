@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pdkit.core.numa import gpu_sockets, nic_sockets
 from pdkit.core.registry import Registration
-from pdkit.core.source import TestClass, pd_classes, read
-from pdkit.preflight.contract.launches import ContractUnreadable, ask
+from pdkit.core.source import PACKAGE, UNKNOWN, TestClass, pd_classes, read
+from pdkit.preflight.contract.launches import ContractUnreadable, TestContract, ask
 from pdkit.preflight.contract.release import ReleaseNotFound, installed
-from pdkit.preflight.plan import Runner, of_contract
+from pdkit.preflight.plan import GpuPlan, Runner, of_contract
 
 _KINDS = {"h20": (9, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "gb200": (10, 0), "b300": (10, 3)}
 _WEIGHTLESS = ("dummy", "--load-format=dummy")
@@ -50,7 +50,9 @@ class Needs:
     embedded      a file launches prefill and decode of the embedded engine
     processes     what the PD tests launch; `gpu_memory_gb` is what they ask of each of their GPUs, 0 for anything
     data          GSM8K files that they score; None stands for SGLang's own, UNKNOWN for one that the source computes
-    errors        one line for each thing that SGLang does not take, or file that cannot be read; `warnings` likewise
+    errors        one line for each thing that SGLang does not take, or file that cannot be read
+    warnings      one line for each thing in the plan that may go wrong, what to do behind the last semicolon
+    deprecations  one line for each thing that a later release of SGLang may not take
     """
 
     hw: str
@@ -62,6 +64,7 @@ class Needs:
     data: tuple[object, ...] = ()
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    deprecations: tuple[str, ...] = ()
 
 
 def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Needs:
@@ -85,9 +88,19 @@ def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.en
         capability=next((_KINDS[word] for word in suite.split("-") if word in _KINDS), None),
         processes=tuple(process for launched in found for process in launched.processes),
         data=tuple(dict.fromkeys(value for cls in classes for value in _data(cls, environ))),
-        errors=tuple(line for launched in found for line in launched.errors),
-        warnings=tuple(line for launched in found for line in launched.warnings),
+        errors=merged(line for launched in found for line in launched.errors),
+        warnings=merged(line for launched in found for line in launched.warnings),
+        deprecations=merged(line for launched in found for line in launched.deprecations),
     )
+
+
+def merged(lines: Iterable[str]) -> tuple[str, ...]:
+    """Lines `TestA: ...`; those that are the same of several classes as one, `TestA, TestB: ...`."""
+    classes: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, what = line.partition(": ")
+        classes.setdefault(what, []).append(name)
+    return tuple(f"{', '.join(dict.fromkeys(names))}: {what}" for what, names in classes.items())
 
 
 def _pd_classes(path: Path) -> list[TestClass]:
@@ -100,8 +113,10 @@ def _pd_classes(path: Path) -> list[TestClass]:
 def _data(cls: TestClass, environ: Mapping[str, str]) -> list[object]:
     if cls.stands_on_sglang and environ.get("SGLANG_PD_GSM8K"):  # `pdkit.deployment.attach` has it scored instead
         return [environ["SGLANG_PD_GSM8K"]]
-    if cls.attribute("gsm8k_data_path"):
-        return [cls.value("gsm8k_data_path", environ)]
+    if found := cls.attribute("gsm8k_data_path"):
+        value = cls.value("gsm8k_data_path", environ)
+        comes_with_us = value is UNKNOWN and PACKAGE in found[0].source.path.parents  # an asset
+        return [] if comes_with_us else [value]
     constants = (n.value for c in cls.mro for n in ast.walk(c.node) if isinstance(n, ast.Constant))
     return [None] if any(value == "gsm8k" for value in constants) else []
 
@@ -113,6 +128,7 @@ class _Launched:
     processes: tuple[Process, ...] = ()
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    deprecations: tuple[str, ...] = ()
 
 
 def _launched(path: Path, suite: str, sysfs: Path) -> _Launched:
@@ -125,11 +141,12 @@ def _launched(path: Path, suite: str, sysfs: Path) -> _Launched:
     return _Launched(
         processes=tuple(process for test, plan in zip(contract.tests, plans) for process in _processes(test, plan)),
         errors=(*contract.errors, *(line for plan in plans for line in plan.problems())),
-        warnings=(*contract.warnings, *(line for plan in plans for line in plan.warnings(*sockets))),
+        warnings=tuple(line for plan in plans for line in plan.warnings(*sockets)),
+        deprecations=tuple(contract.warnings),
     )
 
 
-def _processes(test, plan) -> Iterator[Process]:
+def _processes(test: TestContract, plan: GpuPlan) -> Iterator[Process]:
     """The processes of one TestContract; the servers among them have a place in its GpuPlan, in the same order."""
     servers = iter(plan.servers)
     for process in test.processes:

@@ -64,7 +64,7 @@ def locate(module: str, path: Sequence[str] | None = None) -> Path | None:
         path = spec.submodule_search_locations
         if path is None and depth + 1 < len(names):
             return None
-    return Path(spec.origin if spec.origin else next(iter(path)))
+    return Path(spec.origin if spec and spec.origin else next(iter(path or ())))
 
 
 def flash_mla_modules(sglang: Path) -> tuple[str, ...]:

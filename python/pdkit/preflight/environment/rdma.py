@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pdkit.core.source import read
 
@@ -19,7 +20,7 @@ USABLE, GID_OF_ONE, GID_OF_ALL = "_get_available_ib_devices", "_roce_v2_gid_inde
 class _Log:
     lines: list[str]
 
-    def warning(self, text: str, *args):
+    def warning(self, text: str, *args: object) -> None:
         self.lines.append(text % args)
 
 
@@ -27,7 +28,7 @@ class _Log:
 class Rules:
     """What the fixture of one release says about the devices below one root."""
 
-    functions: dict[str, Callable]
+    functions: dict[str, Callable[..., Any]]
     log: _Log
     sysfs: Path
 
@@ -76,7 +77,7 @@ def rules(fixture: Path, root: Path) -> Rules:
         if is_constant or (isinstance(node, ast.FunctionDef) and node.name in wanted):
             body.append(_with_constant(node, str(sysfs)))
     log = _Log([])
-    namespace = {"os": os, "logger": log, "__name__": "fixture"}
+    namespace: dict[str, Any] = {"os": os, "logger": log, "__name__": "fixture"}
     module = ast.fix_missing_locations(ast.Module(body, type_ignores=[]))
     flags = __future__.annotations.compiler_flag
     exec(compile(module, str(fixture), "exec", flags=flags, dont_inherit=True), namespace)
@@ -88,7 +89,7 @@ def rules(fixture: Path, root: Path) -> Rules:
 
 def _with_constant(node: ast.stmt, sysfs: str) -> ast.stmt:
     class Replace(ast.NodeTransformer):
-        def visit_Constant(self, constant):
+        def visit_Constant(self, constant: ast.Constant) -> ast.Constant:
             return ast.Constant(sysfs) if constant.value == SYSFS else constant
 
     copy = ast.parse(ast.unparse(node)).body[0]

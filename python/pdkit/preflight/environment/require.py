@@ -9,7 +9,7 @@ from pdkit.preflight.environment.check import check
 from pdkit.preflight.finding import Level
 
 
-def require(registrations: Iterable[Registration]):
+def require(registrations: Iterable[Registration]) -> None:
     """Prints what may spoil these files, of one suite, here. Raises NotReady where they cannot run at all."""
     findings = check(needs.of(registrations))
     errors = [str(finding) for finding in findings if finding.level is Level.ERROR]

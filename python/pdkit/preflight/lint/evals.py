@@ -16,14 +16,14 @@ SUCCESSORS = {
 def deprecated_eval(source: Source, _: object) -> Iterator[Finding]:
     """No eval module that SGLang deprecates, or that is gone from a release that serves DeepSeek-V4."""
     for node in source.nodes:
-        names = []
+        names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(source.parents.get(node), (ast.List, ast.Tuple)):
-            names = [node.value]
+            names = [str(node.value)]
         for name in names:
             if name in SUCCESSORS:
                 message = f"{name} is deprecated; use {SUCCESSORS[name]}"
-                yield broken(source.path, node.lineno, "deprecated-eval", message)
+                yield broken(source.path, getattr(node, "lineno", 1), "deprecated-eval", message)

@@ -4,8 +4,9 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
-from pdkit.core.source import Source, TestClass
+from pdkit.core.source import Function, Source, TestClass
 from pdkit.preflight.finding import Finding, broken
 
 RATE = 0.05
@@ -76,41 +77,45 @@ def noisy_threshold(source: Source, _: object) -> Iterator[Finding]:
 
 def _thresholds(cls: TestClass) -> Iterator[Threshold]:
     for name in dict.fromkeys(name for owner in cls.mro for name in owner.methods if name.startswith("test")):
-        owner, function = cls.method(name)
+        found = cls.method(name)
+        assert found, name
+        owner, function = found
         counts = list(_counts(cls, owner, function))
-        for assertion, score, bound, strict in _comparisons(function):
-            examples = [count for line, count in counts if line <= assertion.lineno]
+        for line, score, bound, strict in _comparisons(function):
+            examples = [count for count_line, count in counts if count_line <= line]
             if examples and _SCORE.search(ast.unparse(score)):
-                yield from _threshold(cls, owner, assertion, bound, strict, examples[-1])
-    for name, counts, default in _MIXINS:
-        examples = next((n for n in map(cls.value, counts) if isinstance(n, int)), default)
-        found = cls.attribute(name)
+                yield from _threshold(cls, owner, line, bound, strict, examples[-1])
+    for name, names, default in _MIXINS:
+        asked = next((n for n in map(cls.value, names) if isinstance(n, int)), default)
+        attribute = cls.attribute(name)
         value = cls.value(name)
-        if found and _is_share(value):
-            yield Threshold(found[0].source, found[1].lineno, value, False, examples)
+        if attribute and _is_share(value):
+            yield Threshold(attribute[0].source, attribute[1].lineno, value, False, asked)
 
 
-def _threshold(cls, owner, assertion, bound, strict, examples) -> Iterator[Threshold]:
+def _threshold(
+    cls: TestClass, owner: TestClass, line: int, bound: ast.expr, strict: bool, examples: int
+) -> Iterator[Threshold]:
     attribute = cls.attribute(bound.attr) if _is_own(bound) else None
-    source, line = (attribute[0].source, attribute[1].lineno) if attribute else (owner.source, assertion.lineno)
+    source, line = (attribute[0].source, attribute[1].lineno) if attribute else (owner.source, line)
     value = _resolve(cls, owner, bound)
     if _is_share(value):
         yield Threshold(source, line, value, strict, examples)
 
 
-def _is_share(value) -> bool:
+def _is_share(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and 0 < value < 1
 
 
-def _is_own(node: ast.expr) -> bool:
+def _is_own(node: ast.expr) -> TypeGuard[ast.Attribute]:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
 
 
-def _resolve(cls: TestClass, owner: TestClass, node: ast.expr):
+def _resolve(cls: TestClass, owner: TestClass, node: ast.expr) -> object:
     return cls.value(node.attr) if _is_own(node) else owner.source.value(node)
 
 
-def _counts(cls: TestClass, owner: TestClass, function: ast.FunctionDef) -> Iterator[tuple[int, int]]:
+def _counts(cls: TestClass, owner: TestClass, function: Function) -> Iterator[tuple[int, int]]:
     for node in ast.walk(function):
         if isinstance(node, ast.keyword) and node.arg in _COUNTS:
             value = _resolve(cls, owner, node.value)
@@ -118,18 +123,18 @@ def _counts(cls: TestClass, owner: TestClass, function: ast.FunctionDef) -> Iter
                 yield node.value.lineno, value
 
 
-def _comparisons(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, ast.expr, ast.expr, bool]]:
-    """(where, score, threshold, strict) of each assertion that something is above something."""
+def _comparisons(function: Function) -> Iterator[tuple[int, ast.expr, ast.expr, bool]]:
+    """(line, score, threshold, strict) of each assertion that something is above something."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) >= 2:
             first, second = node.args[:2]
             if node.func.attr in ("assertGreater", "assertGreaterEqual"):
-                yield node, first, second, node.func.attr == "assertGreater"
+                yield node.lineno, first, second, node.func.attr == "assertGreater"
             elif node.func.attr in ("assertLess", "assertLessEqual"):
-                yield node, second, first, node.func.attr == "assertLess"
+                yield node.lineno, second, first, node.func.attr == "assertLess"
         elif isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and len(node.test.ops) == 1:
             left, operator, right = node.test.left, node.test.ops[0], node.test.comparators[0]
             if isinstance(operator, (ast.Gt, ast.GtE)):
-                yield node, left, right, isinstance(operator, ast.Gt)
+                yield node.lineno, left, right, isinstance(operator, ast.Gt)
             elif isinstance(operator, (ast.Lt, ast.LtE)):
-                yield node, right, left, isinstance(operator, ast.Lt)
+                yield node.lineno, right, left, isinstance(operator, ast.Lt)

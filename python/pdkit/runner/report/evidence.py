@@ -69,14 +69,12 @@ def start(log: Path) -> None:
     append(directory, "started")
 
 
-def environment(log: Path, is_kept: bool = True) -> dict[str, str]:
-    """What names the directory of its events to a test file and, if the run is kept, that of all that it leaves.
+def environment(log: Path) -> dict[str, str]:
+    """What names the directory of its events, and of all else that it leaves, to a test file.
 
     Where the user set SGLang's variables, logs and metrics go there.
     """
     directory = directory_of(log)
-    if not is_kept:
-        return {VARIABLE: str(directory)}
     ours = {LOG_DIR_VARIABLE: str(directory), METRICS_VARIABLE: str(directory / "metrics")}
     return {VARIABLE: str(directory)} | {name: value for name, value in ours.items() if not os.environ.get(name)}
 

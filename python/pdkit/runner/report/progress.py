@@ -1,4 +1,4 @@
-"""One line that says where a run is, from its events: which phase, for how long, how far the eval is."""
+"""Where the running test files are, from their events: in which phase, for how long, how far an eval is."""
 
 import os
 import threading
@@ -10,72 +10,85 @@ from typing import Any
 from pdkit.core.console import Console
 from pdkit.core.events import Tail
 
-REFRESH_S = 1.0
-LINE_EVERY_S = 15.0
+LINE_EVERY_S = 60.0
 TERMINAL_LINE_EVERY_S = 5.0
 PROGRESS_VARIABLE = "SGLANG_PD_PROGRESS_S"
 
 
-class Live:
-    """Follows the events in the directory of one run of a test file; use as a context manager.
+class _Running:
+    """One run of a test file, followed by the events in its directory; times in seconds since 1970."""
 
-    On a terminal the last line is refreshed each second; elsewhere a line is printed for each LINE_EVERY_S that a
-    phase takes, unless the test printed one itself. `clock` gives seconds since 1970, as events have them.
-    """
-
-    def __init__(self, console: Console, directory: Path, clock: Callable[[], float] = time.time):
-        self._console, self._directory, self._clock = console, directory, clock
+    def __init__(self, name: str, directory: Path, now: float):
+        self.name, self.began, self.shown_at = name, now, now
         self._tail = Tail(directory)
         self._phases: dict[str, float] = {}
-        self._said_at = clock()
         self._progress = ""
-        self._ended = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
 
-    def __enter__(self) -> "Live":
-        self._ticker.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._ticker.join()
-        self._console.status("")
+    def read(self) -> None:
+        """Reads what is new. Raises OSError."""
+        for event in self._tail.new():
+            self._read(event)
 
     def _read(self, event: dict[str, Any]) -> None:
         if event["kind"] == "progress":
-            self._said_at = event["ts"]
             self._progress = f", {event['done']}/{event['total']}, score so far {event['score']:.3f}"
-        elif event["kind"] == "phase" and event["state"] == "begins":
-            self._phases.pop(event["name"], None)
-            self._phases[event["name"]] = self._said_at = event["ts"]
-            self._progress = ""
         elif event["kind"] == "phase":
             self._phases.pop(event["name"], None)
+            if event["state"] == "begins":
+                self._phases[event["name"]] = event["ts"]
+                self._progress = ""
 
-    def status(self) -> str:
-        """`gsm8k 31 s, 120/200, score so far 0.983`, or nothing between phases."""
-        if not self._phases:
-            return ""
-        name, began = list(self._phases.items())[-1]
-        return f"{name} {self._clock() - began:.0f} s{self._progress}"
+    def status(self, now: float) -> str:
+        """`[3/60] registered/x.py 45 s; gsm8k 31 s, 120/200, score so far 0.983`."""
+        line = f"{self.name} {now - self.began:.0f} s"
+        if self._phases:
+            name, began = list(self._phases.items())[-1]
+            line += f"; {name} {now - began:.0f} s{self._progress}"
+        return line
+
+
+class Board:
+    """On a terminal one line for each running file, refreshed by `tick`; elsewhere a line per LINE_EVERY_S and file.
+
+    Any thread may call any method. `clock` gives seconds since 1970, as events have them.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.time):
+        self._console, self._clock = console, clock
+        self._running: dict[Path, _Running] = {}
+        self._lock = threading.Lock()
+
+    def begins(self, name: str, directory: Path) -> None:
+        """A run of the file `name` begins, whose events go into `directory`."""
+        with self._lock:
+            self._running[directory] = _Running(name, directory, self._clock())
+            self._show()
+
+    def ends(self, directory: Path) -> None:
+        """That run is over."""
+        with self._lock:
+            del self._running[directory]
+            self._show()
 
     def tick(self) -> None:
-        """What is due at this moment."""
-        try:
-            for event in self._tail.new():
-                self._read(event)
-        except OSError:
-            return  # who reads the events at the end says that they cannot be read
-        status = self.status()
-        if self._console.is_terminal:
-            self._console.status(status)
-        elif status and self._clock() - self._said_at >= LINE_EVERY_S:
-            self._said_at = self._clock()
-            self._console.line(f"[progress] {status}")
+        """Shows what is due at this moment."""
+        with self._lock:
+            for run in self._running.values():
+                try:
+                    run.read()
+                except OSError:
+                    pass  # who reads the events at the end says that they cannot be read
+            self._show()
 
-    def _tick(self) -> None:
-        while not self._ended.wait(REFRESH_S):
-            self.tick()
+    def _show(self) -> None:
+        now = self._clock()
+        if self._console.is_terminal:
+            self._console.status([run.status(now) for run in self._running.values()])
+            return
+        for run in self._running.values():
+            if now - run.shown_at >= LINE_EVERY_S:
+                run.shown_at = now
+                self._console.line(run.status(now))
 
 
 def environment(is_terminal: bool) -> dict[str, str]:

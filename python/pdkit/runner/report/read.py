@@ -84,7 +84,16 @@ def read_directory(root: Path) -> model.Report:
     entries = results.get("files", []) if isinstance(results, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise NoReport(f"{root}: no results.json of a run with --report-dir" + "".join(f"; {n}" for n in reader.notes))
-    files = tuple(_file(reader, entry) for entry in entries)
+    return _report(reader, results)
+
+
+def read_results(root: Path, results: dict[str, Any]) -> model.Report:
+    """The same of results that are in memory, whatever became of the file."""
+    return _report(_Reader(root), results)
+
+
+def _report(reader: _Reader, results: dict[str, Any]) -> model.Report:
+    files = tuple(_file(reader, entry) for entry in results.get("files", []))
     scored = [run.score for run in files if run.score]
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
     return model.Report(

@@ -1,29 +1,59 @@
-"""The report in short for a terminal: what failed, in which phase, and the end of the log of who failed first."""
+"""A report in short for a console: scores, the logs of what failed, and the cause of each failure."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from pdkit.runner.report.model import FileRun, Report
+from pdkit.runner.report.model import FileRun, Log, Report
 
 TAIL_LINES = 20
+GROUP_LINES = 300
+CAUSE_LINES = 12
+TEST, HUNG = "test", "where it hung"
 
 
-def terminal(report: Report) -> list[str]:
-    return [line for run in report.files for line in _lines(run)]
+def scores(report: Report) -> list[str]:
+    """One line per score."""
+    return [
+        f"{run.file}: score {run.score.value:.3f} ({run.score.correct} of {run.score.examples}), "
+        f"exact 95 % interval {run.score.interval[0]:.3f} to {run.score.interval[1]:.3f}, {run.score.gate}"
+        for run in report.files
+        if run.score
+    ]
 
 
-def _lines(run: FileRun) -> Iterator[str]:
-    if run.score:
-        low, high = run.score.interval
-        yield (
-            f"{run.file}: score {run.score.value:.3f} ({run.score.correct} of {run.score.examples}), "
-            f"exact 95 % interval {low:.3f} to {high:.3f}, {run.score.gate}"
-        )
-    if not run.is_bad:
-        return
-    yield f"{run.file} {run.state}" + (f" in phase {run.failed_phase}" if run.failed_phase else "")
+def log_tails(run: FileRun, directory: Path, is_grouped: bool = False) -> Iterator[str]:
+    """The end of what the test printed, of the log of the server that died first, and where it hung.
+
+    Paths are below `directory`. `is_grouped`: more of it, as a group of lines that GitHub opens at a click.
+    """
+    if is_grouped:
+        yield f"::group::logs of {run.file}"
+    hung = any(log.name == HUNG for log in run.logs)  # that ends with the last lines of the test
+    for log in run.logs:
+        if log.died or log.name == (HUNG if hung else TEST):
+            yield f"{log.name}, {'' if log.name == HUNG else 'the end of '}{directory / log.path}:"
+            yield from (f"  {line}" for line in _shown(log, directory, is_grouped))
+    if is_grouped:
+        yield "::endgroup::"
+
+
+def _shown(log: Log, directory: Path, is_grouped: bool) -> Sequence[str]:
+    if log.name == HUNG:
+        return log.lines
+    if not is_grouped:
+        return log.lines[-TAIL_LINES:]
+    with open(directory / log.path, errors="replace") as lines:
+        return [line.rstrip("\n") for line in deque(lines, maxlen=GROUP_LINES)]
+
+
+def cause(run: FileRun) -> Iterator[str]:
+    """In which phase it failed, what died first, and what the first test that failed says, at most CAUSE_LINES."""
+    if run.failed_phase:
+        yield f"  in phase {run.failed_phase}"
     if run.death:
         yield f"  died first: {run.death.cause}"
-    for log in run.logs[:1]:
-        if log.died:
-            yield f"  last lines of {log.path}:"
-            yield from (f"    {line}" for line in log.lines[-TAIL_LINES:])
+    said = run.failure.partition("\nTraceback (most recent call last)")[0].splitlines()
+    yield from (f"  {line}" for line in said[:CAUSE_LINES])
+    if len(said) > CAUSE_LINES:
+        yield "  ..."

@@ -7,7 +7,7 @@ from pdkit.runner.report.html import page
 from pdkit.runner.report.junit import junit
 from pdkit.runner.report.markdown import markdown
 from pdkit.runner.report.read import read_directory
-from pdkit.runner.report.terminal import terminal
+from pdkit.runner.report.terminal import scores
 
 STEP_SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
@@ -24,4 +24,4 @@ def write(directory: Path) -> list[str]:
     if step_summary := os.environ.get(STEP_SUMMARY_VARIABLE):
         with open(step_summary, "a") as file:
             file.write(markdown(report))
-    return [*terminal(report), f"report: {directory / 'report.html'}"]
+    return [*scores(report), f"report: {directory / 'report.html'}"]

@@ -43,11 +43,20 @@ def _of_all(cache: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor) -> 
 
 
 def _of_each(cache: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor) -> Keys:
-    """Keys [n, k, 512] float32, zero where there are none, and where there are, [n, k]; k: as many as one query has."""
+    """Keys [n, k, 512] float32, and where there are any, [n, k]; k: as many as one query has.
+
+    Where there is none stands another key of the same query, whose weight is 0: it is finite, as a free slot's need not be.
+    """
     used = valid.any(0).nonzero()
     width = int(used[-1]) + 1 if len(used) else 0
     indices, valid = indices[:, :width], valid[:, :width]
-    return load_flashmla(cache, torch.where(valid, indices, 0)).masked_fill_(~valid[..., None], 0), valid
+    if not width:
+        return load_flashmla(cache, indices), valid
+    other = torch.where(valid, indices, -1).amax(1)
+    keys = load_flashmla(cache, torch.where(valid, indices, other.clamp_min(0)[:, None]))
+    if bool((other < 0).any()):
+        keys[other < 0] = 0
+    return keys, valid
 
 
 def _attend(q: torch.Tensor, found: list[Keys], sink: torch.Tensor, scale: float, width: int) -> torch.Tensor:

@@ -1,36 +1,42 @@
-#!/usr/bin/env python3
-"""Says whether this machine can run a suite: what is missing, why it matters, and what to do. Starts nothing."""
+"""Whether this machine can run a suite: what is missing, why it matters, and what to do. Starts nothing."""
 
 import json
-import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "python"))
+from pdkit.core import paths
+from pdkit.core.command import Parser
+from pdkit.core.errors import ExitCode, UsageError
 
-from pdkit.core.command import Parser, run_command  # noqa: E402
-from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
-from pdkit.core.registry import collect  # noqa: E402
-from pdkit.preflight.environment import machine, needs  # noqa: E402
-from pdkit.preflight.environment.check import check, of_machine  # noqa: E402
-from pdkit.preflight.finding import Level  # noqa: E402
-from pdkit.runner.options import Options  # noqa: E402
-from pdkit.runner.select import select  # noqa: E402
-
-REGISTERED = REPO / "test" / "registered"
+EPILOG = "Exit codes: 0 it can; 2 bad usage; 3 it lacks something."
 
 
-def main(argv: list[str]) -> ExitCode:
-    parser = Parser(prog="check_environment.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--hw", default="cuda", help="hardware of the suite (default: %(default)s)")
-    parser.add_argument("--suite", default="stage-c-test-dsv4-8-gpu-h200", help="default: %(default)s")
-    parser.add_argument("--test-root", type=Path, default=REGISTERED, metavar="DIR", help="tree of registered tests")
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--hw", default="cuda", metavar="NAME", help="hardware of the suite (default: %(default)s)")
+    parser.add_argument("--suite", default="stage-c-test-dsv4-8-gpu-h200", metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--test-root",
+        type=Path,
+        default=paths.registered_tests(),
+        metavar="DIR",
+        help="tree of registered tests (default: this repository's)",
+    )
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="where sys, proc and dev are")
     parser.add_argument("--machine", type=Path, metavar="FILE", help="check against a machine recorded with --record")
     parser.add_argument("--record", action="store_true", help="print this machine as JSON, and check nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+
+
+def main(args: Namespace) -> ExitCode:
+    """Raises UsageError and NotReady."""
+    from pdkit.core.registry import collect
+    from pdkit.preflight.environment import machine, needs
+    from pdkit.preflight.environment.check import check, of_machine
+    from pdkit.preflight.finding import Level
+    from pdkit.runner.options import Options
+    from pdkit.runner.select import select
+
     if args.record:
         print(machine.observe(args.root).to_json())
         return ExitCode.PASSED
@@ -51,7 +57,3 @@ def main(argv: list[str]) -> ExitCode:
         if recorded:
             print(f"not checked with {args.machine}: software, ports, model and data")
     return ExitCode.NOT_READY if any(finding.level is Level.ERROR for finding in findings) else ExitCode.PASSED
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("check_environment.py", main, sys.argv[1:]))

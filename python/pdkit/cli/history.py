@@ -1,7 +1,5 @@
-#!/usr/bin/env python3
-"""What earlier runs say: score, phases and acceptance length over time, and better time estimates.
-
-Each run of test/run_suite.py and scripts/run.sh appends a record to the history.
+"""What earlier runs left: score, phases and acceptance length over time, and better time estimates.
+Each run of `pdkit run`, `pdkit test` and test/run_suite.py appends a record to the history.
 """
 
 import argparse
@@ -9,20 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "python"))
-
-from pdkit.core.command import (  # noqa: E402
-    Parser,
-    natural,
-    run_command,  # noqa: E402
-    seconds,
-)
-from pdkit.core.errors import ExitCode, UsageError  # noqa: E402
-from pdkit.runner.history import store  # noqa: E402
-from pdkit.runner.options import HISTORY_VARIABLE, default_history  # noqa: E402
-
-REGISTERED = REPO / "test" / "registered"
+from pdkit.core import paths
+from pdkit.core.command import Parser, natural, seconds
+from pdkit.core.errors import ExitCode, UsageError
+from pdkit.runner.options import HISTORY_VARIABLE, default_history
 
 
 def _figure(text: str) -> Path:
@@ -32,8 +20,7 @@ def _figure(text: str) -> Path:
     return path
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="history.py", description=__doc__.strip(), allow_abbrev=False)
+def add_arguments(parser: Parser) -> None:
     default = default_history()
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"histories, together (default: {default})")
     parser.add_argument("--out", type=_figure, metavar="FIGURE", help="draw it into this .svg, .png or .pdf, too")
@@ -42,21 +29,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--est-time", action="store_true", help="print new est_time literals as a patch for git apply")
     what.add_argument("--estimates", action="store_true", help="print file -> seconds for --partition-model-file")
     parser.add_argument(
-        "--test-root", type=Path, default=REGISTERED, metavar="DIR", help="tree to propose est_time for"
+        "--test-root", type=Path, default=paths.registered_tests(), metavar="DIR", help="tree to propose est_time for"
     )
     parser.add_argument("--last", type=natural, default=20, metavar="N", help="runs of a file that its times are from")
     parser.add_argument("--min-runs", type=natural, default=5, metavar="N", help="no est_time from fewer (%(default)s)")
     parser.add_argument("--tolerance", type=seconds, default=0.1, metavar="SHARE", help="leave est_time if as close")
-    args = parser.parse_args(argv)
-    if not args.files and default is None:
-        raise UsageError(f"no history: {HISTORY_VARIABLE} is empty; name a FILE")
-    args.files = args.files or [default]
-    if args.last == 0 or args.min_runs == 0:
-        raise UsageError("--last and --min-runs: at least one run is needed")
-    return args
 
 
-def _propose(args, records) -> ExitCode:
+def _propose(args: argparse.Namespace, records: list) -> ExitCode:
     from pdkit.core.registry import collect
     from pdkit.runner.history import est_time
     from pdkit.runner.history.series import seconds_of_files
@@ -75,7 +55,7 @@ def _propose(args, records) -> ExitCode:
     return ExitCode.PASSED
 
 
-def _show(args, records) -> None:
+def _show(args: argparse.Namespace, records: list) -> None:
     from pdkit.runner.history import drawing
     from pdkit.runner.history.series import main_job_series
 
@@ -93,13 +73,20 @@ def _show(args, records) -> None:
         print(f"drawn: {args.out}", file=sys.stderr)
 
 
-def main(argv: list[str]) -> ExitCode:
-    args = parse(argv)
+def main(args: argparse.Namespace) -> ExitCode:
+    """Raises UsageError."""
+    from pdkit.runner.history import store
+
+    if not args.files and default_history() is None:
+        raise UsageError(f"no history: {HISTORY_VARIABLE} is empty; name a FILE")
+    args.files = args.files or [default_history()]
+    if args.last == 0 or args.min_runs == 0:
+        raise UsageError("--last and --min-runs: at least one run is needed")
     history = store.read(args.files)
     for line in history.skipped:
-        print(f"history.py: {line}", file=sys.stderr)
+        print(f"pdkit history: {line}", file=sys.stderr)
     if not history.records:
-        print(f"history.py: error: no run in {', '.join(map(str, args.files))}", file=sys.stderr)
+        print(f"pdkit history: error: no run in {', '.join(map(str, args.files))}", file=sys.stderr)
         return ExitCode.NOTHING_RAN
     if args.est_time:
         return _propose(args, history.records)
@@ -111,7 +98,3 @@ def main(argv: list[str]) -> ExitCode:
     else:
         _show(args, history.records)
     return ExitCode.PASSED
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("history.py", main, sys.argv[1:]))
