@@ -185,7 +185,6 @@ CHAT = Fields(
         "tools": EMPTY_LIST,
         "tool_choice": (None, "auto", "none"),
         "return_prompt_token_ids": OFF,
-        "return_meta_info": OFF,
         "return_input_ids_in_sglext": OFF,
         "return_output_ids_in_sglext": OFF,
         "return_sampling_mask": OFF,

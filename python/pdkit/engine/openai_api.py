@@ -14,7 +14,7 @@ from pdkit.engine.fields import CHAT, COMPLETION, MESSAGE, SGLANG_CPU, STREAM_OP
 from pdkit.engine.openai_logprobs import chat_logprobs, completion_logprobs
 from pdkit.engine.request import Request, SamplingParams
 from pdkit.engine.sequences import Ask, fan_out
-from pdkit.engine.service import WEIGHT_VERSION, Service, error_body, sse
+from pdkit.engine.service import WEIGHT_VERSION, Service, error_body, result, sse
 from pdkit.engine.streams import interleave, run_to_end
 
 SAMPLING = (
@@ -148,6 +148,7 @@ class ChatBody(OpenAIBody):
     top_k: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    return_meta_info: bool = False
     parallel_tool_calls: bool = True
     separate_reasoning: bool = True
     stream_reasoning: bool = True
@@ -243,7 +244,8 @@ def _echo(service: Service, body: Any, index: int) -> str:
 async def _answer(
     service: Service, kind: type[_Completion] | type[_Chat], body: Any, asks: list[Ask], http_request: HttpRequest
 ) -> Any:
-    created, cache_report = int(time.time()), service.options.enable_cache_report
+    arrived, cache_report = time.time(), service.options.enable_cache_report
+    created = int(arrived)
     with_prompt = getattr(body, "echo_logprobs", False)
 
     def frame(request: Request, name: str, choices: list[Any], **more: Any) -> dict[str, Any]:
@@ -260,6 +262,9 @@ async def _answer(
             )
             for index, request in enumerate(requests)
         ]
+        if getattr(body, "return_meta_info", False):
+            for choice, request in zip(choices, requests):
+                choice["meta_info"] = result(request, arrived, with_text=True)["meta_info"]
         counts, metadata = usage(requests, body.n, cache_report), {"weight_version": WEIGHT_VERSION}
         return frame(requests[0], kind.name, choices, usage=counts, metadata=metadata)
     requests = [service.make_request(ask) for ask in asks]
@@ -330,6 +335,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, http_request: HttpRequest) -> Any:
         body.check(service.options.model_name)
+        if body.stream and body.return_meta_info:
+            raise BadRequest("return_meta_info is not supported with streaming", "return_meta_info")
         messages = [message.plain(place) for place, message in enumerate(body.messages)]
         try:
             text = service.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -135,6 +135,14 @@ class TestShapes(unittest.TestCase):
                     self.assertEqual(json.loads(written), chunk)
                 self.assertWritten(protocol.ChatCompletionStreamResponse, last)
 
+    def test_chat_with_meta_info(self):
+        """SGLang's run_eval asks for it, and takes a refusal for an empty answer."""
+        answer = self.post("/v1/chat/completions", CHAT | {"return_meta_info": True})
+        self.assertWritten(protocol.ChatCompletionResponse, answer)
+        self.assertEqual(answer["choices"][0]["meta_info"]["completion_tokens"], 6)
+        refused = mono.post("/v1/chat/completions", CHAT | {"return_meta_info": True, "stream": True})
+        self.assertEqual((refused.status_code, refused.json()["param"]), (400, "return_meta_info"))
+
     def test_errors_and_models(self):
         for path, body in (
             ("/v1/completions", COMPLETION | {"max_tokens": -1}),
