@@ -23,8 +23,10 @@ COMMANDS = {
     "contract": "whether a release of SGLang takes what a test launches",
     "lint": "rules for registered tests that a file breaks",
     "new": "the next registered PD test, written and checked",
+    "matrix": "each fault of the library against each check: what is seen",
     "report": "the report of a run, drawn again from its directory",
     "history": "what earlier runs left: scores and phases over time, time estimates",
+    "model": "the small models and their data, made again",
 }
 EPILOG = "pdkit COMMAND --help lists the options of one.\nExit codes: " + ", ".join(
     f"{code:d} {code.name.lower().replace('_', ' ')}" for code in ExitCode

@@ -1,10 +1,12 @@
 """Runs the main job, `TestDisaggregationDSV4`, on the highest target that this machine can run."""
 
+import signal
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from pdkit.core.command import Parser
-from pdkit.core.errors import ExitCode
+from pdkit.core.command import Parser, natural
+from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.gpus import visible_gpus
 from pdkit.runner import run
 from pdkit.runner.options import add_history_options, add_verbose, history_file
@@ -23,6 +25,10 @@ def add_arguments(parser: Parser) -> None:
         action="store_false",
         help="start even if this machine lacks what the target needs",
     )
+    parser.add_argument("--repeat", type=natural, metavar="N", help="run it N times, a table at the end; resumable")
+    parser.add_argument("--file", type=Path, metavar="TEST_FILE", help="... this test file instead of the main job")
+    parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="... N at a time (default: 1)")
+    parser.add_argument("--keep-going", action="store_true", help="... in spite of a failure")
     parser.add_argument(
         "--sglang-source", metavar="DIR", help="test this checkout of SGLang, or its python/, in place of the release"
     )
@@ -32,8 +38,20 @@ def add_arguments(parser: Parser) -> None:
 
 def main(args: Namespace) -> ExitCode:
     """Raises UsageError and NotReady."""
+    if args.repeat is None and (args.file or args.keep_going or args.jobs != 1):
+        raise UsageError("--file, --jobs and --keep-going need --repeat N; pdkit test runs a file once")
     gpus = visible_gpus()
     target = choose(gpus, args.on)
     print(f"main job on {target.name}: {target.engine}", *why(target, gpus).splitlines(), sep="\n  ", flush=True)
+    if args.repeat is not None:
+        return _repeat(args, target.name)
     history = history_file(args, is_own_tree=True)
     return run.run(target, args.report_dir, history, args.environment_check, args.sglang_source, args.verbose)
+
+
+def _repeat(args: Namespace, target: str) -> ExitCode:
+    from pdkit.runner.repeat import repeat
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    out = args.report_dir or Path(tempfile.mkdtemp(prefix="repeat_"))
+    return repeat(out, target, args.repeat, args.jobs, args.keep_going, args.file)

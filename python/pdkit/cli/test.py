@@ -5,22 +5,23 @@ from argparse import Namespace
 from pdkit.core import paths
 from pdkit.core.command import Parser
 from pdkit.core.errors import ExitCode, UsageError
-from pdkit.runner.options import add_running, add_selection, options_of
+from pdkit.runner.options import add_running, options_of
 from pdkit.runner.registered import run_registered
 
 
 def add_arguments(parser: Parser) -> None:
-    add_selection(parser, paths.registered_tests())
-    add_running(parser)
+    parser.usage = "pdkit test [OPTION...] [FILE...]"
+    add_running(parser, paths.registered_tests())
     parser.add_argument("--on", choices=["sglang-cpu"], help="all files of this target, nightly ones among them")
     parser.add_argument(
         "--sglang-source", metavar="DIR", help="with --on: a checkout of SGLang in place of the release"
     )
-    parser.set_defaults(hw="cpu", suite="stage-a-test-cpu")
 
 
 def main(args: Namespace) -> ExitCode:
     """Raises UsageError and NotReady."""
+    if not (args.hw or args.suite or args.files or args.last_failed):
+        args.hw, args.suite = "cpu", "stage-a-test-cpu"
     options = options_of(args, paths.registered_tests())
     if args.on:
         from pdkit.runner import sglang_cpu

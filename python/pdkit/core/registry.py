@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from pdkit.core import ci_register, top_level
+from pdkit.core.errors import UsageError
 
 PROJECT_SUITES = {
     "cpu": ("stage-a-test-cpu",),
@@ -37,6 +38,7 @@ RUNNER_CONFIGS = {
 
 NAMELESS = ("amd", "npu")  # SGLang's runner does not check the suites of these, and some files name none
 
+UNREGISTERED_S = 60.0
 _REGISTERS = re.compile(rb"^register_\w+_ci\s*\(", re.MULTILINE)
 
 
@@ -175,6 +177,22 @@ def collect(root: Path, rules: ModuleType | None = None) -> Collection:
                 errors.append(line if filename in line else f"{filename}: {line}")
     hardware = tuple(backend.name.lower() for backend in rules.HWBackend)
     return Collection(tuple(registrations), tuple(errors), hardware)
+
+
+def registrations_of_file(path: Path) -> list[Registration]:
+    """Those of a file anywhere; of one that has none, a registration on CPU in no suite, for it can be run all the same.
+
+    Raises UsageError where it is not Python, CIRegisterNotFound where SGLang is not installed.
+    """
+    filename = str(path.absolute())
+    rules = ci_register.load()
+    vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
+    try:
+        if not _REGISTERS.search(path.read_bytes()):
+            return [Registration(filename, os.path.relpath(filename), "cpu", "", UNREGISTERED_S)]
+        return _registrations_of(rules, filename, Path.cwd() / "registered")
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def syntax_errors(registrations: Iterable[Registration]) -> list[str]:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import IO, Any
@@ -31,6 +32,7 @@ from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationS
 from pdkit.core import events
 from pdkit.core.gpus import found, visible_gpus
 from pdkit.deployment import ports, quirks
+from pdkit.deployment.one_token import silent_half
 from pdkit.deployment.server import Server
 from pdkit.deployment.supervisor import ServerDied, Supervisor
 
@@ -258,7 +260,12 @@ class PDServers(PDDisaggregationServerBase):
     def heartbeat(cls) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Finds servers that hang while an eval waits; see `Supervisor.heartbeat`."""
         urls = {name: url for url, name in cls._names.items() if name != "load balancer"}
-        return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s)
+        pair = {name: urls[name] for name in ("prefill", "decode") if name in urls}
+        port = getattr(cls, "bootstrap_port", None)
+        asks_pair = (
+            partial(silent_half, pair, cls.base_host, int(port), cls.answer_s) if len(pair) == 2 and port else None
+        )
+        return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s, asks_pair)
 
     def _callSetUp(self) -> None:
         with self.failing_with_a_death():

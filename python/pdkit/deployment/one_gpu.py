@@ -68,7 +68,7 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
         """Raises SkipTest where the model is random."""
         if not store.is_trained(cls.model_name):
             raise unittest.SkipTest(
-                f"accuracy gate off: {cls.model_name} is random; scripts/train_kernel_nano.py trains a model"
+                f"accuracy gate off: {cls.model_name} is random; pdkit model kernel-train trains one"
             )
 
 

@@ -68,7 +68,7 @@ def is_since(release: str, first: str) -> bool:
 # some of these releases pin reads the length of the row it starts at before it looks for work
 # (`SM90PagedMQALogitsScheduler`, until 0.1.3 `PagedMQALogitsScheduler`). The lengths of 128 rows fill the 512 bytes of
 # their allocation; if the next page is not mapped, the server ends by an illegal memory access. DeepGEMM's own plan,
-# and SGLang's since 0.5.18, start such an SM at row 0, if any row has an entry. `scripts/indexer_schedule.py` shows it.
+# and SGLang's since 0.5.18, start such an SM at row 0, if any row has an entry. `studies/indexer_schedule.py` shows it.
 READ_PAST_THE_END = ("0.5.12", "0.5.15", "0.5.16", "0.5.17")
 INDEXER_SWITCH = "SGLANG_OPT_USE_JIT_INDEXER_METADATA"
 OFF = "0", "false", "no", "n"

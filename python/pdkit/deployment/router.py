@@ -16,7 +16,7 @@ def kept_alive(seconds: int = KEEP_ALIVE_S) -> dict[str, str]:
 
     The Rust router sends on connections that idle, and closes them itself after 90 s. What it sends just when a server
     closes one, or to a server that is frozen meanwhile, is lost, and the other server of the pair waits for it. So
-    servers keep them longer than the router, and than anything is frozen; `scripts/router_idle.py` shows the loss.
+    servers keep them longer than the router, and than anything is frozen; `studies/router_idle.py` shows the loss.
     """
     return {"SGLANG_TIMEOUT_KEEP_ALIVE": str(seconds)}
 

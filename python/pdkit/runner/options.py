@@ -16,6 +16,7 @@ from pdkit.core.source import read
 DEFAULT_TIMEOUT_S = 1200.0
 EST_TIME_FACTOR = 1.5
 HISTORY_VARIABLE = "PDKIT_HISTORY"
+LAST_FAILED = "last-failed.json"  # beside the history
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Options:
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
+    files: tuple[str, ...] = ()
+    only: str | None = None  # -k
+    last_failed: bool = False
+    repeat: int = 1
+    last_failed_file: Path | None = None
     verbose: bool = False
     timings: bool = False
     failfast: bool = True
@@ -48,9 +54,14 @@ class Options:
     target: str | None = None  # what the files test, for those that do not name it themselves
 
     def __post_init__(self):
-        assert self.list_only or (self.hw and self.suite)
+        assert self.list_only or self.is_narrow or (self.hw and self.suite)
         assert not self.json or self.list_only
         assert self.partition_size is None or 0 <= (self.partition_id or 0) < self.partition_size
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether something narrower than a suite is asked for."""
+        return bool(self.files or self.only or self.last_failed)
 
     @property
     def attempts(self) -> int:
@@ -97,8 +108,7 @@ def add_history_options(group):
         "--history",
         type=Path,
         metavar="FILE",
-        help=f"append a record of this run there (default: {HISTORY_VARIABLE}, or {default_history({})} for the tests "
-        "of this repository); pdkit history reads it",
+        help=f"append a record there (default: {HISTORY_VARIABLE}, or for our tests {default_history({})})",
     )
     choice.add_argument("--no-history", action="store_true", help="append none")
 
@@ -130,7 +140,7 @@ def history_file(args: argparse.Namespace, is_own_tree: bool) -> Path | None:
     return path
 
 
-def add_selection(parser: argparse.ArgumentParser, default_test_root: Path) -> None:
+def add_selection(parser: argparse.ArgumentParser, default_test_root: Path) -> argparse._ArgumentGroup:
     """Which files: what every command that lists or runs registered files takes."""
     select = parser.add_argument_group("which files")
     select.add_argument("--hw", metavar="NAME", help="hardware: cpu, cuda, amd, npu, xpu, musa, ...")
@@ -143,10 +153,16 @@ def add_selection(parser: argparse.ArgumentParser, default_test_root: Path) -> N
         metavar="DIR",
         help="tree of registered tests (default: this repository's)",
     )
+    return select
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """How they are run."""
+def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> None:
+    """Which files or tests, and how they are run."""
+    which = add_selection(parser, default_test_root)
+    which.add_argument("files", nargs="*", metavar="FILE", help="these alone: paths, or names such as test_gate")
+    which.add_argument("-k", dest="only", metavar="NAME", help="files and tests that are called like NAME")
+    which.add_argument("--last-failed", action="store_true", help="files that failed when they last ran")
+    which.add_argument("--repeat", type=natural, default=1, metavar="N", help="run them N times over")
     run = parser.add_argument_group("how to run them")
     run.add_argument(
         "--timeout-per-file",
@@ -172,7 +188,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         "--skip-environment-check",
         dest="environment_check",
         action="store_false",
-        help="start the first file even if this machine lacks what the suite needs",
+        help="start even if this machine lacks what the files need",
     )
     run.add_argument("--report-dir", type=Path, metavar="DIR", help="keep logs and results.json there")
     add_history_options(run)
@@ -226,8 +242,7 @@ def parse_options(argv: list[str], default_test_root: Path) -> Options:
         description="Run the registered test files of one suite, each as `python3 FILE -f` in a process of its own.",
         epilog=f"Exit codes: {codes}.",
     )
-    add_selection(parser, default_test_root)
-    add_running(parser)
+    add_running(parser, default_test_root)
     _add_for_ci(parser)
     parser.set_defaults(timings=True)
     return options_of(parser.parse_args(argv), default_test_root)
@@ -238,10 +253,18 @@ def options_of(given: argparse.Namespace, default_test_root: Path) -> Options:
     fields = {field.name: field.default for field in dataclasses.fields(Options)}
     args = argparse.Namespace(**fields, auto_partition_id=None, auto_partition_size=None, no_history=False)
     vars(args).update(vars(given))
+    args.files = tuple(args.files)
+    if args.only and not (args.files or args.last_failed or args.hw or args.suite):
+        args.hw = "cpu"
+    is_narrow = args.files or args.only or args.last_failed
     missing = [flag for flag, value in (("--hw", args.hw), ("--suite", args.suite)) if not value]
     size, rank = args.auto_partition_size, args.auto_partition_id
-    if missing and not args.list_only:
+    if missing and not args.list_only and not is_narrow:
         raise UsageError(f"{' and '.join(missing)} missing: say what to run, or --list to see what there is")
+    if args.files and args.last_failed:
+        raise UsageError("FILE and --last-failed both name files: choose one")
+    if args.repeat == 0:
+        raise UsageError("--repeat 0: the files run at least once")
     if args.json and not args.list_only:
         raise UsageError("--json goes with --list; a run writes its results.json with --report-dir DIR")
     if missing and (size is not None or args.partition_model_file):
@@ -267,5 +290,8 @@ def options_of(given: argparse.Namespace, default_test_root: Path) -> Options:
 
     is_own_tree = args.test_root.absolute() == default_test_root.absolute()
     args.history = None if args.list_only else history_file(args, is_own_tree)
+    args.last_failed_file = args.history and args.history.with_name(LAST_FAILED)
+    if is_narrow or args.repeat > 1:
+        args.history = None  # it compares runs of whole suites
     args.partition_id, args.partition_size = rank, size
     return Options(**{name: getattr(args, name) for name in fields})

@@ -8,6 +8,7 @@ from pdkit.core import ci_register
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import Collection, Registration
 from pdkit.core.suggest import unknown
+from pdkit.runner import narrow
 from pdkit.runner.options import Options
 
 
@@ -108,13 +109,20 @@ def select(collection: Collection, options: Options) -> Selection:
     """
     hw, suite = options.hw, options.suite
     check_names(collection, hw, suite)
-    chosen = [r for r in collection.registrations if hw in (None, r.hw) and suite in (None, r.suite)]
-    if hw and suite:
+    words = options.files or (narrow.last_failed(options.last_failed_file) if options.last_failed else ())
+    names_files = options.files or options.last_failed
+    chosen = narrow.named(collection, words) if names_files else list(collection.registrations)
+    chosen = [r for r in chosen if hw in (None, r.hw) and suite in (None, r.suite)]
+    if names_files:
+        of_suite = chosen
+    elif hw and (suite or options.only):
         of_suite, chosen = chosen, [r for r in chosen if r.nightly == options.nightly]
     elif options.nightly:
         of_suite, chosen = chosen, [r for r in chosen if r.nightly]
     else:
         of_suite = chosen
+    if options.only:
+        chosen = [r for r in chosen if narrow.is_file_named(r, options.only) or narrow.has_test(r, options.only)]
 
     measured_of = ""
     if options.partition_model_file:
@@ -146,6 +154,10 @@ def _measured(chosen: list[Registration], path: Path, suite: str) -> tuple[list[
 def _why_empty(
     options: Options, of_suite: list[Registration], disabled: list[Registration], partition: dict[Registration, int]
 ) -> str:
+    if options.only and of_suite and not disabled:
+        return f"nothing in {len(of_suite)} file{'s' * (len(of_suite) != 1)} is called like {options.only!r} (-k)"
+    if options.last_failed and not of_suite:
+        return f"no file failed when it last ran, says {options.last_failed_file}"
     if partition:
         files = f"{len(partition)} file" + "s" * (len(partition) != 1)
         return f"partition {options.partition_id} of {options.partition_size} is empty: the suite has {files}"

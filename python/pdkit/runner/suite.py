@@ -20,6 +20,7 @@ from pdkit.core.console import Console
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.host import command_line
 from pdkit.core.registry import Registration, syntax_errors
+from pdkit.runner import narrow
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
 from pdkit.runner.history.record import of_run
 from pdkit.runner.history.store import append
@@ -54,9 +55,14 @@ def lanes(files: Sequence[Registration], options: Options) -> list[tuple[list[Nu
     together = [each for each in files if not is_alone[each]]
     if jobs > 1:
         together.sort(key=lambda each: -each.est_time)
-    numbered = list(enumerate([*together, *(each for each in files if is_alone[each])], start=1))
-    groups = [(numbered[: len(together)], jobs), (numbered[len(together) :], 1)]
-    return [(group, min(jobs, len(group))) for group, jobs in groups if group]
+    alone = [each for each in files if is_alone[each]]
+    groups: list[tuple[list[Numbered], int]] = []
+    count = 0
+    for group, at_once in [(together, jobs), (alone, 1)] * options.repeat:
+        if group:
+            groups.append((list(enumerate(group, start=count + 1)), min(at_once, len(group))))
+            count += len(group)
+    return groups
 
 
 class SuiteRun:
@@ -71,6 +77,7 @@ class SuiteRun:
         self._board = Board(self.console)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
         self._groups = lanes(selection.enabled, options)
+        self._total = sum(len(files) for files, _ in self._groups)
         self._results: dict[int, FileResult] = {}
         self._lock = threading.Lock()
         self.began, self.tic = datetime.now(timezone.utc), time.monotonic()
@@ -79,12 +86,13 @@ class SuiteRun:
         self._print_header()
         for files, jobs in self._groups:
             self._run_lanes(files, jobs)
-        for number, registration in enumerate(self.selection.disabled, start=len(self.selection.enabled) + 1):
+        for number, registration in enumerate(self.selection.disabled, start=self._total + 1):
             self._results[number] = FileResult(
                 registration, FileState.DISABLED, registration.disabled or "no reason given"
             )
         self._write_results(finished=True)
         self._append_history()
+        self._keep_failed()
         self._print_summary()
         return self.exit_code
 
@@ -102,7 +110,6 @@ class SuiteRun:
             lane.result()
 
     def _lane(self, waiting: "deque[Numbered]", jobs: int) -> None:
-        total = len(self.selection.enabled)
         try:
             while True:
                 with self._lock:
@@ -111,7 +118,7 @@ class SuiteRun:
                     number, registration = waiting.popleft()
                     starts = not self.interruption and (self.options.continue_on_error or not self._has_failed)
                 if starts:
-                    result = self._run_file(registration, number, f"[{number}/{total}]", jobs)
+                    result = self._run_file(registration, number, f"[{number}/{self._total}]", jobs)
                 else:
                     result = FileResult(registration, FileState.NOT_RUN)
                 with self._lock:
@@ -151,7 +158,7 @@ class SuiteRun:
         self._results[number] = result
         if result.state.was_started:
             self._write_results()
-            self.console.line(f"[{number}/{len(self.selection.enabled)}] {result.describe()}")
+            self.console.line(f"[{number}/{self._total}] {result.describe()}")
             self._append_metrics(result)
 
     def _run_file(self, registration: Registration, number: int, label: str, jobs: int) -> FileResult:
@@ -159,6 +166,8 @@ class SuiteRun:
         timeout = options.timeout(registration.est_time)
         command = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
         command += ("-f",) if options.failfast else ()
+        if options.only and not narrow.is_file_named(registration, options.only):
+            command += ("-k", options.only)
         attempts = []
         for count in range(1, options.attempts + 1):
             again = f", attempt {count} of {options.attempts}" if count > 1 else ""
@@ -212,9 +221,11 @@ class SuiteRun:
         nightly = ", nightly" if options.nightly else ""
         part = f", partition {options.partition_id} of {options.partition_size}" if options.partition_size else ""
         count = len(selection.enabled)
+        where = f"suite {options.suite} on {options.hw}{nightly}{part}: " if options.suite else ""
+        again = f", {options.repeat} times" if options.repeat > 1 else ""
         self.console.line(
-            f"suite {options.suite} on {options.hw}{nightly}{part}: {count} file{'s' * (count != 1)}, "
-            f"estimated {selection.est_time:g} s, Python {platform.python_version()} ({sys.executable})"
+            f"{where}{count} file{'s' * (count != 1)}{again}, "
+            f"estimated {selection.est_time * options.repeat:g} s, Python {platform.python_version()} ({sys.executable})"
         )
         given = os.environ.get("SGLANG_TEST_MAX_RETRY")
         if given not in (None, str(options.test_max_retry)):
@@ -241,6 +252,11 @@ class SuiteRun:
             line(f"not run: {len(not_run)} file{'s' * (len(not_run) != 1)}{why}")
         if self.selection.why_empty:
             line(f"nothing ran: {self.selection.why_empty}")
+        if self.options.repeat > 1:
+            for registration in self.selection.enabled:
+                runs = [result for result in self.results if result.registration == registration and result.attempts]
+                passed = sum(result.state.is_pass for result in runs)
+                line(f"{registration.name}: {passed} of {len(runs)} runs passed")
         if self.options.report_dir:
             line(f"logs and results.json: {self.logs}")
             self._draw_report()
@@ -331,6 +347,16 @@ class SuiteRun:
         with self.console.keeping(path, " (--history FILE, or --no-history)"):
             done = of_run(self.options, self.results, self.logs, self.exit_code, self.began, seconds)
             append(path, done)
+
+    def _keep_failed(self) -> None:
+        """Notes for --last-failed; who ran a part of the tests of a file does not know that it passes."""
+        path = self.options.last_failed_file
+        if not path or not any(result.attempts for result in self.results):
+            return
+        failed = [r.registration.filename for r in self.results if r.state in (FileState.FAILED, FileState.TIMED_OUT)]
+        passed = [] if self.options.only else [r.registration.filename for r in self.results if r.state.is_pass]
+        with self.console.keeping(path):
+            narrow.keep(path, failed, passed)
 
 
 def _program(test: Path) -> str:

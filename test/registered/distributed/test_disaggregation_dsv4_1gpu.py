@@ -1,6 +1,6 @@
 """The same test with SGLang's own engine and DeepSeek-V4's kernels on one Hopper GPU, which prefill and decode share.
 
-The model is as small as the kernels allow. Trained by `scripts/train_kernel_nano.py` it solves GSM8K-like problems;
+The model is as small as the kernels allow. Trained by `pdkit model kernel-train` it solves GSM8K-like problems;
 until then it is random, the score is not asked for, and what is left is that the pair answers as one server does.
 """
 

@@ -1,6 +1,6 @@
 """The plan of TestDisaggregationDSV4 on two GPUs, which prefill and decode share: DP attention, DeepEP, EAGLE.
 
-The model is the nano of the width that DeepEP moves, trained by `scripts/train_kernel_nano.py --hidden-size 2048`.
+The model is the nano of the width that DeepEP moves, trained by `pdkit model kernel-train --hidden-size 2048`.
 """
 
 import unittest

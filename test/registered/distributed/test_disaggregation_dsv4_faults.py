@@ -11,7 +11,7 @@ from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=250, suite="stage-a-test-cpu")
 
-MATRIX = Path(__file__).resolve().parents[3] / "scripts" / "detection_matrix.py"
+MATRIX = (sys.executable, "-m", "pdkit", "matrix")
 SEEN_BY = {
     "128x-compressed-zeroed": "parity alone",
     "indexer-compressed-zeroed": "parity alone",
@@ -25,7 +25,7 @@ SEEN_BY = {
 class TestDisaggregationDSV4Faults(unittest.TestCase):
     def test_quick_matrix(self):
         with tempfile.TemporaryDirectory() as out:
-            run = subprocess.run([sys.executable, str(MATRIX), "--quick", "--out", out], capture_output=True, text=True)
+            run = subprocess.run([*MATRIX, "--quick", "--out", out], capture_output=True, text=True)
             print(run.stdout, run.stderr, flush=True)
             self.assertEqual(run.returncode, 0)
             with open(Path(out, "matrix.csv"), newline="") as file:

@@ -20,7 +20,7 @@ from scipy.stats import beta, binom, norm
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "gate_operating_characteristic.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "studies" / "gate_operating_characteristic.py"
 DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200, "step": 100}
 
 

@@ -335,7 +335,9 @@ class TestCache(unittest.TestCase):
             store.provide("/somewhere/else")
             run.assert_not_called()
             store.provide(store.cached("random"))
-            self.assertEqual(run.call_args.args[0][-4:], ["-m", "pdkit.models.cuda", "--hidden-size", "128"])
+            self.assertEqual(
+                run.call_args.args[0][1:], ["-m", "pdkit", "model", "kernel-random", "--hidden-size", "128"]
+            )
             store.provide(store.cached("random", DEEPEP_HIDDEN))
         self.assertEqual(run.call_args.args[0][-1], "2048")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -15,12 +14,14 @@ from unittest import mock
 
 from pdkit.checks.accounting.checks import OWN_RESULT
 from pdkit.checks.accounting.ledger import CLIENT, OK, SERVERS, HttpAttempt
+from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
 from pdkit.faults import LIBRARY
 from pdkit.faults.matrix import report, truth
 from pdkit.faults.matrix.results import Results, ResultsError, Run, planned
+from pdkit.faults.matrix.run import QUICK_FAULTS, subjects_of
 from pdkit.faults.matrix.session import Session, Subject, WorkerFailed
 from pdkit.faults.matrix.truth import Truth
 from pdkit.faults.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, CheckVerdict, checks_of, merged, verdicts_of
@@ -29,15 +30,7 @@ from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "detection_matrix.py"
 CHECKS = [FIRST_LOOK, CLIENT, "parity alone"]
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("detection_matrix", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_of(fault, index=0, caught=(), **more):
@@ -229,9 +222,9 @@ class TestResults(unittest.TestCase):
 
 class TestTruth(unittest.TestCase):
     def test_of_a_balancer_is_what_it_does_unless_it_says_why_not(self):
-        self.assertTrue(truth.of_load_balancer("seed-lost").changes)
-        self.assertFalse(truth.of_load_balancer("prefill-late").changes)
-        self.assertIn("waits", truth.of_load_balancer("prefill-late").evidence)
+        self.assertTrue(truth.by_construction("seed-lost").changes)
+        self.assertFalse(truth.by_construction("prefill-late").changes)
+        self.assertIn("waits", truth.by_construction("prefill-late").evidence)
 
 
 SUBJECT = """
@@ -372,14 +365,13 @@ class TestCommand(unittest.TestCase):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
         self.out = Path(directory.name, "out")
-        self.script = load_script()
 
     def command(self, *args):
         """(exit code, what it printed)."""
         printed = io.StringIO()
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
             try:
-                code = self.script.main([*args])
+                code = main(["matrix", *args])
             except SystemExit as error:
                 code = error.code
         return code, printed.getvalue()
@@ -394,7 +386,7 @@ class TestCommand(unittest.TestCase):
         (self.out / "results.jsonl").write_text("")
         for args, message in (
             (["--faults", "window"], "unknown fault 'window'; nearest known: window-"),
-            (["--clean-runs", "-1"], "--clean-runs must be 0 or more"),
+            (["--clean-runs", "-1"], "--clean-runs: invalid number value: '-1'"),
             (["--resume"], "--resume needs --out"),
             (["--out", str(self.out)], "holds results of an earlier matrix; go on with --resume"),
             (["--out", "/proc/nothing"], "choose another --out"),
@@ -419,7 +411,7 @@ class TestCommand(unittest.TestCase):
                 return Run(fault, index, 1, 1.0, "", {"parity alone": CheckVerdict(fault is not None, 1.0)}, 1.0)
 
         args = ["--out", str(self.out), "--faults", "seed-lost,top-p-lost", "--clean-runs", "2"]
-        with mock.patch("pdkit.faults.matrix.session.Session", OneByOne):
+        with mock.patch("pdkit.faults.matrix.run.Session", OneByOne):
             code, text = self.command(*args)
             self.assertEqual(code, ExitCode.INTERRUPTED, text)
             first, ran = ran, []
@@ -432,11 +424,10 @@ class TestCommand(unittest.TestCase):
         self.assertEqual(sorted(records), ["checks"] + ["run"] * 4 + ["truth"] * 2)
 
     def test_subjects_are_there(self):
-        args = self.script.parse([])
-        for subject in self.script.subjects_of(args):
+        for subject in subjects_of(quick=False):
             self.assertTrue(os.path.isfile(subject.file))
             self.assertIn(f"class {subject.cls}(", subject.file.read_text())
-        for name in self.script.QUICK_FAULTS:
+        for name in QUICK_FAULTS:
             self.assertIn(name, LIBRARY)
 
 

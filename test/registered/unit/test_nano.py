@@ -416,8 +416,9 @@ class TestTraining(unittest.TestCase):
 class TestTrainingScript(unittest.TestCase):
     @unittest.skipIf(torch.cuda.is_available(), "this machine has a GPU")
     def test_says_that_there_is_no_gpu(self):
-        script = ASSETS.parents[2] / "scripts" / "train_nano.py"
-        run = subprocess.run([sys.executable, script, "--device", "cuda"], capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-m", "pdkit", "model", "train", "--device", "cuda"], capture_output=True, text=True
+        )
         self.assertEqual(run.returncode, ExitCode.NOT_READY)
         self.assertEqual(run.stderr.strip().count("\n"), 0, run.stderr)
         self.assertIn("--device cpu", run.stderr)

@@ -42,7 +42,7 @@ def pins(name):
 
 def imported_distributions():
     names = set()
-    for folder in ("python", "scripts", "test"):
+    for folder in ("python", "studies", "test"):
         for path in (REPO / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(), str(path))):
                 if isinstance(node, ast.Import):

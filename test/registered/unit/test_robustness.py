@@ -29,13 +29,10 @@ NAN = """
         self.assertGreater(float("nan"), 0.95)
 """
 COMMANDS = {
+    "recovery_table.py": ("studies/recovery_table.py",),
+    "chaos_runner.py": ("test/registered/unit/chaos_runner.py",),
     "run_suite.py": ("test/run_suite.py",),
     "pdkit": ("-m", "pdkit"),
-    "train_kernel_nano.py": ("scripts/train_kernel_nano.py",),
-    "make_kernel_nano.py": ("scripts/make_kernel_nano.py",),
-    "soak.py": ("scripts/soak.py",),
-    "recovery_table.py": ("scripts/recovery_table.py",),
-    "chaos_runner.py": ("scripts/chaos_runner.py",),
     "engine": ("-m", "pdkit.engine"),
 }
 
@@ -68,7 +65,7 @@ ROWS = (
     Row(
         "run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"
     ),
-    Row("run_suite.py", f"{CPU} extra", "unexpected argument 'extra'"),
+    Row("run_suite.py", f"{CPU} extra", "extra: neither a path nor the name of a registered file"),
     Row("run_suite.py", "--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
     Row("run_suite.py", "--hw gpu --suite stage-a-test-cpu", "cuda"),
     Row(
@@ -155,9 +152,9 @@ ROWS = (
     Row("pdkit", "history {text} --last 0", "at least one run is needed"),
     Row("pdkit", "history", "no history: PDKIT_HISTORY is empty; name a FILE", environ={"PDKIT_HISTORY": ""}),
     # other scripts
-    Row("soak.py", "", "the following arguments are required: --out"),
-    Row("soak.py", "--out {text}", "--out {text}: File exists"),
-    Row("soak.py", "--out {root}/soak --runs 0", "--runs and --jobs: at least 1"),
+    Row("pdkit", "run --keep-going", "need --repeat N"),
+    Row("pdkit", "run --repeat 2 --report-dir {text}", "--report-dir {text}: File exists"),
+    Row("pdkit", "run --repeat 0 --report-dir {root}/soak", "--repeat and --jobs: at least 1"),
     Row("pdkit", "preflight --suite x", "unknown suite 'x'"),
     Row("pdkit", "preflight --machine {absent}", "{absent}: No such file or directory"),
     Row("pdkit", "preflight --machine {text}", "error: "),
@@ -174,11 +171,18 @@ ROWS = (
     Row("recovery_table.py", "{text}", "{text} is no recovery_table.json of a recovery test"),
     Row("recovery_table.py", "", "the following arguments are required: FILE"),
     Row("chaos_runner.py", "--rounds 0", "--rounds: at least 1"),
-    Row("train_kernel_nano.py", "--seconds 0", "argument --seconds: invalid positive number value: '0'"),
-    Row("train_kernel_nano.py", "--workers 0", "--workers and --score-rows: at least 1"),
-    Row("train_kernel_nano.py", "--seconds 5 --out {root}/out", "no usable CUDA GPU; --device cpu trains for hours", 3),
-    Row("make_kernel_nano.py", "--seed x", "make_kernel_nano.py: error: argument --seed: invalid number value: 'x'"),
-    Row("make_kernel_nano.py", "--out {text}", "{text}: File exists"),
+    Row("pdkit", "model kernel-train --seconds 0", "argument --seconds: invalid positive number value: '0'"),
+    Row("pdkit", "model kernel-train --workers 0", "--workers and --score-rows: at least 1"),
+    Row(
+        "pdkit",
+        "model kernel-train --seconds 5 --out {root}/out",
+        "no usable CUDA GPU; --device cpu trains for hours",
+        3,
+    ),
+    Row("pdkit", "model tarin", "unknown command 'tarin'; nearest known: train"),
+    Row("pdkit", "model train --score-rows 0", "--score-rows: at least 1"),
+    Row("pdkit", "model kernel-random --seed x", "pdkit model: error: argument --seed: invalid number value: 'x'"),
+    Row("pdkit", "model kernel-random --out {text}", "{text}: File exists"),
     Row("chaos_runner.py", "--attacks hup", "unknown value 'hup'; nearest known: "),
     Row("pdkit", "report {absent}", "{absent}: no results.json of a run with --report-dir"),
     Row("pdkit", "report", "the following arguments are required: DIR"),

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import zlib
 from pathlib import Path
 from unittest import mock
 
+import torch
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.deployment.cpu import checkpoints, drift, listing, plan, plugin, registry, requirements, working_tree
+from pdkit.deployment.cpu.shims import checksum
 from pdkit.faults import planted_bugs
 from sglang.test.ci.ci_register import register_cpu_ci
 
@@ -44,6 +47,26 @@ class TestTruth(unittest.TestCase):
             with self.subTest(each.target):
                 self.assertTrue(each.why)
                 self.assertIn(each.family, ("any", "dsv4", "speculative", "nixl"))
+
+
+class TestChecksum(unittest.TestCase):
+    """The checksum of KV pages is Adler-32 of the items that are named, as one text."""
+
+    def test_it_is_of_the_named_items_in_their_order(self):
+        pages = [torch.arange(24, dtype=torch.uint8).view(4, 6), torch.arange(100, 120, dtype=torch.uint8).view(4, 5)]
+        computer = mock.Mock(
+            _kv_data_ptrs=[each.data_ptr() for each in pages],
+            _kv_item_lens=[each.shape[1] for each in pages],
+            _state_data_ptrs=[pages[0].data_ptr()],
+            _state_item_lens=[6],
+        )
+        order, states = [3, 1], [2]
+        text = b"".join(bytes(each[order].flatten().tolist()) for each in pages) + bytes(pages[0][states[0]].tolist())
+        found = checksum.compute(computer, torch.tensor(order), torch.tensor(states))
+        self.assertEqual(found, zlib.adler32(text))
+        self.assertNotEqual(found, checksum.compute(computer, torch.tensor(order[::-1]), torch.tensor(states)))
+        pages[1][1, 2] ^= 1
+        self.assertNotEqual(found, checksum.compute(computer, torch.tensor(order), torch.tensor(states)))
 
 
 class TestDrift(unittest.TestCase):

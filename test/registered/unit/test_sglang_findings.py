@@ -18,7 +18,7 @@ SOLUTIONS = "**Patch.**", "**Proposal.**"
 
 
 def script():
-    spec = importlib.util.spec_from_file_location("sglang_findings", ROOT / "scripts" / "sglang_findings.py")
+    spec = importlib.util.spec_from_file_location("sglang_findings", ROOT / "studies" / "sglang_findings.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

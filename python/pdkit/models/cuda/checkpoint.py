@@ -109,7 +109,7 @@ def load(path: str | Path) -> KernelNano:
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"no readable weights at {file}: {error}; scripts/make_kernel_nano.py writes some") from None
+        raise ModelError(f"no readable weights at {file}: {error}; pdkit model kernel-random writes some") from None
     embedding = stored.get("embed.weight")
     if embedding is None or embedding.shape[1:] not in ((HIDDEN,), (DEEPEP_HIDDEN,)):
         raise ModelError(f"{file} does not fit the kernel-sized model: embed.weight is missing or of another shape")

@@ -24,7 +24,7 @@ VALIDATION_PROBLEMS = 48
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, save, read back, score, record, by the options of `scripts/train_kernel_nano.py`. Raises NotReady."""
+    """Train, save, read back, score, record, by the options of `pdkit model kernel-train`. Raises NotReady."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise NotReady(
             "this machine has no usable CUDA GPU; --device cpu trains for hours; scripts/run.sh needs neither GPU nor "

@@ -69,4 +69,5 @@ def to_be_made(path: str | Path) -> int | None:
 def provide(path: str | Path) -> None:
     """Write the random checkpoint, in seconds, if it is what `path` names and is not there."""
     if hidden_size := to_be_made(path):
-        subprocess.run([sys.executable, "-m", "pdkit.models.cuda", "--hidden-size", str(hidden_size)], check=True)
+        command = [sys.executable, "-m", "pdkit", "model", "kernel-random", "--hidden-size", str(hidden_size)]
+        subprocess.run(command, check=True)

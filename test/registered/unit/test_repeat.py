@@ -1,4 +1,4 @@
-"""scripts/soak.py counts what failed, goes on where it was stopped, and ends what it started."""
+"""`pdkit run --repeat` counts what failed, goes on where it was stopped, and ends what it started."""
 
 import contextlib
 import io
@@ -6,19 +6,16 @@ import sys
 import tempfile
 import textwrap
 import unittest
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from unittest.mock import patch
 
+from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
+from pdkit.core.quantile import quantile
+from pdkit.runner import repeat
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
-
-_SPEC = spec_from_file_location("soak_script", Path(__file__).resolve().parents[3] / "scripts" / "soak.py")
-SOAK = module_from_spec(_SPEC)
-sys.modules["soak_script"] = SOAK
-_SPEC.loader.exec_module(SOAK)
 
 RUN = """
 import sys
@@ -33,18 +30,18 @@ sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
 """
 
 
-class TestSoak(unittest.TestCase):
+class TestRepeat(unittest.TestCase):
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
         self.out = Path(directory.name)
         (self.out / "fake.py").write_text(textwrap.dedent(RUN))
 
-    def soak(self, *words):
+    def repeat(self, *words):
         printed = io.StringIO()
         command = (sys.executable, str(self.out / "fake.py"))
-        with patch.object(SOAK, "COMMAND", command), contextlib.redirect_stdout(printed):
-            code = SOAK.main(["--out", str(self.out), *words])
+        with patch.object(repeat, "COMMAND", command), contextlib.redirect_stdout(printed):
+            code = main(["run", "--on", "embedded", "--report-dir", str(self.out), *words])
         self.printed = printed.getvalue()
         return code
 
@@ -53,23 +50,23 @@ class TestSoak(unittest.TestCase):
         return (self.out / "started").read_text().split()
 
     def test_clean_runs(self):
-        self.assertEqual(self.soak("--runs", "4", "--jobs", "2"), ExitCode.PASSED)
+        self.assertEqual(self.repeat("--repeat", "4", "--jobs", "2"), ExitCode.PASSED)
         self.assertIn("4 runs, 0 failures; a failure rate above 52.7% is refuted at 95 %\n", self.printed)
         self.assertIn("scores: 0.985 to 0.985\n", self.printed)
         self.assertRegex(self.printed, r"\n    3  passed +\d+\.\d s  0\.985  #")
 
     def test_it_goes_on_where_it_was_stopped(self):
-        self.soak("--runs", "2")
-        self.assertEqual(self.soak("--runs", "3"), ExitCode.PASSED)
+        self.repeat("--repeat", "2")
+        self.assertEqual(self.repeat("--repeat", "3"), ExitCode.PASSED)
         self.assertEqual(self.started, ["run-001", "run-002", "run-003"])
         self.assertIn("3 runs, 0 failures", self.printed)
 
     def test_a_failure_is_named_and_ends_it(self):
         (self.out / "bad").touch()
-        self.assertEqual(self.soak("--runs", "4"), ExitCode.FAILED)
+        self.assertEqual(self.repeat("--repeat", "4"), ExitCode.FAILED)
         self.assertIn(f"failed: run 2, exit code 1: {self.out}/run-002\n", self.printed)
         self.assertNotIn("run-004", self.started)
-        self.assertEqual(self.soak("--runs", "4", "--keep-going"), ExitCode.FAILED)
+        self.assertEqual(self.repeat("--repeat", "4", "--keep-going"), ExitCode.FAILED)
         self.assertIn("4 runs, 1 failures\n", self.printed)
 
     def test_runs_of_a_test_file(self):
@@ -79,15 +76,18 @@ class TestSoak(unittest.TestCase):
         ):
             file = self.out / f"test_{code}.py"
             file.write_text(content)
-            self.assertEqual(self.soak("--runs", "2", "--file", str(file), "--out", str(self.out / str(code))), code)
+            self.assertEqual(
+                self.repeat("--repeat", "2", "--file", str(file), "--report-dir", str(self.out / str(code))), code
+            )
         self.assertIn("ZeroDivisionError", (self.out / "1" / "run-001" / "output.log").read_text())
-        with self.assertRaisesRegex(SOAK.UsageError, "no such file"):
-            self.soak("--file", "nowhere.py")
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            self.assertEqual(self.repeat("--repeat", "2", "--file", "nowhere.py"), ExitCode.BAD_USAGE)
+        self.assertIn("no such file", told.getvalue())
 
     def test_quantiles(self):
         values = [float(n) for n in range(1, 51)]
-        self.assertEqual((SOAK.quantile(values, 0.5), SOAK.quantile(values, 0.9)), (25, 45))
-        self.assertEqual(SOAK.quantile([3.0], 0.9), 3)
+        self.assertEqual((quantile(values, 0.5), quantile(values, 0.9)), (25, 45))
+        self.assertEqual(quantile([3.0], 0.9), 3)
 
 
 if __name__ == "__main__":

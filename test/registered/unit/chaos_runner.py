@@ -1,8 +1,9 @@
-#!/usr/bin/env python3
 """Kills the suite runner at random moments and counts what it leaves: processes, and TCP ports with a listener.
 
-    scripts/env.sh python3 scripts/chaos_runner.py                  # 20 rounds of each, on a suite of fake servers
-    scripts/env.sh python3 scripts/chaos_runner.py --rung embedded  # on the main job with the embedded engine
+    python3 test/registered/unit/chaos_runner.py                # 20 rounds of each, on a suite of fake servers
+    python3 test/registered/unit/chaos_runner.py --on embedded  # on the main job with the embedded engine
+
+Each night `test_chaos_nightly.py` runs some rounds.
 
 The fake servers listen, fork, take a session of their own, orphan themselves and drop their environment. After SIGINT
 and SIGTERM it is counted at the runner's exit; after SIGKILL, of the runner or of its guardian too, after the next
@@ -31,7 +32,7 @@ from pdkit.runner.guardian import Children, become_subreaper
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
 from pdkit.runner.targets import TARGETS
 
-RUN_SUITE = Path(__file__).resolve().parents[1] / "test" / "run_suite.py"
+RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
 PATIENCE_S = 120.0
 
 SERVER = """
@@ -131,8 +132,8 @@ class Round:
 
 
 class Chaos:
-    def __init__(self, directory: Path, rung: str | None, environment: dict[str, str]):
-        self.directory, self.rung, self.environment = directory, rung, environment
+    def __init__(self, directory: Path, target: str | None, environment: dict[str, str]):
+        self.directory, self.target, self.environment = directory, target, environment
         self.me, self.children = psutil.Process(), Children()
         server = directory / "server.py"
         server.write_text(SERVER)
@@ -149,9 +150,9 @@ class Chaos:
         return root
 
     def command(self, kinds: Sequence[str]) -> list[str]:
-        if kinds and self.rung:
+        if kinds and self.target:
             report = tempfile.mkdtemp(dir=self.directory)
-            words = ["--on", self.rung, "--report-dir", report, "--no-history"]
+            words = ["--on", self.target, "--report-dir", report, "--no-history"]
             return [sys.executable, "-m", "pdkit", "run", *words]
         root = self.tree(kinds)
         return [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "stage-a-test-cpu", "--test-root", str(root)]
@@ -231,7 +232,9 @@ def main(argv: Sequence[str]) -> ExitCode:
     parser.add_argument("--rounds", type=natural, default=20, help="of each attack (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME",
                         help=f"default: {' '.join(ATTACKS)}")  # fmt: skip
-    parser.add_argument("--rung", choices=[rung.name for rung in TARGETS], help="the main job instead of fake servers")
+    parser.add_argument(
+        "--on", dest="target", choices=[target.name for target in TARGETS], help="the main job instead of fake servers"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.rounds:
@@ -244,10 +247,10 @@ def main(argv: Sequence[str]) -> ExitCode:
     rng, usual = random.Random(args.seed), {}
     rounds: dict[Attack, list[Round]] = {ATTACKS[name]: [] for name in args.attacks}
     directory = Path(tempfile.mkdtemp(prefix="chaos_runner_"))
-    chaos = Chaos(directory, args.rung, environment)
+    chaos = Chaos(directory, args.target, environment)
     try:
         for number, attack in product(range(1, args.rounds + 1), rounds):
-            kinds = KINDS if args.rung else attack.kinds
+            kinds = KINDS if args.target else attack.kinds
             if kinds not in usual:
                 usual[kinds] = chaos.undisturbed(kinds)
                 print(f"an undisturbed run takes {usual[kinds]:.1f} s", flush=True)

@@ -1,6 +1,8 @@
 """Shows the table that a recovery test left in its log directory, or puts it into a document between its markers.
 
-scripts/env.sh python3 scripts/recovery_table.py FILE [--into docs/recovery.md]
+Result: the two tables of docs/recovery.md.
+
+scripts/env.sh python3 studies/recovery_table.py FILE [--into docs/recovery.md]
 """
 
 import sys

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""What the embedded rung costs: output tokens/s of prefill/decode against monolithic, memory, hand-over by length.
+"""What the target `embedded` costs: output tokens/s of prefill/decode against monolithic, memory, hand-over by length.
 
-    scripts/env.sh python3 scripts/bench_engine.py
+Result: of the main job alone, 568 output tokens/s on 2 shared cores (2026-11-25); a whole table has not been kept.
 
-starts a monolithic engine and the prefill/decode rung (two engines and the router), drives each with SGLang's own
+    scripts/env.sh python3 studies/bench_engine.py
+
+starts a monolithic engine and the prefill/decode pair (two engines and the router), drives each with SGLang's own
 run_eval (GSM8K completions, 5-shot, 200 examples, 128 threads) and then with single prompts, and ends all of them.
 Throughputs are to be compared within one run: machines are noisy.
 """
@@ -79,7 +81,7 @@ def one_token(url, ids):
 
 
 def handovers(monolithic, prefill, router, lengths, repeats):
-    """(tokens, bytes of the state, seconds of its hand-over, seconds to one token monolithic and through the rung).
+    """(tokens, bytes of the state, seconds of its hand-over, seconds to one token monolithic and through the pair).
 
     By prompt length; medians. The hand-over is what prefill sees: from ready, packing included, to acknowledged.
     """
@@ -143,7 +145,7 @@ def main(argv=None):
             f"{alone:.0f} monolithic, ratio {handed / alone:.2f} (goal: at least {GOAL_TOKENS_PER_S} tokens/s)\n"
         )
 
-        print("prompt tokens  state bytes  hand-over    one token: monolithic  through the rung", flush=True)
+        print("prompt tokens  state bytes  hand-over    one token: monolithic  through the pair", flush=True)
         for length, size, seconds, alone, through in handovers(monolithic, prefill, router, LENGTHS, args.repeats):
             print(
                 f"{length:13}  {size:11,.0f}  {seconds * 1e3:6.1f} ms  {alone * 1e3:18.1f} ms  "
@@ -155,8 +157,8 @@ def main(argv=None):
         peaks["eval client"] = peak_bytes(os.getpid())
         for name, peak in peaks.items():
             print(f"{name:<14}  {peak / 2**30:5.2f} GiB")
-        rung = sum(peaks.values()) - peaks[monolithic.name]
-        print(f"{'whole rung':<14}  {rung / 2**30:5.2f} GiB without the monolithic engine (goal: under {GOAL_GIB} GiB)")
+        pair = sum(peaks.values()) - peaks[monolithic.name]
+        print(f"{'whole pair':<14}  {pair / 2**30:5.2f} GiB without the monolithic engine (goal: under {GOAL_GIB} GiB)")
 
 
 if __name__ == "__main__":

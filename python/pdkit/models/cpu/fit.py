@@ -1,10 +1,6 @@
-"""Train the nano DeepSeek-V4 on generated problems, and score it.
+"""Trains the nano DeepSeek-V4 on generated problems, and scores it: `pdkit model train`.
 
-    PYTHONPATH=python python scripts/train_nano.py [--out DIR] [--device cpu|cuda] [--seed S] [--scale F]
-
-writes a model directory (config.json, model.safetensors in bfloat16, tokenizer) and
-``training.json`` (command, seed, steps, time, machine, scores). The scores are measured on
-what was written, read back: greedily and through the cache, as a server decodes.
+The scores are measured on what was written, read back: greedily and through the cache, as a server decodes.
 """
 
 from __future__ import annotations
@@ -17,60 +13,25 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import transformers
-from pdkit.core.errors import ExitCode
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerBase
+
+from pdkit.core.errors import NotReady
 from pdkit.models.cpu.config import nano_config
 from pdkit.models.cpu.evaluation import accuracy, prompt
 from pdkit.models.cpu.model import WEIGHTS, load_model, save_model
 from pdkit.models.cpu.training import INITIALIZER_RANGE, Batches, new_model, recipe, set_index_topk, train
 from pdkit.models.problems import EVALUATION_ROWS, Problem, evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerBase
 
 REPORT_EVERY = 50
 SHOTS = 5
 RUN_EVAL_ROWS = 200
 MANY_SHOTS = 11
-
-
-def _positive(kind):
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/nano-dsv4"), help="where to write (default: %(default)s)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
-    parser.add_argument(
-        "--scale", type=_positive(float), default=1.0, help="length of training; 0.01 for a smoke run (default: 1)"
-    )
-    parser.add_argument(
-        "--index-topk", type=_positive(int), default=8, help="compressed entries a query selects (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=_positive(int), default=os.cpu_count(), help="CPU threads (default: all)")
-    parser.add_argument(
-        "--score-rows",
-        type=_positive(int),
-        default=RUN_EVAL_ROWS,
-        help=f"rows to score at the end, at most {EVALUATION_ROWS - SHOTS} (default: %(default)s)",
-    )
-    return parser.parse_args()
 
 
 class Validation:
@@ -162,12 +123,10 @@ def machine(device: str) -> dict[str, str | int]:
     }
 
 
-def main() -> ExitCode:
-    """Train, save, read back, score, record."""
-    options = parse_arguments()
+def run(options: argparse.Namespace) -> None:
+    """Train, save, read back, score, record, by the options of `pdkit model train`. Raises NotReady."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("train_nano: this machine has no usable CUDA GPU; run with --device cpu", file=sys.stderr)
-        return ExitCode.NOT_READY
+        raise NotReady("this machine has no usable CUDA GPU; run with --device cpu")
     torch.set_num_threads(options.threads)
     console = Console()
     tokenizer = nano_tokenizer()
@@ -194,12 +153,3 @@ def main() -> ExitCode:
         console.print(f"score, {name}: {result['score']:.4f} of {result['examples']:.0f}", highlight=False)
     size = (options.out / WEIGHTS).stat().st_size / 1e6
     console.print(f"wrote {options.out} ({size:.1f} MB) after {trained:.0f} s of training", highlight=False)
-    return ExitCode.PASSED
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("train_nano: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(ExitCode.INTERRUPTED)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Minimal reproductions, on CPU, of defects of the installed SGLang that docs/findings describes.
 
-    scripts/env.sh python3 scripts/sglang_findings.py NAME...     (all without NAME)
+Result: docs/findings has a page for each that is there in 0.5.23.
+
+    scripts/env.sh python3 studies/sglang_findings.py NAME...     (all without NAME)
 
 Each runs the function of SGLang that is at fault, with stand-ins for what it is given. Exit code 1 if a defect is there.
 """

@@ -1,0 +1,115 @@
+"""Makes the small models and their data again: they are generated, seeded, and trained by this project.
+Each of `data`, `train`, `kernel-random` and `kernel-train` has options of its own: pdkit model NAME --help.
+"""
+
+import os
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pdkit
+from pdkit.core.command import Parser, natural, positive
+from pdkit.core.errors import ExitCode, UsageError
+from pdkit.models.cuda import store
+
+ASSETS = Path(pdkit.__file__).parent / "assets"
+
+
+def add_arguments(parser: Parser) -> None:
+    models = parser.add_subparsers(title="what is made", metavar="NAME", dest="model", required=True)
+    data = models.add_parser("data", help="data set and tokenizer of the nano models, config of the random one")
+    data.add_argument("--out", type=Path, default=ASSETS, metavar="DIR", help="default: the package's assets")
+    _add_train(models.add_parser("train", help="the nano model of the embedded engine, trained and scored"))
+    random = models.add_parser(
+        "kernel-random",
+        help="a random one of the size that SGLang's kernels demand",
+        description="28.5 M parameters and an MTP layer of 8.9 M, in seconds. It solves nothing; what it is for is "
+        "parity, integrity and the acceptance of drafts.",
+    )
+    random.add_argument("--out", type=Path, metavar="DIR", help=f"default: {store.cached('random')}, or the like")
+    store.add_hidden_size(random)
+    random.add_argument("--seed", type=natural, default=1, help="of the weights (default: %(default)s)")
+    _add_kernel_train(models.add_parser("kernel-train", help="the same, trained with its MTP layer and scored"))
+
+
+def _add_train(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("build/nano-dsv4"), metavar="DIR", help="default: %(default)s")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of weights and data (default: %(default)s)")
+    add(
+        "--scale", type=positive, default=1.0, metavar="F", help="length of training; 0.01 for a smoke run (default: 1)"
+    )
+    add("--index-topk", type=natural, default=8, metavar="N", help="compressed entries a query selects (default: 8)")
+    add("--threads", type=natural, default=os.cpu_count(), metavar="N", help="CPU threads (default: all)")
+    add("--score-rows", type=natural, default=200, metavar="N", help="to score at the end, at most 1314 (default: 200)")
+
+
+def _add_kernel_train(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help=f"default: {store.cached('trained')}, or the like")
+    store.add_hidden_size(parser)
+    add("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
+    add("--seconds", type=positive, default=240, help="for training (default: %(default)s)")
+    add("--save-every", type=positive, default=60, help="seconds (default: %(default)s)")
+    add("--seed", type=natural, default=0, help="of weights and data (default: %(default)s)")
+    add("--workers", type=natural, default=4, help="processes that draw batches (default: %(default)s)")
+    add("--score-rows", type=natural, default=200, help="of the evaluation file (default: %(default)s)")
+
+
+def main(args: Namespace) -> ExitCode:
+    """Raises UsageError, and NotReady where there is no GPU that was asked for."""
+    {"data": _data, "train": _train, "kernel-random": _kernel_random, "kernel-train": _kernel_train}[args.model](args)
+    return ExitCode.PASSED
+
+
+def _data(args: Namespace) -> None:
+    from pdkit.models.cpu.config import nano_config
+    from pdkit.models.problems import EVALUATION_ROWS, evaluation_set, write_jsonl
+    from pdkit.models.tokenizer import nano_tokenizer
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(evaluation_set(EVALUATION_ROWS), args.out / "gsm8k_nano.jsonl")
+    tokenizer = nano_tokenizer()
+    for model in ("nano-dsv4", "random-dsv4"):
+        tokenizer.save_pretrained(args.out / model)
+    nano_config(index_topk=16, initializer_range=0.2).save_pretrained(args.out / "random-dsv4")
+    print(f"wrote {EVALUATION_ROWS} problems and a tokenizer of {len(tokenizer)} tokens below {args.out}")
+
+
+def _train(args: Namespace) -> None:
+    if not (args.index_topk and args.threads and args.score_rows):
+        raise UsageError("--index-topk, --threads and --score-rows: at least 1")
+    from pdkit.models.cpu import fit  # imports torch and transformers, which takes seconds
+
+    _interruptible(fit.run, args, "nothing was written")
+
+
+def _kernel_random(args: Namespace) -> None:
+    from pdkit.models.cuda.checkpoint import save
+    from pdkit.models.cuda.model import KernelNano, randomize
+
+    began = time.monotonic()
+    model = KernelNano(hidden_size=args.hidden_size)
+    randomize(model, args.seed)
+    path = save(model, args.out or store.cached("random", args.hidden_size))
+    size = (path / store.WEIGHTS).stat().st_size / 1e6
+    print(f"wrote {path} ({size:.1f} MB, hash {store.digest(path)}) in {time.monotonic() - began:.0f} s")
+
+
+def _kernel_train(args: Namespace) -> None:
+    if not (args.workers and args.score_rows):
+        raise UsageError("--workers and --score-rows: at least 1")
+    args.out = args.out or store.cached("trained", args.hidden_size)
+    from pdkit.models.cuda import fit
+
+    _interruptible(fit.run, args, "the last checkpoint stays, without training.json")
+
+
+def _interruptible(run, args: Namespace, left: str) -> None:
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print(f"pdkit model {args.model}: interrupted; {left}", file=sys.stderr)
+        raise

@@ -1,0 +1,98 @@
+"""Runs a detection matrix into a directory: results.jsonl, matrix.md, matrix.csv and the logs of all servers."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import pdkit
+from pdkit.core.errors import ExitCode
+from pdkit.faults import LIBRARY
+from pdkit.faults.matrix import report
+from pdkit.faults.matrix.results import Results, Run, planned
+from pdkit.faults.matrix.session import Session, Subject
+from pdkit.faults.matrix.truth import TriedModel, truths_of
+from pdkit.faults.matrix.verdicts import checks_of
+from pdkit.faults.switch import find
+
+ASSETS = Path(pdkit.__file__).parent / "assets"
+SUBJECTS = Path(__file__).with_name("subjects.py")
+
+QUICK_FAULTS = (
+    "128x-compressed-zeroed",
+    "indexer-compressed-zeroed",
+    "rooms-swapped",
+    "compressed-aliased",
+    "seed-lost",
+    "transfer-fails-one-in-ten",
+)
+QUICK_TESTS = (
+    "test_parity_alone",
+    "test_parity_shared_prefix",
+    "test_parity_rooms",
+    "test_parity_request_parameters",
+)
+
+
+def chosen_faults(names: str | None, quick: bool) -> list[str]:
+    """Those named, separated by commas, or else a few or all of the library. Raises UnknownFault."""
+    if names:
+        return [find(name.strip()).name for name in names.split(",")]
+    return list(QUICK_FAULTS if quick else LIBRARY)
+
+
+def subjects_of(quick: bool) -> list[Subject]:
+    random = Subject("random", SUBJECTS, "RandomWeights", QUICK_TESTS if quick else ())
+    kinds = Subject("kinds", SUBJECTS, "Kinds", by_request=True)
+    return [random] if quick else [Subject("trained", SUBJECTS, "Trained"), random, kinds]
+
+
+def models_of(quick: bool) -> list[TriedModel]:
+    random = TriedModel("random", ASSETS / "random-dsv4", "dummy", 1)
+    return [random] if quick else [TriedModel("trained", ASSETS / "nano-dsv4", "auto", 0), random]
+
+
+def run_matrix(out: Path, faults: list[str], clean_runs: int, quick: bool = False, resume: bool = False) -> ExitCode:
+    """Runs what is not in `out` yet, and writes the table; FAILED where a fault went unseen or a clean run failed.
+
+    Raises ResultsError where `out` holds results and `resume` is not set, WorkerFailed where servers do not start.
+    """
+
+    wanted = planned(faults, clean_runs)
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results.open(out / "results.jsonl", resume)
+    todo = [key for key in wanted if key not in results.runs]
+    console = Console()
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bar, console=console) as progress:
+        task = progress.add_task("ground truth", total=len(wanted), completed=len(wanted) - len(todo))
+
+        def show(text: str) -> None:
+            progress.update(task, description=f"{text:60.60s}")
+
+        results.add_truths(truths_of([name for name in faults if name not in results.truths], models_of(quick), show))
+        if todo:
+            with Session(subjects_of(quick), out / "logs", show) as session:
+                results.set_checks(checks_of([test for tests in session.tests.values() for test in tests]))
+                for fault, index in todo:
+                    run = session.run(fault, index)
+                    results.add(run)
+                    progress.advance(task)
+                    console.print(line_of(run), highlight=False)
+    problems = results.problems(wanted)
+    write(results, problems, out)
+    return ExitCode.FAILED if problems else ExitCode.PASSED
+
+
+def write(results: Results, problems: list[str], out: Path) -> None:
+    """The table into `out`; prints the summary."""
+
+    (out / "matrix.md").write_text(f"# Detection matrix\n\n{report.markdown(results, problems)}", encoding="utf-8")
+    report.write_csv(results, out / "matrix.csv")
+    print(f"\n{report.summary(results, problems)}\nwritten: {out}/matrix.md, matrix.csv")
+
+
+def line_of(run: Run) -> str:
+    name = run.fault or f"no fault, run {run.index}"
+    caught = f"caught by {', '.join(run.caught_by)}" if run.caught_by else "not caught" if run.fault else "passed"
+    return f"{run.seconds:6.1f} s  {name}: {caught}" + (f"; restarted: {run.restarted}" if run.restarted else "")
