@@ -186,6 +186,11 @@ class Supervisor:
         finally:
             ended.set()
 
+    @property
+    def has_reported(self) -> bool:
+        """Whether a death was raised."""
+        return self._reported
+
     def stop(self) -> str | None:
         """Ends the watch; returns a death that no test has reported yet, or None."""
         self._stopped.set()
