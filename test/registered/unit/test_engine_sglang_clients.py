@@ -3,7 +3,6 @@
 import json
 import unittest
 
-import msgspec
 import requests
 import sglang as sgl
 from engine_servers import GREEDY, RANDOM, EngineHere, events
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
 
+msgspec = api_types.msgspec  # a requirement of SGLang's, not of this project
 ASK = {"model": "random", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 CHAT = ASK | {"messages": [{"role": "user", "content": "12 plus 5"}]}
 PROMPT = "Question: 12 plus 5 naïve 東京"
