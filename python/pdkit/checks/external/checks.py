@@ -43,7 +43,7 @@ class State(str, Enum):
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One check: `sentence` says what was found, `evidence` has what led to it."""
 
     check: str
@@ -63,7 +63,7 @@ class Mismatch(Exception):
 
 
 @dataclass
-class Target:
+class CheckedDeployment:
     """A deployment under check.
 
     servers    what stands behind its load balancer
@@ -122,7 +122,7 @@ class Target:
         return {"model": self.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, **options}
 
 
-def usage_adds_up(target: Target) -> str:
+def usage_adds_up(target: CheckedDeployment) -> str:
     """Tokens that the endpoints report are those that were asked for."""
     longer = PROMPT + " 2. " + PROMPT
     for prompt in (PROMPT, longer):
@@ -138,7 +138,7 @@ def usage_adds_up(target: Target) -> str:
     return "yes"
 
 
-def streaming_equals_whole(target: Target) -> str:
+def streaming_equals_whole(target: CheckedDeployment) -> str:
     """A stream has the text, the finish reason and the usage of the whole answer."""
     whole = target.complete()
     text, reasons, usage = target.streamed()
@@ -153,7 +153,7 @@ def streaming_equals_whole(target: Target) -> str:
     return "yes"
 
 
-def generate_equals_completion(target: Target) -> str:
+def generate_equals_completion(target: CheckedDeployment) -> str:
     """SGLang's own endpoint and OpenAI's answer alike."""
     whole, own = target.complete(), target.generate()
     text, usage, meta = whole["choices"][0]["text"], whole["usage"], own["meta_info"]
@@ -165,7 +165,7 @@ def generate_equals_completion(target: Target) -> str:
     return "yes"
 
 
-def chat_answers(target: Target) -> str:
+def chat_answers(target: CheckedDeployment) -> str:
     """Chat completions are served."""
     messages = [{"role": "user", "content": "What is 1 + 1?"}]
     body = {"model": target.model, "messages": messages, "max_tokens": TOKENS, "temperature": 0}
@@ -176,7 +176,7 @@ def chat_answers(target: Target) -> str:
     return "yes"
 
 
-def wrong_requests_are_refused(target: Target) -> str:
+def wrong_requests_are_refused(target: CheckedDeployment) -> str:
     """What is no request gets a status from 400 to 499 and a reason."""
     for path, body in (
         ("/v1/completions", {"model": target.model, "prompt": "1", "max_tokens": "many"}),
@@ -189,11 +189,11 @@ def wrong_requests_are_refused(target: Target) -> str:
     return "yes"
 
 
-def answers_equal(target: Target) -> str | Row:
+def answers_equal(target: CheckedDeployment) -> str | CheckRow:
     """The baseline's answers to the same requests: alone, together, with shared prefixes, with other parameters."""
     check, baseline = "answers equal the baseline", target.deployment.baseline_url
     if baseline is None:
-        return Row("answers", State.NOT_CHECKED, "no baseline to compare with (--baseline URL)")
+        return CheckRow("answers", State.NOT_CHECKED, "no baseline to compare with (--baseline URL)")
     info = server_info(baseline, target.deployment.api_key) or {}
     rows = target.questions.rows if isinstance(target.questions, Dataset) else ()
     comparison = parity.Comparison(
@@ -214,13 +214,13 @@ def answers_equal(target: Target) -> str | Row:
         return share + noise
     bits = ", but logprobs are off" if found.equal == found.total else ""
     sentence = f"{share}{bits}{': ' + found.hint if found.hint else ''}"
-    return Row(check, State.FAILED, sentence, (*found.report.splitlines()[1:], *found.problems[:8]))
+    return CheckRow(check, State.FAILED, sentence, (*found.report.splitlines()[1:], *found.problems[:8]))
 
 
-def gsm8k(target: Target) -> str | Row:
+def gsm8k(target: CheckedDeployment) -> str | CheckRow:
     """The accuracy gate on GSM8K; a few questions with --quick."""
     if isinstance(target.questions, str):
-        return Row("GSM8K", State.NOT_CHECKED, target.questions)
+        return CheckRow("GSM8K", State.NOT_CHECKED, target.questions)
     count = len(target.questions.rows)
     args = gsm8k_args(target.url, target.model, str(target.questions.path), num_shots=5, timeout=target.timeout)
     args.num_threads = IN_FLIGHT
@@ -239,26 +239,28 @@ def gsm8k(target: Target) -> str | Row:
     if target.min_score != MIN_SCORE or not options.suffices(count):
         options = replace(options, policy=Policy.FIRST_LOOK)
     if count < options.first_look:
-        return Row("GSM8K", State.NOT_CHECKED, f"{count} questions are too few, the gate needs {options.first_look}")
+        return CheckRow(
+            "GSM8K", State.NOT_CHECKED, f"{count} questions are too few, the gate needs {options.first_look}"
+        )
     gate = gsm8k_gate(args, options, run=client.run, progress=lambda line: None)
     share = f"score {gate.correct / gate.examples:.3f} of {gate.examples} questions"
     if gate.verdict is not Verdict.PASS:
-        return Row("GSM8K", State.FAILED, f"{share}, the gate is {target.min_score:g}",
+        return CheckRow("GSM8K", State.FAILED, f"{share}, the gate is {target.min_score:g}",
                    tuple(gate.report().splitlines()))  # fmt: skip
     return f"{share}, the gate is {target.min_score:g}"
 
 
-def acceptance_length(target: Target) -> str | Row:
+def acceptance_length(target: CheckedDeployment) -> str | CheckRow:
     """Tokens per verification step of speculative decoding, against the baseline's where it speculates."""
     check = "acceptance length"
     algorithms = {info.get("speculative_algorithm") for info in target.servers.decode if info}
     if algorithms == {None}:
-        return Row(check, State.NOT_CHECKED, "decode does not speculate")
+        return CheckRow(check, State.NOT_CHECKED, "decode does not speculate")
     if isinstance(target.questions, str):
-        return Row(check, State.NOT_CHECKED, target.questions)
+        return CheckRow(check, State.NOT_CHECKED, target.questions)
     measured = _accepted(target, target.url)
     if measured is None:
-        return Row(check, State.NOT_CHECKED, "no answer reports verification steps")
+        return CheckRow(check, State.NOT_CHECKED, "no answer reports verification steps")
     baseline = target.deployment.baseline_url
     reference = _accepted(target, baseline) if baseline else None
     if reference is None:
@@ -269,7 +271,7 @@ def acceptance_length(target: Target) -> str | Row:
     return f"{measured.length:.2f}, the baseline's is {reference.length:.2f}"
 
 
-def _accepted(target: Target, url: str) -> acceptance.Acceptance | None:
+def _accepted(target: CheckedDeployment, url: str) -> acceptance.Acceptance | None:
     assert isinstance(target.questions, Dataset)
     prompts = prompts_of(target.questions, 8 if target.quick else DRAFTS)
     sampling = {"temperature": 0, "max_new_tokens": DRAFT_TOKENS}
@@ -286,7 +288,7 @@ def _accepted(target: Target, url: str) -> acceptance.Acceptance | None:
     return accepted if isinstance(accepted, acceptance.Acceptance) else None
 
 
-Check = Callable[[Target], str | Row]
+Check = Callable[[CheckedDeployment], str | CheckRow]
 ACCOUNTED: tuple[tuple[str, Check], ...] = (
     ("usage adds up", usage_adds_up),
     ("streaming equals whole", streaming_equals_whole),
@@ -299,20 +301,22 @@ ACCOUNTED: tuple[tuple[str, Check], ...] = (
 """Each with its name; their requests are counted."""
 
 
-def ask(name: str, check: Check, target: Target) -> Row:
+def ask(name: str, check: Check, target: CheckedDeployment) -> CheckRow:
     """The row of one check, whatever it runs into."""
     try:
         found = check(target)
     except Mismatch as mismatch:
-        return Row(name, State.FAILED, str(mismatch))
+        return CheckRow(name, State.FAILED, str(mismatch))
     except (RequestFailed, requests.RequestException, acceptance.AcceptanceError, ScoreError) as failure:
-        return Row(name, State.FAILED, f"no answer: {' '.join(str(failure).split())[:400]}")
+        return CheckRow(name, State.FAILED, f"no answer: {' '.join(str(failure).split())[:400]}")
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        return Row(name, State.FAILED, f"an answer of another shape than SGLang's: {type(error).__name__}: {error}")
-    return found if isinstance(found, Row) else Row(name, State.PASSED, found)
+        return CheckRow(
+            name, State.FAILED, f"an answer of another shape than SGLang's: {type(error).__name__}: {error}"
+        )
+    return found if isinstance(found, CheckRow) else CheckRow(name, State.PASSED, found)
 
 
-def roles(target: Target) -> Row:
+def roles(target: CheckedDeployment) -> CheckRow:
     """Whether prefill and decode are there."""
     servers, check = target.servers, "prefill and decode"
     if not servers.confirmed:
@@ -320,9 +324,9 @@ def roles(target: Target) -> Row:
             "neither /server_info nor /workers of the load balancer lists its servers; name them by --prefill-urls and "
             "--decode-urls"
         )  # fmt: skip
-        return Row(check, State.NOT_CHECKED, f"could not be confirmed: {known}")
+        return CheckRow(check, State.NOT_CHECKED, f"could not be confirmed: {known}")
     counts = f"{len(servers.prefill)} prefill and {len(servers.decode)} decode"
-    return Row(check, State.PASSED, f"{servers.source} {counts}")
+    return CheckRow(check, State.PASSED, f"{servers.source} {counts}")
 
 
 def pair_counters(deployment: Deployment, settle: float = 0.0) -> PairCounters | None:
@@ -341,38 +345,40 @@ def pair_counters(deployment: Deployment, settle: float = 0.0) -> PairCounters |
     return found[-1]
 
 
-def accounting(account: ClientAccount) -> Row:
+def accounting(account: ClientAccount) -> CheckRow:
     """Whether each request was answered, at once."""
     total, failed = len(account.attempts), len(account.failures)
     if account.problems:
-        return Row("every request was answered", State.FAILED, f"{total - failed} of {total}",
+        return CheckRow("every request was answered", State.FAILED, f"{total - failed} of {total}",
                    tuple(account.report().splitlines()))  # fmt: skip
-    return Row("every request was answered", State.PASSED, f"{total} of {total}")
+    return CheckRow("every request was answered", State.PASSED, f"{total} of {total}")
 
 
-def counters(before: PairCounters | None, after: PairCounters | None, account: ClientAccount, exact: bool) -> Row:
+def counters(before: PairCounters | None, after: PairCounters | None, account: ClientAccount, exact: bool) -> CheckRow:
     """Whether each sequence was prefilled, transferred and decoded once; `exact`: nobody else used the servers."""
     check = "counters"
     if before is None or after is None:
-        return Row(check, State.NOT_CHECKED, "the servers have none")
+        return CheckRow(check, State.NOT_CHECKED, "the servers have none")
     did, (answered, sent) = after.since(before), account.sequences
     if did.decode.prefill_tokens:
-        return Row(check, State.FAILED, f"decode computed {did.decode.prefill_tokens} prompt tokens itself")
+        return CheckRow(check, State.FAILED, f"decode computed {did.decode.prefill_tokens} prompt tokens itself")
     if not exact and did.prefill.requests > sent:
-        return Row(
+        return CheckRow(
             check, State.PASSED, "decode computed no prompt itself; others used the servers, so that no more is known"
         )
     handover = HandoverAccount(did, answered, sent)
     if handover.problems:
-        return Row(check, State.FAILED, handover.problems[0], handover.problems[1:])
-    return Row(check, State.PASSED, f"each of {answered} sequences was prefilled, transferred and decoded once")
+        return CheckRow(check, State.FAILED, handover.problems[0], handover.problems[1:])
+    return CheckRow(check, State.PASSED, f"each of {answered} sequences was prefilled, transferred and decoded once")
 
 
-def check_all(target: Target, said: Callable[[Row], None], watched: Callable[[str], Any] = nullcontext) -> list[Row]:
+def check_all(
+    target: CheckedDeployment, said: Callable[[CheckRow], None], watched: Callable[[str], Any] = nullcontext
+) -> list[CheckRow]:
     """All checks in turn, each row to `said` as soon as it is known; `watched(name)` is open while a check runs."""
-    rows: list[Row] = []
+    rows: list[CheckRow] = []
 
-    def add(row: Row) -> None:
+    def add(row: CheckRow) -> None:
         rows.append(row)
         said(row)
 
@@ -385,7 +391,7 @@ def check_all(target: Target, said: Callable[[Row], None], watched: Callable[[st
             add(row)
             is_up = not row.sentence.startswith("no answer: ") or _answers(target)
             if not is_up:
-                add(Row("all else", State.NOT_CHECKED, f"{target.url} does not answer any more"))
+                add(CheckRow("all else", State.NOT_CHECKED, f"{target.url} does not answer any more"))
                 break
     account = target.ledger.account()
     add(accounting(account))
@@ -395,7 +401,7 @@ def check_all(target: Target, said: Callable[[Row], None], watched: Callable[[st
     return rows
 
 
-def _answers(target: Target) -> bool:
+def _answers(target: CheckedDeployment) -> bool:
     try:
         target.complete()
         return True

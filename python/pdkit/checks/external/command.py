@@ -14,7 +14,7 @@ from typing import Any
 
 import pdkit
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
-from pdkit.checks.external.checks import MIN_SCORE, Row, State, Target, check_all
+from pdkit.checks.external.checks import MIN_SCORE, CheckedDeployment, CheckRow, State, check_all
 from pdkit.core.command import Parser, positive
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.gsm8k import Dataset, DatasetError, read_dataset
@@ -83,7 +83,7 @@ def main(args: Namespace) -> ExitCode:
         infos = (*servers.prefill, *servers.decode)
         exact = args.exact or (bool(infos) and all(map(_is_embedded, infos)))
         data = given or _default_questions(served.model_path)
-        target = Target(deployment, served, servers, data, args.quick, exact, args.min_score)
+        target = CheckedDeployment(deployment, served, servers, data, args.quick, exact, args.min_score)
         if not args.json:
             print(f"check of {deployment.base_url}, which serves {target.model}", flush=True)
         rows = check_all(target, said=(lambda row: None) if args.json else _print, watched=_shown)
@@ -106,14 +106,14 @@ MEANINGS = {
 }
 
 
-def verdict(rows: Sequence[Row]) -> ExitCode:
+def verdict(rows: Sequence[CheckRow]) -> ExitCode:
     """FAILED by any row; UNCONFIRMED where the first, the servers' roles, could not be checked."""
     if any(row.state is State.FAILED for row in rows):
         return ExitCode.FAILED
     return ExitCode.PASSED if rows[0].state is State.PASSED else ExitCode.UNCONFIRMED
 
 
-def _print(row: Row) -> None:
+def _print(row: CheckRow) -> None:
     print(row.line(), *(f"    {line.strip()}" for line in row.evidence), sep="\n", flush=True)
 
 
