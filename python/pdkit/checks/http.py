@@ -28,14 +28,14 @@ def post(
     url: str,
     path: str,
     body: Any = None,
-    timeout: float | None = None,
+    timeout: float | tuple[float, float] | None = None,
     session: requests.Session | None = None,
     **options: Any,
 ) -> requests.Response:
     """The answer of `url` to a POST, whatever its status. Raises requests.RequestException.
 
     body     what becomes JSON; text and bytes are sent as they stand
-    timeout  seconds
+    timeout  seconds; or those to connect, and those without a word
     """
     if isinstance(body, (str, bytes)):
         options |= {"data": body, "headers": {"Content-Type": "application/json"}}

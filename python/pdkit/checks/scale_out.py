@@ -5,6 +5,8 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+from scipy.stats import binomtest
+
 from pdkit.checks.base import Checks
 from pdkit.checks.http import flush_caches
 from pdkit.checks.recovery.clients import Fate, Query, QueryThread, token_ids
@@ -13,6 +15,7 @@ from pdkit.core import events, processes
 from pdkit.deployment.router import healthy_workers
 
 POLL_S = 0.05
+UNFAIR = 1e-6  # the probability of a share that is no accident
 
 
 class ScaleOutChecks(Checks):
@@ -75,19 +78,34 @@ class ScaleOutChecks(Checks):
         return [client.result() for client in clients][-1]
 
     def test_pairs_are_right_under_load(self):
-        """Each decode server got from each prefill server as many hand-overs as that one sent it."""
-        before = self.handovers()
-        clients = [QueryThread(url, ask, self.bound) for ask in self.asks for url in self.routers().values()]
-        outcomes = [client.result() for client in clients]
-        self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
-        self.wait_idle()
+        """Each decode server got from each prefill server as many hand-overs as that one sent it.
+
+        Through each router by itself each request is started once on each side, and no server has a share that a
+        router which draws among two would hardly ever give it.
+        """
+        before, count = self.handovers(), 0
+        for router, url in self.routers().items():
+            started = self.started()
+            clients = [QueryThread(url, ask, self.bound) for ask in self.asks]
+            outcomes = [client.result() for client in clients]
+            self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
+            self.wait_idle()
+            count += len(clients)
+            shares = {role: {server: counts[server] - started[role][server] for server in counts}
+                      for role, counts in self.started().items()}  # fmt: skip
+            print(f"requests started through the {router}: {shares}", flush=True)
+            for role, share in shares.items():
+                self.assertEqual(sum(share.values()), len(clients), f"{role} started a request twice, or not: {router}")
+                for server, got in share.items():
+                    p_value = binomtest(got, len(clients), 1 / len(share)).pvalue
+                    self.assertGreater(p_value, UNFAIR, f"{router}: {got} of {len(clients)} requests went to {server}")
         if before is None:
             print("this engine does not count hand-overs: only the answers are compared", flush=True)
             return
         sent, received, failed = (after - earlier for after, earlier in zip(self.handovers(), before))
         print(f"hand-overs by (prefill, decode): {dict(received)}; sent: {dict(sent)}", flush=True)
         self.assertEqual(failed.total(), 0)
-        self.assertEqual(sent.total(), len(clients))
+        self.assertEqual(sent.total(), count)
         for prefill in sent:
             self.assertEqual(sum(count for pair, count in received.items() if pair[0] == prefill), sent[prefill])
         self.assertEqual(len(received), 4, "every prefill server works with every decode server")
@@ -180,6 +198,14 @@ class ScaleOutChecks(Checks):
             for address, count in info["received_from"].items():
                 received[address.rpartition(":")[2], url] = count
         return sent, received, failed
+
+    def started(self) -> dict[str, dict[str, int]]:
+        """Requests that each server has started, by role and URL; nothing where the engine does not count them."""
+        urls = {"prefill": [url for url, _ in self.prefills()], "decode": self.decodes()}
+        found = {role: {url: self.info(url).get("engine") for url in each} for role, each in urls.items()}
+        if not all(isinstance(engine, dict) for each in found.values() for engine in each.values()):
+            return {}
+        return {role: {url: engine["requests"] for url, engine in each.items()} for role, each in found.items()}
 
     def wait_idle(self):
         deadline, urls = time.monotonic() + self.settling, [*(url for url, _ in self.prefills()), *self.decodes()]

@@ -16,6 +16,7 @@ import requests
 
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.base import Checks
+from pdkit.checks.http import post
 
 EDGES = (1, 2, 3, 4, 5, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 FILLED_ROWS = 128  # tokens of a batch whose int32 lengths fill an allocation of 512 bytes to its end
@@ -124,10 +125,7 @@ class StressChecks(Checks):
         return ", ".join(map(str, lengths)) if len(lengths) < 6 else f"{lengths[0]} to {lengths[-1]}"
 
     def _send(self, session, pool, url, round_):
-        answers = [
-            pool.submit(session.post, f"{url}/generate", json=body, timeout=self.stress_timeout)
-            for body in round_.bodies
-        ]
+        answers = [pool.submit(post, url, "/generate", body, self.stress_timeout, session) for body in round_.bodies]
         try:
             for body, answer in zip(round_.bodies, answers):
                 self._check(body, answer.result())

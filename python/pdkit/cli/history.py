@@ -5,12 +5,17 @@ Each run of `pdkit run`, `pdkit test` and test/run_suite.py appends a record to 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdkit.core import paths
 from pdkit.core.command import Parser, natural, seconds
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.runner.options import HISTORY_VARIABLE, default_history
+
+if TYPE_CHECKING:
+    from pdkit.runner.history.record import Record
 
 
 def _figure(text: str) -> Path:
@@ -36,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--tolerance", type=seconds, default=0.1, metavar="SHARE", help="leave est_time if as close")
 
 
-def _propose(args: argparse.Namespace, records: list) -> ExitCode:
+def _propose(args: argparse.Namespace, records: "Sequence[Record]") -> ExitCode:
     from pdkit.core.registry import collect
     from pdkit.runner.history import est_time
     from pdkit.runner.history.series import seconds_of_files
@@ -55,7 +60,7 @@ def _propose(args: argparse.Namespace, records: list) -> ExitCode:
     return ExitCode.PASSED
 
 
-def _show(args: argparse.Namespace, records: list) -> None:
+def _show(args: argparse.Namespace, records: "Sequence[Record]") -> None:
     from pdkit.runner.history import drawing
     from pdkit.runner.history.series import main_job_series
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pdkit.core import paths
 from pdkit.core.command import Parser
+from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode
 
 EPILOG = "Exit codes: 0 nothing is found; 1 something is; 2 bad usage."
@@ -29,12 +30,11 @@ def main(args: Namespace) -> ExitCode:
     from pdkit.preflight.lint.check import RULES, lint
 
     if args.rules:
-        width = max(map(len, RULES))
-        print(*(f"{name:<{width}}  {check.__doc__.splitlines()[0]}" for name, check in RULES.items()), sep="\n")
+        print(columns([(name, (check.__doc__ or "").partition("\n")[0]) for name, check in RULES.items()]))
         return ExitCode.PASSED
     findings = lint(args.paths)
     for finding in findings:
-        path = finding.path
+        path = finding.path or Path()
         shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else path
         print(str(finding).replace(str(path), str(shown), 1))
     return ExitCode.FAILED if findings else ExitCode.PASSED

@@ -72,6 +72,7 @@ def _main(command: str | None, argv: Sequence[str]) -> ExitCode:
         return ExitCode.BAD_USAGE
     if command not in COMMANDS:
         parser.parse_args(argv)  # leaves for --help, and raises where no command is named or none has that name
+    assert command, "the parser has refused it"
     module = _module(command)
     args: Namespace = parser.parse_args(_joined(argv, getattr(module, "TAKE_FLAGS", ())))
     return module.main(args)

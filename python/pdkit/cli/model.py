@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pdkit
@@ -107,7 +108,7 @@ def _kernel_train(args: Namespace) -> None:
     _interruptible(fit.run, args, "the last checkpoint stays, without training.json")
 
 
-def _interruptible(run, args: Namespace, left: str) -> None:
+def _interruptible(run: Callable[[Namespace], None], args: Namespace, left: str) -> None:
     try:
         run(args)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pdkit.core import paths
 from pdkit.core.command import Parser
+from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode, UsageError
 
 EPILOG = "Exit codes: 0 it can; 2 bad usage; 3 it lacks something."
@@ -52,8 +53,7 @@ def main(args: Namespace) -> ExitCode:
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        width = max(len(level.value) for level in Level)
-        print(*(f"{finding.level.value:<{width}}  {finding}" for finding in findings), sep="\n")
+        print(columns([(finding.level.value, str(finding)) for finding in findings]))
         if recorded:
             print(f"not checked with {args.machine}: software, ports, model and data")
     return ExitCode.NOT_READY if any(finding.level is Level.ERROR for finding in findings) else ExitCode.PASSED

@@ -1,11 +1,9 @@
 """Which test files are registered, for which hardware and suite."""
 
-import gc
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -100,18 +98,6 @@ def _parse_top_level(rules: ModuleType, filename: str) -> tuple[list[Any], bool]
     return visitor.registries, visitor.has_main_entry
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Syntax trees hold no cycles, yet make the collector walk them again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _is_test(path: str, name: str) -> bool:
     if not name.endswith(".py"):
         return False
@@ -165,7 +151,7 @@ def collect(root: Path, rules: ModuleType | None = None) -> Collection:
     rules = rules or ci_register.load()
     vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
     registrations, errors = [], []
-    with _no_garbage_collection(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for filename in find_test_files(root):
             try:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import IO, Any
@@ -28,9 +29,11 @@ from sglang.test import test_utils
 from sglang.test.server_fixtures import disaggregation_fixture
 from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationServerBase
 
-from pdkit.core import events
+from pdkit.core import events, forked
+from pdkit.core.fork_server import python_program
 from pdkit.core.gpus import found, visible_gpus
 from pdkit.deployment import ports, quirks
+from pdkit.deployment.one_token import silent_half
 from pdkit.deployment.server import Server
 from pdkit.deployment.supervisor import ServerDied, Supervisor
 
@@ -176,7 +179,7 @@ class PDServers(PDDisaggregationServerBase):
         environment = {**os.environ, **(env or {}), "PATH": f"{python3}{os.pathsep}{os.environ['PATH']}"}
         before = sum(server.name == name for server in cls._servers)
         log_path = cls.log_path(f"{name} restart {before}" if before else name)
-        server_class = cls.server_class(name, environment)
+        server_class = cls.server_class(name, environment) if python_program(command) else Server
         with cls.supervisor.launching():
             server = server_class(name, command, environment, log_path, stop, copies)
             cls._servers.append(server)
@@ -185,8 +188,12 @@ class PDServers(PDDisaggregationServerBase):
 
     @classmethod
     def server_class(cls, name: str, environment: Mapping[str, str]) -> type[Server]:
-        """Of the process `name`, which is about to be started with `environment`."""
-        return Server
+        """Of the process `name`, which is about to be started with `environment`.
+
+        Where our own process was forked from one that had imported what servers need, so are they.
+        """
+        fork_server = forked.here()
+        return fork_server.based_on(Server) if fork_server else Server
 
     @classmethod
     def _prepare(cls) -> None:
@@ -255,10 +262,21 @@ class PDServers(PDDisaggregationServerBase):
             raise AssertionError(str(death)) from None
 
     @classmethod
+    def _failing_with_another_death(cls) -> contextlib.AbstractContextManager[None]:
+        """The same after the test's own method, which has failed by a death already if there was one."""
+        has_failed = cls.supervisor is None or cls.supervisor.has_reported
+        return contextlib.nullcontext() if has_failed else cls.failing_with_a_death()
+
+    @classmethod
     def heartbeat(cls) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Finds servers that hang while an eval waits; see `Supervisor.heartbeat`."""
         urls = {name: url for url, name in cls._names.items() if name != "load balancer"}
-        return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s)
+        pair = {name: urls[name] for name in ("prefill", "decode") if name in urls}
+        port = getattr(cls, "bootstrap_port", None)
+        asks_pair = (
+            partial(silent_half, pair, cls.base_host, int(port), cls.answer_s) if len(pair) == 2 and port else None
+        )
+        return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s, asks_pair)
 
     def _callSetUp(self) -> None:
         with self.failing_with_a_death():
@@ -271,11 +289,11 @@ class PDServers(PDDisaggregationServerBase):
             super()._callTestMethod(method)
 
     def _callTearDown(self) -> None:
-        with self.failing_with_a_death():
+        with self._failing_with_another_death():
             super()._callTearDown()
 
     def _callCleanup(self, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> None:
-        with self.failing_with_a_death():
+        with self._failing_with_another_death():
             super()._callCleanup(function, *args, **kwargs)
 
     @classmethod

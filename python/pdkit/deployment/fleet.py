@@ -2,11 +2,29 @@
 
 import os
 import signal
+from collections.abc import Callable
 
+import psutil
+
+from pdkit.core import events
+from pdkit.core.processes import wait_until
 from pdkit.deployment.router import kept_alive, metrics_at, router_command
 from pdkit.deployment.server import Server
 
+HARM_S = 20.0
 ATTRIBUTES = {"prefill": "process_prefill", "decode": "process_decode", "load balancer": "process_lb"}  # SGLang's names
+
+
+def processes_of(group: int) -> set[str]:
+    """States, as psutil names them, of the processes of a group that have not ended."""
+    states = set()
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group:
+                states.add(process.status())
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return states - {psutil.STATUS_ZOMBIE}
 
 
 class Fleet:
@@ -102,16 +120,27 @@ class Fleet:
     def end(cls, name: str) -> None:
         """SIGKILL for a whole server, whatever it consists of; that is not a death to report."""
         process = cls.process(name)
+        pid = process.pid
         process.kill_all()
         process.wait()
+        cls.require_harm(f"kill {name}", lambda: not processes_of(pid))
 
     @classmethod
     def freeze(cls, name: str) -> None:
-        os.killpg(cls.process(name).pid, signal.SIGSTOP)
+        pid = cls.process(name).pid
+        os.killpg(pid, signal.SIGSTOP)
+        cls.require_harm(f"freeze {name}", lambda: processes_of(pid) <= {psutil.STATUS_STOPPED})
 
     @classmethod
     def thaw(cls, name: str) -> None:
         os.killpg(cls.process(name).pid, signal.SIGCONT)
+
+    @classmethod
+    def require_harm(cls, what: str, took_effect: Callable[[], bool]) -> None:
+        """Raises AssertionError where harm that a test does took no effect: what follows would prove nothing."""
+        done = wait_until(took_effect, HARM_S)
+        events.verdict(f"harm: {what}", done, "" if done else f"{what}: no effect within {HARM_S:g} s")
+        assert done, f"{what}: no effect within {HARM_S:g} s, so nothing that follows is proved"
 
     @classmethod
     def start_again(cls, name: str) -> None:

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import requests
-
 from pdkit.core import events
+from pdkit.deployment.one_token import one_token
 from pdkit.deployment.server import Server
 from pdkit.deployment.workers import Workers
 
 POLL_S = 0.2
 WAKE_AGAIN_S = 3.0  # longer than an exception takes through a test
+STATED = "exited", "logged", "does", "answers", "fetches"  # how a sentence about a server goes on
 FATAL_GRACE_S = 1.0  # between a line that says that a process ends, and its end
 
 
@@ -67,6 +67,7 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.death: str | None = None
+        self.probes = 0
         self._watched: dict[str, _Watched] = {}
         self._lock = threading.RLock()
         self._reported = False
@@ -145,11 +146,18 @@ class Supervisor:
             self._depth -= 1
 
     @contextlib.contextmanager
-    def heartbeat(self, urls: Mapping[str, str], silence_s: float, answer_s: float) -> Iterator[Callable[[], None]]:
+    def heartbeat(
+        self,
+        urls: Mapping[str, str],
+        silence_s: float,
+        answer_s: float,
+        pair: Callable[[], tuple[str, str] | None] | None = None,
+    ) -> Iterator[Callable[[], None]]:
         """Within it servers that hang without a death are found; yields what to call after each sign of progress.
 
         After `silence_s` seconds without progress each server of `urls` (name -> URL) is asked for one token by
-        SGLang's /health_generate; one that does not answer within `answer_s` seconds counts as dead.
+        SGLang's /health_generate; one that does not answer within `answer_s` seconds counts as dead. Where all do,
+        `pair` asks prefill and decode together: (name, what is wrong), or None. `probes` counts how often.
         """
         last, ended = [time.monotonic()], threading.Event()
 
@@ -162,6 +170,13 @@ class Supervisor:
                     if problem and not ended.is_set() and time.monotonic() - last[0] >= silence_s:
                         self._report(name, f"{problem} after {silence_s:g} s without an answer to the eval: it hangs")
                         return
+                if pair and not ended.is_set() and time.monotonic() - last[0] >= silence_s:
+                    self.probes += 1
+                    found = pair()
+                    if found and not ended.is_set() and time.monotonic() - last[0] >= silence_s:
+                        name, problem = found
+                        self._report(name, f"{problem}; no answer to the test for {silence_s:g} s: it hangs")
+                        return
                 last[0] = time.monotonic()
 
         thread = threading.Thread(target=ask, name="pd-heartbeat", daemon=True)
@@ -170,6 +185,11 @@ class Supervisor:
             yield lambda: last.__setitem__(0, time.monotonic())
         finally:
             ended.set()
+
+    @property
+    def has_reported(self) -> bool:
+        """Whether a death was raised."""
+        return self._reported
 
     def stop(self) -> str | None:
         """Ends the watch; returns a death that no test has reported yet, or None."""
@@ -215,7 +235,7 @@ class Supervisor:
 
     def _record(self, name: str, how: str) -> None:
         process = self._watched[name].process
-        cause, excerpt = f"{name} {how}" if how.startswith(("exited", "logged", "does")) else f"{name}: {how}", ""
+        cause, excerpt = f"{name} {how}" if how.startswith(STATED) else f"{name}: {how}", ""
         log = getattr(process, "log_path", None)
         if isinstance(process, Server):
             if process.poll() is None:
@@ -238,16 +258,3 @@ class Supervisor:
         self._terminated = True
         if not self._launching:
             raise KeyboardInterrupt
-
-
-def one_token(url: str, timeout: float) -> str | None:
-    """What is wrong with a server that is asked for one token; None where it answers, or has no such endpoint."""
-    with requests.Session() as session:
-        session.trust_env = False  # loopback traffic does not go through a proxy
-        try:
-            status = session.get(f"{url}/health_generate", timeout=timeout).status_code
-        except requests.Timeout:
-            return f"does not answer /health_generate within {timeout:g} s"
-        except requests.RequestException as error:
-            return f"does not answer /health_generate ({type(error).__name__})"
-    return f"answers /health_generate with status {status}" if status >= 500 else None

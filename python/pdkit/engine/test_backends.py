@@ -2,12 +2,15 @@
 
 pdkit.engine.test_backends:HeldTransfer   keeps KV transfers waiting (on prefill), or refuses them (on decode), while a
                                           file says so
-pdkit.engine.test_backends:BitFlip        flips one bit of some KV transfers on the wire
+pdkit.engine.test_backends:BitFlip        flips one bit of some KV transfers on the wire, and empties others
 """
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from pdkit.engine.transfer import Handover, TransferBackend, TransferError
 
@@ -66,12 +69,25 @@ class HeldTransfer(TransferBackend):
             await asyncio.sleep(POLL_S)
 
 
-# Prompts of these lengths are hit, at this share of the bytes of their hand-over.
-BIT_FLIPS = {211: 0.0, 212: 0.5, 213: 1.0}
+# Prompts of these lengths are hit, at this share of the bytes of their hand-over: one length at least of each class of
+# prompts, shorter than a window, a page, some pages, and longer than that.
+BIT_FLIPS = {7: 0.5, 61: 0.5, 211: 0.0, 212: 0.5, 213: 1.0, 523: 0.5, 1021: 0.5}
+
+# Nothing but zeros comes of the state of prompts of these lengths, with a checksum that is right.
+WITHHELD = (8, 62, 214, 524, 1022)
 
 
 class BitFlip(TransferBackend):
-    """Flips a bit of the hand-over of a prompt whose length is in BIT_FLIPS; every other one arrives as it was sent."""
+    """Flips a bit of the hand-over of a prompt whose length is in BIT_FLIPS, and empties that of one in WITHHELD.
+
+    Every other one arrives as it was sent.
+    """
+
+    def outgoing(self, handover):
+        if handover.prompt_tokens not in WITHHELD:
+            return handover
+        empty = {name: torch.zeros_like(tensor) for name, tensor in handover.tensors.items()}
+        return replace(handover, tensors=empty)
 
     def wire(self, data):
         share = BIT_FLIPS.get(Handover.unpack(data).prompt_tokens)

@@ -24,6 +24,7 @@ class Where(Enum):
     DECODE = "decode, before it checks the hand-over"
     RESTORE = "decode, after its checks"
     LB = "the load balancer"
+    SERVER = "a server, beside the transfer"
 
 
 @dataclass
@@ -48,7 +49,12 @@ class Fault:
     change    of hand-overs: the changed one, None if it is never sent; may raise TransferError
     wire      of bytes
     balancer  the name of what a faulty load balancer does, see `pdkit.faults.load_balancer`
+    server    the name of what a faulty server does, see `pdkit.faults.engine`
+    size      its parameter: how much, from how many tokens on, at which place
     every     it meets one in so many requests
+    after     it begins after so many requests
+    only_served  it shows only where servers serve: in long prompts, or in requests at the same time
+    asks      the tests that are about faults of its kind; () all those that are about the state of a request
     resembles a bug of the field that had this shape
     harmless  why it changes no logit, token or status, if it is known not to
     """
@@ -59,16 +65,27 @@ class Fault:
     change: Change | None = None
     wire: Callable[[bytes], bytes] | None = None
     balancer: str | None = None
+    server: str | None = None
+    size: float = 0
     every: int = 1
+    after: int = 0
+    only_served: bool = False
+    asks: tuple[str, ...] = ()
     resembles: str = ""
     harmless: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         acts = {
             Where.WIRE: self.wire is not None,
             Where.LB: self.balancer is not None,
+            Where.SERVER: self.server is not None,
         }.get(self.where, self.change is not None)
-        assert acts and self.every >= 1, self.name
+        assert acts and self.every >= 1 and self.after >= 0, self.name
+
+    @property
+    def is_of_the_transfer(self) -> bool:
+        """Whether it can be tried in this process, on the state of a request alone."""
+        return self.where not in (Where.LB, Where.SERVER) and not self.only_served
 
 
 @dataclass
@@ -81,9 +98,10 @@ class Encounter:
     earlier: deque[Handover] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def is_met(self) -> bool:
-        """Counts a request; True if it is one of those that the fault meets: the last one of each `every`."""
+        """Counts a request; True if it is met: the last one of each `every`, of those past the first `after`."""
         self.seen += 1
-        met = self.seen % self.fault.every == 0
+        begun = self.seen - self.fault.after
+        met = begun > 0 and begun % self.fault.every == 0
         self.met += met
         return met
 
@@ -185,19 +203,22 @@ def left_over(kinds) -> Change:
     return change
 
 
+def overlaid_kinds(kinds: frozenset[Kind], source: Handover, onto: Handover) -> Handover:
+    """`onto` with the rows of `source` in its tensors of `kinds`."""
+    names = onto.tensors
+    changed = {
+        name: pieces.overlaid(source.tensors.get(name), tensor) if pieces.kind_of(name, names) in kinds else tensor
+        for name, tensor in names.items()
+    }
+    return replace(onto, tensors=changed)
+
+
 def from_same_beginning(kinds) -> Change:
     """The tensors of `kinds` hold the rows of the earlier request that shares the longest beginning with this one."""
 
     def change(handover, meeting):
         other = same_beginning(handover, meeting.earlier)
-        if other is None:
-            return handover
-        names = handover.tensors
-        changed = {
-            name: pieces.overlaid(other.tensors.get(name), tensor) if pieces.kind_of(name, names) in kinds else tensor
-            for name, tensor in names.items()
-        }
-        return replace(handover, tensors=changed)
+        return handover if other is None else overlaid_kinds(kinds, other, handover)
 
     return change
 

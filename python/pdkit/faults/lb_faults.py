@@ -12,12 +12,14 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.http import RequestFailed
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.references import collect
 from pdkit.checks.parity.verdict import Parity
+from pdkit.faults.driver import observe, tabulate
 from pdkit.faults.switch import VARIABLE, Switch, find
 
 
@@ -71,21 +73,16 @@ class BalancerFaultChecks(ParityArms):
         url = f"http://{self.base_host}:{self.faulty_lb_port}"
         self.wait_server_ready(f"{url}/health")
         rounds = {"parity rooms": self.parity_plan().rooms[0], "parity request parameters": self.parameter_round()[1]}
-        rows, wrong = [], []
+        observations = []
         for name in (None, *self.balancer_faults):
-            self.switch.turn(name)
-            seen = {check: self.seen(url, round_) for check, round_ in rounds.items()}
-            met = self.switch.met()
-            self.switch.turn(None)
+            checks = {check: partial(self.seen, url, round_) for check, round_ in rounds.items()}
+            observations.append(observe(self.switch, name, checks))
             self.until_right(url, rounds["parity rooms"], name)
-            expected = not (name is None or find(name).harmless or name in self.unseen_faults)
-            verdict = "seen" if any(seen.values()) else "not seen"
-            rows.append(f"  {name or 'no-fault':<22} {verdict}  met by {met} requests")
-            rows += [f"      {check}: {reason}" for check, reason in seen.items() if reason]
-            if any(seen.values()) != expected:
-                wrong.append(name or "no fault")
-        print("faults of the load balancer on the real engine", *rows, sep="\n", flush=True)
-        self.assertFalse(wrong, "seen where there is nothing to see, or not seen")
+        wrong = tabulate("faults of the load balancer", observations, self.is_seen_by_parity)
+        self.assertFalse(wrong, "\n".join(wrong))
+
+    def is_seen_by_parity(self, name: str | None) -> bool:
+        return not (name is None or find(name).harmless or name in self.unseen_faults)
 
     def until_right(self, url, round_, name):
         """What a fault broke must not be taken for what the next one does."""

@@ -18,6 +18,7 @@ from pdkit.faults.fault import (
     on_counts,
     on_tensors,
 )
+from pdkit.faults.kinds import families
 from pdkit.faults.pieces import COMPRESSED, COUNTS, TENSORS, Kind
 
 EVERYTHING = frozenset(TENSORS)
@@ -302,6 +303,7 @@ LIBRARY: dict[str, Fault] = {
         _of_bits,
         _of_whole_requests,
         _of_the_load_balancer,
+        families,
     )
     for fault in group()
 }

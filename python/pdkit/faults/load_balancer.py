@@ -14,10 +14,11 @@ from sglang_router import launch_router, mini_lb
 from tokenizers import Tokenizer
 
 from pdkit.faults.fault import Where
-from pdkit.faults.messages import LOST, Exchange, first_token_repeated, without
+from pdkit.faults.messages import CONTRADICTIONS, LOST, Exchange, asks_for, first_token_repeated, of_each, without
 from pdkit.faults.switch import Switch
 
 DELAY_S = 0.05
+CHANGES = ("answers-swapped", "first-token-repeated", *CONTRADICTIONS)
 
 
 class Response:
@@ -31,6 +32,27 @@ class Response:
 
     async def json(self):
         return self._result
+
+
+class StreamWithoutPiece:
+    """An aiohttp response whose stream lacks its second event."""
+
+    def __init__(self, response):
+        self._response, self.content = response, self
+
+    def __getattr__(self, name):
+        return getattr(self._response, name)
+
+    async def iter_chunked(self, size):
+        kept, number = b"", 0
+        async for chunk in self._response.content.iter_chunked(size):
+            *whole, kept = (kept + chunk).split(b"\n\n")
+            for event in whole:
+                number += 1
+                if number != 2:
+                    yield event + b"\n\n"
+        if kept:
+            yield kept
 
 
 class FaultySession:
@@ -65,7 +87,11 @@ class FaultySession:
             self._trick = self._choose_trick()
         body = await self._request(side, url, json)
         response = await self._session.post(url, json=body, headers=headers)
-        if side == "decode" and self._trick in ("answers-swapped", "first-token-repeated") and not body.get("stream"):
+        if side == "prefill" or self._trick is None:
+            return response
+        if self._trick == "stream-piece-lost" and body.get("stream"):
+            return StreamWithoutPiece(response)
+        if self._trick in CHANGES and not body.get("stream"):
             return Response(response, await self._answer(await response.json()))
         return response
 
@@ -76,7 +102,8 @@ class FaultySession:
             return None
         encounter.is_met()
         pair = 2 if "swapped" in encounter.fault.balancer else 1
-        if (encounter.seen - 1) % (pair * encounter.fault.every) >= pair:
+        begun = encounter.seen - 1 - encounter.fault.after
+        if begun < 0 or begun % (pair * encounter.fault.every) >= pair:
             return None
         self.switch.record()
         return encounter.fault.balancer
@@ -85,9 +112,14 @@ class FaultySession:
         if side == "prefill":
             if self._trick == "prefill-late":
                 await asyncio.sleep(DELAY_S)
+            if self._trick == "request-retried":
+                await self._duplicate(mini_lb.lb.decode_urls[0] + url.removeprefix(mini_lb.lb.prefill_urls[0]), body)
             return body
         if self._trick in LOST:
             return without(body, LOST[self._trick])
+        if self._trick and "-lost-with-" in self._trick:
+            lost, _, beside = self._trick.partition("-lost-with-")
+            return without(body, LOST[f"{lost}-lost"]) if asks_for(body, beside) else body
         if self._trick == "rooms-swapped":
             room = body["bootstrap_room"]
             if isinstance(room, list):
@@ -112,6 +144,8 @@ class FaultySession:
     async def _answer(self, result):
         if self._trick == "answers-swapped":
             return await self.answers.swap(result) if self.in_flight > 1 else result
+        if self._trick in CONTRADICTIONS:
+            return of_each(result, CONTRADICTIONS[self._trick])
         first_text = await self._first_text()
         return first_token_repeated(result, first_text)
 

@@ -1,6 +1,9 @@
 """What a faulty load balancer does to the JSON of requests and answers."""
 
 import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 PARTNER_TIMEOUT_S = 0.3
 LOST = {
@@ -61,3 +64,78 @@ def first_token_repeated(result, first_text):
             for choice in result["choices"]
         ]
     return result
+
+
+BESIDE = {
+    "logprobs": ("return_logprob", "logprobs"),
+    "seed": ("sampling_seed", "seed"),
+    "stop": ("stop", "stop_token_ids"),
+    "top-k": ("top_k",),
+}
+
+
+def asks_for(body: Mapping[str, Any], parameter: str) -> bool:
+    """Whether a request sets one of the parameters that `parameter` stands for in BESIDE."""
+    params = body.get("sampling_params") or {}
+    params = params[0] if isinstance(params, list) and params else params
+    return any(name in body or name in params for name in BESIDE[parameter] if (body | params).get(name))
+
+
+def of_each(result: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """`change` of an answer of /generate or of OpenAI's, or of each of a batch; errors stay as they are."""
+    if isinstance(result, list):
+        return [of_each(each, change) for each in result]
+    return change(json.loads(json.dumps(result))) if "meta_info" in result or "choices" in result else result
+
+
+def _usage_one_more(answer: dict[str, Any]) -> dict[str, Any]:
+    counts = answer.get("meta_info") or answer["usage"]
+    counts["completion_tokens"] += 1
+    return answer
+
+
+def _cached_beyond_prompt(answer: dict[str, Any]) -> dict[str, Any]:
+    if "meta_info" in answer:
+        answer["meta_info"]["cached_tokens"] = answer["meta_info"]["prompt_tokens"] + 1
+    else:
+        answer["usage"]["prompt_tokens_details"] = {"cached_tokens": answer["usage"]["prompt_tokens"] + 1}
+    return answer
+
+
+def _reason_exchanged(answer: dict[str, Any]) -> dict[str, Any]:
+    def other(reason: str) -> str:
+        return {"length": "stop", "stop": "length"}.get(reason, reason)
+
+    if "meta_info" in answer:
+        reason = answer["meta_info"]["finish_reason"]
+        answer["meta_info"]["finish_reason"] = reason and {**reason, "type": other(reason["type"])}
+    for choice in answer.get("choices", ()):
+        choice["finish_reason"] = other(choice["finish_reason"])
+    return answer
+
+
+def _token_after_the_end(answer: dict[str, Any]) -> dict[str, Any]:
+    if answer.get("output_ids"):
+        answer["output_ids"].append(answer["output_ids"][-1])
+    for choice in answer.get("choices", ()):
+        if choice.get("text"):
+            choice["text"] += choice["text"][-1]
+    return answer
+
+
+def _logprobs_one_less(answer: dict[str, Any]) -> dict[str, Any]:
+    for row in [answer.get("meta_info", {}), *(choice.get("logprobs") or {} for choice in answer.get("choices", ()))]:
+        for name in ("output_token_logprobs", "token_logprobs"):
+            if row.get(name):
+                row[name].pop()
+    return answer
+
+
+CONTRADICTIONS: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "usage-one-more": _usage_one_more,
+    "cached-beyond-prompt": _cached_beyond_prompt,
+    "reason-exchanged": _reason_exchanged,
+    "token-after-the-end": _token_after_the_end,
+    "logprobs-one-less": _logprobs_one_less,
+}
+"""What contradicts itself in an answer, by name."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import requests
 
-from pdkit.checks.http import RequestFailed, flush_caches
+from pdkit.checks.http import RequestFailed, flush_caches, post, status_of
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.exact import ExactParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
@@ -208,7 +208,7 @@ class PlantedBugChecks(ExactParityArms):
             if process.poll() is not None:
                 self.fail(f"the server of {url} ended with {process.returncode} at its start; {process.log_tail()}")
             with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                if status_of(f"{url}/health", timeout=5) == 200:
                     return
             time.sleep(0.3)
         self.fail(f"{url} is not healthy {self.returning} s after its start")
@@ -246,11 +246,9 @@ class PlantedBugChecks(ExactParityArms):
             return {"text": "1", "sampling_params": params, "stream": True}
 
         began = time.monotonic()
-        requests.post(f"{self.lb_url}/generate", json=body(self.aborted_tokens // 3), timeout=self.request_timeout)
+        post(self.lb_url, "/generate", body(self.aborted_tokens // 3), self.request_timeout)
         bound = time.monotonic() - began
-        with requests.post(
-            f"{self.lb_url}/generate", json=body(self.aborted_tokens), stream=True, timeout=self.request_timeout
-        ) as answer:
+        with post(self.lb_url, "/generate", body(self.aborted_tokens), self.request_timeout, stream=True) as answer:
             next(answer.iter_lines())
         hung_up = time.monotonic()
         while (running := self.running()) and time.monotonic() - hung_up < bound:

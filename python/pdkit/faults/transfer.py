@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager
 
 from pdkit.engine.transfer import TransferBackend, load_backend
+from pdkit.faults.engine import FaultyServer
 from pdkit.faults.fault import Where
 from pdkit.faults.switch import Switch
 
@@ -20,6 +21,7 @@ class FaultyTransfer(TransferBackend):
 
     def __init__(self):
         self._switch = Switch.of_environment()
+        FaultyServer.install(self._switch)
         self._backend = load_backend(os.environ.get(BACKEND_VARIABLE, "tcp"))
 
     def outgoing(self, handover):

@@ -2,17 +2,19 @@
 
 import os
 import shlex
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pdkit
 from pdkit.core import events, ports
 from pdkit.core.console import Console
 from pdkit.core.secrets import Redactor, secret_values
 from pdkit.runner import gpu_memory, guardian, orphans
-from pdkit.runner.guardian import Ending, Guarded
+from pdkit.runner.guardian import Ending, Guarded, Popen
 from pdkit.runner.hang_report import diagnose, py_spy
 from pdkit.runner.interruption import Interruption
 from pdkit.runner.options import HISTORY_VARIABLE, Options
@@ -57,7 +59,7 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
     return environment
 
 
-def _chunks(source) -> Iterator[bytes]:
+def _chunks(source: IO[bytes]) -> Iterator[bytes]:
     """The output as it comes, without secrets."""
     redactor = Redactor(secret_values(os.environ))
     while chunk := os.read(source.fileno(), 65536):
@@ -65,7 +67,7 @@ def _chunks(source) -> Iterator[bytes]:
     yield redactor.feed(b"")
 
 
-def _pump(source, log: Path, console: Console, is_shown: bool):
+def _pump(source: IO[bytes], log: Path, console: Console, is_shown: bool) -> None:
     """Writes all output to the log, and to the console if `is_shown`; to that alone once the log cannot be written.
 
     Nobody may wait for a log.
@@ -103,9 +105,11 @@ def _ending(guarded: Guarded, token: str, seconds: float) -> Ending:
     return ending
 
 
-def start(command: tuple[str, ...], environment: dict[str, str], token: str) -> Guarded:
+def start(
+    command: tuple[str, ...], environment: dict[str, str], token: str, popen: Popen = subprocess.Popen
+) -> Guarded:
     """Starts the process of a test file below a guardian of its own: the one place where one is started."""
-    return Guarded(command, environment, token)
+    return Guarded(command, environment, token, popen=popen)
 
 
 def run_attempt(
@@ -117,14 +121,17 @@ def run_attempt(
     interruption: Interruption,
     test_max_retry: int = 0,
     is_shown: bool = True,
+    popen: Popen = subprocess.Popen,
 ) -> Attempt:
     """Runs `command` in a new session for at most `timeout` seconds; whatever it started is gone afterwards.
 
-    Its output goes to `log`, and to the console if `is_shown`; several threads may run one each at a time. Its events are read in the directory that belongs to `log`, which `environment` names to it.
+    Its output goes to `log`, and to the console if `is_shown`; several threads may run one each at a time.
+    Its events are read in the directory that belongs to `log`, which `environment` names to it. popen: what starts it
+    and its guardian, see `pdkit.runner.warm`.
     """
     memory = gpu_memory.unaccounted()
     token, tic = new_token(environment), time.monotonic()
-    guarded = start(command, environment, token)
+    guarded = start(command, environment, token, popen)
     pump = threading.Thread(target=_pump, args=(guarded.output, log, console, is_shown), daemon=True)
     pump.start()
     forced = _wait(guarded, timeout, interruption)
@@ -138,11 +145,11 @@ def run_attempt(
     ending = _ending(guarded, token, time.monotonic() - tic)
     forced = forced if ending.exit_code is None else None
     pump.join(DRAIN_S)
-    if not pump.is_alive():
+    if guarded.output and not pump.is_alive():
         guarded.output.close()
     output = Output()
-    with console.keeping(log), log.open(errors="replace") as lines:
-        output = read_output(lines, events.read(directory_of(log)), test_max_retry)
+    with console.keeping(log), log.open(errors="replace") as text:
+        output = read_output(text, events.read(directory_of(log)), test_max_retry)
     return Attempt(
         log=log.name,
         seconds=ending.seconds,
@@ -151,5 +158,6 @@ def run_attempt(
         forced=forced,
         hung_in=phase,
         leftovers=() if forced else ending.ended,
+        cpu_seconds=ending.cpu_seconds,
         unreleased=(*ending.unreleased, *gpu_memory.wait_for_release(memory)),
     )

@@ -9,22 +9,26 @@ the runner holds: closed on purpose, or by the kernel after a SIGKILL of the run
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import IO
 
 import psutil
 
-from pdkit.core import ports, processes
+from pdkit.core import fork_server, ports, processes
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE
 
 SETTLE_S = 0.5
 PORTS_S = 10.0
 LIMIT_S = SETTLE_S + processes.GRACE_S + processes.KILL_S + PORTS_S + 10.0
 PR_SET_CHILD_SUBREAPER = 36
+Popen = Callable[..., subprocess.Popen]
 TOLD_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -32,24 +36,32 @@ TOLD_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Ending:
     """How a guarded command ended.
 
-    `exit_code` is None where it had to be ended, `seconds` how long it ran. `ended` describes the processes that were
-    still there, `unreleased` what is there after all was done.
+    `exit_code` is None where it had to be ended, `seconds` how long it ran, `cpu_seconds` the CPU time of all that ran.
+    `ended` describes the processes that were still there, `unreleased` what is there after all was done.
     """
 
     exit_code: int | None
     seconds: float
     ended: tuple[str, ...] = ()
     unreleased: tuple[str, ...] = ()
+    cpu_seconds: float = 0.0
 
 
 class Guarded:
     """A command that runs under a guardian; its `output`, standard error included, is a pipe or file of the caller."""
 
-    def __init__(self, command, environment: dict[str, str], token: str, output=subprocess.PIPE):
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        token: str,
+        output: int | IO = subprocess.PIPE,
+        popen: Popen = subprocess.Popen,
+    ):
         self._ending: Ending | None = None
-        self._guardian = subprocess.Popen(
+        self._guardian = popen(
             [sys.executable, "-m", __name__, *command],
-            env=environment | {GUARDIAN_VARIABLE: token},
+            env={**environment, GUARDIAN_VARIABLE: token},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -153,28 +165,33 @@ def _wait(leader: int, children: Children, bell: int):
             return
 
 
+def _start(command: list[str], environment: dict[str, str]) -> int:
+    """The process id of `command`; where we are a fork that has imported what it needs, it is a fork of us."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    if pid := fork_server.start_here(command, environment, (nothing, 2, 2)):
+        return pid
+    streams = {"stdin": nothing, "stdout": sys.stderr, "stderr": sys.stderr}
+    leader = subprocess.Popen(command, env=environment, **streams, start_new_session=True)
+    leader.returncode = 0  # nobody but `Children` waits for it
+    return leader.pid
+
+
 def guard(command: list[str], environment: dict[str, str]) -> Ending:
     """Runs `command` and ends all that it started."""
     children, bell = Children(), _bell()
     tic = time.monotonic()
-    leader = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
-        stderr=sys.stderr,
-        start_new_session=True,
-    )
-    _say(pid=leader.pid)
-    _wait(leader.pid, children, bell)
-    exit_code, seconds = children.exit_codes.get(leader.pid), time.monotonic() - tic
+    leader = _start(command, environment)
+    _say(pid=leader)
+    _wait(leader, children, bell)
+    exit_code, seconds = children.exit_codes.get(leader), time.monotonic() - tic
     if exit_code is not None:
         processes.wait_until(children.are_gone, SETTLE_S)
     me = psutil.Process()
     ended = processes.end(lambda: processes.descendants(me), children.are_gone)
     unreleased = [f"{survivor} survived SIGKILL" for survivor in ended.survivors]
     unreleased += ports.wait_until_free(ended.ports, PORTS_S)
-    return Ending(exit_code, seconds, ended.processes, tuple(unreleased))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Ending(exit_code, seconds, ended.processes, tuple(unreleased), used.ru_utime + used.ru_stime)
 
 
 def main(command: list[str]):

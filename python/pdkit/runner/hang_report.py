@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -73,7 +74,7 @@ def stacks(processes: Iterable[psutil.Process], command: str | None) -> Iterator
     Where py-spy may not look into them, Python's own faulthandler is asked, which PYTHONFAULTHANDLER turns on: it
     prints the stacks into the log of each process, and ends it.
     """
-    untraced = []
+    untraced: list[psutil.Process] = []
     for process in filter(is_python, processes):
         try:
             text = dump(process, command)
@@ -92,6 +93,10 @@ def stacks(processes: Iterable[psutil.Process], command: str | None) -> Iterator
         yield f"instead, faulthandler was made to print stacks above, ending the processes: {aborted}"
 
 
+def _is_gone(process: psutil.Process) -> bool:
+    return not is_alive(process)
+
+
 def _abort(processes: list[psutil.Process]) -> list[int]:
     """Ends processes by SIGABRT, the youngest first, so that each parent lives to pass its children's output on."""
     aborted = []
@@ -100,7 +105,7 @@ def _abort(processes: list[psutil.Process]) -> list[int]:
             if process.environ().get("PYTHONFAULTHANDLER"):
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (NO_CORE_DUMP, NO_CORE_DUMP))
                 process.send_signal(signal.SIGABRT)
-                wait_until(lambda process=process: not is_alive(process), ABORT_S)
+                wait_until(partial(_is_gone, process), ABORT_S)
                 aborted.append(process.pid)
     return aborted
 

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from types import FrameType
 
 POLL_S = 0.25
 
@@ -14,16 +15,16 @@ class Interruption:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested_by: signal.Signals | None = None
 
     def __bool__(self) -> bool:
         return self.requested_by is not None
 
-    def _remember(self, number, _frame):
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.requested_by = self.requested_by or signal.Signals(number)
 
-    def __enter__(self):
+    def __enter__(self) -> "Interruption":
         self._previous = {
             number: signal.signal(number, self._remember)
             for number in self.SIGNALS
@@ -31,11 +32,11 @@ class Interruption:
         }
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def sleep(self, seconds: float):
+    def sleep(self, seconds: float) -> None:
         """Sleeps, or returns early once interrupted."""
         deadline = time.monotonic() + seconds
         while not self and (left := deadline - time.monotonic()) > 0:

@@ -2,12 +2,13 @@
 
 import json
 
+from pdkit.core.console import columns
 from pdkit.core.registry import Registration
 from pdkit.runner.options import Options
 from pdkit.runner.select import Selection
 
 HEADER = ("FILE", "SUITE", "HW", "EST", "NIGHTLY", "PARTITION", "DISABLED")
-NUMERIC = ("EST", "PARTITION")
+NUMERIC = (HEADER.index("EST"), HEADER.index("PARTITION"))
 
 
 def _partition(registration: Registration, selection: Selection, options: Options) -> str:
@@ -22,13 +23,7 @@ def table(selection: Selection, options: Options) -> str:
         nightly = "yes" if r.nightly else "no"
         why = "-" if r.is_enabled else r.disabled or "no reason given"
         rows.append((r.name, r.suite, r.hw, f"{r.est_time:g} s", nightly, _partition(r, selection, options), why))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        columns = zip(row, widths, HEADER, strict=True)
-        cells = (cell.rjust(width) if name in NUMERIC else cell.ljust(width) for cell, width, name in columns)
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines) + "\n" + totals(selection)
+    return f"{columns(rows, right=NUMERIC)}\n{totals(selection)}"
 
 
 def totals(selection: Selection) -> str:

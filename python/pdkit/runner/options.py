@@ -38,6 +38,7 @@ class Options:
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
+    warm: bool = True  # fork test files from a process that has imported SGLang, where that can be
     files: tuple[str, ...] = ()
     only: str | None = None  # -k
     last_failed: bool = False
@@ -53,7 +54,7 @@ class Options:
     json: bool = False
     target: str | None = None  # what the files test, for those that do not name it themselves
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.list_only or self.is_narrow or (self.hw and self.suite)
         assert not self.json or self.list_only
         assert self.partition_size is None or 0 <= (self.partition_id or 0) < self.partition_size
@@ -76,7 +77,7 @@ class Options:
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
 
 
-def add_verbose(group):
+def add_verbose(group: argparse._ActionsContainer) -> None:
     """`-v`."""
     group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
 
@@ -101,7 +102,7 @@ def default_timeout(est_time: float) -> float:
     return max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
 
 
-def add_history_options(group):
+def add_history_options(group: argparse._ActionsContainer) -> None:
     """`--history FILE` and `--no-history`, which `history_file` reads."""
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
@@ -133,8 +134,8 @@ def history_file(args: argparse.Namespace, is_own_tree: bool) -> Path | None:
     if args.no_history:
         return None
     is_named = args.history or os.environ.get(HISTORY_VARIABLE)
-    path = args.history or (default_history() if is_named or is_own_tree else None)
-    if is_named and (path.is_dir() or not path.absolute().parent.is_dir()):
+    path: Path | None = args.history or (default_history() if is_named or is_own_tree else None)
+    if is_named and path and (path.is_dir() or not path.absolute().parent.is_dir()):
         flag = "--history" if args.history else HISTORY_VARIABLE
         raise UsageError(f"{flag} {path}: {'is a directory' if path.is_dir() else 'its directory does not exist'}")
     return path
@@ -175,6 +176,12 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         type=natural,
         metavar="N",
         help="run N files side by side (default: 2 on two cores; 1 with GPUs)",
+    )
+    run.add_argument(
+        "--no-warm",
+        dest="warm",
+        action="store_false",
+        help="start each file on CPU anew, and its servers, not forked from a process that imported SGLang once",
     )
     add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")

@@ -134,7 +134,7 @@ def unittest_counts(events: Events) -> TestCounts | None:
 
 
 def _pytest_counts(summary: str) -> TestCounts:
-    named = {}
+    named: dict[str, int] = {}
     for part in summary.split(", "):
         number, _, name = part.partition(" ")
         if number.isdigit():

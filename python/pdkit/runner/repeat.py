@@ -42,7 +42,7 @@ class Repetition:
     def __init__(self, out: Path, target: str, file: Path | None = None):
         self.out, self.target, self.file = out, target, file
         self.stop = threading.Event()
-        self.processes: set[subprocess.Popen] = set()
+        self.processes: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
     def finished(self, number: int) -> Repeat | None:
@@ -83,7 +83,7 @@ class Repetition:
             return [sys.executable, str(self.file), "-f"]
         return [*COMMAND, "--on", self.target, "--report-dir", str(directory), "--history", str(self._history)]
 
-    def interrupt(self):
+    def interrupt(self) -> None:
         """Asks what runs to end its servers, and waits for it."""
         with self._lock:
             self.stop.set()

@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from pdkit.core.registry import Registration
 from pdkit.runner.outcome import FileState, Output
@@ -25,6 +26,7 @@ class Attempt:
     hung_in: str | None = None
     leftovers: tuple[str, ...] = ()
     unreleased: tuple[str, ...] = ()
+    cpu_seconds: float = 0.0  # of all its processes
 
     @property
     def verdict(self) -> tuple[FileState, str]:
@@ -71,7 +73,7 @@ class FileResult:
         """Of the last attempt, as SGLang's timings have it."""
         return self.attempts[-1].seconds if self.attempts else 0.0
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         registration = self.registration
         last = self.attempts[-1] if self.attempts else None
         counts = last.output.counts if last else None
@@ -91,6 +93,7 @@ class FileResult:
                 {
                     "state": attempt.verdict[0].value,
                     "seconds": round(attempt.seconds, 3),
+                    "cpu_seconds": round(attempt.cpu_seconds, 3),
                     "exit_code": attempt.exit_code,
                     "log": attempt.log,
                     "hung_in": attempt.hung_in,

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from pdkit.core import events, paths
+from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.core.events import Events
 from pdkit.core.registry import Registration, collect
@@ -55,9 +56,8 @@ def summary(target: Target, happened: Events, code: ExitCode, seconds: float) ->
     rows += [(phase.name, f"{phase.seconds:.1f} s{', FAILED' * phase.is_bad}") for phase in ended]
     rows += [("imports and the rest", f"{seconds - sum(phase.seconds for phase in ended):.1f} s")]
     rows += [("total", f"{seconds:.1f} s")]
-    width = max(len(name) for name, _ in rows)
     head = f"main job on {target.name}: {code.name.replace('_', ' ')}"
-    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+    return f"{head}\n{columns(rows, indent='  ')}"
 
 
 def registration_of(target: Target) -> Registration:

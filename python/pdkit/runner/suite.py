@@ -1,5 +1,6 @@
 """Runs selected test files, several side by side where the machine has the cores, each in a session of its own."""
 
+import contextlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pdkit.core.host import command_line
 from pdkit.core.registry import Registration, syntax_errors
 from pdkit.runner import narrow
 from pdkit.runner.attempt import child_environment, python3_directory, run_attempt
+from pdkit.runner.guardian import Popen
 from pdkit.runner.history.record import of_run
 from pdkit.runner.history.store import append
 from pdkit.runner.interruption import Interruption
@@ -34,6 +36,7 @@ from pdkit.runner.report.read import read_results
 from pdkit.runner.report.terminal import cause, log_tails
 from pdkit.runner.results import Attempt, FileResult
 from pdkit.runner.select import Selection
+from pdkit.runner.warm import Warm
 
 RULE = "=" * 60
 POLL_S = 0.1
@@ -76,6 +79,9 @@ class SuiteRun:
         self.console = Console(sys.stdout.buffer)
         self._board = Board(self.console)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
+        self._warm = Warm(
+            selection.enabled, self.environment, logs / "warm.log", self.console, interruption, options.warm
+        )
         self._groups = lanes(selection.enabled, options)
         self._total = sum(len(files) for files, _ in self._groups)
         self._results: dict[int, FileResult] = {}
@@ -84,8 +90,9 @@ class SuiteRun:
 
     def run(self) -> ExitCode:
         self._print_header()
-        for files, jobs in self._groups:
-            self._run_lanes(files, jobs)
+        with contextlib.closing(self._warm):
+            for files, jobs in self._groups:
+                self._run_lanes(files, jobs)
         for number, registration in enumerate(self.selection.disabled, start=self._total + 1):
             self._results[number] = FileResult(
                 registration, FileState.DISABLED, registration.disabled or "no reason given"
@@ -128,7 +135,7 @@ class SuiteRun:
                 waiting.clear()
             raise
 
-    def _draw_report(self):
+    def _draw_report(self) -> None:
         """Draws what was kept; a report that cannot be drawn is no failure of what was tested."""
         from pdkit.runner.report.write import write  # jinja2: only a run with a report pays for it
 
@@ -164,7 +171,7 @@ class SuiteRun:
     def _run_file(self, registration: Registration, number: int, label: str, jobs: int) -> FileResult:
         options = self.options
         timeout = options.timeout(registration.est_time)
-        command = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
+        command: tuple[str, ...] = (sys.executable, "-m", _program(Path(registration.filename)), registration.filename)
         command += ("-f",) if options.failfast else ()
         if options.only and not narrow.is_file_named(registration, options.only):
             command += ("-k", options.only)
@@ -177,7 +184,8 @@ class SuiteRun:
             if self.options.verbose:
                 self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}")
+            popen = self._warm.popen_for(registration)
+            attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}", popen)
             attempts.append(attempt)
             for leftover in attempt.leftovers:
                 self.console.line(f"{label} it left a process behind, ended now: {leftover}")
@@ -196,7 +204,9 @@ class SuiteRun:
             state, reason = FileState.PASSED_ON_RETRY, f"first attempt: {attempts[0].verdict[0].value}"
         return FileResult(registration, state, reason, command, tuple(attempts))
 
-    def _attempt(self, command: tuple[str, ...], log: Path, timeout: float, jobs: int, name: str) -> Attempt:
+    def _attempt(
+        self, command: tuple[str, ...], log: Path, timeout: float, jobs: int, name: str, popen: Popen
+    ) -> Attempt:
         directory, retries = evidence.directory_of(log), self.options.test_max_retry
         environment = self.environment | progress.environment(self.console.is_terminal) | evidence.environment(log)
         with self.console.keeping(directory):
@@ -205,7 +215,7 @@ class SuiteRun:
         self._board.begins(name, directory)
         try:
             attempt = run_attempt(
-                command, environment, log, timeout, self.console, self.interruption, retries, is_shown
+                command, environment, log, timeout, self.console, self.interruption, retries, is_shown, popen
             )
         finally:
             self._board.ends(directory)
@@ -216,7 +226,7 @@ class SuiteRun:
             evidence.end(log)
         return attempt
 
-    def _print_header(self):
+    def _print_header(self) -> None:
         options, selection = self.options, self.selection
         nightly = ", nightly" if options.nightly else ""
         part = f", partition {options.partition_id} of {options.partition_size}" if options.partition_size else ""
@@ -240,7 +250,7 @@ class SuiteRun:
         for registration in selection.disabled:
             self.console.line(f"disabled: {registration.name}; {registration.disabled or 'no reason given'}")
 
-    def _print_summary(self):
+    def _print_summary(self) -> None:
         """What a reader of the last lines wants to know comes last: the causes of failures, and one line of numbers."""
         line = self.console.line
         if self.options.timings:
@@ -261,14 +271,14 @@ class SuiteRun:
             line(f"logs and results.json: {self.logs}")
             self._draw_report()
         self._print_failures()
-        if self.interruption:
-            line(f"interrupted by {self.interruption.requested_by.name}")
+        if by := self.interruption.requested_by:
+            line(f"interrupted by {by.name}")
         elif self.exit_code is ExitCode.NOTHING_RAN and self.selection.enabled:
             line("a file that runs none of its tests proves nothing: this is not a pass")
         line(f"{self.exit_code.name.lower().replace('_', ' ')} in {time.monotonic() - self.tic:.1f} s")
         line(tally(self.states))
 
-    def _print_timings(self):
+    def _print_timings(self) -> None:
         """The lines that SGLang's CI reads."""
         self.console.line("========== TIMINGS BEGIN ==========")
         for result in self.results:
@@ -278,17 +288,21 @@ class SuiteRun:
                 self.console.line(json.dumps(timing))
         self.console.line("========== TIMINGS END ==========")
 
-    def _print_failures(self):
+    def _print_failures(self) -> None:
         """The logs of each file that did not pass, then, once more and together, the cause of each."""
         bad = [result for result in self.results if result.attempts and not result.state.is_pass]
         runs = self._read(bad)
         if not self.options.verbose:
-            for run in filter(None, runs):
+            for run in (run for run in runs if run):
                 with self.console.keeping(self.logs):
                     is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
                     self.console.line("\n".join(log_tails(run, self.logs, is_grouped)))
-        for result, run in zip(bad, runs, strict=True):
-            lines = [result.describe(), *(cause(run) if run else ()), f"  log: {self.logs / result.attempts[-1].log}"]
+        for result, known in zip(bad, runs, strict=True):
+            lines = [
+                result.describe(),
+                *(cause(known) if known else ()),
+                f"  log: {self.logs / result.attempts[-1].log}",
+            ]
             self.console.line("\n".join(lines))
 
     def _read(self, results: list[FileResult]) -> list[FileRun | None]:
@@ -299,7 +313,7 @@ class SuiteRun:
             self.console.line(f"the logs in {self.logs} cannot be read: {type(error).__name__}: {error}")
             return [None] * len(results)
 
-    def _write_results(self, finished: bool = False):
+    def _write_results(self, finished: bool = False) -> None:
         if not self.options.report_dir:
             return
         document = {
@@ -323,7 +337,7 @@ class SuiteRun:
             draft.write_text(json.dumps(document, indent=2) + "\n")
             draft.replace(path)
 
-    def _append_metrics(self, result: FileResult):
+    def _append_metrics(self, result: FileResult) -> None:
         """One record per file where SGLang's CI asks for them with SGLANG_TEST_METRICS_FILE."""
         path = os.environ.get("SGLANG_TEST_METRICS_FILE")
         if not path:
@@ -336,10 +350,10 @@ class SuiteRun:
         }
         if not result.state.is_pass:
             record["error"] = f"{result.state.value}: {result.reason}"
-        with self.console.keeping(path), open(path, "a") as file:
+        with self.console.keeping(Path(path)), open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _append_history(self):
+    def _append_history(self) -> None:
         path = self.options.history
         if not path or not any(result.attempts for result in self.results):
             return

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdkit.core.console import columns
 from pdkit.core.errors import NotReady, UsageError
 from pdkit.core.gpus import Gpu, found
 from pdkit.core.suggest import unknown
@@ -119,6 +120,4 @@ def why(target: Target, gpus: Sequence[Gpu]) -> str:
 def overview(gpus: Sequence[Gpu]) -> str:
     """One line per target, highest first: what it needs, and whether this machine can run it."""
     rows = [(target.name, target.needs, "runs here" if target.runs_on(gpus) else "not here") for target in TARGETS]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, f"this machine has {found(gpus)}"])
+    return f"{columns(rows)}\nthis machine has {found(gpus)}"

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from functools import partial
 from pathlib import Path
 
-from pdkit.core import events
+from pdkit.core import events, forked
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.source import read
@@ -28,8 +29,11 @@ class Attached(unittest.TestCase):
     def setUp(self):
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-    def attach(self, file, *, before="pass", model=ASSETS / "nano-dsv4", **environ):
-        """Runs `file` attached, after the statement `before`; its exit code and what it printed."""
+    def attach(self, file, *, before=None, spawned=False, model=ASSETS / "nano-dsv4", **environ):
+        """Runs `file` attached, after the statement `before`; its exit code and what it printed.
+
+        Where our own process was forked, so is that of `file`, and its servers, but where it is to be `spawned`.
+        """
         environ = {
             **os.environ,
             events.VARIABLE: str(self.directory),
@@ -43,10 +47,15 @@ class Attached(unittest.TestCase):
             **environ,
         }
         program = f"import sys; {before}; from pdkit.deployment import attach; attach.main(sys.argv[1:])"
-        command = [sys.executable, "-c", program, str(file), "-f"]
-        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(done.stdout, flush=True)
-        return done.returncode, done.stdout
+        code = ["-c", program] if before else ["-m", "pdkit.deployment.attach"]
+        popen = subprocess.Popen
+        if not before and not spawned and (fork_server := forked.here()):
+            popen = partial(fork_server.popen, has_fork_server=True)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+        with popen([sys.executable, *code, str(file), "-f"], env=environ, **streams) as process:
+            output = process.stdout.read()
+        print(output, flush=True)
+        return process.returncode, output
 
     def events(self, *kinds):
         return events.read(self.directory).of(*kinds)
@@ -57,8 +66,8 @@ class Attached(unittest.TestCase):
 
 class TestShapes(Attached):
     def test_the_central_test(self):
-        """As SGLang's CI runs it, where its eight GPUs are taken for granted."""
-        code, _ = self.attach(CENTRAL, SGLANG_IS_IN_CI="true")
+        """As SGLang's CI runs it, where its eight GPUs are taken for granted, and spawned as there."""
+        code, _ = self.attach(CENTRAL, spawned=True, SGLANG_IS_IN_CI="true")
         self.assertEqual(code, ExitCode.PASSED)
         (score,) = self.events("score")
         self.assertEqual((score["eval"], score["examples"], score["engine"]), ("gsm8k", 200, "embedded_as_sglang"))

@@ -4,14 +4,22 @@ import unittest
 
 import requests
 from pdkit.checks.accuracy.checks import GSM8KChecks
+from pdkit.checks.age import AgeChecks
 from pdkit.core import events
 from pdkit.deployment.embedded import EmbeddedServers
+from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
 
 
-class TestDisaggregationDSV4Embedded(GSM8KChecks, EmbeddedServers):
+class TestDisaggregationDSV4Embedded(AgeChecks, GSM8KChecks, MonolithicBeside, EmbeddedServers):
+    """Parity comes first: 200 short requests, equal to the bit to what one monolithic server answers."""
+
+    @classmethod
+    def take_references(cls):
+        cls.take_age_references()
+
     def test_gsm8k(self):
         super().test_gsm8k()
         with events.phase("hand-over counters"):

@@ -7,20 +7,21 @@ import unittest
 
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.integrity import IntegrityChecks
-from pdkit.checks.parity.checks import ParityChecks
+from pdkit.checks.kinds import ParityAndKindChecks
 from pdkit.deployment.embedded import RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
-from pdkit.engine.test_backends import BIT_FLIPS
+from pdkit.engine.test_backends import BIT_FLIPS, WITHHELD
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=145, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Integrity(
-    AccountingChecks, IntegrityChecks, ParityChecks, MonolithicBeside, RandomEmbeddedServers
+    AccountingChecks, IntegrityChecks, ParityAndKindChecks, MonolithicBeside, RandomEmbeddedServers
 ):
     bitwise = True
-    corrupted_lengths = tuple(BIT_FLIPS)
+    corrupted_lengths = failing_lengths = tuple(BIT_FLIPS)
+    withheld_lengths = WITHHELD
     request_timeout = 120
 
     @classmethod

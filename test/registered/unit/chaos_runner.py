@@ -27,6 +27,7 @@ from pathlib import Path
 import psutil
 from pdkit.core import ports, processes
 from pdkit.core.command import Parser, natural, run_command
+from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.runner.guardian import Children, become_subreaper
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
@@ -223,8 +224,7 @@ def table(rounds: dict[Attack, list[Round]]) -> str:
             str(sum(len(each.left) for each in found)),
             str(sum(len(each.left_ports) for each in found)),
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return columns(rows)
 
 
 def main(argv: Sequence[str]) -> ExitCode:

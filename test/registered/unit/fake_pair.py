@@ -1,11 +1,9 @@
 """A prefill/decode pair of fake servers: real processes and sockets, no model."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-import test_disaggregation_dsv4_embedded as embedded  # noqa: E402
+from pdkit.checks.accuracy.checks import GSM8KChecks
+from pdkit.deployment.embedded import EmbeddedServers
 
 FAKE_SERVER = """
 import http.server, os, subprocess, sys, threading, time
@@ -61,7 +59,7 @@ class Fate(SimpleNamespace):
 def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixins=()):
     """The test class on fake servers: real processes and sockets, no model."""
 
-    class Pair(*mixins, embedded.TestDisaggregationDSV4Embedded):
+    class Pair(*mixins, GSM8KChecks, EmbeddedServers):
         @classmethod
         def launch_server(cls, name, url, args):
             fate = {"prefill": prefill, "decode": decode, "monolithic": Fate()}[name]
@@ -75,9 +73,6 @@ def fake_pair(log_dir, prefill=Fate(), decode=Fate(), lb=Fate(), test=None, mixi
         @classmethod
         def log_path(cls, name, kind="log"):
             return f"{log_dir}/{name}.{kind}"
-
-        def check_counters(self):
-            pass
 
         if test:
             test_gsm8k = test

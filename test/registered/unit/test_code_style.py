@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 PYTHONPATH = str(REPO / "python")
@@ -83,7 +83,7 @@ class TestCodeStyle(unittest.TestCase):
 
     def test_a_wrong_type_and_a_missing_one_are_found(self):
         text = "\ndef wrong() -> int:\n    return str(1)\n\n\ndef missing(word):\n    return word\n"
-        printed = self.broken("core/errors.py", text, "mypy", "--cache-dir=/dev/null")
+        printed = self.broken("core/errors.py", text, "mypy", "--cache-dir=/dev/null", "-p", "pdkit.core")
         for complaint in ("[return-value]", "[no-untyped-def]"):
             self.assertIn(complaint, printed)
 

@@ -391,7 +391,7 @@ class TestSupervision(unittest.TestCase):
         questions = Path(self.log_dir, "questions.jsonl")
         rows = [{"question": "1+1?", "answer": f"#### {answer}"} for answer in [2] * 5 + [*answers]]
         questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.enterContext(mock.patch.object(embedded.TestDisaggregationDSV4Embedded, "gsm8k_data_path", str(questions)))
+        self.enterContext(mock.patch.object(EmbeddedServers, "gsm8k_data_path", str(questions)))
 
     def test_transcript_of_the_eval(self):
         self.ask(2, 2, 3)
@@ -595,7 +595,7 @@ class TestBeforeLaunch(unittest.TestCase):
             self.addCleanup(deployment_ports.lock(plan).close)
             deployment_ports.require_free(plan)
             claimed += [getattr(plan, name) for name in dir(plan) if name.endswith("_port")]
-        self.assertEqual(len({*claimed}), 2 * 6, claimed)
+        self.assertEqual(len({*claimed}), 2 * 8, claimed)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ class TestGuardian(GuardianCase):
         self.assertEqual(own_session, b"True")
         self.assertTrue(token.decode().split(":")[-1].startswith(f"{os.getpid()}."))
 
+    def test_the_cpu_time_of_all_that_ran(self):
+        burns = "import time\nwhile time.process_time() < 0.3: pass"
+        guarded = self.start(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burns!r}])")
+        self.assertTrue(guarded.has_ended(60))
+        self.assertGreater(guarded.end().cpu_seconds, 0.3)
+
     def test_orphans_without_environment_are_ended_after_a_pass(self):
         guarded = self.start(orphaner(SLEEP))
         orphan = self.read_number(guarded)

@@ -222,9 +222,9 @@ class TestResults(unittest.TestCase):
 
 class TestTruth(unittest.TestCase):
     def test_of_a_balancer_is_what_it_does_unless_it_says_why_not(self):
-        self.assertTrue(truth.of_load_balancer("seed-lost").changes)
-        self.assertFalse(truth.of_load_balancer("prefill-late").changes)
-        self.assertIn("waits", truth.of_load_balancer("prefill-late").evidence)
+        self.assertTrue(truth.by_construction("seed-lost").changes)
+        self.assertFalse(truth.by_construction("prefill-late").changes)
+        self.assertIn("waits", truth.by_construction("prefill-late").evidence)
 
 
 SUBJECT = """

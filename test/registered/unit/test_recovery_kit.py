@@ -264,6 +264,10 @@ class Pairs:
         self.served["pair"] += outcome.fate is Fate.SERVED
         return SimpleNamespace(result=lambda: outcome)
 
+    def started(self):
+        half = self.served["pair"] // 2
+        return {role: {"1": half, "2": self.served["pair"] - half} for role in ("prefill", "decode")}
+
     def handovers(self):
         each, received = self.served["pair"] // 4, Counter()
         for prefill in ("1", "2"):
@@ -316,6 +320,18 @@ class PairsLoseHandovers(Pairs):
         return sent, received, failed
 
 
+class PairsStartTwice(Pairs):
+    def started(self):
+        return super().started() | {"decode": {"1": self.served["pair"], "2": self.served["pair"] // 8}}
+
+
+class PairsOfOneServer(Pairs):
+    asks = Pairs.asks * 4
+
+    def started(self):
+        return super().started() | {"prefill": {"1": self.served["pair"], "2": 0}}
+
+
 class PairsKeepRooms(Pairs):
     def wait_idle(self):
         raise AssertionError("rooms are still held")
@@ -334,6 +350,8 @@ BROKEN_PAIRS = {
     PairsDoNotReturn: {DEAD, BAD},
     PairsOnlyStraight: {LOAD},
     PairsLoseHandovers: {LOAD},
+    PairsStartTwice: {LOAD},
+    PairsOfOneServer: {LOAD},
     PairsKeepRooms: {LOAD, BAD},
 }
 

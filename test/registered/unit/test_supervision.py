@@ -543,7 +543,8 @@ class TestWhatIsLeft(Supervised):
 
 class TestNames(unittest.TestCase):
     def test_what_stands_before_a_deployment_means_the_same_by_its_names(self):
-        import test_disaggregation_dsv4_recovery as recovery  # fake_pair puts their directory on the path
+        self.enterContext(mock.patch.object(sys, "path", [*sys.path, str(Path(__file__).parents[1] / "distributed")]))
+        import test_disaggregation_dsv4_recovery as recovery
         import test_disaggregation_dsv4_scale_out as scale_out
 
         def shape(value):

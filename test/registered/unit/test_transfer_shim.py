@@ -15,6 +15,7 @@ import numpy as np
 from pdkit.checks import acceptance
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.faults import driver
 from pdkit.faults.real_engine import backends, checks
 from pdkit.faults.real_engine.blocks import Block, Memory, Regions, from_before, half, lost, pieces_of, swapped
 from pdkit.faults.real_engine.library import LIBRARY
@@ -323,7 +324,7 @@ class TestKit(unittest.TestCase):
         self.enterContext(mock.patch.object(checks, "gsm8k_metrics", score))
         self.enterContext(mock.patch.object(acceptance, "measure", self.accepted))
         self.enterContext(mock.patch.object(acceptance, "few_shot_prompts", lambda _, count: ["1"] * count))
-        self.records = self.enterContext(mock.patch.object(checks.events, "table"))
+        self.records = self.enterContext(mock.patch.object(driver.events, "table"))
 
         class Case(checks.TransferFaultChecks, unittest.TestCase):
             lb_url = prefill_url = decode_url = self.pair.url

@@ -8,6 +8,7 @@ Its unit is the attempt: what a client sent again after a failure is two, of whi
 
 import contextlib
 import unittest
+from collections.abc import Callable, Iterator
 
 from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, RequestAccount, read_pair
 from pdkit.checks.accounting.ledger import CLIENT, SERVERS, Ledger
@@ -18,6 +19,12 @@ from pdkit.core.recording import unwrapped
 
 SETTLE_SECONDS = 10.0
 OWN_RESULT = "test by itself"
+
+
+@contextlib.contextmanager
+def _no_heartbeat() -> Iterator[Callable[[], None]]:
+    """Where nobody watches the servers."""
+    yield lambda: None
 
 
 def unaccounted(test):
@@ -47,7 +54,8 @@ class AccountingChecks(Checks):
             return super()._callTestMethod(method)
         before = self.pair_counters()
         ledger, failure = Ledger([self.lb_url], self.attempt_timeout), None
-        with ledger.open():
+        probes = self._probes()
+        with ledger.open(), getattr(self, "heartbeat", _no_heartbeat)() as ledger.progressed:
             try:
                 super()._callTestMethod(method)
             except unittest.SkipTest:
@@ -59,13 +67,18 @@ class AccountingChecks(Checks):
         if before is not None:
             did = self.pair_counters(SETTLE_SECONDS).since(before)
         own_result = f"failed: {unwrapped(failure)!r}" if failure else "passed"
-        account = RequestAccount(client, HandoverAccount(did, *client.sequences), own_result)
+        answered, sent = client.sequences
+        account = RequestAccount(client, HandoverAccount(did, answered, sent + self._probes() - probes), own_result)
         print(account.report(), flush=True)
         self._emit_verdicts(account, failure)
         if not account.passed:
             raise AssertionError(account.report()) from failure
         if failure:
             raise failure
+
+    def _probes(self) -> int:
+        """Requests that the servers were sent by their supervisor, past the load balancer."""
+        return getattr(getattr(self, "supervisor", None), "probes", 0)
 
     def _emit_verdicts(self, account: RequestAccount, failure: BaseException | None) -> None:
         """Of the client, of servers that count, and of the test itself, which the account's failure would hide."""

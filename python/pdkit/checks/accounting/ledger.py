@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import requests
 
+from pdkit.checks.accounting.invariants import contradiction
 from pdkit.checks.judgement import Judgement
 
 CLIENT, SERVERS = "request accounting", "division of labour"  # names of the checks
@@ -29,6 +30,7 @@ NOT_SENT = "not sent"
 ERROR_BODY = "200 with an error body"
 NO_ANSWER = "200 without an answer"
 ABORTED = "200 aborted"
+CONTRADICTS = "200 that contradicts itself"
 
 GENERATION_PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
 ERROR_TEXT_LIMIT = 300
@@ -52,8 +54,11 @@ def sequences_of(path: str, body: bytes | str | None) -> int:
     return (len(prompts) if is_batch else 1) * samples
 
 
-def judge(path: str, status: int, content: bytes | None) -> tuple[str, str | None]:
-    """(outcome, error text or None) of an answer; `content` is None where a stream was left unread."""
+def judge(path: str, status: int, content: bytes | None, sent: bytes | str | None = None) -> tuple[str, str | None]:
+    """(outcome, error text or None) of an answer; `content` is None where a stream was left unread.
+
+    sent: the body of the request, for what must hold between the two
+    """
     text = None if content is None else " ".join(content.decode("utf-8", "replace").split())[:ERROR_TEXT_LIMIT]
     if status != 200:
         return str(status), text or f"status {status}"
@@ -72,7 +77,11 @@ def judge(path: str, status: int, content: bytes | None) -> tuple[str, str | Non
             return NO_ANSWER, text
         if ((each.get("meta_info") or {}).get("finish_reason") or {}).get("type") == "abort":
             return ABORTED, text
-    return OK, None
+    try:
+        wrong = contradiction(path, json.loads(sent) if sent else None, answer)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        wrong = f"not an answer of {path} ({error!r})"
+    return (CONTRADICTS, f"{wrong}: {text}") if wrong else (OK, None)
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,10 @@ class ClientAccount(Judgement):
             return (
                 "no request was seen: is the client one of httpx or requests, and the address the load balancer's?",
             )
+        wrong = [attempt for attempt in self.attempts if attempt.outcome == CONTRADICTS]
+        if wrong:
+            what = (wrong[0].error or "").partition(": ")[0]
+            return (f"{len(wrong)} of {len(self.attempts)} answers contradict themselves, the first: {what}",)
         if self.failure_rate <= self.tolerated_rate:
             return ()
         return (
@@ -172,6 +185,8 @@ class Ledger:
     give_up_after    failures after which nothing is sent any more: each further request is answered here with 400,
                      which evals do not retry. A dead server costs seconds then, not the 126 s of its client's backoff.
 
+    progressed       called after each attempt that ended
+
     A streamed answer is recorded when its headers arrive.
     """
 
@@ -179,6 +194,7 @@ class Ledger:
     attempt_timeout: float | None = None
     give_up_after: int = 20
     attempts: list[HttpAttempt] = field(default_factory=list)
+    progressed: Callable[[], None] = field(default=lambda: None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def account(self, tolerated_rate: float = 0.0) -> ClientAccount:
@@ -239,7 +255,7 @@ class Ledger:
         path = urlsplit(url).path
         with self._lock:
             gives_up = sum(attempt.failed for attempt in self.attempts) >= self.give_up_after
-        pending = _Pending(path, gives_up, self.give_up_after)
+        pending = _Pending(path, body if isinstance(body, (bytes, str)) else None, gives_up, self.give_up_after)
         started = time.monotonic()
         try:
             yield pending
@@ -257,13 +273,14 @@ class Ledger:
                 attempt = HttpAttempt(path, pending.outcome, pending.error, sequences, seconds, key)
                 with self._lock:
                     self.attempts.append(attempt)
+                self.progressed()
 
 
 class _Pending:
-    def __init__(self, path, gives_up, limit):
-        self.path, self.gives_up = path, gives_up
+    def __init__(self, path: str, body: bytes | str | None, gives_up: bool, limit: int) -> None:
+        self.path, self.body, self.gives_up = path, body, gives_up
         self.refusal = f"not sent: {limit} attempts had failed before"
         self.outcome, self.error = (NOT_SENT, self.refusal) if gives_up else (None, None)
 
     def answer(self, status, content):
-        self.outcome, self.error = judge(self.path, status, content)
+        self.outcome, self.error = judge(self.path, status, content, self.body)

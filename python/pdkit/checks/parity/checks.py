@@ -84,7 +84,7 @@ class ParityArms(Checks):
     def parity_plan(cls) -> ParityPlan:
         if cls._plan is None:
             info = read_server_info(cls.monolithic_url or cls.prefill_url)
-            geometry = Geometry.of(cls._config(), info)
+            geometry = Geometry.of(cls.model_config(), info)
             cls._plan = make_plan(geometry, cls._prompts(geometry), cls.parity_options)
         return cls._plan
 
@@ -106,7 +106,7 @@ class ParityArms(Checks):
         return cls._parameter_rounds
 
     @classmethod
-    def _config(cls):
+    def model_config(cls):
         from transformers.utils import cached_file
 
         with open(cached_file(cls.tokenizer_path or cls.model, "config.json"), encoding="utf-8") as file:

@@ -8,7 +8,6 @@ drift        whether an SGLang still is what the replacements were written for
 plan         flags and environment of the servers
 checkpoints  the models that are served: a Llama and a DeepSeek-V4 in the geometry of the kernels
 requirements what the machine must have
-fork_server  imports SGLang once and forks servers and routers from it
-forked       the client of that process: a server as `subprocess.Popen` presents it
+preload      what servers and routers import, once: `pdkit.core.fork_server` forks them from that
 assets/sglang-cpu-site: first on the servers' PYTHONPATH: stand-ins for two packages that need libcuda, and the entry point
 """

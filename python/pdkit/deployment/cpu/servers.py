@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pdkit
+from pdkit.core.forked import ForkServer
 from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
-from pdkit.deployment.cpu.forked import ForkedPopen, ForkServer
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
 from pdkit.deployment.server import Server
@@ -106,8 +106,10 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
             return super().server_class(name, environment)
         key = cls._fork_key(cls.tree_of(name))
         if key not in _fork_servers:
-            _fork_servers[key] = ForkServer(environment, cls.log_path(f"fork server {len(_fork_servers)}"))
-        return type("ForkedServer", (Server, ForkedPopen), {"fork_server": _fork_servers[key]})
+            log = cls.log_path(f"fork server {len(_fork_servers)}")
+            prepare = "pdkit.deployment.cpu.preload:prepare"
+            _fork_servers[key] = ForkServer(prepare, environment, log, flags=["-W", "ignore"])
+        return _fork_servers[key].based_on(Server)
 
     @classmethod
     def _fork_key(cls, tree: Path | None) -> tuple[Path | None, str, tuple[tuple[str, str], ...]]:

@@ -43,7 +43,8 @@ def chosen_faults(names: str | None, quick: bool) -> list[str]:
 
 def subjects_of(quick: bool) -> list[Subject]:
     random = Subject("random", SUBJECTS, "RandomWeights", QUICK_TESTS if quick else ())
-    return [random] if quick else [Subject("trained", SUBJECTS, "Trained"), random]
+    kinds = Subject("kinds", SUBJECTS, "Kinds", by_request=True)
+    return [random] if quick else [Subject("trained", SUBJECTS, "Trained"), random, kinds]
 
 
 def models_of(quick: bool) -> list[TriedModel]:

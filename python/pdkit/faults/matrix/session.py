@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.results import Run
 from pdkit.faults.matrix.verdicts import CheckVerdict, merged
 
@@ -22,12 +23,16 @@ class WorkerFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Subject:
-    """Tests of class `cls` in `file`; all of them unless `tests` names some."""
+    """Tests of class `cls` in `file`; all of them unless `tests` names some.
+
+    by_request: a fault meets only those of its tests that the fault itself asks for, see `Fault.asks`
+    """
 
     name: str
     file: Path
     cls: str
     tests: tuple[str, ...] = ()
+    by_request: bool = False
 
 
 class Worker:
@@ -58,9 +63,9 @@ class Worker:
             events.put((self, event))
         events.put((self, None))
 
-    def send(self, fault: str | None):
+    def send(self, fault: str | None, tests: Sequence[str] | None = None) -> None:
         self.is_busy = True
-        self.process.stdin.write(json.dumps({"fault": fault}) + "\n")
+        self.process.stdin.write(json.dumps({"fault": fault, "tests": tests}) + "\n")
         self.process.stdin.flush()
 
     def stop(self):
@@ -112,15 +117,24 @@ class Session:
             raise WorkerFailed(f"the worker of {worker.subject.name} ended on its own; its log: {worker.log}")
         return worker, event
 
+    def _asked(self, fault: str | None) -> dict[Worker, list[str] | None]:
+        """Whom a fault is put before, and which tests they run (None: all). A run without a fault is all of all."""
+        wanted = LIBRARY[fault].asks if fault in LIBRARY else ()
+        if not wanted:
+            return {worker: None for worker in self.workers if fault is None or not worker.subject.by_request}
+        own = {worker: [test for test in self.tests[worker.subject.name] if test in wanted] for worker in self.workers}
+        return {worker: tests for worker, tests in own.items() if tests}
+
     def run(self, fault: str | None, index: int = 0) -> Run:
-        """All tests of all subjects under `fault`. Raises WorkerFailed."""
+        """The tests of all subjects that are about `fault`. Raises WorkerFailed."""
         verdicts: dict[str, CheckVerdict] = {}
         finished: dict[str, float] = {}
         clocks = {worker: 0.0 for worker in self.workers}
         done = {}
-        for worker in self.workers:
-            worker.send(fault)
-        while len(done) < len(self.workers):
+        asked = self._asked(fault)
+        for worker, tests in asked.items():
+            worker.send(fault, tests)
+        while len(done) < len(asked):
             worker, event = self._next()
             if event["event"] == "done":
                 done[worker] = event

@@ -3,10 +3,11 @@
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.accuracy.checks import AccuracyGateChecks
 from pdkit.checks.integrity import IntegrityChecks
+from pdkit.checks.kinds import LifeAndKindChecks
 from pdkit.checks.parity.checks import ParityChecks
 from pdkit.deployment.embedded import EmbeddedServers, RandomEmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
-from pdkit.engine.test_backends import BIT_FLIPS
+from pdkit.engine.test_backends import BIT_FLIPS, WITHHELD
 from pdkit.faults.servers import FaultSwitchServers
 
 
@@ -25,3 +26,22 @@ class RandomWeightsIntact(AccountingChecks, IntegrityChecks, ParityChecks, Monol
 
 class RandomWeights(FaultSwitchServers, RandomWeightsIntact):
     attempt_timeout = request_timeout = 120
+
+
+class Kinds(FaultSwitchServers, AccountingChecks, LifeAndKindChecks, MonolithicBeside, RandomEmbeddedServers):
+    """What one request at a time, or a few, do not show; see `pdkit.faults.kinds`."""
+
+    bitwise = True
+    attempt_timeout = request_timeout = 120
+    age_requests = 450
+    stream_count = 300
+    failing_lengths = tuple(BIT_FLIPS)
+    withheld_lengths = WITHHELD
+
+    @classmethod
+    def take_references(cls):
+        """The monolithic server stays up: it is asked when a test needs it."""
+
+    @classmethod
+    def prefill_args(cls):
+        return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:BitFlip"]

@@ -1,14 +1,14 @@
 """Whether a fault changes anything, for each fault of the library.
 
-Faults of the hand-over are tried in this process on two models and many lengths. What a load balancer does is not:
-there the fault says itself why it changes nothing, and its run in the matrix must bear that out, answer by answer.
+Faults of the hand-over are tried in this process on two models and many lengths. What a load balancer or a server does
+is not: there the fault says itself why it changes nothing, and its run in the matrix must bear that out, answer by answer.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdkit.faults import LIBRARY, Where
+from pdkit.faults import LIBRARY
 
 LENGTHS = (1, 3, 5, 33, 96, 127, 129, 142, 255, 257, 301, 391)
 PROMPTS_PER_FAULT = 3
@@ -33,7 +33,7 @@ class Truth:
     evidence: str
 
 
-def of_load_balancer(name: str) -> Truth:
+def by_construction(name: str) -> Truth:
     """By what it does."""
     fault = LIBRARY[name]
     return Truth(name, not fault.harmless, fault.harmless or f"by construction: {fault.what}")
@@ -48,7 +48,7 @@ def of_handover(names: Sequence[str], models: Sequence[TriedModel], progress: Ca
     from pdkit.models.cpu.model import load_model
 
     torch.set_num_threads(1)
-    faults = [replace(LIBRARY[name], every=min(LIBRARY[name].every, PROMPTS_PER_FAULT)) for name in names]
+    faults = [replace(LIBRARY[name], every=min(LIBRARY[name].every, PROMPTS_PER_FAULT), after=0) for name in names]
     effects = {name: {} for name in names}
     for model in models:
         progress(f"ground truth of {len(names)} faults on the {model.name} model")
@@ -81,7 +81,6 @@ def truths_of(
     names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None] = lambda text: None
 ) -> list[Truth]:
     """The truth of each fault named."""
-    balancer = [name for name in names if LIBRARY[name].where is Where.LB]
-    handover = [name for name in names if LIBRARY[name].where is not Where.LB]
-    truths = [of_load_balancer(name) for name in balancer]
+    handover = [name for name in names if LIBRARY[name].is_of_the_transfer]
+    truths = [by_construction(name) for name in names if name not in handover]
     return truths + (of_handover(handover, models, progress) if handover else [])

@@ -2,7 +2,7 @@
 
     python3 -m pdkit.faults.matrix.worker FILE CLASS LOG [TEST ...]
 
-Standard input: one JSON line a run, {"fault": name or null}. Standard output: one JSON line an event:
+Standard input: one JSON line a run, {"fault": name or null, "tests": names or null}. Standard output: one JSON line an event:
 
     {"event": "ready", "tests": [...]}
     {"event": "test", "test": name, "seconds": s, "verdicts": {check: {...}}}
@@ -20,8 +20,11 @@ import signal
 import sys
 import time
 import unittest
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import requests
@@ -30,6 +33,7 @@ from pdkit.checks.accounting import checks as accounting
 from pdkit.checks.accounting.ledger import OK, Ledger
 from pdkit.core.events import BAD, VARIABLE, Events, Tail
 from pdkit.core.recording import RecordingResult
+from pdkit.faults.driver import observe
 from pdkit.faults.matrix.verdicts import one_line, verdicts_of
 
 HEALTH_TIMEOUT = 5
@@ -60,6 +64,7 @@ class RunningSubject:
 
     def __init__(self, cls, tests=(), directory: Path = Path()):
         self.cls, self.events = cls, Tail(directory)
+        self.restarted = ""
         self.tests = list(tests) or [
             name for name in unittest.TestLoader().getTestCaseNames(cls) if callable(getattr(cls, name))
         ]
@@ -75,28 +80,32 @@ class RunningSubject:
         finally:
             self.cls.doClassCleanups()
 
-    def run(self, fault, emit):
-        """All tests under `fault`, or none (None); returns the last event. Verdicts are emitted test by test."""
-        started, restarted = time.monotonic(), ""
+    def run(
+        self, fault: str | None, emit: Callable[[dict[str, Any]], None], tests: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """`tests` (None: all) under `fault`, or none (None); returns the last event. Verdicts are emitted one by one."""
+        started, self.restarted = time.monotonic(), ""
         self._flush_caches()
-        self.cls.switch.turn(fault)
-        for test in self.tests:
-            began = time.monotonic()
-            happened = self.run_test(test)
-            seconds = time.monotonic() - began
-            if verdicts := verdicts_of(test, happened, seconds):
-                told = {check: asdict(verdict) for check, verdict in verdicts.items()}
-                emit({"event": "test", "test": test, "seconds": seconds, "verdicts": told})
-            if any(event["state"] in BAD for event in happened.of("test")) and (restarted := self.unusable()):
-                break
-        met = self.cls.switch.met()
-        self.cls.switch.turn(None)
-        restarted = restarted or self.unusable()
+        checks = {test: partial(self._run_and_emit, test, emit) for test in (self.tests if tests is None else tests)}
+        found = observe(self.cls.switch, fault, checks, goes_on=lambda: not self.restarted)
+        restarted = self.restarted or self.unusable()
         if restarted:
             print(f"[matrix] restart after {fault}: {restarted}", flush=True)
             self.stop()
             self.start()
-        return {"event": "done", "met": met, "seconds": time.monotonic() - started, "restarted": restarted}
+        return {"event": "done", "met": found.met, "seconds": time.monotonic() - started, "restarted": restarted}
+
+    def _run_and_emit(self, test: str, emit: Callable[[dict[str, Any]], None]) -> str | None:
+        began = time.monotonic()
+        happened = self.run_test(test)
+        seconds = time.monotonic() - began
+        verdicts = verdicts_of(test, happened, seconds)
+        if verdicts:
+            told = {check: asdict(verdict) for check, verdict in verdicts.items()}
+            emit({"event": "test", "test": test, "seconds": seconds, "verdicts": told})
+        if any(event["state"] in BAD for event in happened.of("test")):
+            self.restarted = self.unusable()
+        return next((verdict.message for verdict in verdicts.values() if verdict.caught), None)
 
     def run_test(self, test: str) -> Events:
         """What happened in one test, whose servers are up already."""
@@ -161,7 +170,7 @@ def main(argv=None):
         subject.start()
         emit({"event": "ready", "tests": subject.tests})
         for line in sys.stdin:
-            emit(subject.run(json.loads(line)["fault"], emit))
+            emit(subject.run(emit=emit, **json.loads(line)))
     except KeyboardInterrupt:
         pass
     finally:

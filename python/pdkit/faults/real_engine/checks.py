@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import textwrap
 import time
 from dataclasses import replace
+from functools import partial
 
 from pdkit.checks import acceptance
 from pdkit.checks.accounting.checks import unaccounted
@@ -15,14 +15,11 @@ from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.checks.parity.references import collect
 from pdkit.checks.parity.verdict import Parity
-from pdkit.core import events
+from pdkit.faults.driver import NO_FAULT, Check, observe, tabulate
 from pdkit.faults.real_engine.backends import PIECES_VARIABLE, SWITCH_VARIABLE
 from pdkit.faults.real_engine.blocks import pieces_of
 from pdkit.faults.real_engine.library import LIBRARY, WITH_CANARY
 from pdkit.faults.switch import Switch
-
-NO_FAULT = "no fault"
-SHORT = 300
 
 
 class TransferFaults(acceptance.DraftMeasures, ParityArms):
@@ -108,10 +105,12 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
         print(f"    {gate.report()}", flush=True)
         return None if gate.passed else gate.report()
 
-    def message_of(self, look):
+    def message_of(self, ledger: Ledger, look: Check) -> str | None:
+        """What a check says, or what it raises, with its requests in `ledger`."""
         self.empty_caches(self.prefill_url, self.decode_url)
         try:
-            return look()
+            with ledger.open():
+                return look()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -163,27 +162,25 @@ class TransferFaultChecks(TransferFaults):
     @unaccounted
     def test_seeded_faults_of_the_transfer(self):
         checks = self.fault_checks()
-        rows, wrong = [], []
+        observations = []
         for name in (None, *self.transfer_faults):
             self.overwrite()
-            fault = name and LIBRARY[name]
-            print(f"fault of the transfer: {fault or NO_FAULT}", flush=True)
-            self.transfer_switch.turn(name)
+            print(f"fault of the transfer: {(name and LIBRARY[name]) or NO_FAULT}", flush=True)
             ledger = Ledger([self.lb_url], self.fault_timeout)
-            with ledger.open():
-                seen = {check: self.message_of(look) for check, look in checks.items()}
-            account = ledger.account()
-            seen["accounting"] = account.report() if account.problems else None
-            met = self.transfer_switch.met()
-            self.transfer_switch.turn(None)
-            rows.append([name or NO_FAULT, met, *("seen" if each else "" for each in seen.values())])
-            print(f"  met {met} times", flush=True)
-            for check, message in seen.items():
-                shown = textwrap.shorten(message, SHORT, placeholder=" ...") if message else "not seen"
-                print(f"  {check}: {shown}", flush=True)
-            expected = bool(fault and not fault.harmless)
-            if any(seen.values()) != expected or bool(met) != bool(fault):
-                wrong.append(name or NO_FAULT)
+            asked = {check: partial(self.message_of, ledger, look) for check, look in checks.items()}
+            observations.append(
+                observe(self.transfer_switch, name, {**asked, "accounting": partial(self.unanswered, ledger)})
+            )
             self.until_served()
-        events.table(f"faults of the transfer, {self.backend}", ["fault", "met", *seen], rows)
-        self.assertFalse(wrong, "seen where nothing was to be seen, not seen although it should be, or never met")
+        wrong = tabulate(
+            f"faults of the transfer, {self.backend}",
+            observations,
+            lambda name: name is not None and not LIBRARY[name].harmless,
+        )
+        self.assertFalse(wrong, "\n".join(wrong))
+
+    @staticmethod
+    def unanswered(ledger: Ledger) -> str | None:
+        """What is wrong with the account of all that was asked; None if nothing is."""
+        account = ledger.account()
+        return account.report() if account.problems else None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -12,6 +12,9 @@ from rich.table import Table
 from pdkit.core.errors import ExitCode
 from pdkit.runner.history.record import Record
 from pdkit.runner.history.series import Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 LATEST = 12
@@ -102,17 +105,17 @@ def draw(all_series: Sequence[Series], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _of(all_series, rung, unit):
+def _of(all_series: Sequence[Series], rung: str, unit: str) -> list[Series]:
     return [series for series in all_series if (series.rung, series.unit) == (rung, unit)]
 
 
-def _ticks(panel, records):
+def _ticks(panel: "Axes", records: Sequence[Record]) -> None:
     stride = max(1, len(records) // 10)
     labels = [f"{record.time:%m-%d %H:%M}\n{record.revision}" for record in records[::stride]]
     panel.set_xticks(range(0, len(records), stride), labels, fontsize=7)
 
 
-def _points(panel, series, unit):
+def _points(panel: "Axes", series: Series, unit: str) -> None:
     values = [point.value for point in series.points]
     errors = list(zip(*((p.value - p.interval[0], p.interval[1] - p.value) for p in series.points)))
     panel.errorbar(range(len(values)), values, errors, fmt="o", color="#1f4e79", ecolor="#9a9a9a", markersize=4)
@@ -127,13 +130,13 @@ def _points(panel, series, unit):
     _ticks(panel, [point.record for point in series.points])
 
 
-def _phases(panel, chosen):
+def _phases(panel: "Axes", chosen: Sequence[Series]) -> None:
     whole = next(series for series in chosen if series.name == "in all")
     places = {id(point.record): place for place, point in enumerate(whole.points)}
     for series, marker in zip(chosen, cycle(MARKERS)):
         x = [places[id(point.record)] for point in series.points]
         y = [point.value for point in series.points]
-        style = {"color": "black", "linewidth": 2} if series is whole else {"linewidth": 1}
+        style: dict[str, Any] = {"color": "black", "linewidth": 2} if series is whole else {"linewidth": 1}
         panel.plot(x, y, marker=marker, markersize=4, label=series.name, **style)
     panel.set_ylabel("seconds", fontsize=8)
     panel.set_ylim(bottom=0)

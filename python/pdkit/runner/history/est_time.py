@@ -78,12 +78,17 @@ def _literal(source: bytes, registration: Registration) -> ast.Constant:
         for entry in visitor.registries:
             which = entry.backend.name.lower(), entry.effective_suite, entry.nightly
             if which == (registration.hw, registration.suite, registration.nightly):
+                assert isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call), (
+                    "a call that registers"
+                )
                 call = statement.value
                 named = {keyword.arg: keyword.value for keyword in call.keywords}
                 found.append(named["est_time"] if "est_time" in named else call.args[0])
     if len(found) != 1:
         raise UsageError(f"{registration.filename} registers {len(found)} times for {registration.suite}")
-    return found[0]
+    literal = found[0]
+    assert isinstance(literal, ast.Constant), "SGLang takes literals only"
+    return literal
 
 
 def rewrite(source: bytes, proposals: Sequence[Proposal]) -> bytes:
@@ -94,7 +99,7 @@ def rewrite(source: bytes, proposals: Sequence[Proposal]) -> bytes:
     for proposal in proposals:
         literal = _literal(source, proposal.registration)
         start = starts[literal.lineno - 1] + literal.col_offset
-        stop = starts[literal.end_lineno - 1] + literal.end_col_offset
+        stop = starts[(literal.end_lineno or 0) - 1] + (literal.end_col_offset or 0)
         is_float = isinstance(literal.value, float)
         edits.append((start, stop, f"{proposal.seconds}{'.0' * is_float}".encode()))
     for start, stop, text in sorted(edits, reverse=True):
@@ -103,7 +108,7 @@ def rewrite(source: bytes, proposals: Sequence[Proposal]) -> bytes:
 
 
 def _diff(name: str, old: bytes, new: bytes) -> str:
-    def lines(content):
+    def lines(content: bytes) -> list[str]:
         return content.decode().replace("\n", "\n\0").split("\0")
 
     before, after = ([line for line in lines(content) if line] for content in (old, new))

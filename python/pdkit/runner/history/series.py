@@ -39,7 +39,9 @@ def main_job_series(records: Iterable[Record]) -> list[Series]:
     """Score, acceptance length, phases and time in all of each rung, of files that passed (the score: of all)."""
     found: dict[tuple[str, str, str], list[Point]] = {}
 
-    def add(rung, record, name, unit, value, counts=None):
+    def add(
+        rung: str, record: Record, name: str, unit: str, value: float, counts: tuple[int, int] | None = None
+    ) -> None:
         found.setdefault((rung, name, unit), []).append(Point(record, value, counts))
 
     for record in records:
@@ -48,7 +50,7 @@ def main_job_series(records: Iterable[Record]) -> list[Series]:
             if not measured.rung:
                 continue
             note = partial(add, measured.rung, record)
-            if measured.examples:
+            if measured.examples and measured.correct is not None:
                 note("score", "", measured.correct / measured.examples, (measured.correct, measured.examples))
             file = files.get(measured.file)
             if file is None or not file.passed:

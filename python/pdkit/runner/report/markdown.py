@@ -1,5 +1,7 @@
 """The report in short as GitHub's Markdown, for the summary of a workflow's step."""
 
+from collections.abc import Iterable
+
 from pdkit.runner.report.model import FileRun, Report
 
 _MARKS = {"passed": "✅", "passed on retry": "✅", "failed": "❌", "timed out": "❌", "interrupted": "❌"}
@@ -45,7 +47,7 @@ def _details(run: FileRun) -> list[str]:
     return lines
 
 
-def _row(cells) -> str:
+def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(map(_cell, cells)) + " |"
 
 

@@ -214,7 +214,7 @@ class Distribution:
     values: tuple[float, ...]
     bins: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.values and self.bins > 0
 
     def quantile(self, share: float) -> float:

@@ -44,7 +44,7 @@ class _Reader:
             self.notes.append(f"{name} cannot be read: {error}")
             return default
 
-    def json_lines(self, path: Path, make: Callable[[dict], Any]) -> list[Any]:
+    def json_lines(self, path: Path, make: Callable[[dict[str, Any]], Any]) -> list[Any]:
         found, broken = [], 0
         for line in self.lines(path):
             try:
@@ -175,7 +175,7 @@ def _examples(reader: _Reader, path: Path) -> list[model.Example]:
     return reader.json_lines(path, _example)
 
 
-def _example(line: dict) -> model.Example:
+def _example(line: dict[str, Any]) -> model.Example:
     return model.Example(
         number=line["example"],
         score=line["score"],
@@ -193,16 +193,16 @@ def _plain(text: str) -> str:
     return _ANSI.sub("", text)
 
 
-def _floats(pattern: re.Pattern, lines: Iterable[str]) -> tuple[float, ...]:
+def _floats(pattern: re.Pattern[str], lines: Iterable[str]) -> tuple[float, ...]:
     return tuple(float(match[1]) for line in lines if (match := pattern.search(line)))
 
 
-def _table(event: dict) -> model.Table:
+def _table(event: dict[str, Any]) -> model.Table:
     rows = tuple(tuple(map(str, row)) for row in event["rows"])
     return model.Table(event["title"], tuple(map(str, event["columns"])), rows, event.get("note") or "")
 
 
-def _metric(line: dict) -> tuple[str, str]:
+def _metric(line: dict[str, Any]) -> tuple[str, str]:
     value = line["value"]
     return line["metric_name"], f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -224,7 +224,8 @@ def _logs(
     for path, content in servers.items():
         name = names.get(path.name) or path.stem.rpartition(".")[2].replace("_", " ")
         died = death is not None and path.name == death.log
-        shown = death.excerpt if died and death.excerpt else tuple(content[-TAIL_LINES:])
+        excerpt = death.excerpt if death and died else ()
+        shown = excerpt or tuple(content[-TAIL_LINES:])
         found.append(model.Log(name, str(path.relative_to(root)), shown, died))
     return tuple(sorted(found, key=lambda each: not each.died))
 

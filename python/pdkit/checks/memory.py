@@ -1,0 +1,170 @@
+"""Memory: identical rounds of requests, failed ones among them, leave no more behind than the rounds before.
+
+It works where servers expose no counters: what is read is the resident memory of a server's processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import requests
+from scipy.stats import kendalltau, theilslopes
+
+from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.accounting.counters import counters_of
+from pdkit.checks.base import Checks
+from pdkit.checks.http import greedy, post
+from pdkit.checks.judgement import Judgement
+from pdkit.checks.server_info import read_server_info
+
+LEVEL = 1e-3
+LEAST_BYTES = 8 << 10  # of a request; what grows more slowly is not told from an allocator's habits
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process and all that runs below it."""
+    total = 0
+    process = psutil.Process(pid)
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += each.memory_info().rss
+    return total
+
+
+@dataclass(frozen=True)
+class Growth(Judgement):
+    """Resident memory of one server after each of several identical rounds.
+
+    Fails where memory rises with the rounds by Kendall's exact test, at a one-sided probability of at most LEVEL for a
+    server whose rounds could as well have come in any other order, and by at least LEAST_BYTES for each request.
+
+    M. G. Kendall, Biometrika 30 (1938) 81-93; slope: H. Theil, Proc. KNAW 53 (1950) 386-392.
+    """
+
+    name: str
+    resident: tuple[int, ...]
+    requests: int
+
+    @property
+    def slope(self) -> float:
+        """Bytes that each request leaves behind: the median of the slopes between any two rounds."""
+        return float(theilslopes(self.resident, range(len(self.resident))).slope) / self.requests
+
+    @property
+    def p_value(self) -> float:
+        """Probability of such an order of the rounds, or a clearer one, where memory does not rise."""
+        if len(set(self.resident)) == 1:
+            return 1.0
+        found = kendalltau(range(len(self.resident)), self.resident, alternative="greater")
+        return float(found.pvalue)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        if self.p_value > LEVEL or self.slope < LEAST_BYTES:
+            return ()
+        return (f"memory of {self.name} grows by {self.slope / 1024:.0f} KiB a request (p = {self.p_value:.1g})",)
+
+    def report(self) -> str:
+        """The slope and what it was computed from."""
+        verdict = self.problems[0] if self.problems else (
+            f"{self.name} {self.slope / 1024:+.1f} KiB a request, no rise (p = {self.p_value:.2g}; fails at <= {LEVEL:g} "
+            f"and {LEAST_BYTES >> 10} KiB)"
+        )  # fmt: skip
+        series = ", ".join(f"{each / (1 << 20):.1f}" for each in self.resident)
+        return f"memory: {'FAIL' if self.problems else 'PASS'}, {verdict}; MiB after each round: {series}"
+
+
+class MemoryChecks(Checks):
+    """Put it before the servers.
+
+    memory_rounds     identical rounds that are measured, after as many as `memory_warm_up`
+    memory_requests   answered ones of a round
+    memory_aborted    seconds after which clients of others leave
+    memory_abandoned  those that prefill alone hears of, and that are aborted when it has computed them
+    """
+
+    needs = ("lb_url", "prefill_url", "decode_url", "process_prefill", "process_decode", "base_host", "bootstrap_port")
+
+    memory_rounds = 10
+    memory_warm_up = 2
+    memory_requests = 16
+    memory_aborted: Sequence[float] = (0.001, 0.01, 0.03, 0.1)
+    memory_abandoned = 8
+    memory_abandoned_length = 900
+    memory_abandoned_s = 1.0
+    memory_timeout = 120.0
+    memory_settling = 20.0
+
+    @unaccounted
+    def test_memory_does_not_grow(self) -> None:
+        resident: dict[str, list[int]] = {name: [] for name in self._processes()}
+        for number in range(self.memory_warm_up + self.memory_rounds):
+            self._round()
+            if number >= self.memory_warm_up:
+                for name, process in self._processes().items():
+                    resident[name].append(resident_bytes(process.pid))
+        count = self.memory_requests + len(self.memory_aborted) + self.memory_abandoned
+        grown = [Growth(name, tuple(series), count) for name, series in resident.items()]
+        print(*(each.report() for each in grown), sep="\n", flush=True)
+        for each in grown:
+            each.assert_passed()
+
+    def _processes(self) -> Mapping[str, Any]:
+        return {"prefill": self.process_prefill, "decode": self.process_decode}
+
+    def _round(self) -> None:
+        bodies = [
+            {"input_ids": [10 + (index * 5 + number) % 230 for index in range(40 + number)],
+             "sampling_params": greedy(3)}
+            for number in range(self.memory_requests)
+        ]  # fmt: skip
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda body: post(self.lb_url, "/generate", body, self.memory_timeout), bodies))
+            list(pool.map(self._hang_up, self.memory_aborted))
+        with ThreadPoolExecutor(self.memory_abandoned) as pool:
+            list(pool.map(self._abandon, range(self.memory_abandoned)))
+        bad = [answer for answer in answers if answer.status_code != 200]
+        self.assertFalse(bad, f"{len(bad)} of {len(answers)} answers failed, the first: {bad and bad[0].text[:300]}")
+        self._wait_idle()
+
+    def _hang_up(self, seconds: float) -> None:
+        """A client that hangs up so long after it asked."""
+        body = {"input_ids": [10 + index % 200 for index in range(150)], "sampling_params": greedy(12), "stream": True}
+        with contextlib.suppress(requests.RequestException):
+            with post(self.lb_url, "/generate", body, (self.memory_timeout, seconds), stream=True):
+                pass
+
+    def _abandon(self, number: int) -> None:
+        """A room whose state nobody fetches."""
+        rid = f"abandoned-{time.monotonic_ns()}-{number}"
+        body = {
+            "input_ids": [10 + (index + number) % 200 for index in range(self.memory_abandoned_length)],
+            "sampling_params": greedy(2),
+            "rid": rid,
+            "bootstrap_host": self.base_host,
+            "bootstrap_port": int(self.bootstrap_port),
+            "bootstrap_room": time.monotonic_ns(),
+        }
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(post, self.prefill_url, "/generate", body, self.memory_timeout)
+            time.sleep(self.memory_abandoned_s)
+            while not asked.done():  # an abort may overtake its request
+                post(self.prefill_url, "/abort_request", {"rid": rid}, self.memory_timeout)
+                wait([asked], 0.2)
+            asked.result()
+
+    def _wait_idle(self) -> None:
+        """Until no server holds a request, where that is counted."""
+        deadline = time.monotonic() + self.memory_settling
+        while time.monotonic() < deadline:
+            counters = [counters_of(read_server_info(url)) for url in (self.prefill_url, self.decode_url)]
+            if all(each is None or each.is_idle for each in counters):
+                return
+            time.sleep(0.05)
+        self.fail(f"memory: requests or rooms are still held {self.memory_settling:g} s after a round: {counters}")

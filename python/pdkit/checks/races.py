@@ -1,0 +1,107 @@
+"""Races: requests that share a prefix while both are in flight, and aborts whose pages the next request gets.
+
+Which of two requests is first is a matter of milliseconds, so the offset between them is swept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
+
+import requests
+
+from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.http import flush_caches, greedy, post
+from pdkit.checks.parity.answers import Answer
+from pdkit.checks.parity.checks import ParityArms
+from pdkit.checks.parity.plan import Probe, Round, generate_probe
+from pdkit.checks.parity.references import ask
+from pdkit.checks.parity.verdict import Parity
+
+ABORT_AGAIN_S = 0.2
+
+
+def race_ids(length: int, seed: int) -> list[int]:
+    """`length` token ids, others for each seed."""
+    return [10 + (index * (7 + seed % 11) + seed * 17 + index * index) % 230 for index in range(length)]
+
+
+class RaceChecks(ParityArms):
+    """Put it before the servers.
+
+    race_offsets   seconds between two requests that share a prefix
+    race_prefix    tokens that they share; race_tail: tokens of their own
+    abort_storm    requests that their clients leave at once
+    abort_delays   seconds after which they do
+    """
+
+    race_offsets: Sequence[float] = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)
+    race_prefix = 200
+    race_tail = 40
+    race_tokens = 6
+    abort_storm = 32
+    abort_delays: Sequence[float] = (0.0, 0.005, 0.02, 0.05)
+
+    def test_shared_prefix_in_flight(self) -> None:
+        """Two of one length, different in their tails only, with empty caches each time."""
+        probes, arms = [], []
+        for turn, offset in enumerate(self.race_offsets):
+            prefix = race_ids(self.race_prefix, turn)
+            pair = [
+                generate_probe(
+                    f"{half} of two, {offset * 1000:g} ms apart",
+                    [*prefix, *race_ids(self.race_tail, 100 * turn + number)],
+                    self.race_tokens,
+                )
+                for number, half in enumerate(("first", "second"), 1)
+            ]
+            flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
+            arms += self._apart(pair, offset)
+            probes += pair
+        self._assert_race("races: shared prefixes in flight", probes, arms)
+
+    def _apart(self, pair: Sequence[Probe], offset: float) -> list[Answer]:
+        with requests.Session() as session, ThreadPoolExecutor(len(pair)) as pool:
+            asked = []
+            for probe in pair:
+                asked.append(pool.submit(ask, session, self.lb_url, probe, self.request_timeout))
+                time.sleep(offset)
+            return [each.result() for each in asked]
+
+    @unaccounted
+    def test_pages_of_aborted_requests(self) -> None:
+        """Clients leave while transfers are in flight; the next requests, of the same lengths, get their pages."""
+        for turn, delay in enumerate(self.abort_delays):
+            with ThreadPoolExecutor(self.abort_storm) as pool:
+                list(pool.map(partial(self._abort_by_id, delay), range(self.abort_storm)))
+            probes = [
+                generate_probe(f"after {self.abort_storm} aborts at {delay * 1000:g} ms, {number}",
+                               race_ids(160, 1000 * turn + number), self.race_tokens)
+                for number in range(6)
+            ]  # fmt: skip
+            with requests.Session() as session, ThreadPoolExecutor(len(probes)) as pool:
+                answers = list(pool.map(lambda each: ask(session, self.lb_url, each, self.request_timeout), probes))
+            self._assert_race("races: pages of aborted requests", probes, answers)
+
+    def _abort_by_id(self, delay: float, number: int) -> None:
+        rid = f"storm-{time.monotonic_ns()}-{number}"
+        body = {"input_ids": race_ids(160, number), "sampling_params": greedy(24), "rid": rid}
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(post, self.lb_url, "/generate", body, self.request_timeout)
+            time.sleep(delay)
+            while not asked.done():  # an abort may overtake its request
+                for url in (self.prefill_url, self.decode_url):
+                    post(url, "/abort_request", {"rid": rid}, self.request_timeout)
+                wait([asked], ABORT_AGAIN_S)
+            with contextlib.suppress(requests.RequestException):
+                asked.result()
+
+    def _assert_race(self, condition: str, probes: Sequence[Probe], answers: Sequence[Answer]) -> None:
+        names = tuple(probe.name for probe in probes)
+        round_ = Round(condition, tuple(probes), in_flight=2)
+        reference, control = self.references_of(round_)
+        rounding = self.known_references().rounding
+        self.assert_parity(Parity(condition, names, reference, answers, control, rounding))

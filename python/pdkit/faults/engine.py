@@ -1,0 +1,119 @@
+"""Faults of a server itself, beside the transfer: wraps classes of the embedded engine in the process of a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from pdkit.engine import state
+from pdkit.engine.request import Request, finish
+from pdkit.engine.scheduler import Scheduler
+from pdkit.engine.service import Service
+from pdkit.engine.transfer import DecodeReceiver, PrefillSender
+from pdkit.faults.fault import Encounter, Where
+from pdkit.faults.switch import Switch
+
+_kept: list[Any] = []  # what a server that leaks never lets go of
+
+
+def _came(future: asyncio.Future[Any]) -> bool:
+    """Whether a future has a result."""
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+class FaultyServer:
+    """Asks `switch` at each request whether this server is to go wrong, and how."""
+
+    _installed: ClassVar[FaultyServer | None] = None
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+
+    @classmethod
+    def install(cls, switch: Switch) -> None:
+        """From now on the engine's classes of this process ask `switch` first, in place of an earlier one."""
+        if cls._installed is not None:
+            cls._installed.switch = switch
+            return
+        server = cls._installed = cls(switch)
+        cls._wrap(Scheduler, "prefill", server._silent("prefill-silent"))
+        cls._wrap(Scheduler, "decode", server._silent("decode-silent"))
+        cls._wrap(DecodeReceiver, "fetch", server._fetch)
+        cls._wrap(PrefillSender, "close", server._close)
+        cls._wrap(Service, "_continue", server._continue)
+        cls._wrap(Service, "_decode", server._decode)
+        cls._wrap(Request, "_update_text_and_finish", server._finish)
+
+    @staticmethod
+    def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
+        original = getattr(cls, name)
+
+        def method(instance: Any, *args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, instance, *args, **kwargs)
+
+        setattr(cls, name, method)
+
+    def _encounter(self, trick: str) -> Encounter | None:
+        encounter = self.switch.encounter(Where.SERVER)
+        return encounter if encounter and encounter.fault.server == trick else None
+
+    def _met(self, trick: str) -> Encounter | None:
+        """The run of the fault, where this request is one that it meets."""
+        encounter = self._encounter(trick)
+        if encounter is None or not encounter.is_met():
+            return None
+        self.switch.record()
+        return encounter
+
+    def _silent(self, trick: str) -> Callable[..., Any]:
+        def wrapper(original: Callable[..., Any], scheduler: Scheduler, *args: Any) -> Any:
+            return None if self._met(trick) else original(scheduler, *args)
+
+        return wrapper
+
+    async def _fetch(self, original: Callable[..., Any], receiver: DecodeReceiver, *args: Any) -> Any:
+        if encounter := self._met("memory-kept"):
+            _kept.append(b"\1" * int(encounter.fault.size))
+        return await original(receiver, *args)
+
+    def _close(
+        self, original: Callable[..., Any], sender: PrefillSender, room_id: int, reason: str, opened: Any = None
+    ) -> None:
+        room = sender.rooms.get(room_id)
+        if room is not None and not _came(room.outcome) and _came(room.payload) and self._met("failed-rooms-kept"):
+            _kept.append(room.payload.result())
+        original(sender, room_id, reason, opened)
+
+    def _continue(self, original: Callable[..., Any], service: Service, request: Request, handover: Any) -> None:
+        encounter = self._encounter("decode-computes")
+        if encounter and len(request.ids) >= encounter.fault.size and encounter.is_met():
+            self.switch.record()
+            cache = state.new_cache(service.config)
+            while cache.get_seq_length() < len(request.ids):
+                logits = service.scheduler.runner.prefill_step(request.ids, cache, len(request.ids) - 1)
+            tensors, counts = state.tensors_of(cache)
+            handover = replace(handover, tensors=tensors, counts=counts, first_token=int(logits[-1].argmax()))
+        original(service, request, handover)
+
+    async def _decode(self, original: Callable[..., Any], service: Service, request: Request, ask: Any) -> None:
+        await original(service, request, ask)
+        failed = request.is_aborted and "KV transfer failed" in request.finish_reason.get("message", "")
+        if failed and self._met("failed-receive-answered"):
+            request.finish_reason = finish("stop", matched=None)
+
+    def _finish(self, original: Callable[..., Any], request: Request, token: int) -> None:
+        encounter = self._encounter("stop-ignored") if request.room is not None else None
+        params = request.params
+        ends = params.stop or not params.ignore_eos
+        if encounter and ends and params.max_new_tokens != 1 and len(request.output_ids) == encounter.fault.size:
+            encounter.is_met()
+            self.switch.record()
+            request.params = replace(params, stop=(), ignore_eos=True)
+            try:
+                original(request, token)
+            finally:
+                request.params = params
+        else:
+            original(request, token)

@@ -1,0 +1,224 @@
+"""Families of faults that a library of single cases misses: each a kind, with a parameter that says from where on."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from pdkit.engine.transfer import Handover
+from pdkit.faults import pieces
+from pdkit.faults.fault import Change, Fault, Meeting, Where, newest_tokens, overlaid_kinds, same_beginning
+from pdkit.faults.pieces import COMPRESSED, Kind
+
+AGES = (20, 150, 400)  # requests
+SILENT_AFTER = (5, 60)  # requests
+KEPT = (64 << 10, 1 << 20)  # bytes of each request
+TRUNCATED_FROM = (1500, 3000)  # tokens
+OWN_WORK_FROM = (1, 120, 500)  # tokens
+SEAM = (1, 2, 3)  # output tokens
+STREAMS = (20, 100)  # one in so many
+RETRIED = (10, 33)  # one request in so many
+RACES_S = (0.05, 0.5)
+
+
+def _of_age() -> Iterator[Fault]:
+    for after in AGES:
+        yield Fault(
+            f"newest-1-lost-after-{after}",
+            f"the last token of the prompt: zeros in all its state, from the request after number {after} on",
+            Where.DECODE,
+            newest_tokens(1, pieces.newest_lost),
+            after=after,
+            resembles="a counter or a pool that wraps around",
+        )
+
+
+def _of_silence() -> Iterator[Fault]:
+    for side in ("decode", "prefill"):
+        for after in SILENT_AFTER:
+            yield Fault(
+                f"{side}-silent-after-{after}",
+                f"{side} computes nothing any more after {after} requests, and is healthy",
+                Where.SERVER,
+                server=f"{side}-silent",
+                after=after,
+                resembles="a scheduler whose loop waits for ever beside a live HTTP process",
+            )
+
+
+def _of_memory() -> Iterator[Fault]:
+    for size in KEPT:
+        yield Fault(
+            f"memory-kept-{size >> 10}-kib",
+            f"decode keeps {size >> 10} KiB of each request",
+            Where.SERVER,
+            server="memory-kept",
+            size=size,
+        )
+    yield Fault(
+        "state-of-failed-rooms-kept",
+        "prefill keeps the state of each room that failed",
+        Where.SERVER,
+        server="failed-rooms-kept",
+    )
+
+
+def without_newest_beyond(tokens: int) -> Change:
+    """Compressed entries of all tokens behind the first `tokens` are zeros."""
+
+    def change(handover: Handover, meeting: Meeting) -> Handover:
+        names = handover.tensors
+
+        def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            kind = pieces.kind_of(name, names)
+            kept = tokens // kind.ratio
+            if kind not in COMPRESSED or tensor.shape[-2] <= kept:
+                return tensor
+            return pieces.newest_lost(tensor, tensor.shape[-2] - kept)
+
+        return replace(handover, tensors={name: changed(name, tensor) for name, tensor in names.items()})
+
+    return change
+
+
+def _of_length() -> Iterator[Fault]:
+    for tokens in TRUNCATED_FROM:
+        yield Fault(
+            f"beyond-{tokens}-lost",
+            f"compressed entries of what stands behind the first {tokens} tokens are never written",
+            Where.DECODE,
+            without_newest_beyond(tokens),
+            only_served=True,
+            resembles="a transfer in chunks whose last ones are forgotten",
+        )
+
+
+def _of_work() -> Iterator[Fault]:
+    for tokens in OWN_WORK_FROM:
+        yield Fault(
+            f"decode-computes-from-{tokens}",
+            f"decode computes prompts of {tokens} tokens and more itself, and does not count it",
+            Where.SERVER,
+            server="decode-computes",
+            size=tokens,
+        )
+    yield Fault(
+        "failed-receive-answered",
+        "decode answers a request whose transfer failed with 200 and an empty text",
+        Where.SERVER,
+        server="failed-receive-answered",
+    )
+
+
+def _of_answers() -> Iterator[Fault]:
+    for name, what in (
+        ("usage-one-more", "the count of output tokens is one too high"),
+        ("cached-beyond-prompt", "more prompt tokens are said to be cached than the prompt has"),
+        ("reason-exchanged", "the finish reasons length and stop change places"),
+        ("token-after-the-end", "one more token comes after the last one"),
+        ("logprobs-one-less", "the last token has no logprob"),
+    ):
+        for every in (1, 20):
+            suffix = "" if every == 1 else "-5-percent"
+            yield Fault(f"{name}{suffix}", f"{what}, in one answer of {every}", Where.LB, balancer=name, every=every)
+
+
+def _of_the_seam() -> Iterator[Fault]:
+    for place in SEAM:
+        yield Fault(
+            f"stop-ignored-at-{place}",
+            f"decode does not look whether output token {place} ends the answer",
+            Where.SERVER,
+            server="stop-ignored",
+            size=place,
+        )
+
+
+def _of_streams() -> Iterator[Fault]:
+    for every in STREAMS:
+        yield Fault(
+            f"stream-piece-lost-one-in-{every}",
+            f"one stream of {every} lacks a piece",
+            Where.LB,
+            balancer="stream-piece-lost",
+            every=every,
+        )
+
+
+def _aliased_within(seconds: float) -> Change:
+    """Compressed entries of another request with the same beginning that passed here up to `seconds` before."""
+
+    def change(handover: Handover, meeting: Meeting) -> Handover:
+        now = time.monotonic()
+        handover.passed = now
+        recent = [each for each in meeting.earlier if now - each.passed < seconds]
+        other = same_beginning(handover, recent)
+        if other is None:
+            return handover
+        changed = overlaid_kinds(frozenset({Kind.C4_COMPRESSED, Kind.C128_COMPRESSED}), other, handover)
+        changed.passed = now
+        return changed
+
+    return change
+
+
+def _of_races() -> Iterator[Fault]:
+    for seconds in RACES_S:
+        yield Fault(
+            f"aliased-within-{seconds * 1000:.0f}-ms",
+            f"requests that share a prefix and pass within {seconds:g} s share the slots of compressed entries",
+            Where.PREFILL,
+            _aliased_within(seconds),
+            only_served=True,
+            resembles="SGLang 35494",
+        )
+
+
+def _of_crossed_parameters() -> Iterator[Fault]:
+    for lost, beside in (("top-p", "logprobs"), ("stop", "seed"), ("temperature", "stop"), ("seed", "top-k")):
+        yield Fault(
+            f"{lost}-lost-with-{beside}",
+            f"decode gets no {lost.replace('-', '_')} where {beside.replace('-', '_')} is asked for, too",
+            Where.LB,
+            balancer=f"{lost}-lost-with-{beside}",
+        )
+
+
+def _of_latency() -> Iterator[Fault]:
+    for every in RETRIED:
+        yield Fault(
+            f"retried-one-in-{every}",
+            f"one request of {every} is served twice, one after the other, and the second answer is given",
+            Where.LB,
+            balancer="request-retried",
+            every=every,
+        )
+
+
+TESTS: Mapping[Callable[[], Iterator[Fault]], tuple[str, ...]] = {
+    _of_age: ("test_answers_stay_equal",),
+    _of_silence: ("test_answers_stay_equal",),
+    _of_memory: ("test_memory_does_not_grow",),
+    _of_length: ("test_parity_up_to_the_context_limit",),
+    _of_answers: (
+        "test_answers_stay_equal",
+        "test_short_streams_equal_whole_answers",
+    ),
+    _of_the_seam: ("test_ends_at_every_token",),
+    _of_streams: ("test_short_streams_equal_whole_answers",),
+    _of_latency: ("test_no_second_mode_of_latency",),
+    _of_races: ("test_shared_prefix_in_flight",),
+    _of_crossed_parameters: ("test_parity_crossed_parameters",),
+    _of_work: (
+        "test_answers_need_their_transfer",
+        "test_decode_answers_no_failed_receive",
+    ),
+}
+"""The families, and the tests that are about each."""
+
+
+def families() -> Iterator[Fault]:
+    """All of them."""
+    for family, tests in TESTS.items():
+        yield from (replace(fault, asks=tests) for fault in family())

@@ -1,0 +1,84 @@
+"""A process that has imported SGLang, torch and transformers once, from which the processes of test files are forked.
+
+Importing them takes about ten seconds of CPU time, which each file with servers, and each of its servers, would pay.
+Only for CPU suites, on machines without a GPU; `--no-warm` starts each file anew.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pdkit.core import source
+from pdkit.core.console import Console
+from pdkit.core.forked import ForkServer, ForkServerError
+from pdkit.core.gpus import visible_gpus
+from pdkit.core.registry import Registration
+from pdkit.runner.guardian import Popen
+from pdkit.runner.interruption import POLL_S, Interruption
+from pdkit.runner.owner import TOKEN_VARIABLE, new_token
+
+PREPARE = "pdkit.deployment.preload:prepare"
+SLOW = ("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults")
+ENOUGH = 2  # files: for one, importing once is as slow
+
+
+def imports_much(test: Path) -> bool:
+    """Whether what a test file imports takes seconds, as far as its own import statements tell."""
+    try:
+        names = source.read(test).imports.values()
+    except OSError:  # whoever runs it reports that
+        return False
+    return any(f"{name}.".startswith(tuple(f"{slow}." for slow in SLOW)) for name in names)
+
+
+class Warm:
+    """The process, while a suite runs; it starts with the first file that can use it. Files may ask side by side.
+
+    environment: of the process, and so of what is read while modules are imported. log: where its output goes.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Registration],
+        environment: Mapping[str, str],
+        log: Path,
+        console: Console,
+        interruption: Interruption,
+        is_on: bool = True,
+    ):
+        self._environment = {**environment, TOKEN_VARIABLE: new_token(environment)}
+        self._log, self._console, self._interruption = log, console, interruption
+        is_on = is_on and all(file.hw == "cpu" for file in files)
+        names = [file.filename for file in files if is_on and imports_much(Path(file.filename))]
+        self._names = frozenset(names if len(names) >= ENOUGH and not visible_gpus() else ())
+        self._server: ForkServer | None = None
+        self._lock = threading.Lock()
+
+    def popen_for(self, registration: Registration) -> Popen:
+        """What starts the guardian of a file: `subprocess.Popen`, or that of the process."""
+        if registration.filename not in self._names:
+            return subprocess.Popen
+        with self._lock:
+            if self._server is None:
+                self._server = ForkServer(PREPARE, self._environment, str(self._log))
+        return self._popen
+
+    def _popen(self, *args: Any, **kwargs: Any) -> subprocess.Popen:
+        while not self._server.has_started(POLL_S):
+            if self._interruption:
+                return subprocess.Popen(*args, **kwargs)
+        try:
+            return self._server.popen(*args, **kwargs)
+        except ForkServerError as error:
+            self._names = frozenset()
+            self._console.line(f"test files are started anew, not forked: {error}")
+            return subprocess.Popen(*args, **kwargs)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._server is not None:
+            self._server.close()

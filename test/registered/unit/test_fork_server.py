@@ -1,0 +1,267 @@
+"""A program that is forked cannot be told from one that was started, and is supervised like one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import test_guardian
+from detached import LISTEN, SLEEP, is_alive, listening, spawner
+from pdkit.core import ports, processes
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.console import Console
+from pdkit.core.forked import ForkServer, ForkServerError
+from pdkit.core.registry import Registration
+from pdkit.runner import orphans
+from pdkit.runner import warm as warm_module
+from pdkit.runner.guardian import Guarded
+from pdkit.runner.interruption import Interruption
+from pdkit.runner.owner import TOKEN_VARIABLE, new_token
+from pdkit.runner.warm import Warm
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+PROGRAM = "import sys\nexec(compile(sys.argv[1], 'program', 'exec'))\n"
+IMPORTED = """
+import os
+kept = open(os.devnull)
+def prepare():
+    os.environ["SET_BY_AN_IMPORT"] = "1"
+    return None
+def threads():
+    import threading, time
+    threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
+"""
+FACTS = """
+import faulthandler, json, os, signal, sys, threading
+def words(name):
+    return open(f"/proc/self/{name}").read().split("\\0")[:-1]
+files = [os.readlink(f"/proc/self/fd/{n}") if os.path.lexists(f"/proc/self/fd/{n}") else "" for n in range(3, 64)]
+signals = [line for line in open("/proc/self/status") if line.startswith("Sig") and "Q" not in line]
+print(json.dumps({
+    "argv": sys.argv, "orig_argv": sys.orig_argv[1:], "cmdline": words("cmdline")[1:], "environ": dict(os.environ),
+    "seen environ": dict(each.split("=", 1) for each in words("environ")), "directory": os.getcwd(), "path": sys.path,
+    "leads a session": os.getsid(0) == os.getpid() == os.getpgid(0), "files": sorted(filter(None, files)),
+    "signals": signals, "wakeup": signal.set_wakeup_fd(-1), "threads": threading.active_count(),
+    "is main": threading.current_thread() is threading.main_thread(), "faulthandler": faulthandler.is_enabled(),
+    "stdin": sys.stdin.read(), "main": __import__("__main__").__spec__.name, "name": __name__,
+    "executable": os.readlink("/proc/self/exe"), "unbuffered": sys.stdout.write_through,
+}))
+"""
+ENDS = {
+    "returns": "print('x')",
+    "exit code": "sys.exit(7)",
+    "exit with a text": "sys.exit('why')",
+    "exception": "raise ValueError('why')",
+    "KeyboardInterrupt": "raise KeyboardInterrupt",
+    "os._exit": "import os; print('x', flush=True); os._exit(3)",
+    "atexit": "import atexit; atexit.register(print, 'x'); sys.exit(4)",
+    "a thread that ends later": "import threading, time\nthreading.Thread(target=lambda: time.sleep(0.2) or print('x')).start()",
+    "SIGTERM": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
+    "SIGKILL": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "SIGABRT": "import os, signal; print('x', flush=True); os.kill(os.getpid(), signal.SIGABRT)",
+}
+ASKS_BESIDE = """
+import os, subprocess
+from pdkit.core.forked import here
+process = here().popen([sys.executable, "-m", "program", {source!r}], stdout=subprocess.PIPE, encoding="utf-8")
+print(os.getpid(), here().pid, process.pid, flush=True)
+print(process.stdout.readline(), end="", flush=True)
+{then}
+"""
+
+
+class ForkServerCase(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        (cls.root / "program.py").write_text(PROGRAM)
+        (cls.root / "imported.py").write_text(IMPORTED)
+        path = os.pathsep.join(filter(None, [str(cls.root), os.environ.get("PYTHONPATH")]))
+        cls.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        cls.server = ForkServer("imported:prepare", cls.environment, str(cls.root / "log"))
+        cls.addClassCleanup(cls.server.close)
+
+    def popen(self, source, popen=None, **options):
+        options = {"env": self.environment, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
+        command = ["python3", "-m", "program", source]
+        process = (popen or self.server.popen)(command, encoding="utf-8", start_new_session=True, **options)
+        self.addCleanup(process.stdout.close)
+        return process
+
+
+class TestTheSame(ForkServerCase):
+    def test_what_a_program_sees_of_itself(self):
+        """The forked one also has what imports set and opened, as one that imports itself has."""
+        environment = {**self.environment, "TOKEN": "é =x", "PYTHONFAULTHANDLER": "1"}
+        found = []
+        for popen in (subprocess.Popen, self.server.popen):
+            process = self.popen(FACTS, popen, env=environment, stderr=subprocess.STDOUT)
+            found.append(json.loads(process.stdout.read()))
+            self.assertEqual(process.wait(20), 0)
+        spawned, forked = found
+        self.assertEqual(forked["environ"].pop("SET_BY_AN_IMPORT"), "1")
+        self.assertEqual(forked["seen environ"].pop("SET_BY_AN_IMPORT"), "1")
+        forked["files"].remove(os.devnull)
+        self.maxDiff = None
+        self.assertEqual(forked, spawned)
+
+    def test_streams_and_directory(self):
+        source = "import os; print(os.getcwd(), sys.stdin.read()); print('e', file=sys.stderr)"
+        before = os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.root)
+        process = self.popen(source, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.stderr.close)
+        process.stdin.write("in")
+        process.stdin.close()
+        self.assertEqual((process.stdout.read(), process.stderr.read()), (f"{self.root} in\n", "e\n"))
+
+    def test_how_it_ends(self):
+        for name, source in ENDS.items():
+            with self.subTest(name):
+                ends = []
+                for popen in (subprocess.Popen, self.server.popen):
+                    process = self.popen(source, popen, stderr=subprocess.STDOUT)
+                    output = process.stdout.read()
+                    ends.append((process.wait(20), output.splitlines()[-1:]))
+                self.assertEqual(*ends)
+
+    def test_programs_side_by_side(self):
+        many = [self.popen(f"import time; time.sleep(0.1); print({n}); sys.exit({n})") for n in range(16)]
+        self.assertEqual([(each.stdout.read(), each.wait(20)) for each in many], [(f"{n}\n", n) for n in range(16)])
+
+
+class TestEnds(ForkServerCase):
+    def test_children_go_on_when_the_server_ends(self):
+        server = ForkServer("imported:prepare", self.environment, str(self.root / "second"))
+        child = self.popen("import time; time.sleep(0.5); print('done')", server.popen)
+        server.close()
+        self.assertEqual((child.stdout.read(), child.wait(20)), ("done\n", -signal.SIGKILL))  # nobody saw its status
+        with self.assertRaises(ForkServerError):
+            self.popen("", server.popen)
+
+    def test_what_cannot_be_forked_from(self):
+        for name, why in (("imported:threads", "started threads"), ("nowhere:f", "No module named 'nowhere'")):
+            server = ForkServer(name, self.environment, str(self.root / "refused"))
+            self.addCleanup(server.close)
+            with self.assertRaisesRegex(ForkServerError, why):
+                self.popen("", server.popen)
+
+    def test_left_behind_by_a_runner_that_is_gone(self):
+        """Its own token finds it, not that of the process it was forked from."""
+        runner = "import os; from pdkit.runner.owner import new_token; print(new_token({}))"
+        gone = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True, check=True).stdout.strip()
+        own = {name: value for name, value in self.environment.items() if name != TOKEN_VARIABLE}
+        left = self.popen("print('up'); " + SLEEP, env={**own, TOKEN_VARIABLE: gone})
+        stays = self.popen("print('up'); " + SLEEP, env=own)
+        self.addCleanup(stays.kill)
+        self.assertEqual([left.stdout.readline(), stays.stdout.readline()], ["up\n"] * 2)
+        lines = list(orphans.end_earlier_runs())
+        self.assertTrue(any(f"pid {left.pid} (" in line for line in lines), lines)
+        self.assertEqual(left.wait(20), -signal.SIGTERM)
+        self.assertIsNone(stays.poll())
+
+
+class TestForkedGuardian(ForkServerCase, test_guardian.TestGuardian):
+    """What holds for a guardian and its command holds where both are forked."""
+
+    def start(self, source):
+        command = [sys.executable, "-m", "program", source]
+        guarded = Guarded(command, self.environment, new_token(os.environ), popen=self.server.popen)
+        self.addCleanup(guarded.output.close)
+        self.addCleanup(guarded.end)
+        return guarded
+
+    def test_both_were_forked(self):
+        guarded = self.start("import os; print(os.getppid(), flush=True); " + SLEEP)
+        self.assertEqual(self.read_number(guarded), guarded.guardian_pid)
+        self.assertEqual(psutil.Process(guarded.guardian_pid).ppid(), self.server.pid)
+
+    def test_the_fork_server_beside_it(self):
+        """What it forks runs below the command; a server that is left behind is ended."""
+        guarded = self.start(ASKS_BESIDE.format(source="print('up'); " + SLEEP, then="import os; os._exit(5)"))
+        command, beside, server = map(int, guarded.output.readline().split())
+        self.assertEqual(guarded.output.readline(), b"up\n")
+        self.assertTrue(guarded.has_ended(30))
+        ending = guarded.end()
+        self.assertEqual((command, ending.exit_code, len(ending.ended)), (guarded.pid, 5, 1), ending)
+        self.assertIn(f"pid {server} (", ending.ended[0])
+        self.assert_all_end(beside, server)
+
+    def test_ports_of_what_was_forked_beside_it(self):
+        guarded = self.start(ASKS_BESIDE.format(source="print('up'); " + LISTEN, then=SLEEP))
+        _, beside, server = map(int, guarded.output.readline().split())
+        self.assertEqual([psutil.Process(pid).ppid() for pid in (server, beside)], [beside, guarded.pid])
+        (port,) = listening(psutil.Process(server))
+        ending = guarded.end()
+        for pid in (server, guarded.pid):
+            self.assertIn(f"pid {pid} (", " ".join(ending.ended))
+        self.assertEqual((ports.is_free(port), ending.unreleased), (True, ()))
+
+    def test_the_death_of_the_fork_server(self):
+        server = ForkServer("imported:prepare", self.environment, str(self.root / "killed"))
+        command = [sys.executable, "-m", "program", spawner(SLEEP, True, SLEEP)]
+        guarded = Guarded(command, self.environment, new_token(os.environ), popen=server.popen)
+        self.addCleanup(guarded.output.close)
+        child = self.read_number(guarded)
+        os.kill(server.pid, signal.SIGKILL)
+        self.addCleanup(server.close)
+        self.assertTrue(processes.wait_until(lambda: not server.is_there, 20))
+        self.assertTrue(is_alive(child))
+        ended = " ".join(guarded.end().ended)
+        self.assertTrue(f"pid {child} (" in ended and f"pid {guarded.pid} (" in ended, ended)
+        self.assert_all_end(child, guarded.pid)
+
+
+class TestWarm(unittest.TestCase):
+    """Which files a run forks."""
+
+    def warm(self, **files):
+        """A `Warm` over files of that content; "gpu" is registered for CUDA."""
+        root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        registrations = []
+        for name, text in files.items():
+            path = root / f"{name}.py"
+            path.write_text(text)
+            hw = "cuda" if name == "gpu" else "cpu"
+            registrations.append(Registration(str(path), name, hw=hw, suite="s", est_time=1))
+        warm = Warm(registrations, dict(os.environ), root / "log", Console(sys.stdout.buffer), Interruption())
+        return warm, registrations
+
+    def forked(self, **files):
+        warm, registrations = self.warm(**files)
+        with mock.patch.object(warm_module, "ForkServer"):
+            return [each.name for each in registrations if warm.popen_for(each) is not subprocess.Popen]
+
+    def test_files_that_import_much_if_there_are_several(self):
+        light = {"a": "import json, sglang_router\nfrom pdkit.core import events"}
+        heavy = {"b": "import sglang", "c": "from pdkit.deployment import fixture", "d": "from torch.nn import Linear"}
+        self.assertEqual(self.forked(**light, **heavy), ["b", "c", "d"])
+        self.assertEqual(self.forked(**light, b="import sglang"), [])
+
+    def test_not_where_there_is_a_gpu(self):
+        heavy = {"a": "import torch", "b": "import torch"}
+        self.assertEqual(self.forked(**heavy, gpu="import torch"), [])
+        with mock.patch.object(warm_module, "visible_gpus", lambda: ["a GPU"]):
+            self.assertEqual(self.forked(**heavy), [])
+        self.assertEqual(self.forked(**heavy), ["a", "b"])
+
+    def test_a_process_that_cannot_import_is_done_without(self):
+        warm, (first, second) = self.warm(a="import torch", b="import torch")
+        with mock.patch.object(warm_module, "PREPARE", "nowhere:f"):
+            popen = warm.popen_for(first)
+        self.addCleanup(warm.close)
+        process = self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.PIPE))
+        self.assertTrue(process.stdout.read())
+        self.assertIs(warm.popen_for(second), subprocess.Popen)
+
+
+if __name__ == "__main__":
+    unittest.main()
