@@ -181,7 +181,7 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         "--no-warm",
         dest="warm",
         action="store_false",
-        help="start each file on CPU anew, and its servers, not forked from a process that imported SGLang once",
+        help="import SGLang anew for each file, instead of forking",
     )
     add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
