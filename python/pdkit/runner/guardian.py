@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -28,7 +28,7 @@ SETTLE_S = 0.5
 PORTS_S = 10.0
 LIMIT_S = SETTLE_S + processes.GRACE_S + processes.KILL_S + PORTS_S + 10.0
 PR_SET_CHILD_SUBREAPER = 36
-Popen = Callable[..., subprocess.Popen]
+Popen = Callable[..., subprocess.Popen[Any]]
 TOLD_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -55,9 +55,9 @@ class Guarded:
         command: Sequence[str],
         environment: Mapping[str, str],
         token: str,
-        output: int | IO = subprocess.PIPE,
+        output: int | IO[Any] = subprocess.PIPE,
         popen: Popen = subprocess.Popen,
-    ):
+    ) -> None:
         self._ending: Ending | None = None
         self._guardian = popen(
             [sys.executable, "-m", __name__, *command],
@@ -67,12 +67,14 @@ class Guarded:
             stderr=output,
             start_new_session=True,
         )
+        assert self._guardian.stdin and self._guardian.stdout, "both are pipes"
+        self._tell, self._said = self._guardian.stdin, self._guardian.stdout
         self.output = self._guardian.stderr
         self.guardian_pid = self._guardian.pid
         self.pid = (self._hear() or {}).get("pid")
 
-    def _hear(self) -> dict | None:
-        line = self._guardian.stdout.readline()
+    def _hear(self) -> dict[str, Any] | None:
+        line = self._said.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     @property
@@ -101,23 +103,24 @@ class Guarded:
 
     def end(self) -> Ending | None:
         """Ends what is left; None where the guardian itself was killed and can say nothing. May be called again."""
-        if self._guardian.stdin.closed:
+        if self._tell.closed:
             return self._ending
-        self._guardian.stdin.close()
+        self._tell.close()
         if not self.has_ended(LIMIT_S):
             self._guardian.kill()
             self._guardian.wait()
-        with self._guardian.stdout:
+        with self._said:
             said = self._hear()
         if said:
-            self._ending = Ending(**{name: tuple(v) if isinstance(v, list) else v for name, v in said.items()})
+            said |= {name: tuple(said[name]) for name in ("ended", "unreleased")}
+            self._ending = Ending(**said)
         return self._ending
 
 
 class Children:
     """The children of this process, adopted ones included, where nobody else waits for them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.exit_codes: dict[int, int] = {}
 
     def are_gone(self) -> bool:
@@ -132,14 +135,14 @@ class Children:
             self.exit_codes[pid] = os.waitstatus_to_exitcode(status)
 
 
-def _say(**what):
+def _say(**what: Any) -> None:
     try:
         os.write(sys.stdout.fileno(), (json.dumps(what) + "\n").encode())
     except BrokenPipeError:  # the runner is gone
         pass
 
 
-def become_subreaper():
+def become_subreaper() -> None:
     """Makes this process the parent of its descendants' orphans. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -155,7 +158,7 @@ def _bell() -> int:
     return reader
 
 
-def _wait(leader: int, children: Children, bell: int):
+def _wait(leader: int, children: Children, bell: int) -> None:
     """Returns when `leader` has ended or we are told to end it."""
     while True:
         ready, _, _ = select.select([sys.stdin, bell], [], [])
@@ -170,7 +173,7 @@ def _start(command: list[str], environment: dict[str, str]) -> int:
     nothing = os.open(os.devnull, os.O_RDONLY)
     if pid := fork_server.start_here(command, environment, (nothing, 2, 2)):
         return pid
-    streams = {"stdin": nothing, "stdout": sys.stderr, "stderr": sys.stderr}
+    streams: dict[str, Any] = {"stdin": nothing, "stdout": sys.stderr, "stderr": sys.stderr}
     leader = subprocess.Popen(command, env=environment, **streams, start_new_session=True)
     leader.returncode = 0  # nobody but `Children` waits for it
     return leader.pid
@@ -194,7 +197,7 @@ def guard(command: list[str], environment: dict[str, str]) -> Ending:
     return Ending(exit_code, seconds, ended.processes, tuple(unreleased), used.ru_utime + used.ru_stime)
 
 
-def main(command: list[str]):
+def main(command: list[str]) -> None:
     become_subreaper()
     token = os.environ.pop(GUARDIAN_VARIABLE)
     if not select.select([sys.stdin], [], [], 0)[0]:  # or else the runner is gone already

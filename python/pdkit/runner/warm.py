@@ -67,7 +67,8 @@ class Warm:
                 self._server = ForkServer(PREPARE, self._environment, str(self._log))
         return self._popen
 
-    def _popen(self, *args: Any, **kwargs: Any) -> subprocess.Popen:
+    def _popen(self, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
+        assert self._server, "popen_for() makes it"
         while not self._server.has_started(POLL_S):
             if self._interruption:
                 return subprocess.Popen(*args, **kwargs)
