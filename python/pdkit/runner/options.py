@@ -109,7 +109,7 @@ def add_history_options(group: argparse._ActionsContainer) -> None:
         "--history",
         type=Path,
         metavar="FILE",
-        help=f"append a record there (default: {HISTORY_VARIABLE}, or for our tests {default_history({})})",
+        help=f"append a record there (default: {HISTORY_VARIABLE}, or the one that pdkit history reads)",
     )
     choice.add_argument("--no-history", action="store_true", help="append none")
 
