@@ -1,15 +1,22 @@
 """`python3 -m pdkit.engine`: load the model, bind the ports, serve until SIGTERM."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import socket
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from pdkit.core.errors import ExitCode
 from pdkit.engine import options as engine_options
 
+if TYPE_CHECKING:
+    from pdkit.engine.service import Service
 
-def bind(host, port, flag):
+
+def bind(host: str, port: int, flag: str) -> socket.socket:
     """A bound socket that does not listen yet, so that clients are refused while the model loads."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
@@ -18,26 +25,34 @@ def bind(host, port, flag):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except OSError as error:
-        reason = os.strerror(error.errno)
+        reason = os.strerror(error.errno or 0)
         fail(ExitCode.NOT_READY, f"{host}:{port} cannot be bound: {reason}; choose another with {flag}")
     return sock
 
 
-def listen(sock):
+def listen(sock: socket.socket) -> None:
     """Another server may have bound the same port while the model loaded; the first to listen has it."""
     try:
         sock.listen()
     except OSError as error:
         host, port = sock.getsockname()[:2]
-        fail(ExitCode.NOT_READY, f"{host}:{port} was taken meanwhile: {os.strerror(error.errno)}; choose another port")
+        fail(
+            ExitCode.NOT_READY,
+            f"{host}:{port} was taken meanwhile: {os.strerror(error.errno or 0)}; choose another port",
+        )
 
 
-def fail(code, message):
+def fail(code: ExitCode, message: str) -> NoReturn:
     print(f"pdkit.engine: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-async def serve(options, service, sock, bootstrap_socket):
+async def serve(
+    options: engine_options.EngineOptions,
+    service: Service,
+    sock: socket.socket,
+    bootstrap_socket: socket.socket | None,
+) -> None:
     import uvicorn
 
     from pdkit.engine.api import create_app
@@ -54,7 +69,7 @@ async def serve(options, service, sock, bootstrap_socket):
     await uvicorn.Server(config).serve(sockets=[sock])
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     options = engine_options.parse(argv)
     sock = bind(options.host, options.port, "--port")
     bootstrap_socket = None

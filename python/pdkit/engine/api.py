@@ -2,18 +2,21 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ClassVar
 
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import FastAPI, HTTPException, Query
+from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from pdkit.engine import openai_api
-from pdkit.engine.request import BadRequest, SamplingParams
-from pdkit.engine.sequences import fan_out
-from pdkit.engine.service import error_body, meta_info, sse
+from pdkit.engine.fields import GENERATE, BadRequest, Body, Fields
+from pdkit.engine.request import SamplingParams
+from pdkit.engine.sequences import Ask, fan_out
+from pdkit.engine.service import WEIGHT_VERSION, Service, error_body, result, sse
 from pdkit.engine.streams import interleave, run_to_end
 
 HEALTH_TIMEOUT = 20.0
@@ -23,8 +26,11 @@ SPREAD = (
 )  # fmt: skip
 
 
-class GenerateBody(BaseModel):
-    """The body of /generate; a list of texts or of id lists is a batch."""
+class GenerateBody(Body):
+    """The body of /generate; a list of texts or of id lists is a batch. Types are strict, as in SGLang's contract."""
+
+    model_config = ConfigDict(strict=True)
+    others: ClassVar[Fields] = GENERATE
 
     text: str | list[str] | None = None
     input_ids: list[int] | list[list[int]] | None = None
@@ -39,20 +45,36 @@ class GenerateBody(BaseModel):
     bootstrap_port: int | list[int | None] | None = None
     bootstrap_room: int | list[int] | None = None
     extra_key: str | list[str] | None = None
+    # Without effect on an answer, as in SGLang started with the flags that this engine has.
+    log_metrics: bool = True
+    no_logs: bool = False
+    custom_labels: dict[str, str] | None = None
+    conversation_id: str | None = None
+    external_trace_header: dict[str, Any] | None = None
+    received_time: float | None = None
+    routing_key: str | None = None
+    priority: int | None = None
+    session_id: str | None = None
+    bootstrap_pair_key: str | list[str | None] | None = None
+    decode_tp_size: int | list[int | None] | None = None
 
     @property
-    def is_batch(self):
-        prompts = self.text if self.text is not None else self.input_ids
+    def prompts(self) -> Any:
+        return self.text if self.text is not None else self.input_ids
+
+    @property
+    def is_batch(self) -> bool:
+        prompts = self.prompts
         return isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
 
-    def asks(self):
+    def asks(self) -> list[Ask]:
         """One Ask a sequence. Raises BadRequest."""
+        self.refuse_unsupported()
         if (self.text is None) == (self.input_ids is None):
             raise BadRequest("either text or input_ids must be given, and not both")
-        prompts = self.text if self.text is not None else self.input_ids
         given = self.sampling_params
         return fan_out(
-            prompts if self.is_batch else [prompts],
+            self.prompts if self.is_batch else [self.prompts],
             [SamplingParams.parse(each) for each in given] if isinstance(given, list) else SamplingParams.parse(given),
             self.is_batch,
             **{name: getattr(self, name) for name in SPREAD},
@@ -66,35 +88,31 @@ class AbortBody(BaseModel):
     abort_all: bool = False
 
 
-def _result(request, started):
-    return {"text": request.text, "output_ids": list(request.output_ids), "meta_info": meta_info(request, started)}
-
-
-def create_app(service):
+def create_app(service: Service) -> FastAPI:
     """The FastAPI application of one server."""
     app = FastAPI(title="pdkit.engine")
     started = time.time()
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(_, error):
+    async def on_http_error(_: HttpRequest, error: HTTPException) -> Response:
         return JSONResponse(error_body(error.detail, error.status_code), error.status_code)
 
     @app.exception_handler(BadRequest)
-    async def on_bad_request(request: Request, error):
-        body = {"error": {"message": str(error)}}
+    async def on_bad_request(request: HttpRequest, error: BadRequest) -> Response:
+        body: dict[str, Any] = {"error": {"message": str(error)}}
         if request.url.path.startswith("/v1/"):
-            body = error_body(str(error), 400, "BadRequestError")
+            body = error_body(str(error), 400, "BadRequestError", error.field)
         return JSONResponse(body, HTTPStatus.BAD_REQUEST)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_, error):
+    async def on_invalid(_: HttpRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         return JSONResponse(error_body(f"{place}: {first['msg']}", 400, "Bad Request"), HTTPStatus.BAD_REQUEST)
 
     @app.get("/health")
     @app.get("/health_generate")
-    async def health():
+    async def health() -> Response:
         try:
             await asyncio.wait_for(service.forward_one_token(), HEALTH_TIMEOUT)
         except asyncio.TimeoutError:
@@ -103,23 +121,28 @@ def create_app(service):
 
     @app.get("/model_info")
     @app.get("/get_model_info")
-    async def model_info():
+    async def model_info() -> dict[str, Any]:
         options = service.options
         return {
             "model_path": options.model_path,
             "served_model_name": options.model_name,
             "tokenizer_path": options.model_path,
             "is_generation": True,
-            "weight_version": "default",
+            "preferred_sampling_params": None,
+            "weight_version": WEIGHT_VERSION,
             "load_format": options.load_format,
+            "reasoning_parser": None,
+            "tool_call_parser": None,
             "disaggregation_mode": options.disaggregation_mode,
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
             "model_type": service.config.model_type,
             "architectures": service.config.architectures,
         }
 
     @app.get("/server_info")
     @app.get("/get_server_info")
-    async def server_info():
+    async def server_info() -> dict[str, Any]:
         return service.server_info()
 
     model_name = service.options.model_name
@@ -129,11 +152,11 @@ def create_app(service):
     }  # fmt: skip
 
     @app.get("/v1/models")
-    async def models():
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str):
+    async def model(model: str) -> Any:
         if model == model_name:
             return card
         error = {
@@ -143,32 +166,33 @@ def create_app(service):
         return JSONResponse({"error": error}, HTTPStatus.NOT_FOUND)
 
     @app.api_route("/flush_cache", methods=["GET", "POST"])
-    async def flush_cache(timeout: float = Query(0.0, ge=0.0)):
+    async def flush_cache(timeout: float = Query(0.0, ge=0.0)) -> Response:
         if await service.flush_cache(timeout):
             return PlainTextResponse("Cache flushed.\n")
         return PlainTextResponse("Cache not flushed: requests are running.\n", HTTPStatus.BAD_REQUEST)
 
     @app.post("/abort_request")
-    async def abort_request(body: AbortBody):
+    async def abort_request(body: AbortBody) -> Response:
         service.abort([each for each in service.running.values() if body.abort_all or each.rid == body.rid])
         return Response()
 
     @app.api_route("/generate", methods=["POST", "PUT"])
-    async def generate(body: GenerateBody, http_request: Request):
-        arrived = time.time()
+    async def generate(body: GenerateBody, http_request: HttpRequest) -> Any:
+        arrived, with_text = time.time(), body.return_text_in_logprobs
         if not body.stream:
-            asks = body.asks()
-            results = [_result(request, arrived) for request in await run_to_end(service, asks, http_request)]
+            requests = await run_to_end(service, body.asks(), http_request)
+            results = [result(request, arrived, with_text) for request in requests]
             return results if body.is_batch or len(results) > 1 else results[0]
 
-        async def events():
+        async def events() -> AsyncIterator[str]:
             try:
                 asks = body.asks()
                 requests = [service.make_request(ask) for ask in asks]
+                alone = len(requests) == 1 and not body.is_batch
 
-                def chunk(index):
-                    result = _result(requests[index], arrived)
-                    return sse(result if len(requests) == 1 and not body.is_batch else {"index": index, **result})
+                def chunk(index: int) -> str:
+                    shown = result(requests[index], arrived, with_text)
+                    return sse(shown if alone else {"index": index, **shown})
 
                 async for event in interleave(service, asks, requests, chunk):
                     yield event

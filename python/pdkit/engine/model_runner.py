@@ -6,7 +6,11 @@ a multiple of `ROWS`: CPU matrix kernels finish rows in fixed-size tiles, and wi
 do not depend on its neighbours (`test_engine_model_runner.py` holds that on the machine at hand).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from transformers.cache_utils import DynamicCache
 
 from pdkit.engine import state
 
@@ -16,11 +20,11 @@ ROWS = 16
 class ModelRunner:
     """`model`: a DeepseekV4ForCausalLM in eval mode; `chunk`: tokens a prefill step, also the prefix cache's grain."""
 
-    def __init__(self, model, chunk=128):
+    def __init__(self, model: Any, chunk: int = 128) -> None:
         self.model, self.config, self.chunk = model, model.config, chunk
 
     @torch.inference_mode()
-    def prefill_step(self, ids, cache, keep_from):
+    def prefill_step(self, ids: Sequence[int], cache: DynamicCache, keep_from: int) -> torch.Tensor:
         """Run the next chunk of `ids` (the whole prompt) on `cache`.
 
         Returns logits [m, V] of the positions of this chunk at or after `keep_from`.
@@ -34,7 +38,7 @@ class ModelRunner:
         return self.model.lm_head(output[0, output.shape[1] - keep :])
 
     @torch.inference_mode()
-    def decode_step(self, tokens, cache):
+    def decode_step(self, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         """tokens: one id a row of `cache`, len(tokens) a multiple of ROWS. Returns logits [rows, V]."""
         assert len(tokens) % ROWS == 0
         return self.model(input_ids=torch.tensor(tokens).unsqueeze(1), past_key_values=cache, use_cache=True).logits[
@@ -42,6 +46,6 @@ class ModelRunner:
         ]
 
 
-def gather_rows(parts):
+def gather_rows(parts: Sequence[tuple[DynamicCache, list[int]]]) -> DynamicCache:
     """state.gather, padded as decode_step wants it."""
     return state.gather(parts, multiple=ROWS)

@@ -1,8 +1,10 @@
-"""What the engine is told on its command line: SGLang's flag names where SGLang has the flag."""
+"""The command line of the engine: SGLang's flag names where SGLang has the flag."""
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal, NoReturn
 
 from pdkit.core.errors import ExitCode
 
@@ -17,7 +19,7 @@ class EngineOptions:
     host: str = "127.0.0.1"
     port: int = 30000
     served_model_name: str | None = None
-    load_format: str = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
     random_seed: int = 0
     context_length: int | None = None
     chunked_prefill_size: int = 128
@@ -32,16 +34,16 @@ class EngineOptions:
     log_level: str = "info"
 
     @property
-    def model_name(self):
+    def model_name(self) -> str:
         return self.served_model_name or self.model_path
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(ExitCode.BAD_USAGE, f"pdkit.engine: {message} (--help lists the options)\n")
 
 
-def parse(argv=None):
+def parse(argv: Sequence[str] | None = None) -> EngineOptions:
     """EngineOptions from a command line; argparse ends the process with one line and code 2 if it is wrong.
 
     The timeouts come from the variables that SGLang reads them from, and mean what they mean there: prefill gives up a
@@ -79,7 +81,7 @@ def parse(argv=None):
     return EngineOptions(**{field.name: given[field.name] for field in fields(EngineOptions)})
 
 
-def _seconds(text, default):
+def _seconds(text: str | None, default: int) -> int | None:
     try:
         value = int(text or default)
     except ValueError:
@@ -87,14 +89,14 @@ def _seconds(text, default):
     return value if value > 0 else None
 
 
-def _positive(text):
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
 
 
-def _port(text):
+def _port(text: str) -> int:
     value = int(text)
     if not 0 < value < 65536:
         raise argparse.ArgumentTypeError(f"{text} is not a port (1-65535)")

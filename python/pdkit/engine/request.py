@@ -3,29 +3,23 @@
 import secrets
 import threading
 import uuid
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
-
-class BadRequest(ValueError):
-    """A request that cannot be served as asked; answered with status 400."""
-
+from pdkit.engine.fields import SAMPLING, BadRequest
 
 GREEDY_BELOW = 1e-6
-UNSUPPORTED = {
-    "json_schema": "", "regex": "", "ebnf": "", "structural_tag": "", "stop_regex": "", "logit_bias": {},
-    "watermark": {}, "min_p": 0, "min_new_tokens": 0, "frequency_penalty": 0, "presence_penalty": 0,
-    "repetition_penalty": 1, "beam_width": 1,
-}  # fmt: skip
-IGNORED = ("spaces_between_special_tokens", "stream_interval", "custom_params")
+MOST_STOPS = 32
 
 
-def _is_integer(value):
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     return _is_integer(value) or isinstance(value, float)
 
 
@@ -49,57 +43,60 @@ class SamplingParams:
     sampling_seed: int | None = None
 
     @classmethod
-    def parse(cls, given):
-        """From a JSON object as a client sent it. Raises BadRequest."""
-        wanted, known = {}, [field.name for field in fields(cls)]
+    def parse(cls, given: Mapping[str, Any] | None) -> "SamplingParams":
+        """From a JSON object as a client sent it; null is the default. Raises BadRequest."""
+        wanted: dict[str, Any] = {}
+        known = [field.name for field in fields(cls)]
+        SAMPLING.refuse(given or {})
         for name, value in (given or {}).items():
-            if name == "max_new_tokens" and value is None:
-                wanted[name] = None
-            if value is None or name in IGNORED:
-                continue
-            if name in UNSUPPORTED:
-                if value != UNSUPPORTED[name]:
-                    raise BadRequest(f"this engine does not support sampling parameter {name!r}")
+            if name in SAMPLING.neutral:
                 continue
             if name not in known:
-                raise BadRequest(f"unknown sampling parameter {name!r}; known are {', '.join(known)}")
+                raise BadRequest(f"unknown sampling parameter {name!r}; known are {', '.join(known)}", name)
+            if value is None:
+                if name == "max_new_tokens":
+                    wanted[name] = None
+                continue
             check, what = _CHECKS.get(name, _FLAG)
             if not check(value):
-                raise BadRequest(f"{name} must be {what}, got {value!r}")
+                raise BadRequest(f"{name} must be {what}, got {value!r}", name)
             wanted[name] = value
         if isinstance(wanted.get("stop"), str):
             wanted["stop"] = [wanted["stop"]]
         return cls(**wanted | {
-            "stop": tuple(stop for stop in wanted.get("stop", ()) if stop),
-            "stop_token_ids": frozenset(wanted.get("stop_token_ids", ())),
+            "stop": tuple(wanted.get("stop", ())), "stop_token_ids": frozenset(wanted.get("stop_token_ids", ()))
         })  # fmt: skip
 
     @property
-    def greedy(self):
+    def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
 
-def _is_list(value, check):
+def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and all(check(item) for item in value)
 
 
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
-_CHECKS = {
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda value: _is_integer(value) and value >= 0, "an integer of at least 0"),
     "temperature": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a non-negative number"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
     "top_k": (lambda value: _is_integer(value) and (value == -1 or value >= 1), "-1 or an integer of at least 1"),
-    "stop": (lambda value: isinstance(value, str) or _is_list(value, lambda item: isinstance(item, str)),
-             "a string or a list of strings"),
+    "stop": (lambda value: isinstance(value, str)
+             or _is_list(value, lambda item: isinstance(item, str)) and len(value) <= MOST_STOPS,
+             f"a string or a list of at most {MOST_STOPS} strings"),
     "stop_token_ids": (lambda value: _is_list(value, _is_integer), "a list of token ids"),
     "n": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
-    "sampling_seed": (_is_integer, "an integer"),
+    "sampling_seed": (lambda value: _is_integer(value) and -(2**63) <= value < 2**63, "an integer of 64 bits"),
 }  # fmt: skip
 
 
-def finish(kind, **detail):
+def finish(kind: str, **detail: Any) -> dict[str, Any]:
     """SGLang's finish_reason."""
     return {"type": kind, **detail}
+
+
+Scored = tuple[float | None, int]
 
 
 @dataclass(eq=False)
@@ -112,9 +109,9 @@ class Request:
 
     ids: list[int]
     params: SamplingParams
-    tokenizer: object
+    tokenizer: Any
     eos_ids: frozenset[int]
-    notify: object = lambda: None
+    notify: Callable[[], Any] = lambda: None
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     return_logprob: bool = False
     logprob_start_len: int | None = None
@@ -122,41 +119,36 @@ class Request:
     extra_key: str | None = None
     room: int | None = None
 
-    lock: object = field(default_factory=threading.Lock, repr=False)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     output_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
-    finish_reason: dict | None = None
+    finish_reason: dict[str, Any] | None = None
     text: str = ""
-    input_logprobs: list = field(default_factory=list)
-    input_top_logprobs: list = field(default_factory=list)
-    output_logprobs: list = field(default_factory=list)
-    output_top_logprobs: list = field(default_factory=list)
+    input_logprobs: list[Scored] = field(default_factory=list)
+    input_top_logprobs: list[list[Scored] | None] = field(default_factory=list)
+    output_logprobs: list[Scored] = field(default_factory=list)
+    output_top_logprobs: list[list[Scored]] = field(default_factory=list)
 
-    def __post_init__(self):
-        if self.logprob_start_len is None or not self.return_logprob:
-            self.logprob_start_len = len(self.ids)
+    def __post_init__(self) -> None:
+        start = self.logprob_start_len if self.return_logprob else None
+        self._scored_from = len(self.ids) if start is None else start
         seed = self.params.sampling_seed
         self._seed = secrets.randbits(32) if seed is None else seed
 
     @property
-    def length(self):
+    def length(self) -> int:
         return len(self.ids) + len(self.output_ids)
 
     @property
-    def cache_limit(self):
-        """How much of the prompt may come from a cache: its last token and each wanted logprob must be computed."""
-        return min(len(self.ids) - 1, self.logprob_start_len)
+    def keep_from(self) -> int:
+        """First prompt position whose logits are needed, for a logprob or for the next token; none before it may be."""
+        return min(len(self.ids) - 1, self._scored_from)
 
-    @property
-    def keep_from(self):
-        """First prompt position whose logits are needed: they predict the next token."""
-        return min(len(self.ids) - 1, self.logprob_start_len)
-
-    def add_prompt_logits(self, start, logits):
+    def add_prompt_logits(self, start: int, logits: torch.Tensor) -> None:
         """logits [m, V] of prompt positions start..start+m-1; each scores the prompt token that follows it."""
-        if self.logprob_start_len >= len(self.ids) or not len(logits) or not self._takes(logits):
+        if self._scored_from >= len(self.ids) or not len(logits) or not self._takes(logits):
             return
-        if start == self.logprob_start_len:
+        if start == self._scored_from:
             self.input_logprobs.append((None, self.ids[start]))
             self.input_top_logprobs.append(None)
         for row, token in zip(logits, self.ids[start + 1 : start + 1 + len(logits)]):
@@ -164,7 +156,7 @@ class Request:
             self.input_logprobs.append((logprobs[token].item(), token))
             self.input_top_logprobs.append(self._top(logprobs))
 
-    def add_output_logits(self, logits):
+    def add_output_logits(self, logits: torch.Tensor) -> None:
         """Choose the next token from logits [V] of the last position."""
         if not self._takes(logits):
             return
@@ -173,13 +165,14 @@ class Request:
         else:
             logits = logits / self.params.temperature
             token = self._sample(logits)
-        logprob, top = None, []
+        logprob: float | None = None
+        top: list[Scored] = []
         if self.return_logprob:
             logprobs = logits.log_softmax(-1)
             logprob, top = logprobs[token].item(), self._top(logprobs)
         self.add_output(token, logprob, top)
 
-    def add_output(self, token, logprob=None, top=()):
+    def add_output(self, token: int, logprob: float | None = None, top: Iterable[Scored] = ()) -> None:
         assert self.finish_reason is None
         with self.lock:
             self.output_ids.append(token)
@@ -189,8 +182,8 @@ class Request:
             self._update_text_and_finish(token)
             self.notify()
 
-    def _takes(self, logits):
-        """Whether to go on with `logits` [..., V]; ends the request where they can be neither drawn from nor told.
+    def _takes(self, logits: torch.Tensor) -> bool:
+        """Whether to go on with `logits` [..., V]; ends the request where they can be neither drawn from nor sent.
 
         JSON has no NaN. A greedy request without logprobs goes on, as SGLang's does.
         """
@@ -200,10 +193,10 @@ class Request:
         return not self.is_aborted
 
     @property
-    def is_aborted(self):
+    def is_aborted(self) -> bool:
         return self.finish_reason is not None and self.finish_reason["type"] == "abort"
 
-    def abort(self, message, status=None):
+    def abort(self, message: str, status: int | None = None) -> None:
         """End here; with a status the client gets it as an HTTP error."""
         if self.finish_reason is None:
             with self.lock:
@@ -211,13 +204,13 @@ class Request:
                 self.finish_reason = finish("abort", message=message, **detail)
                 self.notify()
 
-    def _top(self, logprobs):
+    def _top(self, logprobs: torch.Tensor) -> list[Scored]:
         if not self.top_logprobs_num:
             return []
         values, tokens = logprobs.topk(min(self.top_logprobs_num, len(logprobs)))
         return list(zip(values.tolist(), tokens.tolist()))
 
-    def _sample(self, logits):
+    def _sample(self, logits: torch.Tensor) -> int:
         """Seeded by request and position, so that a sequence goes on elsewhere as it would have here."""
         probabilities = logits.softmax(-1)
         ordered, tokens = probabilities.sort(descending=True, stable=True)
@@ -227,14 +220,16 @@ class Request:
         position = torch.Generator().manual_seed((self._seed * 1_000_003 + self.length) % 2**63)
         return int(tokens[torch.multinomial(ordered * keep, 1, generator=position)])
 
-    def _decode(self, ids):
+    def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=self.params.skip_special_tokens)
 
-    def _update_text_and_finish(self, token):
+    def _update_text_and_finish(self, token: int) -> None:
         """A stop string wins over a stop token, a stop token over the length: as SGLang decides."""
         params, text = self.params, self._decode(self.output_ids)
+        limit = params.max_new_tokens
+        assert limit is not None, "whoever makes a Request says how many tokens fit"
         stop_ids = () if params.ignore_eos else self.eos_ids | params.stop_token_ids
-        if len(self.output_ids) > params.max_new_tokens:
+        if len(self.output_ids) > limit:
             self.output_ids.clear()
             self.finish_reason = finish("length", length=0)
         elif (stop := self._matched_stop()) is not None:
@@ -246,20 +241,20 @@ class Request:
         elif token in stop_ids:
             self.text = text if params.no_stop_trim else self._decode(self.output_ids[:-1])
             self.finish_reason = finish("stop", matched=token)
-        elif len(self.output_ids) == params.max_new_tokens:
+        elif len(self.output_ids) == limit:
             self.text = text
-            self.finish_reason = finish("length", length=params.max_new_tokens)
+            self.finish_reason = finish("length", length=limit)
         else:
             self.text = text[: len(text) - self._held_back(text)]
 
-    def _matched_stop(self):
+    def _matched_stop(self) -> str | None:
         """The first of the stop strings that the output holds; special tokens count as their names."""
         if not self.params.stop:
             return None
         output = self.tokenizer.decode(self.output_ids)
         return next((stop for stop in self.params.stop if stop in output), None)
 
-    def _held_back(self, text):
+    def _held_back(self, text: str) -> int:
         """Characters at the end that may still become part of a stop string or of an unfinished UTF-8 character."""
         broken = len(text) - len(text.rstrip("�"))
         longest = max(

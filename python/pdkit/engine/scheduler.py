@@ -12,18 +12,25 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.cache_utils import DynamicCache
 
 from pdkit.core.errors import ExitCode
 from pdkit.engine import state
-from pdkit.engine.model_runner import ROWS, gather_rows
+from pdkit.engine.model_runner import ROWS, ModelRunner, gather_rows
+from pdkit.engine.prefix_cache import PrefixCache
+from pdkit.engine.request import Request
 
 PATIENCE = 1.0
+Prefilled = Callable[[Request, DynamicCache | None], Any]
 
 
 @dataclass
 class Counters:
-    """Work of one server, as `/server_info` tells it. Tokens that came from a cache are not prefilled."""
+    """Work of one server, as `/server_info` reports it. Tokens that came from a cache are not prefilled."""
 
     requests: int = 0
     prefill_tokens: int = 0
@@ -35,19 +42,19 @@ class Counters:
 class _Batch:
     """Requests of one length; row i of `cache` belongs to requests[i]. Rows beyond them are padding."""
 
-    requests: list
-    cache: object
+    requests: list[Request]
+    cache: DynamicCache
     stepped: float = field(default_factory=time.monotonic)
 
     @property
-    def length(self):
+    def length(self) -> int:
         return self.cache.get_seq_length()
 
-    def live(self):
+    def live(self) -> list[int]:
         return [row for row, request in enumerate(self.requests) if request.finish_reason is None]
 
 
-def _merge(batches):
+def _merge(batches: Sequence[_Batch]) -> _Batch:
     rows = [batch.live() for batch in batches]
     requests = [batch.requests[row] for batch, chosen in zip(batches, rows) for row in chosen]
     cache = gather_rows([(batch.cache, chosen) for batch, chosen in zip(batches, rows) if chosen])
@@ -57,45 +64,45 @@ def _merge(batches):
 class Scheduler:
     """Owns the thread. `prefix_cache` may be None. Public methods may be called from any thread."""
 
-    def __init__(self, runner, prefix_cache=None):
+    def __init__(self, runner: ModelRunner, prefix_cache: PrefixCache | None = None) -> None:
         self.runner, self.prefix_cache, self.counters = runner, prefix_cache, Counters()
-        self._inbox = queue.SimpleQueue()
-        self._prefills = deque()
+        self._inbox: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self._prefills: deque[tuple[Request, Prefilled, DynamicCache | None]] = deque()
         self._batches: list[_Batch] = []
         self._thread = threading.Thread(target=self._run, name="torch", daemon=True)
 
-    def start(self):
+    def start(self) -> None:
         self._thread.start()
 
-    def call(self, action, done=lambda result: None):
+    def call(self, action: Callable[[], Any], done: Callable[[Any], Any] = lambda result: None) -> None:
         """Run action() on the torch thread, then done(result) there."""
         self._inbox.put(lambda: done(action()))
 
-    def generate(self, request):
+    def generate(self, request: Request) -> None:
         """Prefill and decode here: the monolithic server."""
         self._inbox.put(lambda: self._add_prefill(request, self._start_decode))
 
-    def prefill(self, request, done):
+    def prefill(self, request: Request, done: Prefilled) -> None:
         """Prefill only. done(request, cache) runs on the torch thread; cache is None if the request was aborted."""
-        self._inbox.put(lambda: self._add_prefill(request, lambda request, cache: done(request, cache)))
+        self._inbox.put(lambda: self._add_prefill(request, done))
 
-    def decode(self, request, cache):
+    def decode(self, request: Request, cache: DynamicCache) -> None:
         """Go on from a state that came from elsewhere; the request already holds its first token."""
         self._inbox.put(lambda: self._join(request, cache))
 
-    def _add_prefill(self, request, done):
+    def _add_prefill(self, request: Request, done: Prefilled) -> None:
         self.counters.requests += 1
         self._prefills.append((request, done, None))
 
-    def _join(self, request, cache):
+    def _join(self, request: Request, cache: DynamicCache) -> None:
         self.counters.requests += 1
         self._start_decode(request, cache)
 
-    def _start_decode(self, request, cache):
+    def _start_decode(self, request: Request, cache: DynamicCache | None) -> None:
         if request.finish_reason is None and cache is not None:
             self._batches.append(_Batch([request], gather_rows([(cache, [0])])))
 
-    def _run(self):
+    def _run(self) -> None:
         try:
             while True:
                 busy = self._prefills or self._batches
@@ -111,7 +118,7 @@ class Scheduler:
             print("the torch thread failed; the server ends", file=sys.stderr, flush=True)
             os._exit(ExitCode.FAILED)
 
-    def _prefill_chunk(self):
+    def _prefill_chunk(self) -> None:
         request, done, cache = self._prefills.popleft()
         if request.finish_reason is not None:
             done(request, None)
@@ -132,26 +139,26 @@ class Scheduler:
             request.add_output_logits(logits[-1])
             done(request, None if request.is_aborted else cache)
 
-    def _cached_prefix(self, request):
+    def _cached_prefix(self, request: Request) -> DynamicCache:
         found = None
         if self.prefix_cache is not None:
-            found = self.prefix_cache.match(request.ids, request.cache_limit, request.extra_key)
+            found = self.prefix_cache.match(request.ids, request.keep_from, request.extra_key)
         return found or state.new_cache(self.runner.config)
 
-    def _next_batch(self):
+    def _next_batch(self) -> _Batch:
         now = time.monotonic()
         waiting = min(self._batches, key=lambda batch: batch.stepped)
         if now - waiting.stepped > PATIENCE:
             return waiting
         return min(self._batches, key=lambda batch: batch.length)
 
-    def _decode_batch(self):
+    def _decode_batch(self) -> None:
         batch = self._next_batch()
         peers = [other for other in self._batches if other.length == batch.length]
-        live = sum(len(peer.live()) for peer in peers)
-        if len(peers) > 1 or -(-live // ROWS) < -(-len(batch.requests) // ROWS):
+        rows = sum(len(peer.live()) for peer in peers)
+        if len(peers) > 1 or -(-rows // ROWS) < -(-len(batch.requests) // ROWS):
             self._batches = [other for other in self._batches if other.length != batch.length]
-            if not live:
+            if not rows:
                 return
             batch = _merge(peers)
             self._batches.append(batch)

@@ -1,8 +1,11 @@
 """From the body of an HTTP request to its sequences: batches, and several samples of a prompt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pdkit.engine.request import BadRequest, SamplingParams
+from pdkit.engine.fields import BadRequest
+from pdkit.engine.request import SamplingParams
 
 ROOMS = 1 << 63  # routers draw bootstrap rooms below it
 
@@ -24,7 +27,14 @@ class Ask:
     extra_key: str | None = None
 
 
-def fan_out(prompts, params, is_batch, rid=None, bootstrap_room=None, **fields):
+def fan_out(
+    prompts: Sequence[Any],
+    params: SamplingParams | list[SamplingParams],
+    is_batch: bool,
+    rid: str | list[str] | None = None,
+    bootstrap_room: int | list[int] | None = None,
+    **fields: Any,
+) -> list[Ask]:
     """One Ask a sequence: params.n of each prompt, next to each other. Raises BadRequest.
 
     prompts: texts or lists of ids. params: SamplingParams of all, or a list. is_batch: False if the client sent a
@@ -35,38 +45,42 @@ def fan_out(prompts, params, is_batch, rid=None, bootstrap_room=None, **fields):
     if not prompts:
         raise BadRequest("the batch is empty")
     count = len(prompts)
-    params = _spread("sampling_params", params, count)
-    numbers = {each.n for each in params}
+    params_of = _spread("sampling_params", params, count)
+    numbers = {each.n for each in params_of}
     if len(numbers) > 1:
         raise BadRequest("n must be the same for every prompt of a batch")
     samples = numbers.pop()
 
-    def of_prompts(name, value):
+    def of_prompts(name: str, value: Any) -> list[Any]:
         per_sequence = isinstance(value, list) and name.startswith("bootstrap_") and len(value) == count * samples
+        if isinstance(value, list) and (
+            samples > 1 and "logprob" in name or name == "extra_key" and not is_batch and samples == 1
+        ):
+            raise BadRequest(f"{name} must be one value here, not a list", name)
         return _spread(name, value[:count] if per_sequence else value, count)
 
-    bootstrap_room = (
-        of_prompts("bootstrap_room", bootstrap_room) if isinstance(bootstrap_room, list) else bootstrap_room
-    )
     columns = {name: of_prompts(name, value) for name, value in fields.items()}
-    rids, rooms = _rids(rid, count, samples, is_batch), _rooms(bootstrap_room, count, samples)
+    first_rooms = of_prompts("bootstrap_room", _consecutive(bootstrap_room, count))
+    rids = _rids(rid, count, samples, is_batch)
+    rooms = [None if room is None else room + sample * ROOMS for room in first_rooms for sample in range(samples)]
     asks = []
     for index, prompt in enumerate(prompts):
-        given = {name: column[index] for name, column in columns.items() if column[index] is not None}
+        given = {name: column[index] for name, column in columns.items() if column[index] not in (None, "")}
         given["text" if isinstance(prompt, str) else "ids"] = prompt
-        asks += [Ask(params[index], **given, rid=rids.pop(0), bootstrap_room=rooms.pop(0)) for _ in range(samples)]
+        for place in range(index * samples, (index + 1) * samples):
+            asks.append(Ask(params_of[index], **given, rid=rids[place], bootstrap_room=rooms[place]))
     return asks
 
 
-def _spread(name, value, count):
+def _spread(name: str, value: Any, count: int) -> list[Any]:
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
-        raise BadRequest(f"{name} has {len(value)} entries for {count} prompts")
+        raise BadRequest(f"{name} has {len(value)} entries for {count} prompts", name)
     return value
 
 
-def _rids(rid, count, samples, is_batch):
+def _rids(rid: str | list[str] | None, count: int, samples: int, is_batch: bool) -> list[str | None]:
     if isinstance(rid, str) and (is_batch or samples > 1):
         return [f"{rid}_{index}" for index in range(count * samples)]
     rids = _spread("rid", rid, count)
@@ -75,9 +89,6 @@ def _rids(rid, count, samples, is_batch):
     return rids if samples == 1 else [None] * (count * samples)
 
 
-def _rooms(room, count, samples):
+def _consecutive(room: Any, count: int) -> Any:
     """Prefill and decode derive the same rooms, from one number a prompt or from one for all."""
-    rooms = _spread("bootstrap_room", room, count)
-    if isinstance(room, int):
-        rooms = [room + index for index in range(count)]
-    return [None if each is None else each + sample * ROOMS for each in rooms for sample in range(samples)]
+    return [room + index for index in range(count)] if isinstance(room, int) else room

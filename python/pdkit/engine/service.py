@@ -3,16 +3,23 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, replace
+from socket import socket
+from typing import Any
 
-from pdkit.engine import state
+from pdkit.engine import prefix_cache, state
+from pdkit.engine.fields import BadRequest
 from pdkit.engine.model_runner import ModelRunner
+from pdkit.engine.options import EngineOptions
 from pdkit.engine.prefix_cache import PrefixCache
-from pdkit.engine.request import BadRequest, Request, finish
+from pdkit.engine.request import Request, Scored, finish
 from pdkit.engine.scheduler import Scheduler
+from pdkit.engine.sequences import Ask
 from pdkit.engine.transfer import (
     DecodeReceiver,
     Handover,
+    OpenRoom,
     PrefillSender,
     TransferCounters,
     TransferError,
@@ -20,51 +27,45 @@ from pdkit.engine.transfer import (
 )
 
 ABORTED = "the request was aborted"
+WEIGHT_VERSION = "default"
 
 
 class Service:
     """Everything of one server but HTTP. `model`, `tokenizer`: transformers'; `options`: EngineOptions."""
 
-    def __init__(self, options, model, tokenizer):
+    def __init__(self, options: EngineOptions, model: Any, tokenizer: Any) -> None:
         self.options, self.config, self.tokenizer = options, model.config, tokenizer
         self.context_length = options.context_length or self.config.max_position_embeddings
         self.eos_ids = _eos_ids(self.config, tokenizer)
-        cache = PrefixCache(options.chunked_prefill_size)
-        if options.disable_radix_cache or self.mode == "decode":
-            cache = None
+        cached = not (options.disable_radix_cache or self.mode == "decode")
+        cache = PrefixCache(options.chunked_prefill_size) if cached else None
         self.scheduler = Scheduler(ModelRunner(model, options.chunked_prefill_size), cache)
         backend = load_backend(options.disaggregation_transfer_backend)
         self.sender = PrefillSender(backend, options.bootstrap_timeout, options.transfer_timeout)
         self.receiver = DecodeReceiver(backend, options.transfer_timeout)
         self.running: dict[str, Request] = {}
-        self.started = time.time()
 
     @property
-    def mode(self):
+    def mode(self) -> str:
         return self.options.disaggregation_mode
 
-    async def start(self, bootstrap_socket=None):
+    async def start(self, bootstrap_socket: socket | None = None) -> None:
         self.scheduler.start()
         if bootstrap_socket is not None:
             await self.sender.start(bootstrap_socket)
 
-    async def on_torch_thread(self, action):
+    async def on_torch_thread(self, action: Callable[[], Any]) -> Any:
         """The result of action(), run between two steps of the model."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-
-        def deliver(result):
-            loop.call_soon_threadsafe(lambda: future.cancelled() or future.set_result(result))
-
+        future, deliver = _future_of_another_thread()
         self.scheduler.call(action, deliver)
         return await future
 
-    async def forward_one_token(self):
+    async def forward_one_token(self) -> None:
         """A minimal forward pass, outside every counter and cache: is the model alive?"""
         cache = state.new_cache(self.config)
         await self.on_torch_thread(lambda: self.scheduler.runner.prefill_step([0], cache, 0))
 
-    async def flush_cache(self, timeout):
+    async def flush_cache(self, timeout: float) -> bool:
         """True once the prefix cache is empty; False if requests are still running after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self.running:
@@ -75,23 +76,33 @@ class Service:
             await self.on_torch_thread(self.scheduler.prefix_cache.clear)
         return True
 
-    def abort(self, requests):
+    def abort(self, requests: Sequence[Request]) -> None:
         """End running requests, then free their rooms: all at the next step of the model, for which nobody waits."""
         loop = asyncio.get_running_loop()
 
-        def free_rooms(_):
+        def free_rooms(_: Any) -> None:
             for request in requests:
                 loop.call_soon_threadsafe(self.sender.close, request.room, ABORTED)
 
-        self.scheduler.call(lambda: [request.abort(ABORTED) for request in requests], free_rooms)
+        def end() -> None:
+            for request in requests:
+                request.abort(ABORTED)
 
-    def server_info(self):
+        self.scheduler.call(end, free_rooms)
+
+    def server_info(self) -> dict[str, Any]:
+        """SGLang's keys where it has the key, then this engine's own.
+
+        page_size: the tokens that the prefix cache counts in. max_total_num_tokens: of how many tokens it keeps the
+        state at most; running requests have no limit.
+        """
         counters = self.sender.counters if self.mode == "prefill" else self.receiver.counters
         return {
             **asdict(self.options),
             "context_length": self.context_length,
-            "startup_time": self.started,
-            "internal_states": [{"avg_spec_accept_length": None, "running_requests": len(self.running)}],
+            "page_size": self.options.chunked_prefill_size,
+            "max_total_num_tokens": self.options.chunked_prefill_size * prefix_cache.CAPACITY,
+            "internal_states": [{"running_requests": len(self.running)}],
             "engine": {"name": "pdkit.engine", **asdict(self.scheduler.counters)},
             "transfer": asdict(counters if self.mode != "null" else TransferCounters()),
             "rooms": len(self.sender.rooms),
@@ -99,7 +110,7 @@ class Service:
             "received_from": dict(self.receiver.received_from),
         }
 
-    def make_request(self, ask):
+    def make_request(self, ask: Ask) -> Request:
         """A Request, checked against the limits of the model. Raises BadRequest."""
         ids = ask.ids if ask.ids is not None else self.tokenizer(ask.text)["input_ids"]
         if not ids:
@@ -144,7 +155,7 @@ class Service:
             raise BadRequest(f"a request with id {request.rid!r} is already running")
         return request
 
-    async def generate(self, request, ask):
+    async def generate(self, request: Request, ask: Ask) -> AsyncIterator[None]:
         """Yields whenever `request` has something new; the last time it is finished.
 
         Leaving the generator early (the client went away) aborts the request and frees its room.
@@ -171,11 +182,11 @@ class Service:
                 self.scheduler.call(lambda: request.abort(ABORTED))
             self.running.pop(request.rid, None)
 
-    async def _finished(self, request):
+    async def _finished(self, request: Request) -> None:
         done = asyncio.Event()
         loop, notify = asyncio.get_running_loop(), request.notify
 
-        def wake():
+        def wake() -> None:
             notify()
             if request.finish_reason is not None:
                 loop.call_soon_threadsafe(done.set)
@@ -184,16 +195,16 @@ class Service:
         if request.finish_reason is None:
             await done.wait()
 
-    async def _monolithic(self, request, ask):
+    async def _monolithic(self, request: Request, ask: Ask) -> None:
         waiting = asyncio.ensure_future(self._finished(request))
         await asyncio.sleep(0)
         self.scheduler.generate(request)
         await waiting
 
-    async def _prefill(self, request, ask):
+    async def _prefill(self, request: Request, ask: Ask) -> None:
         if ask.bootstrap_room is None:
             raise BadRequest("a prefill server needs a bootstrap_room: send requests through the load balancer")
-        opened = await self._open_room(request, ask.bootstrap_room)
+        opened = await self._open_room(ask.bootstrap_room)
         try:
             handover = await self._compute_handover(request, ask.bootstrap_room)
             if handover is None:
@@ -206,21 +217,16 @@ class Service:
         finally:
             self.sender.close(ask.bootstrap_room, ABORTED, opened)
 
-    async def _open_room(self, request, room):
+    async def _open_room(self, room: int) -> OpenRoom:
         try:
             return await self.sender.open(room)
         except TransferError as error:
             raise BadRequest(str(error)) from None
 
-    async def _compute_handover(self, request, room):
+    async def _compute_handover(self, request: Request, room: int) -> Handover | None:
         """The Handover, or None if the request was aborted meanwhile."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-
-        def done(request, cache):
-            loop.call_soon_threadsafe(lambda: future.cancelled() or future.set_result(cache))
-
-        self.scheduler.prefill(request, done)
+        future, deliver = _future_of_another_thread()
+        self.scheduler.prefill(request, lambda _, cache: deliver(cache))
         cache = await future
         if cache is None:
             return None
@@ -237,13 +243,13 @@ class Service:
             first_top_logprobs=request.output_top_logprobs[0] if request.return_logprob else [],
         )
 
-    async def _decode(self, request, ask):
+    async def _decode(self, request: Request, ask: Ask) -> None:
         if ask.bootstrap_room is None or not ask.bootstrap_host:
             raise BadRequest(
                 "a decode server needs bootstrap_host and bootstrap_room: send requests through the load balancer"
             )
 
-        def accept(handover):
+        def accept(handover: Handover) -> None:
             if handover.prompt_tokens != len(request.ids):
                 raise TransferError(
                     f"the hand-over is of a prompt of {handover.prompt_tokens} tokens, this one has {len(request.ids)}"
@@ -275,7 +281,7 @@ class Service:
             waiting.cancel()
             await asyncio.gather(fetching, waiting, return_exceptions=True)
 
-    def _continue(self, request, handover):
+    def _continue(self, request: Request, handover: Handover) -> None:
         """On the torch thread: take the first token and the state, and step on from there."""
         if request.finish_reason is None:
             request.cached_tokens = handover.cached_tokens
@@ -283,42 +289,64 @@ class Service:
         self.scheduler.decode(request, state.restore(self.config, handover.tensors, handover.counts))
 
 
-def _eos_ids(config, tokenizer):
+def _future_of_another_thread() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:
+    """A future of this loop, and what another thread calls to give it its result."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def set_result(value: Any) -> None:
+        if not future.cancelled():
+            future.set_result(value)
+
+    def deliver(value: Any) -> None:
+        loop.call_soon_threadsafe(set_result, value)
+
+    return future, deliver
+
+
+def _eos_ids(config: Any, tokenizer: Any) -> frozenset[int]:
     eos = config.eos_token_id
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     return frozenset(ids - {None})
 
 
-def meta_info(request, started):
-    """SGLang's `meta_info` of a request; `started`: time.time() when it arrived."""
-    info = {
+def result(request: Request, arrived: float, with_text: bool = False) -> dict[str, Any]:
+    """SGLang's answer to /generate. arrived: time.time() of the request; with_text: logprobs name their tokens."""
+    info: dict[str, Any] = {
         "id": request.rid,
         "finish_reason": request.finish_reason,
         "prompt_tokens": len(request.ids),
-        "weight_version": "default",
+        "weight_version": WEIGHT_VERSION,
+        "num_retractions": 0,
+        "reasoning_tokens": 0,
         "completion_tokens": len(request.output_ids),
         "cached_tokens": request.cached_tokens,
-        "e2e_latency": time.time() - started,
     }
+    if request.finish_reason is not None:
+        info["e2e_latency"] = time.time() - arrived
     if request.return_logprob:
-        info["input_token_logprobs"] = _tokens(request, request.input_logprobs)
-        info["output_token_logprobs"] = _tokens(request, request.output_logprobs)
+
+        def told(pairs: Sequence[Scored] | None) -> list[tuple[float | None, int, str | None]] | None:
+            if pairs is None:
+                return None
+            tokens = [token for _, token in pairs]
+            texts = request.tokenizer.batch_decode([[token] for token in tokens]) if with_text else [None] * len(tokens)
+            return [(logprob, token, text) for (logprob, token), text in zip(pairs, texts)]
+
+        info["input_token_logprobs"] = told(request.input_logprobs)
+        info["output_token_logprobs"] = told(request.output_logprobs)
         info["output_token_logprobs_length"] = len(request.output_logprobs)
         if request.top_logprobs_num:
-            info["input_top_logprobs"] = [_tokens(request, row) for row in request.input_top_logprobs]
-            info["output_top_logprobs"] = [_tokens(request, row) for row in request.output_top_logprobs]
-    return info
+            info["input_top_logprobs"] = [told(row) for row in request.input_top_logprobs]
+            info["output_top_logprobs"] = [told(row) for row in request.output_top_logprobs]
+    return {"text": request.text, "output_ids": list(request.output_ids), "meta_info": info}
 
 
-def _tokens(request, pairs):
-    return pairs and [(logprob, token, None) for logprob, token in pairs]
-
-
-def error_body(message, status, kind=None):
+def error_body(message: str, status: int, kind: str | None = None, param: str | None = None) -> dict[str, Any]:
     """SGLang's error object."""
-    return {"object": "error", "message": message, "type": kind or str(status), "param": None, "code": status}
+    return {"object": "error", "message": message, "type": kind or str(status), "param": param, "code": status}
 
 
-def sse(data):
+def sse(data: Any) -> str:
     """One server-sent event."""
     return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"

@@ -12,6 +12,8 @@ and nothing else. Every update replaces a tensor and never writes into one, so a
 """
 
 import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -24,11 +26,11 @@ class StateError(ValueError):
     """A state that does not fit its model and its number of tokens."""
 
 
-def new_cache(config):
+def new_cache(config: Any) -> DynamicCache:
     return DynamicCache(config=config)
 
 
-def snapshot(cache):
+def snapshot(cache: DynamicCache) -> DynamicCache:
     """A copy that later updates of `cache` do not reach. Tensors are shared."""
     twin = copy.copy(cache)
     twin.layers = []
@@ -41,14 +43,14 @@ def snapshot(cache):
     return twin
 
 
-def _fields(layer):
+def _fields(layer: Any) -> Iterator[tuple[dict[str, Any], str, str]]:
     """(holder, key, name) of each batched tensor of a layer but the window; a holder is a dict of the layer."""
     for name in (*GROWING, *OVERLAP):
         for part in getattr(layer, name, ()):
             yield getattr(layer, name), part, f"{part}.{name}"
 
 
-def gather(parts, multiple=1):
+def gather(parts: Sequence[tuple[DynamicCache, list[int]]], multiple: int = 1) -> DynamicCache:
     """One cache of the chosen rows, padded with copies of the last row.
 
     parts: [(cache, [row, ...]), ...], all of the same length in tokens. The number of rows of the result is the
@@ -58,7 +60,7 @@ def gather(parts, multiple=1):
     assert len({cache.get_seq_length() for cache in caches}) == 1, "rows of different lengths cannot share a batch"
     padding = -sum(len(rows) for _, rows in parts) % multiple
 
-    def merge(tensors):
+    def merge(tensors: Sequence[Any]) -> torch.Tensor | None:
         if tensors[0] is None:
             return None
         chosen = [tensor[rows] for tensor, (_, rows) in zip(tensors, parts)]
@@ -76,7 +78,7 @@ def gather(parts, multiple=1):
     return merged
 
 
-def tensors_of(cache):
+def tensors_of(cache: DynamicCache) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """{name: tensor [1, ...]} and {name: int} of a cache of one row: all that has to arrive at a decode server."""
     tensors, counts = {}, {}
     for index, layer in enumerate(cache.layers):
@@ -91,9 +93,10 @@ def tensors_of(cache):
     return tensors, counts
 
 
-def expected(config, length):
+def expected(config: Any, length: int) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
     """({name: shape}, {name: int}) of the state of a prompt of `length` tokens, from the config alone."""
-    shapes, counts = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    counts: dict[str, int] = {}
     for index, layer_type in enumerate(config.layer_types):
         prefix = f"layers.{index}"
         shapes[f"{prefix}.window"] = (1, 1, min(length, config.sliding_window - 1), config.head_dim)
@@ -116,7 +119,7 @@ def expected(config, length):
     return shapes, counts
 
 
-def check(config, length, tensors, counts):
+def check(config: Any, length: int, tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> None:
     """Raises StateError unless every piece of the state of `length` tokens is there, as it should be, and no other."""
     shapes, numbers = expected(config, length)
     for kind, wanted, got in (
@@ -134,7 +137,7 @@ def check(config, length, tensors, counts):
             raise StateError(f"state of {length} tokens: tensor {name} is {tensor.dtype}, expected {config.dtype}")
 
 
-def restore(config, tensors, counts):
+def restore(config: Any, tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> DynamicCache:
     """The live cache of one row, from what `tensors_of` gave. The inverse of it, bit for bit."""
     cache = new_cache(config)
     for index, layer in enumerate(cache.layers):

@@ -1,20 +1,27 @@
 """Running the sequences of one HTTP request: all to their end, or as events in the order they happen."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
 
 from fastapi import HTTPException
+from fastapi import Request as HttpRequest
+
+from pdkit.engine.request import Request
+from pdkit.engine.sequences import Ask
+from pdkit.engine.service import Service
 
 DISCONNECT_POLL = 0.25
 
 
-async def run_to_end(service, asks, http_request):
+async def run_to_end(service: Service, asks: Sequence[Ask], http_request: HttpRequest) -> list[Request]:
     """The finished requests of `asks`. Raises BadRequest, or HTTPException for one that ended with an error status.
 
     The first that fails ends the others.
     """
     requests = [service.make_request(ask) for ask in asks]
 
-    async def drain(request, ask):
+    async def drain(request: Request, ask: Ask) -> None:
         async for _ in service.generate(request, ask):
             pass
         raise_if_failed(request)
@@ -33,26 +40,29 @@ async def run_to_end(service, asks, http_request):
     return requests
 
 
-async def _end(tasks):
+async def _end(tasks: Iterable[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def raise_if_failed(request):
+def raise_if_failed(request: Request) -> None:
     """HTTPException for a request that ended with an error status."""
-    if request.is_aborted and "status_code" in request.finish_reason:
-        raise HTTPException(request.finish_reason["status_code"], request.finish_reason["message"])
+    reason = request.finish_reason or {}
+    if "status_code" in reason:
+        raise HTTPException(reason["status_code"], reason["message"])
 
 
-async def interleave(service, asks, requests, render):
+async def interleave(
+    service: Service, asks: Sequence[Ask], requests: Sequence[Request], render: Callable[[int], Any]
+) -> AsyncIterator[Any]:
     """Yields render(index) whenever requests[index] has something new, until all are finished: once when it is.
 
     The request is locked meanwhile: the torch thread may be about to give it the next token.
     """
-    news = asyncio.Queue()
+    news: asyncio.Queue[tuple[int | None, Exception | None]] = asyncio.Queue()
 
-    async def pump(index):
+    async def pump(index: int) -> None:
         try:
             async for _ in service.generate(requests[index], asks[index]):
                 news.put_nowait((index, None))
@@ -62,7 +72,8 @@ async def interleave(service, asks, requests, render):
 
     pumps = [asyncio.ensure_future(pump(index)) for index in range(len(requests))]
     try:
-        open_pumps, finished = len(pumps), set()
+        open_pumps = len(pumps)
+        finished: set[int] = set()
         while open_pumps:
             index, error = await news.get()
             if error is not None:

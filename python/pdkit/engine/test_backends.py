@@ -7,6 +7,7 @@ pdkit.engine.test_backends:BitFlip        flips one bit of some KV transfers on 
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +28,10 @@ class Valve:
 
     HOLD, REFUSE = "hold", "refuse"
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def turn(self, word: str | None):
+    def turn(self, word: str | None) -> None:
         new = self.path.with_name(self.path.name + ".new")
         new.write_text(word or "")
         os.replace(new, self.path)
@@ -42,13 +43,13 @@ class Valve:
 class HeldTransfer(TransferBackend):
     """Plain TCP while the valve is open."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         path = os.environ.get(HOLD_FILE_VARIABLE)
         if not path:
             raise ValueError(f"{HOLD_FILE_VARIABLE} is not set; let it name the file that says what is held")
         self._valve = Valve(path)
 
-    async def pieces(self, data):
+    async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
         """HELD_BEFORE: nothing leaves before the valve opens; HELD_DURING: one half does."""
         length = Handover.unpack(data).prompt_tokens
         if length == HELD_BEFORE:
@@ -59,12 +60,12 @@ class HeldTransfer(TransferBackend):
             await self._until_open()
             yield data[half:]
 
-    def incoming(self, handover):
+    def incoming(self, handover: Handover) -> Handover:
         if self._valve.says(Valve.REFUSE):
             raise TransferError("this decode server takes nothing")
         return handover
 
-    async def _until_open(self):
+    async def _until_open(self) -> None:
         while self._valve.says(Valve.HOLD):
             await asyncio.sleep(POLL_S)
 
@@ -83,13 +84,13 @@ class BitFlip(TransferBackend):
     Every other one arrives as it was sent.
     """
 
-    def outgoing(self, handover):
+    def outgoing(self, handover: Handover) -> Handover:
         if handover.prompt_tokens not in WITHHELD:
             return handover
         empty = {name: torch.zeros_like(tensor) for name, tensor in handover.tensors.items()}
         return replace(handover, tensors=empty)
 
-    def wire(self, data):
+    def wire(self, data: bytes) -> bytes:
         share = BIT_FLIPS.get(Handover.unpack(data).prompt_tokens)
         if share is None:
             return data

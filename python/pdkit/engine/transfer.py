@@ -18,8 +18,10 @@ import importlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+from socket import socket
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -47,14 +49,14 @@ class Handover:
     counts: dict[str, int]
     tensors: dict[str, torch.Tensor]
     first_logprob: float | None = None
-    first_top_logprobs: list = field(default_factory=list)
+    first_top_logprobs: list[tuple[float | None, int]] = field(default_factory=list)
 
-    def pack(self):
+    def pack(self) -> bytes:
         meta = asdict(self) | {"tensors": None}
         return safetensors.torch.save(self.tensors, {"handover": json.dumps(meta)})
 
     @classmethod
-    def unpack(cls, data):
+    def unpack(cls, data: bytes) -> "Handover":
         try:
             header_size = int.from_bytes(data[:8], "little")
             meta = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["handover"])
@@ -86,7 +88,7 @@ class TransferBackend:
         return handover
 
 
-def load_backend(name):
+def load_backend(name: str) -> TransferBackend:
     """`tcp`, or a subclass of TransferBackend as `module:Class`. Raises ValueError with one line for the user."""
     if name == "tcp":
         return TransferBackend()
@@ -114,47 +116,52 @@ class TransferCounters:
     seconds: float = field(default=0.0, compare=False)
 
 
-async def _read_message(reader):
+async def _read_message(reader: asyncio.StreamReader) -> dict[str, Any]:
     """Raises ConnectionError for anything but one line with a JSON object."""
+    message = None
     try:
         line = await reader.readline()
+        if not line:
+            raise ConnectionError("the peer closed the connection")
         message = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
-        line = message = None
+        pass
     if not isinstance(message, dict):
-        closed = line == b""
-        raise ConnectionError("the peer closed the connection" if closed else "the peer's message is not understood")
+        raise ConnectionError("the peer's message is not understood")
     return message
 
 
-def _write_line(writer, **message):
+def _write_line(writer: asyncio.StreamWriter, **message: Any) -> None:
     writer.write(json.dumps(message).encode() + b"\n")
 
 
-def _fail(future, message):
+def _fail(future: asyncio.Future[Any], message: str) -> None:
     """Whoever waits for `future`, now or later, gets a TransferError; nobody has to."""
     if not future.done():
         future.set_exception(TransferError(message))
         future.exception()
 
 
-class _Room:
-    def __init__(self, room_id):
+class OpenRoom:
+    """A bootstrap room that a decode server may fetch from, until `longest` seconds have gone by without one."""
+
+    def __init__(self, room_id: int, longest: float) -> None:
         loop = asyncio.get_running_loop()
         self.id = room_id
-        self.payload = loop.create_future()
-        self.outcome = loop.create_future()
-        self.expiry = None
+        self.payload: asyncio.Future[bytes] = loop.create_future()
+        self.outcome: asyncio.Future[None] = loop.create_future()
         self.taken = self.sending = False
+        reason = f"no decode server asked for bootstrap room {room_id} within {longest:g} s"
+        self.expiry = loop.call_later(longest, self.fail, reason)
 
-    def fail(self, message):
-        """Whoever waits for it, here or on a decode server, is told why."""
+    def fail(self, message: str) -> None:
+        """Whoever waits for it, here or on a decode server, gets the reason."""
         self.expiry.cancel()
         _fail(self.payload, message)
         _fail(self.outcome, message)
 
 
-async def _unless_left(reader, awaited, reason):
+async def _unless_left(reader: asyncio.StreamReader, awaited: Awaitable[Any], reason: str) -> Any:
     """The result of `awaited`. Raises TransferError if the peer leaves, or speaks, before it is there."""
     left, awaited = asyncio.ensure_future(reader.read(1)), asyncio.ensure_future(awaited)
     try:
@@ -175,27 +182,25 @@ class PrefillSender:
     seconds for a hand-over that has begun, and for a connection whose room is not open.
     """
 
-    def __init__(self, backend, bootstrap_timeout, transfer_timeout):
+    def __init__(self, backend: TransferBackend, bootstrap_timeout: float, transfer_timeout: float) -> None:
         self.backend, self.counters = backend, TransferCounters()
         self.bootstrap_timeout, self.transfer_timeout = bootstrap_timeout, transfer_timeout
-        self.rooms: dict[int, _Room] = {}
+        self.rooms: dict[int, OpenRoom] = {}
         self._opened = asyncio.Condition()
 
-    async def start(self, sock):
+    async def start(self, sock: socket) -> None:
         self._server = await asyncio.start_server(self._serve, sock=sock, limit=LINE_LIMIT)
 
-    async def open(self, room):
+    async def open(self, room: int) -> OpenRoom:
         """Announce that `room` is being prefilled; returns what `close` knows it by. Raises TransferError if in use."""
         if room in self.rooms:
             raise TransferError(f"bootstrap room {room} is in use by another request")
         async with self._opened:
-            opened = self.rooms[room] = _Room(room)
-            reason = f"no decode server asked for bootstrap room {room} within {self.bootstrap_timeout:g} s"
-            opened.expiry = asyncio.get_running_loop().call_later(self.bootstrap_timeout, opened.fail, reason)
+            opened = self.rooms[room] = OpenRoom(room, self.bootstrap_timeout)
             self._opened.notify_all()
         return opened
 
-    async def deliver(self, handover):
+    async def deliver(self, handover: Handover) -> None:
         """Offer the hand-over of an open room and wait until decode has it. Raises TransferError; frees the room."""
         room = self.rooms.get(handover.room)
         if room is None:
@@ -218,23 +223,23 @@ class PrefillSender:
         finally:
             self.close(room.id, "the request has ended", room)
 
-    def close(self, room_id, reason, opened=None):
+    def close(self, room_id: int | None, reason: str, opened: OpenRoom | None = None) -> None:
         """Free a room, or only what `opened` returned; whoever waits for it is told why."""
-        room = self.rooms.get(room_id)
+        room = None if room_id is None else self.rooms.get(room_id)
         if room is not None and opened in (None, room):
-            del self.rooms[room_id]
+            del self.rooms[room.id]
             room.fail(f"prefill gave up bootstrap room {room_id}: {reason}")
 
     @property
-    def sending(self):
+    def sending(self) -> int:
         """How many hand-overs are on the wire."""
         return sum(room.sending for room in self.rooms.values())
 
-    async def _is_open(self, room_id):
+    async def _is_open(self, room_id: int) -> None:
         async with self._opened:
             await self._opened.wait_for(lambda: room_id in self.rooms)
 
-    async def _take(self, room_id, reader):
+    async def _take(self, room_id: Any, reader: asyncio.StreamReader) -> OpenRoom:
         if not isinstance(room_id, int):
             raise TransferError(f"a bootstrap room is a number, not {room_id!r}")
         try:
@@ -253,7 +258,9 @@ class PrefillSender:
         room.expiry.cancel()
         return room
 
-    async def _send(self, room, data, reader, writer):
+    async def _send(
+        self, room: OpenRoom, data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         async for piece in self.backend.pieces(data):
             if not room.sending:
                 _write_line(writer, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -264,7 +271,7 @@ class PrefillSender:
         if "error" in answer:
             raise TransferError(f"decode refused bootstrap room {room.id}: {answer['error']}")
 
-    async def _serve(self, reader, writer):
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         room, sending = None, False
         try:
             message = await asyncio.wait_for(_read_message(reader), self.bootstrap_timeout)
@@ -295,11 +302,11 @@ class DecodeReceiver:
     received_from: hand-overs by prefill server, as `host:port`.
     """
 
-    def __init__(self, backend, timeout):
+    def __init__(self, backend: TransferBackend, timeout: float) -> None:
         self.backend, self.timeout, self.counters = backend, timeout, TransferCounters()
-        self.received_from = Counter()
+        self.received_from: Counter[str] = Counter()
 
-    async def fetch(self, host, port, room, accept):
+    async def fetch(self, host: str, port: int, room: int, accept: Callable[[Handover], None]) -> Handover:
         """The verified hand-over of `room` from the prefill server at host:port.
 
         accept: called with it before it is acknowledged; may raise ValueError. Raises TransferError.
@@ -321,7 +328,7 @@ class DecodeReceiver:
         self.received_from[f"{host}:{port}"] += 1
         return handover
 
-    async def _fetch(self, host, port, room, accept):
+    async def _fetch(self, host: str, port: int, room: int, accept: Callable[[Handover], None]) -> Handover:
         reader, writer = await asyncio.open_connection(host, port, limit=LINE_LIMIT)
         try:
             _write_line(writer, room=room)
@@ -351,7 +358,7 @@ class DecodeReceiver:
             writer.close()
 
     @staticmethod
-    def verify(data, digest, room):
+    def verify(data: bytes, digest: str, room: int) -> Handover:
         if hashlib.sha256(data).hexdigest() != digest:
             raise TransferError(f"checksum mismatch in the hand-over of bootstrap room {room} ({len(data)} bytes)")
         handover = Handover.unpack(data)

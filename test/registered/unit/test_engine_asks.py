@@ -3,7 +3,8 @@
 import unittest
 
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.engine.request import BadRequest, SamplingParams
+from pdkit.engine.fields import BadRequest
+from pdkit.engine.request import SamplingParams
 from pdkit.engine.sequences import ROOMS, fan_out
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -35,6 +36,16 @@ class TestFanOut(unittest.TestCase):
             (["a", "b"], 1, {"bootstrap_host": ["h"]}),
         ):
             with self.subTest(fields=fields), self.assertRaisesRegex(BadRequest, "entries for"):
+                rooms(prompts, 7, n, **fields)
+        for prompts, n, fields in (
+            (["a"], 2, {"return_logprob": [True]}),
+            (["a"], 2, {"top_logprobs_num": [1]}),
+            (["a"], 1, {"extra_key": ["k"]}),
+        ):
+            with (
+                self.subTest(fields=fields),
+                self.assertRaisesRegex(BadRequest, f"{next(iter(fields))} must be one value"),
+            ):
                 rooms(prompts, 7, n, **fields)
         with self.assertRaisesRegex(BadRequest, "bootstrap_room has 3 entries for 1 prompts"):
             rooms(["a"], [1, 2, 3], n=2)

@@ -3,8 +3,6 @@
 import contextlib
 import http.client
 import io
-import json
-import os
 import random
 import select
 import signal
@@ -16,29 +14,19 @@ import threading
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
-import pdkit
 import requests
+from engine_servers import BOOTSTRAP_TIMEOUT, ENVIRONMENT, GREEDY, RANDOM, Server, engine, events, keep_logs
 from pdkit.core import ports
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.__main__ import bind, listen
 
 register_cpu_ci(est_time=115, suite="stage-a-test-cpu")
 
-PACKAGE = Path(pdkit.__file__).parent
-RANDOM = PACKAGE / "assets" / "random-dsv4"
 LENGTHS = (1, 3, 4, 5, 31, 32, 33, 127, 128, 129, 512, 513, 700)
 CONTEXT = 4096
-BOOTSTRAP_TIMEOUT = 5
 SPARE_KEEP_ALIVE = 1  # seconds; the others have SGLang's default
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
-    "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(BOOTSTRAP_TIMEOUT),
-    "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "60",
-}
-GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 
 
 def prompt(length, seed=0):
@@ -46,68 +34,9 @@ def prompt(length, seed=0):
     return [rng.randrange(10, 500) for _ in range(length)]
 
 
-class Server:
-    """One process and its log; ended whatever happens."""
-
-    def __init__(self, name, port, *command, **environment):
-        self.name, self.port, self.url = name, port, f"http://127.0.0.1:{port}"
-        self.log = Path(logs.name) / f"{name}.log"
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
-                env=ENVIRONMENT | environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        unittest.addModuleCleanup(self.end)
-
-    def wait_until_ready(self, timeout=180.0):
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"{self.name} ended early:\n{self.log.read_text()}"
-            try:
-                return requests.get(self.url + "/health", timeout=30).raise_for_status()
-            except requests.RequestException:
-                time.sleep(0.1)
-        raise AssertionError(f"{self.name} is not ready after {timeout:g} s:\n{self.log.read_text()}")
-
-    def end(self):
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def post(self, path, body, timeout=60, **options):
-        return requests.post(self.url + path, json=body, timeout=timeout, **options)
-
-    def generate(self, text_or_ids, **body):
-        key = "input_ids" if isinstance(text_or_ids, list) and not isinstance(text_or_ids[0], str) else "text"
-        response = self.post("/generate", {key: text_or_ids, "sampling_params": GREEDY} | body)
-        response.raise_for_status()
-        return response.json()
-
-    def info(self):
-        return requests.get(self.url + "/server_info", timeout=30).json()
-
-    @property
-    def busy(self):
-        """(rooms held, requests in hand)."""
-        info = self.info()
-        return info["rooms"], info["internal_states"][0]["running_requests"]
-
-
-def engine(name, port, mode, *arguments, **environment):
-    return Server(
-        name, port, "pdkit.engine", "--model-path", str(RANDOM), "--load-format", "dummy", "--random-seed", "7",
-        "--served-model-name", "random", "--log-level", "warning", "--disaggregation-mode", mode, *arguments,
-        **environment,
-    )  # fmt: skip
-
-
 def setUpModule():
-    global logs, mono, prefill, decode, lb, spare, bootstrap_port, spare_bootstrap_port, free_port, other_free_port
-    logs = tempfile.TemporaryDirectory(prefix="test_engine_server_")
-    unittest.addModuleCleanup(logs.cleanup)
+    global mono, prefill, decode, lb, spare, bootstrap_port, spare_bootstrap_port, free_port, other_free_port
+    keep_logs()
     block = ports.claim()
     unittest.addModuleCleanup(block.release)
     one, two, three, four, five, bootstrap_port, spare_bootstrap_port, free_port, other_free_port = block.ports
@@ -120,13 +49,6 @@ def setUpModule():
                 "--prefill", prefill.url, "--decode", decode.url)  # fmt: skip
     for server in (mono, prefill, decode, spare, lb):
         server.wait_until_ready()
-
-
-def events(response):
-    """The JSON objects of a stream of server-sent events, which must end with [DONE]."""
-    lines = [line[len("data: ") :] for line in response.iter_lines(decode_unicode=True) if line]
-    assert lines[-1] == "[DONE]", lines[-1]
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def without_id(result):
@@ -479,8 +401,8 @@ class TestOpenAI(EngineTestCase):
             choices = [chunk["choices"][0] for chunk in events(server.post("/v1/chat/completions", ask, stream=True))]
             for index in (0, 1):
                 mine = [choice for choice in choices if choice["index"] == index]
-                self.assertEqual(mine[0]["delta"], {"role": "assistant", "content": ""})
-                self.assertEqual(mine[-1]["delta"], {})
+                self.assertEqual(mine[0]["delta"], {"role": "assistant", "content": "", "reasoning_content": None})
+                self.assertEqual(mine[-1]["delta"], {"reasoning_content": None})
                 self.assertEqual({choice["finish_reason"] for choice in mine[:-1]}, {None})
                 self.assertTrue(all(choice["delta"]["content"] for choice in mine[1:-1]))
             self.assertEqual([(c["index"], c["finish_reason"]) for c in choices[-2:]], [(0, "length"), (1, "length")])
@@ -654,6 +576,25 @@ class TestBadRequests(EngineTestCase):
                     error = self.assertRefused(server.post("/v1/" + path, body), 400, pattern)
                     self.assertEqual((error["object"], error["code"]), ("error", 400))
                     error = self.assertRefused(mono.post("/v1/" + path, body | {"stream": True}), 400, pattern)
+
+    def test_the_prompts_logprobs_are_not_left_out_of_a_completion(self):
+        body = {"model": "random", "prompt": "1", "echo": True, "logprobs": 1}
+        for server in (prefill, decode, lb):
+            self.assertRefused(server.post("/v1/completions", body), 400, "echo with logprobs.*use /generate")
+
+    def test_a_field_that_is_not_served_is_named_in_sglangs_error_shapes(self):
+        named = "does not support return_hidden_states=True; the target sglang-cpu"
+        completion = {"model": "random", "prompt": "1", "return_hidden_states": True}
+        for server in (mono, lb):
+            response = server.post("/v1/completions", completion)
+            error = self.assertRefused(response, 400, named)
+            del error["message"]
+            wanted = {"object": "error", "type": "BadRequestError", "param": "return_hidden_states", "code": 400}
+            self.assertEqual(error, wanted)
+        error = self.assertRefused(mono.post("/generate", {"text": "1", "return_hidden_states": True}), 400, named)
+        self.assertEqual((list(error), list(error["error"])), (["error"], ["message"]))
+        streamed = mono.post("/generate", {"text": "1", "return_hidden_states": True, "stream": True}, stream=True)
+        self.assertRegex(events(streamed)[0]["error"]["message"], named)
 
     def test_an_id_or_a_room_in_use(self):
         long = {"text": "1", "sampling_params": GREEDY | {"max_new_tokens": 3000}, "rid": "taken"}

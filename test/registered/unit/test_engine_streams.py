@@ -6,7 +6,8 @@ import unittest
 from types import SimpleNamespace
 
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.engine.request import BadRequest, Request, SamplingParams
+from pdkit.engine.fields import BadRequest
+from pdkit.engine.request import Request, SamplingParams
 from pdkit.engine.service import Service as EngineService
 from pdkit.engine.streams import interleave
 

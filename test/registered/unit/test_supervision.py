@@ -16,9 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import requests
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit.core import events, processes
-from pdkit.deployment import attach, evals, ports, supervisor
+from pdkit.deployment import attach, evals, fixture, ports, supervisor
 from pdkit.deployment.fixture import PDServers
 from pdkit.deployment.fleet import Fleet
 from pdkit.deployment.monolithic import MonolithicBeside
@@ -417,6 +418,32 @@ class TestFirstRequest(Supervised):
         args = SimpleNamespace(base_url=url, model="m", eval_name="gsm8k", api="completion", num_examples=1)
         evals.run_eval(args)
         self.assertEqual(asked, [("m", "Bearer sk-0")])
+
+
+class TestReadiness(unittest.TestCase):
+    def test_a_server_is_asked_often_at_first_and_then_once_a_second(self):
+        """SGLang's own wait follows: it has the last word."""
+        pauses = []
+        answers = iter(
+            [
+                requests.ConnectionError(),
+                *[SimpleNamespace(status_code=503)] * 28,
+                *[SimpleNamespace(status_code=200)] * 9,
+            ]
+        )
+
+        def get(*_, **__):
+            answer = next(answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        self.enterContext(mock.patch.object(requests, "get", get))
+        self.enterContext(mock.patch.object(fixture.time, "sleep", pauses.append))
+        self.assertGreater(fixture.ask_until_ready("http://x/health", 600), 500)
+        self.assertEqual((len(pauses), pauses[-1]), (29, 1.0))
+        self.assertLess(sum(pauses[:7]), 1.0)
+        self.assertEqual(fixture.ask_until_ready("http://x/health", 0.5), 1.0)
 
 
 class TestWhatIsLeft(Supervised):
