@@ -109,7 +109,7 @@ def add_history_options(group: argparse._ActionsContainer) -> None:
         "--history",
         type=Path,
         metavar="FILE",
-        help=f"append a record there (default: {HISTORY_VARIABLE}, or the one of pdkit history)",
+        help=f"append a record there (default: {HISTORY_VARIABLE}, or the user's)",
     )
     choice.add_argument("--no-history", action="store_true", help="append none")
 
