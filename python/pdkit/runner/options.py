@@ -109,7 +109,7 @@ def add_history_options(group: argparse._ActionsContainer) -> None:
         "--history",
         type=Path,
         metavar="FILE",
-        help=f"append a record there (default: {HISTORY_VARIABLE}, or the user's)",
+        help=f"append a record there (default: {HISTORY_VARIABLE}, or a state file)",
     )
     choice.add_argument("--no-history", action="store_true", help="append none")
 
@@ -181,7 +181,7 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         "--no-warm",
         dest="warm",
         action="store_false",
-        help="import SGLang anew for each file, instead of forking",
+        help="start files and servers anew, none forked from a warm process",
     )
     add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")

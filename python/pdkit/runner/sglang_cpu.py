@@ -32,7 +32,7 @@ def prepare(sglang_source: str | None = None) -> None:
 def run_tests(options: Options, sglang_source: str | None = None) -> ExitCode:
     """Runs all files of the target one after the other, nightly ones among them. Raises NotReady as `prepare` does."""
     prepare(sglang_source)
-    chosen = [
+    ours = [
         each
         for each in collect(options.test_root).registrations
         if Path(each.name).name.startswith(FILES)
@@ -40,4 +40,6 @@ def run_tests(options: Options, sglang_source: str | None = None) -> ExitCode:
     ]
     from pdkit.runner.suite import run_suite
 
-    return run_suite(Selection(enabled=tuple(chosen), disabled=(), partition={}), replace(options, jobs=1))
+    enabled = tuple(each for each in ours if each.is_enabled)
+    disabled = tuple(each for each in ours if not each.is_enabled)
+    return run_suite(Selection(enabled=enabled, disabled=disabled, partition={}), replace(options, jobs=1))
