@@ -12,7 +12,7 @@ from pdkit.runner.registered import run_registered
 def add_arguments(parser: Parser) -> None:
     parser.usage = "pdkit test [OPTION...] [FILE...]"
     add_running(parser, paths.registered_tests())
-    parser.add_argument("--on", choices=["sglang-cpu"], help="all files of this target, nightly ones among them")
+    parser.add_argument("--on", choices=["sglang-cpu"], help="all files of this target, also nightly ones")
     parser.add_argument(
         "--sglang-source", metavar="DIR", help="with --on: a checkout of SGLang in place of the release"
     )

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
+import tempfile
 import unittest
+from pathlib import Path
 from unittest.mock import patch
 
 from pdkit.cli.main import COMMANDS, main
@@ -15,6 +18,7 @@ from pdkit.core.ci_register import register_cpu_ci
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 SCREEN_LINES, SCREEN_COLUMNS = 30, 100
+RECORDED_RUN = Path(__file__).with_name("report.tar.xz")
 HEAVY = {"sglang", "torch", "transformers"}
 IMPORTED = """
 import contextlib, io, json, sys
@@ -22,7 +26,7 @@ from pdkit.cli.main import main
 found = {}
 for words in json.loads(sys.argv[1]):
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        assert main(words) == 0, words
+        assert main(words) == (words[0] == "history") * 4, words
     found[" ".join(words)] = sorted({name.partition(".")[0] for name in sys.modules})
 print(json.dumps(found))
 """
@@ -101,9 +105,23 @@ class TestImports(unittest.TestCase):
 
     def test_what_needs_none_of_them_imports_none_of_them(self):
         helps = ([name, "--help"] for name in COMMANDS)
-        found = self.imported(
-            ["--help"], *helps, ["list"], ["list", "--targets"], ["plan"], ["lint"], ["preflight", "--record"]
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            with tarfile.open(RECORDED_RUN) as archive:
+                archive.extractall(folder, filter="data")
+            (run,) = {path.parent for path in Path(folder).rglob("results.json")}
+            history = Path(folder, "history.jsonl")
+            history.touch()
+            found = self.imported(
+                ["--help"],
+                *helps,
+                ["list"],
+                ["list", "--targets"],
+                ["plan"],
+                ["lint"],
+                ["preflight", "--record"],
+                ["report", str(run)],
+                ["history", str(history)],
+            )
         self.assertGreater(len(found), len(COMMANDS))
         for words, modules in found.items():
             self.assertEqual(HEAVY & set(modules), set(), words)

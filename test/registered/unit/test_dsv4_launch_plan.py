@@ -157,7 +157,7 @@ class TestLaunchPlan(unittest.TestCase):
         )
         self.assertTrue(has_main)
 
-    def test_rungs_are_those_of_the_ladder(self):
+    def test_targets_are_those_that_can_be_run(self):
         by_name = {r.name: r for r in TARGETS}
         for plan in (self.plan, OneGpuServers, EmbeddedServers):
             listed = by_name[plan.target]

@@ -171,8 +171,8 @@ class TestTable(unittest.TestCase):
         rows = [self.row(Fate.FAILED), self.row(Fate.SERVED)]
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / table.FILE_NAME
-            table.save(rows, path, rung="embedded")
-            self.assertEqual(table.load(path), ({"rung": "embedded"}, rows))
+            table.save(rows, path, target="embedded")
+            self.assertEqual(table.load(path), ({"target": "embedded"}, rows))
             path.write_text("{}")
             with self.assertRaisesRegex(ValueError, "is no recovery_table.json"):
                 table.load(path)

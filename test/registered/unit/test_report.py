@@ -1,6 +1,6 @@
 """The report of a recorded run: what is read, and what JUnit, GitHub, terminal and HTML make of it.
 
-`report.tar.xz` was left by the embedded rung on questions of which 12 have a wrong answer beside them; its events were
+`report.tar.xz` was left by the target embedded on questions of which 12 have a wrong answer beside them; its events were
 made later, of what it printed.
 """
 
@@ -121,7 +121,7 @@ class TestRecorded(unittest.TestCase):
         self.assertEqual((score.value, score.threshold, score.passed), (0.94, 0.95, False))
         low, high = score.interval
         self.assertTrue(0.89 < low < 0.94 < high < 0.97)
-        self.assertEqual((self.report.title, self.report.verdict), ("main job on rung embedded", "failed"))
+        self.assertEqual((self.report.title, self.report.verdict), ("main job on embedded", "failed"))
 
     def test_phases(self):
         names = [phase.name for phase in self.run_.phases]
@@ -168,7 +168,7 @@ class TestRecorded(unittest.TestCase):
 
     def test_markdown(self):
         text = markdown(self.report)
-        self.assertIn("## main job on rung embedded: failed\n", text)
+        self.assertIn("## main job on embedded: failed\n", text)
         self.assertIn("**Score 0.940** (188 of 200), exact 95 % interval ", text)
         self.assertIn("| SIGKILL prefill | ", text)
         self.assertIn("failed in phase gate", text)
@@ -186,7 +186,7 @@ class TestRecorded(unittest.TestCase):
         balanced = Balanced(text)
         self.assertEqual((balanced.wrong, balanced.open), ([], []))
         self.assertEqual(len(balanced.ids), len(set(balanced.ids)))
-        self.assertIn("<title>main job on rung embedded: failed</title>", text)
+        self.assertIn("<title>main job on embedded: failed</title>", text)
         self.assertNotRegex(text, r"<script|<iframe|<img|@import|url\(|(src|href)=\"(https?:)?//")
         self.assertNotRegex(text, r'role="img"(?! aria-label="[^"]+")')
 
@@ -393,7 +393,7 @@ class TestInBrowser(unittest.TestCase):
     def test_key_figures_are_on_screen(self):
         for width in (1280, 390):
             page = self.visit(width)
-            self.assertEqual(page.title(), "main job on rung embedded: failed")
+            self.assertEqual(page.title(), "main job on embedded: failed")
             figures = [
                 "0.940",
                 "188 of 200 right",

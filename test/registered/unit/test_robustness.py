@@ -141,7 +141,7 @@ ROWS = (
     Row("pdkit", BASE, "{text}, line 1 is not JSON", 3, gsm8k("text")),
     Row("pdkit", BASE, "{binary}: not UTF-8 text", 3, gsm8k("binary")),
     Row("pdkit", BASE, "{broken_line}, line 2 is not JSON", 3, gsm8k("broken_line")),
-    Row("pdkit", BASE, "{no_answer}, line 2 has no texts 'question' and", 3, gsm8k("no_answer")),
+    Row("pdkit", BASE, "{no_answer}, line 2 has no texts 'question' and 'answer'", 3, gsm8k("no_answer")),
     Row("pdkit", BASE, "{numbers}, line 1 has no texts", 3, gsm8k("numbers")),
     Row("pdkit", BASE, "{empty_file}: no questions", 3, gsm8k("empty_file")),
     # histories

@@ -97,7 +97,7 @@ def _report(reader: _Reader, results: dict[str, Any]) -> model.Report:
     scored = [run.score for run in files if run.score]
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
     return model.Report(
-        title=f"main job on rung {scored[0].target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
+        title=f"main job on {scored[0].target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
         result=results.get("result"),
         exit_code=results.get("exit_code"),
         seconds=results.get("seconds") or 0.0,
