@@ -66,7 +66,7 @@ class ScaleOutChecks(Checks):
         """The load, and what the first pair alone answers to each, one at a time."""
         lengths = itertools.islice(itertools.cycle(cls.lengths), cls.load)
         asks = [Query(token_ids(length, number), cls.new_tokens) for number, length in enumerate(lengths)]
-        outcomes = [cls.answer_by_hand(ask, room) for room, ask in enumerate(asks)]
+        outcomes = [cls.answer_by_hand(ask, room) for room, ask in enumerate(asks, start=1)]  # SGLang: 0 is no room
         assert all(outcome.fate is Fate.SERVED for outcome in outcomes), f"before any load: {outcomes}"
         return [replace(ask, right=outcome.text) for ask, outcome in zip(asks, outcomes)]
 
