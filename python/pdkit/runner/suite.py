@@ -82,8 +82,8 @@ class SuiteRun:
         self._warm = Warm(
             selection.enabled, self.environment, logs / "warm.log", self.console, interruption, options.warm
         )
-        self._groups = lanes(selection.enabled, options)
-        self._total = sum(len(files) for files, _ in self._groups)
+        self._parts = lanes(selection.enabled, options)
+        self._total = sum(len(files) for files, _ in self._parts)
         self._results: dict[int, FileResult] = {}
         self._lock = threading.Lock()
         self.began, self.tic = datetime.now(timezone.utc), time.monotonic()
@@ -91,7 +91,7 @@ class SuiteRun:
     def run(self) -> ExitCode:
         self._print_header()
         with contextlib.closing(self._warm):
-            for files, jobs in self._groups:
+            for files, jobs in self._parts:
                 self._run_lanes(files, jobs)
         for number, registration in enumerate(self.selection.disabled, start=self._total + 1):
             self._results[number] = FileResult(

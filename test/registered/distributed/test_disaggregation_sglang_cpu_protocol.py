@@ -38,25 +38,10 @@ CITY = json.dumps(
 """What SGLang's JSON kit asks, of bounded length: a small model would not end a name by itself."""
 
 
-class TestDisaggregationSglangCpuProtocol(
-    ProtocolChecks,
-    RustRouterBeside,
-    JSONConstrainedMixin,
-    PauseResumeInPlaceMixin,
-    protocol.SGLangKits,
-    MonolithicBeside,
-    SglangCpuServers,
-):
-    cpu_model = plan.LLAMA
-    more_server_args = ("--constrained-json-disable-any-whitespace",)  # a small model would write blanks for ever
-    json_schema = CITY
-    near_tie = 1e-3  # who else is served changes the sixth decimal
-    prefix_cache_tokens = 256
-    rendered_chat = "<|user|>{}<|assistant|>"
-    extra_prefill_args = extra_decode_args = kv_checksum_args()  # of sound transfers, which none may be rejected for
-    unending_tokens = 7500
-    sustained_seconds = idle_seconds = 10
+class Kits(JSONConstrainedMixin, PauseResumeInPlaceMixin, protocol.SGLangKits):
+    """SGLang's own that run here."""
 
+    json_schema = CITY
     parity_logprob_delta = 0
     parity_cached_prefix_min_prompt_tokens = 128
     abort_all_max_new_tokens = 3500
@@ -65,13 +50,24 @@ class TestDisaggregationSglangCpuProtocol(
     pause_max_new_tokens = 1500
     pause_ignore_eos = True
 
-    @classmethod
-    def prompts(cls, count: int) -> list[str]:
-        return question_prompts(cls.gsm8k_data_path, count)
-
     def test_pause_resume_in_place(self) -> None:
         self.pause_target_urls = [self.prefill_url, self.decode_url]
         super().test_pause_resume_in_place()
+
+
+class TestDisaggregationSglangCpuProtocol(ProtocolChecks, RustRouterBeside, Kits, MonolithicBeside, SglangCpuServers):
+    cpu_model = plan.LLAMA
+    more_server_args = ("--constrained-json-disable-any-whitespace",)  # a small model would write blanks for ever
+    near_tie = 1e-3  # who else is served changes the sixth decimal
+    prefix_cache_tokens = 256
+    rendered_chat = "<|user|>{}<|assistant|>"
+    extra_prefill_args = extra_decode_args = kv_checksum_args()  # of sound transfers, which none may be rejected for
+    unending_tokens = 7500
+    sustained_seconds = idle_seconds = 10
+
+    @classmethod
+    def prompts(cls, count: int) -> list[str]:
+        return question_prompts(cls.gsm8k_data_path, count)
 
 
 class TestDisaggregationSglangCpuIntegrity(IntegrityChecks, ExactParityArms, MonolithicBeside, SglangCpuServers):

@@ -59,7 +59,8 @@ class CommandCase(unittest.TestCase):
         environment = mock.patch.dict("os.environ", TMPDIR=directory.name)  # logs of what fails are kept there
         environment.start()
         self.addCleanup(environment.stop)
-        os.environ.pop("GITHUB_ACTIONS", None)
+        for name in ("GITHUB_ACTIONS", "SGLANG_PD_LOG_DIR"):  # of the run that this one is in
+            os.environ.pop(name, None)
 
     def command(self, files, *words):
         return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(self.root, files)), *words]

@@ -124,7 +124,10 @@ class TestGuardian(GuardianCase):
         self.addCleanup(os.kill, twin, signal.SIGKILL)
         guarded = self.start(source)
         orphan = self.read_number(guarded)
-        self.assertEqual(psutil.Process(orphan).cmdline(), psutil.Process(twin).cmdline())
+        # between fork and exec it has none yet
+        self.assertTrue(
+            processes.wait_until(lambda: psutil.Process(orphan).cmdline() == psutil.Process(twin).cmdline(), 30)
+        )
         guarded.end()
         self.assertFalse(is_alive(orphan))
         self.assertTrue(is_alive(twin))

@@ -367,7 +367,8 @@ class TestGpuPlans(unittest.TestCase):
         self.assertEqual([server.name for server in plan.servers], ["prefill", "decode", "server"])
         self.assertEqual({server.mem_fraction for server in plan.servers}, {0.3})
         self.assertEqual([server.transfer_backend for server in plan.servers][:2], ["mooncake_tcp"] * 2)
-        self.assertTrue(all(server.speculative for server in plan.servers))
+        settled = [process for process in contract.tests[0].processes if process.settings]
+        self.assertTrue(all("--speculative-algorithm" in process.argv for process in settled))
         self.assertTrue(all(port < 32768 for _, _, port in plan.ports))
         for process in contract.tests[0].processes:
             if process.settings:

@@ -161,7 +161,7 @@ class TestMain(unittest.TestCase):
 
     def test_a_wrong_flag_is_one_line(self):
         for words, line in (
-            (["--onn"], "unknown option --onn; nearest known: --on, --history, --verbose"),
+            (["--onn"], "unknown option --onn; nearest known: --on, --jobs, --keep-going"),
             (["--history", "/absent/h.jsonl"], "--history /absent/h.jsonl: its directory does not exist"),
         ):
             self.assertEqual(
