@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
+import pdkit
 import requests
 import self_prefilling_engine
 from pdkit.core.errors import ExitCode
@@ -200,7 +201,7 @@ class TestDisaggregationDSV4AttachedFaults(FaultSwitchServers, RustRouterBeside,
         cls.server_env = {
             **cls.server_env,
             self_prefilling_engine.VARIABLE: str(cls.self_prefilling),
-            "PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": os.pathsep.join((folder, str(Path(pdkit.__file__).parents[1]))),
         }
 
     def test_the_router_lists_its_servers(self):
