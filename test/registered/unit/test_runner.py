@@ -168,7 +168,15 @@ class TestStates(unittest.TestCase):
                 self.assertIs(exit_code_of(states), expected)
 
     def test_exit_codes_are_documented_numbers(self):
-        numbers = {"PASSED": 0, "FAILED": 1, "BAD_USAGE": 2, "NOT_READY": 3, "NOTHING_RAN": 4, "INTERRUPTED": 130}
+        numbers = {
+            "PASSED": 0,
+            "FAILED": 1,
+            "BAD_USAGE": 2,
+            "NOT_READY": 3,
+            "NOTHING_RAN": 4,
+            "UNCONFIRMED": 5,
+            "INTERRUPTED": 130,
+        }
         self.assertEqual({code.name: int(code) for code in ExitCode}, numbers)
 
     def test_tally_counts_every_file_once(self):
