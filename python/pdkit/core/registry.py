@@ -174,9 +174,10 @@ def registrations_of_file(path: Path) -> list[Registration]:
     rules = ci_register.load()
     vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
     try:
-        if not _REGISTERS.search(path.read_bytes()):
-            return [Registration(filename, os.path.relpath(filename), "cpu", "", UNREGISTERED_S)]
-        return _registrations_of(rules, filename, Path.cwd() / "registered")
+        found = []
+        if _REGISTERS.search(path.read_bytes()):
+            found = _registrations_of(rules, filename, Path.cwd() / "registered")
+        return found or [Registration(filename, os.path.relpath(filename), "cpu", "", UNREGISTERED_S)]
     except (SyntaxError, ValueError) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 

@@ -61,8 +61,9 @@ class TestNames(unittest.TestCase):
         with tempfile.TemporaryDirectory() as elsewhere:
             registered, plain = Path(elsewhere, "test_x.py"), Path(elsewhere, "y.py")
             registered.write_text(source_of(registration='register_cuda_ci(est_time=300, suite="base-c")'))
-            plain.write_text(source_of(registration=""))
+            plain.write_text('SOURCE = """\nregister_cpu_ci(est_time=1, suite="s")\n"""\n')
             x, y = narrow.named(self.collection, [str(registered), str(plain)])
+            self.assertEqual(narrow.named(self.collection, [elsewhere]), [x])
         self.assertEqual((x.hw, x.suite, x.est_time, x.filename), ("cuda", "base-c", 300, str(registered)))
         self.assertEqual((y.hw, y.suite, y.filename), ("cpu", "", str(plain)))
 
