@@ -70,11 +70,9 @@ class Transcript:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             self.scores.append(result.score)
-            done = len(self.scores)
-            due = time.monotonic() - self._printed_at >= self._seconds_between_lines
-            if due:
+            if time.monotonic() - self._printed_at >= self._seconds_between_lines:
                 self._printed_at = time.monotonic()
+                done = len(self.scores)
+                events.progress(done, total, sum(self.scores) / done)  # in order: the lock is held
         self._progressed()
-        if due:
-            events.progress(done, total, sum(self.scores[:done]) / done)
         return result
