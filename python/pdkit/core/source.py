@@ -71,14 +71,6 @@ class Source:
             return self.imports.get(node.id, node.id)
         return ""
 
-    def enclosing(self, node: ast.AST, kind: type | tuple[type, ...]) -> Iterator[ast.AST]:
-        """The ancestors of `node` of that kind, innermost first."""
-        parent = self.parents.get(node)
-        while parent is not None:
-            if isinstance(parent, kind):
-                yield parent
-            parent = self.parents.get(parent)
-
     def value(self, node: ast.expr | None, environ: Mapping[str, str] = os.environ) -> object:
         """What an expression is where it is a literal, a constant of the module or a variable of `environ`."""
         if isinstance(node, ast.Name) and node.id in self.constants:
