@@ -236,7 +236,7 @@ def _threshold(requests: Sequence[ComparedRequest]) -> str | None:
     """A length that parts right from wrong, and that stands for nothing known."""
     wrong = [request.prompt or 0 for request in requests if request.differs]
     right = [request.prompt or 0 for request in requests if not request.differs]
-    if not wrong or not right or min(wrong) <= max(right):
+    if not wrong or len(right) < 2 or min(wrong) <= max(right):
         return None
     return f"only prompts of {min(wrong)} tokens and more differ; up to {max(right)} tokens all are right"
 
