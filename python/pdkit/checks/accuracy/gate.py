@@ -221,36 +221,3 @@ class AccuracyGate(Judgement):
             return f"{look} was not taken"
         decided = Verdict.PASS if self.first_look_passed else Verdict.FAIL
         return f"{look}: {self.first_look_score:.4f}, {decided.value}"
-
-
-@dataclass(frozen=True)
-class PairedGate(Judgement):
-    """Same examples, two engines: the candidate must not lose answers that the baseline has.
-
-    `level` is the largest P(fail) of two equally good engines, on top of the accuracy gate's own.
-    """
-
-    baseline: tuple[bool, ...]
-    candidate: tuple[bool, ...]
-    level: float = 0.01
-
-    @property
-    def discordance(self) -> stats.Discordance:
-        return stats.mcnemar(self.baseline, self.candidate)
-
-    @property
-    def verdict(self) -> Verdict:
-        return Verdict.FAIL if self.discordance.p_value <= self.level else Verdict.PASS
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict is Verdict.PASS
-
-    def report(self) -> str:
-        """The discordant pairs and what they mean."""
-        pairs = self.discordance
-        return (
-            f"paired comparison: {self.verdict.value}, of {pairs.examples} examples {pairs.lost} right with the "
-            f"baseline only, {pairs.gained} right with the candidate only; "
-            f"exact McNemar p = {pairs.p_value:.4g} (one-sided, fails at <= {self.level:g})"
-        )
