@@ -116,7 +116,8 @@ def _increments(examples: int, lost_rate: float, gained_rate: float) -> Table:
     rest = np.maximum(examples - lost, 0)
     found = binom.pmf(lost, examples, lost_rate) * binom.pmf(gained, rest, gained_rate / (1 - lost_rate))
     kept = found >= _TINY
-    return np.where(kept, found, 0.0)[: kept.any(1).nonzero()[0][-1] + 1, : kept.any(0).nonzero()[0][-1] + 1]
+    rows, columns = (int(np.flatnonzero(np.any(kept, axis=axis))[-1]) + 1 for axis in (1, 0))
+    return np.where(kept, found, 0.0)[:rows, :columns]
 
 
 def _convolved(alive: Table, increments: Table) -> Table:
@@ -150,10 +151,11 @@ def paired_point(plan: PairedPlan, lost_rate: float, gained_rate: float) -> Pair
         now_passed, now_failed = float(alive[passes].sum()), float(alive[fails].sum())
         passed, failed, expected = passed + now_passed, failed + now_failed, expected + (now_passed + now_failed) * done
         alive = np.where(passes | fails | (alive < _TINY), 0.0, alive)
-        rows = alive.any(axis=1).nonzero()[0]
+        rows = np.flatnonzero(np.any(alive, axis=1))
         if not len(rows):
             break
-        alive, fewest = alive[rows[0] : rows[-1] + 1, : alive.any(axis=0).nonzero()[0][-1] + 1], fewest + int(rows[0])
+        columns = np.flatnonzero(np.any(alive, axis=0))
+        alive, fewest = alive[int(rows[0]) : int(rows[-1]) + 1, : int(columns[-1]) + 1], fewest + int(rows[0])
     beyond = max(1.0 - passed - failed, 0.0)
     return PairedPoint(lost_rate, gained_rate, passed, failed, expected + beyond * plan.looks[-1], beyond)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from pdkit.checks.accuracy.gate import GateOptions, Verdict
+from pdkit.checks.accuracy.gate import GateOptions, Planned, Verdict
 from pdkit.checks.judgement import Judgement
 from pdkit.core import paired, stats
 
@@ -10,7 +10,7 @@ FEW_FLIPS, MANY_FLIPS = 0.005, 0.02
 
 
 @dataclass(frozen=True)
-class PairedOptions:
+class PairedOptions(Planned):
     """What the paired gate promises.
 
     loss    share of right answers whose loss fails with a probability of at least 1 - beta
@@ -29,14 +29,6 @@ class PairedOptions:
     step: int = 44
     good: float = GateOptions.good
     floor: float = 1e-4
-
-    def suffices(self, available: int) -> bool:
-        """Whether a data set of `available` scored examples is large enough for `plan`."""
-        try:
-            self.plan(available)
-        except ValueError:
-            return False
-        return True
 
     def plan(self, available: int) -> paired.PairedPlan:
         """Raises ValueError where `available` examples are too few."""
