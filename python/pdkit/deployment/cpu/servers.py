@@ -49,7 +49,7 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
 
     gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
     prefill_gpus = decode_gpus = range(0)
-    server_env: ClassVar[dict[str, str]] = {}
+    server_env: Mapping[str, str] = {}
     more_server_args: ClassVar[Sequence[str]] = ()
     tree: ClassVar[Path | None] = None
 
@@ -92,9 +92,11 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_decode_args]
 
     @classmethod
-    def launch(cls, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, **more: Any) -> Server:
+    def launch(
+        cls, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, *more: Any, **by_name: Any
+    ) -> Server:
         environment = plan.environment(cls.cpu_model, cls.tree_of(name))
-        return super().launch(name, command, {**environment, **(env or {})}, **more)
+        return super().launch(name, command, {**environment, **(env or {})}, *more, **by_name)
 
     @classmethod
     def tree_of(cls, name: str) -> Path | None:
