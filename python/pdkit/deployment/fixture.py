@@ -285,7 +285,7 @@ class PDServers(PDDisaggregationServerBase):
             cls.warm_up(base_url, model, threads)
 
     @classmethod
-    def warm_up(cls, base_url: str, model: str, threads: int) -> None:
+    def warm_up(cls, base_url: str, model: str | None, threads: int) -> None:
         """Up to `threads` requests at once, until SGLang has compiled the kernels that they need; see `warm_up`."""
         prompts = warm_up.batches(threads)
         one_pass = partial(warm_up.send, base_url, model, prompts, test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)

@@ -31,7 +31,7 @@ def batches(threads: int) -> list[list[str]]:
     return [["\n".join(questions[: 1 + (7 * number + size) % 40]) for number in range(size)] for size in sizes]
 
 
-def send(url: str, model: str, prompts: Sequence[Sequence[str]], timeout: float) -> float:
+def send(url: str, model: str | None, prompts: Sequence[Sequence[str]], timeout: float) -> float:
     """The seconds of one pass. Raises requests.RequestException."""
     begin = time.monotonic()
     headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
