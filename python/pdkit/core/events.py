@@ -25,10 +25,12 @@ run       tests, successful: a unittest program has run all its tests
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,7 +74,19 @@ def emit_into(directory: str | None, kind: str, **fields: Any) -> None:
             append(Path(directory), kind, **fields)
         except OSError as error:
             with contextlib.suppress(OSError, ValueError):
-                print(f"[events] {kind} is lost, {directory}: {error.strerror}", file=sys.stderr, flush=True)
+                spare, lost = spare_of(Path(directory)), "kept elsewhere"
+                try:
+                    spare.mkdir(mode=0o700, exist_ok=True)
+                    append(spare, kind, **fields)
+                except OSError:
+                    lost = "lost"
+                print(f"[events] {kind} is {lost}, {directory}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def spare_of(directory: Path) -> Path:
+    """Where events go that do not fit into a directory: verdicts stand although its disk is full."""
+    name = hashlib.sha256(os.fsencode(directory.absolute())).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"pdkit-events-{os.getuid()}-{name}")
 
 
 def append(directory: Path, kind: str, **fields: Any) -> None:
@@ -138,11 +152,11 @@ _FIELDS: dict[str, dict[str, type]] = {
 
 def read(path: Path | str) -> Events:
     """The events in a file, or in the FILE of a directory; none if there is no such file. Raises OSError otherwise."""
-    path = Path(path)
-    try:
-        return parse((path / FILE if path.is_dir() else path).read_bytes())
-    except FileNotFoundError:
-        return Events()
+    path, data = Path(path), b""
+    for each in (path / FILE, spare_of(path) / FILE) if path.is_dir() else (path,):
+        with contextlib.suppress(FileNotFoundError):
+            data += each.read_bytes() + b"\n"
+    return parse(data)
 
 
 class Tail:

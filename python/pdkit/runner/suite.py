@@ -271,6 +271,8 @@ class SuiteRun:
             line(f"logs and results.json: {self.logs}")
             self._draw_report()
         self._print_failures()
+        if self.console.lost:
+            line(f"report incomplete: {self.console.lost}; what passed and failed is right all the same")
         if by := self.interruption.requested_by:
             line(f"interrupted by {by.name}")
         elif self.exit_code is ExitCode.NOTHING_RAN and self.selection.enabled:
