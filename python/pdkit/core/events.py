@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "PDKIT_REPORT_DIR"
+HARM = "harm: "
 TARGET_VARIABLE = "PDKIT_TARGET"
 FILE = "events.jsonl"
 
@@ -246,6 +247,18 @@ def progress(done: int, total: int, score: float) -> None:
     """An eval has scored `done` of `total` examples, `score` so far."""
     print(f"\n[progress] {done}/{total}, score so far {score:.3f}", flush=True)
     emit("progress", done=done, total=total, score=score)
+
+
+def harm(what: str, took_effect: bool, why_not: str = "") -> None:
+    """Harm that a test did on purpose: a kill, a freeze, a fault. A file where some had no effect does not pass."""
+    verdict(f"{HARM}{what}", took_effect, "" if took_effect else why_not or "it had no effect")
+
+
+def unmet_harm(happened: Events) -> list[str]:
+    """What was done on purpose and never took effect."""
+    done = [event for event in happened.of("verdict") if event["check"].startswith(HARM)]
+    took = {event["check"] for event in done if event["passed"]}
+    return list(dict.fromkeys(each["check"].removeprefix(HARM) for each in done if each["check"] not in took))
 
 
 def measurement(name: str, value: float) -> None:

@@ -11,6 +11,7 @@ import psutil
 from pdkit.core import processes
 
 BLOCK_SIZE = 10
+CONNECT_S = 30.0  # of a connection within this machine
 # Below the ephemeral ports (32768), and clear of SGLang's fixtures, which use N000 to N599 (N by CUDA_VISIBLE_DEVICES).
 BLOCKS = [base for base in range(22000, 32000, BLOCK_SIZE) if base % 1000 >= 600]
 
@@ -40,6 +41,7 @@ def claim(host: str = "127.0.0.1") -> PortBlock:
         except OSError as error:
             _require_address(error, host)
             continue
+        _require_connection(guard, host)
         ports = range(base + 1, base + BLOCK_SIZE)
         if all(is_free(port, host) for port in ports):
             return PortBlock(guard, ports)
@@ -55,6 +57,15 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
         _require_address(error, host)
         return False
     return True
+
+
+def _require_connection(guard: socket.socket, host: str) -> None:
+    """Raises AddressMissing where nobody can connect to what listens: some systems let servers listen all the same."""
+    try:
+        socket.create_connection(guard.getsockname(), timeout=CONNECT_S).close()
+    except OSError as error:
+        guard.close()
+        raise AddressMissing(f"{host} is missing, no server can listen there ({error.strerror or error})") from None
 
 
 def _require_address(error: OSError, host: str) -> None:

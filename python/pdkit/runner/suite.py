@@ -271,6 +271,10 @@ class SuiteRun:
             line(f"logs and results.json: {self.logs}")
             self._draw_report()
         self._print_failures()
+        unmet = [f"{result.registration.name}: {what}" for result in self.results if result.attempts
+                 for what in result.attempts[-1].output.unmet]  # fmt: skip
+        if unmet:
+            line(f"harm that never took effect: {'; '.join(unmet)}")
         if self.console.lost:
             line(f"report incomplete: {self.console.lost}; what passed and failed is right all the same")
         if by := self.interruption.requested_by:
