@@ -25,6 +25,7 @@ run       tests, successful: a unittest program has run all its tests
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ from typing import Any
 
 VARIABLE = "PDKIT_REPORT_DIR"
 HARM = "harm: "
+FULL = (errno.ENOSPC, errno.EDQUOT)
 TARGET_VARIABLE = "PDKIT_TARGET"
 FILE = "events.jsonl"
 
@@ -75,19 +77,25 @@ def emit_into(directory: str | None, kind: str, **fields: Any) -> None:
             append(Path(directory), kind, **fields)
         except OSError as error:
             with contextlib.suppress(OSError, ValueError):
-                spare, lost = spare_of(Path(directory)), "kept elsewhere"
-                try:
-                    spare.mkdir(mode=0o700, exist_ok=True)
-                    append(spare, kind, **fields)
-                except OSError:
-                    lost = "lost"
-                print(f"[events] {kind} is {lost}, {directory}: {error.strerror}", file=sys.stderr, flush=True)
+                is_kept = error.errno in FULL and _append_elsewhere(Path(directory), kind, **fields)
+                where = "kept elsewhere" if is_kept else "lost"
+                print(f"[events] {kind} is {where}, {directory}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def spare_of(directory: Path) -> Path:
     """Where events go that do not fit into a directory: verdicts stand although its disk is full."""
     name = hashlib.sha256(os.fsencode(directory.absolute())).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"pdkit-events-{os.getuid()}-{name}")
+
+
+def _append_elsewhere(directory: Path, kind: str, **fields: Any) -> bool:
+    """Whether that worked."""
+    try:
+        spare_of(directory).mkdir(mode=0o700, exist_ok=True)
+        append(spare_of(directory), kind, **fields)
+    except OSError:
+        return False
+    return True
 
 
 def append(directory: Path, kind: str, **fields: Any) -> None:
