@@ -35,17 +35,17 @@ MODEL_VARIABLE = "SGLANG_PD_MODEL"
 QUESTIONS_VARIABLE = "SGLANG_PD_GSM8K"
 
 # As they were before ours are put in their place; one that is missing is an error of `attach()`.
-_launch_server = getattr(test_utils, "popen_launch_server", None)
-_cached_model = getattr(test_utils, "try_cached_model", None)
-_kill_process_tree = getattr(sglang_utils, "kill_process_tree", None)
-_terminate = getattr(test_utils, "terminate_and_kill_process_tree", None)
-_launch_pd_server = getattr(test_utils, "popen_launch_pd_server", None)
-_launch_command = getattr(test_utils, "popen_with_error_check", None)
+_launch_server: Any = getattr(test_utils, "popen_launch_server", None)
+_cached_model: Any = getattr(test_utils, "try_cached_model", None)
+_kill_process_tree: Any = getattr(sglang_utils, "kill_process_tree", None)
+_terminate: Any = getattr(test_utils, "terminate_and_kill_process_tree", None)
+_launch_pd_server: Any = getattr(test_utils, "popen_launch_pd_server", None)
+_launch_command: Any = getattr(test_utils, "popen_with_error_check", None)
 
 
-def _unused_name(name: str) -> str:
+def _unused_name(servers: type[fixture.PDServers], name: str) -> str:
     """`name`, or the name with the next number where a server of that name runs already."""
-    supervisor, number, found = fixture.current().supervisor, 1, name
+    supervisor, number, found = servers.watching(), 1, name
     while (process := supervisor.process(found)) is not None and process.poll() is None:
         number += 1
         found = f"{name} {number}"
@@ -60,7 +60,7 @@ def popen_launch_pd_server(
     other_args: Sequence[Any] = (),
     env: dict[str, str] | None = None,
     return_stdout_stderr: tuple[IO[str], IO[str]] | None = None,
-) -> subprocess.Popen:
+) -> subprocess.Popen[str]:
     """As SGLang's: starts a server and does not wait. Its name is its disaggregation mode."""
     servers = fixture.current()
     if servers is None:
@@ -68,53 +68,55 @@ def popen_launch_pd_server(
     args = [*other_args, *(("--api-key", api_key) if api_key else ())]
     mode = args[args.index("--disaggregation-mode") + 1] if "--disaggregation-mode" in args else "server"
     return servers.launch_server(
-        _unused_name(mode), base_url, args, env, model, copies=(return_stdout_stderr or ())[:1]
+        _unused_name(servers, mode), base_url, args, env, model, copies=(return_stdout_stderr or ())[:1]
     )
 
 
-def popen_launch_server(*args: Any, **kwargs: Any) -> subprocess.Popen:
+def popen_launch_server(*args: Any, **kwargs: Any) -> subprocess.Popen[str]:
     """SGLang's own, which waits until the server is ready; from then on it is watched, and ended with the class."""
     process = _launch_server(*args, **kwargs)
     if servers := fixture.current():
-        servers.supervisor.watch(_unused_name("server"), process)
+        servers.watching().watch(_unused_name(servers, "server"), process)
         servers.addClassCleanup(_end, process)
     return process
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         kill_process_tree(process.pid)
 
 
-def popen_with_error_check(command: Sequence[str]) -> subprocess.Popen:
+def popen_with_error_check(command: Sequence[str]) -> subprocess.Popen[str]:
     """As SGLang's, for load balancers that a test starts itself."""
     servers = fixture.current()
-    return servers.launch(_unused_name("load balancer"), command) if servers else _launch_command(command)
+    return servers.launch(_unused_name(servers, "load balancer"), command) if servers else _launch_command(command)
 
 
-def start_subprocess_fail_fast_watcher(named_procs: Sequence[tuple[str, subprocess.Popen | None]]) -> threading.Event:
+def start_subprocess_fail_fast_watcher(
+    named_procs: Sequence[tuple[str, subprocess.Popen[str] | None]],
+) -> threading.Event:
     """Has processes watched that are not yet; ends nobody by `os._exit`, as SGLang's does before a report is written."""
     if servers := fixture.current():
         for name, process in named_procs:
-            if process is not None and not servers.supervisor.watches(process):
-                servers.supervisor.watch(_unused_name(name), process)
+            if process is not None and not servers.watching().watches(process):
+                servers.watching().watch(_unused_name(servers, name), process)
     return threading.Event()
 
 
 def kill_process_tree(parent_pid: int | None, *args: Any, **kwargs: Any) -> Any:
     """SGLang's own; what a test ends on purpose is not a death."""
     if servers := fixture.current():
-        if parent_pid in (None, os.getpid()):  # all that we started
-            servers.supervisor.expect_all_exits()
+        if parent_pid is None or parent_pid == os.getpid():  # all that we started
+            servers.watching().expect_all_exits()
         else:
-            servers.supervisor.expect_exit_of(parent_pid)
+            servers.watching().expect_exit_of(parent_pid)
     return _kill_process_tree(parent_pid, *args, **kwargs)
 
 
-def terminate_and_kill_process_tree(process: subprocess.Popen, *args: Any, **kwargs: Any) -> None:
+def terminate_and_kill_process_tree(process: subprocess.Popen[str], *args: Any, **kwargs: Any) -> None:
     """The same."""
     if servers := fixture.current():
-        servers.supervisor.expect_exit(process)
+        servers.watching().expect_exit(process)
     _terminate(process, *args, **kwargs)
 
 

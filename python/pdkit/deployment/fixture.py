@@ -54,17 +54,17 @@ def current() -> type["PDServers"] | None:
     return _deployments[-1] if _deployments else None
 
 
-def enter(deployment: type) -> None:
+def enter(deployment: type["PDServers"]) -> None:
     """From now on `deployment` is the current one, until it leaves."""
     _deployments.append(deployment)
 
 
-def leave(deployment: type) -> None:
+def leave(deployment: type["PDServers"]) -> None:
     """Takes back what `enter` did."""
     _deployments.remove(deployment)
 
 
-def _supervised(set_up: Callable[[type], None]) -> classmethod:
+def _supervised(set_up: Callable[[type], None]) -> Any:
     def setUpClass(cls: type["PDServers"]) -> None:
         cls.begin()
         with cls.failing_with_a_death():
@@ -73,8 +73,9 @@ def _supervised(set_up: Callable[[type], None]) -> classmethod:
     return classmethod(setUpClass)
 
 
-def _is_supervised(cls: type) -> bool:
-    return getattr(cls.setUpClass.__func__, "is_supervised", False)
+def _set_up_of(cls: Any) -> Any:
+    """The function that is the class method `setUpClass` of a test class."""
+    return cls.setUpClass.__func__
 
 
 def ask_until_ready(url: str, seconds: float) -> float:
@@ -130,10 +131,11 @@ class PDServers(PDDisaggregationServerBase):
     _names: dict[str, str] = {}  # URL -> what listens there
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        if not _is_supervised(cls):
-            cls.setUpClass = _supervised(cls.setUpClass.__func__)
+        set_up = _set_up_of(cls)
+        if not getattr(set_up, "is_supervised", False):
+            setattr(cls, "setUpClass", _supervised(set_up))  # noqa: B010  to mypy a method is no attribute
         super().__init_subclass__(**kwargs)  # wraps it once more, to tear down what a failed setUpClass left
-        cls.setUpClass.__func__.is_supervised = True
+        _set_up_of(cls).is_supervised = True
 
     @classmethod
     def begin(cls) -> None:
@@ -144,6 +146,12 @@ class PDServers(PDDisaggregationServerBase):
             enter(cls)
             atexit.register(cls.stop_servers)
             cls.addClassCleanup(cls.stop_servers)  # a test's own tearDownClass may fail before it reaches ours
+
+    @classmethod
+    def watching(cls) -> Supervisor:
+        """What watches the servers, from `begin` to `stop_servers`."""
+        assert cls.supervisor is not None, f"{cls.__name__} launches nothing, or has stopped its servers"
+        return cls.supervisor
 
     @classmethod
     def rdma_devices_for(cls, gpu_indices: Sequence[int]) -> list[str]:
@@ -164,13 +172,13 @@ class PDServers(PDDisaggregationServerBase):
         cls,
         name: str,
         url: str,
-        args: Sequence[str],
+        args: Sequence[str | None],
         env: Mapping[str, str] | None = None,
         model: str | None = None,
         copies: Sequence[IO[str]] = (),
     ) -> Server:
         """Launches an SGLang server at `url`; does not wait for it."""
-        address = urlparse(url)
+        host, port = urlparse(url).netloc.split(":")
         command = [
             "python3",
             "-m",
@@ -179,7 +187,7 @@ class PDServers(PDDisaggregationServerBase):
             model or cls.model,
             *quirks.as_installed(args, ServerArgs),
         ]
-        command += ["--host", address.hostname, "--port", str(address.port)]
+        command += ["--host", host, "--port", port]
         cls._names[url] = name
         return cls.launch(name, command, {**cls.server_env, **(env or {})}, copies=copies)
 
@@ -200,10 +208,10 @@ class PDServers(PDDisaggregationServerBase):
         before = sum(server.name == name for server in cls._servers)
         log_path = cls.log_path(f"{name} restart {before}" if before else name)
         server_class = cls.server_class(name, environment) if python_program(command) else Server
-        with cls.supervisor.launching():
+        with cls.watching().launching():
             server = server_class(name, command, environment, log_path, stop, copies)
             cls._servers.append(server)
-            cls.supervisor.watch(name, server)
+            cls.watching().watch(name, server)
         return server
 
     @classmethod
@@ -276,7 +284,7 @@ class PDServers(PDDisaggregationServerBase):
     def failing_with_a_death(cls) -> Iterator[None]:
         """Within it a death raises AssertionError: unittest cleans up after an Exception only."""
         try:
-            with cls.supervisor.interrupting():
+            with cls.watching().interrupting():
                 yield
         except ServerDied as death:
             raise AssertionError(str(death)) from None
@@ -296,7 +304,7 @@ class PDServers(PDDisaggregationServerBase):
         asks_pair = (
             partial(silent_half, pair, cls.base_host, int(port), cls.answer_s) if len(pair) == 2 and port else None
         )
-        return cls.supervisor.heartbeat(urls, cls.silence_s, cls.answer_s, asks_pair)
+        return cls.watching().heartbeat(urls, cls.silence_s, cls.answer_s, asks_pair)
 
     def _callSetUp(self) -> None:
         with self.failing_with_a_death():
@@ -304,7 +312,7 @@ class PDServers(PDDisaggregationServerBase):
 
     def _callTestMethod(self, method: Callable[[], None]) -> None:
         if getattr(self, "expect_server_exit", False):  # so SGLang's fault-injection tests declare it
-            self.supervisor.expect_all_exits()
+            self.watching().expect_all_exits()
         with self.failing_with_a_death():
             super()._callTestMethod(method)
 
@@ -368,7 +376,7 @@ class PlannedServers(PDServers):
     decode_gpus: Sequence[int] = ()
     gpu_memory_gb = 80
     server_args: Sequence[str] = ()
-    monolithic_nccl_port: str | None
+    monolithic_nccl_port: str | None = None
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -414,6 +422,7 @@ class PlannedServers(PDServers):
     @classmethod
     def monolithic_args(cls) -> list[str]:
         """Of a server that the pair is compared with, see `pdkit.deployment.monolithic`."""
+        assert cls.monolithic_nccl_port, f"{cls.__name__} has no monolithic server"
         return [*cls.server_args, "--nccl-port", cls.monolithic_nccl_port, *cls.rendezvous()]
 
     @classmethod
@@ -422,11 +431,12 @@ class PlannedServers(PDServers):
         return []
 
     @classmethod
-    def disaggregation_args(cls, side: str, gpus: Sequence[int]) -> list[str | None]:
-        """What the fixture gives a `side` ("prefill" or "decode") that owns `gpus`; None is the value of no port."""
+    def disaggregation_args(cls, side: str, gpus: Sequence[int]) -> list[str]:
+        """What the fixture gives a `side` ("prefill" or "decode") that owns `gpus`."""
+        nccl_port = getattr(cls, f"{side}_nccl_port")
         return [
             *("--disaggregation-mode", side, "--disaggregation-bootstrap-port", cls.bootstrap_port),
-            *("--nccl-port", getattr(cls, f"{side}_nccl_port")),
+            *(("--nccl-port", nccl_port) if nccl_port else ()),
             *cls.transfer_backend,
             *cls.rdma_devices_for(gpus),
         ]

@@ -8,6 +8,7 @@ import psutil
 
 from pdkit.core import events
 from pdkit.core.processes import wait_until
+from pdkit.deployment.mixin import BeforePlannedServers
 from pdkit.deployment.router import kept_alive, metrics_at, router_command
 from pdkit.deployment.server import Server
 
@@ -17,7 +18,7 @@ ATTRIBUTES = {"prefill": "process_prefill", "decode": "process_decode", "load ba
 
 def processes_of(group: int) -> set[str]:
     """States, as psutil names them, of the processes of a group that have not ended."""
-    states = set()
+    states: set[str] = set()
     for process in psutil.process_iter():
         try:
             if os.getpgid(process.pid) == group:
@@ -27,7 +28,7 @@ def processes_of(group: int) -> set[str]:
     return states - {psutil.STATUS_ZOMBIE}
 
 
-class Fleet:
+class Fleet(BeforePlannedServers):
     """Prefill, decode and load balancer of the `PlannedServers` that it stands before, and whatever else is launched.
 
     The load balancer is SGLang's mini LB, as in the fixture. Beside it runs the router that users run in production,
@@ -49,7 +50,8 @@ class Fleet:
     slack = 5
     settling = 30
     returning = 300
-    router_port = router_metrics_port = None
+    router_port: str = ""  # both are derived from the port of the load balancer, unless they are set
+    router_metrics_port: str = ""
     router_url: str
     router_args = """
         --policy random --disable-retries
@@ -77,7 +79,7 @@ class Fleet:
     def configure(cls) -> None:
         super().configure()
         for name, offset in (("router_port", 700), ("router_metrics_port", 800)):
-            if getattr(cls, name) is None:
+            if not getattr(cls, name):
                 setattr(cls, name, str(int(cls.lb_port) + offset))
         cls.router_url = f"http://{cls.base_host}:{cls.router_port}"
         cls.server_env = {
@@ -109,12 +111,14 @@ class Fleet:
     @classmethod
     def names(cls) -> list[str]:
         """What was launched, in order: "prefill", "decode", "load balancer", "router", ..."""
-        return cls.supervisor.names()
+        return cls.watching().names()
 
     @classmethod
     def process(cls, name: str) -> Server:
         """The process that has this name now: "prefill", "decode 2", "load balancer", "router"."""
-        return cls.supervisor.process(name)
+        process = cls.watching().process(name)
+        assert isinstance(process, Server), f"{cls.__name__} launched no {name}"
+        return process
 
     @classmethod
     def end(cls, name: str) -> None:
@@ -145,7 +149,7 @@ class Fleet:
     @classmethod
     def start_again(cls, name: str) -> None:
         """A server that ended, by the same command on the same port; its log is a new one."""
-        server = cls.launch(name, cls.process(name).args, cls.server_env)
+        server = cls.launch(name, cls.process(name).command, cls.server_env)
         if name in ATTRIBUTES:
             setattr(cls, ATTRIBUTES[name], server)
 
@@ -156,7 +160,7 @@ class TwoPairs(Fleet):
     router_timeout = waiting_timeout = settling = 60
     bootstrap_timeout = 10
 
-    prefill_2_port = decode_2_port = bootstrap_2_port = None
+    prefill_2_port = decode_2_port = bootstrap_2_port = ""
     prefill_2_url: str
     decode_2_url: str
 
@@ -164,7 +168,7 @@ class TwoPairs(Fleet):
     def configure(cls) -> None:
         super().configure()
         for name in ("prefill", "decode", "bootstrap"):
-            if getattr(cls, f"{name}_2_port") is None:
+            if not getattr(cls, f"{name}_2_port"):
                 setattr(cls, f"{name}_2_port", str(int(getattr(cls, f"{name}_port")) + 10))
         cls.prefill_2_url = f"http://{cls.base_host}:{cls.prefill_2_port}"
         cls.decode_2_url = f"http://{cls.base_host}:{cls.decode_2_port}"

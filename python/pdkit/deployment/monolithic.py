@@ -5,14 +5,16 @@ Put one of the classes before a `PlannedServers`, and the checks that compare be
 
 from concurrent.futures import ThreadPoolExecutor
 
+from pdkit.deployment.mixin import BeforePlannedServers
 from pdkit.deployment.server import Server
 
 
-class _Monolithic:
+class _Monolithic(BeforePlannedServers):
     """`take_references()` of the checks before it is called while the server is up."""
 
-    monolithic_port = monolithic_nccl_port = None
-    monolithic_url: str | None = None
+    monolithic_port: str | None = None
+    monolithic_nccl_port: str | None = None
+    monolithic_url = ""  # as is, or again, while there is none
     process_monolithic: Server | None = None
 
     @classmethod
@@ -71,6 +73,7 @@ class MonolithicFirst(_Monolithic):
         with cls.failing_with_a_death():
             cls.take_references()
         process, cls.process_monolithic = cls.process_monolithic, None
-        cls.supervisor.expect_exit(process)
+        assert process is not None  # just started
+        cls.watching().expect_exit(process)
         process.stop()
-        cls.monolithic_url = None
+        cls.monolithic_url = ""

@@ -1,11 +1,16 @@
 """Ports of a deployment: claimed for a class, locked against other runs, and free before anything starts."""
 
 import socket
+from typing import TYPE_CHECKING
 
 from pdkit.core import ports
+from pdkit.deployment.mixin import BeforePlannedServers
+
+if TYPE_CHECKING:
+    from pdkit.deployment.fixture import PDServers
 
 
-def lock(test: type) -> socket.socket:
+def lock(test: "type[PDServers]") -> socket.socket:
     """A lock on the ports of a test class, derived ones included: a check alone lets two runs pass that start at once.
 
     An abstract Unix address (unix(7)) has the scope of the ports, and is free again when its holder dies.
@@ -20,14 +25,14 @@ def lock(test: type) -> socket.socket:
     return found
 
 
-def require_free(test: type) -> None:
+def require_free(test: "type[PDServers]") -> None:
     """Another process that answers on one of our ports would be mistaken for our server. Raises AssertionError."""
     wanted = {name: int(port) for name in dir(test) if name.endswith("_port") and (port := getattr(test, name))}
     taken = [f"{port} ({name})" for name, port in wanted.items() if not ports.is_free(port)]
     assert not taken, f"in use: port {', '.join(taken)}; is another run on? `ss -ltnp` names it"
 
 
-class ClaimedPorts:
+class ClaimedPorts(BeforePlannedServers):
     """Every attribute `*_port` of the class is a port that nobody else uses, so that several runs fit on one machine.
 
     The URLs follow. Put it before a `PlannedServers`.

@@ -14,6 +14,8 @@ def _copy(source: socket.socket, sink: socket.socket) -> None:
 
 
 class _Handler(socketserver.BaseRequestHandler):
+    server: "Relay"
+
     def handle(self) -> None:
         with contextlib.suppress(OSError), socket.create_connection(self.server.target) as upstream:
             threading.Thread(target=_copy, args=(self.request, upstream), daemon=True).start()

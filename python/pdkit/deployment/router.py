@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import requests
 
 from pdkit.core import ports
+from pdkit.deployment.mixin import BeforePlannedServers
 from pdkit.deployment.server import Server
 
 KEEP_ALIVE_S = 120
@@ -41,7 +42,7 @@ def metrics_at(host: str, port: int | str) -> list[str]:
     return ["--prometheus-host", host, "--prometheus-port", str(port)]
 
 
-class RustRouterBeside:
+class RustRouterBeside(BeforePlannedServers):
     """`router_url`: a Rust router over the prefill and decode server of the class; watched like the servers.
 
     Put it before a `PlannedServers`.

@@ -37,7 +37,7 @@ FATAL = re.compile(
 )
 
 
-class Server(subprocess.Popen):
+class Server(subprocess.Popen[str]):
     """A process in its own session; what it prints goes to `log_path` and, led by its name, to the console.
 
     stop: the signal that asks it to end; SIGKILL where there is nothing to put in order.
@@ -53,7 +53,7 @@ class Server(subprocess.Popen):
         stop: signal.Signals = signal.SIGTERM,
         copies: Sequence[IO[str]] = (),
     ) -> None:
-        self.name, self.log_path = name, log_path
+        self.name, self.command, self.log_path = name, list(command), log_path
         self.expects_exit = False
         self.ended_at = math.inf
         self.fatal_at, self.fatal_line = math.inf, 0
@@ -67,12 +67,13 @@ class Server(subprocess.Popen):
             errors="replace",
             start_new_session=True,
         )
-        events.launch(name, list(command), log_path, self.pid)
+        events.launch(name, self.command, log_path, self.pid)
         self._copier = threading.Thread(target=self._copy_output, daemon=True)
         self._copier.start()
         threading.Thread(target=self._note_end, daemon=True).start()
 
     def _copy_output(self) -> None:
+        assert self.stdout is not None  # a pipe
         with self.stdout, self._open_log() as log:
             for number, line in enumerate(self.stdout, start=1):
                 with contextlib.suppress(OSError, ValueError):  # a full disk or a closed console must not block it
@@ -109,8 +110,8 @@ class Server(subprocess.Popen):
         """The lines of the log around the one that says why it ended, or the last ones."""
         self._copier.join(timeout=0.5)
         try:
-            with open(self.log_path, encoding="utf-8", errors="replace") as log:
-                log = (line[:LONGEST_LINE] + "\n" * (len(line) > LONGEST_LINE) for line in log)
+            with open(self.log_path, encoding="utf-8", errors="replace") as file:
+                log = (line[:LONGEST_LINE] + "\n" * (len(line) > LONGEST_LINE) for line in file)
                 if self.fatal_line:
                     first = max(1, self.fatal_line - LINES_BEFORE)
                     lines = [line for n, line in enumerate(log, start=1) if first <= n <= self.fatal_line + LINES_AFTER]

@@ -26,28 +26,28 @@ class ServerDied(BaseException):
 
 @dataclass
 class _Watched:
-    process: subprocess.Popen
+    process: subprocess.Popen[str]
     workers: Workers | None = None
 
-    @property
     def expects_exit(self) -> bool:
         return getattr(self.process, "expects_exit", False)
 
     def death(self) -> tuple[float, str] | None:
         """When and how the server or a worker of it ended."""
-        if self.expects_exit:
+        if self.expects_exit():
             return None
         worker = self._worker_death()
         code = self.process.poll()
-        if self.expects_exit:  # since just now
+        if self.expects_exit():  # since just now
             return None
         if worker:
             return time.monotonic(), worker
         if code is not None:
             by = f" ({signal.strsignal(-code)})" if code < 0 else ""
             return getattr(self.process, "ended_at", math.inf), f"exited with code {code}{by}"
-        if time.monotonic() - getattr(self.process, "fatal_at", math.inf) > FATAL_GRACE_S:
-            return self.process.fatal_at, "logged a fatal error, and its process goes on"
+        fatal_at: float = getattr(self.process, "fatal_at", math.inf)
+        if time.monotonic() - fatal_at > FATAL_GRACE_S:
+            return fatal_at, "logged a fatal error, and its process goes on"
         return None
 
     def _worker_death(self) -> str | None:
@@ -80,7 +80,7 @@ class Supervisor:
         self._thread = threading.Thread(target=self._watch, name="pd-supervisor", daemon=True)
         self._thread.start()
 
-    def watch(self, name: str, process: subprocess.Popen) -> None:
+    def watch(self, name: str, process: subprocess.Popen[str]) -> None:
         """Watches `process` from now on, in the place of an earlier one of that name."""
         with self._lock:
             self._find_death()  # of the earlier one
@@ -91,17 +91,17 @@ class Supervisor:
         with self._lock:
             return list(self._watched)
 
-    def process(self, name: str) -> subprocess.Popen | None:
+    def process(self, name: str) -> subprocess.Popen[str] | None:
         """The process that is watched under `name`."""
         with self._lock:
             return self._watched[name].process if name in self._watched else None
 
-    def watches(self, process: subprocess.Popen) -> bool:
+    def watches(self, process: subprocess.Popen[str]) -> bool:
         """Whether this very process is watched, under whatever name."""
         with self._lock:
             return any(each.process is process for each in self._watched.values())
 
-    def expect_exit(self, process: subprocess.Popen) -> None:
+    def expect_exit(self, process: subprocess.Popen[str]) -> None:
         """`process` is about to be ended on purpose: that is not a death."""
         with self._lock:
             for name in [name for name, each in self._watched.items() if each.process is process]:
@@ -215,7 +215,7 @@ class Supervisor:
     def _wake(self) -> None:
         with self._lock:
             if not self._released:  # a heartbeat may report late
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _find_death(self) -> str | None:
         with self._lock:
@@ -229,7 +229,7 @@ class Supervisor:
     def _report(self, name: str, how: str) -> None:
         """A death that was found in another way than by a look at the processes."""
         with self._lock:
-            if self.death is None and name in self._watched and not self._watched[name].expects_exit:
+            if self.death is None and name in self._watched and not self._watched[name].expects_exit():
                 self._record(name, how)
         self._wake()
 

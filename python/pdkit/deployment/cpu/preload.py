@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 from pdkit.deployment.cpu import plugin
 
@@ -30,18 +31,21 @@ def prepare() -> Callable[[], None]:
 
     load_plugins()
     multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.process.BaseProcess.run = named_by_their_work(multiprocessing.process.BaseProcess.run)
-    multiprocessing.set_start_method = lambda method, force=False: None  # SGLang asks for spawn
+    for owner, name, ours in (
+        (BaseProcess, "run", named_by_their_work(BaseProcess.run)),
+        (multiprocessing, "set_start_method", lambda method, force=False: None),  # SGLang asks for spawn
+    ):
+        setattr(owner, name, ours)
     return lambda: plugin.announce(os.environ[plugin.FAMILY_VARIABLE])
 
 
-def named_by_their_work(run: Callable[[multiprocessing.process.BaseProcess], None]) -> Callable:
+def named_by_their_work(run: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:
     """`run` of a process that is forked: its name in /proc is that of the function it runs.
 
     `setproctitle`, by which SGLang names its processes, has no effect in a forked one.
     """
 
-    def named(process: multiprocessing.process.BaseProcess) -> None:
+    def named(process: BaseProcess) -> None:
         target = getattr(getattr(process, "_target", None), "__name__", process.name)
         with open("/proc/self/comm", "w") as comm:
             comm.write(target[:15])

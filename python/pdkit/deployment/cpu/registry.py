@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Family = Literal["any", "dsv4", "speculative", "nixl"]
+Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 class SglangChanged(RuntimeError):
@@ -55,7 +57,9 @@ class Replacement:
             raise SglangChanged(
                 f"{self.module} has no {self.attribute}: the CPU shims do not fit this SGLang"
             ) from None
-        setattr(owner, name, self.make(old))
+        new = self.make(old)
+        is_static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)
+        setattr(owner, name, staticmethod(new) if is_static else new)
 
 
 REPLACEMENTS: list[Replacement] = []
@@ -63,22 +67,20 @@ REPLACEMENTS: list[Replacement] = []
 
 def replaces(
     target: str, *, family: Family = "dsv4", imitates: tuple[str, ...] = (), why: str | None = None
-) -> Callable[[Callable], Callable]:
+) -> Callable[[Made], Made]:
     """The decorated function stands in place of `target`; its docstring's first line is the reason unless `why` is."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Made) -> Made:
         _register(target, lambda old: function, family, why or _first_line(function), imitates)
         return function
 
     return register
 
 
-def remakes(
-    target: str, *, family: Family = "dsv4", adds: bool = False, wraps: bool = False
-) -> Callable[[Callable], Callable]:
+def remakes(target: str, *, family: Family = "dsv4", adds: bool = False, wraps: bool = False) -> Callable[[Made], Made]:
     """The decorated function is called with the old value of `target` (None if `adds`) and returns the new one."""
 
-    def register(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def register(make: Made) -> Made:
         _register(target, make, family, _first_line(make), adds=adds, wraps=wraps)
         return make
 
@@ -97,12 +99,12 @@ def _register(
     REPLACEMENTS.append(Replacement(target, make, family, why, imitates, **options))
 
 
-def _first_line(function: Callable) -> str:
+def _first_line(function: Callable[..., Any]) -> str:
     assert function.__doc__, f"{function.__qualname__} replaces something without a reason in its docstring"
     return function.__doc__.splitlines()[0].rstrip(".")
 
 
-def install(families: set[str]) -> list[Replacement]:
+def install(families: Collection[str]) -> list[Replacement]:
     """Install what belongs to `families`, in the order of registration; returns what was. Raises SglangChanged."""
     chosen = [each for each in REPLACEMENTS if each.family in families]
     for each in chosen:

@@ -27,12 +27,13 @@ from pdkit.deployment.cpu.shims import (
 )
 
 FLOAT32, BFLOAT16 = 1e-5, 2**-7  # tolerated: relative to the largest value, a few roundings
-CHECKS: list[Callable[[], Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]]] = []
+Compared = Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]
+CHECKS: list[Callable[[], Compared]] = []
 PAGE = 256
 PAGE_BYTES = -(-PAGE * (pages.TOKEN + pages.SCALES) // pages.TOKEN) * pages.TOKEN
 
 
-def check(function: Callable) -> Callable:
+def check(function: Callable[[], Compared]) -> Callable[[], Compared]:
     """Each yields (name, the shim's, SGLang's, tolerance)."""
     CHECKS.append(function)
     return function
@@ -60,7 +61,7 @@ def flat(table: torch.Tensor) -> torch.Tensor:
 
 
 @check
-def hyper() -> Iterator:
+def hyper() -> Compared:
     from sglang.kernels.ops.layernorm import mhc, mhc_head
     from sglang.srt.models.deepseek_v4 import hc_head_torch
 
@@ -84,7 +85,7 @@ def hyper() -> Iterator:
 
 
 @check
-def rotation() -> Iterator:
+def rotation() -> Compared:
     from sglang.kernels.ops.attention.dsv4 import rope
 
     table, positions = freqs(300), torch.tensor([0, 1, 7, 128, 299])
@@ -121,7 +122,7 @@ def misrounded(scaled: torch.Tensor) -> torch.Tensor:
 
 
 @check
-def stored() -> Iterator:
+def stored() -> Compared:
     from sglang.kernels.ops.attention.dsv4.dequant_k_cache import dequantize_k_cache_paged_dsv4
     from sglang.kernels.ops.kvcache import triton_store_cache
 
@@ -156,7 +157,7 @@ def stored() -> Iterator:
 
 
 @check
-def fp8() -> Iterator:
+def fp8() -> Compared:
     every = torch.arange(256, dtype=torch.uint8)
     finite = every[(every != 127) & (every != 255)]
     ours = arithmetic.from_fp8(finite).float() * 2.0**120
@@ -164,7 +165,7 @@ def fp8() -> Iterator:
 
 
 @check
-def hadamard() -> Iterator:
+def hadamard() -> Compared:
     from scipy.linalg import hadamard as sylvester
 
     x = torch.randn(3, 128)
@@ -173,7 +174,7 @@ def hadamard() -> Iterator:
 
 
 @check
-def compression_metadata() -> Iterator:
+def compression_metadata() -> Compared:
     from sglang.kernels.ops.attention.dsv4 import metadata_kernel
 
     lengths = torch.tensor([4, 7, 128, 300, 512], dtype=torch.int32)
@@ -185,7 +186,7 @@ def compression_metadata() -> Iterator:
 
 
 @check
-def drafts() -> Iterator:
+def drafts() -> Compared:
     from sglang.kernels.ops.kvcache.dsv4_c128_cleanup import clear_unaccepted_c128_draft_states
 
     ours, theirs = (torch.ones(3 * 130, 1024) for _ in range(2))
@@ -197,7 +198,7 @@ def drafts() -> Iterator:
 
 
 @check
-def indexer_scores() -> Iterator:
+def indexer_scores() -> Compared:
     from sglang.srt.layers.attention.dsv4.indexer import fp8_paged_mqa_logits_torch
 
     cache = torch.zeros(20, 64 * 132, dtype=torch.uint8)
@@ -211,7 +212,7 @@ def indexer_scores() -> Iterator:
 
 
 @check
-def clamped() -> Iterator:
+def clamped() -> Compared:
     from sglang.srt.layers.activation import SiluAndMul
 
     x, out = torch.randn(4, 256), torch.empty(4, 128)
@@ -230,7 +231,7 @@ def attended(q: torch.Tensor, keys: torch.Tensor, sink: torch.Tensor, scale: flo
 
 
 @check
-def sparse_attention() -> Iterator:
+def sparse_attention() -> Compared:
     cache = torch.zeros(4, PAGE_BYTES, dtype=torch.uint8)
     pages.store_flashmla(torch.randn(4 * PAGE, 512), cache, torch.arange(4 * PAGE), PAGE)
     view, sink = cache[:, : PAGE * 584].view(4, PAGE, 1, 584), torch.randn(4)
@@ -255,7 +256,7 @@ def sparse_attention() -> Iterator:
         yield f"sparse attention, {name}", ours[:, 0], torch.stack(theirs).float(), FLOAT32
 
 
-def entries(kv: torch.Tensor, ape: torch.Tensor, ratio: int) -> torch.Tensor:
+def entries(kv: torch.Tensor, ape: torch.Tensor, ratio: compression.Ratio) -> torch.Tensor:
     """All finished entries of one sequence `kv` [tokens, elements], from the whole of it: what compression is for."""
     found = []
     for end in range(ratio, len(kv) + 1, ratio):
@@ -268,9 +269,14 @@ def entries(kv: torch.Tensor, ape: torch.Tensor, ratio: int) -> torch.Tensor:
 
 
 @check
-def compressors() -> Iterator:
+def compressors() -> Compared:
     """Chunks of any size, then single tokens, through the rings: the entries of the whole sequence, to the bit."""
-    for ratio, own_ring, elements, ring in ((128, True, 64, 128), (4, True, 128, 8), (4, False, 128, 8)):
+    kinds: list[tuple[compression.Ratio, bool, int, int]] = [
+        (128, True, 64, 128),
+        (4, True, 128, 8),
+        (4, False, 128, 8),
+    ]
+    for ratio, own_ring, elements, ring in kinds:
         tokens = 300
         ape = torch.randn(2 * ratio if ratio == 4 else ratio, elements // (4 if ratio == 4 else 2))
         sequences = [torch.randn(tokens, elements) for _ in range(2)]

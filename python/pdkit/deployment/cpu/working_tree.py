@@ -67,7 +67,7 @@ def _changed_names(path: Path, theirs: Path) -> Iterator[str]:
 
 def _definitions(tree: ast.Module) -> dict[str, str]:
     """Code by the name of what it defines, methods by class; the rest of the module as "module level"."""
-    found = {}
+    found: dict[str, str] = {}
     rest = []
     for node in tree.body:
         if isinstance(node, ast.ClassDef):

@@ -103,11 +103,12 @@ def flash_mla_with_kvcache(
         part = slice(begin, min(begin + AT_ONCE, n))
         named = []
         for cache, where, length in pools:
-            if cache is not None:
+            if cache is not None and where is not None:
                 slots = where[part].reshape(part.stop - begin, -1)
                 named.append((cache, slots, _valid(slots, None if length is None else length[part])))
-        found = [_of_all(*each) for each in named]
-        if any(each is None for each in found):
+        of_all = [_of_all(*each) for each in named]
+        found = [each for each in of_all if each is not None]
+        if len(found) < len(of_all):
             found = [_of_each(*each) for each in named]
         out[part, 0] = _attend(q[part, 0].float(), found, sink, softmax_scale, head_dim_v).to(q.dtype)
     return out, None
@@ -120,6 +121,6 @@ def get_mla_metadata(*_: Any, **__: Any) -> tuple[None, None]:
 
 
 @remakes(f"{BACKEND}:DeepseekV4AttnBackend._flash_mla_with_kvcache", adds=True)
-def backend_attention(_: None) -> staticmethod:
+def backend_attention(_: None) -> Any:
     """set by the backend's __init__ on CUDA only"""
     return staticmethod(flash_mla_with_kvcache)

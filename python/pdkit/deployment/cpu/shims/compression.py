@@ -7,6 +7,7 @@ before. Tokens of an unfinished entry wait in a ring of a request's own (c128) o
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -187,8 +188,8 @@ def norm_rope_store(
 def compress_module(head_dim: int, buffer: torch.dtype, kv: torch.dtype, out: torch.dtype, ratio: Ratio) -> Any:
     """pooling of 4 or 128 tokens"""
     return SimpleNamespace(
-        decode=lambda *arguments: compress_decode(*arguments, ratio=ratio),
-        prefill=lambda *arguments: compress_prefill(*arguments, ratio=ratio),
+        decode=partial(compress_decode, ratio=ratio),
+        prefill=partial(compress_prefill, ratio=ratio),
     )
 
 
@@ -200,11 +201,10 @@ def compress_norm_rope_module(
     require_layout(layout)
     if bf16_store or two:
         raise NotImplementedError("compressed entries as bf16 or in two pools: the CPU shims have fp8 in one pool only")
-    return SimpleNamespace(forward=lambda *arguments: norm_rope_store(*arguments, page_size=page_size))
+    return SimpleNamespace(forward=partial(norm_rope_store, page_size=page_size))
 
 
 @replaces(f"{COMPRESS}:CompressorPrefillPlan.generate", imitates=PLAN)
-@staticmethod
 def generate_prefill(
     compress_ratio: Ratio,
     req_pool_indices: torch.Tensor,
@@ -225,7 +225,6 @@ def generate_prefill(
 
 
 @replaces(f"{COMPRESS}:CompressorDecodePlan.generate", imitates=PLAN)
-@staticmethod
 def generate_decode(
     compress_ratio: Ratio,
     req_pool_indices: torch.Tensor,

@@ -35,7 +35,7 @@ def init_compression_metadata(
         count = (seq_lens // ratio).to(torch.int32)
         loc = torch.where(seq_lens[:n] % ratio == 0, raw_out_loc // ratio, 0).to(torch.int64)
         found += [loc, (positions // ratio * ratio).to(torch.int32), count, count.clamp_min(1)]
-    if not compute_page_indices:
+    if not compute_page_indices or page_table is None:
         return (*found, None)
     each = page_size // ENTRIES
     at = torch.arange(each * page_table.shape[1])

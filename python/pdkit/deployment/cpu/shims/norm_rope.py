@@ -5,6 +5,7 @@ SGLang compiles CUDA modules behind `_jit_*_module` getters; what stands in thei
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -84,7 +85,7 @@ def fused_rope_module() -> SimpleNamespace:
 @replaces(f"{NORM_ROPE}:_jit_main_q_norm_rope_module", imitates=MAIN)
 def q_norm_rope_module(dtype: torch.dtype, head_dim: int, rope_dim: int, apply_norm: bool) -> SimpleNamespace:
     """norm and rotary embedding of queries"""
-    return SimpleNamespace(forward=lambda *arguments: q_norm_rope(*arguments, norm=apply_norm))
+    return SimpleNamespace(forward=partial(q_norm_rope, norm=apply_norm))
 
 
 @replaces(f"{NORM_ROPE}:_jit_main_k_norm_rope_flashmla_module", imitates=MAIN)
@@ -93,7 +94,7 @@ def k_norm_rope_flashmla_module(
 ) -> SimpleNamespace:
     """norm and rotary embedding of keys, written as fp8 pages"""
     require_layout(layout)
-    return SimpleNamespace(forward=lambda *arguments: k_norm_rope_store(*arguments, page_size=page_size))
+    return SimpleNamespace(forward=partial(k_norm_rope_store, page_size=page_size))
 
 
 @replaces(f"{NORM_ROPE}:_jit_main_q_indexer_rope_hadamard_quant_module", imitates=MAIN)
