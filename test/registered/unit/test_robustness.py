@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.loopback import past_proxies
 from pdkit.runner.options import default_history
@@ -361,11 +362,12 @@ class TestBadInput(unittest.TestCase):
         words = [cls.fill(word) for word in row.words.split()]
         path, *rest = COMMANDS[row.command]
         command = [sys.executable, *([path] if path == "-m" else [str(REPO / path)]), *rest, *words]
+        options = {"errors": "replace", "env": environ, "cwd": str(cls.names["root"]), "timeout": 300}
         if row.shell:
             command = ["bash", "-c", cls.fill(row.shell), "bash", *command]
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environ, cwd=cls.names["root"], timeout=300
-        )
+        elif path == "-m" and row.words.isascii():
+            return forked.run(command, **options)
+        return subprocess.run(command, capture_output=True, text=True, **options)
 
     def test_each_row_gets_its_line_and_its_code(self):
         self.assertGreaterEqual(len(ROWS), 40)
