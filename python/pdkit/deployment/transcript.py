@@ -111,8 +111,9 @@ class Transcript:
         with self._lock:
             if self._file.closed:  # it was lost meanwhile
                 return result
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with contextlib.suppress(OSError):  # a full disk changes no score
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
             self.scores.append(result.score)
             self._look(total)
             if time.monotonic() - self._printed_at >= self._seconds_between_lines:
