@@ -163,7 +163,7 @@ class TestRecorded(unittest.TestCase):
         names = [log.name for log in self.run_.logs]
         self.assertEqual(names, ["test", "decode", "load balancer", "prefill"])
         self.assertEqual({log.died for log in self.run_.logs}, {False})
-        self.assertIn("not greater than 0.95", self.run_.failure)
+        self.assertIn("must be greater than 0.95", self.run_.failure)
 
     def test_junit(self):
         (suite,) = JUnitXml.fromstring(junit(self.report).encode())
@@ -604,7 +604,7 @@ class TestInBrowser(unittest.TestCase):
                 "gate 0.95",
                 "Failed in phase: gate",
                 "12 of 200",
-                "not greater than 0.95",
+                "must be greater than 0.95",
             ]
             figures += ["output tokens/s", "launch prefill", "Latency of a request", "Token rate of a request"]
             figures += ["No acceptance length", "No test of this run uses a GPU", "SIGKILL prefill", "is right"]
