@@ -1,6 +1,8 @@
 """Accuracy on GSM8K: one look, or a gate with stated error rates."""
 
-from pdkit.checks.accuracy.gate import GateOptions
+from types import SimpleNamespace
+
+from pdkit.checks.accuracy.gate import GateOptions, Policy
 from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.accuracy.sglang_eval import run_eval_with_outcomes
 from pdkit.checks.base import Checks
@@ -13,12 +15,12 @@ FIRST_LOOK = "accuracy gate"  # name of the check
 class GSM8KChecks(Checks):
     """`test_gsm8k` as test_disaggregation_dsv4.py asks it: examples once, of which more than `min_score` must be right."""
 
-    needs = ("lb_url", "model", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "model", "gsm8k_data_path")
 
     min_score = 0.95
     gsm8k_examples = 200
 
-    def test_gsm8k(self):
+    def test_gsm8k(self) -> None:
         args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, num_examples=self.gsm8k_examples)
         score = run_eval(args, gate=self.min_score)["score"]
         with events.phase("gate"):
@@ -33,17 +35,17 @@ class AccuracyGateChecks(Checks):
     monolithic_url      where the class has one that is up, it is asked the same examples, and the two are compared
     """
 
-    needs = ("lb_url", "model", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "model", "gsm8k_data_path")
 
-    gsm8k_gate_policy = "auto"
+    gsm8k_gate_policy: str = "auto"
     min_score = 0.95
 
-    def gsm8k_args(self, base_url):
+    def gsm8k_args(self, base_url: str) -> SimpleNamespace:
         """What `run_eval` gets, but for which examples."""
         return gsm8k_args(base_url, self.model, self.gsm8k_data_path, num_shots=5)
 
-    def test_gsm8k(self):
-        options = GateOptions(policy=self.gsm8k_gate_policy, threshold=self.min_score)
+    def test_gsm8k(self) -> None:
+        options = GateOptions(policy=Policy(self.gsm8k_gate_policy), threshold=self.min_score)
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options, run=run_eval_with_outcomes)
         print(gate.report(), flush=True)
         if gate.first_look_passed is not None:
