@@ -4,6 +4,8 @@ fork_server = ForkServer("MODULE:FUNCTION", environment, log_path)
 process = fork_server.popen(["python3", "-m", ...], env=..., stdout=PIPE, ...)
 
 server_class = fork_server.based_on(Server)    # a subclass of Popen that calls super().__init__
+
+done = run(["python3", "-m", ...])    # forked from this process's own fork server, where it has one
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import IO, Any, TypeVar
 
 from pdkit.core import fork_server
@@ -162,6 +166,7 @@ class ForkedPopen(subprocess.Popen[Any]):
         args: Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
         stdin: int | IO[Any] | None = None,
         stdout: int | IO[Any] | None = None,
         stderr: int | IO[Any] | None = None,
@@ -176,7 +181,7 @@ class ForkedPopen(subprocess.Popen[Any]):
         self._end_noticed = threading.Event()
         self._waitpid_lock = threading.Lock()
         self._child_created = False  # by somebody else, as far as Popen's destructor is concerned
-        request = Request(argv, dict(os.environ if env is None else env), os.getcwd(), has_fork_server)
+        request = Request(argv, dict(os.environ if env is None else env), cwd or os.getcwd(), has_fork_server)
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             ends = [_stream(what, number, ours, theirs) for number, what in enumerate((stdin, stdout))]
             ends.append((ends[1][0], None) if stderr == subprocess.STDOUT else _stream(stderr, 2, ours, theirs))
@@ -247,3 +252,42 @@ def here() -> ForkServer | None:
     if _here is None and fork_server.beside is not None:
         _here = ForkServer.at(*fork_server.beside)
     return _here if _here is not None and _here.is_there else None
+
+
+def popen(has_fork_server: bool = True) -> Callable[..., subprocess.Popen[Any]]:
+    """What starts `python3 -m ...`: a fork where this process has a fork server, or else `subprocess.Popen`.
+
+    has_fork_server: what it starts can fork in turn.
+    """
+    server = here()
+    return partial(server.popen, has_fork_server=has_fork_server) if server else subprocess.Popen
+
+
+def run(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    timeout: float | None = None,
+    errors: str = "strict",
+    has_fork_server: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run(command, capture_output=True, text=True)` of `python3 -m ...`, forked where that can be.
+
+    Raises TimeoutExpired; the command has been ended.
+    """
+    server = here()
+    options: dict[str, Any] = {"env": env, "cwd": cwd, "encoding": "utf-8", "errors": errors}
+    options["stdin"], options["stdout"], options["stderr"] = subprocess.DEVNULL, subprocess.PIPE, subprocess.PIPE
+    if server is None:
+        return subprocess.run(command, timeout=timeout, **options)
+    process = server.popen(command, has_fork_server=has_fork_server, **options)
+    assert process.stdout and process.stderr, "both are pipes"
+    with process.stdout as out, process.stderr as err, ThreadPoolExecutor(2) as pool:
+        texts = [pool.submit(stream.read) for stream in (out, err)]
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(command, code, *(text.result() for text in texts))

@@ -23,16 +23,17 @@ from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 
 PREPARE = "pdkit.deployment.preload:prepare"
 SLOW = ("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults")
+FORKS = "pdkit.core.forked"  # what imports it forks programs of its own
 ENOUGH = 2  # files: for one, importing once is as slow
 
 
 def imports_much(test: Path) -> bool:
-    """Whether what a test file imports takes seconds, as far as its own import statements tell."""
+    """Whether what a test file imports, or its programs do, takes seconds; as far as its import statements tell."""
     try:
         names = source.read(test).imports.values()
     except OSError:  # whoever runs it reports that
         return False
-    return any(f"{name}.".startswith(tuple(f"{slow}." for slow in SLOW)) for name in names)
+    return any(f"{name}.".startswith(tuple(f"{slow}." for slow in (*SLOW, FORKS))) for name in names)
 
 
 class Warm:

@@ -57,7 +57,10 @@ print(json.dumps({
 ENDS = {
     "returns": "print('x')",
     "exit code": "sys.exit(7)",
+    "exit code of more than a byte": "sys.exit(300)",
+    "exit without a code": "sys.exit(None)",
     "exit with a text": "sys.exit('why')",
+    "standard output that cannot be written": "import os; os.close(1); sys.stdout.write('x'); sys.stdout.reconfigure(write_through=False)",
     "exception": "raise ValueError('why')",
     "KeyboardInterrupt": "raise KeyboardInterrupt",
     "os._exit": "import os; print('x', flush=True); os._exit(3)",

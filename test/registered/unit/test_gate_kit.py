@@ -131,13 +131,13 @@ class TestAccuracyGate(KitTest):
         self.assertTrue(result.wasSuccessful())
 
     def test_a_baseline_is_asked_the_same_and_compared(self):
-        baseline = self.serve()
-        for wrong, passes in ((6, True), (7, False)):
-            engine = self.serve(wrong=range(100, 100 + wrong))
-            attributes = {"gsm8k_gate_policy": "first-look", "monolithic_url": baseline.url}
-            result, printed = self.run_kit(AccuracyGateChecks, engine, **attributes)
-            self.assertIn(f"of 200 examples {wrong} right with the baseline only, 0 right", printed)
+        for wrong, passes in ((0, True), (3, False)):
+            baseline, engine = self.serve(), self.serve(wrong=range(30, 30 + wrong))
+            result, printed = self.run_kit(AccuracyGateChecks, engine, monolithic_url=baseline.url)
+            self.assertRegex(printed, f"paired gate: .* {wrong} right with the baseline only, 0 right")
             self.assertEqual(result.wasSuccessful(), passes)
+            self.assertEqual(sorted(engine.prompts), sorted(baseline.prompts))
+            self.assertEqual(len(engine.prompts), 132 if passes else 44)
 
     def test_asks_run_eval_for_what_the_main_test_asks(self):
         gate = type("TestKit", (AccuracyGateChecks,), {"model": "m", "gsm8k_data_path": None})().gsm8k_args("url")

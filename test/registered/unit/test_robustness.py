@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 from suite_trees import source_of, write_tree
 
@@ -300,9 +301,10 @@ class TestBadInput(unittest.TestCase):
         words = [cls.fill(word) for word in row.words.split()]
         path, *rest = COMMANDS[row.command]
         command = [sys.executable, *([path] if path == "-m" else [str(REPO / path)]), *rest, *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environ, cwd=cls.names["root"], timeout=300
-        )
+        options = {"errors": "replace", "env": environ, "cwd": str(cls.names["root"]), "timeout": 300}
+        if path == "-m":
+            return forked.run(command, **options)
+        return subprocess.run(command, capture_output=True, text=True, **options)
 
     def test_each_row_gets_its_line_and_its_code(self):
         self.assertGreaterEqual(len(ROWS), 40)

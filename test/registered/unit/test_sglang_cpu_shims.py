@@ -21,7 +21,7 @@ from pdkit.deployment.cpu.shims import checksum
 from pdkit.faults import planted_bugs
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=45, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=70, suite="stage-a-test-cpu", nightly=True)
 
 
 def server_environment(**more):
@@ -41,6 +41,23 @@ class TestTruth(unittest.TestCase):
         for row in rows:
             with self.subTest(row["check"]):
                 self.assertLessEqual(row["difference"], row["tolerance"])
+
+    def test_the_comparison_on_a_gpu_calls_sglang_as_it_is(self):
+        """What cannot be tried without a GPU says so; all else has a result, which is the shim's own called by SGLang."""
+        study = Path(__file__).parents[3] / "studies" / "shims_truth.py"
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory, "record.json")
+            command = [sys.executable, str(study), "--rehearse", "--limit", "300", "--out", str(out)]
+            run = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=400)
+            self.assertEqual(run.returncode, 0, run.stderr[-2000:])
+            cases = json.loads(out.read_text())["cases"]
+        self.assertGreater(len(cases), 25)
+        for name, case in cases.items():
+            with self.subTest(name):
+                if "error" in case:
+                    self.assertEqual(case["error"], "NotReady: CUDA only")
+                for result, row in case.get("results", {}).items():
+                    self.assertLess(row.get("rms_over_rms", 0), 1e-6, result)
 
     def test_each_replacement_of_a_kernel_names_what_it_stands_for(self):
         for each in registry.REPLACEMENTS:

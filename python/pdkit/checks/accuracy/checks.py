@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from pdkit.checks.accuracy.gate import GateOptions, Policy
 from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
+from pdkit.checks.accuracy.paired import FEW_FLIPS, PairedOptions
 from pdkit.checks.accuracy.sglang_eval import run_eval_with_outcomes
 from pdkit.checks.base import Checks
 from pdkit.core import events
@@ -32,13 +33,16 @@ class AccuracyGateChecks(Checks):
 
     gsm8k_gate_policy   "first-look" (200 examples once), "sequential", or "auto", see `pdkit.checks.accuracy.gate.Policy`
     min_score           share of right answers that an engine must have
-    monolithic_url      where the class has one that is up, it is asked the same examples, and the two are compared
+    monolithic_url      where the class has one that is up and the policy is "auto", it is asked the same examples, and
+                        what the pair loses of its right answers decides, which takes a third of the examples
+    gsm8k_flips         share of examples on which two sound servers differ, see `PairedOptions.flips`
     """
 
     needs: tuple[str, ...] = ("lb_url", "model", "gsm8k_data_path")
 
     gsm8k_gate_policy: str = "auto"
     min_score = 0.95
+    gsm8k_flips = FEW_FLIPS
 
     def gsm8k_args(self, base_url: str) -> SimpleNamespace:
         """What `run_eval` gets, but for which examples."""
@@ -46,12 +50,14 @@ class AccuracyGateChecks(Checks):
 
     def test_gsm8k(self) -> None:
         options = GateOptions(policy=Policy(self.gsm8k_gate_policy), threshold=self.min_score)
+        monolithic_url = getattr(self, "monolithic_url", None)
+        if monolithic_url and options.policy is Policy.AUTO:
+            arguments = self.gsm8k_args(self.lb_url), self.gsm8k_args(monolithic_url)
+            paired = paired_gate(*arguments, PairedOptions(flips=self.gsm8k_flips), run=run_eval_with_outcomes)
+            print(paired.report(), flush=True)
+            return paired.assert_passed()
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options, run=run_eval_with_outcomes)
         print(gate.report(), flush=True)
         if gate.first_look_passed is not None:
             events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
         gate.assert_passed()
-        if monolithic_url := getattr(self, "monolithic_url", None):
-            paired = paired_gate(gate, self.gsm8k_args(monolithic_url), run=run_eval_with_outcomes)
-            print(paired.report(), flush=True)
-            paired.assert_passed()

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import Any
 
 from pdkit.checks.judgement import Judgement
 from pdkit.core import stats
@@ -30,8 +31,24 @@ class Policy(str, enum.Enum):
     AUTO = "auto"
 
 
+class Planned:
+    """Options from which a plan follows, if there are examples enough."""
+
+    def plan(self, available: int) -> Any:
+        """Raises ValueError where `available` scored examples are too few."""
+        raise NotImplementedError
+
+    def suffices(self, available: int) -> bool:
+        """Whether a data set of `available` scored examples is large enough for `plan`."""
+        try:
+            self.plan(available)
+        except ValueError:
+            return False
+        return True
+
+
 @dataclass(frozen=True)
-class GateOptions:
+class GateOptions(Planned):
     """What the gate promises.
 
     good, bad        accuracies to pass and to fail; between them either verdict is right
@@ -57,14 +74,6 @@ class GateOptions:
         if self.first_look < 1 or self.slice_examples < 1:
             raise ValueError(f"a look needs at least one example, got {self.first_look} and {self.slice_examples}")
         object.__setattr__(self, "policy", Policy(self.policy))
-
-    def suffices(self, available: int) -> bool:
-        """Whether a data set of `available` scored examples is large enough for `plan`."""
-        try:
-            self.plan(available)
-        except ValueError:
-            return False
-        return True
 
     def plan(self, available: int) -> stats.Plan:
         """The looks and thresholds for a data set of `available` scored examples; ValueError if they are too few."""
@@ -220,36 +229,3 @@ class AccuracyGate(Judgement):
             return f"{look} was not taken"
         decided = Verdict.PASS if self.first_look_passed else Verdict.FAIL
         return f"{look}: {self.first_look_score:.4f}, {decided.value}"
-
-
-@dataclass(frozen=True)
-class PairedGate(Judgement):
-    """Same examples, two engines: the candidate must not lose answers that the baseline has.
-
-    `level` is the largest P(fail) of two equally good engines, on top of the accuracy gate's own.
-    """
-
-    baseline: tuple[bool, ...]
-    candidate: tuple[bool, ...]
-    level: float = 0.01
-
-    @property
-    def discordance(self) -> stats.Discordance:
-        return stats.mcnemar(self.baseline, self.candidate)
-
-    @property
-    def verdict(self) -> Verdict:
-        return Verdict.FAIL if self.discordance.p_value <= self.level else Verdict.PASS
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict is Verdict.PASS
-
-    def report(self) -> str:
-        """The discordant pairs and what they mean."""
-        pairs = self.discordance
-        return (
-            f"paired comparison: {self.verdict.value}, of {pairs.examples} examples {pairs.lost} right with the "
-            f"baseline only, {pairs.gained} right with the candidate only; "
-            f"exact McNemar p = {pairs.p_value:.4g} (one-sided, fails at <= {self.level:g})"
-        )

@@ -12,7 +12,9 @@ from typing import Any
 
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.base import Checks
+from pdkit.checks.hints import Evidence, hint
 from pdkit.checks.http import flush_caches
+from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.plan import (
     Geometry,
@@ -30,6 +32,7 @@ from pdkit.checks.parity.plan import (
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import Parity
 from pdkit.checks.server_info import read_server_info
+from pdkit.core import events
 from pdkit.core.gsm8k import read_dataset, running_text
 
 PARAMETER_TOKENS = 24
@@ -57,6 +60,8 @@ class ParityArms(Checks):
     _plan: ParityPlan | None = None
     _parameter_rounds: tuple[tuple[Variation, ...], Round] | None = None
     _parameter_ids: tuple[int, ...] = ()
+    evidence: Sequence[Evidence] = ()
+    _geometry: Geometry | None = None
 
     @classmethod
     def known_references(cls) -> References:
@@ -88,10 +93,17 @@ class ParityArms(Checks):
     @classmethod
     def parity_plan(cls) -> ParityPlan:
         if cls._plan is None:
-            info = read_server_info(cls.monolithic_url or cls.prefill_url)
-            geometry = Geometry.of(cls.model_config(), info)
+            geometry = cls.geometry()
             cls._plan = make_plan(geometry, cls._prompts(geometry), cls.parity_options)
         return cls._plan
+
+    @classmethod
+    def geometry(cls) -> Geometry:
+        """Of the model, as the server that is asked first serves it."""
+        if cls._geometry is None:
+            info = read_server_info(cls.monolithic_url or cls.prefill_url)
+            cls._geometry = Geometry.of(cls.model_config(), info)
+        return cls._geometry
 
     @classmethod
     def parameter_round(cls) -> tuple[tuple[Variation, ...], Round]:
@@ -141,8 +153,7 @@ class ParityArms(Checks):
             candidate = collect(self.lb_url, round_, self.request_timeout)
             together = round_.in_flight > 1 or round_.batch
             rounding = self.known_references().rounding if together else 0.0
-            names = tuple(probe.name for probe in round_.probes)
-            parities.append(Parity(round_.condition, names, reference, candidate, control, rounding))
+            parities.append(self.compared(round_, reference, candidate, control, rounding))
             if self.bitwise:
                 self.assert_parity(parities[-1])
             if self.caches_prefixes():
@@ -150,10 +161,29 @@ class ParityArms(Checks):
         if not self.bitwise:
             self.assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
 
-    @staticmethod
-    def assert_parity(parity: Parity) -> None:
+    @classmethod
+    def compared(
+        cls, round_: Round, reference: Arm, candidate: Arm, control: Arm | None = None, rounding: float = 0.0
+    ) -> Parity:
+        """Of one round; what it showed is kept for the hint, and recorded."""
+        names = tuple(probe.name for probe in round_.probes)
+        parity = Parity(round_.condition, names, reference, candidate, control, rounding)
+        evidence = parity.evidence(round_, cls._geometry.edges if cls._geometry else {})
+        cls.evidence = [*cls.evidence, evidence]
+        events.emit("compared", **evidence.as_event())
+        return parity
+
+    @classmethod
+    def assert_parity(cls, parity: Judgement) -> None:
+        """Its failure says which servers were compared, and where to look by all that was compared so far."""
         print(parity.report(), flush=True)
-        parity.assert_passed()
+        try:
+            parity.assert_passed()
+        except AssertionError as failure:
+            lines = [str(failure), f"  asked: {cls.lb_url}, compared with the monolithic server"]
+            if where := hint(cls.evidence):
+                lines.append(f"  hint: {where}")
+            raise AssertionError("\n".join(lines)) from None
 
     def check_cached(self, round_: Round, arm: Arm) -> None:
         """Asserts that prompts came from prefill's cache where `round_` says so, and none where it wants none."""
@@ -178,6 +208,8 @@ class AloneParityChecks(ParityArms):
 
     def test_parity_alone(self) -> None:
         self.check_parity(self.parity_plan().alone)
+
+    vars(test_parity_alone)["goes_first"] = True  # it names the part that is wrong, if any does
 
 
 class IndexerParityChecks(ParityArms):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdkit.core import forked
 from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.results import Run
 from pdkit.faults.matrix.verdicts import CheckVerdict, merged
@@ -49,8 +50,8 @@ class Worker:
             str(log),
             *subject.tests,
         ]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        self.process = forked.popen()(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
         )
         self.is_busy = True
         self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdkit.checks.hints import Evidence, hint
 from pdkit.core import events
 from pdkit.core.errors import UsageError
 from pdkit.core.events import BAD, Events
 from pdkit.runner.report import facts, model
 from pdkit.runner.report.evidence import ENVIRONMENT_FILE, GPU_PLAN_FILE, directory_of
+from pdkit.runner.report.rows import in_words, rows_of
 
 TAIL_LINES = 40
 FAILURE_LINES = 80
@@ -96,8 +98,10 @@ def _report(reader: _Reader, results: dict[str, Any]) -> model.Report:
     files = tuple(_file(reader, entry) for entry in results.get("files", []))
     scored = [run.score for run in files if run.score]
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
+    target = results.get("target") or (scored[0].target if scored else None)
     return model.Report(
-        title=f"main job on {scored[0].target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
+        title=f"main job on {target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
+        target=target,
         result=results.get("result"),
         exit_code=results.get("exit_code"),
         seconds=results.get("seconds") or 0.0,
@@ -149,6 +153,8 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         ),
         logs=_logs(reader.root, servers, log, lines, death, happened),
         failure=_failure(happened),
+        rows=rows_of(happened),
+        hint=_hint(happened),
         death=death,
     )
 
@@ -230,12 +236,20 @@ def _logs(
     return tuple(sorted(found, key=lambda each: not each.died))
 
 
+def _hint(happened: Events) -> str | None:
+    """Of a run of which something failed."""
+    if not any(test["state"] in BAD for test in happened.of("test")):
+        return None
+    return hint([Evidence.of_event(event) for event in happened.of("compared")])
+
+
 def _failure(happened: Events) -> str:
     """The first test that failed: which, why in plain words, and its traceback."""
     test = next((test for test in happened.of("test") if test["state"] in BAD), None)
     if test is None:
         return ""
-    lines = _plain(f"{test['state']}: {test['id']}\n{test['message']}\n{test['details']}").splitlines()
+    message = in_words(test["message"], happened[: happened.index(test)])
+    lines = _plain(f"{test['state']}: {test['id']}\n{message}\n{test['details']}").splitlines()
     lines = [line for line in lines if line.strip()]
     kept = lines if len(lines) <= FAILURE_LINES else [*lines[:20], "...", *lines[-(FAILURE_LINES - 21) :]]
     return "\n".join(kept)
