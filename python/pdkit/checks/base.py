@@ -51,9 +51,8 @@ class Checks(_Provided):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if unittest.TestCase not in cls.__mro__:
-            return
-        if problems := list(_lacking(cls)):
+        created: type = cls
+        if issubclass(created, unittest.TestCase) and (problems := list(_lacking(created))):
             raise TypeError("; ".join(problems))
 
     @classmethod

@@ -65,7 +65,8 @@ class OperationChecks(LoadBalancerChecks):
         self.assertFalse(is_ready(lone.url), "a router that has no decode server says that it is ready")
         refusal = lone.post("/v1/completions", {"model": self.model, "prompt": "1", "max_tokens": 1})
         self.assertEqual(refusal.status_code, 503, refusal.text)
-        with Relay(self.late_decode, (self.base_host, int(self.decode_port))):
+        host, port = self.decode_url.removeprefix("http://").split(":")
+        with Relay(self.late_decode, (host, int(port))):
             deadline = time.monotonic() + self.request_timeout
             while not is_ready(lone.url):
                 self.assertLess(time.monotonic(), deadline, "decode appeared, and the router is not ready")

@@ -104,7 +104,7 @@ class RequestsInFlight(Checks, Fleet):
         if rows:
             bound = cls.router_timeout + cls.slack
             about = {"target": cls.target, "engine": cls.engine, "bound_s": bound}
-            path = os.path.join(cls.log_directory(), table.FILE_NAME)
+            path = os.path.join(cls.log_dir or "", table.FILE_NAME)
             table.save(rows, path, **about)
             print(f"{table.markdown(rows)}\nbound of a client: {bound} s; {path}", flush=True)
             for title, part in table.parts(rows):
