@@ -34,6 +34,7 @@ from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationS
 from pdkit.core import events, forked
 from pdkit.core.fork_server import python_program
 from pdkit.core.gpus import found, visible_gpus
+from pdkit.core.loopback import past_proxies
 from pdkit.deployment import ports, quirks, warm_up
 from pdkit.deployment.one_token import silent_half
 from pdkit.deployment.server import Server
@@ -142,6 +143,7 @@ class PDServers(PDDisaggregationServerBase):
     def begin(cls) -> None:
         """Starts to watch; from here on `stop_servers` has something to do, however the class and the process end."""
         if cls.supervisor is None:
+            os.environ.update(past_proxies(os.environ))
             cls.supervisor, cls._servers, cls._names, cls.answering = Supervisor(), [], {}, set()
             enter(cls)
             atexit.register(cls.stop_servers)
