@@ -9,7 +9,7 @@ from pdkit.core.errors import ExitCode
 from pdkit.deployment.cpu import requirements
 from test_attach import Attached
 
-register_cpu_ci(est_time=300, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=300, suite="stage-a-test-cpu", nightly=True, disabled="not run yet")
 
 SHIPPED = Path(sglang.__file__).parent / "test" / "manual" / "disaggregation"
 LONG = "--context-length 65536 --max-total-tokens 131072"  # their prompts are of 10,000 to 60,000 of our small tokens
