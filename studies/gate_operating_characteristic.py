@@ -4,6 +4,9 @@
 Result (docs/checks.md): `auto` fails an engine of 0.965 in 0.93 % of runs and passes one of 0.93 in 0.97 %, with 424 and 385
 examples expected; one look at 200 examples does so in 16.59 % and 10.10 %.
 
+With a monolithic server beside it the paired gate takes 132 to 174 examples where nothing is lost, 91 to 96 where 3.5 %
+of right answers are (docs/decisions/paired-gate.md). `--paired` prints its table alone.
+
 Side by side: the score of one look, the same with retries, TensorRT-LLM's threshold, and the sequential gates. Each
 cell holds the exact value and, behind it, that of a seeded simulation. From the repository root:
 
@@ -19,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 from pdkit.checks.accuracy.gate import GateOptions, Policy
+from pdkit.checks.accuracy.paired import PairedOptions
 from pdkit.core.errors import ExitCode
+from pdkit.core.paired import error_rates, paired_point
 from pdkit.core.stats import (
     OperatingPoint,
     Plan,
@@ -125,6 +130,35 @@ def summary(rules: Sequence[Rule], options: GateOptions) -> str:
     return table(rows)
 
 
+FLIPS = (0.0025, 0.005, 0.01, 0.02, 0.04)
+LOSSES = (0.0, 0.005, 0.01, 0.02, 0.035, 0.05, 0.1)
+
+
+def paired_table(available: int) -> str:
+    """The paired gate for each flip rate that it may be planned for: error rates and examples, exact."""
+    options = PairedOptions()
+    rows = [
+        ["flips up to", "false alarm", f"miss of {options.loss}", "examples, equal", "examples, loss", "at 2x flips"]
+    ]
+    for flips in FLIPS:
+        plan = replace(options, flips=flips).plan(available)
+        alarm, miss = error_rates(plan, shares=10)
+        equal = [paired_point(plan, rate / 2, rate / 2).expected_examples for rate in (0, flips)]
+        lossy = [paired_point(plan, rate / 2 + options.loss, rate / 2).expected_examples for rate in (0, flips)]
+        more = paired_point(plan, flips, flips).fail_probability
+        ranges = [f"{min(each):.0f} to {max(each):.0f}" for each in (equal, lossy)]
+        rows.append([f"{flips:g}", f"{alarm:.2%}", f"{miss:.2%}", *ranges, f"{more:.1%}"])
+    plan = options.plan(available)
+    curve = [["loss", "P(pass)", "examples"]]
+    for loss in LOSSES:
+        point = paired_point(plan, options.flips / 4 + loss, options.flips / 4)
+        curve.append([f"{loss:g}", f"{point.pass_probability:.4f}", f"{point.expected_examples:.0f}"])
+    return (
+        f"paired gate, of {available} examples, looks every {options.step}; the largest rates of all flip rates up to the "
+        f"one planned for\n{table(rows)}\n\nplanned for {options.flips:g}, where it is {options.flips / 2:g}\n{table(curve)}"
+    )
+
+
 def draw(path: Path, rules: Sequence[Rule], drawn: list[list[OperatingPoint]], options: GateOptions) -> None:
     """P(pass) and expected examples against accuracy: lines are exact, dots simulated."""
     import matplotlib
@@ -173,7 +207,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=50000, help="simulated runs a cell (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the simulation (%(default)s)")
     parser.add_argument("--out", type=_figure_path, help="draw it into this .svg, .png or .pdf file, too")
+    parser.add_argument("--paired", action="store_true", help="print the table of the paired gate alone")
     args = parser.parse_args(argv)
+    if args.paired:
+        print(paired_table(args.examples))
+        return ExitCode.PASSED
     if args.runs < 1:
         parser.error("--runs must be at least 1")
     if args.out and not find_spec("matplotlib"):

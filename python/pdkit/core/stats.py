@@ -250,7 +250,11 @@ def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> Signs:
     Raises ValueError when the two do not pair up.
     """
     pairs = list(zip(ours, theirs, strict=True))
-    larger, smaller = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    return sign_test_of(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
+
+
+def sign_test_of(larger: int, smaller: int) -> Signs:
+    """The same of counts."""
     differing = larger + smaller
     p_value = binomtest(larger, differing, 0.5, alternative="greater").pvalue if differing else 1.0
     return Signs(larger, smaller, float(p_value))

@@ -123,7 +123,7 @@ class TestDisaggregationDSV4Attached(Attached):
                       "wrong requests are refused"):  # fmt: skip
             self.assertIn(f"{check}: yes", lines)
         self.assertRegex(printed, r"(?m)^answers equal the baseline: (\d+) of \1$")
-        self.assertRegex(printed, r"(?m)^GSM8K: score [\d.]+ of 200 questions, the gate is 0.95$")
+        self.assertRegex(printed, r"(?m)^GSM8K: score [\d.]+ of \d+ questions, .*: \d+ right answers lost, \d+ gained$")
         self.assertRegex(printed, r"(?m)^every request was answered: (\d+) of \1$")
         self.assertRegex(printed, r"(?m)^counters: each of \d+ sequences was prefilled, transferred and decoded once$")
         self.assertIn("not checked: acceptance length, decode does not speculate", lines)
@@ -131,7 +131,7 @@ class TestDisaggregationDSV4Attached(Attached):
 
         self.assertEqual([gateway.refused for gateway in gateways], [0, 0, 0, 0], "requests without the key")
         asked = sum((gateway.asked for gateway in gateways), Counter())
-        self.assertGreater(balancer.asked["/v1/completions"], 200)
+        self.assertGreater(balancer.asked["/v1/completions"], 132)
         self.assertGreater(monolithic.asked["/generate"], 50)
         answering = {"/v1/models", "/v1/completions", "/v1/chat/completions", "/generate"}
         reading = {"/model_info", "/get_model_info", "/server_info", "/get_server_info", "/workers"}

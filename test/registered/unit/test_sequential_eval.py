@@ -1,5 +1,6 @@
 """Slicing the data set for `run_eval`, with a stand-in for it that reads what it is given."""
 
+import itertools
 import json
 import tempfile
 import unittest
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pdkit
-from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, ScoredSlice, Verdict
+from pdkit.checks.accuracy.gate import GateOptions, Verdict
 from pdkit.checks.accuracy.gsm8k import (
     DatasetError,
     ScoreError,
@@ -148,24 +149,33 @@ class TestRecoverCorrect(unittest.TestCase):
 
 
 class TestPaired(DataSetTest):
-    def test_the_baseline_gets_the_examples_of_the_gate_and_no_others(self):
-        gate = gsm8k_gate(self.args(), run=Engine(wrong=range(40)), progress=quiet)
-        baseline = Engine(wrong=range(30, 35))
-        paired = paired_gate(gate, self.args(), run=baseline)
-        self.assertEqual(baseline.asked, [list(range(gate.examples))])
-        self.assertEqual((paired.discordance.lost, paired.discordance.gained), (35, 0))
-        with self.assertRaisesRegex(AssertionError, "35 right with the baseline only"):
+    def test_both_get_the_same_examples_until_the_loss_is_clear(self):
+        engine, baseline = Engine(wrong=range(0, 1000, 25)), Engine(wrong={30})
+        paired = paired_gate(self.args(), self.args(), run=of(engine, baseline), progress=quiet)
+        self.assertEqual(engine.asked, baseline.asked)
+        self.assertEqual(sum(engine.asked, []), list(range(paired.examples)), "an example scored twice")
+        self.assertLess(paired.examples, 200)
+        self.assertEqual((paired.lost, paired.gained), (len(range(0, paired.examples, 25)), 1))
+        with self.assertRaisesRegex(
+            AssertionError, f"FAIL after {paired.examples} examples.*{paired.lost} right with the baseline only"
+        ):
             paired.assert_passed()
 
-    def test_equal_engines_pass(self):
-        gate = gsm8k_gate(self.args(), run=Engine(wrong=range(3)), progress=quiet)
-        paired_gate(gate, self.args(), run=Engine(wrong=range(3, 6))).assert_passed()
+    def test_engines_that_agree_pass_on_132_examples(self):
+        engine, baseline = Engine(wrong={3}), Engine(wrong={3})
+        paired_gate(self.args(), self.args(), run=of(engine, baseline), progress=quiet).assert_passed()
+        self.assertEqual(sum(engine.asked, []), list(range(132)))
 
     def test_counts_without_outcomes_cannot_be_paired(self):
-        gate = AccuracyGate(GateOptions(), 1000).record(ScoredSlice(200, 200))
-        for engine in (Engine(), Engine(outcomes=False)):
+        for engine, baseline in ((Engine(outcomes=False), Engine()), (Engine(), Engine(outcomes=False))):
             with self.assertRaisesRegex(ScoreError, "no outcomes of single examples"):
-                paired_gate(gate, self.args(), run=engine)
+                paired_gate(self.args(), self.args(), run=of(engine, baseline), progress=quiet)
+
+
+def of(engine, baseline):
+    """Scores on the baseline and on the engine in turn, as `paired_gate` asks."""
+    turns = itertools.cycle((baseline, engine))
+    return lambda args: next(turns)(args)
 
 
 class TestDataset(DataSetTest):

@@ -2,7 +2,8 @@
 
 import enum
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
 from pdkit.checks.judgement import Judgement
 from pdkit.core import stats
@@ -30,8 +31,24 @@ class Policy(str, enum.Enum):
     AUTO = "auto"
 
 
+class Planned:
+    """Options from which a plan follows, if there are examples enough."""
+
+    def plan(self, available: int) -> Any:
+        """Raises ValueError where `available` scored examples are too few."""
+        raise NotImplementedError
+
+    def suffices(self, available: int) -> bool:
+        """Whether a data set of `available` scored examples is large enough for `plan`."""
+        try:
+            self.plan(available)
+        except ValueError:
+            return False
+        return True
+
+
 @dataclass(frozen=True)
-class GateOptions:
+class GateOptions(Planned):
     """What the gate promises.
 
     good, bad        accuracies to pass and to fail; between them either verdict is right
@@ -50,21 +67,13 @@ class GateOptions:
     threshold: float = 0.95
     slice_examples: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = [policy.value for policy in Policy]
         if self.policy not in known:
             raise ValueError(unknown("gate policy", self.policy, known))
         if self.first_look < 1 or self.slice_examples < 1:
             raise ValueError(f"a look needs at least one example, got {self.first_look} and {self.slice_examples}")
         object.__setattr__(self, "policy", Policy(self.policy))
-
-    def suffices(self, available: int) -> bool:
-        """Whether a data set of `available` scored examples is large enough for `plan`."""
-        try:
-            self.plan(available)
-        except ValueError:
-            return False
-        return True
 
     def plan(self, available: int) -> stats.Plan:
         """The looks and thresholds for a data set of `available` scored examples; ValueError if they are too few."""
@@ -95,7 +104,7 @@ class ScoredSlice:
     correct: int
     outcomes: tuple[bool, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert 0 <= self.correct <= self.examples, self
         assert self.outcomes is None or (len(self.outcomes), sum(self.outcomes)) == (self.examples, self.correct), self
 
@@ -123,9 +132,8 @@ class AccuracyGate(Judgement):
     @property
     def outcomes(self) -> tuple[bool, ...] | None:
         """Which examples were right, or None where a slice does not say."""
-        if any(s.outcomes is None for s in self.slices):
-            return None
-        return tuple(outcome for s in self.slices for outcome in s.outcomes)
+        known = [s.outcomes for s in self.slices if s.outcomes is not None]
+        return tuple(chain.from_iterable(known)) if len(known) == len(self.slices) else None
 
     @property
     def path(self) -> tuple[tuple[int, int], ...]:
@@ -221,36 +229,3 @@ class AccuracyGate(Judgement):
             return f"{look} was not taken"
         decided = Verdict.PASS if self.first_look_passed else Verdict.FAIL
         return f"{look}: {self.first_look_score:.4f}, {decided.value}"
-
-
-@dataclass(frozen=True)
-class PairedGate(Judgement):
-    """Same examples, two engines: the candidate must not lose answers that the baseline has.
-
-    `level` is the largest P(fail) of two equally good engines, on top of the accuracy gate's own.
-    """
-
-    baseline: tuple[bool, ...]
-    candidate: tuple[bool, ...]
-    level: float = 0.01
-
-    @property
-    def discordance(self) -> stats.Discordance:
-        return stats.mcnemar(self.baseline, self.candidate)
-
-    @property
-    def verdict(self) -> Verdict:
-        return Verdict.FAIL if self.discordance.p_value <= self.level else Verdict.PASS
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict is Verdict.PASS
-
-    def report(self) -> str:
-        """The discordant pairs and what they mean."""
-        pairs = self.discordance
-        return (
-            f"paired comparison: {self.verdict.value}, of {pairs.examples} examples {pairs.lost} right with the "
-            f"baseline only, {pairs.gained} right with the candidate only; "
-            f"exact McNemar p = {pairs.p_value:.4g} (one-sided, fails at <= {self.level:g})"
-        )

@@ -10,7 +10,8 @@ from typing import Any
 
 import requests
 
-from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, PairedGate, ScoredSlice
+from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, ScoredSlice
+from pdkit.checks.accuracy.paired import PairedGate, PairedOptions
 from pdkit.core.gsm8k import Dataset, DatasetError, prompts_of, read_dataset
 
 # What every release of SGLang downloads; `pdkit.preflight.environment.dataset` reads it in the installed one.
@@ -121,13 +122,30 @@ def gsm8k_gate(
     return gate
 
 
-def paired_gate(gate: AccuracyGate, args: SimpleNamespace, level: float = 0.01, *, run: Run) -> PairedGate:
-    """Scores the examples of a finished `gate` on a baseline, which `args` addresses, and pairs the outcomes.
+def paired_gate(
+    args: SimpleNamespace,
+    baseline_args: SimpleNamespace,
+    options: PairedOptions | None = None,
+    *,
+    run: Run,
+    progress: Callable[[str], None] = print,
+) -> PairedGate:
+    """Scores the same examples on a baseline and on a candidate, slice after slice, until the gate is decided.
 
-    Raises ScoreError where either side says how many were right, but not which.
+    args, baseline_args  as for `run_eval`: of the candidate, and of a monolithic server of the same model
+    run                  SGLang's `run_eval`, or what behaves like it
+
+    Raises ScoreError where either side reports how many were right, but not which; DatasetError, or ValueError where
+    the data set is too small.
     """
     data = _dataset_of(args)
-    baseline = score_rows(run, args, data, 0, gate.examples)
-    if gate.outcomes is None or baseline.outcomes is None:
-        raise ScoreError("no outcomes of single examples: this SGLang's run_eval does not let them be paired")
-    return PairedGate(baseline.outcomes, gate.outcomes, level)
+    gate = PairedGate(options or PairedOptions(), len(data.rows))
+    while count := gate.next_examples:
+        start, stop = gate.examples, gate.examples + count
+        theirs, ours = (score_rows(run, each, data, start, stop).outcomes for each in (baseline_args, args))
+        if theirs is None or ours is None:
+            raise ScoreError("no outcomes of single examples: this SGLang's run_eval does not let them be paired")
+        gate = gate.record(theirs, ours)
+        more = f", scoring {gate.next_examples} more on both" if gate.next_examples else ""
+        progress(f"paired gate: {gate.lost} lost and {gate.gained} gained of {gate.examples}{more}")
+    return gate

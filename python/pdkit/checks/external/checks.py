@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import requests
@@ -16,7 +17,8 @@ from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, tota
 from pdkit.checks.accounting.ledger import ClientAccount, Ledger
 from pdkit.checks.accuracy import client
 from pdkit.checks.accuracy.gate import GateOptions, Policy, Verdict
-from pdkit.checks.accuracy.gsm8k import ScoreError, gsm8k_args, gsm8k_gate
+from pdkit.checks.accuracy.gsm8k import ScoreError, gsm8k_args, gsm8k_gate, paired_gate
+from pdkit.checks.accuracy.paired import FEW_FLIPS, MANY_FLIPS, PairedOptions
 from pdkit.checks.external import parity
 from pdkit.checks.http import RequestFailed, post, post_or_fail
 from pdkit.core import stats
@@ -235,6 +237,10 @@ def gsm8k(target: CheckedDeployment) -> str | CheckRow:
         if stats.at_least(wrong, args.num_examples, 1 - good) <= QUICK_LEVEL:
             raise Mismatch(f"{share}; a deployment that is right in {good:.1%} gets so few right in 1 of 100 runs")
         return f"{share} (too few to pass the gate: without --quick)"
+    if target.deployment.baseline_url and target.min_score == MIN_SCORE:
+        paired = PairedOptions(flips=FEW_FLIPS if target.exact else MANY_FLIPS)
+        if paired.suffices(count):
+            return _gsm8k_paired(args, target.deployment.baseline_url, paired)
     options = GateOptions(threshold=target.min_score)
     if target.min_score != MIN_SCORE or not options.suffices(count):
         options = replace(options, policy=Policy.FIRST_LOOK)
@@ -248,6 +254,17 @@ def gsm8k(target: CheckedDeployment) -> str | CheckRow:
         return CheckRow("GSM8K", State.FAILED, f"{share}, the gate is {target.min_score:g}",
                    tuple(gate.report().splitlines()))  # fmt: skip
     return f"{share}, the gate is {target.min_score:g}"
+
+
+def _gsm8k_paired(args: SimpleNamespace, baseline_url: str, options: PairedOptions) -> str | CheckRow:
+    """Whether the deployment loses right answers of its baseline, on as few questions as decide."""
+    baseline = SimpleNamespace(**{**vars(args), "base_url": baseline_url})
+    gate = paired_gate(args, baseline, options, run=client.run, progress=lambda line: None)
+    share = (
+        f"score {sum(gate.candidate) / gate.examples:.3f} of {gate.examples} questions, the baseline's is "
+        f"{sum(gate.baseline) / gate.examples:.3f}: {gate.lost} right answers lost, {gate.gained} gained"
+    )
+    return share if gate.passed else CheckRow("GSM8K", State.FAILED, share, tuple(gate.report().splitlines()))
 
 
 def acceptance_length(target: CheckedDeployment) -> str | CheckRow:
