@@ -213,7 +213,9 @@ def draft_trees() -> Compared:
         mask = torch.ones(int(lengths.sum()) * n + n * n * 2, dtype=torch.bool)
         positions = torch.zeros(2 * n, dtype=torch.int64)
         tree = [torch.full((2, n), fill) for fill in (0, -1, -1)]
-        build = speculative.build_tree_kernel_efficient_cpu if ours else spec_tree.sgl_build_tree_kernel_triton
+        build: Callable[..., None] = spec_tree.sgl_build_tree_kernel_triton
+        if ours:
+            build = speculative.build_tree_kernel_efficient_cpu
         build(*given, mask, positions, *tree, topk, depth, n, spec_tree.TreeMaskMode.FULL_MASK)
         predicts, index = torch.full((2 * n,), -1), torch.full((2, depth + 1), -1)
         count = torch.zeros(2, dtype=torch.int64)
@@ -335,15 +337,15 @@ def stored_entries() -> Compared:
     """Compressed entries, normed, rotated by their first token's position, in pages: against SGLang's Triton pieces."""
     from sglang.kernels.ops.attention.dsv4 import rope
 
-    table, ratio = freqs(600), 4
+    table = freqs(600)
     plan = torch.tensor([[8, 3, 0, -1, -1], [300, 9, 0, -1, -1], [512, 4, 0, -1, -1]], dtype=torch.int32)
     for width in (512, 128):
         entries_, weight, where = torch.randn(3, width), torch.rand(width) + 0.5, torch.arange(10) * 7
         size = 64 * 132 if width == 128 else -(-64 * 584 // 576) * 576
         ours = torch.zeros(3, size, dtype=torch.uint8)
-        compression.norm_rope_store(entries_, plan, weight, 1e-6, flat(table), where, ours, False, ratio, 64)
+        compression.norm_rope_store(entries_, plan, weight, 1e-6, flat(table), where, ours, False, 4, 64)
         wanted = entries_.clone()
-        rope.fused_norm_rope_inplace_triton(wanted, weight, 1e-6, table, plan[:, 0].long() - ratio)
+        rope.fused_norm_rope_inplace_triton(wanted, weight, 1e-6, table, plan[:, 0].long() - 4)
         slots = where[plan[:, 1].long()]
         if width == 512:
             read = pages.load_flashmla(ours[:, : 64 * 584].view(3, 64, 1, 584), slots)
