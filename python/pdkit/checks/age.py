@@ -6,7 +6,7 @@ A fault that begins with age is seen by the request that is the first to meet it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
 
@@ -98,6 +98,7 @@ class AgeChecks(ParityArms):
     @classmethod
     def take_age_references(cls) -> None:
         """Of what `test_answers_stay_equal` sends."""
+        cls.geometry()  # for a hint
         cls.age_reference(Round("age", cls.age_probes()))
 
     @classmethod
@@ -115,9 +116,8 @@ class AgeChecks(ParityArms):
                 answers = collect(self.lb_url, round_, self.request_timeout)
             except RequestFailed as failure:
                 self.fail(f"age: FAIL, equal until request {start}, then one failed: {failure}")
-            blocks.append(
-                Parity(round_.condition, tuple(name for name, _ in numbered), self.age_reference(round_), answers)
-            )
+            parity = self.compared(round_, self.age_reference(round_), answers)
+            blocks.append(replace(parity, names=tuple(name for name, _ in numbered)))
             if blocks[-1].problems:
                 break
         life = Life(tuple(blocks))

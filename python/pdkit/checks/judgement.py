@@ -1,5 +1,7 @@
 """What every verdict of a check has: problems or none, a report, and an assertion whose message is the report."""
 
+from pdkit.core import events
+
 
 class Judgement:
     """A verdict that is derived from what was measured.
@@ -21,7 +23,14 @@ class Judgement:
         """What was measured, by which rule it is judged, and what is wrong."""
         raise NotImplementedError
 
+    @property
+    def sentence(self) -> str:
+        """What was found, in plain words: by default the first line of the report, without its verdict."""
+        head = self.report().partition("\n")[0]
+        return head.replace(": PASS, ", ": ").replace(": FAIL, ", ": ").replace(": PASS at ", ": decided at ")
+
     def assert_passed(self) -> None:
-        """Raises AssertionError, whose message is the report, where something is wrong."""
+        """Records what was found. Raises AssertionError, whose message is the report, where something is wrong."""
+        events.finding(self.sentence, self.passed)
         if not self.passed:
             raise AssertionError(self.report())

@@ -19,7 +19,6 @@ from pdkit.checks.parity.answers import Answer
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
 from pdkit.checks.parity.references import ask
-from pdkit.checks.parity.verdict import Parity
 
 ABORT_AGAIN_S = 0.2
 
@@ -100,8 +99,7 @@ class RaceChecks(ParityArms):
                 asked.result()
 
     def _assert_race(self, condition: str, probes: Sequence[Probe], answers: Sequence[Answer]) -> None:
-        names = tuple(probe.name for probe in probes)
         round_ = Round(condition, tuple(probes), in_flight=2)
         reference, control = self.references_of(round_)
         rounding = self.known_references().rounding
-        self.assert_parity(Parity(condition, names, reference, answers, control, rounding))
+        self.assert_parity(self.compared(round_, reference, answers, control, rounding))

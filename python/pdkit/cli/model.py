@@ -13,6 +13,7 @@ import pdkit
 from pdkit.core.command import Parser, natural, positive
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.models.cuda import store
+from pdkit.models.cuda.config import HIDDEN
 
 ASSETS = Path(pdkit.__file__).parent / "assets"
 
@@ -51,6 +52,7 @@ def _add_kernel_train(parser: Parser) -> None:
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help=f"default: {store.cached('trained')}, or the like")
     store.add_hidden_size(parser)
+    add("--few-heads", action="store_true", help="the one that is served on CPU, too: 4 heads, bfloat16, 9 MB")
     add("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
     add("--seconds", type=positive, default=240, help="for training (default: %(default)s)")
     add("--save-every", type=positive, default=60, help="seconds (default: %(default)s)")
@@ -102,7 +104,9 @@ def _kernel_random(args: Namespace) -> None:
 def _kernel_train(args: Namespace) -> None:
     if not (args.workers and args.score_rows):
         raise UsageError("--workers and --score-rows: at least 1")
-    args.out = args.out or store.cached("trained", args.hidden_size)
+    if args.few_heads and args.hidden_size != HIDDEN:
+        raise UsageError("--few-heads is for the narrow model: leave --hidden-size out")
+    args.out = args.out or store.cached(store.FEW_HEADS if args.few_heads else "trained", args.hidden_size)
     from pdkit.models.cuda import fit
 
     _interruptible(fit.run, args, "the last checkpoint stays, without training.json")

@@ -17,11 +17,13 @@ progress  done, total, score (so far)
 score     eval, score, examples, gate (the score must be greater), target, engine, throughput (output tokens/s),
           acceptance_length (tokens per verification step)
 measurement  name, value: a figure that a test found beside its score, such as "acceptance length"
-verdict   check, passed, message: what a check found that is no test of its own
+verdict   check, passed, message: what a check found that is not a test of its own
+finding   passed, sentence: what the test that is running found, in plain words
+compared  condition, boundaries, requests: see `pdkit.checks.hints.Evidence`
 table     title, columns, rows, note
-test      id, method (without a sub-test's parameters), state, seconds (None if it was never started), message (first
-          lines in plain words), details (traceback)
-run       tests, successful: a unittest program has run all its tests
+test      id, method (without a sub-test's parameters), state, seconds (None if it was never started), what (the first
+          line of its docstring), message (first lines in plain words), details (traceback)
+run       tests, successful: a unittest program has run all its tests; left: ids of those that it did not come to
 """
 
 import contextlib
@@ -130,6 +132,8 @@ _FIELDS: dict[str, dict[str, type]] = {
     "score": {"eval": str, "score": float, "examples": int},
     "measurement": {"name": str, "value": float},
     "verdict": {"check": str, "passed": bool, "message": str},
+    "finding": {"passed": bool, "sentence": str},
+    "compared": {"condition": str, "boundaries": dict, "requests": list},
     "table": {"title": str, "columns": list, "rows": list},
     "test": {"id": str, "state": str, "message": str, "details": str},
     "run": {"tests": int, "successful": bool},
@@ -242,6 +246,11 @@ def measurement(name: str, value: float) -> None:
 def verdict(check: str, passed: bool, message: str = "") -> None:
     """What a check found that is no test of its own."""
     emit("verdict", check=check, passed=bool(passed), message=message)
+
+
+def finding(sentence: str, passed: bool = True) -> None:
+    """What the test that is running found, in plain words: its row of the report says so."""
+    emit("finding", passed=bool(passed), sentence=sentence)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:

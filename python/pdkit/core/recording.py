@@ -5,11 +5,14 @@ python3 -m pdkit.core.recording FILE [ARGS]
 
 import atexit
 import os
+import re
 import runpy
 import sys
 import time
 import unittest
-from collections.abc import Sequence
+import unittest.util
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +31,9 @@ from pdkit.core.events import (
 RECORDER_VARIABLE = "PDKIT_RECORDER"  # the directory whose events an ancestor records, or this process
 MESSAGE_LINES = 10
 DETAILS_CHARACTERS = 64 * 1024
+_NUMPY = re.compile(r"\bnp\.(?:float\d+|u?int\d+|bool_?)\(([^()]*)\)")
+
+_loaded: list[str] = []  # ids of the tests of this process, in order
 
 _Error = tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None]
 
@@ -46,6 +52,7 @@ class RecordingResult(unittest.TextTestResult):
         self._began: dict[str, float] = {}
         self._directory: str | None = None
         self._handled: BaseException | None = None
+        self._named: set[str] = set()
 
     def startTestRun(self) -> None:
         super().startTestRun()
@@ -59,11 +66,20 @@ class RecordingResult(unittest.TextTestResult):
         if RecordingResult._outermost is self:
             RecordingResult._outermost = None
             was_left = sys.exc_info()[1] is not self._handled  # by KeyboardInterrupt, say: not all tests ran
-            emit_into(self._directory, "run", tests=self.testsRun, successful=self.wasSuccessful() and not was_left)
+            left = [name for name in _loaded if name not in self._named] if self.shouldStop or was_left else []
+            successful = self.wasSuccessful() and not was_left
+            emit_into(self._directory, "run", tests=self.testsRun, successful=successful, left=left)
 
     def startTest(self, test: unittest.TestCase) -> None:
         self._began[test.id()] = time.monotonic()
         super().startTest(test)
+
+    def _exc_info_to_string(self, err: _Error, test: unittest.TestCase) -> str:
+        """The traceback of what went wrong itself: without retries around it, and from the test's own method on."""
+        error = unwrapped(err[1]) if err[1] is not None else None
+        if error is not None:
+            err = (type(error), error, _from_method(error.__traceback__))  # type: ignore[assignment]
+        return without_numpy(super()._exc_info_to_string(err, test))  # type: ignore[misc]
 
     def addSuccess(self, test: unittest.TestCase) -> None:
         super().addSuccess(test)
@@ -113,10 +129,12 @@ class RecordingResult(unittest.TextTestResult):
         if RecordingResult._outermost is not self:
             return
         method = (of or test).id()
+        self._named.add(method)
         began = self._began.get(method)
         seconds = None if began is None else round(time.monotonic() - began, 3)
         details = details if len(details) <= DETAILS_CHARACTERS else f"...\n{details[-DETAILS_CHARACTERS:]}"
-        fields = {"id": test.id(), "method": method, "state": state, "seconds": seconds}
+        what = (of or test).shortDescription() or ""
+        fields = {"id": test.id(), "method": method, "state": state, "seconds": seconds, "what": what}
         emit_into(self._directory, "test", **fields, message=message, details=details)
 
 
@@ -126,12 +144,27 @@ def _message(error: BaseException | None) -> str:
         return ""
     error = unwrapped(error)
     try:
-        text = str(error).strip()
+        text = without_numpy(str(error).strip())
     except Exception as unprintable:
         text = f"(its text raises {type(unprintable).__name__})"
     name = "" if isinstance(error, AssertionError) and text else type(error).__name__
     lines = ": ".join(filter(None, [name, text])).splitlines()
     return "\n".join(lines[:MESSAGE_LINES] + ["..."] * (len(lines) > MESSAGE_LINES))
+
+
+def without_numpy(text: str) -> str:
+    """`0.935` for `np.float64(0.935)`."""
+    return _NUMPY.sub(r"\1", text)
+
+
+def _from_method(traceback: TracebackType | None) -> TracebackType | None:
+    """Without the frames of those that called the test method."""
+    found = here = traceback
+    while here is not None:
+        if here.tb_frame.f_code.co_name == "_callTestMethod":
+            found = here.tb_next
+        here = here.tb_next
+    return found or traceback
 
 
 def unwrapped(error: BaseException) -> BaseException:
@@ -144,6 +177,8 @@ def unwrapped(error: BaseException) -> BaseException:
 def install() -> None:
     """From now on unittest's text runners record, unless they are given a result class of their own.
 
+    Test methods with the attribute `goes_first` come first in their class.
+
     Tests that a test runs in processes of its own are not tests of its file: where an ancestor records into the same
     directory, this does nothing.
     """
@@ -151,6 +186,16 @@ def install() -> None:
     if not directory or os.environ.get(RECORDER_VARIABLE) != directory:
         os.environ[RECORDER_VARIABLE] = directory
         unittest.TextTestRunner.resultclass = RecordingResult
+        unittest.defaultTestLoader.getTestCaseNames = partial(  # type: ignore[method-assign]
+            _names_in_order, unittest.defaultTestLoader.getTestCaseNames
+        )
+
+
+def _names_in_order(names_of: Callable[[type], Sequence[str]], cls: type[unittest.TestCase]) -> list[str]:
+    """The names of the tests of `cls`; remembers them as loaded."""
+    names = sorted(names_of(cls), key=lambda name: not getattr(getattr(cls, name), "goes_first", False))
+    _loaded.extend(f"{unittest.util.strclass(cls)}.{name}" for name in names)
+    return names
 
 
 def run_file(path: str, argv: Sequence[str] = ()) -> None:

@@ -14,7 +14,7 @@ from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
 from pdkit.runner.report.model import UNFINISHED
 from pdkit.runner.select import Selection
-from pdkit.runner.targets import Target
+from pdkit.runner.targets import Target, left_out
 
 TEST_DIR = paths.TEST
 
@@ -107,4 +107,5 @@ def _run(
         happened = events.read(directory_of(report_dir / attempts[-1]["log"]))
     code = verdict(code, happened, target)
     print("\n" + summary(target, happened, code, results["seconds"]), flush=True)
+    print(f"not exercised on {target.name}:", *left_out(target.name), sep="\n  ", flush=True)
     return code

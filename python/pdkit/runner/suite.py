@@ -30,10 +30,10 @@ from pdkit.runner.interruption import Interruption
 from pdkit.runner.options import Options
 from pdkit.runner.outcome import FileState, exit_code_of, tally
 from pdkit.runner.report import evidence, progress
-from pdkit.runner.report.model import FileRun
+from pdkit.runner.report.model import FileRun, Report
 from pdkit.runner.report.progress import Board
 from pdkit.runner.report.read import read_results
-from pdkit.runner.report.terminal import cause, log_tails
+from pdkit.runner.report.terminal import cause, log_tails, not_exercised, rows
 from pdkit.runner.results import Attempt, FileResult
 from pdkit.runner.select import Selection
 from pdkit.runner.warm import Warm
@@ -270,6 +270,7 @@ class SuiteRun:
         if self.options.report_dir:
             line(f"logs and results.json: {self.logs}")
             self._draw_report()
+        self._print_rows()
         self._print_failures()
         if by := self.interruption.requested_by:
             line(f"interrupted by {by.name}")
@@ -288,10 +289,22 @@ class SuiteRun:
                 self.console.line(json.dumps(timing))
         self.console.line("========== TIMINGS END ==========")
 
+    def _print_rows(self) -> None:
+        """Of one file a line per check and what its target leaves out; of several what did not pass in those that failed."""
+        started = [result for result in self.results if result.attempts]
+        is_one = len(started) == 1
+        report = self._read(started if is_one else [result for result in started if not result.state.is_pass])
+        for run in report.files if report else ():
+            if lines := rows(run, is_one):
+                self.console.line("\n".join(lines if is_one else [f"{run.file}:", *lines]))
+        if is_one and report and not self.options.target and (lines := not_exercised(report)):
+            self.console.line("\n".join(lines))
+
     def _print_failures(self) -> None:
         """The logs of each file that did not pass, then, once more and together, the cause of each."""
         bad = [result for result in self.results if result.attempts and not result.state.is_pass]
-        runs = self._read(bad)
+        report = self._read(bad)
+        runs: Sequence[FileRun | None] = report.files if report else [None] * len(bad)
         if not self.options.verbose:
             for run in (run for run in runs if run):
                 with self.console.keeping(self.logs):
@@ -305,13 +318,13 @@ class SuiteRun:
             ]
             self.console.line("\n".join(lines))
 
-    def _read(self, results: list[FileResult]) -> list[FileRun | None]:
-        """What is known of each, None where that cannot be read: it changes nothing but what is shown."""
+    def _read(self, results: list[FileResult]) -> Report | None:
+        """What is known of them, None where that cannot be read: it changes nothing but what is shown."""
         try:
-            return list(read_results(self.logs, {"files": [result.as_dict() for result in results]}).files)
+            return read_results(self.logs, {"files": [result.as_dict() for result in results]})
         except Exception as error:
             self.console.line(f"the logs in {self.logs} cannot be read: {type(error).__name__}: {error}")
-            return [None] * len(results)
+            return None
 
     def _write_results(self, finished: bool = False) -> None:
         if not self.options.report_dir:
@@ -319,6 +332,7 @@ class SuiteRun:
         document = {
             "command": command_line(),
             "hw": self.options.hw,
+            "target": self.options.target,
             "suite": self.options.suite,
             "nightly": self.options.nightly,
             "partition_id": self.options.partition_id,

@@ -1,8 +1,8 @@
 """On what the main job can run, and which of these targets this machine can run."""
 
 import pkgutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdkit.core.console import columns
@@ -21,6 +21,22 @@ class UnknownTarget(UsageError):
     """No target has the name asked for; the message is one line that names the nearest."""
 
 
+TOPICS = {
+    "protocol": "what clients meet",
+    "recovery": "servers that die or freeze",
+    "integrity": "corrupted transfers",
+    "scale_out": "several servers of a kind",
+    "stress": "load over minutes",
+}
+
+
+def _beside(*files: str) -> dict[str, str]:
+    """{topic: name of its test file}"""
+    topics = {file: next(topic for word, topic in TOPICS.items() if word in file) for file in files}
+    names = {file: file if file.startswith("sglang") else f"dsv4_{file}" for file in files}
+    return {topic: f"test_disaggregation_{names[file]}" for file, topic in topics.items()}
+
+
 @dataclass(frozen=True)
 class Target:
     """One way to run the main job.
@@ -28,6 +44,8 @@ class Target:
     `name` is what the test itself prints as its target; `test_file` is relative to the directory `test`. `gpus` GPUs are
     needed, each of exactly `capability` and with at least `memory_mib` of memory; `needs` says the same in words.
 
+    exercises   names of PARTS that its main job runs through
+    beside      test files that ask more of the same servers: what -> name below DISTRIBUTED
     by_request  it is run only where it is asked for by name
     prepares    "module:function" that is called before it runs, with a working tree of SGLang to test, or None
     """
@@ -39,6 +57,8 @@ class Target:
     gpus: int = 0
     memory_mib: int = 0
     capability: tuple[int, int] = (0, 0)
+    exercises: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
     by_request: bool = False
     prepares: str | None = None
 
@@ -57,6 +77,11 @@ class Target:
             raise UsageError(f"--sglang-source is not for target {self.name}; a working tree is tested on {others}")
 
 
+SCHEDULER, TRANSFER = "SGLang's scheduler and memory pools", "KV transfer by Mooncake or NIXL"
+KERNELS, DRAFTS = "SGLang's GPU kernels and CUDA graphs", "speculative decoding (EAGLE)"
+PARALLEL, WEIGHTS = "DP attention and DeepEP across GPUs", "the weights of DeepSeek-V4-Flash"
+PARTS = (SCHEDULER, TRANSFER, KERNELS, DRAFTS, PARALLEL, WEIGHTS)
+
 # Highest first: the first that the machine can run is run.
 TARGETS = (
     Target(
@@ -67,6 +92,8 @@ TARGETS = (
         gpus=8,
         memory_mib=141_000,
         capability=(9, 0),
+        exercises=PARTS,
+        beside=_beside("protocol_8gpu", "recovery_8gpu", "integrity_8gpu"),
     ),
     Target(
         name="1xHopper",
@@ -76,12 +103,16 @@ TARGETS = (
         gpus=1,
         memory_mib=80_000,
         capability=(9, 0),
+        exercises=(SCHEDULER, TRANSFER, KERNELS, DRAFTS),
+        beside=_beside("protocol_1gpu", "recovery_1gpu", "stress_1gpu"),
     ),
     Target(
         name="sglang-cpu",
         engine="SGLang on CPU, torch in place of its GPU kernels: a small trained Llama, a random DeepSeek-V4",
         test_file=DISTRIBUTED / "test_disaggregation_sglang_cpu.py",
         needs="no GPU, 5 GiB of memory, Mooncake and NIXL",
+        exercises=(SCHEDULER, TRANSFER),
+        beside=_beside("sglang_cpu_protocol", "sglang_cpu_recovery"),
         by_request=True,
         prepares="pdkit.runner.sglang_cpu:prepare",
     ),
@@ -89,9 +120,24 @@ TARGETS = (
         name="embedded",
         engine="pdkit.engine with a nano DeepSeek-V4 on CPU: prefill and decode in a process each",
         test_file=DISTRIBUTED / "test_disaggregation_dsv4_embedded.py",
+        beside=_beside("protocol", "recovery", "integrity", "scale_out"),
     ),
 )
 assert not TARGETS[-1].gpus, "the last target runs anywhere"
+
+
+def left_out(name: str | None) -> tuple[str, ...]:
+    """What a pass of the main job on the target `name` says nothing about, and the command that asks; () of no target."""
+    target = next((each for each in TARGETS if each.name == name), None)
+    if target is None:
+        return ()
+    found, known = [], {*target.exercises}
+    for other in reversed(TARGETS):  # the nearest target that has it
+        if news := [part for part in other.exercises if part not in known]:
+            known.update(news)
+            found.append(f"{', '.join(news)}: pdkit run --on {other.name} ({other.needs})")
+    found.append(f"{', '.join(target.beside)}: pdkit test {' '.join(target.beside.values())}")
+    return (*found, "several hosts: no target has more than one")
 
 
 def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:

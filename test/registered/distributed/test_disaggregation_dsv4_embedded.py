@@ -22,7 +22,7 @@ class TestDisaggregationDSV4Embedded(AgeChecks, GSM8KChecks, MonolithicBeside, E
 
     def test_gsm8k(self):
         super().test_gsm8k()
-        with events.phase("hand-over counters"):
+        with events.phase("KV transfer counters"):
             self.check_counters()
 
     def check_counters(self):
@@ -37,6 +37,7 @@ class TestDisaggregationDSV4Embedded(AgeChecks, GSM8KChecks, MonolithicBeside, E
         self.assertEqual((prefill["transfer"]["failed"], decode["transfer"]["failed"]), (0, 0))
         self.assertEqual(decode["engine"]["prefill_tokens"], 0)
         self.assertGreater(decode["engine"]["decode_tokens"], requests_served)
+        events.finding(f"each of {requests_served} requests was prefilled, transferred and decoded once")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The main job with SGLang's own prefill and decode on a machine without a GPU; what is replaced: `pdkit.deployment.cpu`.
 
-A small Llama, trained to solve GSM8K-like problems and served in float32, is scored. A random DeepSeek-V4 with the
+A small Llama, trained to solve GSM8K-like problems and served in float32, is scored, and so is a trained DeepSeek-V4 if
+there is one. A random DeepSeek-V4 with the
 geometry of the real KV pages is compared: requests are sent one at a time and must be answered as SGLang's own
 monolithic server answers them, to the bit. Among them are prompts that end just before, at and after multiples of 128
 and 256: what a compressor's ring holds of an unfinished entry shows there alone, and in logprobs only.
@@ -12,7 +13,7 @@ import requests
 import torch
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.accuracy.checks import GSM8KChecks
-from pdkit.checks.parity.exact import ExactIndexerChecks, ExactParityChecks
+from pdkit.checks.parity.exact import ExactAloneChecks, ExactIndexerChecks, ExactParityChecks
 from pdkit.checks.parity.plan import PlanOptions
 from pdkit.deployment.cpu import checkpoints, plan
 from pdkit.deployment.cpu.servers import SglangCpuServers
@@ -31,15 +32,9 @@ class TestDisaggregationSglangCpuLlama(
     parity_options = PlanOptions(rooms=24, in_flight=8)
 
 
-class TestDisaggregationSglangCpu(
-    AccountingChecks, GSM8KChecks, ExactIndexerChecks, MonolithicBeside, SglangCpuServers
-):
+class TestDisaggregationSglangCpu(AccountingChecks, ExactIndexerChecks, MonolithicBeside, SglangCpuServers):
     cpu_model = plan.DSV4
     parity_options = PlanOptions(longest=1100, alone_tokens=6, rooms=16, in_flight=8, indexed=1, indexed_tokens=4)
-
-    def test_gsm8k(self) -> None:
-        self.require_training()
-        super().test_gsm8k()
 
     def test_prompt_logprobs_against_transformers(self) -> None:
         """Another implementation, in float32 and without pages, gives the prompt nearly the same logprobs.
@@ -60,6 +55,20 @@ class TestDisaggregationSglangCpu(
             mean = (served - wanted).abs().mean().item()
             print(f"{probe.name}: mean |d logprob| {mean:.4f}, logprobs vary by {wanted.std():.2f}", flush=True)
             self.assertLess(mean, REFERENCE_TOLERANCE, probe.name)
+
+
+class TestDisaggregationSglangCpuTrained(
+    AccountingChecks, GSM8KChecks, ExactAloneChecks, MonolithicBeside, SglangCpuServers
+):
+    """A DeepSeek-V4 that solves the problems; skipped where there is none."""
+
+    cpu_model = plan.TRAINED_DSV4
+    parity_options = PlanOptions(longest=520, extra_lengths=())
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.require_training()
+        super().setUpClass()
 
 
 if __name__ == "__main__":

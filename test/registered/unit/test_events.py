@@ -308,6 +308,42 @@ class Exits(unittest.TestCase):
 """
 
 
+RETRIED = """
+import unittest
+
+class Number(float):
+    def __repr__(self):
+        return f"np.float64({float(self)!r})"
+
+def retry(call):
+    try:
+        return call()
+    except Exception:
+        raise Exception("retry() exceed maximum number of retries.")
+
+class TestA(unittest.TestCase):
+    def _callTestMethod(self, method):
+        retry(lambda: super(TestA, self)._callTestMethod(method))
+
+    def test_a(self):
+        pass
+
+    def test_b(self):
+        self.assertGreater(Number(0.935), 0.95)
+
+    def test_c(self):
+        pass
+
+    def test_d(self):
+        '''It comes first.'''
+
+    test_d.goes_first = True
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+
 class TestRecording(Channel):
     def run_program(self, source, *words, argv=(), environment=None):
         """(exit code, what it printed) of a program, run so that it is recorded."""
@@ -324,6 +360,25 @@ class TestRecording(Channel):
         (self.directory / FILE).unlink(missing_ok=True)
         self.code, self.output = self.run_program(f"{PROGRAM}\nif __name__ == '__main__':\n    {main}\n", argv=classes)
         return self.happened(), read_output(self.output.splitlines(), self.happened()).counts
+
+    def test_a_retry_leaves_no_trace(self):
+        """Neither its frames nor its words, nor numpy's: what is shown is what the test asserted."""
+        _, output = self.run_program(RETRIED)
+        (test,) = [test for test in self.happened().of("test") if test["state"] == "failed"]
+        for text in (test["message"], test["details"], output.partition("======")[2]):
+            self.assertIn("0.935 not greater than 0.95", text)
+            for word in ("retry", "np.float64", "maximum number of retries", "_callTestMethod"):
+                self.assertNotIn(word, text)
+        self.assertIn("in test_b", test["details"])
+
+    def test_order_and_what_was_left(self):
+        self.run_program(RETRIED, argv=["-f"])
+        happened = self.happened()
+        self.assertEqual(
+            [test["id"].rpartition(".")[2] for test in happened.of("test")], ["test_d", "test_a", "test_b"]
+        )
+        self.assertEqual([run["left"] for run in happened.of("run")], [["__main__.TestA.test_c"]])
+        self.assertEqual(happened.of("test")[0]["what"], "It comes first.")
 
     def states(self, happened):
         return {test["id"].replace("__main__.", ""): test["state"] for test in happened.of("test")}

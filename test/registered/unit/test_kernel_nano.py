@@ -17,7 +17,7 @@ from pdkit.core.errors import NotReady
 from pdkit.models.cpu.model import ModelError
 from pdkit.models.cuda import checkpoint, store, training
 from pdkit.models.cuda import fit as fitting
-from pdkit.models.cuda.config import DEEPEP_HIDDEN, FIELDS, fields
+from pdkit.models.cuda.config import DEEPEP_HIDDEN, FEW_HEADS, FIELDS, fields
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks, round_groups
 from pdkit.models.cuda.model import KernelNano, randomize, reference_config, rescale
 from pdkit.models.cuda.tokenizer import kernel_tokenizer
@@ -47,6 +47,22 @@ class TestConfig(unittest.TestCase):
                          {"hidden_size", "intermediate_size", "moe_intermediate_size"})  # fmt: skip
         self.assertEqual((wide["hidden_size"], wide["moe_intermediate_size"] % (4 * 128)), (2048, 0))
         self.assertEqual(reference_config(hidden_size=DEEPEP_HIDDEN).moe_intermediate_size, 512)
+
+    def test_the_one_that_is_served_on_cpu_too(self):
+        """bfloat16 linear layers, the KV pages of the others, and what a GPU's kernels take: heads are padded to 64."""
+        same = "head_dim", "qk_rope_head_dim", "index_head_dim", "sliding_window", "hc_mult", "compress_ratios"
+        self.assertEqual({name: FEW_HEADS[name] for name in same}, {name: FIELDS[name] for name in same})
+        self.assertNotIn("quantization_config", FEW_HEADS)
+        self.assertIn(FEW_HEADS["index_n_heads"], (32, 64))
+        self.assertGreaterEqual(FEW_HEADS["vocab_size"], len(kernel_tokenizer()))
+        model = KernelNano(of=FEW_HEADS)
+        with tempfile.TemporaryDirectory() as folder:
+            path = checkpoint.save(model, folder)
+            self.assertLess((path / store.WEIGHTS).stat().st_size, 10e6)
+            self.assertEqual(json.loads((path / "config.json").read_text()), FEW_HEADS)
+            read = checkpoint.load(path)
+        for name, before in model.state_dict().items():
+            torch.testing.assert_close(read.state_dict()[name], before, rtol=2**-8, atol=0, msg=name)
 
     def test_rope_is_stretched_nowhere(self):
         self.assertEqual(FIELDS["rope_scaling"]["factor"], 1.0)
@@ -273,8 +289,9 @@ class TestFitting(unittest.TestCase):
         stage = training.STAGES[0]
         steps = [training.TimedProgress(stage, at, 100, time, 1, 1, 1, 1) for at, time in enumerate(seconds, 1)]
         options = SimpleNamespace(
-            device="cpu", seconds=60, save_every=30, seed=0, hidden_size=128, workers=1, score_rows=1, out=self.out
-        )
+            device="cpu", seconds=60, save_every=30, seed=0, hidden_size=128, few_heads=False, workers=1, score_rows=1,
+            out=self.out,
+        )  # fmt: skip
         printed = io.StringIO()
         with (
             mock.patch.object(fitting, "train", lambda *_: iter(steps)),

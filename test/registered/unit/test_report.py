@@ -27,7 +27,7 @@ from pdkit.runner.report.junit import junit
 from pdkit.runner.report.markdown import markdown
 from pdkit.runner.report.model import Distribution, Phase, Score
 from pdkit.runner.report.read import NoReport, read_directory
-from pdkit.runner.report.terminal import cause, log_tails, scores
+from pdkit.runner.report.terminal import cause, log_tails, rows, scores
 from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
 
 register_cpu_ci(est_time=11, suite="stage-a-test-cpu")
@@ -74,12 +74,12 @@ def recorded(directory):
     return directory / "report"
 
 
-def run_suite(directory, source):
+def run_suite(directory, source, *options):
     """The report directory and the output of a real run of one test file."""
     (directory / "tests").mkdir()
     (directory / "tests" / "test_x.py").write_text(source)
     command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "s", "--skip-environment-check"]
-    command += ["--test-root", str(directory / "tests"), "--report-dir", str(directory / "report")]
+    command += [*options, "--test-root", str(directory / "tests"), "--report-dir", str(directory / "report")]
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "PDKIT_"))}
     environ |= {STEP_SUMMARY_VARIABLE: str(directory / "step.md")}
     run = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -162,7 +162,8 @@ class TestRecorded(unittest.TestCase):
     def test_junit(self):
         (suite,) = JUnitXml.fromstring(junit(self.report).encode())
         (case,) = suite
-        self.assertEqual((suite.tests, suite.failures, case.name), (1, 1, "test_recorded.py"))
+        self.assertEqual((suite.tests, suite.failures, suite.name.rpartition("/")[2]), (1, 1, "test_recorded.py"))
+        self.assertEqual(case.name, "TestDisaggregationDSV4Recorded.test_gsm8k")
         self.assertIn("failed in phase gate", case.result[0].message)
         self.assertIn("score 0.940 (188 of 200)", case.system_out)
 
@@ -249,6 +250,128 @@ class TestDeath(unittest.TestCase):
             _, run = run_suite(root, source)
         self.assertEqual(run.returncode, 0, run.stdout)
         self.assertIn("no report could be drawn from", run.stdout)
+
+
+CHECKS = """
+import unittest
+from pdkit.checks.judgement import Judgement
+from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core import events
+
+register_cpu_ci(est_time=1, suite="s")
+
+
+class Equal(Judgement):
+    problems = ()
+
+    def report(self):
+        return "parity: PASS, 5 of 5 | equal"
+
+
+class TestX(unittest.TestCase):
+    def test_a_gate(self):
+        events.score("gsm8k", 0.5, 10, gate=0.25, target="embedded")
+        Equal().assert_passed()
+
+    def test_b_documented(self):
+        \"\"\"Nothing is lost.\"\"\"
+
+    def test_c_skipped(self):
+        self.skipTest("no draft here")
+
+    def test_c_too_low(self):
+        events.score("gsm8k", 0.935, 200)
+        self.assertGreater(0.935, 0.95)
+
+    def test_d_parts(self):
+        for part in range(2):
+            with self.subTest(part=part):
+                self.assertEqual(part, 0, "is not zero")
+        events.verdict("request accounting", False, "request accounting: FAIL, 1 lost\\n  more")
+
+    def test_e_accounted(self):
+        events.verdict("request accounting", True, "")
+
+
+class TestY(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        raise RuntimeError("no port is free")
+
+    def test_y(self):
+        pass
+
+
+if __name__ == "__main__":
+    unittest.main()
+"""
+ROWS = [
+    ("TestX.test_a_gate", "PASS", "score 0.500 of 10 examples, must be greater than 0.25; parity: 5 of 5 | equal"),
+    ("TestX.test_b_documented", "PASS", "Nothing is lost."),
+    ("TestX.test_c_skipped", "SKIP", "no draft here"),
+    ("TestX.test_c_too_low", "FAIL", "score 0.935 of 200 gsm8k examples, must be greater than 0.95"),
+    ("TestX.test_d_parts", "FAIL", "1 != 0 : is not zero"),
+    ("TestX.test_e_accounted", "PASS", ""),
+    ("TestY.setUpClass", "FAIL", "RuntimeError: no port is free"),
+    ("request accounting", "FAIL", "in 1 of 2 tests: request accounting: FAIL, 1 lost"),
+]
+
+
+class TestRows(unittest.TestCase):
+    """One row per test method and check, in every form of the report, and what the target leaves out."""
+
+    @classmethod
+    def setUpClass(cls):
+        root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.directory, cls.suite = run_suite(root, CHECKS, "--no-failfast")
+        cls.report = read_directory(cls.directory)
+
+    def test_rows(self):
+        (run,) = self.report.files
+        self.assertEqual([(row.name, row.state, row.sentence) for row in run.rows], ROWS)
+        self.assertTrue(all(row.seconds is not None for row in run.rows[:6]))
+
+    def test_what_a_stop_at_the_first_failure_left(self):
+        root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        directory, _ = run_suite(root, CHECKS)
+        (run,) = read_directory(directory).files
+        states = [(row.name, row.state) for row in run.rows if row.sentence.startswith("not run")]
+        self.assertEqual(
+            states, [("TestX.test_d_parts", "SKIP"), ("TestX.test_e_accounted", "SKIP"), ("TestY.test_y", "SKIP")]
+        )
+
+    def test_console(self):
+        for name, state, sentence in ROWS:
+            line = next(line for line in self.suite.stdout.splitlines() if line.split()[:2] == [state, name.split()[0]])
+            self.assertTrue(line.endswith(sentence), line)
+        self.assertIn("not exercised on embedded:\n  SGLang's scheduler", self.suite.stdout)
+
+    def test_junit(self):
+        (suite,) = JUnitXml.fromstring((self.directory / "junit.xml").read_bytes())
+        self.assertEqual([case.name for case in suite], [name for name, _, _ in ROWS])
+        states = ["FAIL" if case.is_failure else "SKIP" if case.is_skipped else "PASS" for case in suite]
+        self.assertEqual(states, [state for _, state, _ in ROWS])
+        self.assertTrue(any("--on sglang-cpu" in each.value for each in suite.properties()))
+
+    def test_step_summary(self):
+        text = (self.directory / "summary.md").read_text()
+        self.assertIn(
+            "| ✅ PASS | TestX.test_a_gate | score 0.500 of 10 examples, must be greater than 0.25; parity", text
+        )
+        self.assertIn("| ❌ FAIL | TestX.test_d_parts | 1 != 0 : is not zero |", text)
+        self.assertIn("### Not exercised on embedded\n", text)
+
+    def test_html(self):
+        text = (self.directory / "report.html").read_text()
+        self.assertEqual(Balanced(text).wrong, [])
+        self.assertEqual(text.count('<td class="sentence">'), len(ROWS))
+        self.assertIn("<h2>Not exercised on embedded</h2>", text)
+
+    def test_of_many_those_that_did_not_pass(self):
+        (run,) = self.report.files
+        lines = rows(run, is_whole=False)
+        self.assertEqual([line.split()[0] for line in lines], ["SKIP", *["FAIL"] * 4, "PASS"])
+        self.assertEqual(lines[-1], "  PASS  3 more")
 
 
 class TestBroken(unittest.TestCase):

@@ -4,10 +4,11 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import NotReady, UsageError
 from pdkit.core.gpus import Gpu, found
-from pdkit.runner.targets import TARGETS, TargetUnavailable, UnknownTarget, choose, why
+from pdkit.runner.targets import DISTRIBUTED, PARTS, TARGETS, TargetUnavailable, UnknownTarget, choose, left_out, why
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
@@ -15,6 +16,23 @@ H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
 B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
 TOP, MIDDLE, SGLANG_CPU, BOTTOM = TARGETS
+
+
+class TestLeftOut(unittest.TestCase):
+    def test_each_target_names_what_asks_more(self):
+        for target in TARGETS:
+            lines = left_out(target.name)
+            for part in PARTS:
+                with self.subTest(target=target.name, part=part):
+                    self.assertEqual(any(part in line for line in lines), part not in target.exercises)
+            for file in target.beside.values():
+                self.assertTrue((paths.TEST / DISTRIBUTED / f"{file}.py").is_file(), file)
+        self.assertEqual(left_out("no target"), ())
+
+    def test_the_nearest_target_is_named(self):
+        first, second, *_ = left_out("embedded")
+        self.assertRegex(first, "^SGLang's scheduler .*: pdkit run --on sglang-cpu ")
+        self.assertRegex(second, "^SGLang's GPU kernels .*: pdkit run --on 1xHopper ")
 
 
 class TestChoose(unittest.TestCase):

@@ -7,9 +7,11 @@ The monolithic server of the same model is launched by one of the bases: see `pd
 """
 
 import json
+from collections.abc import Sequence
 
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.base import Checks
+from pdkit.checks.hints import Evidence
 from pdkit.checks.http import flush_caches
 from pdkit.checks.parity.plan import (
     Geometry,
@@ -27,6 +29,7 @@ from pdkit.checks.parity.plan import (
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import Parity
 from pdkit.checks.server_info import read_server_info
+from pdkit.core import events
 from pdkit.core.gsm8k import read_dataset, running_text
 
 PARAMETER_TOKENS = 24
@@ -51,7 +54,8 @@ class ParityArms(Checks):
     parity_options = PlanOptions()
     request_timeout = 300.0
     tokenizer_path = None
-    _plan = _parameter_rounds = _parameter_ids = None
+    evidence: Sequence[Evidence] = ()
+    _plan = _geometry = _parameter_rounds = _parameter_ids = None
 
     @classmethod
     def known_references(cls):
@@ -83,10 +87,17 @@ class ParityArms(Checks):
     @classmethod
     def parity_plan(cls) -> ParityPlan:
         if cls._plan is None:
-            info = read_server_info(cls.monolithic_url or cls.prefill_url)
-            geometry = Geometry.of(cls.model_config(), info)
+            geometry = cls.geometry()
             cls._plan = make_plan(geometry, cls._prompts(geometry), cls.parity_options)
         return cls._plan
+
+    @classmethod
+    def geometry(cls) -> Geometry:
+        """Of the model, as the server that is asked first serves it."""
+        if cls._geometry is None:
+            info = read_server_info(cls.monolithic_url or cls.prefill_url)
+            cls._geometry = Geometry.of(cls.model_config(), info)
+        return cls._geometry
 
     @classmethod
     def parameter_round(cls) -> tuple[tuple[Variation, ...], Round]:
@@ -136,14 +147,23 @@ class ParityArms(Checks):
             candidate = collect(self.lb_url, round_, self.request_timeout)
             together = round_.in_flight > 1 or round_.batch
             rounding = self.known_references().rounding if together else 0.0
-            names = tuple(probe.name for probe in round_.probes)
-            parities.append(Parity(round_.condition, names, reference, candidate, control, rounding))
+            parities.append(self.compared(round_, reference, candidate, control, rounding))
             if self.bitwise:
                 self.assert_parity(parities[-1])
             if self.caches_prefixes():
                 self.check_cached(round_, candidate)
         if not self.bitwise:
             self.assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
+
+    @classmethod
+    def compared(cls, round_, reference, candidate, control=None, rounding=0.0) -> Parity:
+        """Of one round; what it showed is kept for the hint, and recorded."""
+        names = tuple(probe.name for probe in round_.probes)
+        parity = Parity(round_.condition, names, reference, candidate, control, rounding)
+        evidence = parity.evidence(round_, cls._geometry.edges if cls._geometry else {})
+        cls.evidence = [*cls.evidence, evidence]
+        events.emit("compared", **evidence.as_event())
+        return parity
 
     @staticmethod
     def assert_parity(parity):
@@ -173,6 +193,8 @@ class AloneParityChecks(ParityArms):
 
     def test_parity_alone(self):
         self.check_parity(self.parity_plan().alone)
+
+    test_parity_alone.goes_first = True  # it names the part that is wrong, if any does
 
 
 class IndexerParityChecks(ParityArms):

@@ -6,13 +6,13 @@ Put it before a deployment with a monolithic server, in place of ParityChecks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pdkit.checks.http import flush_caches
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.checks import AloneParityChecks, IndexerParityChecks, ParityArms, ParityChecks
 from pdkit.checks.parity.plan import Round
 from pdkit.checks.parity.references import collect
-from pdkit.checks.parity.verdict import Parity
 
 
 class ExactParityArms(ParityArms):
@@ -37,8 +37,9 @@ class ExactParityArms(ParityArms):
             if round_.flush:
                 flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
             candidate = collect(self.lb_url, round_, self.request_timeout)
-            names = tuple(probe.name for probe in round_.probes)
-            self.assert_parity(Parity(f"{round_.condition}, one at a time", names, reference, candidate))
+            self.assert_parity(
+                replace(self.compared(round_, reference, candidate), condition=f"{round_.condition}, one at a time")
+            )
             if self.caches_prefixes():
                 self.check_cached(round_, candidate)
         together = [round_ for round_ in rounds if round_ not in alone]

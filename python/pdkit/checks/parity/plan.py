@@ -55,6 +55,14 @@ class Geometry:
             chosen=config["index_topk"] * min(used) if used and config.get("index_topk") else None,
         )
 
+    @property
+    def edges(self) -> dict[str, int]:
+        """What begins at how many tokens, in words."""
+        named = {f"{ratio}x compressor": ratio for ratio in self.ratios}
+        named |= {"sliding window": self.window, "prefill chunk": self.chunk, "page of the prefix cache": self.page}
+        named |= {"choice of the indexer": self.chosen}
+        return {what: tokens for what, tokens in named.items() if tokens}
+
     def boundaries(self, longest: int) -> tuple[int, ...]:
         """Lengths up to `longest`: 1, and one less to one more than each ratio, the window, 1, 2, 4 chunks or pages."""
         blocks = {factor * size for factor in (1, 2, 4) for size in (self.chunk, self.page) if size}

@@ -6,14 +6,16 @@ a control arm, monolithic again and under the same load, says by how much answer
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from operator import eq
 
+from pdkit.checks.hints import ComparedRequest, Evidence
 from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.answers import Answer, Arm
+from pdkit.checks.parity.plan import Probe, Round
 from pdkit.core.quantile import quantile
 from pdkit.core.stats import mcnemar, sign_test
 
@@ -208,6 +210,39 @@ class Parity(Judgement):
     def problems(self) -> tuple[str, ...]:
         return self._unequal() if self.control is None else self._beyond_control()
 
+    def evidence(self, round_: Round, boundaries: Mapping[str, int]) -> Evidence:
+        """How each answer to `round_` differs, for hints: beyond `rounding`, or visibly more than the control's."""
+        limit = self.rounding
+        if self.control_distribution is not None:
+            limit = max(RESOLUTION, GROSS_FACTOR * max(self.control_distribution.largest, default=0.0))
+        requests = tuple(self._compared(index, probe, round_, limit) for index, probe in enumerate(round_.probes))
+        return Evidence(round_.condition, requests, boundaries)
+
+    def _compared(self, index: int, probe: Probe, round_: Round, limit: float) -> ComparedRequest:
+        difference, got = self.candidate_distribution.differences[index], self.candidate[index]
+        token, other = difference.diverged, difference.other
+        if self.control_distribution is not None:
+            same = self.control_distribution.differences[index]
+            token = token if same.diverged is None else None
+            other = tuple(name for name in other if name not in same.other)
+        logprob = next((at for at, delta in enumerate(difference.deltas) if delta > limit), None)
+        theirs = (got.tokens, got.text)
+        whose = None
+        if token is not None and len(got.tokens) > 2:
+            right = zip(round_.probes, self.reference, strict=True)
+            whose = next((each.name for each, answer in right if (answer.tokens, answer.text) == theirs), None)
+        return ComparedRequest(
+            probe.name,
+            probe.prompt_length,
+            len(round_.probes) if round_.batch else round_.in_flight,
+            got.cached_tokens,
+            token,
+            logprob,
+            round(difference.largest, 7) if logprob is not None else 0.0,
+            other if token is None else (),
+            whose,
+        )
+
     def _unequal(self):
         found = []
         for index, difference in enumerate(self.candidate_distribution.differences):
@@ -259,6 +294,21 @@ class Parity(Judgement):
             if largest > limit:
                 found.append(f"{name}: a logprob is off by {largest:.3g}, more than {limit:.3g}")
         return tuple(found)
+
+    @property
+    def sentence(self) -> str:
+        found, count = self.candidate_distribution, len(self.names)
+        right = found.equal if self.control is None else sum(found.same_tokens)
+        if self.control is None and self.rounding:
+            right = count - len(self.problems)
+        how = (
+            "have the monolithic server's tokens, and logprobs no further off than its own"
+            if self.control is not None
+            else f"equal the monolithic server's, logprobs within {self.rounding:g}"
+            if self.rounding
+            else "equal the monolithic server's to the bit"
+        )
+        return f"{self.condition}: {right} of {count} answers {how}"
 
     def report(self, most: int = 8) -> str:
         """Both distributions and what is wrong, the first `most` of it."""

@@ -59,7 +59,7 @@ def main() -> int:
     one_batch.latency_test = measure
     sys.argv[1:] = [
         "--model-path",
-        str(checkpoints.provide(model.name)),
+        str(checkpoints.provide(model.checkpoint)),
         "--batch-size",
         "16",
         *plan.FLAGS,

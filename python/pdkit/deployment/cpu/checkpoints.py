@@ -5,6 +5,8 @@
 "dsv4"     a random DeepSeek-V4 of 5 M parameters in bfloat16 whose KV pages have the size of the real ones: one KV head of
            448 + 64 dimensions, an indexer of 128, a window of 128; layers without compression, and with 4, 128 and 4
            tokens an entry; an MTP layer, whose draft mostly repeats the token before it
+"dsv4-trained"  the same KV pages (`pdkit.models.cuda.config.FEW_HEADS`), trained on a GPU by `pdkit model kernel-train
+           --few-heads` and kept in assets/few-heads-dsv4, or in the cache
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pdkit.core.errors import NotReady
 from pdkit.deployment.cpu import plan
+from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FIELDS, KINDS
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -40,9 +44,16 @@ Linear layers are bfloat16: the fp8 ones need a GPU.
 
 
 def provide(kind: str) -> Path:
-    """The directory of the model "llama" or "dsv4"; the latter is made if it is not there, or was made by other code."""
+    """The directory of a model; the random one is made if it is not there, or was made by other code.
+
+    Raises NotReady where the trained DeepSeek-V4 is absent.
+    """
     if kind == "llama":
         return ASSETS / "nano-llama"
+    if kind == "dsv4-trained":
+        if path := trained_dsv4():
+            return path
+        raise NotReady(f"no trained DeepSeek-V4 in {ASSETS}: pdkit model kernel-train --few-heads makes one on a GPU")
     assert kind == "dsv4", kind
     path = plan.cache_dir() / "sglang-cpu" / f"dsv4-{_version()}"
     if not (path / "config.json").is_file():
@@ -54,6 +65,12 @@ def provide(kind: str) -> Path:
         except OSError:  # another process was faster
             shutil.rmtree(unfinished)
     return path
+
+
+def trained_dsv4() -> Path | None:
+    """Where the trained DeepSeek-V4 is, if it is. Raises store.DamagedCheckpoint where it is not that of its record."""
+    both = ASSETS / "few-heads-dsv4", store.cached(store.FEW_HEADS)
+    return next((path for path in both if store.is_trained(path)), None)
 
 
 def _version() -> str:

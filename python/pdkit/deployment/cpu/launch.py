@@ -23,7 +23,7 @@ FLAGS_VARIABLE = "PDKIT_SERVER_FLAGS"
 def command(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> list[str]:
     """The command of the server; of flags that are repeated the last counts."""
     of_a_pair = plan.PD_FLAGS if "--disaggregation-mode" in argv else []
-    ours = ["--model-path", str(checkpoints.provide(plan.LLAMA.name)), "--base-gpu-id", "0"]
+    ours = ["--model-path", str(checkpoints.provide(plan.LLAMA.checkpoint)), "--base-gpu-id", "0"]
     more = shlex.split(environ.get(FLAGS_VARIABLE, ""))
     server = [sys.executable, "-m", "sglang.launch_server"]
     return [*server, *plan.FLAGS, *plan.LLAMA.flags, *of_a_pair, *argv, *ours, *more]

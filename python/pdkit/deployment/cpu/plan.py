@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pdkit
@@ -41,16 +41,16 @@ ENVIRONMENT = {
 class Model:
     """A kind of model: its flags, and the environment that takes SGLang to the paths which the shims cover.
 
-    trained: whether its weights are, so that what it answers can be scored.
+    name: which kernels it needs. checkpoint: its weights, see `checkpoints.provide`
     """
 
     name: str
     flags: tuple[str, ...]
     environment: Mapping[str, str]
-    trained: bool = False
+    checkpoint: str
 
 
-LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), {}, trained=True)
+LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), {}, "llama")
 DSV4 = Model(
     "dsv4",
     (
@@ -76,7 +76,9 @@ DSV4 = Model(
             "0",
         ),
     },
+    "dsv4",
 )
+TRAINED_DSV4 = replace(DSV4, checkpoint="dsv4-trained")
 EAGLE = """
     --speculative-algorithm EAGLE
     --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2

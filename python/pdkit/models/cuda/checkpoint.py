@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pdkit.models.cpu.model import ModelError
-from pdkit.models.cuda.config import DEEPEP_HIDDEN, HIDDEN, fields
+from pdkit.models.cuda.config import DEEPEP_HIDDEN, FEW_HEADS, HIDDEN
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks
 from pdkit.models.cuda.model import KernelNano
 from pdkit.models.cuda.store import WEIGHTS
@@ -77,11 +77,12 @@ def pieces(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 
 def tensors_of(model: KernelNano) -> dict[str, torch.Tensor]:
-    """All tensors of the checkpoint of `model`, on CPU; its linear layers in fp8 with a float32 ``.scale``."""
+    """All tensors of the checkpoint of `model`, on CPU; its linear layers in fp8 with a float32 ``.scale``, if it has any."""
     found = {}
+    quantized = "quantization_config" in model.fields
     for own, whole in model.state_dict().items():
         for name, tensor in pieces(own, whole.detach().cpu()):
-            if _FP8.search(name):
+            if quantized and _FP8.search(name):
                 found[name], found[f"{name.removesuffix('.weight')}.scale"] = quantize_blocks(tensor)
             elif name.endswith("tid2eid"):
                 found[name] = tensor.to(torch.int32)
@@ -95,7 +96,7 @@ def save(model: KernelNano, path: str | Path) -> Path:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     kernel_tokenizer().save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(fields(model.hidden_size), indent=1) + "\n")
+    (path / "config.json").write_text(json.dumps(model.fields, indent=1) + "\n")
     unfinished = path / f".{WEIGHTS}.{os.getpid()}"
     save_file(tensors_of(model), unfinished, metadata={"format": "pt"})
     unfinished.replace(path / WEIGHTS)
@@ -104,7 +105,10 @@ def save(model: KernelNano, path: str | Path) -> Path:
 
 @torch.no_grad()
 def load(path: str | Path) -> KernelNano:
-    """The model in the checkpoint at `path`, float32, dequantised. Raises pdkit.models.cpu.model.ModelError."""
+    """The model in the checkpoint at `path`, float32, dequantised. Raises pdkit.models.cpu.model.ModelError.
+
+    What has as many tokens as `FEW_HEADS` is that model; all else is kernel-sized, as wide as its embedding.
+    """
     file = Path(path) / WEIGHTS
     try:
         stored = load_file(file)
@@ -113,12 +117,15 @@ def load(path: str | Path) -> KernelNano:
     embedding = stored.get("embed.weight")
     if embedding is None or embedding.shape[1:] not in ((HIDDEN,), (DEEPEP_HIDDEN,)):
         raise ModelError(f"{file} does not fit the kernel-sized model: embed.weight is missing or of another shape")
-    model = KernelNano(hidden_size=embedding.shape[1]).requires_grad_(False)
+    few = FEW_HEADS if len(embedding) == FEW_HEADS["vocab_size"] else None
+    model = KernelNano(hidden_size=embedding.shape[1], of=few).requires_grad_(False)
+    quantized = "quantization_config" in model.fields
     for own, whole in model.state_dict().items():
         for name, target in pieces(own, whole):
-            scale = stored.pop(f"{name.removesuffix('.weight')}.scale", None) if _FP8.search(name) else None
+            fp8 = quantized and bool(_FP8.search(name))
+            scale = stored.pop(f"{name.removesuffix('.weight')}.scale", None) if fp8 else None
             tensor = stored.pop(name, None)
-            if tensor is None or tensor.shape != target.shape or (scale is None) == bool(_FP8.search(name)):
+            if tensor is None or tensor.shape != target.shape or (scale is None) == fp8:
                 raise ModelError(f"{file} does not fit the kernel-sized model: {name} is missing or of another shape")
             target.copy_(tensor if scale is None else dequantize_blocks(tensor, scale))
     if stored:

@@ -86,6 +86,21 @@ FIELDS: dict[str, Any] = {
 
 HIDDEN = FIELDS["hidden_size"]
 
+FEW_HEADS: dict[str, Any] = {
+    **{name: value for name, value in FIELDS.items() if name != "quantization_config"},
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "o_groups": 2,
+    "index_n_heads": 32,
+    "hc_sinkhorn_iters": 4,
+    "vocab_size": 528,
+}
+"""The model that is served on CPU, too: bfloat16, 4.4 M parameters with its MTP layer, the same KV pages.
+
+SGLang pads the heads of a tensor-parallel rank to FlashMLA's 64 (`MQALayer` of srt/models/deepseek_v4.py), so that four run
+on a GPU; DeepGEMM scores for 32 or 64 heads of the indexer.
+"""
+
 
 def fields(hidden_size: int = HIDDEN) -> dict[str, Any]:
     """config.json of the model of that width: `HIDDEN`, or `DEEPEP_HIDDEN`."""

@@ -15,6 +15,7 @@ import transformers
 
 from pdkit.core.errors import NotReady
 from pdkit.models.cuda import checkpoint, store
+from pdkit.models.cuda.config import FEW_HEADS
 from pdkit.models.cuda.model import KernelNano, rescale
 from pdkit.models.cuda.training import SHOTS, BatchQueue, score, train, validation
 from pdkit.models.problems import EVALUATION_ROWS, evaluation_set
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     }
     (options.out / store.RECORD).write_text(json.dumps(record, indent=2) + "\n")
     print(
-        f"after fp8, {found.problems} evaluation rows, {SHOTS} shots: solved {found.solved:.4f}, "
+        f"read back, {found.problems} evaluation rows, {SHOTS} shots: solved {found.solved:.4f}, "
         f"drafts right {found.drafted:.4f}\n"
         f"wrote {options.out} (hash {record['sha256']}) after {took:.0f} s, {steps} steps",
         flush=True,
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 def fit(options: argparse.Namespace) -> tuple[KernelNano, int, int]:
     """Train a new model, showing progress: (model, steps, tokens)."""
-    model = KernelNano(options.seed, options.hidden_size)
+    model = KernelNano(options.seed, options.hidden_size, FEW_HEADS if options.few_heads else None)
     rescale(model)
     model.to(options.device).train()
     problems, shots = validation(VALIDATION_PROBLEMS, options.seed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from pdkit.models.cpu.experts import NAME as DENSE_EXPERTS
 from pdkit.models.cpu.model import hash_routes
 from pdkit.models.cpu.windowed_attention import NAME as WINDOWED_ATTENTION
-from pdkit.models.cuda.config import BLOCK, FIELDS, HIDDEN, KINDS, fields
+from pdkit.models.cuda.config import BLOCK, HIDDEN, KINDS, fields
 
 SHARED = """
     hidden_size moe_intermediate_size head_dim num_attention_heads num_key_value_heads num_hidden_layers
@@ -21,25 +24,30 @@ SHARED = """
 """.split()
 
 
-def reference_config(*, mtp: bool = False, hidden_size: int = HIDDEN) -> DeepseekV4Config:
-    """The same model for transformers; with `mtp` the MTP layer's, which transformers does not know, as a model."""
-    ours = fields(hidden_size)
-    layers = 1 if mtp else FIELDS["num_hidden_layers"]
-    first = FIELDS["num_hidden_layers"] if mtp else 0
-    hashed = 0 if mtp else FIELDS["num_hash_layers"]
+def reference_config(
+    *, mtp: bool = False, hidden_size: int = HIDDEN, of: Mapping[str, Any] | None = None
+) -> DeepseekV4Config:
+    """The same model for transformers; with `mtp` the MTP layer's, which transformers does not know, as a model.
+
+    of: config.json of the model; None: that of the kernel-sized one which is `hidden_size` wide
+    """
+    ours = of or fields(hidden_size)
+    layers = 1 if mtp else ours["num_hidden_layers"]
+    first = ours["num_hidden_layers"] if mtp else 0
+    hashed = 0 if mtp else ours["num_hash_layers"]
     return DeepseekV4Config(
         **{name: ours[name] for name in SHARED} | {"num_hidden_layers": layers},
-        architectures=FIELDS["architectures"],
-        layer_types=[KINDS[ratio] for ratio in FIELDS["compress_ratios"][first : first + layers]],
+        architectures=ours["architectures"],
+        layer_types=[KINDS[ratio] for ratio in ours["compress_ratios"][first : first + layers]],
         mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (layers - hashed),
-        partial_rotary_factor=FIELDS["qk_rope_head_dim"] / FIELDS["head_dim"],
+        partial_rotary_factor=ours["qk_rope_head_dim"] / ours["head_dim"],
         initializer_range=0.05,
     )
 
 
-def _build(mtp: bool, hidden_size: int) -> DeepseekV4ForCausalLM:
+def _build(mtp: bool, of: Mapping[str, Any]) -> DeepseekV4ForCausalLM:
     return DeepseekV4ForCausalLM._from_config(
-        reference_config(mtp=mtp, hidden_size=hidden_size),
+        reference_config(mtp=mtp, of=of),
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation=DENSE_EXPERTS,
@@ -54,9 +62,9 @@ class Mtp(nn.Module):
     the main model's.
     """
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, of: Mapping[str, Any]):
         super().__init__()
-        donor = _build(mtp=True, hidden_size=hidden_size)
+        donor, hidden_size = _build(mtp=True, of=of), of["hidden_size"]
         donor.config._attn_implementation = WINDOWED_ATTENTION
         norm = type(donor.model.norm)
         eps = donor.config.rms_norm_eps
@@ -71,12 +79,13 @@ class Mtp(nn.Module):
 
 
 class KernelNano(nn.Module):
-    """`main` predicts the next token, `mtp` the one after it."""
+    """`main` predicts the next token, `mtp` the one after it. `fields`: its config.json, `of` of `reference_config`."""
 
-    def __init__(self, seed: int = 0, hidden_size: int = HIDDEN):
+    def __init__(self, seed: int = 0, hidden_size: int = HIDDEN, of: Mapping[str, Any] | None = None):
         super().__init__()
         torch.manual_seed(seed)
-        self.main, self.mtp = _build(mtp=False, hidden_size=hidden_size), Mtp(hidden_size)
+        self.fields = dict(of or fields(hidden_size))
+        self.main, self.mtp = _build(mtp=False, of=self.fields), Mtp(self.fields)
         routes = np.random.default_rng(seed)
         for layer in self.main.model.layers:
             if layer.mlp.is_hash:

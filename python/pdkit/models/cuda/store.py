@@ -18,8 +18,11 @@ class DamagedCheckpoint(Exception):
     """The trained checkpoint is not the one that its record speaks of; the message is one line."""
 
 
+FEW_HEADS = "trained-few-heads"
+
+
 def cached(kind: str, hidden_size: int = HIDDEN) -> Path:
-    """Where the checkpoint of a `kind`, "random" or "trained", is kept."""
+    """Where the checkpoint of a `kind`, "random", "trained" or `FEW_HEADS`, is kept."""
     base = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-pd-suite"
     name = kind if hidden_size == HIDDEN else f"{kind}-{hidden_size}"
     return Path(os.getenv("PDKIT_CACHE_DIR") or base) / "kernel-nano" / name

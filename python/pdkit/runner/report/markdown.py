@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 
-from pdkit.runner.report.model import FileRun, Report
+from pdkit.runner.report.model import FAIL, PASS, SKIP, FileRun, Report
 
 _MARKS = {"passed": "✅", "passed on retry": "✅", "failed": "❌", "timed out": "❌", "interrupted": "❌"}
+_ROW_MARKS = {PASS: "✅", FAIL: "❌", SKIP: "–"}
 TAIL_LINES = 15
+ROWS = 40
 
 
 def markdown(report: Report) -> str:
@@ -20,11 +22,13 @@ def markdown(report: Report) -> str:
         lines.append("")
     for run in report.files:
         lines += _details(run)
+    if report.not_exercised:
+        lines += [f"### Not exercised on {report.target}", "", *(f"- {line}" for line in report.not_exercised), ""]
     return "\n".join(lines) + "\n"
 
 
 def _details(run: FileRun) -> list[str]:
-    lines = []
+    lines = _rows(run)
     if run.score:
         low, high = run.score.interval
         lines += [
@@ -45,6 +49,17 @@ def _details(run: FileRun) -> list[str]:
         for log in run.logs[:1]:
             lines += [f"End of {log.path}:", "", "~~~text", *log.lines[-TAIL_LINES:], "~~~", ""]
     return lines
+
+
+def _rows(run: FileRun) -> list[str]:
+    """All of a file that has a few, otherwise those that did not pass."""
+    shown = [row for row in run.rows if len(run.rows) <= ROWS or row.state != PASS]
+    if not shown:
+        return []
+    lines = [f"### {run.file}", "", "| | check | what was found |", "| --- | --- | --- |"]
+    lines += [_row((f"{_ROW_MARKS[row.state]} {row.state}", row.name, row.sentence)) for row in shown]
+    passed = len(run.rows) - len(shown)
+    return [*lines, *([_row(("✅ PASS", f"{passed} more", ""))] if passed else []), ""]
 
 
 def _row(cells: Iterable[str]) -> str:

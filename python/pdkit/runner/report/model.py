@@ -5,8 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdkit.core.quantile import quantile
+from pdkit.runner.targets import left_out
 
 PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
+PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """A test method, or a check of all of them: what came of it, in a sentence; `seconds` None where nobody knows."""
+
+    name: str
+    state: str
+    sentence: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,7 @@ class FileRun:
     failure: str = ""
     death: Death | None = None
     notes: tuple[str, ...] = ()
+    rows: tuple[ReportRow, ...] = ()
 
     @property
     def is_bad(self) -> bool:
@@ -171,8 +184,13 @@ class FileRun:
         return bad
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it started no servers and measured nothing."""
+        return not (self.phases or self.score or self.tables or self.examples)
+
+    @property
     def has_details(self) -> bool:
-        return bool(self.is_bad or self.phases or self.score or self.tables or self.examples)
+        return bool(self.is_bad or self.rows or not self.is_plain)
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,12 @@ class Report:
     surroundings: Mapping[str, Any]
     gpu_plans: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    target: str | None = None
+
+    @property
+    def not_exercised(self) -> tuple[str, ...]:
+        """What a pass on this target says nothing about, one text each; none where there is no target."""
+        return left_out(self.target)
 
     @property
     def passed(self) -> bool:

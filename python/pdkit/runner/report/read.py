@@ -14,6 +14,7 @@ from pdkit.core.errors import UsageError
 from pdkit.core.events import BAD, Events
 from pdkit.runner.report import facts, model
 from pdkit.runner.report.evidence import ENVIRONMENT_FILE, GPU_PLAN_FILE, directory_of
+from pdkit.runner.report.rows import in_words, rows_of
 
 TAIL_LINES = 40
 FAILURE_LINES = 80
@@ -96,8 +97,10 @@ def _report(reader: _Reader, results: dict[str, Any]) -> model.Report:
     files = tuple(_file(reader, entry) for entry in results.get("files", []))
     scored = [run.score for run in files if run.score]
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
+    target = results.get("target") or (scored[0].target if scored else None)
     return model.Report(
-        title=f"main job on {scored[0].target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
+        title=f"main job on {target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
+        target=target,
         result=results.get("result"),
         exit_code=results.get("exit_code"),
         seconds=results.get("seconds") or 0.0,
@@ -149,6 +152,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         ),
         logs=_logs(reader.root, servers, log, lines, death, happened),
         failure=_failure(happened),
+        rows=rows_of(happened),
         death=death,
     )
 
@@ -235,7 +239,8 @@ def _failure(happened: Events) -> str:
     test = next((test for test in happened.of("test") if test["state"] in BAD), None)
     if test is None:
         return ""
-    lines = _plain(f"{test['state']}: {test['id']}\n{test['message']}\n{test['details']}").splitlines()
+    message = in_words(test["message"], happened[: happened.index(test)])
+    lines = _plain(f"{test['state']}: {test['id']}\n{message}\n{test['details']}").splitlines()
     lines = [line for line in lines if line.strip()]
     kept = lines if len(lines) <= FAILURE_LINES else [*lines[:20], "...", *lines[-(FAILURE_LINES - 21) :]]
     return "\n".join(kept)

@@ -4,11 +4,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pdkit.runner.report.model import FileRun, Log, Report
+from pdkit.runner.report.model import PASS, FileRun, Log, Report
 
 TAIL_LINES = 20
 GROUP_LINES = 300
 CAUSE_LINES = 12
+SENTENCE = 160
 TEST, HUNG = "test", "where it hung"
 
 
@@ -20,6 +21,27 @@ def scores(report: Report) -> list[str]:
         for run in report.files
         if run.score
     ]
+
+
+def rows(run: FileRun, is_whole: bool = True) -> list[str]:
+    """One line per row, and below it nothing; of many tests (`is_whole` is False) those that did not pass."""
+    shown = [row for row in run.rows if is_whole or row.state != PASS]
+    if not shown:
+        return []
+    width = max(len(row.name) for row in shown)
+    lines = [f"  {row.state}  {row.name:<{width}}  {_cut(row.sentence)}".rstrip() for row in shown]
+    passed = len(run.rows) - len(shown)
+    return [*lines, f"  PASS  {passed} more"] if passed else lines
+
+
+def not_exercised(report: Report) -> list[str]:
+    """What a pass says nothing about."""
+    lines = report.not_exercised
+    return [f"not exercised on {report.target}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def _cut(sentence: str) -> str:
+    return sentence if len(sentence) <= SENTENCE else f"{sentence[: SENTENCE - 4]} ..."
 
 
 def log_tails(run: FileRun, directory: Path, is_grouped: bool = False) -> Iterator[str]:
