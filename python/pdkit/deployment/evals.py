@@ -18,7 +18,7 @@ def run_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]
     if servers is None:
         return sglang_eval(args)
     if getattr(args, "api", None) == "completion" and args.base_url not in servers.answering:
-        servers.first_request(args.base_url, getattr(args, "model", None))
+        servers.first_request(args.base_url, getattr(args, "model", None), getattr(args, "num_threads", 32))
     with (
         events.phase(args.eval_name),
         servers.heartbeat() as progressed,

@@ -67,8 +67,9 @@ class Transcript:
         line |= {"prompt": "\n".join(map(str, prompt)), "answer": answer}
         line |= {f"{kind.lower()}_answer": value for kind, value in ANSWERS.findall(result.html or "")}
         with self._lock:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            with contextlib.suppress(OSError):  # a full disk changes no score
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
             self.scores.append(result.score)
             if time.monotonic() - self._printed_at >= self._seconds_between_lines:
                 self._printed_at = time.monotonic()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import unittest
-from functools import partial
 from pathlib import Path
 
 from pdkit.core import events, forked
@@ -42,17 +41,18 @@ class Attached(unittest.TestCase):
             "SGLANG_TEST_MAX_RETRY": "1",
             "CUDA_VISIBLE_DEVICES": str(os.getpid() % 9 + 1),  # SGLang's fixture has its ports by it
             "PDKIT_SERVER_MODULE": "embedded_as_sglang",
-            "PYTHONPATH": os.pathsep.join([str(REPO / "python"), str(SHAPES), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(
+                map(str, (REPO / "python", SHAPES, self.directory, os.environ.get("PYTHONPATH", "")))
+            ),
             **({"SGLANG_PD_MODEL": str(model)} if model else {}),
             **environ,
         }
-        program = f"import sys; {before}; from pdkit.deployment import attach; attach.main(sys.argv[1:])"
-        code = ["-c", program] if before else ["-m", "pdkit.deployment.attach"]
-        popen = subprocess.Popen
-        if not before and not spawned and (fork_server := forked.here()):
-            popen = partial(fork_server.popen, has_fork_server=True)
+        program = f"import sys\n{before}\nfrom pdkit.deployment import attach\nattach.main(sys.argv[1:])\n"
+        self.directory.joinpath("attach_after.py").write_text(program)
+        module = "attach_after" if before else "pdkit.deployment.attach"
+        popen = subprocess.Popen if spawned else forked.popen()
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-        with popen([sys.executable, *code, str(file), "-f"], env=environ, **streams) as process:
+        with popen([sys.executable, "-m", module, str(file), "-f"], env=environ, **streams) as process:
             output = process.stdout.read()
         print(output, flush=True)
         return process.returncode, output

@@ -1,12 +1,12 @@
 """The suite must see what goes wrong: a quick subset of the detection matrix, by its own command."""
 
 import csv
-import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
 
+from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=250, suite="stage-a-test-cpu")
@@ -25,7 +25,7 @@ SEEN_BY = {
 class TestDisaggregationDSV4Faults(unittest.TestCase):
     def test_quick_matrix(self):
         with tempfile.TemporaryDirectory() as out:
-            run = subprocess.run([*MATRIX, "--quick", "--out", out], capture_output=True, text=True)
+            run = forked.run([*MATRIX, "--quick", "--out", out], has_fork_server=True)
             print(run.stdout, run.stderr, flush=True)
             self.assertEqual(run.returncode, 0)
             with open(Path(out, "matrix.csv"), newline="") as file:

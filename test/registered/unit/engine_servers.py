@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pdkit
 import requests
+from pdkit.core import forked
 
 PACKAGE = Path(pdkit.__file__).parent
 RANDOM = PACKAGE / "assets" / "random-dsv4"
@@ -56,13 +57,14 @@ class Client:
 
 
 class Server(Client):
-    """One process and its log; ended whatever happens."""
+    """One process and its log; ended whatever happens. It is forked where that can be, unless it is to be `spawned`."""
 
-    def __init__(self, name, port, *command, **environment):
+    def __init__(self, name, port, *command, spawned=False, **environment):
         self.name, self.port, self.url = name, port, f"http://127.0.0.1:{port}"
         self.log = Path(logs.name) / f"{name}.log"
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
+            start = subprocess.Popen if spawned else forked.popen(has_fork_server=False)
+            self.process = start(
                 [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
                 env=ENVIRONMENT | environment, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -94,8 +96,9 @@ def _arguments(mode, *more):
     )  # fmt: skip
 
 
-def engine(name, port, mode, *arguments, **environment):
-    return Server(name, port, "pdkit.engine", *_arguments(mode, *arguments), **environment)
+def engine(name, port, mode, *arguments, **options):
+    """options: of `Server`."""
+    return Server(name, port, "pdkit.engine", *_arguments(mode, *arguments), **options)
 
 
 class EngineHere(Client):

@@ -7,7 +7,6 @@ import random
 import select
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import requests
 from engine_servers import BOOTSTRAP_TIMEOUT, ENVIRONMENT, GREEDY, RANDOM, Server, engine, events, keep_logs
-from pdkit.core import ports
+from pdkit.core import forked, ports
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.__main__ import bind, listen
 
@@ -40,7 +39,7 @@ def setUpModule():
     block = ports.claim()
     unittest.addModuleCleanup(block.release)
     one, two, three, four, five, bootstrap_port, spare_bootstrap_port, free_port, other_free_port = block.ports
-    mono = engine("mono", one, "null")
+    mono = engine("mono", one, "null", spawned=True)
     prefill = engine("prefill", two, "prefill", "--disaggregation-bootstrap-port", str(bootstrap_port))
     decode = engine("decode", three, "decode", "--disaggregation-bootstrap-port", str(bootstrap_port))
     spare = engine("spare", four, "prefill", "--disaggregation-bootstrap-port", str(spare_bootstrap_port),
@@ -736,10 +735,8 @@ class TestCommandLine(EngineTestCase):
     """One line and a named exit code."""
 
     def assertEnds(self, code, pattern, *arguments, **environment):
-        process = subprocess.run(
-            [sys.executable, "-m", "pdkit.engine", *arguments], capture_output=True, text=True, timeout=120,
-            env=ENVIRONMENT | environment,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "pdkit.engine", *arguments]
+        process = forked.run(command, timeout=120, env=ENVIRONMENT | environment)
         self.assertEqual(process.returncode, code, process.stderr)
         self.assertRegex(process.stderr, pattern)
         self.assertEqual(len(process.stderr.splitlines()), 1, process.stderr)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.base import Checks
-from pdkit.checks.hints import Evidence
+from pdkit.checks.hints import Evidence, hint
 from pdkit.checks.http import flush_caches
+from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.plan import (
     Geometry,
     ParityPlan,
@@ -165,10 +166,17 @@ class ParityArms(Checks):
         events.emit("compared", **evidence.as_event())
         return parity
 
-    @staticmethod
-    def assert_parity(parity):
+    @classmethod
+    def assert_parity(cls, parity: Judgement) -> None:
+        """Its failure says which servers were compared, and where to look by all that was compared so far."""
         print(parity.report(), flush=True)
-        parity.assert_passed()
+        try:
+            parity.assert_passed()
+        except AssertionError as failure:
+            lines = [str(failure), f"  asked: {cls.lb_url}, compared with the monolithic server"]
+            if where := hint(cls.evidence):
+                lines.append(f"  hint: {where}")
+            raise AssertionError("\n".join(lines)) from None
 
     def check_cached(self, round_, arm):
         """Asserts that prompts came from prefill's cache where `round_` says so, and none where it wants none."""

@@ -60,7 +60,7 @@ class Geometry:
         """What begins at how many tokens, in words."""
         named = {f"{ratio}x compressor": ratio for ratio in self.ratios}
         named |= {"sliding window": self.window, "prefill chunk": self.chunk, "page of the prefix cache": self.page}
-        named |= {"choice of the indexer": self.chosen}
+        named |= {"indexer": self.chosen}
         return {what: tokens for what, tokens in named.items() if tokens}
 
     def boundaries(self, longest: int) -> tuple[int, ...]:

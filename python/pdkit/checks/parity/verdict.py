@@ -235,6 +235,7 @@ class Parity(Judgement):
             probe.name,
             probe.prompt_length,
             len(round_.probes) if round_.batch else round_.in_flight,
+            len(self.reference[index].tokens),
             got.cached_tokens,
             token,
             logprob,
@@ -310,7 +311,7 @@ class Parity(Judgement):
         )
         return f"{self.condition}: {right} of {count} answers {how}"
 
-    def report(self, most: int = 8) -> str:
+    def report(self, most: int = 4) -> str:
         """Both distributions and what is wrong, the first `most` of it."""
         problems = self.problems
         rule = (

@@ -7,6 +7,7 @@ from itertools import cycle, islice
 
 import openai
 
+from pdkit.checks.http import generate, greedy
 from pdkit.checks.protocol.reference import LoadBalancerChecks, through_each_load_balancer
 from pdkit.checks.server_info import ServerInfoError, read_server_info
 
@@ -22,6 +23,7 @@ class LoadChecks(LoadBalancerChecks):
     sustained_seconds = 60
     sustained_clients = 16
     idle_seconds = 60
+    young = ()
 
     @through_each_load_balancer
     def test_32_at_once(self, client):
@@ -31,17 +33,31 @@ class LoadChecks(LoadBalancerChecks):
     def test_128_at_once(self, client):
         self.ask_at_once(client, 128)
 
+    @classmethod
+    def launch_lb(cls):
+        """The references are those of servers that are young: what begins with age must not be in them."""
+        super().launch_lb()
+        cls.young = [cls.reference(prompt) for prompt in cls.prompts(8)]
+
     def ask_at_once(self, client, count):
-        references = [self.reference(prompt) for prompt in self.prompts(8)]
+        """By turns completions, of which the text is compared, and /generate, with tokens and logprobs."""
+        references = self.young
         asked = list(islice(cycle(references), count))
         with ThreadPoolExecutor(count) as pool:
-            answers = [pool.submit(client.complete, each.prompt, 24) for each in asked]
+            whole = [pool.submit(client.complete, each.prompt, 24) for each in asked[::2]]
+            native = [pool.submit(self.native_answer, client, each.prompt) for each in asked[1::2]]
+            answers = [*whole, *native]
             if late := wait(answers, self.request_timeout * 0.75).not_done:
                 self.fail(f"{len(late)} of {count} wait for an answer, and the servers say: {self.held()}")
-            for reference, answer in zip(asked, answers):
-                whole = answer.result()
-                self.assertGoesOn(whole.choices[0].text, reference)
-                self.assertEqual(whole.usage.completion_tokens, 24)
+            for reference, answer in zip(asked[::2], whole):
+                self.assertGoesOn(answer.result().choices[0].text, reference)
+                self.assertEqual(answer.result().usage.completion_tokens, 24)
+            for reference, answer in zip(asked[1::2], native):
+                self.assertSame(answer.result(), reference)
+
+    def native_answer(self, client, prompt):
+        body = {"text": prompt, "sampling_params": greedy(24), "return_logprob": True}
+        return generate(client.url, body, self.request_timeout)
 
     def held(self):
         """What prefill and decode tell of themselves, but for their settings."""

@@ -21,7 +21,7 @@ from pdkit.core.gsm8k import question_text, read_lines
 class Reference:
     """How a server goes on after `prompt`, asked alone.
 
-    tokens, ids: the text and the id of each output token. certain: how many of the first tokens are compared: where
+    tokens, ids, logprobs: the text, the id and the log-probability (nats) of each output token. certain: how many of the first tokens are compared: where
     answers are not reproducible to the bit, those before the first near tie, and before a character in pieces.
     """
 
@@ -30,6 +30,7 @@ class Reference:
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
     certain: int
+    logprobs: tuple[float, ...] = ()
 
     @property
     def certain_text(self):
@@ -46,7 +47,8 @@ def ask_reference(client, prompt, max_tokens, margin):
     certain = min([len(tokens), *ties])
     while not completion.text.startswith("".join(tokens[:certain])):  # pieces of a character are spelled otherwise
         certain -= 1
-    return Reference(prompt, completion.text, tokens, tuple(answer["output_ids"]), certain)
+    logprobs = tuple(logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"])
+    return Reference(prompt, completion.text, tokens, tuple(answer["output_ids"]), certain, logprobs)
 
 
 def is_best(taken, tops):
@@ -130,22 +132,32 @@ class LoadBalancerChecks(Checks):
 
     # What is compared with what.
 
-    def reference(self, prompt, max_tokens=24):
+    @classmethod
+    def reference(cls, prompt, max_tokens=24):
         """How the servers go on after `prompt` when nobody else asks."""
         key = prompt, max_tokens
-        if key not in self.known_references:
-            margin = 0 if self.bitwise else self.near_tie
-            alone = Client(MINI_LB, self.lb_url, self.model, self.request_timeout)
-            self.known_references[key] = ask_reference(alone, prompt, max_tokens, margin)
+        if key not in cls.known_references:
+            margin = 0 if cls.bitwise else cls.near_tie
+            alone = Client(MINI_LB, cls.lb_url, cls.model, cls.request_timeout)
+            cls.known_references[key] = ask_reference(alone, prompt, max_tokens, margin)
             alone.close()
-            self.assertGreater(self.known_references[key].certain, 0, f"nothing is certain after {prompt!r}")
-        return self.known_references[key]
+            assert cls.known_references[key].certain > 0, f"nothing is certain after {prompt!r}"
+        return cls.known_references[key]
 
     def assertGoesOn(self, text, reference):
         """`text` is the answer to the prompt of `reference`."""
         self.assertEqual(text[: len(reference.certain_text)], reference.certain_text, reference.prompt[-60:])
         if self.bitwise:
             self.assertEqual(text, reference.text)
+
+    def assertSame(self, answer, reference):
+        """`answer`, of /generate with logprobs, is that to the prompt of `reference`; a text may be right by luck."""
+        ids, said = tuple(answer["output_ids"]), answer["meta_info"]["output_token_logprobs"]
+        count = len(ids) if self.bitwise else reference.certain
+        self.assertEqual(ids[:count], reference.ids[:count], reference.prompt[-60:])
+        if self.bitwise:
+            logprobs = tuple(logprob for logprob, *_ in said)
+            self.assertEqual(logprobs, reference.logprobs, f"logprobs of {reference.prompt[-60:]!r}")
 
     def assertIdle(self):
         """Prefill and decode have let go of every request, and of what they kept for it."""
