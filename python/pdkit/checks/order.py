@@ -67,3 +67,11 @@ def by_load(what: str, bad: Sequence[bool], in_flight: Sequence[int], level: flo
 def in_flight(intervals: Sequence[tuple[float, float]]) -> tuple[int, ...]:
     """How many of the (begin, end) are open when each begins, itself included."""
     return tuple(sum(begin <= at < end or begin == at for begin, end in intervals) for at, _ in intervals)
+
+
+def of_answers(answered: Sequence[tuple[bool, float, float]], level: float = LEVEL) -> tuple[Ordered, ...]:
+    """Wrong answers by number and by load, from (right, begin, end) of each request; numbers are by begin."""
+    asked = sorted(answered, key=lambda each: each[1])
+    wrong = [not right for right, _, _ in asked]
+    loads = in_flight([(begin, end) for _, begin, end in asked])
+    return by_number("wrong answers", wrong, level), by_load("wrong answers", wrong, loads, level)
