@@ -73,11 +73,10 @@ class Evidence:
     @classmethod
     def of_event(cls, event: Mapping[str, Any]) -> Evidence:
         """Raises TypeError or KeyError where it is not one."""
-        requests = (
-            ComparedRequest(*(tuple(cell) if isinstance(cell, list) else cell for cell in row))
-            for row in event["requests"]
-        )
-        return cls(event["condition"], tuple(requests), event["boundaries"])
+        rows: list[list[Any]] = [
+            [tuple(cell) if isinstance(cell, list) else cell for cell in row] for row in event["requests"]
+        ]
+        return cls(event["condition"], tuple(ComparedRequest(*row) for row in rows), event["boundaries"])
 
 
 PARAMETERS = "request parameters"  # conditions that begin so send one prompt with other parameters each
