@@ -1,5 +1,6 @@
 """Accuracy on GSM8K: one look, or a gate with stated error rates."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 from pdkit.checks.accuracy.gate import GateOptions, Policy
@@ -69,7 +70,7 @@ class AccuracyGateChecks(Checks):
         self.assert_no_decay("wrong answers", [not right for right in gate.outcomes or ()])
 
     @staticmethod
-    def assert_no_decay(what, bad):
+    def assert_no_decay(what: str, bad: Sequence[bool]) -> None:
         """Raises AssertionError where `bad` ones of the examples, in their order, come late."""
         judged = by_number(what, bad)
         print(judged.report(), flush=True)
