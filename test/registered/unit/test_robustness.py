@@ -16,7 +16,7 @@ from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 CPU = "--hw cpu --suite stage-a-test-cpu"

@@ -29,7 +29,7 @@ from pdkit.deployment.workers import Workers
 from sglang.test.ci.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
 WORKER = "sglang::scheduler_TP0"
 
