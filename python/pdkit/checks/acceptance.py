@@ -6,7 +6,8 @@ the way to decode leaves every answer right and only lowers this number, and onl
 computes draft state of its own.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ class AcceptanceGate(Judgement):
     reference: float | None
     minimum_ratio: float = 0.95
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.reference is None:
             raise ValueError(
                 f"the engine speculates ({self.measured.algorithm}) with acceptance length {self.measured.length:.4f}, "
@@ -108,7 +109,7 @@ class AcceptanceGate(Judgement):
 
     @property
     def minimum(self) -> float:
-        return self.reference * self.minimum_ratio
+        return (self.reference or 0) * self.minimum_ratio
 
     @property
     def passed(self) -> bool:
@@ -120,7 +121,7 @@ class AcceptanceGate(Judgement):
         return (
             f"acceptance length: {'PASS' if self.passed else 'FAIL'}, {measured.length:.4f} ({measured.source}; "
             f"{measured.algorithm}), needs {self.minimum:.4f} = {self.minimum_ratio:g} x {self.reference:g}; "
-            f"ratio {measured.length / self.reference:.4f}"
+            f"ratio {measured.length / (self.reference or math.nan):.4f}"
         )
 
 
@@ -155,6 +156,9 @@ class FirstDrafts(Judgement):
         )
 
 
+Measure = Callable[[str, str], Acceptance | NotApplicable]
+
+
 class DraftMeasures(Checks):
     """Measures how many drafts are accepted, on prompts of GSM8K; by itself it has no test.
 
@@ -169,45 +173,45 @@ class DraftMeasures(Checks):
                                   even number of others, so that even a single refused draft costs a step
     """
 
-    needs = ("lb_url", "decode_url", "monolithic_url", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "decode_url", "monolithic_url", "gsm8k_data_path")
 
-    acceptance_length_reference = None
+    acceptance_length_reference: float | None = None
     acceptance_length_ratio = 0.95
     acceptance_length_prompts = 64
     acceptance_length_tokens = 256
     first_drafts_prompts = 64
     first_drafts_tokens = 25
-    first_drafts_reference = None
+    first_drafts_reference: Acceptance | None = None
 
     @classmethod
-    def take_acceptance_reference(cls):
+    def take_acceptance_reference(cls) -> None:
         """From the monolithic server; to be called while it is up where it stops before the test asks."""
         cls.acceptance_length_reference = cls._baseline(cls.measure_acceptance).length
 
     @classmethod
-    def measure_acceptance(cls, url, decode_url):
+    def measure_acceptance(cls, url: str, decode_url: str) -> Acceptance | NotApplicable:
         return cls._accepted(url, decode_url, cls.acceptance_length_prompts, cls.acceptance_length_tokens)
 
     @classmethod
-    def take_first_drafts_reference(cls):
+    def take_first_drafts_reference(cls) -> None:
         """From the monolithic server; to be called while it is up where it stops before the test asks."""
         cls.first_drafts_reference = cls._baseline(cls.measure_first_drafts)
 
     @classmethod
-    def measure_first_drafts(cls, url, decode_url):
+    def measure_first_drafts(cls, url: str, decode_url: str) -> Acceptance | NotApplicable:
         return cls._accepted(url, decode_url, cls.first_drafts_prompts, cls.first_drafts_tokens)
 
     @classmethod
-    def _accepted(cls, url, decode_url, prompts, tokens):
+    def _accepted(cls, url: str, decode_url: str, prompts: int, tokens: int) -> Acceptance | NotApplicable:
         return measure(url, decode_url, few_shot_prompts(cls.gsm8k_data_path, prompts), tokens)
 
     @classmethod
-    def _baseline(cls, measured_at):
+    def _baseline(cls, measured_at: Measure) -> Acceptance:
         baseline = measured_at(cls.monolithic_url, cls.monolithic_url)
         assert isinstance(baseline, Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
         return baseline
 
-    def measured_or_skipped(self, measured_at):
+    def measured_or_skipped(self, measured_at: Measure) -> Acceptance:
         """What `measured_at` finds of the pair. Raises SkipTest where it does not speculate."""
         measured = measured_at(self.lb_url, self.decode_url)
         if isinstance(measured, NotApplicable):
@@ -218,7 +222,7 @@ class DraftMeasures(Checks):
 class AcceptanceLengthChecks(DraftMeasures):
     """Speculative decoding must accept about as much as the reference says, on prompts of GSM8K sent through the LB."""
 
-    def test_acceptance_length(self):
+    def test_acceptance_length(self) -> None:
         measured = self.measured_or_skipped(self.measure_acceptance)
         if self.acceptance_length_reference is None and self.monolithic_url:
             self.take_acceptance_reference()
@@ -231,10 +235,11 @@ class AcceptanceLengthChecks(DraftMeasures):
 class FirstDraftsChecks(DraftMeasures):
     """Drafts of the first tokens after the hand-over must be accepted as often as those of the monolithic server."""
 
-    def test_drafts_after_the_hand_over(self):
+    def test_drafts_after_the_hand_over(self) -> None:
         measured = self.measured_or_skipped(self.measure_first_drafts)
         if self.first_drafts_reference is None:
             self.take_first_drafts_reference()
+        assert self.first_drafts_reference is not None
         gate = FirstDrafts(measured, self.first_drafts_reference)
         print(gate.report(), flush=True)
         gate.assert_passed()

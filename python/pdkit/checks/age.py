@@ -65,7 +65,7 @@ class Life(Judgement):
         if not self.problems:
             return f"age: PASS, answers are equal to the monolithic server's in all of {self.sent} requests"
         headline, *why = self.problems
-        return "\n".join([f"age: FAIL, {headline}", *(f"  {each}" for each in why[:8])])
+        return "\n".join([f"age: FAIL, {headline}", *(f"  {each}" for each in why[:4])])
 
 
 class AgeChecks(ParityArms):
@@ -121,5 +121,4 @@ class AgeChecks(ParityArms):
             if blocks[-1].problems:
                 break
         life = Life(tuple(blocks))
-        print(life.report(), flush=True)
-        life.assert_passed()
+        self.assert_parity(life)

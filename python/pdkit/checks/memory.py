@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -83,37 +84,60 @@ class Growth(Judgement):
 class MemoryChecks(Checks):
     """Put it before the servers.
 
-    memory_rounds     identical rounds that are measured, after as many as `memory_warm_up`
+    A server's memory rises while its pools and caches fill, and then stops; what is kept for each request goes on. So
+    the newest `memory_rounds` are judged after each round, and the first time that they do not rise is a pass of that
+    server.
+
+    memory_rounds     identical rounds that are judged together, after as many as `memory_warm_up`
+    memory_patience   rounds after which memory that still rises is a failure
     memory_requests   answered ones of a round
     memory_aborted    seconds after which clients of others leave
     memory_abandoned  those that prefill alone hears of, and that are aborted when it has computed them
     """
 
-    needs = ("lb_url", "prefill_url", "decode_url", "process_prefill", "process_decode", "base_host", "bootstrap_port")
+    needs: tuple[str, ...] = (
+        "lb_url",
+        "prefill_url",
+        "decode_url",
+        "process_prefill",
+        "process_decode",
+        "base_host",
+        "bootstrap_port",
+    )
 
     memory_rounds = 10
+    memory_patience = 30
     memory_warm_up = 2
     memory_requests = 16
     memory_aborted: Sequence[float] = (0.001, 0.01, 0.03, 0.1)
     memory_abandoned = 8
     memory_abandoned_length = 900
-    memory_abandoned_s = 1.0
     memory_timeout = 120.0
     memory_settling = 20.0
 
     @unaccounted
     def test_memory_does_not_grow(self) -> None:
         resident: dict[str, list[int]] = {name: [] for name in self._processes()}
-        for number in range(self.memory_warm_up + self.memory_rounds):
+        for _ in range(self.memory_warm_up):
             self._round()
-            if number >= self.memory_warm_up:
-                for name, process in self._processes().items():
-                    resident[name].append(resident_bytes(process.pid))
-        count = self.memory_requests + len(self.memory_aborted) + self.memory_abandoned
-        grown = [Growth(name, tuple(series), count) for name, series in resident.items()]
-        print(*(each.report() for each in grown), sep="\n", flush=True)
-        for each in grown:
+        grown: dict[str, Growth] = {}
+        for number in range(1, self.memory_patience + 1):
+            self._round()
+            for name, process in self._processes().items():
+                resident[name].append(resident_bytes(process.pid))
+            if number >= self.memory_rounds:
+                rises = [each for each in self._judged(resident) if each.name not in grown or grown[each.name].problems]
+                grown |= {each.name: each for each in rises}
+                if not any(each.problems for each in grown.values()):
+                    break
+        print(f"memory: {number} rounds", *(each.report() for each in grown.values()), sep="\n", flush=True)
+        for each in grown.values():
             each.assert_passed()
+
+    def _judged(self, resident: Mapping[str, Sequence[int]]) -> list[Growth]:
+        """Of the newest rounds."""
+        count = self.memory_requests + len(self.memory_aborted) + self.memory_abandoned + 1
+        return [Growth(name, tuple(series[-self.memory_rounds :]), count) for name, series in resident.items()]
 
     def _processes(self) -> Mapping[str, Any]:
         return {"prefill": self.process_prefill, "decode": self.process_decode}
@@ -127,8 +151,7 @@ class MemoryChecks(Checks):
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda body: post(self.lb_url, "/generate", body, self.memory_timeout), bodies))
             list(pool.map(self._hang_up, self.memory_aborted))
-        with ThreadPoolExecutor(self.memory_abandoned) as pool:
-            list(pool.map(self._abandon, range(self.memory_abandoned)))
+        self._abandon_some()
         bad = [answer for answer in answers if answer.status_code != 200]
         if bad:
             self.fail(f"{len(bad)} of {len(answers)} answers failed, the first: {bad[0].text[:300]}")
@@ -141,12 +164,22 @@ class MemoryChecks(Checks):
             with post(self.lb_url, "/generate", body, (self.memory_timeout, seconds), stream=True):
                 pass
 
-    def _abandon(self, number: int) -> None:
-        """A room whose state nobody fetches."""
+    def _abandon_some(self) -> None:
+        """Rooms whose state nobody fetches, until well after prefill can have computed them on this machine."""
+        began = time.monotonic()
+        post(self.lb_url, "/generate", self._abandoned_body(0), self.memory_timeout)
+        computed_s = 1.5 * self.memory_abandoned * (time.monotonic() - began)
+        with ThreadPoolExecutor(self.memory_abandoned) as pool:
+            list(pool.map(partial(self._abandon, computed_s), range(1, self.memory_abandoned + 1)))
+
+    def _abandoned_body(self, number: int) -> dict[str, Any]:
+        ids = [10 + (index + 13 * number) % 200 for index in range(self.memory_abandoned_length)]
+        return {"input_ids": ids, "sampling_params": greedy(2)}
+
+    def _abandon(self, computed_s: float, number: int) -> None:
         rid = f"abandoned-{time.monotonic_ns()}-{number}"
         body = {
-            "input_ids": [10 + (index + number) % 200 for index in range(self.memory_abandoned_length)],
-            "sampling_params": greedy(2),
+            **self._abandoned_body(number),
             "rid": rid,
             "bootstrap_host": self.base_host,
             "bootstrap_port": int(self.bootstrap_port),
@@ -154,7 +187,7 @@ class MemoryChecks(Checks):
         }
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, self.prefill_url, "/generate", body, self.memory_timeout)
-            time.sleep(self.memory_abandoned_s)
+            wait([asked], computed_s)
             while not asked.done():  # an abort may overtake its request
                 post(self.prefill_url, "/abort_request", {"rid": rid}, self.memory_timeout)
                 wait([asked], 0.2)

@@ -16,7 +16,7 @@ EPILOG = "Exit codes: 0 each fault that changes anything was caught and no clean
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where everything goes (default: a new directory)")
-    parser.add_argument("--faults", metavar="A,B", help="these faults only; --list names all")
+    parser.add_argument("--faults", metavar="A,B", help="these faults only, or kinds: all families; --list names all")
     parser.add_argument(
         "--clean-runs", type=natural, metavar="N", help="runs without a fault (default: 50, with --quick 1)"
     )

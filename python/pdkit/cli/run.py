@@ -5,7 +5,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from pdkit.core.command import Parser, natural
+from pdkit.core.command import Parser, natural, text_path
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.gpus import visible_gpus
 from pdkit.runner import run
@@ -17,7 +17,7 @@ def add_arguments(parser: Parser) -> None:
     names = ", ".join(target.name for target in TARGETS)
     parser.add_argument("--on", metavar="TARGET", help=f"run it on this target or fail: {names}")
     parser.add_argument(
-        "--report-dir", type=Path, metavar="DIR", help="for log, server logs and results.json (default: a new one)"
+        "--report-dir", type=text_path, metavar="DIR", help="for log, server logs and results.json (default: a new one)"
     )
     parser.add_argument(
         "--skip-environment-check",

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pdkit.core.errors import ExitCode, NotReady, UsageError
@@ -17,6 +18,7 @@ def run_command(name: str, main: Callable[[Sequence[str]], ExitCode], argv: Sequ
     UsageError and files that cannot be read or written: BAD_USAGE. NotReady: NOT_READY. Ctrl-C: INTERRUPTED. A reader
     who leaves before the end of our output: PASSED. Everything else is a bug, and is raised.
     """
+    _open_streams()
     try:
         code = main(argv)
         sys.stdout.flush()
@@ -34,6 +36,17 @@ def run_command(name: str, main: Callable[[Sequence[str]], ExitCode], argv: Sequ
         if error.filename is None:
             raise
         return _refuse(name, f"{error.filename}: {error.strerror}", ExitCode.BAD_USAGE)
+
+
+def _open_streams() -> None:
+    """Standard streams that were closed lead nowhere; otherwise a file that is opened next would get their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def _refuse(name: str, message: str, code: ExitCode) -> ExitCode:
@@ -120,6 +133,16 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError(text)
     return value
+
+
+def text_path(text: str) -> Path:
+    """For argparse: a path whose name can be printed and written into a report. Raises argparse.ArgumentTypeError."""
+    path = Path(text)
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{ascii(text)} is not text in this locale; choose another name") from None
+    return path
 
 
 seconds.__name__ = "number of seconds"

@@ -21,6 +21,7 @@ class Console:
         self._is_open = True
         self._status: list[bytes] = []
         self.is_terminal = stream.isatty()
+        self.lost: str | None = None  # why the first thing that could not be kept was not
 
     def write(self, data: bytes) -> None:
         with self._lock:
@@ -62,13 +63,14 @@ class Console:
         try:
             yield
         except OSError as error:
+            self.lost = self.lost or error.strerror
             self.line(f"cannot be kept: {error.filename or path}: {error.strerror}{hint}")
 
     def line(self, text: str = "") -> None:
         """A line of its own, or several that stay together."""
         with self._lock:
             margin = "" if self._at_margin else "\n"
-            self._write(f"{margin}{text}\n".encode())
+            self._write(f"{margin}{text}\n".encode(errors="backslashreplace"))
 
 
 def columns(rows: Sequence[Sequence[str]], right: Container[int] = (), indent: str = "") -> str:

@@ -27,16 +27,21 @@ run       tests, successful: a unittest program has run all its tests; left: ids
 """
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 VARIABLE = "PDKIT_REPORT_DIR"
+HARM = "harm: "
+FULL = (errno.ENOSPC, errno.EDQUOT)
 TARGET_VARIABLE = "PDKIT_TARGET"
 FILE = "events.jsonl"
 
@@ -74,7 +79,25 @@ def emit_into(directory: str | None, kind: str, **fields: Any) -> None:
             append(Path(directory), kind, **fields)
         except OSError as error:
             with contextlib.suppress(OSError, ValueError):
-                print(f"[events] {kind} is lost, {directory}: {error.strerror}", file=sys.stderr, flush=True)
+                is_kept = error.errno in FULL and _append_elsewhere(Path(directory), kind, **fields)
+                where = "kept elsewhere" if is_kept else "lost"
+                print(f"[events] {kind} is {where}, {directory}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def spare_of(directory: Path) -> Path:
+    """Where events go that do not fit into a directory: verdicts stand although its disk is full."""
+    name = hashlib.sha256(os.fsencode(directory.absolute())).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"pdkit-events-{os.getuid()}-{name}")
+
+
+def _append_elsewhere(directory: Path, kind: str, **fields: Any) -> bool:
+    """Whether that worked."""
+    try:
+        spare_of(directory).mkdir(mode=0o700, exist_ok=True)
+        append(spare_of(directory), kind, **fields)
+    except OSError:
+        return False
+    return True
 
 
 def append(directory: Path, kind: str, **fields: Any) -> None:
@@ -142,11 +165,11 @@ _FIELDS: dict[str, dict[str, type]] = {
 
 def read(path: Path | str) -> Events:
     """The events in a file, or in the FILE of a directory; none if there is no such file. Raises OSError otherwise."""
-    path = Path(path)
-    try:
-        return parse((path / FILE if path.is_dir() else path).read_bytes())
-    except FileNotFoundError:
-        return Events()
+    path, data = Path(path), b""
+    for each in (path / FILE, spare_of(path) / FILE) if path.is_dir() else (path,):
+        with contextlib.suppress(FileNotFoundError):
+            data += each.read_bytes() + b"\n"
+    return parse(data)
 
 
 class Tail:
@@ -236,6 +259,18 @@ def progress(done: int, total: int, score: float) -> None:
     """An eval has scored `done` of `total` examples, `score` so far."""
     print(f"\n[progress] {done}/{total}, score so far {score:.3f}", flush=True)
     emit("progress", done=done, total=total, score=score)
+
+
+def harm(what: str, took_effect: bool, why_not: str = "") -> None:
+    """Harm that a test did on purpose: a kill, a freeze, a fault. A file where some had no effect does not pass."""
+    verdict(f"{HARM}{what}", took_effect, "" if took_effect else why_not or "it had no effect")
+
+
+def unmet_harm(happened: Events) -> list[str]:
+    """What was done on purpose and never took effect."""
+    done = [event for event in happened.of("verdict") if event["check"].startswith(HARM)]
+    took = {event["check"] for event in done if event["passed"]}
+    return list(dict.fromkeys(each["check"].removeprefix(HARM) for each in done if each["check"] not in took))
 
 
 def measurement(name: str, value: float) -> None:

@@ -1,5 +1,6 @@
 """Ports for servers that a test starts, so that several runs fit on one machine."""
 
+import errno
 import random
 import socket
 from collections.abc import Iterable
@@ -10,8 +11,15 @@ import psutil
 from pdkit.core import processes
 
 BLOCK_SIZE = 10
+CONNECT_S = 30.0  # of a connection within this machine
 # Below the ephemeral ports (32768), and clear of SGLang's fixtures, which use N000 to N599 (N by CUDA_VISIBLE_DEVICES).
 BLOCKS = [base for base in range(22000, 32000, BLOCK_SIZE) if base % 1000 >= 600]
+
+
+class AddressMissing(RuntimeError):
+    """This machine does not have the address where servers are to listen, as without IPv4 on the loopback device."""
+
+    remedy = "ip link set lo up; ip addr add 127.0.0.1/8 dev lo"
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,14 @@ class PortBlock:
 
 
 def claim(host: str = "127.0.0.1") -> PortBlock:
-    """A block of BLOCK_SIZE - 1 ports that nobody listens on. Raises RuntimeError when there is none."""
+    """A block of BLOCK_SIZE - 1 ports that nobody listens on. Raises RuntimeError when there is none, AddressMissing."""
     for base in random.sample(BLOCKS, len(BLOCKS)):
         try:
             guard = socket.create_server((host, base))
-        except OSError:
+        except OSError as error:
+            _require_address(error, host)
             continue
+        _require_connection(guard, host)
         ports = range(base + 1, base + BLOCK_SIZE)
         if all(is_free(port, host) for port in ports):
             return PortBlock(guard, ports)
@@ -40,12 +50,28 @@ def claim(host: str = "127.0.0.1") -> PortBlock:
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether nobody listens on a TCP port."""
+    """Whether nobody listens on a TCP port. Raises AddressMissing."""
     try:
         socket.create_server((host, port)).close()
-    except OSError:
+    except OSError as error:
+        _require_address(error, host)
         return False
     return True
+
+
+def _require_connection(guard: socket.socket, host: str) -> None:
+    """Raises AddressMissing where nobody can connect to what listens: some systems let servers listen all the same."""
+    try:
+        socket.create_connection(guard.getsockname(), timeout=CONNECT_S).close()
+    except OSError as error:
+        guard.close()
+        raise AddressMissing(f"{host} is missing, no server can listen there ({error.strerror or error})") from None
+
+
+def _require_address(error: OSError, host: str) -> None:
+    """Raises AddressMissing where it is that."""
+    if error.errno == errno.EADDRNOTAVAIL:
+        raise AddressMissing(f"{host} is missing, no server can listen there")
 
 
 def wait_until_free(ports: Iterable[int], seconds: float) -> list[str]:

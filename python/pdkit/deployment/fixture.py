@@ -34,7 +34,8 @@ from sglang.test.server_fixtures.disaggregation_fixture import PDDisaggregationS
 from pdkit.core import events, forked
 from pdkit.core.fork_server import python_program
 from pdkit.core.gpus import found, visible_gpus
-from pdkit.deployment import ports, quirks
+from pdkit.core.loopback import past_proxies
+from pdkit.deployment import ports, quirks, warm_up
 from pdkit.deployment.one_token import silent_half
 from pdkit.deployment.server import Server
 from pdkit.deployment.supervisor import ServerDied, Supervisor
@@ -100,6 +101,7 @@ class PDServers(PDDisaggregationServerBase):
     log_dir        where logs and transcripts go: SGLANG_PD_LOG_DIR, or else a new temporary directory
     silence_s      seconds without an answer to an eval after which servers are asked whether they live
     answer_s       seconds that each of them then has
+    compiles_kernels  whether the first requests of a size may wait for a compiler, where there are GPUs
     """
 
     server_module = os.environ.get(SERVER_MODULE_VARIABLE) or SGLANG_SERVER
@@ -122,6 +124,7 @@ class PDServers(PDDisaggregationServerBase):
     supervisor: Supervisor | None = None
     silence_s = 240.0
     answer_s = 60.0
+    compiles_kernels = server_module == SGLANG_SERVER
 
     prefill_nccl_port = decode_nccl_port = None  # fixtures before 0.5.18 pin none
     answering: set[str] = set()  # URLs that have answered a first request
@@ -140,6 +143,7 @@ class PDServers(PDDisaggregationServerBase):
     def begin(cls) -> None:
         """Starts to watch; from here on `stop_servers` has something to do, however the class and the process end."""
         if cls.supervisor is None:
+            os.environ.update(past_proxies(os.environ))
             cls.supervisor, cls._servers, cls._names, cls.answering = Supervisor(), [], {}, set()
             enter(cls)
             atexit.register(cls.stop_servers)
@@ -263,8 +267,11 @@ class PDServers(PDDisaggregationServerBase):
             super().wait_server_ready(url, ask_until_ready(url, timeout))
 
     @classmethod
-    def first_request(cls, base_url: str | None = None, model: str | None = None) -> None:
-        """One completion through all three: who cannot answer at all fails by this, not by a low score."""
+    def first_request(cls, base_url: str | None = None, model: str | None = None, threads: int = 32) -> None:
+        """One completion through all three: who cannot answer at all fails by this, not by a low score.
+
+        On GPUs `warm_up` with as many as `threads` requests follows.
+        """
         base_url, model = base_url or cls.lb_url, model or getattr(cls, "model", "default")
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
         body = {"model": model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
@@ -276,6 +283,19 @@ class PDServers(PDDisaggregationServerBase):
             assert response.status == 200, f"first request: {base_url} answered {response.status}: {answer[:1000]}"
         cls.answering.add(base_url)
         print(f"first answer: {json.loads(answer)['choices'][0]['text']!r}", flush=True)
+        if cls.compiles_kernels and visible_gpus():
+            cls.warm_up(base_url, model, threads)
+
+    @classmethod
+    def warm_up(cls, base_url: str, model: str | None, threads: int) -> None:
+        """Up to `threads` requests at once, until SGLang has compiled the kernels that they need; see `warm_up`."""
+        prompts = warm_up.batches(threads)
+        one_pass = partial(warm_up.send, base_url, model, prompts, test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)
+        with events.phase("warm up"), cls.failing_with_a_death():
+            seconds = warm_up.until_settled(one_pass)
+        print(
+            f"warm up, {sum(map(len, prompts))} requests a pass: {', '.join(f'{s:.1f}' for s in seconds)} s", flush=True
+        )
 
     @classmethod
     @contextlib.contextmanager

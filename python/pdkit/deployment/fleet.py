@@ -143,7 +143,7 @@ class Fleet(BeforePlannedServers):
     def require_harm(cls, what: str, took_effect: Callable[[], bool]) -> None:
         """Raises AssertionError where harm that a test does took no effect: what follows would prove nothing."""
         done = wait_until(took_effect, HARM_S)
-        events.verdict(f"harm: {what}", done, "" if done else f"{what}: no effect within {HARM_S:g} s")
+        events.harm(what, done, f"no effect within {HARM_S:g} s")
         assert done, f"{what}: no effect within {HARM_S:g} s, so nothing that follows is proved"
 
     @classmethod

@@ -60,6 +60,8 @@ def observe(
             break
     met = switch.met()
     switch.turn(None)
+    if fault:
+        events.harm(f"fault {fault}", met > 0, "it met no request")
     return Observation(fault, met, seen)
 
 

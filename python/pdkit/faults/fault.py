@@ -55,6 +55,7 @@ class Fault:
     after     it begins after so many requests
     only_served  it shows only where servers serve: in long prompts, or in requests at the same time
     asks      the tests that are about faults of its kind; () all those that are about the state of a request
+    says      a pattern of the headline that names its kind; "" where any failure will do
     resembles a bug of the field that had this shape
     harmless  why it changes no logit, token or status, if it is known not to
     """
@@ -71,6 +72,7 @@ class Fault:
     after: int = 0
     only_served: bool = False
     asks: tuple[str, ...] = ()
+    says: str = ""
     resembles: str = ""
     harmless: str = ""
 

@@ -30,12 +30,13 @@ def _of_age() -> Iterator[Fault]:
             Where.DECODE,
             newest_tokens(1, pieces.newest_lost),
             after=after,
+            says=r"equal to the monolithic server's until request \d+",
             resembles="a counter or a pool that wraps around",
         )
 
 
 def _of_silence() -> Iterator[Fault]:
-    for side in ("decode", "prefill"):
+    for side, says in (("decode", "answers no request|fetches nothing"), ("prefill", "answers no request")):
         for after in SILENT_AFTER:
             yield Fault(
                 f"{side}-silent-after-{after}",
@@ -43,6 +44,7 @@ def _of_silence() -> Iterator[Fault]:
                 Where.SERVER,
                 server=f"{side}-silent",
                 after=after,
+                says=f"{side} ({says})",
                 resembles="a scheduler whose loop waits for ever beside a live HTTP process",
             )
 
@@ -55,12 +57,14 @@ def _of_memory() -> Iterator[Fault]:
             Where.SERVER,
             server="memory-kept",
             size=size,
+            says=r"memory of decode grows by \d+ KiB a request",
         )
     yield Fault(
         "state-of-failed-rooms-kept",
         "prefill keeps the state of each room that failed",
         Where.SERVER,
         server="failed-rooms-kept",
+        says=r"memory of prefill grows by \d+ KiB a request",
     )
 
 
@@ -90,6 +94,7 @@ def _of_length() -> Iterator[Fault]:
             Where.DECODE,
             without_newest_beyond(tokens),
             only_served=True,
+            says=r"length: prompts up to \d+ of \d+ tokens",
             resembles="a transfer in chunks whose last ones are forgotten",
         )
 
@@ -102,26 +107,35 @@ def _of_work() -> Iterator[Fault]:
             Where.SERVER,
             server="decode-computes",
             size=tokens,
+            says=r"decode did the work itself: prompts of [\d, ]+ tokens",
         )
     yield Fault(
         "failed-receive-answered",
         "decode answers a request whose transfer failed with 200 and an empty text",
         Where.SERVER,
         server="failed-receive-answered",
+        says="a failed receive is answered",
     )
 
 
 def _of_answers() -> Iterator[Fault]:
-    for name, what in (
-        ("usage-one-more", "the count of output tokens is one too high"),
-        ("cached-beyond-prompt", "more prompt tokens are said to be cached than the prompt has"),
-        ("reason-exchanged", "the finish reasons length and stop change places"),
-        ("token-after-the-end", "one more token comes after the last one"),
-        ("logprobs-one-less", "the last token has no logprob"),
+    for name, what, says in (
+        ("usage-one-more", "the count of output tokens is one too high", "completion_tokens is"),
+        ("cached-beyond-prompt", "more prompt tokens are said to be cached than the prompt has", "cached_tokens is"),
+        ("reason-exchanged", "the finish reasons length and stop change places", ""),
+        ("token-after-the-end", "one more token comes after the last one", "output_ids"),
+        ("logprobs-one-less", "the last token has no logprob", "logprobs"),
     ):
         for every in (1, 20):
             suffix = "" if every == 1 else "-5-percent"
-            yield Fault(f"{name}{suffix}", f"{what}, in one answer of {every}", Where.LB, balancer=name, every=every)
+            yield Fault(
+                f"{name}{suffix}",
+                f"{what}, in one answer of {every}",
+                Where.LB,
+                balancer=name,
+                every=every,
+                says=f"contradict themselves.*{says}" if says else "contradict themselves|finish",
+            )
 
 
 def _of_the_seam() -> Iterator[Fault]:
@@ -132,6 +146,7 @@ def _of_the_seam() -> Iterator[Fault]:
             Where.SERVER,
             server="stop-ignored",
             size=place,
+            says="the seam.*at token",
         )
 
 
@@ -143,6 +158,7 @@ def _of_streams() -> Iterator[Fault]:
             Where.LB,
             balancer="stream-piece-lost",
             every=every,
+            says=r"streams: FAIL, \d+ of \d+ do not equal",
         )
 
 
@@ -171,6 +187,7 @@ def _of_races() -> Iterator[Fault]:
             Where.PREFILL,
             _aliased_within(seconds),
             only_served=True,
+            says="races: shared prefixes in flight",
             resembles="SGLang 35494",
         )
 
@@ -182,6 +199,7 @@ def _of_crossed_parameters() -> Iterator[Fault]:
             f"decode gets no {lost.replace('-', '_')} where {beside.replace('-', '_')} is asked for, too",
             Where.LB,
             balancer=f"{lost}-lost-with-{beside}",
+            says="request parameters in pairs",
         )
 
 
@@ -193,6 +211,7 @@ def _of_latency() -> Iterator[Fault]:
             Where.LB,
             balancer="request-retried",
             every=every,
+            says="latency has a second mode",
         )
 
 

@@ -12,6 +12,7 @@ from typing import IO
 import pdkit
 from pdkit.core import events, ports
 from pdkit.core.console import Console
+from pdkit.core.loopback import past_proxies
 from pdkit.core.secrets import Redactor, secret_values
 from pdkit.runner import gpu_memory, guardian, orphans
 from pdkit.runner.guardian import Ending, Guarded, Popen
@@ -46,7 +47,7 @@ def child_environment(options: Options, python3_from: str) -> dict[str, str]:
 
     What a test runs for its own purposes goes into no history.
     """
-    environment = dict(os.environ)
+    environment = {**os.environ, **past_proxies(os.environ)}
     package_root = str(Path(pdkit.__path__[0]).parent)
     for name, first in (("PATH", python3_from), ("PYTHONPATH", package_root)):
         rest = environment.get(name)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from pdkit.core import ci_register
-from pdkit.core.command import Parser, natural, seconds
+from pdkit.core.command import Parser, natural, seconds, text_path
 from pdkit.core.errors import MEANINGS, UsageError
 from pdkit.core.source import read
 
@@ -122,8 +122,9 @@ def default_history(environ: Mapping[str, str] = os.environ) -> Path | None:
     named = environ.get(HISTORY_VARIABLE)
     if named is not None:
         return Path(named) if named else None
-    state = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "~", ".local", "state")
-    return Path(state, "sglang-pd-suite", "history.jsonl")
+    home = environ.get("HOME") or os.path.expanduser("~")  # of the user's entry in passwd, where HOME is not set
+    state = environ.get("XDG_STATE_HOME") or os.path.join(home, ".local", "state")
+    return Path(state, "sglang-pd-suite", "history.jsonl") if os.path.isabs(state) else None
 
 
 def history_file(args: argparse.Namespace, is_own_tree: bool) -> Path | None:
@@ -197,7 +198,7 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         action="store_false",
         help="start even if this machine lacks what the files need",
     )
-    run.add_argument("--report-dir", type=Path, metavar="DIR", help="keep logs and results.json there")
+    run.add_argument("--report-dir", type=text_path, metavar="DIR", help="keep logs and results.json there")
     add_history_options(run)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from pdkit.core.errors import ExitCode
-from pdkit.core.events import BAD, SKIPPED, Events
+from pdkit.core.events import BAD, SKIPPED, Events, unmet_harm
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PYTEST_COUNT = r"\d+ (?:passed|failed|errors?|skipped|xfailed|xpassed|warnings?|deselected|rerun|subtests passed)"
@@ -45,6 +45,7 @@ class Output:
     counts    None if there is neither an event of unittest nor a closing line of pytest
     is_whole  False where unittest began, but did not come to its end
     death     the cause of the first death of a server that a test did not expect
+    unmet     kills, freezes and faults that took no effect: what passed beside them proves nothing
     """
 
     counts: TestCounts | None = None
@@ -53,6 +54,7 @@ class Output:
     has_missed_measurement: bool = False
     is_transient: bool = False
     death: str | None = None
+    unmet: tuple[str, ...] = ()
 
     @property
     def is_retriable(self) -> bool:
@@ -167,4 +169,5 @@ def read_output(lines: Iterable[str], events: Events | None = None, test_max_ret
         counts = replace(counts, retried=counts.retried + retried)
     is_whole = not events.of("test") or bool(events.of("run"))
     death = next((event["cause"] for event in events.of("death")), None)
-    return Output(counts, is_whole, code_error, missed_measurement, transient, death)
+    unmet = tuple(unmet_harm(events))
+    return Output(counts, is_whole, code_error, missed_measurement, transient, death, unmet)

@@ -40,6 +40,8 @@ class Attempt:
             return FileState.FAILED, _exit_reason(self.exit_code)
         if self.output.death:
             return FileState.FAILED, f"exit code 0, but {self.output.death}"
+        if self.output.unmet:
+            return FileState.FAILED, f"exit code 0, but harm had no effect: {', '.join(self.output.unmet)}"
         if counts is None:
             return FileState.NOTHING_RAN, "no event of unittest, and no closing line of pytest in its output"
         if counts.failed:

@@ -273,6 +273,12 @@ class SuiteRun:
             self._draw_report()
         self._print_rows()
         self._print_failures()
+        unmet = [f"{result.registration.name}: {what}" for result in self.results if result.attempts
+                 for what in result.attempts[-1].output.unmet]  # fmt: skip
+        if unmet:
+            line(f"harm that never took effect: {'; '.join(unmet)}")
+        if self.console.lost:
+            line(f"report incomplete: {self.console.lost}; what passed and failed is right all the same")
         if by := self.interruption.requested_by:
             line(f"interrupted by {by.name}")
         elif self.exit_code is ExitCode.NOTHING_RAN and self.selection.enabled:

@@ -1,5 +1,6 @@
 """On what the main job can run, and which of these targets this machine can run."""
 
+import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pdkit.core.errors import NotReady, UsageError
 from pdkit.core.gpus import Gpu, found
 from pdkit.core.suggest import unknown
 
+QUESTIONS_VARIABLE = "SGLANG_PD_GSM8K"
 DISTRIBUTED = Path("registered", "distributed")
 
 
@@ -48,6 +50,7 @@ class Target:
     beside      test files that ask more of the same servers: what -> name below DISTRIBUTED
     by_request  it is run only where it is asked for by name
     prepares    "module:function" that is called before it runs, with a working tree of SGLang to test, or None
+    takes_questions  whether it scores the file that SGLANG_PD_GSM8K names
     """
 
     name: str
@@ -61,6 +64,7 @@ class Target:
     beside: Mapping[str, str] = field(default_factory=dict)
     by_request: bool = False
     prepares: str | None = None
+    takes_questions: bool = False
 
     def suits(self, gpu: Gpu) -> bool:
         return gpu.memory_mib >= self.memory_mib and gpu.capability == self.capability
@@ -69,7 +73,9 @@ class Target:
         return sum(map(self.suits, gpus)) >= self.gpus
 
     def prepare(self, sglang_source: str | None) -> None:
-        """Raises NotReady where the machine lacks what only this target needs, UsageError where it takes no tree."""
+        """Raises NotReady where the machine lacks what only this target needs, UsageError for what it does not take."""
+        if os.environ.get(QUESTIONS_VARIABLE) and not self.takes_questions:
+            raise UsageError(f"{QUESTIONS_VARIABLE} is not for target {self.name}, whose model has its own; unset it")
         if self.prepares:
             pkgutil.resolve_name(self.prepares)(sglang_source)
         elif sglang_source:
@@ -92,6 +98,7 @@ TARGETS = (
         gpus=8,
         memory_mib=141_000,
         capability=(9, 0),
+        takes_questions=True,
         exercises=PARTS,
         beside=_beside("protocol_8gpu", "recovery_8gpu", "integrity_8gpu"),
     ),

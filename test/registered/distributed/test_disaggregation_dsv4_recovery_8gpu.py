@@ -4,6 +4,7 @@ import unittest
 
 from pdkit.checks.recovery.bootstrap_messages import BootstrapMessageChecks
 from pdkit.checks.recovery.clients import Query
+from pdkit.checks.recovery.few_shot import few_shot_asks
 from pdkit.checks.recovery.in_flight import BEFORE, DURING, IDLE, STREAMING
 from pdkit.checks.recovery.scenarios import RecoveryChecks
 from pdkit.deployment.fleet import Fleet
@@ -14,6 +15,7 @@ register_cuda_ci(est_time=3600, suite="stage-c-test-dsv4-8-gpu-h200")
 
 PAGES = "The following pages are left blank. " * 1500
 COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
+LONG = 110  # solved problems of about 70 tokens, where a small model takes the place of the Flash weights
 
 
 class TestDisaggregationDSV4Recovery8GPU(RecoveryChecks, BootstrapMessageChecks, Fleet, EightGpuServers):
@@ -21,10 +23,14 @@ class TestDisaggregationDSV4Recovery8GPU(RecoveryChecks, BootstrapMessageChecks,
     bootstrap_timeout = waiting_timeout = 60
     settling = 60
     returning = 1200
+    if EightGpuServers.gsm8k_data_path:  # a small model's long prompts are to take their time
+        server_args = [*EightGpuServers.server_args, "--chunked-prefill-size", "2048", "--disable-radix-cache"]
 
     @classmethod
     def asks(cls):
         """Nothing holds a hand-over here: prompts that take long are in the phases before, a long answer streams."""
+        if cls.gsm8k_data_path:
+            return few_shot_asks(cls.gsm8k_data_path, LONG, 600)
         return {
             BEFORE: Query(f"{PAGES}\n{COUNTING}", 8),
             DURING: Query(f"{PAGES}{PAGES}\n{COUNTING}", 8),

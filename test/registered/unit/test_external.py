@@ -19,7 +19,6 @@ from pdkit.checks.accounting.ledger import OK, ClientAccount, HttpAttempt
 from pdkit.checks.accuracy import client, gsm8k
 from pdkit.checks.external import checks, parity
 from pdkit.checks.external.checks import State
-from pdkit.checks.external.parity import by_length
 from pdkit.checks.http import RequestFailed
 from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
@@ -396,7 +395,10 @@ class TestComparison(unittest.TestCase):
         for exact in (True, False):
             found = self.compare(exact, loses=lambda ids, place: place + 1 >= 128)
             self.assertTrue(found.problems)
-            self.assertEqual(found.hint, "only prompts of 128 tokens and more differ; up to 127 tokens all are right")
+            self.assertRegex(
+                found.hint,
+                "^only prompts of 128 tokens and more differ; up to 127 tokens all are right; the first output",
+            )
 
     def test_a_router_that_rewrites_numbers(self):
         found = self.compare(rewritten=4e-15)
@@ -406,21 +408,7 @@ class TestComparison(unittest.TestCase):
     def test_what_every_prompt_loses(self):
         found = self.compare(loses=lambda ids, place: True)
         self.assertLess(found.equal, 3)  # one of 200 tokens may be right by chance
-        self.assertEqual(found.hint, "prompts of every length differ")
-
-
-class TestHints(unittest.TestCase):
-    def test_by_length(self):
-        for differing, equal, hint in (
-            ((129, 255, 500), (1, 64, 128), "only prompts of 129 tokens and more differ; up to 128 tokens all are right"),
-            ((1, 64), (), "prompts of every length differ"),
-            ((), (1, 64), "prompts that are sent alone are answered right: look at what happens to requests served "
-             "together"),
-            ((128, 200, 300, 400), (1, 64, 257), "nearly all prompts of 128 tokens and more differ; shorter ones are right"),
-            ((5, 300), (1, 64, 128), None),
-        ):  # fmt: skip
-            pairs = [(length, True) for length in differing] + [(length, False) for length in equal]
-            self.assertEqual(by_length(pairs), hint)
+        self.assertRegex(found.hint, "^the first output token is wrong already")
 
 
 class TestCounters(unittest.TestCase):

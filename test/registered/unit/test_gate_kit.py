@@ -6,8 +6,10 @@ import io
 import json
 import os
 import tempfile
+import threading
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from pdkit.checks.acceptance import AcceptanceLengthChecks, FirstDraftsChecks
@@ -15,7 +17,9 @@ from pdkit.checks.accuracy.checks import FIRST_LOOK, AccuracyGateChecks, GSM8KCh
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts, gsm8k_args
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.deployment.transcript import EvalLost, Transcript
 from pdkit.runner.report.facts import acceptance_length_of
+from sglang.test import simple_eval_common
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
@@ -153,6 +157,39 @@ class TestAccuracyGate(KitTest):
         self.assertEqual(literal.pop("num_examples"), 200)
         self.assertGreaterEqual(set(literal), {"eval_name", "api", "max_tokens", "num_threads"})
         self.assertEqual({name: getattr(gate, name) for name in literal}, literal)
+
+
+class TestLost(unittest.TestCase):
+    """An eval whose gate is out of reach ends, whatever else is still being answered."""
+
+    def run_eval(self, wrong, gate, answered):
+        """Scores 200 examples, of which the first `wrong` are wrong, and those from `answered` on wait for ever."""
+        released = threading.Event()
+        self.addCleanup(released.set)
+
+        def score(example):
+            if example >= answered:
+                released.wait()
+            convo = [{"content": "a prompt"}, {"content": "an answer"}]
+            return SimpleNamespace(score=float(example >= wrong), convo=convo, html="")
+
+        with tempfile.TemporaryDirectory() as directory:
+            with Transcript(os.path.join(directory, "gsm8k.jsonl"), gate=gate).open() as self.transcript:
+                return simple_eval_common.map_with_progress(score, range(200), 128)
+
+    def test_it_stops_once_it_is_lost(self):
+        with self.assertRaisesRegex(
+            EvalLost, "^score at most 0.950 of 200 examples, must be greater than 0.95: stopped"
+        ):
+            self.run_eval(wrong=10, gate=0.95, answered=20)
+
+    def test_it_goes_on_while_it_can_be_won(self):
+        for gate, wrong in ((0.95, 9), (None, 200)):
+            self.assertEqual(len(self.run_eval(wrong=wrong, gate=gate, answered=200)), 200)
+
+    def test_the_last_few_are_waited_for(self):
+        results = self.run_eval(wrong=200, gate=0.05, answered=200)
+        self.assertEqual((len(results), len(self.transcript.scores)), (200, 200))
 
 
 class TestAcceptanceLength(KitTest):

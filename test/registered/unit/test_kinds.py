@@ -3,14 +3,16 @@
 import json
 import threading
 import unittest
+from unittest import mock
 
+from pdkit.checks import memory
 from pdkit.checks.accounting.invariants import contradiction
 from pdkit.checks.accounting.ledger import CONTRADICTS, OK, ClientAccount, HttpAttempt, judge
 from pdkit.checks.age import Life
 from pdkit.checks.crossed import covering_rows, crossed_probes
 from pdkit.checks.latency import SecondMode
 from pdkit.checks.length import lengths_up_to
-from pdkit.checks.memory import Growth
+from pdkit.checks.memory import Growth, MemoryChecks
 from pdkit.checks.parity.answers import Answer
 from pdkit.checks.parity.verdict import Parity
 from pdkit.checks.seam import cut_probes
@@ -157,6 +159,33 @@ class TestMemory(unittest.TestCase):
         self.assertAlmostEqual(growth.slope, 1 << 20)
         with self.assertRaisesRegex(AssertionError, "memory of decode grows by 1024 KiB a request"):
             growth.assert_passed()
+
+    def run_of(self, *resident):
+        """The check, where a server has so many MiB after each round; how many rounds it took."""
+        series, rounds = iter(resident), []
+
+        class Check(MemoryChecks, unittest.TestCase):
+            memory_warm_up = 0
+            memory_rounds = 10
+            memory_patience = len(resident)
+            lb_url = prefill_url = decode_url = base_host = bootstrap_port = None
+            process_prefill = process_decode = None
+
+            def _processes(self):
+                return {"decode": mock.Mock(pid=0)}
+
+            def _round(self):
+                rounds.append(1)
+
+        with mock.patch.object(memory, "resident_bytes", lambda pid: next(series) << 20):
+            Check("test_memory_does_not_grow").test_memory_does_not_grow()
+        return len(rounds)
+
+    def test_a_rise_that_ends_is_none(self):
+        self.assertEqual(self.run_of(*[500] * 12), 10)
+        self.assertIn(self.run_of(*range(500, 600, 10), *[600] * 10), range(11, 20))
+        with self.assertRaisesRegex(AssertionError, "memory of decode grows by"):
+            self.run_of(*range(500, 640, 10))
 
 
 class TestLatency(unittest.TestCase):

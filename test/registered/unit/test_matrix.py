@@ -9,6 +9,7 @@ import tempfile
 import textwrap
 import unittest
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -21,11 +22,11 @@ from pdkit.core.events import Events
 from pdkit.faults import LIBRARY
 from pdkit.faults.matrix import report, truth
 from pdkit.faults.matrix.results import Results, ResultsError, Run, planned
-from pdkit.faults.matrix.run import QUICK_FAULTS, subjects_of
+from pdkit.faults.matrix.run import QUICK_FAULTS, chosen_faults, subjects_of
 from pdkit.faults.matrix.session import Session, Subject, WorkerFailed
 from pdkit.faults.matrix.truth import Truth
 from pdkit.faults.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, CheckVerdict, checks_of, merged, verdicts_of
-from pdkit.faults.matrix.worker import PatientLedger
+from pdkit.faults.matrix.worker import LONGEST_SLEEP, PatientLedger, _sleep_less
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
@@ -184,6 +185,16 @@ class TestResults(unittest.TestCase):
             ),
         ):
             self.assertEqual(self.goal_of(run, changes=changes), [why])
+
+    def test_a_headline_must_name_the_kind(self):
+        for name, message, expected in (
+            ("newest-1-lost-after-20", "age: FAIL, equal to the monolithic server's until request 21 of 40", []),
+            ("newest-1-lost-after-20", "5 of 8 attempts failed", ["no headline names its kind"]),
+            ("window-zeroed", "anything", []),
+        ):
+            verdicts = {"a": CheckVerdict(False, 1.0), "b": CheckVerdict(True, 1.0, message)}
+            found = self.goal_of(Run(name, 0, 9, 2.0, verdicts=verdicts))
+            self.assertEqual([why.partition(":")[0] for why in found], expected)
 
     def test_a_run_that_is_missing_misses_the_goal(self):
         self.fill(run_of(None))
@@ -429,6 +440,26 @@ class TestCommand(unittest.TestCase):
             self.assertIn(f"class {subject.cls}(", subject.file.read_text())
         for name in QUICK_FAULTS:
             self.assertIn(name, LIBRARY)
+
+    def test_only_subjects_that_faults_are_put_before_are_started(self):
+        kind = next(name for name, fault in LIBRARY.items() if fault.asks)
+        for faults, expected in (
+            ((kind,), ["kinds"]),
+            (("seed-lost",), ["trained", "random"]),
+            ((kind, "seed-lost"), ["trained", "random", "kinds"]),
+        ):
+            self.assertEqual([subject.name for subject in subjects_of(False, faults)], expected)
+
+    def test_all_families_have_one_name(self):
+        chosen = chosen_faults("kinds", quick=False)
+        self.assertEqual(chosen, [fault.name for fault in LIBRARY.values() if fault.asks])
+
+    def test_a_client_s_backoff_is_cut_short_and_a_check_s_own_wait_is_not(self):
+        slept = []
+        wait = partial(_sleep_less, slept.append)
+        wait(9)
+        exec("wait(1.0)", {"__name__": "pdkit.checks.memory", "wait": wait})
+        self.assertEqual(slept, [LONGEST_SLEEP, 1.0])
 
 
 if __name__ == "__main__":

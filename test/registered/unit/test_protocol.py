@@ -47,7 +47,8 @@ class Handler(JsonHandler):
             return self._stream()
         if self.path == "/generate":
             tops = [[[-0.1, index, None], [-0.1 - margin, 9, None]] for index, margin in enumerate(self.server.margins)]
-            return self.answer(200, {"output_ids": [0, 1, 2], "meta_info": {"output_top_logprobs": tops}})
+            said = {"output_top_logprobs": tops, "output_token_logprobs": [top[0] for top in tops]}
+            return self.answer(200, {"output_ids": [0, 1, 2], "meta_info": said})
         logprobs = {"tokens": TOKENS, "token_logprobs": [-0.1] * 3, "top_logprobs": [], "text_offset": []}
         choice = {"index": 0, "text": "".join(TOKENS), "finish_reason": "length", "logprobs": logprobs}
         choices = {"choices": [choice]} if body["prompt"] else {"error": {"message": "empty"}}

@@ -11,9 +11,12 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.loopback import past_proxies
+from pdkit.runner.options import default_history
 from suite_trees import source_of, write_tree
 
 register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
@@ -40,7 +43,10 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """`words` go to `command`, `{x}` in them names a file or server below; `line` must be the last on stderr."""
+    """`words` go to `command`, `{x}` in them names a file or server below; `line` must be the last on stderr.
+
+    shell: what runs the command, as "$@"; "" for the command itself
+    """
 
     command: str
     words: str
@@ -49,10 +55,33 @@ class Row:
     environ: dict = field(default_factory=dict)
     where: str = "stderr"
     lines: int | None = 1
+    shell: str = ""
 
     def __str__(self):
         environ = " ".join(f"{name}={value}" for name, value in self.environ.items())
-        return f"{environ} {self.command} {self.words}".strip()
+        return ascii(f"{environ} {self.command} {self.words} {self.shell}".strip())
+
+
+DEAD_PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY", "all_proxy")}
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+# In a mount or network namespace of its own; where a container may make none, the row is skipped.
+FULL_DISK = 'unshare -m bash -c \'mount -t tmpfs -o size=64k none {root}/soak && exec "$@"\' bash "$@"'
+NO_IPV4 = 'unshare -n "$@"'
+ASKS_ITSELF = """
+    def test_it(self):
+        import http.server, threading, requests, httpx
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for client in (requests, httpx):
+            for host in ("127.0.0.1", "localhost"):
+                answer = client.get(f"http://{host}:{server.server_port}/", timeout=20)
+                self.assertEqual(answer.status_code, 200)
+"""
+LOUD = """
+    def test_it(self):
+        for _ in range(4000):
+            print("#" * 70, flush=True)
+"""
 
 
 def gsm8k(name):
@@ -97,6 +126,33 @@ ROWS = (
     Row("run_suite.py", f"{CPU} --test-root {{computed}}", "est_time is a required constant in register_cpu_ci()"),
     Row("run_suite.py", f"{CPU} --test-root {{empty}}", "nothing ran: no file is registered", 4, where="stdout"),
     Row("run_suite.py", f"{CPU} --test-root {{nan_score}}", "0 passed, 1 failed, 0 skipped", 1, where="stdout"),
+    # surroundings that are hostile
+    Row("run_suite.py", f"{CPU} --test-root {{asks_itself}}", "1 passed, 0 failed", 0, DEAD_PROXY, "stdout"),
+    Row(
+        "run_suite.py", f"{CPU} --report-dir {{root}}/r\udcff", "/r\\udcff' is not text in this locale; choose another"
+    ),
+    Row("run_suite.py", f"{CPU} --report-dir {{root}}/\u00fc", "is not text in this locale", environ=ASCII),
+    Row("pdkit", "run --report-dir {root}/r\udcff", "is not text in this locale; choose another name"),
+    Row(
+        "run_suite.py",
+        f"{CPU} --test-root {{passing}} --report-dir {{root}}/soak/closed",
+        '"result": "passed"',
+        0,
+        where="stdout",
+        shell='"$@" <&- >&- 2>&-; code=$?; cat {root}/soak/closed/results.json; exit $code',
+    ),
+    Row(
+        "run_suite.py",
+        f"{CPU} --test-root {{loud}} --report-dir {{root}}/soak",
+        "report incomplete: No space left on device",
+        0,
+        where="stdout",
+        shell=FULL_DISK,
+    ),
+    Row("pdkit", "run --on embedded", "SGLANG_PD_GSM8K is not for target embedded", environ=gsm8k("text")),
+    Row(
+        "pdkit", "run --on embedded", "127.0.0.1 is missing, no server can listen there", 3, where="any", shell=NO_IPV4
+    ),
     # pdkit: commands and flags
     Row("pdkit", "rum", "pdkit: error: unknown command 'rum'; nearest known: run, "),
     Row("pdkit", "--report", "the following arguments are required: COMMAND"),
@@ -268,6 +324,9 @@ class TestBadInput(unittest.TestCase):
             "no_python": "register_cpu_ci(\n",
             "computed": source_of(registration='register_cpu_ci(est_time=2 * 5, suite="stage-a-test-cpu")'),
             "nan_score": source_of(NAN),
+            "passing": source_of(),
+            "asks_itself": source_of(ASKS_ITSELF),
+            "loud": source_of(LOUD),
             "empty": None,
         }
         for name, source in trees.items():
@@ -280,6 +339,8 @@ class TestBadInput(unittest.TestCase):
             for cleanup in (server.server_close, server.shutdown, server.over.set):
                 cls.addClassCleanup(cleanup)
             cls.names[name] = f"http://127.0.0.1:{server.server_address[1]}"
+        cls.has_namespaces = not subprocess.run(["unshare", "-mn", "true"], capture_output=True).returncode
+        (root / "soak").mkdir()
         cls.names["tls"] = cls.names["good"].replace("http:", "https:")
         began = time.monotonic()
         with ThreadPoolExecutor(4) as pool:
@@ -302,7 +363,9 @@ class TestBadInput(unittest.TestCase):
         path, *rest = COMMANDS[row.command]
         command = [sys.executable, *([path] if path == "-m" else [str(REPO / path)]), *rest, *words]
         options = {"errors": "replace", "env": environ, "cwd": str(cls.names["root"]), "timeout": 300}
-        if path == "-m":
+        if row.shell:
+            command = ["bash", "-c", cls.fill(row.shell), "bash", *command]
+        elif path == "-m" and row.words.isascii():
             return forked.run(command, **options)
         return subprocess.run(command, capture_output=True, text=True, **options)
 
@@ -311,17 +374,31 @@ class TestBadInput(unittest.TestCase):
         self.assertEqual(len({str(row) for row in ROWS}), len(ROWS))
         for row in ROWS:
             with self.subTest(str(row)):
+                if row.shell.startswith("unshare") and not self.has_namespaces:
+                    self.skipTest("this container makes no namespaces")
                 done = self.done[id(row)]
                 self.assertNotIn("Traceback", done.stderr if row.where == "stdout" else done.stdout + done.stderr)
                 self.assertEqual(done.returncode, row.code, done.stdout + done.stderr)
-                said = done.stderr.splitlines() if row.where == "stderr" else done.stdout.splitlines()
+                text = {"stderr": done.stderr, "stdout": done.stdout, "any": done.stdout + done.stderr}[row.where]
+                said = text.splitlines()
                 self.assertTrue(said, "nothing is said")
                 if row.where == "stderr":
                     self.assertIn(self.fill(row.line), said[-1])
                     if row.lines is not None:
                         self.assertEqual(len(said), row.lines, done.stderr)
                 else:
-                    self.assertTrue(any(self.fill(row.line) in line for line in said), done.stdout)
+                    self.assertTrue(any(self.fill(row.line) in line for line in said), text)
+
+    def test_without_a_home_no_directory_is_named_so(self):
+        path = default_history({})
+        self.assertTrue(path is None or path.is_absolute(), path)
+        with mock.patch.object(os.path, "expanduser", lambda path: path):  # a user who is not in passwd
+            self.assertIsNone(default_history({}))
+
+    def test_loopback_is_excepted_from_proxies_beside_what_is_already(self):
+        self.assertEqual(past_proxies({"no_proxy": "a"}), {})
+        self.assertEqual(past_proxies({"HTTPS_PROXY": "x", "NO_PROXY": "a, localhost"}),
+                         dict.fromkeys(("no_proxy", "NO_PROXY"), "a, localhost,127.0.0.1,::1"))  # fmt: skip
 
     def test_nothing_is_left_in_the_directory_where_it_was_typed(self):
         mine = {Path(str(self.names[name])).name for name in ("text", "binary", "empty_file", "nan", "broken_line")}

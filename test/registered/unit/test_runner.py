@@ -47,6 +47,22 @@ def counts_of(output, happened=TESTS[:0], **options):
 
 
 class TestReadOutput(unittest.TestCase):
+    def test_harm_without_effect_is_no_pass(self):
+        def harm(what, passed):
+            return {"kind": "verdict", "check": f"harm: {what}", "passed": passed, "message": ""}
+
+        passed = [{"kind": "test", "id": "t", "state": "passed", "seconds": 1.0}, {"kind": "run", "successful": True}]
+        for done, unmet in (
+            ((), ()),
+            ((harm("kill decode", True), harm("fault x", False), harm("fault x", True)), ()),
+            ((harm("kill decode", True), harm("fault x", False)), ("fault x",)),
+        ):
+            output = read_output([], Events([*passed, *done]))
+            self.assertEqual(output.unmet, unmet)
+            state, reason = Attempt("log", 1.0, 0, output).verdict
+            self.assertIs(state, FileState.FAILED if unmet else FileState.PASSED, reason)
+            self.assertEqual("fault x" in reason, bool(unmet))
+
     def test_events_count_before_what_is_printed(self):
         self.assertEqual(counts_of("1 failed in 0.1s", happened=TESTS), TestCounts(executed=1))
 

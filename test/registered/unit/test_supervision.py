@@ -269,11 +269,23 @@ class TestWhatCannotHideADeath(Supervised):
             self.assertRegex(watch.stop() or "", "^decode exited with code 7")
 
     def test_a_worker_whose_exit_status_its_parent_took(self):
-        reaps = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]]); input()"
-        worker = f"import setproctitle, time; setproctitle.setproctitle({WORKER!r}); time.sleep(1)"
-        parent = self.enterContext(subprocess.Popen([sys.executable, "-c", reaps, worker], stdin=subprocess.PIPE))
+        reaps = (  # whoever ignores SIGCHLD leaves no zombie to read a status from
+            "import signal, subprocess, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+            "worker = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE)\n"
+            "input(); worker.stdin.close(); input()"
+        )
+        worker = (
+            f"import setproctitle; setproctitle.setproctitle({WORKER!r}); print('named', flush=True); open(0).read()"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        parent = self.enterContext(subprocess.Popen([sys.executable, "-c", reaps, worker], **pipes))
         self.addCleanup(parent.kill)
-        workers, deadline = Workers(parent.pid), time.monotonic() + 30
+        self.assertEqual(parent.stdout.readline(), "named\n")
+        workers = Workers(parent.pid)
+        self.assertIsNone(workers.ended())
+        parent.stdin.write("end\n")
+        parent.stdin.flush()
+        deadline = time.monotonic() + 60
         while not (ended := workers.ended()):
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.1)

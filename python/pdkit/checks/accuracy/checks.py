@@ -1,5 +1,7 @@
 """Accuracy on GSM8K: one look, or a gate with stated error rates."""
 
+from types import SimpleNamespace
+
 from pdkit.checks.accuracy.gate import GateOptions, Policy
 from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.accuracy.paired import FEW_FLIPS, PairedOptions
@@ -14,12 +16,12 @@ FIRST_LOOK = "accuracy gate"  # name of the check
 class GSM8KChecks(Checks):
     """`test_gsm8k` as test_disaggregation_dsv4.py asks it: examples once, of which more than `min_score` must be right."""
 
-    needs = ("lb_url", "model", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "model", "gsm8k_data_path")
 
     min_score = 0.95
     gsm8k_examples = 200
 
-    def test_gsm8k(self):
+    def test_gsm8k(self) -> None:
         args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, num_examples=self.gsm8k_examples)
         score = run_eval(args, gate=self.min_score)["score"]
         with events.phase("gate"):
@@ -36,18 +38,18 @@ class AccuracyGateChecks(Checks):
     gsm8k_flips         share of examples on which two sound servers differ, see `PairedOptions.flips`
     """
 
-    needs = ("lb_url", "model", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "model", "gsm8k_data_path")
 
-    gsm8k_gate_policy = "auto"
+    gsm8k_gate_policy: str = "auto"
     min_score = 0.95
     gsm8k_flips = FEW_FLIPS
 
-    def gsm8k_args(self, base_url):
+    def gsm8k_args(self, base_url: str) -> SimpleNamespace:
         """What `run_eval` gets, but for which examples."""
         return gsm8k_args(base_url, self.model, self.gsm8k_data_path, num_shots=5)
 
-    def test_gsm8k(self):
-        options = GateOptions(policy=self.gsm8k_gate_policy, threshold=self.min_score)
+    def test_gsm8k(self) -> None:
+        options = GateOptions(policy=Policy(self.gsm8k_gate_policy), threshold=self.min_score)
         monolithic_url = getattr(self, "monolithic_url", None)
         if monolithic_url and options.policy is Policy.AUTO:
             arguments = self.gsm8k_args(self.lb_url), self.gsm8k_args(monolithic_url)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pdkit
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
@@ -18,11 +19,11 @@ from pdkit.checks.external.checks import MIN_SCORE, CheckedDeployment, CheckRow,
 from pdkit.core.command import Parser, positive
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.gsm8k import Dataset, DatasetError, read_dataset
+from pdkit.core.loopback import past_proxies
 from pdkit.deployment.external import KEY_VARIABLE, Deployment, discover, is_monolithic, key_sent, probe
 
 DATA_VARIABLE = "SGLANG_PD_GSM8K"
 NANO_QUESTIONS = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
-LOOPBACK = "127.0.0.1,localhost,::1"
 
 
 EPILOG = f"""\
@@ -120,14 +121,8 @@ def _print(row: CheckRow) -> None:
 @contextlib.contextmanager
 def _loopback_without_proxy() -> Iterator[None]:
     """Servers of this machine are not asked through a proxy, whatever the environment says."""
-    before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
-    for name, value in before.items():
-        os.environ[name] = ",".join(filter(None, (value, LOOPBACK)))
-    try:
+    with mock.patch.dict(os.environ, past_proxies(os.environ)):
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _shown(name: str) -> AbstractContextManager[object]:

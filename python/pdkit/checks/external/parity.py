@@ -1,10 +1,11 @@
 """Answers of a deployment against those of a monolithic server, without a tokenizer: the baseline's own is asked."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pdkit.checks.hints import Evidence, hint
 from pdkit.checks.http import RequestFailed, generate
 from pdkit.checks.parity import plan
 from pdkit.checks.parity.plan import Geometry, PlanOptions, Probe, Prompts, Round
@@ -79,10 +80,11 @@ class Comparison:
     def __init__(
         self, lb_url: str, baseline_url: str, geometry: Geometry, text: str, *, model: str,
         options: PlanOptions = OPTIONS, exact: bool = False, batches: bool = True, timeout: float = 60.0,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.lb_url, self.baseline_url, self.timeout, self.exact = lb_url, baseline_url, timeout, exact
         self.options, self.model, self.text = options, model, text
         self.references = References(bitwise=False, timeout=timeout)
+        self.boundaries = geometry.edges
         prompts = prompts_of(baseline_url, text, timeout)
         self.parameter_ids = prompts.random_ids(PARAMETER_PROMPT)
         made = plan.make_plan(geometry, prompts, options)
@@ -99,7 +101,9 @@ class Comparison:
         if self.exact:
             for _, parity in alone:
                 problems += replace(parity, control=None, rounding=REWRITTEN).problems
-        pooled = Parity.pool("all requests", [*parities, self._compare(self._parameters())])
+        parameters = self._parameters()
+        rounds, parities = [*self.rounds, parameters], [*parities, self._compare(parameters)]
+        pooled = Parity.pool("all requests", parities)
         problems += pooled.problems
         return Compared(
             equal=sum(
@@ -108,7 +112,7 @@ class Comparison:
             ),
             total=len(pooled.names),
             problems=tuple(problems),
-            hint=by_length(self._differences(alone)) if problems else None,
+            hint=hint([self._evidence(*each) for each in zip(rounds, parities, strict=True)]) if problems else None,
             report=pooled.report(most=0),
         )
 
@@ -133,32 +137,10 @@ class Comparison:
             return probe
         return replace(probe, body=json.dumps(probe.request | {"model": self.model}))
 
-    def _differences(self, alone: Sequence[tuple[Round, Parity]]) -> Iterable[tuple[int, bool]]:
-        """(prompt length, whether the answer differs) of requests that were sent alone."""
-        for round_, parity in alone:
-            for probe, difference in zip(round_.probes, parity.candidate_distribution.differences):
-                differs = difference.diverged is not None
-                if self.exact:
-                    differs |= difference.largest > REWRITTEN or bool(difference.other)
-                yield probe.prompt_length or 0, differs
-
-
-def by_length(differences: Iterable[tuple[int, bool]]) -> str | None:
-    """What the lengths of prompts have to do with it, in words; None where nothing."""
-    groups: dict[bool, list[int]] = {True: [], False: []}
-    for length, differs in differences:
-        groups[differs].append(length)
-    if not groups[True]:
-        return "prompts that are sent alone are answered right: look at what happens to requests served together"
-    if not groups[False]:
-        return "prompts of every length differ"
-    least, most = min(groups[True]), max(groups[False])
-    if least > most:
-        return f"only prompts of {least} tokens and more differ; up to {most} tokens all are right"
-    below = [length for length in groups[False] if length < least]
-    if below and sum(length >= least for length in groups[False]) * 4 <= len(groups[True]):
-        return f"nearly all prompts of {least} tokens and more differ; shorter ones are right"
-    return None
+    def _evidence(self, round_: Round, parity: Parity) -> Evidence:
+        if self.exact and round_.in_flight == 1 and not round_.batch:
+            parity = replace(parity, control=None, rounding=REWRITTEN)
+        return parity.evidence(round_, self.boundaries)
 
 
 def _whatever_is_cached(round_: Round) -> Round:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from operator import eq
 
 from pdkit.checks.hints import ComparedRequest, Evidence
@@ -54,12 +53,12 @@ class Difference:
         return self.diverged is None and self.largest == 0 and not self.other
 
 
-def _table(answer, position):
+def _table(answer: Answer, position: int) -> dict[int, float]:
     known = {token: logprob for logprob, token in answer.alternatives[position]} if answer.alternatives else {}
     return {**known, answer.tokens[position]: answer.logprobs[position]}
 
 
-def _delta(reference, candidate, position):
+def _delta(reference: Answer, candidate: Answer, position: int) -> float:
     """Largest difference of logprob at one position; NaN counts as infinitely far."""
     ours, theirs = _table(reference, position), _table(candidate, position)
     distances = [0.0]
@@ -180,7 +179,7 @@ class Parity(Judgement):
     control: Arm | None = None
     rounding: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         arms = [self.reference, self.candidate] + ([self.control] if self.control is not None else [])
         if not self.names or any(len(arm) != len(self.names) for arm in arms):
             counts = ", ".join(str(len(arm)) for arm in arms)
@@ -192,10 +191,9 @@ class Parity(Judgement):
         return cls(
             condition,
             tuple(f"{each.condition}: {name}" for each in parities for name in each.names),
-            *(
-                tuple(chain(*(getattr(each, arm) for each in parities)))
-                for arm in ("reference", "candidate", "control")
-            ),
+            tuple(answer for each in parities for answer in each.reference),
+            tuple(answer for each in parities for answer in each.candidate),
+            tuple(answer for each in parities for answer in each.control or ()),
         )
 
     @cached_property
@@ -208,7 +206,9 @@ class Parity(Judgement):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return self._unequal() if self.control is None else self._beyond_control()
+        if self.control is None or self.control_distribution is None:
+            return self._unequal()
+        return self._beyond_control(self.control, self.control_distribution)
 
     def evidence(self, round_: Round, boundaries: Mapping[str, int]) -> Evidence:
         """How each answer to `round_` differs, for hints: beyond `rounding`, or visibly more than the control's."""
@@ -235,6 +235,7 @@ class Parity(Judgement):
             probe.name,
             probe.prompt_length,
             len(round_.probes) if round_.batch else round_.in_flight,
+            len(self.reference[index].tokens),
             got.cached_tokens,
             token,
             logprob,
@@ -243,7 +244,7 @@ class Parity(Judgement):
             whose,
         )
 
-    def _unequal(self):
+    def _unequal(self) -> tuple[str, ...]:
         found = []
         for index, difference in enumerate(self.candidate_distribution.differences):
             if difference.diverged is None and difference.largest <= self.rounding and not difference.other:
@@ -251,7 +252,7 @@ class Parity(Judgement):
             found.append(f"{self.names[index]}: {self._describe(index, difference)}")
         return tuple(found)
 
-    def _describe(self, index, difference):
+    def _describe(self, index: int, difference: Difference) -> str:
         reference, candidate = self.reference[index], self.candidate[index]
         parts = []
         if difference.diverged is not None:
@@ -270,8 +271,8 @@ class Parity(Judgement):
         ]
         return "; ".join(parts)
 
-    def _beyond_control(self):
-        control, candidate = self.control_distribution, self.candidate_distribution
+    def _beyond_control(self, answers: Arm, control: Differences) -> tuple[str, ...]:
+        candidate = self.candidate_distribution
         found = []
         tokens = mcnemar(control.same_tokens, candidate.same_tokens)
         if tokens.p_value <= LEVEL / 2:
@@ -286,7 +287,7 @@ class Parity(Judgement):
                 f"logprobs: the candidate is further away in {further.larger} of {further.larger + further.smaller} "
                 f"requests; exact sign test p = {further.p_value:.2g} <= {LEVEL / 2:g}"
             )
-        for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, self.control):
+        for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, answers):
             if other := sorted(other_end(reference, ours) - other_end(reference, theirs)):
                 found.append(f"{name}: another {' and '.join(other)}")
         limit = max(GROSS_FLOOR, GROSS_FACTOR * max(control.largest))
@@ -310,7 +311,7 @@ class Parity(Judgement):
         )
         return f"{self.condition}: {right} of {count} answers {how}"
 
-    def report(self, most: int = 8) -> str:
+    def report(self, most: int = 4) -> str:
         """Both distributions and what is wrong, the first `most` of it."""
         problems = self.problems
         rule = (
@@ -324,7 +325,7 @@ class Parity(Judgement):
             f"parity, {self.condition}: {'FAIL' if problems else 'PASS'}, {len(self.names)} requests, rule: {rule}",
             f"  candidate  {self.candidate_distribution.report()}",
         ]
-        if self.control is not None:
+        if self.control_distribution is not None:
             lines.append(f"  control    {self.control_distribution.report()}")
         lines += [f"  {problem}" for problem in problems[:most]]
         if len(problems) > most:

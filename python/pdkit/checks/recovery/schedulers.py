@@ -19,11 +19,21 @@ from pdkit.checks.recovery.scenarios import GONE, RecoveryChecks
 NAMES = "sglang::schedul", "run_scheduler_p"  # the first 15 characters: spawned, forked
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process is gone, or only waits for its parent to look."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class SchedulerDeathChecks(RecoveryChecks):
     """A server without its scheduler must end, so that whoever watches it starts it again, and clients get an error.
 
     dying  seconds within which it must
     """
+
+    needs = ("require_harm",)
 
     dying = 30
     schedulers_only = False
@@ -46,7 +56,9 @@ class SchedulerDeathChecks(RecoveryChecks):
         process = self.process(side)
         process.expects_exit = True
         struck = time.monotonic()
-        os.kill(self.scheduler(side).pid, signal.SIGKILL)
+        scheduler = self.scheduler(side)
+        os.kill(scheduler.pid, signal.SIGKILL)
+        self.require_harm(f"kill scheduler of {side}", lambda: has_ended(scheduler))
         try:
             process.wait(self.dying)
         except TimeoutExpired:
@@ -76,7 +88,9 @@ class SchedulerDeathChecks(RecoveryChecks):
     @classmethod
     def freeze(cls, name: str) -> None:
         if cls.schedulers_only:
-            os.kill(cls.scheduler(name).pid, signal.SIGSTOP)
+            scheduler = cls.scheduler(name)
+            os.kill(scheduler.pid, signal.SIGSTOP)
+            cls.require_harm(f"freeze scheduler of {name}", lambda: scheduler.status() == psutil.STATUS_STOPPED)
         else:
             super().freeze(name)
 

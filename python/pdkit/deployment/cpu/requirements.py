@@ -82,5 +82,6 @@ def too_few_ports() -> list[str]:
     try:
         ports.claim().release()
     except RuntimeError as problem:
-        return [f"target sglang-cpu needs ports for its servers, and there are {problem}: end what listens there"]
+        remedy = getattr(problem, "remedy", "end what listens there")
+        return [f"target sglang-cpu needs ports for its servers, and there are {problem}: {remedy}"]
     return []

@@ -135,8 +135,8 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
             raise
 
     @classmethod
-    def first_request(cls, base_url: str | None = None, model: str | None = None) -> None:
+    def first_request(cls, base_url: str | None = None, model: str | None = None, threads: int = 32) -> None:
         """Also that every server runs with the shims."""
-        super().first_request(base_url, model)
+        super().first_request(base_url, model, threads)
         for name in ("prefill", "decode"):
             plan.require_active(cls.log_path(name))

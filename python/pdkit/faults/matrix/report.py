@@ -65,6 +65,7 @@ def _about(results, run):
     parts += [f"resembles {fault.resembles}"] if fault.resembles else []
     parts += [f"met {run.met} requests"]
     parts += [f"effect: {truth.evidence}"] if truth else []
+    parts += [f"headline: {run.headline[:160]}"] if fault.says and run.headline else []
     parts += [f"servers restarted: {run.restarted}"] if run.restarted else []
     return "; ".join(parts)
 

@@ -1,6 +1,7 @@
 """Results of a detection matrix on disk, what is still to do, and whether the goal is met."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,13 @@ class Run:
     @property
     def caught_by(self) -> list[str]:
         return [check for check, verdict in self.verdicts.items() if verdict.caught]
+
+    @property
+    def headline(self) -> str | None:
+        """The message of the first check that caught the fault in words that name its kind; None if none did."""
+        says = LIBRARY[self.fault].says if self.fault else ""
+        messages = (verdict.message for verdict in self.verdicts.values() if verdict.caught)
+        return next((message for message in messages if re.search(says, message)), None)
 
     @property
     def key(self) -> tuple[str | None, int]:
@@ -155,6 +163,8 @@ class Results:
             yield "it met no request"
         elif truth.changes and not run.caught_by:
             yield "changes something and was not caught"
+        elif truth.changes and run.headline is None:
+            yield f"no headline names its kind: expected {LIBRARY[run.fault].says!r}"
         elif not truth.changes and not LIBRARY[run.fault].harmless:
             yield "changes nothing, and nobody has said why"
         elif LIBRARY[run.fault].harmless and (parity := [name for name in run.caught_by if name.startswith("parity")]):

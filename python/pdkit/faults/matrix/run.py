@@ -1,5 +1,6 @@
 """Runs a detection matrix into a directory: results.jsonl, matrix.md, matrix.csv and the logs of all servers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import pdkit
 from pdkit.core.errors import ExitCode
 from pdkit.faults import LIBRARY
+from pdkit.faults.kinds import families
 from pdkit.faults.matrix import report
 from pdkit.faults.matrix.results import Results, Run, planned
 from pdkit.faults.matrix.session import Session, Subject
@@ -18,6 +20,7 @@ from pdkit.faults.switch import find
 ASSETS = Path(pdkit.__file__).parent / "assets"
 SUBJECTS = Path(__file__).with_name("subjects.py")
 
+KINDS = "kinds"
 QUICK_FAULTS = (
     "128x-compressed-zeroed",
     "indexer-compressed-zeroed",
@@ -35,16 +38,26 @@ QUICK_TESTS = (
 
 
 def chosen_faults(names: str | None, quick: bool) -> list[str]:
-    """Those named, separated by commas, or else a few or all of the library. Raises UnknownFault."""
+    """Those named, separated by commas, or else a few or all of the library; KINDS stands for all families.
+
+    Raises UnknownFault.
+    """
+    if names == KINDS:
+        return [fault.name for fault in families()]
     if names:
         return [find(name.strip()).name for name in names.split(",")]
     return list(QUICK_FAULTS if quick else LIBRARY)
 
 
-def subjects_of(quick: bool) -> list[Subject]:
+def subjects_of(quick: bool, faults: Sequence[str] = ()) -> list[Subject]:
+    """Those that `faults` are put before; without faults, all."""
     random = Subject("random", SUBJECTS, "RandomWeights", QUICK_TESTS if quick else ())
     kinds = Subject("kinds", SUBJECTS, "Kinds", by_request=True)
-    return [random] if quick else [Subject("trained", SUBJECTS, "Trained"), random, kinds]
+    if quick:
+        return [random]
+    of_state = [Subject("trained", SUBJECTS, "Trained"), random]
+    asking = [bool(LIBRARY[fault].asks) for fault in faults]
+    return (of_state if not all(asking) or not asking else []) + ([kinds] if any(asking) or not asking else [])
 
 
 def models_of(quick: bool) -> list[TriedModel]:
@@ -72,7 +85,7 @@ def run_matrix(out: Path, faults: list[str], clean_runs: int, quick: bool = Fals
 
         results.add_truths(truths_of([name for name in faults if name not in results.truths], models_of(quick), show))
         if todo:
-            with Session(subjects_of(quick), out / "logs", show) as session:
+            with Session(subjects_of(quick, faults), out / "logs", show) as session:
                 results.set_checks(checks_of([test for tests in session.tests.values() for test in tests]))
                 for fault, index in todo:
                     run = session.run(fault, index)

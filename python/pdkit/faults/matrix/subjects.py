@@ -28,11 +28,10 @@ class RandomWeights(FaultSwitchServers, RandomWeightsIntact):
     attempt_timeout = request_timeout = 120
 
 
-class Kinds(FaultSwitchServers, AccountingChecks, LifeAndKindChecks, MonolithicBeside, RandomEmbeddedServers):
+class KindsIntact(AccountingChecks, LifeAndKindChecks, MonolithicBeside, RandomEmbeddedServers):
     """What one request at a time, or a few, do not show; see `pdkit.faults.kinds`."""
 
     bitwise = True
-    attempt_timeout = request_timeout = 120
     age_requests = 450
     stream_count = 300
     failing_lengths = tuple(BIT_FLIPS)
@@ -45,3 +44,7 @@ class Kinds(FaultSwitchServers, AccountingChecks, LifeAndKindChecks, MonolithicB
     @classmethod
     def prefill_args(cls):
         return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:BitFlip"]
+
+
+class Kinds(FaultSwitchServers, KindsIntact):
+    attempt_timeout = request_timeout = 120

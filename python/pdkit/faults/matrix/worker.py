@@ -110,10 +110,9 @@ class RunningSubject:
     def run_test(self, test: str) -> Events:
         """What happened in one test, whose servers are up already."""
         runner = unittest.TextTestRunner(sys.stdout, resultclass=RecordingResult)
-        sleep = time.sleep
         with (
             mock.patch.object(accounting, "Ledger", PatientLedger),
-            mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, LONGEST_SLEEP))),
+            mock.patch.object(time, "sleep", partial(_sleep_less, time.sleep)),
         ):
             runner.run(self.cls(test))
         return self.events.new()
@@ -135,6 +134,12 @@ class RunningSubject:
     def _flush_caches(self):
         for url in (self.cls.prefill_url, self.cls.decode_url):
             requests.post(f"{url}/flush_cache", params={"timeout": HEALTH_TIMEOUT}, timeout=2 * HEALTH_TIMEOUT)
+
+
+def _sleep_less(sleep: Callable[[float], None], seconds: float) -> None:
+    """Cuts a client's backoff short; how long the checks wait themselves is part of what they do."""
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    sleep(seconds if caller.startswith("pdkit.") else min(seconds, LONGEST_SLEEP))
 
 
 def load_class(file, name):

@@ -87,7 +87,8 @@ def _embedded() -> Iterator[Finding]:
         ports.claim().release()
         yield ok("ports", "a block of free ones for servers and load balancer")
     except RuntimeError as problem:
-        yield error("ports", str(problem), "prefill, decode and load balancer listen there", "end what listens there")
+        remedy = getattr(problem, "remedy", "end what listens there")
+        yield error("ports", str(problem), "prefill, decode and load balancer listen there", remedy)
 
 
 def _room(facts: Machine, shm: float, tmp: float, memory: float, home: float = 0) -> Iterator[Finding]:
@@ -207,7 +208,11 @@ def _ports(needs: Needs) -> Iterator[Finding]:
     wanted = {}
     for process in needs.processes:
         wanted.update({port: f"{process.name} {what}" for what, port in process.ports.items()})
-    taken = {port: what for port, what in wanted.items() if not ports.is_free(port)}
+    try:
+        taken = {port: what for port, what in wanted.items() if not ports.is_free(port)}
+    except ports.AddressMissing as problem:
+        yield error("ports", str(problem), "servers and load balancer listen there", problem.remedy)
+        return
     for port, what in sorted(taken.items()):
         holder = _listener(port)
         why = f"{what} listens there, and another process would be mistaken for it"

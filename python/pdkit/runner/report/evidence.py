@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pdkit.core.events import VARIABLE, append
+from pdkit.core.events import VARIABLE, append, spare_of
 from pdkit.core.host import describe
 from pdkit.core.registry import Registration
 from pdkit.core.secrets import scrub, secret_values
@@ -63,7 +63,8 @@ def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
 def start(log: Path) -> None:
     """Before a run of a file: an empty directory for what it leaves, where its events begin. Raises OSError."""
     directory = directory_of(log)
-    shutil.rmtree(directory, ignore_errors=True)
+    for each in (directory, spare_of(directory)):
+        shutil.rmtree(each, ignore_errors=True)
     log.with_suffix(".hang.txt").unlink(missing_ok=True)
     directory.mkdir(exist_ok=True)
     append(directory, "started")

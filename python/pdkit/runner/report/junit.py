@@ -65,7 +65,7 @@ def _whole(run: FileRun) -> TestCase:
 def _outcome(run: FileRun, kind: type[Failure] | type[Error]) -> Failure | Error:
     where = f" in phase {run.failed_phase}" if run.failed_phase else ""
     outcome = kind(_printable(f"{run.state}{where}: {run.death.cause if run.death else run.reason}"), run.state)
-    outcome.text = _printable(run.failure)
+    outcome.text = _printable(run.failure + (f"\nhint: {run.hint}" if run.hint else ""))
     return outcome
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from pdkit.runner.report.model import FAIL, PASS, SKIP, FileRun, Report
+from pdkit.runner.report.terminal import words_of
 
 _MARKS = {"passed": "✅", "passed on retry": "✅", "failed": "❌", "timed out": "❌", "interrupted": "❌"}
 _ROW_MARKS = {PASS: "✅", FAIL: "❌", SKIP: "–"}
@@ -46,6 +47,8 @@ def _details(run: FileRun) -> list[str]:
         where = f" in phase {run.failed_phase}" if run.failed_phase else ""
         lines += [f"### {run.file} {run.state}{where}", ""]
         lines += [run.death.cause, ""] if run.death else []
+        lines += ["~~~text", *words_of(run), "~~~", ""] if run.failure else []
+        lines += [f"Hint: {run.hint}", ""] if run.hint else []
         for log in run.logs[:1]:
             lines += [f"End of {log.path}:", "", "~~~text", *log.lines[-TAIL_LINES:], "~~~", ""]
     return lines

@@ -140,6 +140,7 @@ class Death:
 class FileRun:
     """One test file, by its last attempt. The log of the process that died is the first of `logs`.
 
+    hint      where to look, by the pattern of what was compared
     launched  (name, command) of each process that the test started
     """
 
@@ -165,6 +166,7 @@ class FileRun:
     death: Death | None = None
     notes: tuple[str, ...] = ()
     rows: tuple[ReportRow, ...] = ()
+    hint: str | None = None
 
     @property
     def is_bad(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdkit.checks.hints import Evidence, hint
 from pdkit.core import events
 from pdkit.core.errors import UsageError
 from pdkit.core.events import BAD, Events
@@ -153,6 +154,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         logs=_logs(reader.root, servers, log, lines, death, happened),
         failure=_failure(happened),
         rows=rows_of(happened),
+        hint=_hint(happened),
         death=death,
     )
 
@@ -232,6 +234,13 @@ def _logs(
         shown = excerpt or tuple(content[-TAIL_LINES:])
         found.append(model.Log(name, str(path.relative_to(root)), shown, died))
     return tuple(sorted(found, key=lambda each: not each.died))
+
+
+def _hint(happened: Events) -> str | None:
+    """Of a run of which something failed."""
+    if not any(test["state"] in BAD for test in happened.of("test")):
+        return None
+    return hint([Evidence.of_event(event) for event in happened.of("compared")])
 
 
 def _failure(happened: Events) -> str:

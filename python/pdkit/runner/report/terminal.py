@@ -69,13 +69,20 @@ def _shown(log: Log, directory: Path, is_grouped: bool) -> Sequence[str]:
         return [line.rstrip("\n") for line in deque(lines, maxlen=GROUP_LINES)]
 
 
+def words_of(run: FileRun) -> list[str]:
+    """Which test failed first and why, without its traceback."""
+    return run.failure.partition("\nTraceback (most recent call last)")[0].splitlines()
+
+
 def cause(run: FileRun) -> Iterator[str]:
     """In which phase it failed, what died first, and what the first test that failed says, at most CAUSE_LINES."""
     if run.failed_phase:
         yield f"  in phase {run.failed_phase}"
     if run.death:
         yield f"  died first: {run.death.cause}"
-    said = run.failure.partition("\nTraceback (most recent call last)")[0].splitlines()
+    said = [line for line in words_of(run) if not (run.hint and line.lstrip().startswith("hint: "))]
     yield from (f"  {line}" for line in said[:CAUSE_LINES])
     if len(said) > CAUSE_LINES:
         yield "  ..."
+    if run.hint:
+        yield f"  hint: {run.hint}"
