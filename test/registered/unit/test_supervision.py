@@ -550,6 +550,30 @@ class TestWhatIsLeft(Supervised):
             self.assertEqual(self.run_pair(test=test, mixins=(Threads,)), [])
         self.assert_all_ended()
 
+    def test_servers_are_asked_to_end_all_at_once(self):
+        """Each of two that end only when both were asked."""
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        ends = (
+            "import pathlib, signal, sys, time\n"
+            "here, me, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]\n"
+            "def end(*_):\n"
+            "    (here / me).touch()\n"
+            "    while not (here / other).exists(): time.sleep(0.02)\n"
+            "    (here / f'{me} met').touch()\n"
+            "    sys.exit()\n"
+            "signal.signal(signal.SIGTERM, end)\n"
+            "(here / f'{me} up').touch()\n"
+            "time.sleep(300)\n"
+        )
+
+        def test(case):
+            for me, other in (("a", "b"), ("b", "a")):
+                case.launch(me, [sys.executable, "-c", ends, str(directory), me, other])
+                self.assertTrue(processes.wait_until((directory / f"{me} up").exists, 30))
+
+        self.assertEqual(self.run_pair(test=test), [])
+        self.assertEqual(sorted(path.name for path in directory.glob("* met")), ["a met", "b met"])
+
     def test_after_sigterm_while_servers_are_stopped(self):
         def test(case):
             self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
