@@ -134,6 +134,17 @@ class TestAccuracyGate(KitTest):
         result, _ = self.run_kit(AccuracyGateChecks, self.serve(wrong=range(15)), **attributes)
         self.assertTrue(result.wasSuccessful())
 
+    def test_a_decay_after_the_150th_example_fails_though_the_gate_passes(self):
+        spread, late = range(3, 200, 22), range(151, 200, 6)
+        self.assertEqual((len(spread), len(late)), (9, 9))
+        for wrong, passes in ((spread, True), (late, False)):
+            result, printed = self.run_kit(AccuracyGateChecks, self.serve(wrong=wrong), gsm8k_gate_policy="first-look")
+            self.assertRegex(printed, r"accuracy gate: PASS|the first look alone .* PASS")
+            self.assertEqual(result.wasSuccessful(), passes)
+        self.assertIn(
+            "wrong answers by request number: 9 of 49 after the first 151, 0 of 151 before", self.message(result)
+        )
+
     def test_a_baseline_is_asked_the_same_and_compared(self):
         for wrong, passes in ((0, True), (3, False)):
             baseline, engine = self.serve(), self.serve(wrong=range(30, 30 + wrong))

@@ -13,6 +13,7 @@ from operator import eq
 
 from pdkit.checks.hints import ComparedRequest, Evidence
 from pdkit.checks.judgement import Judgement
+from pdkit.checks.order import Ordered, by_load, by_number
 from pdkit.checks.parity.answers import Answer, Arm
 from pdkit.checks.parity.plan import Probe, Round
 from pdkit.core.quantile import quantile
@@ -153,19 +154,23 @@ class Parity(Judgement):
     condition  what was sent and how, for the report
     names      one for each request
     rounding   largest |difference of logprob| that is no difference; used without a control arm only
+    loads      requests in flight beside each, itself included, where that is known
 
     Without a control arm each answer must be equal: tokens, text, finish reason, prompt logprobs, and logprobs within
     `rounding` (0: to the bit).
 
     With one, the candidate must not be further from the reference, which is each request alone, than the control is,
     which a monolithic server says under the same load. If the hand-over changes nothing, candidate and control are two
-    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence two exact
+    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence exact
     one-sided tests, each at LEVEL / 2, so that a sound engine whose requests err independently of each other fails with
-    a probability of at most LEVEL:
+    a probability of at most 2 LEVEL:
 
       tokens    exact McNemar test of requests whose tokens only the control, or only the candidate, keeps
       logprobs  exact sign test of which of the two has the larger |difference of logprob| on each request; what is
                 below RESOLUTION is equal: a pair may run other kernels than a server that repeats itself to the bit
+
+      order     where the two differ visibly, whether the candidate is the further one more often late in the run, or
+                the more requests are in flight (`loads`): two exact scans of change points (`pdkit.checks.order`)
 
     Tests of all requests together are blind to a fault of a few. Besides, therefore, a single answer fails that is off
     by more than GROSS_FLOOR nats and GROSS_FACTOR times the control's largest difference, which is a rule of thumb, or
@@ -178,6 +183,7 @@ class Parity(Judgement):
     candidate: Arm
     control: Arm | None = None
     rounding: float = 0.0
+    loads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         arms = [self.reference, self.candidate] + ([self.control] if self.control is not None else [])
@@ -194,6 +200,7 @@ class Parity(Judgement):
             tuple(answer for each in parities for answer in each.reference),
             tuple(answer for each in parities for answer in each.candidate),
             tuple(answer for each in parities for answer in each.control or ()),
+            loads=tuple(load for each in parities for load in each.loads),
         )
 
     @cached_property
@@ -287,6 +294,8 @@ class Parity(Judgement):
                 f"logprobs: the candidate is further away in {further.larger} of {further.larger + further.smaller} "
                 f"requests; exact sign test p = {further.p_value:.2g} <= {LEVEL / 2:g}"
             )
+        for judged in self._orders(*visible):
+            found += judged.problems
         for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, answers):
             if other := sorted(other_end(reference, ours) - other_end(reference, theirs)):
                 found.append(f"{name}: another {' and '.join(other)}")
@@ -310,6 +319,15 @@ class Parity(Judgement):
             else "equal the monolithic server's to the bit"
         )
         return f"{self.condition}: {right} of {count} answers {how}"
+
+    def _orders(self, ours: Sequence[float], theirs: Sequence[float]) -> tuple[Ordered, ...]:
+        """Of the requests that candidate and control are not equally far off: which of the two is, by number and load."""
+        differing = [index for index, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
+        further = [ours[index] > theirs[index] for index in differing]
+        orders: tuple[Ordered, ...] = (by_number("candidate further off", further, LEVEL / 2),)
+        if len(self.loads) == len(self.names):
+            orders += (by_load("candidate further off", further, [self.loads[i] for i in differing], LEVEL / 2),)
+        return orders
 
     def report(self, most: int = 4) -> str:
         """Both distributions and what is wrong, the first `most` of it."""
