@@ -23,8 +23,10 @@ from pdkit.runner.interruption import POLL_S, Interruption
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 
 PREPARE = "pdkit.deployment.preload:prepare"
-SLOW = ("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults")
-SLOW += ("pdkit.core.forked",)  # what imports it starts programs that import those
+SLOW = (
+    *("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults"),
+    "pdkit.core.forked",  # what imports it starts programs that import those
+)
 ENOUGH = 2  # such files: for one, importing once is as slow
 
 
