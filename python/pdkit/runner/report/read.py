@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pdkit.checks.hints import Evidence, hint
 from pdkit.core import events
 from pdkit.core.errors import UsageError
 from pdkit.core.events import BAD, Events
 from pdkit.runner.report import facts, model
 from pdkit.runner.report.evidence import ENVIRONMENT_FILE, GPU_PLAN_FILE, directory_of
-from pdkit.runner.report.rows import in_words, rows_of
+from pdkit.runner.report.rows import hint_of, in_words, rows_of
 
 TAIL_LINES = 40
 FAILURE_LINES = 80
@@ -154,7 +153,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         logs=_logs(reader.root, servers, log, lines, death, happened),
         failure=_failure(happened),
         rows=rows_of(happened),
-        hint=_hint(happened),
+        hint=hint_of(happened),
         death=death,
     )
 
@@ -234,13 +233,6 @@ def _logs(
         shown = excerpt or tuple(content[-TAIL_LINES:])
         found.append(model.Log(name, str(path.relative_to(root)), shown, died))
     return tuple(sorted(found, key=lambda each: not each.died))
-
-
-def _hint(happened: Events) -> str | None:
-    """Of a run of which something failed."""
-    if not any(test["state"] in BAD for test in happened.of("test")):
-        return None
-    return hint([Evidence.of_event(event) for event in happened.of("compared")])
 
 
 def _failure(happened: Events) -> str:
