@@ -99,7 +99,7 @@ def _report(reader: _Reader, results: dict[str, Any]) -> model.Report:
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
     target = results.get("target") or (scored[0].target if scored else None)
     return model.Report(
-        title=f"main job on {target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
+        title=f"main job on {target or 'unknown'}" if len(files) == 1 and (scored or target) else f"suite {suite}",
         target=target,
         result=results.get("result"),
         exit_code=results.get("exit_code"),
