@@ -20,6 +20,7 @@ DISTRIBUTION = {
     "pynvml": "nvidia-ml-py",
     "deep_gemm": "sgl-deep-gemm",
     "cuda": "cuda-python",
+    "yaml": "pyyaml",
 }
 
 
