@@ -33,7 +33,7 @@ from pdkit.runner.report.html import page
 from pdkit.runner.report.issue import issue
 from pdkit.runner.report.junit import junit
 from pdkit.runner.report.markdown import markdown
-from pdkit.runner.report.model import Compared, Distribution, Phase, Score
+from pdkit.runner.report.model import ComparedRound, Distribution, Phase, Score
 from pdkit.runner.report.read import NoReport, read_directory
 from pdkit.runner.report.rejudge import judged, rejudged
 from pdkit.runner.report.terminal import cause, log_tails, rows, scores
@@ -470,7 +470,7 @@ class TestRejudge(unittest.TestCase):
         wrong = (*requests[:79], replace(requests[79], token=1))
 
         def states(requests, further):
-            return self.states(compared=(Compared(Evidence("alone", requests, {}), further),))
+            return self.states(compared=(ComparedRound(Evidence("alone", requests, {}), further),))
 
         self.assertEqual(states(requests, ())["compared to the bit"], ("PASS", "0 of 80 differ"))
         state, sentence = states(wrong, ())["compared to the bit"]
@@ -488,7 +488,7 @@ class TestRejudge(unittest.TestCase):
             (log,) = directory.glob("*.log")
             append(log.with_suffix(""), "compared", **Evidence("alone", requests, {}).as_event(), further=())
             (file,) = read_directory(directory).files
-            self.assertEqual(file.compared, (Compared(Evidence("alone", requests, {}), ()),))
+            self.assertEqual(file.compared, (ComparedRound(Evidence("alone", requests, {}), ()),))
 
     def test_the_command(self):
         printed = io.StringIO()

@@ -139,7 +139,7 @@ class Death:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRound:
     """A round of requests compared with a monolithic server's answers.
 
     further  of each request: 1 where the candidate is visibly further off than the control arm, -1 where it is nearer, 0;
@@ -181,7 +181,7 @@ class FileRun:
     notes: tuple[str, ...] = ()
     rows: tuple[ReportRow, ...] = ()
     hint: str | None = None
-    compared: tuple[Compared, ...] = ()
+    compared: tuple[ComparedRound, ...] = ()
 
     @property
     def is_bad(self) -> bool:

@@ -238,9 +238,9 @@ def _logs(
     return tuple(sorted(found, key=lambda each: not each.died))
 
 
-def _compared(event: dict[str, Any]) -> model.Compared:
+def _compared(event: dict[str, Any]) -> model.ComparedRound:
     further = event.get("further")
-    return model.Compared(Evidence.of_event(event), None if further is None else tuple(further))
+    return model.ComparedRound(Evidence.of_event(event), None if further is None else tuple(further))
 
 
 def _hint(happened: Events) -> str | None:

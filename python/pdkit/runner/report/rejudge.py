@@ -74,7 +74,7 @@ def order(run: FileRun) -> Iterator[Judged]:
 
 
 def parity(run: FileRun) -> Iterator[Judged]:
-    """Compared requests: none may differ where no control arm was taken, and not more than chance explains where one was."""
+    """ComparedRound requests: none may differ where no control arm was taken, and not more than chance explains where one was."""
     if not run.compared:
         return
     exact = [request for each in run.compared if each.further == () for request in each.evidence.requests]
