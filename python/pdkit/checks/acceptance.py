@@ -15,6 +15,7 @@ from pdkit.checks import http
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts
 from pdkit.checks.base import Checks
 from pdkit.checks.judgement import Judgement
+from pdkit.checks.order import Ordered, by_number
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events
 from pdkit.core.stats import Signs, sign_test
@@ -130,7 +131,7 @@ class FirstDrafts(Judgement):
     """Verification steps that the same short answers took, through the pair and at a server that hands nothing over.
 
     Fails where the pair's took more than chance explains, by `stats.sign_test` at a one-sided probability of at
-    most `level`. Raises ValueError where the answers do not pair up.
+    most `level`, or more of them late in the run than early (`pdkit.checks.order`). Raises ValueError where the answers do not pair up.
     """
 
     measured: Acceptance
@@ -143,16 +144,23 @@ class FirstDrafts(Judgement):
 
     @property
     def passed(self) -> bool:
-        return self.found.p_value > self.level
+        return self.found.p_value > self.level and self.order.passed
+
+    @property
+    def order(self) -> Ordered:
+        """Which answers took more steps, in the order in which they were asked for."""
+        more = [ours > theirs for ours, theirs in zip(self.measured.steps, self.reference.steps, strict=True)]
+        return by_number("more steps than the reference's", more)
 
     def report(self) -> str:
-        """Both sides, what differs and the rule, in one line."""
+        """Both sides, what differs and the rule, in one line; another one where order plays a part."""
         found = self.found
         return (
             f"drafts after the KV transfer: {'PASS' if self.passed else 'FAIL'}, {found.larger} of "
             f"{len(self.measured.steps)} answers took more steps than the reference's, {found.smaller} fewer "
             f"({self.measured.length:.4f} and {self.reference.length:.4f} tokens a step; {self.measured.algorithm}); "
             f"exact sign test p = {found.p_value:.2g}, fails at <= {self.level:g}"
+            + "".join(f"\n  {each}" for each in self.order.problems)
         )
 
 

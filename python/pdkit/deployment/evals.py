@@ -15,7 +15,8 @@ sglang_eval = sglang_run_eval.run_eval  # before `pdkit.deployment.attach` puts 
 def run_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]:
     """SGLang's own with the same `args`, recorded while a deployment is up; `gate` is what the score must exceed.
 
-    Raises EvalLost as soon as it cannot any more.
+    Raises EvalLost as soon as it cannot any more. Recorded, the metrics also have "answered": (right,
+    begin, end) of each request, in seconds.
     """
     servers = current()
     if servers is None:
@@ -34,7 +35,7 @@ def run_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]
             _emit_score(servers, args.eval_name, {"score": sum(scores) / len(scores)}, len(scores), gate)
             raise
     _emit_score(servers, args.eval_name, metrics, len(transcript.scores) or args.num_examples, gate)
-    return metrics
+    return {**metrics, "answered": tuple(transcript.answered)} if isinstance(metrics, dict) else metrics
 
 
 def _emit_score(servers: type[PDServers], name: str, metrics: Any, examples: int, gate: float | None) -> None:

@@ -38,9 +38,10 @@ class Transcript:
         self.path, self._gate = path, gate
         self._lost: Future[str] = Future()
         self.scores: list[float] = []
+        self.answered: list[tuple[bool, float, float]] = []  # right, begin and end in seconds; in the order of ends
         self._progressed = progressed
         self._seconds_between_lines = float(os.getenv(PROGRESS_VARIABLE) or SECONDS_BETWEEN_LINES)
-        self._printed_at = time.monotonic()
+        self._opened_at = self._printed_at = time.monotonic()
         self._lock = threading.Lock()
         self._request = threading.local()
 
@@ -105,6 +106,7 @@ class Transcript:
         seconds = time.monotonic() - start
         *prompt, answer = (message["content"] for message in result.convo or [{"content": ""}])
         line = {"example": example if isinstance(example, (int, str)) else None, "score": result.score}
+        line |= {"began": round(start - self._opened_at, 3)}
         line |= {"seconds": round(seconds, 3), "completion_tokens": self._request.tokens}
         line |= {"prompt": "\n".join(map(str, prompt)), "answer": answer}
         line |= {f"{kind.lower()}_answer": value for kind, value in ANSWERS.findall(result.html or "")}
@@ -115,6 +117,7 @@ class Transcript:
                 self._file.write(json.dumps(line) + "\n")
                 self._file.flush()
             self.scores.append(result.score)
+            self.answered.append((result.score == 1.0, start, start + seconds))
             self._look(total)
             if time.monotonic() - self._printed_at >= self._seconds_between_lines:
                 self._printed_at = time.monotonic()

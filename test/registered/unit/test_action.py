@@ -54,7 +54,7 @@ class TestAction(unittest.TestCase):
         self.assertIn("<check><http://lb:1><--baseline><http://one:2><--quick><--exact><key=k>\n", summary)
 
     def test_verdicts(self):
-        for given, verdict in ((1, "FAILED"), (5, "UNCONFIRMED"), (3, ""), (2, "")):
+        for given, verdict in ((1, "FAILED"), (5, "UNCONFIRMED"), (6, "DRIFTED"), (3, ""), (2, "")):
             code, outputs, summary = self.run_step(given, url="http://lb:1")
             self.assertEqual((code, outputs), (given, f"verdict={verdict}\n"))
             self.assertIn("<check><http://lb:1><key=>", summary)

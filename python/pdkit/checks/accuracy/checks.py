@@ -1,5 +1,6 @@
 """Accuracy on GSM8K: one look, or a gate with stated error rates."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 from pdkit.checks.accuracy.gate import GateOptions, Policy
@@ -7,6 +8,7 @@ from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.accuracy.paired import FEW_FLIPS, PairedOptions
 from pdkit.checks.accuracy.sglang_eval import run_eval_with_outcomes
 from pdkit.checks.base import Checks
+from pdkit.checks.order import by_number, of_answers
 from pdkit.core import events
 from pdkit.deployment.evals import run_eval
 
@@ -23,9 +25,12 @@ class GSM8KChecks(Checks):
 
     def test_gsm8k(self) -> None:
         args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, num_examples=self.gsm8k_examples)
-        score = run_eval(args, gate=self.min_score)["score"]
+        metrics = run_eval(args, gate=self.min_score)
         with events.phase("gate"):
-            self.assertGreater(score, self.min_score)
+            self.assertGreater(metrics["score"], self.min_score)
+            for judged in of_answers(metrics.get("answered", ())):
+                print(judged.report(), flush=True)
+                judged.assert_passed()
 
 
 class AccuracyGateChecks(Checks):
@@ -55,9 +60,18 @@ class AccuracyGateChecks(Checks):
             arguments = self.gsm8k_args(self.lb_url), self.gsm8k_args(monolithic_url)
             paired = paired_gate(*arguments, PairedOptions(flips=self.gsm8k_flips), run=run_eval_with_outcomes)
             print(paired.report(), flush=True)
-            return paired.assert_passed()
+            paired.assert_passed()
+            return self.assert_no_decay("right answers lost", paired.lost_in_order)
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options, run=run_eval_with_outcomes)
         print(gate.report(), flush=True)
         if gate.first_look_passed is not None:
             events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
         gate.assert_passed()
+        self.assert_no_decay("wrong answers", [not right for right in gate.outcomes or ()])
+
+    @staticmethod
+    def assert_no_decay(what: str, bad: Sequence[bool]) -> None:
+        """Raises AssertionError where `bad` ones of the examples, in their order, come late."""
+        judged = by_number(what, bad)
+        print(judged.report(), flush=True)
+        judged.assert_passed()

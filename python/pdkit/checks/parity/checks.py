@@ -167,10 +167,11 @@ class ParityArms(Checks):
     ) -> Parity:
         """Of one round; what it showed is kept for the hint, and recorded."""
         names = tuple(probe.name for probe in round_.probes)
-        parity = Parity(round_.condition, names, reference, candidate, control, rounding)
+        loads = (len(names) if round_.batch else round_.in_flight,) * len(names)
+        parity = Parity(round_.condition, names, reference, candidate, control, rounding, loads)
         evidence = parity.evidence(round_, cls._geometry.edges if cls._geometry else {})
         cls.evidence = [*cls.evidence, evidence]
-        events.emit("compared", **evidence.as_event())
+        events.emit("compared", **evidence.as_event(), further=parity.further)
         return parity
 
     @classmethod

@@ -13,10 +13,11 @@ from operator import eq
 
 from pdkit.checks.hints import ComparedRequest, Evidence
 from pdkit.checks.judgement import Judgement
+from pdkit.checks.order import Ordered, by_load, by_number
 from pdkit.checks.parity.answers import Answer, Arm
 from pdkit.checks.parity.plan import Probe, Round
 from pdkit.core.quantile import quantile
-from pdkit.core.stats import mcnemar, sign_test
+from pdkit.core.stats import mcnemar, sign_test_of
 
 # What another order of summation does to a float32 logprob of a nano model: about 1e-6; a KV transfer without its last
 # token does 1e-2. Used only on a machine where batching was seen to change bits without any KV transfer.
@@ -153,19 +154,23 @@ class Parity(Judgement):
     condition  what was sent and how, for the report
     names      one for each request
     rounding   largest |difference of logprob| that is no difference; used without a control arm only
+    loads      requests in flight beside each, itself included, where that is known
 
     Without a control arm each answer must be equal: tokens, text, finish reason, prompt logprobs, and logprobs within
     `rounding` (0: to the bit).
 
     With one, the candidate must not be further from the reference, which is each request alone, than the control is,
     which a monolithic server says under the same load. If the transfer changes nothing, candidate and control are two
-    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence two exact
+    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence exact
     one-sided tests, each at LEVEL / 2, so that a sound engine whose requests err independently of each other fails with
-    a probability of at most LEVEL:
+    a probability of at most 2 LEVEL:
 
       tokens    exact McNemar test of requests whose tokens only the control, or only the candidate, keeps
       logprobs  exact sign test of which of the two has the larger |difference of logprob| on each request; what is
                 below RESOLUTION is equal: a pair may run other kernels than a server that repeats itself to the bit
+
+      order     where the two differ visibly, whether the candidate is the further one more often late in the run, or
+                the more requests are in flight (`loads`): two exact scans of change points (`pdkit.checks.order`)
 
     Tests of all requests together are blind to a fault of a few. Besides, therefore, a single answer fails that is off
     by more than GROSS_FLOOR nats and GROSS_FACTOR times the control's largest difference, which is a rule of thumb, or
@@ -178,6 +183,7 @@ class Parity(Judgement):
     candidate: Arm
     control: Arm | None = None
     rounding: float = 0.0
+    loads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         arms = [self.reference, self.candidate] + ([self.control] if self.control is not None else [])
@@ -194,6 +200,7 @@ class Parity(Judgement):
             tuple(answer for each in parities for answer in each.reference),
             tuple(answer for each in parities for answer in each.candidate),
             tuple(answer for each in parities for answer in each.control or ()),
+            loads=tuple(load for each in parities for load in each.loads),
         )
 
     @cached_property
@@ -280,13 +287,14 @@ class Parity(Judgement):
                 f"tokens: {tokens.lost} requests keep their tokens with the control only, {tokens.gained} with the "
                 f"candidate only; exact McNemar p = {tokens.p_value:.2g} <= {LEVEL / 2:g}"
             )
-        visible = [[max(each, RESOLUTION) for each in arm.largest] for arm in (candidate, control)]
-        further = sign_test(*visible)
+        further = sign_test_of(self.further.count(1), self.further.count(-1))
         if further.p_value <= LEVEL / 2:
             found.append(
                 f"logprobs: the candidate is further away in {further.larger} of {further.larger + further.smaller} "
                 f"requests; exact sign test p = {further.p_value:.2g} <= {LEVEL / 2:g}"
             )
+        for judged in self._orders():
+            found += judged.problems
         for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, answers):
             if other := sorted(other_end(reference, ours) - other_end(reference, theirs)):
                 found.append(f"{name}: another {' and '.join(other)}")
@@ -310,6 +318,24 @@ class Parity(Judgement):
             else "equal the monolithic server's to the bit"
         )
         return f"{self.condition}: {right} of {count} answers {how}"
+
+    @cached_property
+    def further(self) -> tuple[int, ...]:
+        """Of each request: 1 where the candidate is visibly further off than the control, -1 where it is nearer, else 0."""
+        if self.control_distribution is None:
+            return ()
+        arms = (self.candidate_distribution, self.control_distribution)
+        visible = ([max(each, RESOLUTION) for each in arm.largest] for arm in arms)
+        return tuple((ours > theirs) - (ours < theirs) for ours, theirs in zip(*visible, strict=True))
+
+    def _orders(self) -> tuple[Ordered, ...]:
+        """Of the requests that candidate and control are not equally far off: which of the two is, by number and load."""
+        differing = [index for index, sign in enumerate(self.further) if sign]
+        further = [self.further[index] > 0 for index in differing]
+        orders: tuple[Ordered, ...] = (by_number("candidate further off", further, LEVEL / 2),)
+        if len(self.loads) == len(self.names):
+            orders += (by_load("candidate further off", further, [self.loads[i] for i in differing], LEVEL / 2),)
+        return orders
 
     def report(self, most: int = 4) -> str:
         """Both distributions and what is wrong, the first `most` of it."""
