@@ -144,6 +144,13 @@ class TestDisaggregationDSV4Attached(Attached):
         self.assertEqual(rows["counters"][0], "passed")
         self.assertEqual(rows["answers equal the baseline"][0], "passed")
 
+    def test_a_record_of_a_good_deployment_is_answered_again(self):
+        path = self.temporary_path("record-", "good.json")
+        self.check(self.lb_url, "--baseline-record", path, "--record")
+        printed = self.check(self.lb_url, "--baseline-record", path)
+        self.assertIn("answers like the record: same: 40 prompts", printed)
+        self.assertRegex(printed, r"(?m)^every request was answered: 120 of 120$")
+
     def test_a_path_prefix(self):
         gateway = Gateway(self, self.lb_url, "/some/where")
         printed = self.check(gateway.url, "--quick", key=KEY)

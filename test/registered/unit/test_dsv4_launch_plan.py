@@ -582,7 +582,7 @@ class TestBeforeLaunch(unittest.TestCase):
         other.wait()
         deployment_ports.lock(plan).close()
 
-    def test_two_runs_of_the_embedded_rung_do_not_meet(self):
+    def test_two_runs_of_the_embedded_target_do_not_meet(self):
         class Other(embedded.TestDisaggregationDSV4Embedded):
             pass
 

@@ -558,11 +558,6 @@ class TestPlace(CheckCase):
         lines = ("A: prefill: --x", "B: prefill: --x", "A: decode: --x", "B: prefill: --x")
         self.assertEqual(needs.merged(lines), ("A, B: prefill: --x", "A: decode: --x"))
 
-    def test_a_deployment_that_is_there_is_not_launched(self):
-        for why, says in ((dataset.LAUNCHED, "the servers would load"), (dataset.THERE, "the deployment is scored")):
-            (finding,) = dataset.check("/no/such.jsonl", why=why)
-            self.assertIn(says, str(finding))
-
     def test_python3(self):
         environ = {"PATH": "/nowhere"}
         self.assert_fine(checks.of_place(Needs("cpu"), environ))

@@ -84,6 +84,10 @@ class TestStore(HistoryCase):
         self.write(record(1, accepted=1.5), record(0))
         self.assertEqual(store.read([self.file]).records, (record(0), record(1, accepted=1.5)))
 
+    def test_a_record_that_calls_the_target_by_its_older_name(self):
+        self.file.write_text(record(0).to_json().replace('"target": ', '"rung": ') + "\n")
+        self.assertEqual(store.read([self.file]), store.History((record(0),), ()))
+
     def test_writers_do_not_break_each_other(self):
         writers = [threading.Thread(target=lambda n=n: self.write(*map(record, range(n, n + 20)))) for n in (0, 20, 40)]
         for writer in writers:

@@ -3,6 +3,7 @@
 The deployment is a stub: what is dead or frozen, and so what became of a request, is a set of names.
 """
 
+import math
 import time
 import unittest
 from collections import Counter
@@ -33,7 +34,7 @@ class LateClient:
 
     ask: object
     outcome = None
-    ended_at = None
+    ended_at = math.inf
 
     def result(self):
         self.outcome, self.ended_at = self.ask(), time.monotonic() + 1.0

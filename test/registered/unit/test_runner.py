@@ -191,6 +191,7 @@ class TestStates(unittest.TestCase):
             "NOT_READY": 3,
             "NOTHING_RAN": 4,
             "UNCONFIRMED": 5,
+            "DRIFTED": 6,
             "INTERRUPTED": 130,
         }
         self.assertEqual({code.name: int(code) for code in ExitCode}, numbers)
