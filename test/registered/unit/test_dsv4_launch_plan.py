@@ -45,7 +45,7 @@ import test_disaggregation_dsv4_1gpu as one_gpu  # noqa: E402
 import test_disaggregation_dsv4_2gpu as two_gpus  # noqa: E402
 import test_disaggregation_dsv4_embedded as embedded  # noqa: E402
 
-register_cpu_ci(est_time=75, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
 
 
 def parse(args):

@@ -21,7 +21,7 @@ from pdkit.checks.recovery.scenarios import IN_FLIGHT, RecoveryChecks
 from pdkit.checks.scale_out import ScaleOutChecks
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 ROUTERS = {"mini LB": "http://mini", "Rust router": "http://rust"}
 SERVED = Outcome(Fate.SERVED, "right", "", 200, 0.1)

@@ -16,7 +16,7 @@ from pdkit.preflight.environment import needs
 from pdkit.preflight.environment.needs import Needs
 from pdkit.preflight.lint.check import lint
 
-register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = (sys.executable, "-m", "pdkit", "new")
