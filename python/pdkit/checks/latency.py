@@ -96,8 +96,9 @@ class LatencyChecks(Checks):
             seconds = list(pool.map(self._seconds, ways))
         found = SecondMode(*([s for way, s in zip(ways, seconds) if way == each] for each in ("through", "past")))
         print(found.report(), flush=True)
-        if before is not None:
-            did = read_pair([self.prefill_url], [self.decode_url], SETTLE_SECONDS).since(before)
+        after = read_pair([self.prefill_url], [self.decode_url], SETTLE_SECONDS)
+        if before is not None and after is not None:
+            did = after.since(before)
             for side, started in (("prefill", did.prefill.requests), ("decode", did.decode.requests)):
                 message = f"requests are served more than once in secret: {side} started {started} for {len(ways)} sent"
                 self.assertEqual(started, len(ways), message)
