@@ -20,7 +20,7 @@ from pdkit.checks.accuracy.gate import GateOptions, Policy, Verdict
 from pdkit.checks.accuracy.gsm8k import ScoreError, gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.accuracy.paired import FEW_FLIPS, MANY_FLIPS, PairedOptions
 from pdkit.checks.external import parity
-from pdkit.checks.external.record import Record, track
+from pdkit.checks.external.record import Fingerprint, track
 from pdkit.checks.http import RequestFailed, post, post_or_fail
 from pdkit.core import stats
 from pdkit.core.gsm8k import Dataset, prompts_of, running_text
@@ -421,7 +421,7 @@ def check_all(
     return rows
 
 
-def check_record(target: CheckedDeployment, record: Record, said: Callable[[CheckRow], None]) -> list[CheckRow]:
+def check_record(target: CheckedDeployment, record: Fingerprint, said: Callable[[CheckRow], None]) -> list[CheckRow]:
     """Whether the deployment still answers as it did when `record` was made; no other question is asked of it."""
     rows = [roles(target)]
     with target.ledger.open():
@@ -432,7 +432,7 @@ def check_record(target: CheckedDeployment, record: Record, said: Callable[[Chec
     return rows
 
 
-def _tracked(target: CheckedDeployment, record: Record) -> CheckRow:
+def _tracked(target: CheckedDeployment, record: Fingerprint) -> CheckRow:
     tracking = track(target.url, record, target.timeout)
     state = State.FAILED if tracking.broken else State.DRIFTED if tracking.drifted else State.PASSED
     sentence, *evidence = tracking.report().splitlines()
