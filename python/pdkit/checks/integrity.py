@@ -127,6 +127,8 @@ class IntegrityChecks(ParityArms):
         self._assert_alive_and_empty()
         if before is not None:
             after = self._since(before)
+            again = f"requests that failed were started again in secret: prefill started {after.prefill.requests}"
+            self.assertEqual(after.prefill.requests, len(probes), again)
             self.assertEqual(
                 (after.prefill.failed, after.decode.failed),
                 (rejections.rejected, rejections.rejected),

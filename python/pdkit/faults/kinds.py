@@ -211,7 +211,20 @@ def _of_latency() -> Iterator[Fault]:
             Where.LB,
             balancer="request-retried",
             every=every,
-            says="latency has a second mode",
+            says="latency has a second mode|served more than once in secret",
+        )
+
+
+def _of_the_load_balancer() -> Iterator[Fault]:
+    for every in (1, 3):
+        suffix = "" if every == 1 else f"-one-in-{every}"
+        yield Fault(
+            f"failed-retried{suffix}",
+            f"one request of {every} that failed is sent to both servers once more",
+            Where.LB,
+            balancer="failed-retried",
+            every=every,
+            says="started again in secret",
         )
 
 
@@ -227,6 +240,7 @@ TESTS: Mapping[Callable[[], Iterator[Fault]], tuple[str, ...]] = {
     _of_the_seam: ("test_ends_at_every_token",),
     _of_streams: ("test_short_streams_equal_whole_answers",),
     _of_latency: ("test_no_second_mode_of_latency",),
+    _of_the_load_balancer: ("test_corrupted_handover_is_rejected",),
     _of_races: ("test_shared_prefix_in_flight",),
     _of_crossed_parameters: ("test_parity_crossed_parameters",),
     _of_work: (

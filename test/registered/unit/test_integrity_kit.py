@@ -21,13 +21,20 @@ class PairOfServers(StubServer):
     """Balancer, /prefill and /decode in one, with the counters of the embedded engine.
 
     rejected      lengths of prompts that are rejected, with `error`
-    failures      how many of those the counters show
+    failures      how many of those the counters show; starts: how often each was started
     computed      share of the prompts' tokens that prefill computed, `by_decode` those that decode did
     sent_again    share of the bytes of a KV transfer that are sent when its prompt is cached; received: of those sent
     """
 
     def __init__(self, test, **behaviour):
-        sound = {"rejected": CORRUPTED, "error": "checksum mismatch", "failures": 1, "health": 200, "rooms": 0}
+        sound = {
+            "rejected": CORRUPTED,
+            "error": "checksum mismatch",
+            "failures": 1,
+            "health": 200,
+            "rooms": 0,
+            "starts": 1,
+        }
         sound |= {"computed": 1, "by_decode": 0, "sent_again": 1, "received": 1}
         self.does = SimpleNamespace(**{**sound, **behaviour})
         self.served = self.failed = self.tokens = self.sent = 0
@@ -62,7 +69,7 @@ class PairOfServers(StubServer):
         does, is_prefill = self.does, side == "prefill"
         return {
             "engine": {
-                "requests": self.served,
+                "requests": self.served + self.failed * does.starts * is_prefill,
                 "prefill_tokens": self.tokens * (does.computed if is_prefill else does.by_decode),
             },
             "transfer": {
@@ -112,6 +119,7 @@ class TestKit(unittest.TestCase):
             ("its KV transfer was healthy, and it was rejected", {"rejected": (3, *CORRUPTED)}),
             ("no error that names 'checksum'", {"error": "internal error"}),
             ("KV transfers that failed, as prefill and decode count them", {"failures": 0}),
+            ("were started again in secret: prefill started 8", {"starts": 2}),
             ("health of prefill after a corrupted KV transfer", {"health": 503}),
             ("still held after corrupted KV transfers", {"rooms": 1}),
         ):
