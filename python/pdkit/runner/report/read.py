@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdkit.checks.hints import Evidence
 from pdkit.core import events
 from pdkit.core.errors import UsageError
 from pdkit.core.events import BAD, Events
