@@ -293,7 +293,7 @@ class TestX(unittest.TestCase):
         self.assertGreater(0.935, 0.95)
 
     def test_d_parts(self):
-        for part in range(2):
+        for part in range(3):
             with self.subTest(part=part):
                 self.assertEqual(part, 0, "is not zero")
         events.verdict("request accounting", False, "request accounting: FAIL, 1 lost\\n  more")
