@@ -26,8 +26,8 @@ from types import SimpleNamespace
 
 import pdkit
 import requests
+from guarded_server import start_all
 from pdkit.core import ports
-from pdkit.runner.guarded_server import start_all
 
 ASSETS = Path(pdkit.__file__).parent / "assets"
 GOAL_TOKENS_PER_S, GOAL_GIB = 250, 6

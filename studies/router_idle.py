@@ -23,12 +23,12 @@ from pathlib import Path
 import pdkit
 import psutil
 import requests
+from guarded_server import start_all
 from pdkit.core import ports
 from pdkit.core.command import Parser, natural, run_command, seconds
 from pdkit.core.errors import ExitCode
 from pdkit.core.processes import wait_until
 from pdkit.deployment.router import is_ready, kept_alive, metrics_at
-from pdkit.runner.guarded_server import start_all
 
 NANO = Path(pdkit.__file__).parent / "assets" / "nano-dsv4"
 PROMPT = "Question: David buys 5 eggs. How many eggs?\nAnswer:"

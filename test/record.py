@@ -167,16 +167,13 @@ def loaded_tests() -> dict:
 
 def test_names() -> dict:
     """`loaded_tests()` of a process of its own, since what test files import and change would stay."""
+    from pdkit.core import forked
+
     with tempfile.TemporaryDirectory(prefix="record-") as folder:
         answer = Path(folder, "answer.json")
-        program = "import json, pathlib, sys, record; "
-        program += "pathlib.Path(sys.argv[1]).write_text(json.dumps(record.loaded_tests()))"
-        run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", program, str(answer)],
-            env=clean_environment(folder) | {"PYTHONPATH": os.pathsep.join(map(str, (REPO / "python", TEST)))},
-            capture_output=True,
-            text=True,
-        )
+        path = os.pathsep.join(map(str, (REPO / "python", TEST)))
+        environment = clean_environment(folder) | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+        run = forked.run([sys.executable, "-m", "record", "--loaded-tests", str(answer)], env=environment)
         if run.returncode:
             raise RuntimeError(f"the test files cannot be loaded:\n{run.stdout}{run.stderr}")
         return json.loads(answer.read_text())
@@ -340,6 +337,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"records: {', '.join(RECORDS)} (default: all)")
     parser.add_argument("--update", action="store_true", help="write what is so now instead of comparing")
     parser.add_argument("--sglang-wheel", type=Path, action="append", default=[], metavar="WHEEL")
+    parser.add_argument("--loaded-tests", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if unknown := set(args.names) - set(RECORDS):
         parser.error(f"no record is named {', '.join(sorted(unknown))}; choose from {', '.join(RECORDS)}")
@@ -348,6 +346,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
+    if args.loaded_tests:
+        args.loaded_tests.write_text(json.dumps(loaded_tests()))
+        return 0
     current: dict[str, dict] = {}
     for wheel in args.sglang_wheel:
         version, data = launch_contract_of(wheel)

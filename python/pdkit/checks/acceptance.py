@@ -6,7 +6,8 @@ the way to decode leaves every answer right and only lowers this number, and onl
 computes draft state of its own.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from pdkit.checks import http
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts
 from pdkit.checks.base import Checks
 from pdkit.checks.judgement import Judgement
+from pdkit.checks.order import Ordered, by_number
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events
 from pdkit.core.stats import Signs, sign_test
@@ -95,7 +97,7 @@ class AcceptanceGate(Judgement):
     reference: float | None
     minimum_ratio: float = 0.95
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.reference is None:
             raise ValueError(
                 f"the engine speculates ({self.measured.algorithm}) with acceptance length {self.measured.length:.4f}, "
@@ -108,7 +110,7 @@ class AcceptanceGate(Judgement):
 
     @property
     def minimum(self) -> float:
-        return self.reference * self.minimum_ratio
+        return (self.reference or 0) * self.minimum_ratio
 
     @property
     def passed(self) -> bool:
@@ -120,7 +122,7 @@ class AcceptanceGate(Judgement):
         return (
             f"acceptance length: {'PASS' if self.passed else 'FAIL'}, {measured.length:.4f} ({measured.source}; "
             f"{measured.algorithm}), needs {self.minimum:.4f} = {self.minimum_ratio:g} x {self.reference:g}; "
-            f"ratio {measured.length / self.reference:.4f}"
+            f"ratio {measured.length / (self.reference or math.nan):.4f}"
         )
 
 
@@ -129,7 +131,7 @@ class FirstDrafts(Judgement):
     """Verification steps that the same short answers took, through the pair and at a server that hands nothing over.
 
     Fails where the pair's took more than chance explains, by `stats.sign_test` at a one-sided probability of at
-    most `level`. Raises ValueError where the answers do not pair up.
+    most `level`, or more of them late in the run than early (`pdkit.checks.order`). Raises ValueError where the answers do not pair up.
     """
 
     measured: Acceptance
@@ -142,17 +144,27 @@ class FirstDrafts(Judgement):
 
     @property
     def passed(self) -> bool:
-        return self.found.p_value > self.level
+        return self.found.p_value > self.level and self.order.passed
+
+    @property
+    def order(self) -> Ordered:
+        """Which answers took more steps, in the order in which they were asked for."""
+        more = [ours > theirs for ours, theirs in zip(self.measured.steps, self.reference.steps, strict=True)]
+        return by_number("more steps than the reference's", more)
 
     def report(self) -> str:
-        """Both sides, what differs and the rule, in one line."""
+        """Both sides, what differs and the rule, in one line; another one where order plays a part."""
         found = self.found
         return (
             f"drafts after the hand-over: {'PASS' if self.passed else 'FAIL'}, {found.larger} of "
             f"{len(self.measured.steps)} answers took more steps than the reference's, {found.smaller} fewer "
             f"({self.measured.length:.4f} and {self.reference.length:.4f} tokens a step; {self.measured.algorithm}); "
             f"exact sign test p = {found.p_value:.2g}, fails at <= {self.level:g}"
+            + "".join(f"\n  {each}" for each in self.order.problems)
         )
+
+
+Measure = Callable[[str, str], Acceptance | NotApplicable]
 
 
 class DraftMeasures(Checks):
@@ -169,45 +181,45 @@ class DraftMeasures(Checks):
                                   even number of others, so that even a single refused draft costs a step
     """
 
-    needs = ("lb_url", "decode_url", "monolithic_url", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "decode_url", "monolithic_url", "gsm8k_data_path")
 
-    acceptance_length_reference = None
+    acceptance_length_reference: float | None = None
     acceptance_length_ratio = 0.95
     acceptance_length_prompts = 64
     acceptance_length_tokens = 256
     first_drafts_prompts = 64
     first_drafts_tokens = 25
-    first_drafts_reference = None
+    first_drafts_reference: Acceptance | None = None
 
     @classmethod
-    def take_acceptance_reference(cls):
+    def take_acceptance_reference(cls) -> None:
         """From the monolithic server; to be called while it is up where it stops before the test asks."""
         cls.acceptance_length_reference = cls._baseline(cls.measure_acceptance).length
 
     @classmethod
-    def measure_acceptance(cls, url, decode_url):
+    def measure_acceptance(cls, url: str, decode_url: str) -> Acceptance | NotApplicable:
         return cls._accepted(url, decode_url, cls.acceptance_length_prompts, cls.acceptance_length_tokens)
 
     @classmethod
-    def take_first_drafts_reference(cls):
+    def take_first_drafts_reference(cls) -> None:
         """From the monolithic server; to be called while it is up where it stops before the test asks."""
         cls.first_drafts_reference = cls._baseline(cls.measure_first_drafts)
 
     @classmethod
-    def measure_first_drafts(cls, url, decode_url):
+    def measure_first_drafts(cls, url: str, decode_url: str) -> Acceptance | NotApplicable:
         return cls._accepted(url, decode_url, cls.first_drafts_prompts, cls.first_drafts_tokens)
 
     @classmethod
-    def _accepted(cls, url, decode_url, prompts, tokens):
+    def _accepted(cls, url: str, decode_url: str, prompts: int, tokens: int) -> Acceptance | NotApplicable:
         return measure(url, decode_url, few_shot_prompts(cls.gsm8k_data_path, prompts), tokens)
 
     @classmethod
-    def _baseline(cls, measured_at):
+    def _baseline(cls, measured_at: Measure) -> Acceptance:
         baseline = measured_at(cls.monolithic_url, cls.monolithic_url)
         assert isinstance(baseline, Acceptance), f"{cls.monolithic_url}, the baseline: {baseline}"
         return baseline
 
-    def measured_or_skipped(self, measured_at):
+    def measured_or_skipped(self, measured_at: Measure) -> Acceptance:
         """What `measured_at` finds of the pair. Raises SkipTest where it does not speculate."""
         measured = measured_at(self.lb_url, self.decode_url)
         if isinstance(measured, NotApplicable):
@@ -218,7 +230,7 @@ class DraftMeasures(Checks):
 class AcceptanceLengthChecks(DraftMeasures):
     """Speculative decoding must accept about as much as the reference says, on prompts of GSM8K sent through the LB."""
 
-    def test_acceptance_length(self):
+    def test_acceptance_length(self) -> None:
         measured = self.measured_or_skipped(self.measure_acceptance)
         if self.acceptance_length_reference is None and self.monolithic_url:
             self.take_acceptance_reference()
@@ -231,10 +243,11 @@ class AcceptanceLengthChecks(DraftMeasures):
 class FirstDraftsChecks(DraftMeasures):
     """Drafts of the first tokens after the hand-over must be accepted as often as those of the monolithic server."""
 
-    def test_drafts_after_the_hand_over(self):
+    def test_drafts_after_the_hand_over(self) -> None:
         measured = self.measured_or_skipped(self.measure_first_drafts)
         if self.first_drafts_reference is None:
             self.take_first_drafts_reference()
+        assert self.first_drafts_reference is not None
         gate = FirstDrafts(measured, self.first_drafts_reference)
         print(gate.report(), flush=True)
         gate.assert_passed()

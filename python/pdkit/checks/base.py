@@ -5,6 +5,9 @@ import os
 import tempfile
 import unittest
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pdkit.deployment.mixin import BeforePlannedServers
 
 # Who provides what no plain deployment of one prefill and one decode server has.
 PROVIDERS = {
@@ -21,7 +24,20 @@ PROVIDERS = {
 }
 
 
-class Checks:
+if TYPE_CHECKING:
+
+    class _Provided(BeforePlannedServers):
+        """To a type checker: what only some deployments provide; `needs` says who asks for it."""
+
+        monolithic_url: str
+        router_url: str
+        launch_router: Any
+
+else:
+    _Provided = BeforePlannedServers
+
+
+class Checks(_Provided):
     """Base of all checks, and of what changes for them how servers are launched.
 
     needs  names that the test class must provide beside what a TestCase has: as an attribute or method, or, where it
@@ -35,9 +51,8 @@ class Checks:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if not issubclass(cls, unittest.TestCase):
-            return
-        if problems := list(_lacking(cls)):
+        created: type = cls
+        if issubclass(created, unittest.TestCase) and (problems := list(_lacking(created))):
             raise TypeError("; ".join(problems))
 
     @classmethod

@@ -73,11 +73,10 @@ class Evidence:
     @classmethod
     def of_event(cls, event: Mapping[str, Any]) -> Evidence:
         """Raises TypeError or KeyError where it is not one."""
-        requests = (
-            ComparedRequest(*(tuple(cell) if isinstance(cell, list) else cell for cell in row))
-            for row in event["requests"]
-        )
-        return cls(event["condition"], tuple(requests), event["boundaries"])
+        rows: list[list[Any]] = [
+            [tuple(cell) if isinstance(cell, list) else cell for cell in row] for row in event["requests"]
+        ]
+        return cls(event["condition"], tuple(ComparedRequest(*row) for row in rows), event["boundaries"])
 
 
 PARAMETERS = "request parameters"  # conditions that begin so send one prompt with other parameters each
@@ -123,6 +122,8 @@ def hint(evidence: Sequence[Evidence]) -> str | None:
         return None
     if crossed := _crossed(wrong):
         return crossed
+    if cached := _cached(requests):
+        return cached
     if aged := _aged([request for each in evidence if each.condition.startswith(AGE) for request in each.requests]):
         return aged
     alone = [each for each in evidence if all(request.in_flight == 1 for request in each.requests)]
@@ -148,6 +149,16 @@ def _crossed(wrong: Sequence[ComparedRequest]) -> str | None:
         f"{len(others)} requests got another request's answer ({first.name} that of {first.answer_of}): look at how the "
         "load balancer pairs requests and bootstrap rooms"
     )
+
+
+def _cached(requests: Sequence[ComparedRequest]) -> str | None:
+    """Prompts of which a part came from a cache, while as long ones that did not are answered right."""
+    wrong = [request for request in requests if request.differs]
+    least = min(request.prompt or 0 for request in wrong)
+    fresh = [each for each in requests if not each.differs and not each.cached and (each.prompt or 0) >= least]
+    if not all(request.cached for request in wrong) or not fresh:
+        return None
+    return "only prompts with a cached prefix differ: look at the prefix cache, and at what prefill sends of its pages"
 
 
 def _aged(requests: Sequence[ComparedRequest]) -> str | None:
@@ -261,10 +272,6 @@ def _together(evidence: Sequence[Evidence]) -> str | None:
         return f"only other request parameters show it ({', '.join(names)}): look at whether decode gets them"
     requests = [request for each in evidence for request in each.requests]
     wrong = [request for request in requests if request.differs]
-    if all(request.cached for request in wrong) and any(not request.cached for request in requests):
-        return (
-            "only prompts with a cached prefix differ: look at the prefix cache, and at what prefill sends of its pages"
-        )
     if all(each.condition.startswith(PREFIXES) for each in bad):
         return (
             "only requests that share a prefix with another differ: look at slots of the state that two requests share, "

@@ -1,7 +1,7 @@
 """Requests to servers and load balancers, and clients as users have them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ def greedy(new_tokens: int, **more: Any) -> dict[str, Any]:
 def post(
     url: str,
     path: str,
-    body: Any = None,
+    body: object = None,
     timeout: float | tuple[float, float] | None = None,
     session: requests.Session | None = None,
     **options: Any,
@@ -102,6 +102,8 @@ class LoadBalancer:
     tells_of_leaving: bool
 
 
+Prompt = str | Sequence[str] | Sequence[int]  # a text, several, or token ids
+
 # Read in sglang_router/mini_lb.py, which itself fails with 500 on {"text": 5} and {"input_ids": []}.
 MINI_LB = LoadBalancer("mini LB", True, keeps_status=False, merges_streams=True, tells_of_leaving=False)
 # A binary: found by asking sglang-router 0.3.2.
@@ -112,19 +114,19 @@ RUST_ROUTER = LoadBalancer("Rust router", False, keeps_status=True, merges_strea
 class Streamed:
     """A stream of one choice, put together. `texts`: the pieces that were not empty."""
 
-    ids: set = field(default_factory=set)
-    texts: list = field(default_factory=list)
-    tokens: list = field(default_factory=list)
-    finish_reasons: list = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
     matched_stop: object = None
     usage: object = None
 
     @property
-    def text(self):
+    def text(self) -> str:
         return "".join(self.texts)
 
     @classmethod
-    def of(cls, chunks):
+    def of(cls, chunks: Iterable[Any]) -> "Streamed":
         """From chunks of completions or chat completions."""
         streamed = cls()
         for chunk in chunks:
@@ -147,15 +149,15 @@ class Client:
     timeout: seconds for one answer.
     """
 
-    def __init__(self, balancer, url, model, timeout):
+    def __init__(self, balancer: LoadBalancer, url: str, model: str, timeout: float) -> None:
         self.balancer, self.url, self.model, self.timeout = balancer, url, model, timeout
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.balancer.name
 
     @cached_property
-    def openai(self):
+    def openai(self) -> Any:
         import httpx  # with openai, most of a second that only this client needs
         import openai
 
@@ -164,21 +166,37 @@ class Client:
             http_client=openai.DefaultHttpxClient(limits=httpx.Limits(keepalive_expiry=IDLE_S)),
         )  # fmt: skip
 
-    def complete(self, prompt, max_tokens, stream=False, ignore_eos=True, extra=None, **options):
+    def complete(
+        self,
+        prompt: Prompt,
+        max_tokens: int,
+        stream: bool = False,
+        ignore_eos: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         """A completion, or its Streamed. `extra`: parameters of SGLang that OpenAI's client does not know."""
         return self._create(
             self.openai.completions, stream, prompt=prompt, max_tokens=max_tokens,
             extra_body={"ignore_eos": ignore_eos, **(extra or {})}, **options,
         )  # fmt: skip
 
-    def chat(self, content, max_tokens, stream=False, ignore_eos=True, extra=None, **options):
+    def chat(
+        self,
+        content: str,
+        max_tokens: int,
+        stream: bool = False,
+        ignore_eos: bool = True,
+        extra: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         """A chat completion, or its Streamed; `content` is what the user says."""
         return self._create(
             self.openai.chat.completions, stream, messages=[{"role": "user", "content": content}],
             max_tokens=max_tokens, extra_body={"ignore_eos": ignore_eos, **(extra or {})}, **options,
         )  # fmt: skip
 
-    def _create(self, endpoint, stream, **options):
+    def _create(self, endpoint: Any, stream: bool, **options: Any) -> Any:
         options = {"model": self.model, "temperature": 0} | options
         if not stream:
             whole = endpoint.create(**options)
@@ -187,20 +205,20 @@ class Client:
         with endpoint.create(stream=True, stream_options={"include_usage": True}, **options) as chunks:
             return Streamed.of(chunks)
 
-    def open_stream(self, prompt, max_tokens):
+    def open_stream(self, prompt: Prompt, max_tokens: int) -> Any:
         """An open stream of chunks; `close()` it to leave."""
         return self.openai.completions.create(
             model=self.model, prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
 
-    def generate(self, **body):
+    def generate(self, **body: Any) -> Any:
         """The answer of /generate. Raises requests.HTTPError."""
         response = self.post("/generate", body)
         response.raise_for_status()
         return response.json()
 
-    def generate_stream(self, **body):
+    def generate_stream(self, **body: Any) -> list[Any]:
         """The events of /generate as a stream."""
         with self.post("/generate", body | {"stream": True}, stream=True) as response:
             response.raise_for_status()
@@ -208,9 +226,9 @@ class Client:
         assert events[-1] == b"[DONE]", events[-1]
         return [json.loads(event) for event in events[:-1]]
 
-    def post(self, path, body=None, timeout=None, **options):
+    def post(self, path: str, body: object = None, timeout: float | None = None, **options: Any) -> requests.Response:
         """body: as in `post`."""
         return post(self.url, path, body, timeout or self.timeout, **options)
 
-    def close(self):
+    def close(self) -> None:
         self.openai.close()

@@ -19,7 +19,7 @@ from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, read
 from pdkit.checks.http import flush_caches, post, status_of
 from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.checks import ParityArms
-from pdkit.checks.parity.plan import Round, generate_probe
+from pdkit.checks.parity.plan import Probe, Round, generate_probe
 from pdkit.checks.parity.references import collect
 
 KV_CHECKSUM_FLAG = "--disaggregation-enable-kv-checksum"
@@ -108,13 +108,13 @@ class IntegrityChecks(ParityArms):
     integrity_requests    how many requests of healthy hand-overs
     """
 
-    corrupted_lengths = ()
+    corrupted_lengths: Sequence[int] = ()
     corruption_is_random = False
     integrity_requests = 16
     integrity_tokens = 8
 
     @unaccounted
-    def test_corrupted_handover_is_rejected(self):
+    def test_corrupted_handover_is_rejected(self) -> None:
         if not self.corrupted_lengths and not self.corruption_is_random:
             self.skipTest("nothing corrupts hand-overs here; set corrupted_lengths or corruption_is_random")
         healthy, corrupted = self.integrity_probes()
@@ -126,7 +126,7 @@ class IntegrityChecks(ParityArms):
         rejections.assert_passed()
         self._assert_alive_and_empty()
         if before is not None:
-            after = self._pair().since(before)
+            after = self._since(before)
             self.assertEqual(
                 (after.prefill.failed, after.decode.failed),
                 (rejections.rejected, rejections.rejected),
@@ -135,7 +135,7 @@ class IntegrityChecks(ParityArms):
         if not self.corruption_is_random:
             self.check_parity([Round("after corrupted hand-overs", tuple(healthy), len(healthy))])
 
-    def test_prefill_did_the_work(self):
+    def test_prefill_did_the_work(self) -> None:
         before = self._pair()
         if before is None:
             self.skipTest("this engine's /server_info has no counters of requests and hand-overs")
@@ -143,14 +143,14 @@ class IntegrityChecks(ParityArms):
         round_ = Round("each hand-over is seen on both sides", tuple(healthy), len(healthy))
         flush_caches([self.prefill_url], self.request_timeout)
         self.check_parity([round_])
-        cold = self._pair().since(before)
+        cold = self._since(before)
         account = HandoverAccount(cold, len(healthy), len(healthy))
         print(account.report(), flush=True)
         self.assertFalse(account.problems, account.report())
         self.assertEqual(cold.prefill.prefill_tokens, sum(probe.prompt_length for probe in healthy))
 
         collect(self.lb_url, round_, self.request_timeout)
-        cached = self._pair().since(before).since(cold)
+        cached = self._since(before).since(cold)
         self.assertEqual(cold.decode.bytes, cold.prefill.bytes, "bytes that decode received, and that prefill sent")
         self.assertGreater(
             cached.decode.bytes,
@@ -158,7 +158,7 @@ class IntegrityChecks(ParityArms):
             "a prompt whose prefix was in prefill's cache must be handed over as a whole, too",
         )
 
-    def integrity_probes(self):
+    def integrity_probes(self) -> tuple[list[Probe], list[Probe]]:
         """(healthy, corrupted): the longer healthy ones share no length with a corrupted one."""
         plan = self.parity_plan()
         ids = [tuple(probe.request["input_ids"]) for probe in (*plan.rooms[0].probes, *plan.alone[0].probes)]
@@ -173,7 +173,7 @@ class IntegrityChecks(ParityArms):
         ]
         return healthy, corrupted
 
-    def _ask(self, probe):
+    def _ask(self, probe: Probe) -> ServedOrRejected:
         corrupted = None if self.corruption_is_random else probe.prompt_length in self.corrupted_lengths
         try:
             answer = post(self.lb_url, "/generate", probe.request, self.request_timeout)
@@ -184,7 +184,12 @@ class IntegrityChecks(ParityArms):
     def _pair(self) -> PairCounters | None:
         return read_pair([self.prefill_url], [self.decode_url], SETTLE_SECONDS)
 
-    def _assert_alive_and_empty(self):
+    def _since(self, before: PairCounters) -> PairCounters:
+        after = self._pair()
+        assert after is not None, "the servers have no counters any more"
+        return after.since(before)
+
+    def _assert_alive_and_empty(self) -> None:
         for name, url in (("prefill", self.prefill_url), ("decode", self.decode_url)):
             try:
                 status = status_of(f"{url}/health", self.request_timeout)

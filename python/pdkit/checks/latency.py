@@ -76,7 +76,7 @@ class LatencyChecks(Checks):
     latency_requests  how many each way; latency_in_flight: at a time
     """
 
-    needs = ("lb_url", "prefill_url", "decode_url", "base_host", "bootstrap_port")
+    needs: tuple[str, ...] = ("lb_url", "prefill_url", "decode_url", "base_host", "bootstrap_port")
 
     latency_requests = 500
     latency_in_flight = 4

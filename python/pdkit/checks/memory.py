@@ -95,7 +95,15 @@ class MemoryChecks(Checks):
     memory_abandoned  those that prefill alone hears of, and that are aborted when it has computed them
     """
 
-    needs = ("lb_url", "prefill_url", "decode_url", "process_prefill", "process_decode", "base_host", "bootstrap_port")
+    needs: tuple[str, ...] = (
+        "lb_url",
+        "prefill_url",
+        "decode_url",
+        "process_prefill",
+        "process_decode",
+        "base_host",
+        "bootstrap_port",
+    )
 
     memory_rounds = 10
     memory_patience = 30

@@ -3,29 +3,36 @@
 import itertools
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from scipy.stats import binomtest
 
 from pdkit.checks.base import Checks
 from pdkit.checks.http import flush_caches
-from pdkit.checks.recovery.clients import Fate, Query, QueryThread, token_ids
+from pdkit.checks.recovery.clients import Fate, Outcome, Query, QueryThread, token_ids
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events, processes
 from pdkit.deployment.router import healthy_workers
+
+if TYPE_CHECKING:
+    from pdkit.deployment.fleet import TwoPairs
+else:
+    TwoPairs = object
 
 POLL_S = 0.05
 UNFAIR = 1e-6  # the probability of a share that is no accident
 
 
-class ScaleOutChecks(Checks):
+class ScaleOutChecks(Checks, TwoPairs):
     """Put it before the servers.
 
     load     requests that are in flight at once, through each router
     lengths  of their prompts; tokens
     """
 
-    needs = (
+    needs: tuple[str, ...] = (
         "prefill_url", "decode_url", "prefill_2_url", "decode_2_url", "base_host", "bootstrap_port", "router_url",
         "prefills", "decodes", "routers", "process", "end", "start_again", "wait_server_ready",
         "router_timeout", "slack", "settling", "returning",
@@ -34,10 +41,11 @@ class ScaleOutChecks(Checks):
     load = 32
     lengths = (20, 60, 100, 150, 250)
     new_tokens = 4
-    fate_rows = asks = None
+    fate_rows: list[list[str]] = []
+    asks: list[Query]
 
     @classmethod
-    def setUpClass(cls):
+    def setUpClass(cls) -> None:
         cls.fate_rows = []
         super().setUpClass()
         try:
@@ -48,21 +56,21 @@ class ScaleOutChecks(Checks):
             raise
 
     @classmethod
-    def wait_until_all_are_known(cls):
+    def wait_until_all_are_known(cls) -> None:
         """The Rust router is ready with one pair."""
         wanted = len(cls.prefills()) + len(cls.decodes())
         known = processes.wait_until(lambda: healthy_workers(cls.router_url) >= wanted, cls.settling)
         assert known, f"{cls.router_url} knows {healthy_workers(cls.router_url)} of {wanted} servers"
 
     @classmethod
-    def tearDownClass(cls):
-        rows, cls.fate_rows = cls.fate_rows, None
+    def tearDownClass(cls) -> None:
+        rows, cls.fate_rows = cls.fate_rows, []
         if rows:
             events.table("scale-out", ["event", "router", *(fate.value for fate in Fate), "longest"], rows)
         super().tearDownClass()
 
     @classmethod
-    def right_asks(cls):
+    def right_asks(cls) -> list[Query]:
         """The load, and what the first pair alone answers to each, one at a time."""
         lengths = itertools.islice(itertools.cycle(cls.lengths), cls.load)
         asks = [Query(token_ids(length, number), cls.new_tokens) for number, length in enumerate(lengths)]
@@ -71,13 +79,13 @@ class ScaleOutChecks(Checks):
         return [replace(ask, right=outcome.text) for ask, outcome in zip(asks, outcomes)]
 
     @classmethod
-    def answer_by_hand(cls, ask, room):
+    def answer_by_hand(cls, ask: Query, room: int) -> Outcome:
         bootstrap = {"bootstrap_host": cls.base_host, "bootstrap_port": int(cls.bootstrap_port), "bootstrap_room": room}
         ask = replace(ask, more=bootstrap)
         clients = [QueryThread(url, ask, cls.returning) for url in (cls.prefill_url, cls.decode_url)]
         return [client.result() for client in clients][-1]
 
-    def test_pairs_are_right_under_load(self):
+    def test_pairs_are_right_under_load(self) -> None:
         """Each decode server got from each prefill server as many hand-overs as that one sent it.
 
         Through each router by itself each request is started once on each side, and no server has a share that a
@@ -102,7 +110,9 @@ class ScaleOutChecks(Checks):
         if before is None:
             print("this engine does not count hand-overs: only the answers are compared", flush=True)
             return
-        sent, received, failed = (after - earlier for after, earlier in zip(self.handovers(), before))
+        after = self.handovers()
+        assert after is not None
+        sent, received, failed = after[0] - before[0], after[1] - before[1], after[2] - before[2]
         print(f"hand-overs by (prefill, decode): {dict(received)}; sent: {dict(sent)}", flush=True)
         self.assertEqual(failed.total(), 0)
         self.assertEqual(sent.total(), count)
@@ -110,7 +120,7 @@ class ScaleOutChecks(Checks):
             self.assertEqual(sum(count for pair, count in received.items() if pair[0] == prefill), sent[prefill])
         self.assertEqual(len(received), 4, "every prefill server works with every decode server")
 
-    def test_one_dead_pair_does_not_take_the_rest_down(self):
+    def test_one_dead_pair_does_not_take_the_rest_down(self) -> None:
         self.addCleanup(self.revive)
         for name in ("prefill 2", "decode 2"):
             self.end(name)
@@ -120,7 +130,7 @@ class ScaleOutChecks(Checks):
         self.wait_until_all_served("Rust router")
         self.revive()
 
-    def test_one_bad_decode_server_does_not_spoil_the_others(self):
+    def test_one_bad_decode_server_does_not_spoil_the_others(self) -> None:
         """It says that it is well, and refuses what it is handed."""
         self.addCleanup(self.mend)
         self.spoil()
@@ -133,18 +143,18 @@ class ScaleOutChecks(Checks):
         for router in self.routers():
             self.wait_until_all_served(router)
 
-    def spoil(self):
+    def spoil(self) -> None:
         """Makes decode 2 refuse every hand-over."""
         self.skipTest("this engine offers no way to refuse a hand-over")
 
-    def mend(self):
+    def mend(self) -> None:
         """Makes decode 2 take them again."""
 
     @property
-    def bound(self):
+    def bound(self) -> float:
         return self.router_timeout + self.slack
 
-    def fates(self):
+    def fates(self) -> dict[str, Counter[Fate]]:
         """How many requests of the load had which fate, by router; none may be wrong, hang or fail without a word."""
         clients = {
             name: [QueryThread(url, ask, self.bound) for ask in self.asks] for name, url in self.routers().items()
@@ -164,7 +174,7 @@ class ScaleOutChecks(Checks):
             self.assertEqual(unclear, [], router)
         return fates
 
-    def wait_until_all_served(self, router):
+    def wait_until_all_served(self, router: str) -> None:
         deadline, url = time.monotonic() + self.settling, self.routers()[router]
         while True:
             outcomes = [client.result() for client in [QueryThread(url, ask, self.bound) for ask in self.asks]]
@@ -174,7 +184,7 @@ class ScaleOutChecks(Checks):
             self.assertLess(time.monotonic(), deadline, f"{router} still fails: {failed[0]}")
             time.sleep(POLL_S)
 
-    def revive(self):
+    def revive(self) -> None:
         """Starts again what is dead, and waits until every router serves all."""
         dead = [name for name in ("prefill 2", "decode 2") if self.process(name).poll() is not None]
         for name in dead:
@@ -184,9 +194,10 @@ class ScaleOutChecks(Checks):
         for router in self.routers() if dead else ():
             self.wait_until_all_served(router)
 
-    def handovers(self):
+    def handovers(self) -> tuple[Counter[str], Counter[tuple[str, str]], Counter[str]] | None:
         """(sent by prefill, received by (prefill, decode), failed by server), as the servers count them; None if not."""
-        sent, received, failed = Counter(), Counter(), Counter()
+        sent, failed = Counter[str](), Counter[str]()
+        received = Counter[tuple[str, str]]()
         if "transfer" not in self.info(self.prefill_url):
             return None
         for url, bootstrap_port in self.prefills():
@@ -205,9 +216,11 @@ class ScaleOutChecks(Checks):
         found = {role: {url: self.info(url).get("engine") for url in each} for role, each in urls.items()}
         if not all(isinstance(engine, dict) for each in found.values() for engine in each.values()):
             return {}
-        return {role: {url: engine["requests"] for url, engine in each.items()} for role, each in found.items()}
+        return {
+            role: {url: engine["requests"] for url, engine in each.items() if engine} for role, each in found.items()
+        }
 
-    def wait_idle(self):
+    def wait_idle(self) -> None:
         deadline, urls = time.monotonic() + self.settling, [*(url for url, _ in self.prefills()), *self.decodes()]
         if "rooms" not in self.info(self.prefill_url):
             flush_caches(urls, self.settling)  # SGLang refuses while a request is queued, running or being handed over
@@ -220,5 +233,5 @@ class ScaleOutChecks(Checks):
             self.assertLess(time.monotonic(), deadline, f"(rooms, requests) still held: {held}")
             time.sleep(POLL_S)
 
-    def info(self, url):
+    def info(self, url: str) -> Mapping[str, Any]:
         return read_server_info(url, self.settling)

@@ -77,7 +77,7 @@ class StreamChecks(Checks):
     stream_in_flight  how many at a time
     """
 
-    needs = ("lb_url", "model")
+    needs: tuple[str, ...] = ("lb_url", "model")
 
     stream_count = 60
     stream_tokens = 6

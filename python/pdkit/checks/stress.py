@@ -7,16 +7,19 @@ memory meet. Of two servers with equal flags one passed 200 rounds and the other
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.base import Checks
 from pdkit.checks.http import post
+from pdkit.deployment.mixin import BeforePlannedServers
+from pdkit.deployment.server import Server
 
 EDGES = (1, 2, 3, 4, 5, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 FILLED_ROWS = 128  # tokens of a batch whose int32 lengths fill an allocation of 512 bytes to its end
@@ -30,7 +33,7 @@ class StressRound:
 
     number: int
     kind: str
-    bodies: tuple[dict, ...]
+    bodies: tuple[dict[str, Any], ...]
 
 
 def lengths_of(rng: random.Random, most: int, longest: int) -> tuple[str, list[int]]:
@@ -74,7 +77,7 @@ class StressChecks(Checks):
     stress_timeout   seconds for one request
     """
 
-    needs = ("lb_url", "monolithic_url", "log_path")
+    needs: tuple[str, ...] = ("lb_url", "monolithic_url", "log_path")
 
     stress_rounds = 200
     stress_seed = 1
@@ -84,17 +87,17 @@ class StressChecks(Checks):
     stress_vocabulary = range(10, 250)
 
     @classmethod
-    def take_references(cls):
+    def take_references(cls) -> None:
         """Nothing is compared."""
 
     @unaccounted
-    def test_short_rounds_to_the_monolithic_server(self):
+    def test_short_rounds_to_the_monolithic_server(self) -> None:
         self.stress("monolithic server", self.monolithic_url, ("monolithic",))
 
-    def test_short_rounds_to_the_pair(self):
+    def test_short_rounds_to_the_pair(self) -> None:
         self.stress("prefill and decode", self.lb_url, ("prefill", "decode"))
 
-    def stress(self, target: str, url: str, servers: tuple[str, ...]):
+    def stress(self, target: str, url: str, servers: tuple[str, ...]) -> None:
         """Fails with the number of the round, whom it was sent to, and the log of who died or does not answer."""
         begin, sent = time.monotonic(), 0
         planned = rounds(
@@ -120,11 +123,11 @@ class StressChecks(Checks):
         )
 
     @staticmethod
-    def _spoken_lengths(round_):
+    def _spoken_lengths(round_: StressRound) -> str:
         lengths = sorted({len(body["input_ids"]) for body in round_.bodies})
         return ", ".join(map(str, lengths)) if len(lengths) < 6 else f"{lengths[0]} to {lengths[-1]}"
 
-    def _send(self, session, pool, url, round_):
+    def _send(self, session: requests.Session, pool: ThreadPoolExecutor, url: str, round_: StressRound) -> None:
         answers = [pool.submit(post, url, "/generate", body, self.stress_timeout, session) for body in round_.bodies]
         try:
             for body, answer in zip(round_.bodies, answers):
@@ -134,13 +137,13 @@ class StressChecks(Checks):
             raise AssertionError(f"{type(error).__name__}: {error}") from error
 
     @staticmethod
-    def _check(body, answer):
+    def _check(body: Mapping[str, Any], answer: requests.Response) -> None:
         wanted = body["sampling_params"]["max_new_tokens"]
         assert answer.status_code == 200, f"status {answer.status_code}: {answer.text[:300]}"
         said = answer.json()["meta_info"]
         assert said["completion_tokens"] == wanted, f"{said['completion_tokens']} tokens of {wanted}: {said}"
 
-    def _logs(self, error, servers):
+    def _logs(self, error: BaseException, servers: Sequence[str]) -> str:
         """The end of each server's log, unless `error` is a death, which has the log of who died."""
         if not isinstance(error, Exception):
             return ""
@@ -153,13 +156,15 @@ class StressChecks(Checks):
         return ends
 
 
-class CoreDumps:
+class CoreDumps(BeforePlannedServers):
     """Servers leave light CUDA cores where their logs are. Put it before what launches them."""
 
     @classmethod
-    def launch(cls, name, command, env=None, **more):
+    def launch(
+        cls, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, *more: Any, **by_name: Any
+    ) -> Server:
         cores = {
             "SGLANG_CUDA_COREDUMP": "1",
             "SGLANG_CUDA_COREDUMP_DIR": os.path.join(cls.log_directory(), "cuda_cores"),
         }
-        return super().launch(name, command, {**(env or {}), **cores}, **more)
+        return super().launch(name, command, {**(env or {}), **cores}, *more, **by_name)

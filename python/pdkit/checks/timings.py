@@ -3,6 +3,7 @@
 import random
 import statistics
 import time
+from collections.abc import Sequence
 
 from pdkit.checks.accuracy.sglang_eval import gsm8k_metrics
 from pdkit.checks.base import Checks
@@ -16,13 +17,13 @@ class TimingChecks(Checks):
     throughput_examples  how many GSM8K examples each server is asked
     """
 
-    needs = ("lb_url", "monolithic_url", "model", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "monolithic_url", "model", "gsm8k_data_path")
 
     handover_lengths = (128, 512, 1024, 2048, 4096)
     handover_repeats = 5
     throughput_examples = 100
 
-    def test_report_throughput(self):
+    def test_report_throughput(self) -> None:
         pair, alone = (
             gsm8k_metrics(url, self.model, self.gsm8k_data_path, self.throughput_examples)["output_throughput"]
             for url in (self.lb_url, self.monolithic_url)
@@ -33,7 +34,7 @@ class TimingChecks(Checks):
             flush=True,
         )
 
-    def test_report_time_of_hand_over(self):
+    def test_report_time_of_hand_over(self) -> None:
         print("prompt tokens  one token: monolithic  prefill and decode  difference", flush=True)
         rng = random.Random(0)
         for length in self.handover_lengths:
@@ -45,7 +46,7 @@ class TimingChecks(Checks):
             one, two = statistics.median(alone), statistics.median(handed)
             print(f"{length:13}  {one * 1e3:18.1f} ms  {two * 1e3:15.1f} ms  {(two - one) * 1e3:7.1f} ms", flush=True)
 
-    def one_token(self, url, ids):
+    def one_token(self, url: str, ids: Sequence[int]) -> float:
         """Seconds to an answer of one token."""
         body = {"input_ids": ids, "sampling_params": greedy(1)}
         begin = time.perf_counter()

@@ -82,7 +82,7 @@ class WorkChecks(ParityArms):
     failing_delays     seconds after which prefill's half of a request is aborted
     """
 
-    needs = ("base_host", "bootstrap_port")
+    needs: tuple[str, ...] = ("base_host", "bootstrap_port")
 
     withheld_lengths: Sequence[int] = ()
     failing_lengths: Sequence[int] = ()

@@ -41,7 +41,7 @@ def main(args: Namespace) -> ExitCode:
     """Raises UsageError and NotReady."""
     from pdkit.preflight.contract.launches import report
     from pdkit.preflight.plan import of_contract
-    from pdkit.preflight.scaffold import check, new_test, render
+    from pdkit.preflight.scaffold import check, new_test
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "directory")}
     if not args.directory.is_dir():
@@ -52,7 +52,7 @@ def main(args: Namespace) -> ExitCode:
         raise UsageError(f"{path} exists; choose another name")
     contract = check(test, args.directory)
     with path.open("x") as file:
-        file.write(render(test))
+        file.write(test.source)
     shown = os.path.relpath(path)
     print(shown, *report(contract), sep="\n")
     for server in of_contract(contract, test.suite)[0].servers:

@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     NOT_READY = 3
     NOTHING_RAN = 4
     UNCONFIRMED = 5
+    DRIFTED = 6
     INTERRUPTED = 130
 
 

@@ -98,7 +98,7 @@ def _parse_top_level(rules: ModuleType, filename: str) -> tuple[list[Any], bool]
     return visitor.registries, visitor.has_main_entry
 
 
-def _is_test(path: str, name: str) -> bool:
+def _seems_a_test(path: str, name: str) -> bool:
     if not name.endswith(".py"):
         return False
     if name.startswith("test_"):
@@ -115,12 +115,25 @@ def find_test_files(root: Path) -> list[str]:
     for directory, subdirectories, names in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if not name.startswith((".", "__"))]
         paths = ((os.path.join(directory, name), name) for name in names)
-        files += [path for path, name in paths if _is_test(path, name)]
+        files += [path for path, name in paths if _seems_a_test(path, name)]
     return sorted(files)
 
 
+def is_test(filename: str, rules: ModuleType | None = None) -> bool:
+    """Whether one of `find_test_files` is a test: by its name, or because it registers itself and not only says so.
+
+    A file that is not Python counts as one, so that it is named as an error.
+    """
+    try:
+        return Path(filename).name.startswith("test_") or bool(
+            _parse_top_level(rules or ci_register.load(), filename)[0]
+        )
+    except SyntaxError:
+        return True
+
+
 def _registrations_of(rules: ModuleType, filename: str, root: Path) -> list[Registration]:
-    if not Path(filename).name.startswith("test_") and not rules.ut_parse_one_file(filename)[0]:
+    if not is_test(filename, rules):
         return []
     name = os.path.relpath(filename, root.parent)
     registrations = []

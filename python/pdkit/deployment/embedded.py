@@ -22,11 +22,11 @@ class EmbeddedServers(ClaimedPorts, PlannedServers):
 
     @classmethod
     def prefill_args(cls) -> list[str]:
-        return cls._mode("prefill")
+        return [*cls._mode("prefill"), *cls.extra_prefill_args]
 
     @classmethod
     def decode_args(cls) -> list[str]:
-        return cls._mode("decode")
+        return [*cls._mode("decode"), *cls.extra_decode_args]
 
     @classmethod
     def monolithic_args(cls) -> list[str]:

@@ -7,13 +7,17 @@ from sglang.test import run_eval as sglang_run_eval
 
 from pdkit.core import events
 from pdkit.deployment.fixture import PDServers, current
-from pdkit.deployment.transcript import Transcript
+from pdkit.deployment.transcript import EvalLost, Transcript
 
 sglang_eval = sglang_run_eval.run_eval  # before `pdkit.deployment.attach` puts ours in its place
 
 
 def run_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]:
-    """SGLang's own with the same `args`, recorded while a deployment is up; `gate` is what the score must exceed."""
+    """SGLang's own with the same `args`, recorded while a deployment is up; `gate` is what the score must exceed.
+
+    Raises EvalLost as soon as it cannot any more. Recorded, the metrics also have "answered": (right,
+    begin, end) of each request, in seconds.
+    """
     servers = current()
     if servers is None:
         return sglang_eval(args)
@@ -22,11 +26,16 @@ def run_eval(args: SimpleNamespace, gate: float | None = None) -> dict[str, Any]
     with (
         events.phase(args.eval_name),
         servers.heartbeat() as progressed,
-        Transcript(servers.log_path(args.eval_name, "jsonl"), progressed).open() as transcript,
+        Transcript(servers.log_path(args.eval_name, "jsonl"), progressed, gate).open() as transcript,
     ):
-        metrics = sglang_eval(args)
+        try:
+            metrics = sglang_eval(args)
+        except EvalLost:
+            scores = transcript.scores
+            _emit_score(servers, args.eval_name, {"score": sum(scores) / len(scores)}, len(scores), gate)
+            raise
     _emit_score(servers, args.eval_name, metrics, len(transcript.scores) or args.num_examples, gate)
-    return metrics
+    return {**metrics, "answered": tuple(transcript.answered)} if isinstance(metrics, dict) else metrics
 
 
 def _emit_score(servers: type[PDServers], name: str, metrics: Any, examples: int, gate: float | None) -> None:

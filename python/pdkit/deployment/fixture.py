@@ -360,6 +360,8 @@ class PDServers(PDDisaggregationServerBase):
             try:
                 unreported_death = supervisor.stop()
                 for server in reversed(servers):
+                    server.ask_to_end()  # all at once: each may take seconds
+                for server in reversed(servers):
                     server.stop()
                 if hasattr(cls, "base_host"):  # the fixture's own setUpClass was reached
                     # Nothing is left for it to end or to wait for, and process ids may belong to others by now.

@@ -57,7 +57,7 @@ class Server(subprocess.Popen[str]):
         self.expects_exit = False
         self.ended_at = math.inf
         self.fatal_at, self.fatal_line = math.inf, 0
-        self._stop, self._copies = stop, tuple(filter(None, copies))
+        self._stop, self._was_asked, self._copies = stop, False, tuple(filter(None, copies))
         super().__init__(
             command,
             env=env,
@@ -135,10 +135,16 @@ class Server(subprocess.Popen[str]):
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
+    def ask_to_end(self) -> None:
+        """Sends the signal for that, once: to many servers a second one means to drop everything."""
+        if not self._was_asked and self._stop != signal.SIGKILL:
+            self._was_asked = True
+            self.send_signal(self._stop)
+
     def stop(self, grace_s: float = GRACE_S) -> None:
         """Asks the server to end, kills what has not ended after `grace_s` seconds, and waits for it."""
+        self.ask_to_end()
         if self.poll() is None and self._stop != signal.SIGKILL:
-            self.send_signal(self._stop)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.wait(grace_s)
         self.kill_all()

@@ -30,7 +30,7 @@ class BalancerFaultChecks(ParityArms):
     unseen_faults    why parity does not see some of them although they are harmful
     """
 
-    needs = ("base_host", "start_decode", "log_path", "wait_server_ready")
+    needs: tuple[str, ...] = ("base_host", "start_decode", "log_path", "wait_server_ready")
 
     balancer_faults = (
         "prefill-late",

@@ -113,7 +113,7 @@ class PlantedBugChecks(ExactParityArms):
     A bug is caught where a check fails that passes for the release, and the failure names the file that was changed.
     """
 
-    needs = (
+    needs: tuple[str, ...] = (
         "launch",
         "server_env",
         "supervisor",

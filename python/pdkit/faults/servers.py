@@ -25,7 +25,7 @@ class FaultSwitchServers(Checks):
     transfer_timeout   seconds after which decode gives up a hand-over that has not come
     """
 
-    needs = ("configure", "server_env", "prefill_args", "decode_args", "start_lb")
+    needs: tuple[str, ...] = ("configure", "server_env", "prefill_args", "decode_args", "start_lb")
 
     switch = None
     bootstrap_timeout = 30

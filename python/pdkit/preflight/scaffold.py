@@ -5,9 +5,9 @@ import io
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import PROJECT_SUITES, defined_suites, pair_of
@@ -19,22 +19,15 @@ from pdkit.preflight.dsv4 import is_dsv4
 from pdkit.preflight.lint.check import lint
 from pdkit.preflight.plan import Runner, of_contract, span
 
-SERVERS = {
-    "cuda": ("pdkit.deployment.multi_gpu", "EightGpuServers"),
-    "cpu": ("pdkit.deployment.embedded", "EmbeddedServers"),
-}
-EST_TIME_S = {"cuda": 250, "cpu": 120}
-SHARED_FRACTION = 0.4
-INHERITED = {"width": 4, "target": "8xH200", "memory_gb": 141}  # of the main job's servers
+MAIN_JOB = {"target": "8xH200", "memory_gb": 141, "gpus": 4}  # of EightGpuServers; GPUs of each of the two
 WIDTH = 120
-_GPUS = re.compile(r"(\d+)(?:\+(\d+))?")
 _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
 TEMPLATE = '''"""{title} must still solve GSM8K."""
 
 import unittest
 
 from pdkit.checks.accuracy.checks import GSM8KChecks
-from {module} import {servers}
+from pdkit.deployment.{module} import {servers}
 from sglang.test.ci.ci_register import register_{hw}_ci
 
 register_{hw}_ci(est_time={est_time}, {suite})
@@ -49,99 +42,64 @@ if __name__ == "__main__":
 '''
 
 
-class Refused(UsageError):
-    """The test would not keep the rules; the message has one line for each reason."""
-
-
 @dataclass(frozen=True)
 class NewTest:
-    """What the new test states; `prefill_gpus` and `decode_gpus` are the same where both servers share them.
-
-    Without `model` it serves what the embedded test serves.
-    """
-
-    name: str
-    model: str | None
+    file_name: str
     suite: str
-    hw: str
-    prefill_gpus: range = range(0)
-    decode_gpus: range = range(0)
-    flags: tuple[str, ...] = ()
-    prefill_flags: tuple[str, ...] = ()
-    decode_flags: tuple[str, ...] = ()
-    min_score: float | None = None
-    est_time: int | None = None
-
-    @property
-    def words(self) -> list[str]:
-        return _WORD.findall(self.name)
-
-    @property
-    def file_name(self) -> str:
-        return f"test_disaggregation_{'_'.join(self.words).lower()}.py"
-
-    @property
-    def class_name(self) -> str:
-        return "TestDisaggregation" + "".join(word[0].upper() + word[1:] for word in self.words)
-
-    @property
-    def runner(self) -> Runner:
-        found = Runner.of_suite(self.suite)
-        assert found, f"{self.suite} names no GPUs"
-        return found
-
-    @property
-    def target(self) -> str:
-        kind = self.runner.name.rpartition("-")[2]
-        return f"{self.runner.gpus}x{kind.upper()}" if kind[-1].isdigit() else self.runner.name
-
-    def side_flags(self, side: str) -> tuple[str, ...]:
-        """Flags of one server that the other does not get, its width included where the widths differ."""
-        given = self.prefill_flags if side == "prefill" else self.decode_flags
-        own = self.prefill_gpus if side == "prefill" else self.decode_gpus
-        both = self.flags if self.hw == "cpu" else ()
-        return (() if self.is_symmetric else self._width(own)) + both + given
-
-    @property
-    def is_symmetric(self) -> bool:
-        return len(self.prefill_gpus) == len(self.decode_gpus)
-
-    @property
-    def inherits_flags(self) -> bool:
-        """DeepSeek-V4 is served with the flags of the main job, other models with their own."""
-        return self.model is not None and is_dsv4(self.model, None)
-
-    def _width(self, gpus: range) -> tuple[str, ...]:
-        """Flags that spread a server over its GPUs; the main job's attention is data parallel."""
-        count = str(len(gpus))
-        return ("--tp-size", count, *(("--dp-size", count) if self.inherits_flags else ()))
-
-    @property
-    def common_flags(self) -> tuple[str, ...]:
-        """Flags of both servers on GPUs, on top of what they inherit."""
-        trust = () if self.inherits_flags else ("--trust-remote-code",)
-        inherited_width = self.inherits_flags and len(self.prefill_gpus) == INHERITED["width"]
-        width = self._width(self.prefill_gpus) if self.is_symmetric and not inherited_width else ()
-        shared = ("--mem-fraction-static", str(SHARED_FRACTION)) if self.prefill_gpus == self.decode_gpus else ()
-        return trust + width + shared + self.flags
+    source: str
 
 
-def parse_gpus(text: str) -> tuple[range, range]:
-    """`4+4`: GPUs 0-3 prefill, 4-7 decode; `2`: both servers on GPUs 0-1. Raises UsageError."""
-    match = _GPUS.fullmatch(text)
-    counts = [int(count) for count in match.groups() if count] if match else [0]
-    if not all(counts):
-        raise UsageError(f"--gpus {text}: expected PREFILL+DECODE, for example 4+4, or N for N that both share")
-    prefill = range(counts[0])
-    return prefill, range(counts[0], sum(counts)) if len(counts) == 2 else prefill
+def new_test(
+    name: str, model: str | None, suite: str, gpus: str | None = None, flags: Sequence[str] = (),
+    prefill_flags: Sequence[str] = (), decode_flags: Sequence[str] = (),
+    min_score: float | None = None, est_time: int | None = None,
+) -> NewTest:  # fmt: skip
+    """Without `model`, on CPU, it serves what the embedded test serves. gpus: `4+4`, or `2` that both servers share.
 
-
-def new_test(name: str, model: str | None, suite: str, gpus: str | None = None, **stated: Any) -> NewTest:
-    """Raises UsageError where name, suite and GPUs do not make a test."""
-    if not re.fullmatch(r"[A-Za-z]\w*", name) or "".join(_WORD.findall(name)) != name.replace("_", ""):
-        raise UsageError(f"{name!r} is no name for a class; for example Qwen3NoPrefixCache")
+    Raises UsageError where name, suite and GPUs do not make a test.
+    """
+    words = _WORD.findall(name)
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or "".join(words) != name.replace("_", ""):
+        raise UsageError(f"{name!r} is not a name for a class; for example Qwen3NoPrefixCache")
     if name.lower().startswith("test"):
         raise UsageError(f"{name!r}: leave the word test out, it becomes TestDisaggregation{name[4:].lstrip('_')}")
+    hw = _hardware(suite, model, gpus)
+    lines = [f'    model_name = "{model}"'] if model else []
+    lines += [] if min_score is None else [f"    min_score = {min_score:g}"]
+    own = {"extra_prefill_args": list(prefill_flags), "extra_decode_args": list(decode_flags)}
+    if hw == "cpu":
+        title, module, servers = f"{model or 'The nano model'} on the embedded engine", "embedded", "EmbeddedServers"
+        lines += _assigned("server_args", list(flags))
+    else:
+        module, servers = "multi_gpu", "EightGpuServers"
+        prefill, decode = _gpus(gpus or "")
+        placed = " and ".join(f"{side} on GPU{'s' * (len(of) > 1)} {span(of)}"
+                              for side, of in (("prefill", prefill), ("decode", decode)))  # fmt: skip
+        title = f"{model} with {placed}"
+        inherits = model is not None and is_dsv4(model, None)  # the flags of the main job; other models get their own
+        width = ["--tp-size", "{0}", *(["--dp-size", "{0}"] if inherits else [])]  # its attention is data parallel
+        common = [] if inherits else ["--trust-remote-code"]
+        if len(prefill) != len(decode):
+            for args, of in zip(own.values(), (prefill, decode)):
+                args[:0] = [word.format(len(of)) for word in width]
+        elif not inherits or len(prefill) != MAIN_JOB["gpus"]:
+            common += [word.format(len(prefill)) for word in width]
+        common += ["--mem-fraction-static", "0.4"] if prefill == decode else []
+        lines = [*_runner_lines(suite), *lines, f"    prefill_gpus = {prefill}", f"    decode_gpus = {decode}"]
+        lines += _assigned("server_args", [*common, *flags], f"{servers}.server_args + " if inherits else "")
+        lines += [] if inherits else ["    server_env = {}"]
+    lines += [line for attribute, words_ in own.items() for line in _assigned(attribute, words_)]
+    pair = pair_of(suite)
+    source = TEMPLATE.format(
+        title=title, module=module, servers=servers, hw=hw, est_time=est_time or {"cuda": 250, "cpu": 120}[hw],
+        suite=f'stage="{pair[0]}", runner_config="{pair[1]}"' if pair else f'suite="{suite}"',
+        name="TestDisaggregation" + "".join(word[0].upper() + word[1:] for word in words),
+        body="\n".join(lines) or "    pass",
+    )  # fmt: skip
+    return NewTest(f"test_disaggregation_{'_'.join(words).lower()}.py", suite, source)
+
+
+def _hardware(suite: str, model: str | None, gpus: str | None) -> str:
     suites = {hw: defined_suites(hw) for hw in PROJECT_SUITES}
     hw = next((hw for hw in suites if suite in suites[hw]), None)
     if hw is None:
@@ -155,88 +113,60 @@ def new_test(name: str, model: str | None, suite: str, gpus: str | None = None, 
     if (hw == "cpu") != (gpus is None):
         need = "runs on CPU: leave --gpus out" if gpus else "runs on GPUs: say which with --gpus, for example 4+4"
         raise UsageError(f"suite {suite} {need}")
-    prefill, decode = parse_gpus(gpus) if gpus else (range(0), range(0))
-    return NewTest(name, model, suite, hw, prefill, decode, **stated)
+    return hw
 
 
-def _list(flags: tuple[str, ...], before: str) -> str:
-    """Flags as a list, on the line that `before` begins or below it."""
+def _gpus(text: str) -> tuple[range, range]:
+    match = re.fullmatch(r"([1-9]\d*)(?:\+([1-9]\d*))?", text)
+    if not match:
+        raise UsageError(f"--gpus {text}: expected PREFILL+DECODE, for example 4+4, or N for N that both share")
+    prefill = range(int(match[1]))
+    return prefill, range(len(prefill), len(prefill) + int(match[2])) if match[2] else prefill
+
+
+def _runner_lines(suite: str) -> list[str]:
+    runner = Runner.of_suite(suite)
+    assert runner, f"{suite} names no GPUs"
+    kind = runner.name.rpartition("-")[2]
+    target = f"{runner.gpus}x{kind.upper()}" if kind[-1].isdigit() else runner.name
+    lines = [f'    target = "{target}"'] if target != MAIN_JOB["target"] else []
+    return lines + ([f"    gpu_memory_gb = {runner.memory_gb}"] if runner.memory_gb not in (None, MAIN_JOB["memory_gb"]) else [])  # fmt: skip
+
+
+def _assigned(name: str, flags: list[str], before: str = "") -> list[str]:
+    """`name = before[flags]`, on one line if it fits; nothing where there are no flags."""
     words = [json.dumps(word) if '"' not in word and "\\" not in word else repr(word) for word in flags]
-    line = f"{before}[{', '.join(words)}]"
-    indent = " " * (len(before) - len(before.lstrip()))
-    return line if len(line) <= WIDTH else f"{before}[\n" + "".join(f"{indent}    {w},\n" for w in words) + f"{indent}]"
-
-
-def _attributes(test: NewTest) -> list[str]:
-    """Statements of the class that say what it does not inherit."""
-    lines = [f'    model_name = "{test.model}"'] if test.model else []
-    if test.min_score is not None:
-        lines.append(f"    min_score = {test.min_score:g}")
-    if test.hw != "cuda":
-        return lines
-    if test.target != INHERITED["target"]:
-        lines.insert(0, f'    target = "{test.target}"')
-    lines += [f"    prefill_gpus = {test.prefill_gpus}", f"    decode_gpus = {test.decode_gpus}"]
-    if test.runner.memory_gb not in (None, INHERITED["memory_gb"]):
-        lines.append(f"    gpu_memory_gb = {test.runner.memory_gb}")
-    if not test.inherits_flags:
-        lines += [_list(test.common_flags, "    server_args = "), "    server_env = {}"]
-    elif test.common_flags:
-        lines.append(_list(test.common_flags, f"    server_args = {SERVERS[test.hw][1]}.server_args + "))
-    return lines
-
-
-def render(test: NewTest) -> str:
-    """Source of the test."""
-    module, servers = SERVERS[test.hw]
-    where = "on the embedded engine"
-    if test.hw == "cuda":
-        prefill, decode = (f"GPU{'s' * (len(g) > 1)} {span(g)}" for g in (test.prefill_gpus, test.decode_gpus))
-        where = f"with prefill on {prefill} and decode on {decode}"
-    methods = [
-        f"    @classmethod\n    def {side}_args(cls):\n" + _list(flags, f"        return super().{side}_args() + ")
-        for side in ("prefill", "decode")
-        if (flags := test.side_flags(side))
-    ]
-    pair = pair_of(test.suite)
-    return TEMPLATE.format(
-        title=f"{test.model or 'The nano model'} {where}",
-        module=module,
-        servers=servers,
-        hw=test.hw,
-        est_time=test.est_time or EST_TIME_S[test.hw],
-        suite=f'stage="{pair[0]}", runner_config="{pair[1]}"' if pair else f'suite="{test.suite}"',
-        name=test.class_name,
-        body="\n\n".join(filter(None, ["\n".join(_attributes(test)), *methods])) or "    pass",
-    )
+    line = f"    {name} = {before}[{', '.join(words)}]"
+    if len(line) > WIDTH:
+        line = "\n".join([f"    {name} = {before}[", *(f"        {word}," for word in words), "    ]"])
+    return [line] if flags else []
 
 
 def check(test: NewTest, directory: Path) -> Contract:
-    """What the test would launch if it lay in `directory`. Raises Refused where lint, SGLang or the plan objects."""
+    """What the test would launch if it lay in `directory`. Raises UsageError, one line for each objection."""
     with tempfile.TemporaryDirectory(prefix="new-pd-test-") as folder:
         place = Path(folder).resolve() / "registered" / directory.name
         place.mkdir(parents=True)
         for sibling in directory.glob("*.py"):
             (place / sibling.name).symlink_to(sibling.resolve())
         path = place / test.file_name
-        path.write_text(render(test))
+        path.write_text(test.source)
         problems = [str(finding).replace(str(path), test.file_name) for finding in lint([path])]
         contract = ask(installed(), path)
-        problems += contract.errors or _engine_problems(contract)
-        problems += [line for plan in of_contract(contract, test.suite) for line in plan.problems()]
+    problems += contract.errors or _engine_problems(contract)
+    problems += [line for plan in of_contract(contract, test.suite) for line in plan.problems()]
     if problems:
-        raise Refused("\n".join(problems))
+        raise UsageError("\n".join(problems))
     return contract
 
 
 def _engine_problems(contract: Contract) -> list[str]:
     """What the embedded engine says to its command lines; the contract asks SGLang only."""
-    said = []
-    for test in contract.tests:
-        for process in test.processes:
-            output = io.StringIO()
-            with contextlib.suppress(SystemExit), contextlib.redirect_stderr(output):
-                if process.module == "pdkit.engine":
-                    engine_options.parse(process.argv)
-            said += output.getvalue().splitlines()[-1:]
-    return list(dict.fromkeys(f"{contract.tests[0].test}: {line}" for line in said))
+    said: dict[str, None] = {}
+    for process in (process for test in contract.tests for process in test.processes):
+        output = io.StringIO()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(output):
+            if process.module == "pdkit.engine":
+                engine_options.parse(process.argv)
+        said |= dict.fromkeys(f"{contract.tests[0].test}: {line}" for line in output.getvalue().splitlines()[-1:])
+    return list(said)

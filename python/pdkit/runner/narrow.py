@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdkit.core import source
 from pdkit.core.errors import UsageError
-from pdkit.core.registry import Collection, Registration, find_test_files, registrations_of_file
+from pdkit.core.registry import Collection, Registration, find_test_files, is_test, registrations_of_file
 from pdkit.core.suggest import nearest
 
 
@@ -32,7 +32,7 @@ def _files(collection: Collection, word: str) -> list[str]:
     if path.is_file():
         return [str(path.absolute())]
     if path.is_dir():
-        if found := [each for each in find_test_files(path.absolute()) if _is_test(Path(each))]:
+        if found := [each for each in find_test_files(path.absolute()) if is_test(each)]:
             return found
         raise UsageError(f"{word}: no test file in this directory")
     end = "/" + word.removesuffix(".py") + ".py"
@@ -43,11 +43,6 @@ def _files(collection: Collection, word: str) -> list[str]:
     raise UsageError(
         f"{word}: neither a path nor the name of a registered file" + f"; nearest known: {near}" * bool(near)
     )
-
-
-def _is_test(path: Path) -> bool:
-    """Of a file below a directory that is named: by its name, or because it registers itself and does not only say so."""
-    return path.name.startswith("test_") or any(each.suite for each in registrations_of_file(path))
 
 
 def is_file_named(registration: Registration, pattern: str) -> bool:

@@ -41,7 +41,7 @@ from pdkit.runner.warm import Warm
 RULE = "=" * 60
 POLL_S = 0.1
 REFRESH_S = 1.0
-LANES_AT_MOST = 2  # a test file with servers keeps one core busy, and waits for half of its time
+LANES_AT_MOST = 3  # one more than cores: a third of the time test files wait, for servers, deaths and timeouts
 
 Numbered = tuple[int, Registration]
 
@@ -49,10 +49,11 @@ Numbered = tuple[int, Registration]
 def lanes(files: Sequence[Registration], options: Options) -> list[tuple[list[Numbered], int]]:
     """The files in the order in which they are started, numbered from 1, in groups: (files, how many run side by side).
 
-    Side by side the longest start first, so that all lanes end together. Without --jobs there are two lanes for files
-    on CPU, and one for those that need GPUs: they share GPU memory, and some measure.
+    Side by side the longest start first, so that all lanes end together. Without --jobs there is one lane more than
+    cores for files on CPU, and one for those that need GPUs: they share GPU memory, and some measure.
     """
-    few = min(LANES_AT_MOST, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    few = min(LANES_AT_MOST, cores + 1) if cores > 1 else 1
     is_alone = {each: each.hw != "cpu" and not options.jobs for each in files}
     jobs = options.jobs or (1 if options.verbose else few)
     together = [each for each in files if not is_alone[each]]
@@ -184,7 +185,7 @@ class SuiteRun:
             if self.options.verbose:
                 self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            popen = self._warm.popen_for(registration)
+            popen = self._warm.popen_for_a_file()
             attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}", popen)
             attempts.append(attempt)
             for leftover in attempt.leftovers:

@@ -1,6 +1,7 @@
 """A process that has imported SGLang, torch and transformers once, from which the processes of test files are forked.
 
-Importing them takes about ten seconds of CPU time, which each file with servers, and each of its servers, would pay.
+Importing them takes about ten seconds of CPU time, which each file with servers, and each of its servers, would pay. A
+file that imports little starts no slower from it.
 Only for CPU suites, on machines without a GPU; `--no-warm` starts each file anew.
 """
 
@@ -22,18 +23,20 @@ from pdkit.runner.interruption import POLL_S, Interruption
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 
 PREPARE = "pdkit.deployment.preload:prepare"
-SLOW = ("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults")
-FORKS = "pdkit.core.forked"  # what imports it forks programs of its own
-ENOUGH = 2  # files: for one, importing once is as slow
+SLOW = (
+    *("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults"),
+    "pdkit.core.forked",  # what imports it starts programs that import those
+)
+ENOUGH = 2  # such files: for one, importing once is as slow
 
 
 def imports_much(test: Path) -> bool:
-    """Whether what a test file imports, or its programs do, takes seconds; as far as its import statements tell."""
+    """Whether what a test file imports takes seconds, as far as its own import statements tell."""
     try:
         names = source.read(test).imports.values()
     except OSError:  # whoever runs it reports that
         return False
-    return any(f"{name}.".startswith(tuple(f"{slow}." for slow in (*SLOW, FORKS))) for name in names)
+    return any(f"{name}.".startswith(tuple(f"{slow}." for slow in SLOW)) for name in names)
 
 
 class Warm:
@@ -53,15 +56,14 @@ class Warm:
     ):
         self._environment = {**environment, TOKEN_VARIABLE: new_token(environment)}
         self._log, self._console, self._interruption = log, console, interruption
-        is_on = is_on and all(file.hw == "cpu" for file in files)
-        names = [file.filename for file in files if is_on and imports_much(Path(file.filename))]
-        self._names = frozenset(names if len(names) >= ENOUGH and not visible_gpus() else ())
+        slow = sum(imports_much(Path(file.filename)) for file in files if is_on)
+        self._is_on = slow >= ENOUGH and all(file.hw == "cpu" for file in files) and not visible_gpus()
         self._server: ForkServer | None = None
         self._lock = threading.Lock()
 
-    def popen_for(self, registration: Registration) -> Popen:
+    def popen_for_a_file(self) -> Popen:
         """What starts the guardian of a file: `subprocess.Popen`, or that of the process."""
-        if registration.filename not in self._names:
+        if not self._is_on:
             return subprocess.Popen
         with self._lock:
             if self._server is None:
@@ -69,14 +71,14 @@ class Warm:
         return self._popen
 
     def _popen(self, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
-        assert self._server, "popen_for() makes it"
+        assert self._server, "popen_for_a_file() makes it"
         while not self._server.has_started(POLL_S):
             if self._interruption:
                 return subprocess.Popen(*args, **kwargs)
         try:
             return self._server.popen(*args, **kwargs)
         except ForkServerError as error:
-            self._names = frozenset()
+            self._is_on = False
             self._console.line(f"test files are started anew, not forked: {error}")
             return subprocess.Popen(*args, **kwargs)
 

@@ -16,6 +16,7 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 import requests
+from pdkit.core import forked
 from pdkit.core.errors import ExitCode
 from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
@@ -85,13 +86,18 @@ class Gateway(ThreadingHTTPServer):
 class Attached(MonolithicBeside, EmbeddedServers):
     """The servers of this class are somebody else's to the command that the tests run."""
 
-    def check(self, *words, key=None, expected=ExitCode.PASSED):
-        """What `pdkit check` prints on its standard output; its exit code must be `expected`."""
+    def check(self, *words, key=None, expected=ExitCode.PASSED, light=False):
+        """What `pdkit check` prints on its standard output; its exit code must be `expected`.
+
+        light: started anew where sglang, torch, transformers and openai are not; else forked where that can be.
+        """
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "SGLANG_"))}
         environment |= {"SGLANG_PD_API_KEY": key} if key else {}
-        done = subprocess.run(
-            [sys.executable, "-c", CHECK, *words], capture_output=True, text=True, env=environment, timeout=600
-        )
+        if light:
+            command = [sys.executable, "-c", CHECK, *words]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        else:
+            done = forked.run([sys.executable, "-m", "pdkit", "check", *words], env=environment, timeout=600)
         print(done.stdout, done.stderr, sep="", flush=True)
         self.assertEqual(done.returncode, expected, done.stdout + done.stderr)
         return done.stdout if expected in (ExitCode.PASSED, ExitCode.FAILED) else done.stderr
@@ -116,7 +122,7 @@ class TestDisaggregationDSV4Attached(Attached):
         urls = self.lb_url, self.monolithic_url, self.prefill_url, self.decode_url
         balancer, monolithic, prefill, decode = gateways = [Gateway(self, url) for url in urls]
         printed = self.check(balancer.url, "--baseline", monolithic.url + "/", "--prefill-urls", prefill.url,
-                             "--decode-urls", decode.url, key=KEY)  # fmt: skip
+                             "--decode-urls", decode.url, key=KEY, light=True)  # fmt: skip
         lines = printed.splitlines()
         self.assertIn("prefill and decode: the command line names 1 prefill and 1 decode", lines)
         for check in ("usage adds up", "streaming equals whole", "/generate equals /v1/completions", "chat answers",
@@ -143,6 +149,13 @@ class TestDisaggregationDSV4Attached(Attached):
         self.assertEqual(rows["prefill and decode"], ("passed", "the load balancer reports 1 prefill and 1 decode"))
         self.assertEqual(rows["counters"][0], "passed")
         self.assertEqual(rows["answers equal the baseline"][0], "passed")
+
+    def test_a_record_of_a_good_deployment_is_answered_again(self):
+        path = self.temporary_path("record-", "good.json")
+        self.check(self.lb_url, "--baseline-record", path, "--record")
+        printed = self.check(self.lb_url, "--baseline-record", path)
+        self.assertIn("answers like the record: same: 40 prompts", printed)
+        self.assertRegex(printed, r"(?m)^every request was answered: 120 of 120$")
 
     def test_a_path_prefix(self):
         gateway = Gateway(self, self.lb_url, "/some/where")

@@ -53,6 +53,16 @@ class TestDisaggregationDSV4AttachedFaults(FaultSwitchServers, RustRouterBeside,
                 self.assertEqual(state, "failed")
                 self.assertRegex(found, sentence)
 
+    def test_a_fault_is_seen_against_a_record(self):
+        path = self.temporary_path("record-", "good.json")
+        self.check(self.lb_url, "--baseline-record", path, "--record")
+        for fault, code in ((None, ExitCode.PASSED), ("rounded-to-bf16", ExitCode.DRIFTED), ("noise-1e-3", ExitCode.DRIFTED),
+                            ("newest-1-lost", ExitCode.FAILED), ("128x-compressed-zeroed", ExitCode.FAILED)):  # fmt: skip
+            with self.subTest(fault):
+                self.switch.turn(fault)
+                self.addCleanup(self.switch.turn, None)
+                self.check(self.lb_url, "--baseline-record", path, expected=code)
+
     def test_a_pair_whose_decode_computes_prompts_itself_does_not_pass(self):
         self.self_prefilling.touch()
         self.addCleanup(self.self_prefilling.unlink)

@@ -21,7 +21,7 @@ from sglang.test.kits.abort_timeout_kit import AbortAllMixin
 from sglang.test.kits.basic_api_contract_kit import BasicAPIContractMixin
 from sglang.test.kits.pd_parity_kit import PDLogprobParityMixin
 
-register_cpu_ci(est_time=270, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
 
 
 class SGLangKits(PDLogprobParityMixin, BasicAPIContractMixin, AbortAllMixin, Checks):
@@ -55,8 +55,8 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
     prefix_cache_tokens = 256
     rendered_chat = "<|user|>{}<|assistant|>"
     unending_tokens = 3500
-    sustained_seconds = 10
-    idle_seconds = 10
+    sustained_seconds = 5
+    idle_seconds = 6
 
     parity_logprob_delta = 0
     parity_cached_prefix_min_prompt_tokens = 128
@@ -68,7 +68,7 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
         return question_prompts(cls.gsm8k_data_path, count)
 
     def test_each_scenario_can_fail(self):
-        self.settle_seconds, self.sustained_seconds, self.idle_seconds = 2, 3, 1.5
+        self.settle_seconds, self.sustained_seconds, self.idle_seconds = 2, 2, 1.5
         for name, breakage, pattern in BREAKAGES:
             with self.subTest(scenario=name), BrokenRouter(self.lb_url, breakage) as router:
                 client = Client(replace(MINI_LB, tells_of_leaving=True), router.url, self.model, self.request_timeout)

@@ -12,7 +12,7 @@ from pdkit.deployment.embedded import RandomEmbeddedServers
 from pdkit.deployment.fleet import Fleet
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=280, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=135, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Recovery(

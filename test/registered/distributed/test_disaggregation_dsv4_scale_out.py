@@ -12,7 +12,7 @@ from pdkit.deployment.fleet import TwoPairs
 from pdkit.engine.test_backends import Valve
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4ScaleOut(HandoverValve, ScaleOutChecks, TwoPairs, RandomEmbeddedServers):

@@ -12,7 +12,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=600, suite="stage-a-test-cpu", nightly=True)
 
-LONG = 40  # solved problems of about 70 tokens: eleven chunks of prefill
+LONG = 24  # solved problems of about 70 tokens: seven chunks of prefill
 
 
 class TestDisaggregationSglangCpuRecovery(SchedulerDeathChecks, BootstrapMessageChecks, Fleet, SglangCpuServers):
@@ -20,7 +20,9 @@ class TestDisaggregationSglangCpuRecovery(SchedulerDeathChecks, BootstrapMessage
     more_server_args = ["--max-total-tokens", "65536", "--disable-radix-cache"]  # long prompts are to stay long
     bitwise = False
     router_timeout = 30
-    bootstrap_timeout = waiting_timeout = 15
+    bootstrap_timeout = waiting_timeout = (
+        40  # later than a router gives up, so that a starved machine is told from a loss
+    )
 
     @classmethod
     def asks(cls):

@@ -14,7 +14,7 @@ from pdkit.deployment.cpu.servers import SglangCpuServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=80, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=105, suite="stage-a-test-cpu")
 
 
 class _Smoke(AccountingChecks, ExactAloneChecks, MonolithicBeside, SglangCpuServers):

@@ -121,6 +121,16 @@ class TestFirstDrafts(unittest.TestCase):
         ):
             self.assertIn(says, gate.report())
 
+    def test_a_decay_that_a_sign_test_of_all_does_not_show(self):
+        even, late = (5, 7) * 16, (6,) * 18 + (7,) * 14
+        for steps, passes in ((even, True), (late, False), (late[::-1], True)):
+            gate = FirstDrafts(*(Acceptance("EAGLE", "test", 1.9, each) for each in (steps, (6,) * 32)), level=1e-9)
+            self.assertEqual(gate.passed, passes)
+        report = FirstDrafts(*(Acceptance("EAGLE", "test", 1.9, each) for each in (late, (6,) * 32))).report()
+        self.assertRegex(
+            report, r"(?m)^  more steps than the reference's by request number: 14 of 14 after the first 18, 0 of"
+        )
+
     def test_answers_that_do_not_pair_up(self):
         one, two = (Acceptance("EAGLE", "test", 2.0, steps) for steps in ((12,), (12, 12)))
         with self.assertRaises(ValueError):

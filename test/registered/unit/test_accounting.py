@@ -41,7 +41,7 @@ from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 COMPLETION = {
     "id": "1",

@@ -15,7 +15,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.faults import lb_faults, planted_bugs, servers
 from pdkit.faults.real_engine import checks as transfer_kit
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 PACKAGE = Path(pdkit.checks.__file__).parents[1]
 REGISTERED = Path(__file__).resolve().parents[1]

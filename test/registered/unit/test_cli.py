@@ -15,7 +15,7 @@ from unittest.mock import patch
 from pdkit.cli.main import COMMANDS, main
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 SCREEN_LINES, SCREEN_COLUMNS = 30, 100
 RECORDED_RUN = Path(__file__).with_name("report.tar.xz")

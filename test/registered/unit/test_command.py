@@ -10,7 +10,7 @@ from pdkit.core.ci_register import CIRegisterNotFound, register_cpu_ci
 from pdkit.core.command import run_command
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 class TestRunCommand(unittest.TestCase):

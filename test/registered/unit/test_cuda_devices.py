@@ -12,7 +12,7 @@ from pdkit.core import gpus, numa
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.gpus import Gpu, GpuProcess, visible_gpus
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 H200 = Gpu("NVIDIA H200", 143_771, (9, 0), 142_771)
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0), 80_559)

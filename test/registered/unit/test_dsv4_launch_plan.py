@@ -45,7 +45,7 @@ import test_disaggregation_dsv4_1gpu as one_gpu  # noqa: E402
 import test_disaggregation_dsv4_2gpu as two_gpus  # noqa: E402
 import test_disaggregation_dsv4_embedded as embedded  # noqa: E402
 
-register_cpu_ci(est_time=75, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
 
 
 def parse(args):
@@ -582,7 +582,7 @@ class TestBeforeLaunch(unittest.TestCase):
         other.wait()
         deployment_ports.lock(plan).close()
 
-    def test_two_runs_of_the_embedded_rung_do_not_meet(self):
+    def test_two_runs_of_the_embedded_target_do_not_meet(self):
         class Other(embedded.TestDisaggregationDSV4Embedded):
             pass
 

@@ -7,7 +7,7 @@ from pdkit.engine.fields import BadRequest
 from pdkit.engine.request import SamplingParams
 from pdkit.engine.sequences import ROOMS, fan_out
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 def rooms(prompts, room, n=1, **fields):

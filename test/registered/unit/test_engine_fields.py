@@ -21,7 +21,7 @@ from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams as SGLangSamplingParams
 
-register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 msgspec = api_types.msgspec  # a requirement of SGLang's, not of this project
 VOCABULARY = 520

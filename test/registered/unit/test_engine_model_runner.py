@@ -20,7 +20,7 @@ from pdkit.engine.scheduler import Scheduler
 from pdkit.models.cpu.model import load_model
 from transformers import AutoTokenizer
 
-register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
 RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
 

@@ -14,7 +14,7 @@ from pdkit.engine.request import Request, SamplingParams
 from pdkit.engine.streams import raise_if_failed
 from transformers import AutoTokenizer
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
 EOS = 1

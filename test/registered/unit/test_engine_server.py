@@ -21,7 +21,7 @@ from pdkit.core import forked, ports
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.__main__ import bind, listen
 
-register_cpu_ci(est_time=115, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
 LENGTHS = (1, 3, 4, 5, 31, 32, 33, 127, 128, 129, 512, 513, 700)
 CONTEXT = 4096

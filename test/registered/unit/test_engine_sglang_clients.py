@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.openai import protocol, sse_utils
 from sglang.srt.entrypoints.openai.utils import to_openai_style_logprobs
 from transformers import AutoTokenizer
 
-register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 msgspec = api_types.msgspec  # a requirement of SGLang's, not of this project
 ASK = {"model": "random", "max_tokens": 6, "temperature": 0, "ignore_eos": True}

@@ -11,7 +11,7 @@ from pdkit.engine.request import Request, SamplingParams
 from pdkit.engine.service import Service as EngineService
 from pdkit.engine.streams import interleave
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 class Service:

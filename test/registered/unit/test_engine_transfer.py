@@ -20,7 +20,7 @@ from pdkit.engine.transfer import (
     load_backend,
 )
 
-register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 SOON = 0.3
 LARGE = 8 << 20  # bytes that fit in no socket's buffers

@@ -25,7 +25,7 @@ from pdkit.runner.interruption import Interruption
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 from pdkit.runner.warm import Warm
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 PROGRAM = "import sys\nexec(compile(sys.argv[1], 'program', 'exec'))\n"
 IMPORTED = """
@@ -224,7 +224,7 @@ class TestForkedGuardian(ForkServerCase, test_guardian.TestGuardian):
 
 
 class TestWarm(unittest.TestCase):
-    """Which files a run forks."""
+    """Whether a run forks its files."""
 
     def warm(self, **files):
         """A `Warm` over files of that content; "gpu" is registered for CUDA."""
@@ -238,32 +238,33 @@ class TestWarm(unittest.TestCase):
         warm = Warm(registrations, dict(os.environ), root / "log", Console(sys.stdout.buffer), Interruption())
         return warm, registrations
 
-    def forked(self, **files):
-        warm, registrations = self.warm(**files)
+    def is_forked(self, **files):
+        warm, _ = self.warm(**files)
         with mock.patch.object(warm_module, "ForkServer"):
-            return [each.name for each in registrations if warm.popen_for(each) is not subprocess.Popen]
+            return warm.popen_for_a_file() is not subprocess.Popen
 
     def test_files_that_import_much_if_there_are_several(self):
+        """They, and then all others with them."""
         light = {"a": "import json, sglang_router\nfrom pdkit.core import events"}
         heavy = {"b": "import sglang", "c": "from pdkit.deployment import fixture", "d": "from torch.nn import Linear"}
-        self.assertEqual(self.forked(**light, **heavy), ["b", "c", "d"])
-        self.assertEqual(self.forked(**light, b="import sglang"), [])
+        self.assertTrue(self.is_forked(**light, **heavy))
+        self.assertFalse(self.is_forked(**light, b="import sglang"))
 
     def test_not_where_there_is_a_gpu(self):
         heavy = {"a": "import torch", "b": "import torch"}
-        self.assertEqual(self.forked(**heavy, gpu="import torch"), [])
+        self.assertFalse(self.is_forked(**heavy, gpu="import torch"))
         with mock.patch.object(warm_module, "visible_gpus", lambda: ["a GPU"]):
-            self.assertEqual(self.forked(**heavy), [])
-        self.assertEqual(self.forked(**heavy), ["a", "b"])
+            self.assertFalse(self.is_forked(**heavy))
+        self.assertTrue(self.is_forked(**heavy))
 
     def test_a_process_that_cannot_import_is_done_without(self):
-        warm, (first, second) = self.warm(a="import torch", b="import torch")
+        warm, _ = self.warm(a="import torch", b="import torch")
         with mock.patch.object(warm_module, "PREPARE", "nowhere:f"):
-            popen = warm.popen_for(first)
+            popen = warm.popen_for_a_file()
         self.addCleanup(warm.close)
         process = self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.PIPE))
         self.assertTrue(process.stdout.read())
-        self.assertIs(warm.popen_for(second), subprocess.Popen)
+        self.assertIs(warm.popen_for_a_file(), subprocess.Popen)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from unittest import mock
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.deployment import fused_mhc
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 def counted(hidden_size, splits):

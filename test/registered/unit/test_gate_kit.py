@@ -6,8 +6,10 @@ import io
 import json
 import os
 import tempfile
+import threading
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from pdkit.checks.acceptance import AcceptanceLengthChecks, FirstDraftsChecks
@@ -15,10 +17,12 @@ from pdkit.checks.accuracy.checks import FIRST_LOOK, AccuracyGateChecks, GSM8KCh
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts, gsm8k_args
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.deployment.transcript import EvalLost, Transcript
 from pdkit.runner.report.facts import acceptance_length_of
+from sglang.test import simple_eval_common
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
 
 MAIN_TEST = Path(__file__).resolve().parents[1] / "distributed" / "test_disaggregation_dsv4.py"
 ROWS = 1205
@@ -130,6 +134,17 @@ class TestAccuracyGate(KitTest):
         result, _ = self.run_kit(AccuracyGateChecks, self.serve(wrong=range(15)), **attributes)
         self.assertTrue(result.wasSuccessful())
 
+    def test_a_decay_after_the_150th_example_fails_though_the_gate_passes(self):
+        spread, late = range(3, 200, 22), range(151, 200, 6)
+        self.assertEqual((len(spread), len(late)), (9, 9))
+        for wrong, passes in ((spread, True), (late, False)):
+            result, printed = self.run_kit(AccuracyGateChecks, self.serve(wrong=wrong), gsm8k_gate_policy="first-look")
+            self.assertRegex(printed, r"accuracy gate: PASS|the first look alone .* PASS")
+            self.assertEqual(result.wasSuccessful(), passes)
+        self.assertIn(
+            "wrong answers by request number: 9 of 49 after the first 151, 0 of 151 before", self.message(result)
+        )
+
     def test_a_baseline_is_asked_the_same_and_compared(self):
         for wrong, passes in ((0, True), (3, False)):
             baseline, engine = self.serve(), self.serve(wrong=range(30, 30 + wrong))
@@ -153,6 +168,39 @@ class TestAccuracyGate(KitTest):
         self.assertEqual(literal.pop("num_examples"), 200)
         self.assertGreaterEqual(set(literal), {"eval_name", "api", "max_tokens", "num_threads"})
         self.assertEqual({name: getattr(gate, name) for name in literal}, literal)
+
+
+class TestLost(unittest.TestCase):
+    """An eval whose gate is out of reach ends, whatever else is still being answered."""
+
+    def run_eval(self, wrong, gate, answered):
+        """Scores 200 examples, of which the first `wrong` are wrong, and those from `answered` on wait for ever."""
+        released = threading.Event()
+        self.addCleanup(released.set)
+
+        def score(example):
+            if example >= answered:
+                released.wait()
+            convo = [{"content": "a prompt"}, {"content": "an answer"}]
+            return SimpleNamespace(score=float(example >= wrong), convo=convo, html="")
+
+        with tempfile.TemporaryDirectory() as directory:
+            with Transcript(os.path.join(directory, "gsm8k.jsonl"), gate=gate).open() as self.transcript:
+                return simple_eval_common.map_with_progress(score, range(200), 128)
+
+    def test_it_stops_once_it_is_lost(self):
+        with self.assertRaisesRegex(
+            EvalLost, "^score at most 0.950 of 200 examples, must be greater than 0.95: stopped"
+        ):
+            self.run_eval(wrong=10, gate=0.95, answered=20)
+
+    def test_it_goes_on_while_it_can_be_won(self):
+        for gate, wrong in ((0.95, 9), (None, 200)):
+            self.assertEqual(len(self.run_eval(wrong=wrong, gate=gate, answered=200)), 200)
+
+    def test_the_last_few_are_waited_for(self):
+        results = self.run_eval(wrong=200, gate=0.05, answered=200)
+        self.assertEqual((len(results), len(self.transcript.scores)), (200, 200))
 
 
 class TestAcceptanceLength(KitTest):

@@ -108,6 +108,11 @@ class TestPatterns(unittest.TestCase):
             "only prompts with a cached prefix", hint([ALONE, round_("prefix from prefill's cache", *cached)])
         )
 
+    def test_only_cached_prompts_of_the_same_requests_again(self):
+        first = round_("requests from 1 on", compared("length-5", 5), compared("length-257", 257))
+        again = round_("requests from 3 on", compared("length-5", 5), wrong("length-257", 257, cached=256))
+        self.assertIn("only prompts with a cached prefix", hint([first, again]))
+
     def test_only_requests_that_share_a_prefix(self):
         shared = [wrong("a", in_flight=3), compared("b", in_flight=3)]
         self.assertIn("only requests that share a prefix", hint([ALONE, round_("shared prefix, b after a", *shared)]))

@@ -24,7 +24,7 @@ from pdkit.runner.history import est_time, store
 from pdkit.runner.history.record import FileRecord, Measurement, Record
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 RUN_SUITE = REPO / "test" / "run_suite.py"
@@ -83,6 +83,10 @@ class TestStore(HistoryCase):
     def test_a_record_comes_back_as_it_was(self):
         self.write(record(1, accepted=1.5), record(0))
         self.assertEqual(store.read([self.file]).records, (record(0), record(1, accepted=1.5)))
+
+    def test_a_record_that_calls_the_target_by_its_older_name(self):
+        self.file.write_text(record(0).to_json().replace('"target": ', '"rung": ') + "\n")
+        self.assertEqual(store.read([self.file]), store.History((record(0),), ()))
 
     def test_writers_do_not_break_each_other(self):
         writers = [threading.Thread(target=lambda n=n: self.write(*map(record, range(n, n + 20)))) for n in (0, 20, 40)]

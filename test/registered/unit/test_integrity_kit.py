@@ -11,7 +11,7 @@ from pdkit.checks.parity.references import collect
 from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 CORRUPTED = (6, 7)
 GENERATED = {"output_ids": [5], "meta_info": {"output_token_logprobs": [[-0.5, 5, None]]}}

@@ -64,7 +64,7 @@ class TestOrder(unittest.TestCase):
         return [([(number, Path(each.filename).stem) for number, each in files], count) for files, count in found]
 
     def test_the_longest_start_first_and_those_that_need_gpus_are_alone(self):
-        self.assertEqual(self.groups(), [([(1, "d"), (2, "c"), (3, "a")], 2), ([(4, "b")], 1)])
+        self.assertEqual(self.groups(), [([(1, "d"), (2, "c"), (3, "a")], 3), ([(4, "b")], 1)])
 
     def test_in_order_where_there_is_one_lane(self):
         self.assertEqual(self.groups(cores=1), [([(1, "a"), (2, "c"), (3, "d")], 1), ([(4, "b")], 1)])

@@ -14,7 +14,7 @@ from threading import Thread
 from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 MEGABYTES = 300
 REPORT = Path(__file__).with_name("report.tar.xz")

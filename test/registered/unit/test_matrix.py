@@ -29,7 +29,7 @@ from pdkit.faults.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, CheckVerdict, c
 from pdkit.faults.matrix.worker import LONGEST_SLEEP, PatientLedger, _sleep_less
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 CHECKS = [FIRST_LOOK, CLIENT, "parity alone"]
 

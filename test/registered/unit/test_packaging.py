@@ -10,16 +10,17 @@ import tomllib
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight.environment.packages import BACKENDS
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
-OUR_MODULES = {"pdkit"} | {path.stem for path in (REPO / "test").rglob("*.py")}
+OUR_MODULES = {"pdkit"} | {path.stem for folder in ("test", "studies") for path in (REPO / folder).rglob("*.py")}
 DISTRIBUTION = {
     "sglang_router": "sglang-router",
     "huggingface_hub": "huggingface-hub",
     "pynvml": "nvidia-ml-py",
     "deep_gemm": "sgl-deep-gemm",
     "cuda": "cuda-python",
+    "yaml": "pyyaml",
 }
 
 

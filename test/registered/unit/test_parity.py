@@ -28,7 +28,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.quantile import quantile
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 NANO = {
     "vocab_size": 520,
@@ -205,6 +205,22 @@ class TestControlRule(unittest.TestCase):
         reference = self.arm(rng, noise=0, flips=0)
         control = self.arm(rng)
         return Parity("test", names, reference, self.arm(rng, **candidate), control)
+
+    def test_a_decay_is_seen_that_all_requests_together_do_not_show(self):
+        def off(by):
+            return answer(logprobs=(-1.0 - by, -1.0, -1.0))
+
+        reference, control, candidate = [off(0)] * 80, [off(0.3)] * 80, [off(0.2)] * 40 + [off(0.6)] * 40
+        names = tuple(f"p{index}" for index in range(80))
+        for loads, orders in (
+            ((), ["request number"]),
+            ((1,) * 40 + (32,) * 40, ["request number", "requests in flight"]),
+        ):
+            problems = Parity("test", names, reference, candidate, control, loads=loads).problems
+            self.assertEqual(
+                [each.split(":")[0] for each in problems], [f"candidate further off by {by}" for by in orders]
+            )
+        self.assertEqual(Parity("test", names, reference, candidate[::-1], control).problems, ())
 
     def test_two_draws_of_the_same_thing_pass(self):
         failed = sum(bool(self.parity(seed).problems) for seed in range(200))

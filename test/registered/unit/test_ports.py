@@ -10,7 +10,7 @@ from unittest import mock
 from pdkit.core import ports
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 CLAIM = (
     "import sys\nfrom pdkit.core import ports\nports.BLOCKS = [int(word) for word in sys.argv[1:]]\n"

@@ -30,7 +30,7 @@ from stub_server import JsonHandler, StubServer
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from broken_router import BREAKAGES  # noqa: E402
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 TOKENS = [" 9", " 10", " 11"]
 

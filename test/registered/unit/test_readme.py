@@ -13,7 +13,7 @@ from pdkit.core.errors import ExitCode
 from pdkit.core.registry import collect
 from pdkit.runner.targets import overview
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
 README = (REPO / "README.md").read_text()

@@ -17,7 +17,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import test_backends as held
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 RIGHT = "one two three"
 WHOLE = Query(token_ids(5), 3, right=RIGHT)

@@ -3,6 +3,7 @@
 The deployment is a stub: what is dead or frozen, and so what became of a request, is a set of names.
 """
 
+import math
 import time
 import unittest
 from collections import Counter
@@ -20,7 +21,7 @@ from pdkit.checks.recovery.scenarios import IN_FLIGHT, RecoveryChecks
 from pdkit.checks.scale_out import ScaleOutChecks
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 ROUTERS = {"mini LB": "http://mini", "Rust router": "http://rust"}
 SERVED = Outcome(Fate.SERVED, "right", "", 200, 0.1)
@@ -33,7 +34,7 @@ class LateClient:
 
     ask: object
     outcome = None
-    ended_at = None
+    ended_at = math.inf
 
     def result(self):
         self.outcome, self.ended_at = self.ask(), time.monotonic() + 1.0

@@ -8,7 +8,7 @@ from pdkit.core import ci_register, paths, registration
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.registry import collect
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 MAIN = '\nif __name__ == "__main__":\n    unittest.main()\n'
 

@@ -18,7 +18,7 @@ from pdkit.runner.options import Options
 from pdkit.runner.select import select, with_estimates
 from suite_trees import CPU, IMPORTS, MAIN, source_of, write_tree
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 def fresh_rules():

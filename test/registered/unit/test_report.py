@@ -4,6 +4,7 @@
 made later, of what it printed.
 """
 
+import io
 import json
 import os
 import re
@@ -13,16 +14,21 @@ import sys
 import tarfile
 import tempfile
 import unittest
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
 from junitparser import JUnitXml
+from pdkit.cli.main import main
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight import plan as gpu_plan
+from pdkit.runner.report.compare import compared
 from pdkit.runner.report.html import page
+from pdkit.runner.report.issue import issue
 from pdkit.runner.report.junit import junit
 from pdkit.runner.report.markdown import markdown
 from pdkit.runner.report.model import Distribution, Phase, Score
@@ -30,7 +36,7 @@ from pdkit.runner.report.read import NoReport, read_directory
 from pdkit.runner.report.terminal import cause, log_tails, rows, scores
 from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
 
-register_cpu_ci(est_time=11, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 RECORDED = Path(__file__).with_name("report.tar.xz")
 RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
@@ -157,7 +163,7 @@ class TestRecorded(unittest.TestCase):
         names = [log.name for log in self.run_.logs]
         self.assertEqual(names, ["test", "decode", "load balancer", "prefill"])
         self.assertEqual({log.died for log in self.run_.logs}, {False})
-        self.assertIn("not greater than 0.95", self.run_.failure)
+        self.assertIn("must be greater than 0.95", self.run_.failure)
 
     def test_junit(self):
         (suite,) = JUnitXml.fromstring(junit(self.report).encode())
@@ -374,6 +380,81 @@ class TestRows(unittest.TestCase):
         self.assertEqual(lines[-1], "  PASS  3 more")
 
 
+class TestTwoRuns(unittest.TestCase):
+    """`pdkit report --compare A B`, on a run and on what is left of it."""
+
+    @classmethod
+    def setUpClass(cls):
+        root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.directory = recorded(root)
+        cls.run_ = read_directory(cls.directory)
+
+    def cells(self, text, name):
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{name}  "))
+        return re.split(" {2,}", line.strip())[1:]
+
+    def test_a_run_and_itself(self):
+        text = compared(self.run_, self.run_)
+        self.assertNotIn("data incomplete", text)
+        self.assertNotIn("differs", text)
+        self.assertEqual(self.cells(text, "exact 95 % interval")[2], "they overlap")
+        self.assertEqual(self.cells(text, "checks that ended alike"), ["1", "1"])
+
+    def test_what_differs(self):
+        (file,) = self.run_.files
+        row = replace(file.rows[0], state="PASS", sentence="score 1.000")
+        better = replace(file, state="passed", score=replace(file.score, correct=200), rows=(row,))
+        surroundings = {**self.run_.surroundings, "versions": {"sglang": "0.5.24"}}
+        other = replace(self.run_, result="passed", files=(better,), surroundings=surroundings)
+        text = compared(self.run_, other)
+        self.assertEqual(self.cells(text, "result"), ["failed", "passed", "differs"])
+        self.assertEqual(self.cells(text, "sglang"), ["0.5.23", "0.5.24", "differs"])
+        self.assertEqual(self.cells(text, "exact 95 % interval")[2], "apart")
+        self.assertEqual(self.cells(text, row.name)[1:], ["PASS score 1.000", "differs"])
+
+    def test_what_is_missing_is_no_difference(self):
+        bare = replace(self.run_, result=None, surroundings={}, target=None, files=())
+        text = compared(self.run_, bare)
+        for name in ("result", "target", "commit", "gpus", "sglang", "state", "score", "phase gsm8k"):
+            self.assertEqual(self.cells(text, name)[1:], ["data incomplete"])
+
+    def test_the_command(self):
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            code = main(["report", "--compare", str(self.directory), str(self.directory)])
+        self.assertEqual(code, 0)
+        self.assertIn("they overlap", printed.getvalue())
+        with redirect_stderr(io.StringIO()):
+            self.assertEqual(main(["report"]), 2)
+
+
+class TestIssue(unittest.TestCase):
+    """`pdkit report DIR --issue`."""
+
+    def test_what_is_pasted(self):
+        directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
+        report = read_directory(directory)
+        report = replace(report, files=(replace(report.files[0], hint="only at 8 or more"),))
+        text = issue(report)
+        self.assertTrue(text.startswith("**registered/test_recorded.py failed in phase gate on target embedded**"))
+        words = text.split("~~~")[1].splitlines()
+        self.assertEqual(words[2], "score 0.940 of 200 gsm8k examples, must be greater than 0.95")
+        for part in (
+            "Hint, by which requests differ: only at 8 or more",
+            "| sglang | 0.5.23 |",
+            "scripts/run.sh --on embedded",
+        ):
+            self.assertIn(part, text)
+        self.assertEqual(text.count("~~~") % 2, 0)
+        self.assertNotIn("Traceback", text.partition("<details>")[0])
+
+    def test_nothing_failed(self):
+        directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
+        report = read_directory(directory)
+        passed = replace(report, result="passed", files=(replace(report.files[0], state="passed"),))
+        self.assertIn("no file failed", issue(passed))
+
+
 class TestBroken(unittest.TestCase):
     def setUp(self):
         self.directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
@@ -523,7 +604,7 @@ class TestInBrowser(unittest.TestCase):
                 "gate 0.95",
                 "Failed in phase: gate",
                 "12 of 200",
-                "not greater than 0.95",
+                "must be greater than 0.95",
             ]
             figures += ["output tokens/s", "launch prefill", "Latency of a request", "Token rate of a request"]
             figures += ["No acceptance length", "No test of this run uses a GPU", "SIGKILL prefill", "is right"]

@@ -21,7 +21,7 @@ from pdkit.runner.report import evidence
 from pdkit.runner.report.evidence import GPU_PLAN_FILE
 from pdkit.runner.report.progress import Board
 
-register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
 SECRET = "sk-0123456789"

@@ -19,7 +19,7 @@ from pdkit.core.loopback import past_proxies
 from pdkit.runner.options import default_history
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 CPU = "--hw cpu --suite stage-a-test-cpu"

@@ -29,7 +29,7 @@ from pdkit.runner.options import Options, parse_options
 from pdkit.runner.outcome import FileState, Output, TestCounts, exit_code_of, read_output, tally
 from pdkit.runner.results import Attempt
 
-register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 NO_PID = 2**22 + 1  # more than Linux has
 
@@ -191,6 +191,7 @@ class TestStates(unittest.TestCase):
             "NOT_READY": 3,
             "NOTHING_RAN": 4,
             "UNCONFIRMED": 5,
+            "DRIFTED": 6,
             "INTERRUPTED": 130,
         }
         self.assertEqual({code.name: int(code) for code in ExitCode}, numbers)

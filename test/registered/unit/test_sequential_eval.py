@@ -21,7 +21,7 @@ from pdkit.checks.accuracy.gsm8k import (
 )
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 NANO = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
 

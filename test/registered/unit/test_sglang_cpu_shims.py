@@ -37,7 +37,7 @@ class TestTruth(unittest.TestCase):
         )
         self.assertEqual(run.returncode, 0, run.stderr[-2000:])
         rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-        self.assertGreater(len(rows), 30)
+        self.assertGreater(len(rows), 55)
         for row in rows:
             with self.subTest(row["check"]):
                 self.assertLessEqual(row["difference"], row["tolerance"])

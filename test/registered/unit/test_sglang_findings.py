@@ -10,7 +10,7 @@ from unittest import mock
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, UsageError
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 ROOT = Path(__file__).parents[3]
 PARTS = "**Seen.**", "**Releases.**"

@@ -29,7 +29,7 @@ from pdkit.deployment.workers import Workers
 from sglang.test.ci.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
 WORKER = "sglang::scheduler_TP0"
 
@@ -549,6 +549,30 @@ class TestWhatIsLeft(Supervised):
         with slow:
             self.assertEqual(self.run_pair(test=test, mixins=(Threads,)), [])
         self.assert_all_ended()
+
+    def test_servers_are_asked_to_end_all_at_once(self):
+        """Each of two that end only when both were asked."""
+        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        ends = (
+            "import pathlib, signal, sys, time\n"
+            "here, me, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]\n"
+            "def end(*_):\n"
+            "    (here / me).touch()\n"
+            "    while not (here / other).exists(): time.sleep(0.02)\n"
+            "    (here / f'{me} met').touch()\n"
+            "    sys.exit()\n"
+            "signal.signal(signal.SIGTERM, end)\n"
+            "(here / f'{me} up').touch()\n"
+            "time.sleep(300)\n"
+        )
+
+        def test(case):
+            for me, other in (("a", "b"), ("b", "a")):
+                case.launch(me, [sys.executable, "-c", ends, str(directory), me, other])
+                self.assertTrue(processes.wait_until((directory / f"{me} up").exists, 30))
+
+        self.assertEqual(self.run_pair(test=test), [])
+        self.assertEqual(sorted(path.name for path in directory.glob("* met")), ["a met", "b met"])
 
     def test_after_sigterm_while_servers_are_stopped(self):
         def test(case):

@@ -9,6 +9,7 @@ Its unit is the attempt: what a client sent again after a failure is two, of whi
 import contextlib
 import unittest
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, RequestAccount, read_pair
 from pdkit.checks.accounting.ledger import CLIENT, SERVERS, Ledger
@@ -19,6 +20,7 @@ from pdkit.core.recording import unwrapped
 
 SETTLE_SECONDS = 10.0
 OWN_RESULT = "test by itself"
+Test = TypeVar("Test", bound=Callable[..., object])
 
 
 @contextlib.contextmanager
@@ -27,9 +29,9 @@ def _no_heartbeat() -> Iterator[Callable[[], None]]:
     yield lambda: None
 
 
-def unaccounted(test):
+def unaccounted(test: Test) -> Test:
     """Marks a test whose requests are meant to fail, or that makes none."""
-    test.unaccounted = True
+    vars(test)["unaccounted"] = True
     return test
 
 
@@ -44,12 +46,12 @@ class AccountingChecks(Checks):
     attempt_timeout         seconds for one attempt; None leaves it to the client (an hour in run_eval)
     """
 
-    needs = ("lb_url", "prefill_url", "decode_url")
+    needs: tuple[str, ...] = ("lb_url", "prefill_url", "decode_url")
 
     tolerated_failure_rate = 0.0
     attempt_timeout = None
 
-    def _callTestMethod(self, method):
+    def _callTestMethod(self, method: Callable[[], None]) -> None:
         if getattr(method, "unaccounted", False):
             return super()._callTestMethod(method)
         before = self.pair_counters()
@@ -63,9 +65,8 @@ class AccountingChecks(Checks):
             except Exception as error:
                 failure = error
         client = ledger.account(self.tolerated_failure_rate)
-        did = None
-        if before is not None:
-            did = self.pair_counters(SETTLE_SECONDS).since(before)
+        after = self.pair_counters(SETTLE_SECONDS) if before else None
+        did = after.since(before) if before and after else None
         own_result = f"failed: {unwrapped(failure)!r}" if failure else "passed"
         answered, sent = client.sequences
         account = RequestAccount(client, HandoverAccount(did, answered, sent + self._probes() - probes), own_result)

@@ -28,7 +28,7 @@ class ServerCounters:
 
     HELD_NOW = ("rooms", "running")
 
-    def __add__(self, other):
+    def __add__(self, other: "ServerCounters") -> "ServerCounters":
         return ServerCounters(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
     def since(self, earlier: "ServerCounters") -> "ServerCounters":
@@ -89,7 +89,7 @@ class PairCounters:
         return self.prefill.is_idle and self.decode.is_idle
 
 
-def read_pair(prefill_urls, decode_urls, settle: float = 0.0) -> PairCounters | None:
+def read_pair(prefill_urls: Sequence[str], decode_urls: Sequence[str], settle: float = 0.0) -> PairCounters | None:
     """The counters once nothing runs any more, after `settle` seconds at the latest; None where not offered.
 
     A request that was sent twice, or that its client left, may run on after the last answer.

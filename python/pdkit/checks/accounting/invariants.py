@@ -17,7 +17,9 @@ def contradiction(path: str, request: Any, answer: Any) -> str | None:
     """
     if path == GENERATE:
         bodies, params = _spread(request, answer)
-        found = (each for body, own, one in zip(bodies, params, _list(answer)) for each in _of_generate(body, own, one))
+        found: Iterator[str] = (
+            each for body, own, one in zip(bodies, params, _list(answer)) for each in _of_generate(body, own, one)
+        )
     else:
         found = _of_openai(request if isinstance(request, Mapping) else {}, answer)
     return next(found, None)
@@ -100,7 +102,7 @@ def _of_openai(body: Mapping[str, Any], answer: Mapping[str, Any]) -> Iterator[s
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     details = usage.get("prompt_tokens_details") or {}
     yield from _counts(prompt, details.get("cached_tokens"))
-    if None not in (prompt, completion) and usage.get("total_tokens") not in (None, prompt + completion):
+    if prompt is not None and completion is not None and usage.get("total_tokens") not in (None, prompt + completion):
         yield f"total_tokens is {usage['total_tokens']}, the sum of the others is {prompt + completion}"
     most = body.get("max_completion_tokens") or body.get("max_tokens")
     yield from _sums(choices, completion, most if isinstance(most, int) else None)

@@ -9,9 +9,10 @@ import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 from urllib.parse import urlsplit
 
@@ -48,10 +49,10 @@ def sequences_of(path: str, body: bytes | str | None) -> int:
         return 1
     prompts = next((given[name] for name in ("text", "input_ids", "prompt") if given.get(name) is not None), None)
     is_batch = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
-    params = given.get("sampling_params") or {}
+    params: Any = given.get("sampling_params") or {}
     params = params[0] if isinstance(params, list) and params else params
-    samples = (params.get("n") if path == "/generate" else given.get("n")) or 1
-    return (len(prompts) if is_batch else 1) * samples
+    samples: int = (params.get("n") if path == "/generate" else given.get("n")) or 1
+    return (len(prompts) if isinstance(prompts, list) and is_batch else 1) * samples
 
 
 def judge(path: str, status: int, content: bytes | None, sent: bytes | str | None = None) -> tuple[str, str | None]:
@@ -107,12 +108,12 @@ class ClientAccount(Judgement):
     attempts: tuple[HttpAttempt, ...]
     tolerated_rate: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.tolerated_rate < 1:
             raise ValueError(f"the tolerated failure rate is a share from 0 to below 1, got {self.tolerated_rate}")
 
     @property
-    def outcomes(self) -> Counter:
+    def outcomes(self) -> Counter[str]:
         return Counter(attempt.outcome for attempt in self.attempts)
 
     @property
@@ -133,7 +134,7 @@ class ClientAccount(Judgement):
         """Requests that were never answered: an eval scores them as wrong."""
         return sum(ended.failed for ended in self._last_of_failed())
 
-    def _last_of_failed(self):
+    def _last_of_failed(self) -> list[HttpAttempt]:
         by_key = defaultdict(list)
         for attempt in self.attempts:
             by_key[attempt.key].append(attempt)
@@ -202,7 +203,7 @@ class Ledger:
             return ClientAccount(tuple(self.attempts), tolerated_rate)
 
     @contextmanager
-    def open(self):
+    def open(self) -> Iterator["Ledger"]:
         """Within it, attempts are recorded. One ledger at a time can be open in a process."""
         with (
             mock.patch.object(httpx.Client, "send", self._wrap_httpx(httpx.Client.send)),
@@ -210,8 +211,8 @@ class Ledger:
         ):
             yield self
 
-    def _wrap_httpx(self, original):
-        def send(client, request, **options):
+    def _wrap_httpx(self, original: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
+        def send(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
             path = self._watched_path(str(request.url))
             if path is None:
                 return original(client, request, **options)
@@ -229,15 +230,15 @@ class Ledger:
 
         return send
 
-    def _wrap_requests(self, original):
-        def send(session, request, **options):
-            path = self._watched_path(request.url)
+    def _wrap_requests(self, original: Callable[..., requests.Response]) -> Callable[..., requests.Response]:
+        def send(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+            path = self._watched_path(request.url or "")
             if path is None:
                 return original(session, request, **options)
             with self._attempt(path, request.body) as attempt:
                 if attempt.gives_up:
                     refused = requests.Response()
-                    refused.status_code, refused.request, refused.url = 400, request, request.url
+                    refused.status_code, refused.request, refused.url = 400, request, request.url or ""
                     refused._content = attempt.refusal.encode()
                     return refused
                 if self.attempt_timeout is not None:
@@ -249,16 +250,17 @@ class Ledger:
 
         return send
 
-    def _watched_path(self, url):
+    def _watched_path(self, url: str) -> str | None:
         """What is asked of the watched server that `url` begins with, as "/generate"; None: not a watched one."""
         bases = [watched.rstrip("/") for watched in self.urls]
         return next((urlsplit(url[len(base) :]).path for base in bases if url.startswith(f"{base}/")), None)
 
     @contextmanager
-    def _attempt(self, path, body):
+    def _attempt(self, path: str, body: object) -> Iterator["_Pending"]:
         with self._lock:
             gives_up = sum(attempt.failed for attempt in self.attempts) >= self.give_up_after
-        pending = _Pending(path, body if isinstance(body, (bytes, str)) else None, gives_up, self.give_up_after)
+        known = body if isinstance(body, (bytes, str)) else None
+        pending = _Pending(path, known, gives_up, self.give_up_after)
         started = time.monotonic()
         try:
             yield pending
@@ -271,8 +273,8 @@ class Ledger:
         finally:
             if pending.outcome is not None:
                 seconds = time.monotonic() - started
-                key = hash((path, body if isinstance(body, (bytes, str)) else None))
-                sequences = sequences_of(path, body)
+                key = hash((path, known))
+                sequences = sequences_of(path, known)
                 attempt = HttpAttempt(path, pending.outcome, pending.error, sequences, seconds, key)
                 with self._lock:
                     self.attempts.append(attempt)
@@ -283,7 +285,8 @@ class _Pending:
     def __init__(self, path: str, body: bytes | str | None, gives_up: bool, limit: int) -> None:
         self.path, self.body, self.gives_up = path, body, gives_up
         self.refusal = f"not sent: {limit} attempts had failed before"
-        self.outcome, self.error = (NOT_SENT, self.refusal) if gives_up else (None, None)
+        self.outcome: str | None = NOT_SENT if gives_up else None
+        self.error: str | None = self.refusal if gives_up else None
 
-    def answer(self, status, content):
+    def answer(self, status: int, content: bytes | None) -> None:
         self.outcome, self.error = judge(self.path, status, content, self.body)

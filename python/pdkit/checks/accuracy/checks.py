@@ -1,10 +1,14 @@
 """Accuracy on GSM8K: one look, or a gate with stated error rates."""
 
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 from pdkit.checks.accuracy.gate import GateOptions, Policy
 from pdkit.checks.accuracy.gsm8k import gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.accuracy.paired import FEW_FLIPS, PairedOptions
 from pdkit.checks.accuracy.sglang_eval import run_eval_with_outcomes
 from pdkit.checks.base import Checks
+from pdkit.checks.order import by_number, of_answers
 from pdkit.core import events
 from pdkit.deployment.evals import run_eval
 
@@ -14,16 +18,19 @@ FIRST_LOOK = "accuracy gate"  # name of the check
 class GSM8KChecks(Checks):
     """`test_gsm8k` as test_disaggregation_dsv4.py asks it: examples once, of which more than `min_score` must be right."""
 
-    needs = ("lb_url", "model", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "model", "gsm8k_data_path")
 
     min_score = 0.95
     gsm8k_examples = 200
 
-    def test_gsm8k(self):
+    def test_gsm8k(self) -> None:
         args = gsm8k_args(self.lb_url, self.model, self.gsm8k_data_path, num_examples=self.gsm8k_examples)
-        score = run_eval(args, gate=self.min_score)["score"]
+        metrics = run_eval(args, gate=self.min_score)
         with events.phase("gate"):
-            self.assertGreater(score, self.min_score)
+            self.assertGreater(metrics["score"], self.min_score)
+            for judged in of_answers(metrics.get("answered", ())):
+                print(judged.report(), flush=True)
+                judged.assert_passed()
 
 
 class AccuracyGateChecks(Checks):
@@ -36,26 +43,35 @@ class AccuracyGateChecks(Checks):
     gsm8k_flips         share of examples on which two sound servers differ, see `PairedOptions.flips`
     """
 
-    needs = ("lb_url", "model", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "model", "gsm8k_data_path")
 
-    gsm8k_gate_policy = "auto"
+    gsm8k_gate_policy: str = "auto"
     min_score = 0.95
     gsm8k_flips = FEW_FLIPS
 
-    def gsm8k_args(self, base_url):
+    def gsm8k_args(self, base_url: str) -> SimpleNamespace:
         """What `run_eval` gets, but for which examples."""
         return gsm8k_args(base_url, self.model, self.gsm8k_data_path, num_shots=5)
 
-    def test_gsm8k(self):
-        options = GateOptions(policy=self.gsm8k_gate_policy, threshold=self.min_score)
+    def test_gsm8k(self) -> None:
+        options = GateOptions(policy=Policy(self.gsm8k_gate_policy), threshold=self.min_score)
         monolithic_url = getattr(self, "monolithic_url", None)
         if monolithic_url and options.policy is Policy.AUTO:
             arguments = self.gsm8k_args(self.lb_url), self.gsm8k_args(monolithic_url)
             paired = paired_gate(*arguments, PairedOptions(flips=self.gsm8k_flips), run=run_eval_with_outcomes)
             print(paired.report(), flush=True)
-            return paired.assert_passed()
+            paired.assert_passed()
+            return self.assert_no_decay("right answers lost", paired.lost_in_order)
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options, run=run_eval_with_outcomes)
         print(gate.report(), flush=True)
         if gate.first_look_passed is not None:
             events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
         gate.assert_passed()
+        self.assert_no_decay("wrong answers", [not right for right in gate.outcomes or ()])
+
+    @staticmethod
+    def assert_no_decay(what: str, bad: Sequence[bool]) -> None:
+        """Raises AssertionError where `bad` ones of the examples, in their order, come late."""
+        judged = by_number(what, bad)
+        print(judged.report(), flush=True)
+        judged.assert_passed()

@@ -2,7 +2,7 @@
 
 import enum
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from pdkit.checks.judgement import Judgement
@@ -67,7 +67,7 @@ class GateOptions(Planned):
     threshold: float = 0.95
     slice_examples: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = [policy.value for policy in Policy]
         if self.policy not in known:
             raise ValueError(unknown("gate policy", self.policy, known))
@@ -104,7 +104,7 @@ class ScoredSlice:
     correct: int
     outcomes: tuple[bool, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert 0 <= self.correct <= self.examples, self
         assert self.outcomes is None or (len(self.outcomes), sum(self.outcomes)) == (self.examples, self.correct), self
 
@@ -132,9 +132,8 @@ class AccuracyGate(Judgement):
     @property
     def outcomes(self) -> tuple[bool, ...] | None:
         """Which examples were right, or None where a slice does not say."""
-        if any(s.outcomes is None for s in self.slices):
-            return None
-        return tuple(outcome for s in self.slices for outcome in s.outcomes)
+        known = [s.outcomes for s in self.slices if s.outcomes is not None]
+        return tuple(chain.from_iterable(known)) if len(known) == len(self.slices) else None
 
     @property
     def path(self) -> tuple[tuple[int, int], ...]:

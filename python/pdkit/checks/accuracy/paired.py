@@ -59,9 +59,14 @@ class PairedGate(Judgement):
         return len(self.baseline)
 
     @property
+    def lost_in_order(self) -> tuple[bool, ...]:
+        """Which examples are right with the baseline only."""
+        return tuple(theirs and not ours for theirs, ours in zip(self.baseline, self.candidate, strict=True))
+
+    @property
     def lost(self) -> int:
-        """Right with the baseline only."""
-        return sum(theirs and not ours for theirs, ours in zip(self.baseline, self.candidate, strict=True))
+        """How many."""
+        return sum(self.lost_in_order)
 
     @property
     def gained(self) -> int:

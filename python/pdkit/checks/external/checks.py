@@ -20,6 +20,7 @@ from pdkit.checks.accuracy.gate import GateOptions, Policy, Verdict
 from pdkit.checks.accuracy.gsm8k import ScoreError, gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.accuracy.paired import FEW_FLIPS, MANY_FLIPS, PairedOptions
 from pdkit.checks.external import parity
+from pdkit.checks.external.record import Record, track
 from pdkit.checks.http import RequestFailed, post, post_or_fail
 from pdkit.core import stats
 from pdkit.core.gsm8k import Dataset, prompts_of, running_text
@@ -41,6 +42,7 @@ DRAFT_TOKENS = 128
 class State(str, Enum):
     PASSED = "passed"
     FAILED = "failed"
+    DRIFTED = "drifted"
     NOT_CHECKED = "not checked"
 
 
@@ -57,7 +59,8 @@ class CheckRow:
         """The row as people read it."""
         if self.state is State.NOT_CHECKED:
             return f"not checked: {self.check}, {self.sentence}"
-        return f"{self.check}: {'FAILED, ' * (self.state is State.FAILED)}{self.sentence}"
+        bad = f"{self.state.name}, " if self.state is not State.PASSED else ""
+        return f"{self.check}: {bad}{self.sentence}"
 
 
 class Mismatch(Exception):
@@ -416,6 +419,24 @@ def check_all(
     if is_up:
         add(ask("wrong requests are refused", wrong_requests_are_refused, target))
     return rows
+
+
+def check_record(target: CheckedDeployment, record: Record, said: Callable[[CheckRow], None]) -> list[CheckRow]:
+    """Whether the deployment still answers as it did when `record` was made; no other question is asked of it."""
+    rows = [roles(target)]
+    with target.ledger.open():
+        rows.append(ask("answers like the record", lambda asked: _tracked(asked, record), target))
+    rows.append(accounting(target.ledger.account()))
+    for row in rows:
+        said(row)
+    return rows
+
+
+def _tracked(target: CheckedDeployment, record: Record) -> CheckRow:
+    tracking = track(target.url, record, target.timeout)
+    state = State.FAILED if tracking.broken else State.DRIFTED if tracking.drifted else State.PASSED
+    sentence, *evidence = tracking.report().splitlines()
+    return CheckRow("answers like the record", state, sentence, tuple(evidence))
 
 
 def _answers(target: CheckedDeployment) -> bool:

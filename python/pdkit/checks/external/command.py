@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import requests
+
 import pdkit
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
-from pdkit.checks.external.checks import MIN_SCORE, CheckedDeployment, CheckRow, State, check_all
+from pdkit.checks.external.checks import MIN_SCORE, CheckedDeployment, CheckRow, State, check_all, check_record
+from pdkit.checks.external.record import Record, record_of
+from pdkit.checks.http import RequestFailed
 from pdkit.core.command import Parser, positive
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.gsm8k import Dataset, DatasetError, read_dataset
@@ -24,12 +28,14 @@ from pdkit.deployment.external import KEY_VARIABLE, Deployment, discover, is_mon
 
 DATA_VARIABLE = "SGLANG_PD_GSM8K"
 NANO_QUESTIONS = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
+NO_QUESTIONS = "not asked: the record is compared alone"
 
 
 EPILOG = f"""\
 A key that the servers want is read from {KEY_VARIABLE}.
 Exit codes: 0 all that was checked is right, 1 something is wrong, 2 bad usage, 3 this is not a PD deployment, or not one \
-that answers, 5 all is right, but whether this is prefill and decode could not be confirmed"""
+that answers, 5 all is right, but whether this is prefill and decode could not be confirmed, 6 the answers are no longer \
+those of the record (--baseline-record), and not broken"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,6 +43,13 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("url", metavar="URL", help="load balancer or router, http://host:port without /v1")
     parser.add_argument(
         "--baseline", metavar="URL", help="a monolithic server of the same model: answers must be equal"
+    )
+    parser.add_argument(
+        "--baseline-record", type=Path, metavar="FILE",
+        help="only: does it still answer as it did when FILE was made? 120 short requests, no other server",
+    )  # fmt: skip
+    parser.add_argument(
+        "--record", action="store_true", help="make FILE of --baseline-record: this deployment is known to be good"
     )
     parser.add_argument(
         "--quick", action="store_true", help="fewer prompts and 40 questions, in a fraction of the time"
@@ -70,6 +83,7 @@ def main(args: Namespace) -> ExitCode:
         args.url, args.baseline, args.prefill_urls, args.decode_urls, args.model,
         args.api_key or os.environ.get(KEY_VARIABLE),
     )  # fmt: skip
+    record = _record_of(args)
     questions = args.data or os.environ.get(DATA_VARIABLE)
     given = _questions(questions) if questions else None
     with _loopback_without_proxy(), key_sent(deployment):
@@ -82,12 +96,20 @@ def main(args: Namespace) -> ExitCode:
                 f"--baseline {deployment.baseline_url}: is part of a PD deployment, name a monolithic server"
             )
         infos = (*servers.prefill, *servers.decode)
+        version = next((info["version"] for info in infos if isinstance(info.get("version"), str)), None)
         exact = args.exact or (bool(infos) and all(map(_is_embedded, infos)))
-        data = given or _default_questions(served.model_path)
+        data = given or (NO_QUESTIONS if args.baseline_record else _default_questions(served.model_path))
         target = CheckedDeployment(deployment, served, servers, data, args.quick, exact, args.min_score)
+        if args.record:
+            return _write_record(target, version, args.baseline_record)
+        if record and record.model != target.model:
+            raise UsageError(
+                f"{args.baseline_record} is of {record.model}, {deployment.base_url} serves {target.model}"
+            )
         if not args.json:
             print(f"check of {deployment.base_url}, which serves {target.model}", flush=True)
-        rows = check_all(target, said=(lambda row: None) if args.json else _print, watched=_shown)
+        said = (lambda row: None) if args.json else _print
+        rows = check_record(target, record, said) if record else check_all(target, said, watched=_shown)
     code = verdict(rows)
     seconds = time.monotonic() - began
     if args.json:
@@ -103,14 +125,39 @@ def main(args: Namespace) -> ExitCode:
 MEANINGS = {
     ExitCode.PASSED: "all that was checked is right",
     ExitCode.FAILED: "something is wrong, see FAILED above",
+    ExitCode.DRIFTED: "the answers are no longer those of the record, see DRIFTED above",
     ExitCode.UNCONFIRMED: "all that was checked is right, but not whether this is prefill and decode",
 }
 
 
+def _record_of(args: Namespace) -> Record | None:
+    """What to compare with; None where nothing was recorded, or is to be now. Raises UsageError and NotReady."""
+    path = args.baseline_record
+    if args.record and path is None:
+        raise UsageError("--record: name the file by --baseline-record FILE")
+    if path is None or not args.record:
+        return path and Record.read(path)
+    if path.exists():
+        raise UsageError(f"--record: {path} is there already; remove it first, or name another file")
+    return None
+
+
+def _write_record(target: CheckedDeployment, version: str | None, path: Path) -> ExitCode:
+    try:
+        record = record_of(target.url, target.model, version, target.timeout)
+    except (RequestFailed, requests.RequestException) as failure:
+        raise NotReady(f"{target.url} cannot be recorded: {failure}") from None
+    record.write(path)
+    print(f"recorded: {path}, what {target.url} answers to {len(record.texts)} prompts", flush=True)
+    return ExitCode.PASSED
+
+
 def verdict(rows: Sequence[CheckRow]) -> ExitCode:
-    """FAILED by any row; UNCONFIRMED where the first, the servers' roles, could not be checked."""
+    """FAILED, or else DRIFTED, by any row; UNCONFIRMED where the first, the servers' roles, could not be checked."""
     if any(row.state is State.FAILED for row in rows):
         return ExitCode.FAILED
+    if any(row.state is State.DRIFTED for row in rows):
+        return ExitCode.DRIFTED
     return ExitCode.PASSED if rows[0].state is State.PASSED else ExitCode.UNCONFIRMED
 
 

@@ -80,7 +80,7 @@ class Comparison:
     def __init__(
         self, lb_url: str, baseline_url: str, geometry: Geometry, text: str, *, model: str,
         options: PlanOptions = OPTIONS, exact: bool = False, batches: bool = True, timeout: float = 60.0,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.lb_url, self.baseline_url, self.timeout, self.exact = lb_url, baseline_url, timeout, exact
         self.options, self.model, self.text = options, model, text
         self.references = References(bitwise=False, timeout=timeout)

@@ -1,6 +1,6 @@
 """What one request got, read from each kind of answer that SGLang's endpoints give."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,12 @@ class Answer:
             raise AnswerError(f"not a stream of /generate ({error!r}): {str(events)[-200:]}") from None
 
 
-def _pairs(triples):
+def _pairs(triples: Iterable[Sequence[Any]] | None) -> tuple[tuple[float, int], ...]:
     """(logprob, token) of SGLang's (logprob, token, text)."""
     return tuple((logprob, token) for logprob, token, *_ in triples or ())
 
 
-def _finish(reason):
+def _finish(reason: object) -> str | None:
     if not isinstance(reason, Mapping):
         return None if reason is None else str(reason)
     return " ".join(str(reason[name]) for name in ("type", "matched", "length") if name in reason)

@@ -7,13 +7,15 @@ The monolithic server of the same model is launched by one of the bases: see `pd
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.base import Checks
 from pdkit.checks.hints import Evidence, hint
 from pdkit.checks.http import flush_caches
 from pdkit.checks.judgement import Judgement
+from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.plan import (
     Geometry,
     ParityPlan,
@@ -48,28 +50,31 @@ class ParityArms(Checks):
     tokenizer_path   config and tokenizer of the model; None where `model` names them
     """
 
-    needs = ("lb_url", "prefill_url", "decode_url", "model", "monolithic_url", "gsm8k_data_path")
+    needs: tuple[str, ...] = ("lb_url", "prefill_url", "decode_url", "model", "monolithic_url", "gsm8k_data_path")
 
     bitwise = False
-    references = None
+    references: References | None = None
     parity_options = PlanOptions()
     request_timeout = 300.0
-    tokenizer_path = None
+    tokenizer_path: str | None = None
+    _plan: ParityPlan | None = None
+    _parameter_rounds: tuple[tuple[Variation, ...], Round] | None = None
+    _parameter_ids: tuple[int, ...] = ()
     evidence: Sequence[Evidence] = ()
-    _plan = _geometry = _parameter_rounds = _parameter_ids = None
+    _geometry: Geometry | None = None
 
     @classmethod
-    def known_references(cls):
+    def known_references(cls) -> References:
         if cls.references is None:
             cls.references = References(cls.bitwise, cls.request_timeout)
         return cls.references
 
     @classmethod
-    def references_of(cls, round_):
+    def references_of(cls, round_: Round) -> tuple[Arm, Arm | None]:
         return cls.known_references().take(cls.monolithic_url, round_)
 
     @classmethod
-    def take_references(cls):
+    def take_references(cls) -> None:
         """Ask the monolithic server everything that the checks will ask."""
         plan, references = cls.parity_plan(), cls.known_references()
         for round_ in plan.rounds:
@@ -118,14 +123,14 @@ class ParityArms(Checks):
         return cls._parameter_rounds
 
     @classmethod
-    def model_config(cls):
+    def model_config(cls) -> Mapping[str, Any]:
         from transformers.utils import cached_file
 
         with open(cached_file(cls.tokenizer_path or cls.model, "config.json"), encoding="utf-8") as file:
             return json.load(file)
 
     @classmethod
-    def _prompts(cls, geometry):
+    def _prompts(cls, geometry: Geometry) -> Prompts:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(cls.tokenizer_path or cls.model)
@@ -135,10 +140,10 @@ class ParityArms(Checks):
         return prompts
 
     @classmethod
-    def _natural_text(cls):
+    def _natural_text(cls) -> str:
         return running_text(read_dataset(cls.gsm8k_data_path or default_dataset_path()).rows[:400])
 
-    def check_parity(self, rounds):
+    def check_parity(self, rounds: Iterable[Round]) -> None:
         """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""
         parities = []
         for round_ in rounds:
@@ -157,10 +162,13 @@ class ParityArms(Checks):
             self.assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
 
     @classmethod
-    def compared(cls, round_, reference, candidate, control=None, rounding=0.0) -> Parity:
+    def compared(
+        cls, round_: Round, reference: Arm, candidate: Arm, control: Arm | None = None, rounding: float = 0.0
+    ) -> Parity:
         """Of one round; what it showed is kept for the hint, and recorded."""
         names = tuple(probe.name for probe in round_.probes)
-        parity = Parity(round_.condition, names, reference, candidate, control, rounding)
+        loads = (len(names) if round_.batch else round_.in_flight,) * len(names)
+        parity = Parity(round_.condition, names, reference, candidate, control, rounding, loads)
         evidence = parity.evidence(round_, cls._geometry.edges if cls._geometry else {})
         cls.evidence = [*cls.evidence, evidence]
         events.emit("compared", **evidence.as_event())
@@ -178,7 +186,7 @@ class ParityArms(Checks):
                 lines.append(f"  hint: {where}")
             raise AssertionError("\n".join(lines)) from None
 
-    def check_cached(self, round_, arm):
+    def check_cached(self, round_: Round, arm: Arm) -> None:
         """Asserts that prompts came from prefill's cache where `round_` says so, and none where it wants none."""
         for probe, answer in zip(round_.probes, arm):
             share = (
@@ -190,7 +198,7 @@ class ParityArms(Checks):
                 self.assertEqual(answer.cached_tokens, 0, f"{share} a cache that is empty")
 
     @classmethod
-    def caches_prefixes(cls):
+    def caches_prefixes(cls) -> bool:
         """Whether a prefix is found again; not among data-parallel ranks with a cache each: the next may be asked."""
         info = read_server_info(cls.prefill_url)
         return not info.get("disable_radix_cache", True) and info.get("dp_size", 1) == 1
@@ -199,16 +207,16 @@ class ParityArms(Checks):
 class AloneParityChecks(ParityArms):
     """Requests one at a time."""
 
-    def test_parity_alone(self):
+    def test_parity_alone(self) -> None:
         self.check_parity(self.parity_plan().alone)
 
-    test_parity_alone.goes_first = True  # it names the part that is wrong, if any does
+    vars(test_parity_alone)["goes_first"] = True  # it names the part that is wrong, if any does
 
 
 class IndexerParityChecks(ParityArms):
     """Prompts of thousands of tokens, one at a time."""
 
-    def test_parity_where_the_indexer_chooses(self):
+    def test_parity_where_the_indexer_chooses(self) -> None:
         rounds = self.parity_plan().indexed
         if not rounds:
             self.skipTest("the model has no indexer, or its prompts are too short for it to choose")
@@ -218,16 +226,16 @@ class IndexerParityChecks(ParityArms):
 class AnswerParityChecks(AloneParityChecks):
     """The pair answers as a monolithic server of the same model does: all that may be asked of servers in use."""
 
-    def test_parity_concurrent(self):
+    def test_parity_concurrent(self) -> None:
         self.check_parity(self.parity_plan().concurrent)
 
-    def test_parity_shared_prefix(self):
+    def test_parity_shared_prefix(self) -> None:
         self.check_parity(self.parity_plan().shared_prefix)
 
-    def test_parity_rooms(self):
+    def test_parity_rooms(self) -> None:
         self.check_parity(self.parity_plan().rooms)
 
-    def test_parity_request_parameters(self):
+    def test_parity_request_parameters(self) -> None:
         variations, round_ = self.parameter_round()
         arms = (self.references_of(each)[0] for each in (round_, _without(variations)))
         for variation, answer, plain in zip(variations, *arms):
@@ -238,12 +246,12 @@ class AnswerParityChecks(AloneParityChecks):
 class ParityChecks(AnswerParityChecks, IndexerParityChecks):
     """The same, and what takes caches that are ours to empty, and thousands of tokens a prompt."""
 
-    def test_parity_prefix_cached(self):
+    def test_parity_prefix_cached(self) -> None:
         rounds = self.parity_plan().cached
         if not rounds:
             self.skipTest("the model's prompts are shorter than a page of the prefix cache")
         self.check_parity(rounds)
 
 
-def _without(variations):
+def _without(variations: Sequence[Variation]) -> Round:
     return Round("without the parameters", tuple(each.without for each in variations), len(variations))

@@ -5,7 +5,7 @@ Put it before a deployment with a monolithic server, in place of ParityChecks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pdkit.checks.http import flush_caches
@@ -30,7 +30,8 @@ class ExactParityArms(ParityArms):
         """The monolithic server's answers to `round_`, asked once, each request alone."""
         return cls.known_references().take_alone(cls.monolithic_url, round_)
 
-    def check_parity(self, rounds: Sequence[Round]) -> None:
+    def check_parity(self, rounds: Iterable[Round]) -> None:
+        rounds = list(rounds)
         alone = [round_ for round_ in rounds if round_.in_flight == 1 and not round_.batch]
         for round_ in alone:
             reference = self.reference_alone(round_)

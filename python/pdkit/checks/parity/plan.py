@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pdkit.checks.parity.answers import Answer
+
 TOP_LOGPROBS = 8
 SHARED_TOKENS = 32  # where a page of the prefix cache is smaller, down to one token, prefixes are as if it were this
 
@@ -58,7 +60,7 @@ class Geometry:
     @property
     def edges(self) -> dict[str, int]:
         """What begins at how many tokens, in words."""
-        named = {f"{ratio}x compressor": ratio for ratio in self.ratios}
+        named: dict[str, int | None] = {f"{ratio}x compressor": ratio for ratio in self.ratios}
         named |= {"sliding window": self.window, "prefill chunk": self.chunk, "page of the prefix cache": self.page}
         named |= {"indexer": self.chosen}
         return {what: tokens for what, tokens in named.items() if tokens}
@@ -101,14 +103,16 @@ class Probe:
         return bool(self.request.get("stream"))
 
 
-def generate_probe(name: str, ids: Sequence[int], new_tokens: int, options: Mapping | None = None, **sampling) -> Probe:
+def generate_probe(
+    name: str, ids: Sequence[int], new_tokens: int, options: Mapping[str, Any] | None = None, **sampling: Any
+) -> Probe:
     """A greedy request of exactly `new_tokens` tokens with logprobs, unless `sampling` or `options` say otherwise."""
     params = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True, **sampling}
     body = {"input_ids": list(ids), "sampling_params": params, "return_logprob": True, "top_logprobs_num": TOP_LOGPROBS}
     return Probe(name, json.dumps({**body, **(options or {})}))
 
 
-def completion_probe(name: str, prompt: str, new_tokens: int, **params) -> Probe:
+def completion_probe(name: str, prompt: str, new_tokens: int, **params: Any) -> Probe:
     """The same through OpenAI's API, as evals use it; a text in, a text out."""
     body = {"model": "default", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, **params}
     return Probe(name, json.dumps(body), "/v1/completions")
@@ -147,7 +151,7 @@ class Prompts:
     _rng: np.random.Generator = field(init=False, repr=False)
     _next: int = field(default=0, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._rng = np.random.default_rng(self.seed)
 
     def random_ids(self, length: int) -> tuple[int, ...]:
@@ -224,8 +228,8 @@ def make_plan(geometry: Geometry, prompts: Prompts, options: PlanOptions = PlanO
     )
 
 
-def _cached(geometry, alone, options):
-    long = tuple(probe for probe in alone.probes if geometry.page and probe.prompt_length > geometry.page)
+def _cached(geometry: Geometry, alone: Round, options: PlanOptions) -> tuple[Round, ...]:
+    long = tuple(probe for probe in alone.probes if geometry.page and (probe.prompt_length or 0) > geometry.page)
     if not long:
         return ()
     names = frozenset(probe.name for probe in long)
@@ -236,7 +240,9 @@ def _cached(geometry, alone, options):
     )
 
 
-def _concurrent(geometry, prompts, lengths, options):
+def _concurrent(
+    geometry: Geometry, prompts: Prompts, lengths: Sequence[int], options: PlanOptions
+) -> tuple[Round, ...]:
     """Both kinds of prompts at each length; some decode until a longest compressed entry was filled by decode alone.
 
     These are sent first, so that the others are decoded beside them.
@@ -258,7 +264,7 @@ def _concurrent(geometry, prompts, lengths, options):
     return (Round(f"{options.in_flight} in flight", tuple(probes), options.in_flight, flush=True),)
 
 
-def _shared_prefix(geometry, prompts, options):
+def _shared_prefix(geometry: Geometry, prompts: Prompts, options: PlanOptions) -> tuple[Round, ...]:
     """Requests that share a prefix and part: one after the other, in both orders, from the cache, and together.
 
     The prefixes: less than a page of the prefix cache, whole pages, and pages and a half. Of the three tails of a
@@ -276,12 +282,12 @@ def _shared_prefix(geometry, prompts, options):
         families.append([generate_probe(name, prefix + ids, options.tokens // 3) for name, ids in zip(names, tails)])
     a, b, c = zip(*families)
 
-    def wave(condition, probes, cold=False):
+    def wave(condition: str, probes: tuple[Probe, ...], cold: bool = False) -> Round:
         cached = frozenset(probe.name for probe in probes if geometry.page and not cold and _prefix(probe) >= page)
         return Round(f"shared prefix, {condition}", probes, len(probes), flush=cold, cold=cold, cached=cached)
 
-    def _prefix(probe):
-        return probe.prompt_length - tail - 5
+    def _prefix(probe: Probe) -> int:
+        return (probe.prompt_length or 0) - tail - 5
 
     return (
         wave("a first", a, cold=True),
@@ -295,7 +301,7 @@ def _shared_prefix(geometry, prompts, options):
     )
 
 
-def _rooms(prompts, options):
+def _rooms(prompts: Prompts, options: PlanOptions) -> tuple[Round, ...]:
     """Many requests of one length and different content: a swapped room fits, and shows in the tokens only."""
     probes = tuple(
         generate_probe(f"room-{index}", prompts.random_ids(options.room_length), options.room_tokens)
@@ -304,7 +310,7 @@ def _rooms(prompts, options):
     return (Round(f"{options.rooms} different prompts of one length", probes, options.in_flight, flush=True),)
 
 
-def _indexed(geometry, prompts, options):
+def _indexed(geometry: Geometry, prompts: Prompts, options: PlanOptions) -> tuple[Round, ...]:
     """Long prompts alone, of which a third to two thirds of the compressed entries are not chosen.
 
     Enough of them that a test of signs sees what only long prompts show.
@@ -335,14 +341,14 @@ def a_stop(text: str) -> str | None:
     return None
 
 
-def generate_variations(ids: Sequence[int], tokens: int, greedy, seeded: bool) -> tuple[Variation, ...]:
+def generate_variations(ids: Sequence[int], tokens: int, greedy: Answer, seeded: bool) -> tuple[Variation, ...]:
     """One for each parameter of `/generate` that a balancer or a hand-over could lose.
 
     greedy  the reference Answer to `generate_probe("greedy", ids, tokens)`, from which stops are chosen
     seeded  the engine gives the same tokens for the same sampling_seed, however it is loaded
     """
 
-    def with_(name, options=None, **sampling):
+    def with_(name: str, options: Mapping[str, Any] | None = None, **sampling: Any) -> Probe:
         return generate_probe(name, ids, tokens, options, **sampling)
 
     middle = [greedy.tokens[len(greedy.tokens) // 2]]
@@ -372,7 +378,7 @@ def generate_variations(ids: Sequence[int], tokens: int, greedy, seeded: bool) -
     return tuple(found)
 
 
-def completion_variations(prompt: str, tokens: int, greedy, seeded: bool) -> tuple[Variation, ...]:
+def completion_variations(prompt: str, tokens: int, greedy: Answer, seeded: bool) -> tuple[Variation, ...]:
     """The same for OpenAI's API, which evals use; `greedy` answers `completion_probe("completion", prompt, tokens)`."""
     base = completion_probe("completion", prompt, tokens)
     found = [Variation(completion_probe("completion max_tokens", prompt, tokens // 3), base)]

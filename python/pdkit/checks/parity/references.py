@@ -52,7 +52,7 @@ def collect(url: str, round_: Round, timeout: float) -> Arm:
     """The answers to a round. No further request is sent once one failed. Raises RequestFailed."""
     failed = threading.Event()
 
-    def ask_unless_failed(probe):
+    def ask_unless_failed(probe: Probe) -> Answer | RequestFailed | None:
         if failed.is_set():
             return None
         try:
@@ -67,14 +67,13 @@ def collect(url: str, round_: Round, timeout: float) -> Arm:
             return ask_batch(session, url, round_.probes, timeout)
         with ThreadPoolExecutor(round_.in_flight) as pool:
             answers = list(pool.map(ask_unless_failed, round_.probes))
-    failures = [answer for answer in answers if isinstance(answer, RequestFailed)]
-    if failures:
+    if failures := [answer for answer in answers if isinstance(answer, RequestFailed)]:
         sent = sum(answer is not None for answer in answers)
         raise RequestFailed(
             f"{round_.condition}: {len(failures)} of {sent} requests to {url} failed "
             f"({len(answers) - sent} were not sent), the first: {failures[0]}"
         )
-    return answers
+    return [answer for answer in answers if isinstance(answer, Answer)]
 
 
 @dataclass
@@ -94,10 +93,10 @@ class References:
     timeout: float
     rounding: float = 0.0
     control_url: str | None = None
-    _answers: dict = field(default_factory=dict, repr=False)
-    _arms: dict = field(default_factory=dict, repr=False)
+    _answers: dict[tuple[str, str], Answer] = field(default_factory=dict, repr=False)
+    _arms: dict[Round, tuple[Arm, Arm | None]] = field(default_factory=dict, repr=False)
 
-    def take(self, url: str | None, round_: Round) -> tuple[Arm, Arm | None]:
+    def take(self, url: str, round_: Round) -> tuple[Arm, Arm | None]:
         """(reference, control or None) of a round; asked of the server at `url` if not known yet."""
         if self.bitwise:
             return self._take_bitwise(url, round_), None
@@ -105,7 +104,7 @@ class References:
             self._arms[round_] = self.take_alone(url, round_), self._arm(self.control_url or url, round_)
         return self._arms[round_]
 
-    def answer(self, url: str | None, probe: Probe) -> Answer:
+    def answer(self, url: str, probe: Probe) -> Answer:
         """The reference answer to one probe, sent alone."""
         return self.take(url, Round(probe.name, (probe,)))[0][0]
 
@@ -118,7 +117,7 @@ class References:
             self.rounding = FLOAT_ROUNDING
         return distribution
 
-    def take_alone(self, url: str | None, round_: Round) -> Arm:
+    def take_alone(self, url: str, round_: Round) -> Arm:
         """The answers to a round, each request sent alone; asked of the server at `url` if not known yet."""
         unknown = {probe.key: probe for probe in round_.probes if probe.key not in self._answers}
         if unknown:
@@ -127,12 +126,12 @@ class References:
             self._answers.update(zip(unknown, self._arm(url, alone)))
         return [self._answers[probe.key] for probe in round_.probes]
 
-    def _arm(self, url, round_):
+    def _arm(self, url: str, round_: Round) -> Arm:
         if round_.flush:
             http.flush_caches([url], self.timeout)
         return collect(url, round_, self.timeout)
 
-    def _take_bitwise(self, url, round_):
+    def _take_bitwise(self, url: str, round_: Round) -> Arm:
         unknown = {probe.key: probe for probe in round_.probes if probe.key not in self._answers}
         if unknown:
             self._require(url, round_)
@@ -141,6 +140,6 @@ class References:
         return [self._answers[probe.key] for probe in round_.probes]
 
     @staticmethod
-    def _require(url, round_):
-        if url is None:
+    def _require(url: str, round_: Round) -> None:
+        if not url:
             raise RequestFailed(f"{round_.condition}: no monolithic answers were taken and no monolithic server is up")

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from operator import eq
 
 from pdkit.checks.hints import ComparedRequest, Evidence
 from pdkit.checks.judgement import Judgement
+from pdkit.checks.order import Ordered, by_load, by_number
 from pdkit.checks.parity.answers import Answer, Arm
 from pdkit.checks.parity.plan import Probe, Round
 from pdkit.core.quantile import quantile
@@ -54,12 +54,12 @@ class Difference:
         return self.diverged is None and self.largest == 0 and not self.other
 
 
-def _table(answer, position):
+def _table(answer: Answer, position: int) -> dict[int, float]:
     known = {token: logprob for logprob, token in answer.alternatives[position]} if answer.alternatives else {}
     return {**known, answer.tokens[position]: answer.logprobs[position]}
 
 
-def _delta(reference, candidate, position):
+def _delta(reference: Answer, candidate: Answer, position: int) -> float:
     """Largest difference of logprob at one position; NaN counts as infinitely far."""
     ours, theirs = _table(reference, position), _table(candidate, position)
     distances = [0.0]
@@ -154,19 +154,23 @@ class Parity(Judgement):
     condition  what was sent and how, for the report
     names      one for each request
     rounding   largest |difference of logprob| that is no difference; used without a control arm only
+    loads      requests in flight beside each, itself included, where that is known
 
     Without a control arm each answer must be equal: tokens, text, finish reason, prompt logprobs, and logprobs within
     `rounding` (0: to the bit).
 
     With one, the candidate must not be further from the reference, which is each request alone, than the control is,
     which a monolithic server says under the same load. If the hand-over changes nothing, candidate and control are two
-    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence two exact
+    draws of the same thing, and it is as likely that the one is further away as that the other is. Hence exact
     one-sided tests, each at LEVEL / 2, so that a sound engine whose requests err independently of each other fails with
-    a probability of at most LEVEL:
+    a probability of at most 2 LEVEL:
 
       tokens    exact McNemar test of requests whose tokens only the control, or only the candidate, keeps
       logprobs  exact sign test of which of the two has the larger |difference of logprob| on each request; what is
                 below RESOLUTION is equal: a pair may run other kernels than a server that repeats itself to the bit
+
+      order     where the two differ visibly, whether the candidate is the further one more often late in the run, or
+                the more requests are in flight (`loads`): two exact scans of change points (`pdkit.checks.order`)
 
     Tests of all requests together are blind to a fault of a few. Besides, therefore, a single answer fails that is off
     by more than GROSS_FLOOR nats and GROSS_FACTOR times the control's largest difference, which is a rule of thumb, or
@@ -179,8 +183,9 @@ class Parity(Judgement):
     candidate: Arm
     control: Arm | None = None
     rounding: float = 0.0
+    loads: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         arms = [self.reference, self.candidate] + ([self.control] if self.control is not None else [])
         if not self.names or any(len(arm) != len(self.names) for arm in arms):
             counts = ", ".join(str(len(arm)) for arm in arms)
@@ -192,10 +197,10 @@ class Parity(Judgement):
         return cls(
             condition,
             tuple(f"{each.condition}: {name}" for each in parities for name in each.names),
-            *(
-                tuple(chain(*(getattr(each, arm) for each in parities)))
-                for arm in ("reference", "candidate", "control")
-            ),
+            tuple(answer for each in parities for answer in each.reference),
+            tuple(answer for each in parities for answer in each.candidate),
+            tuple(answer for each in parities for answer in each.control or ()),
+            loads=tuple(load for each in parities for load in each.loads),
         )
 
     @cached_property
@@ -208,7 +213,9 @@ class Parity(Judgement):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return self._unequal() if self.control is None else self._beyond_control()
+        if self.control is None or self.control_distribution is None:
+            return self._unequal()
+        return self._beyond_control(self.control, self.control_distribution)
 
     def evidence(self, round_: Round, boundaries: Mapping[str, int]) -> Evidence:
         """How each answer to `round_` differs, for hints: beyond `rounding`, or visibly more than the control's."""
@@ -244,7 +251,7 @@ class Parity(Judgement):
             whose,
         )
 
-    def _unequal(self):
+    def _unequal(self) -> tuple[str, ...]:
         found = []
         for index, difference in enumerate(self.candidate_distribution.differences):
             if difference.diverged is None and difference.largest <= self.rounding and not difference.other:
@@ -252,7 +259,7 @@ class Parity(Judgement):
             found.append(f"{self.names[index]}: {self._describe(index, difference)}")
         return tuple(found)
 
-    def _describe(self, index, difference):
+    def _describe(self, index: int, difference: Difference) -> str:
         reference, candidate = self.reference[index], self.candidate[index]
         parts = []
         if difference.diverged is not None:
@@ -271,8 +278,8 @@ class Parity(Judgement):
         ]
         return "; ".join(parts)
 
-    def _beyond_control(self):
-        control, candidate = self.control_distribution, self.candidate_distribution
+    def _beyond_control(self, answers: Arm, control: Differences) -> tuple[str, ...]:
+        candidate = self.candidate_distribution
         found = []
         tokens = mcnemar(control.same_tokens, candidate.same_tokens)
         if tokens.p_value <= LEVEL / 2:
@@ -287,7 +294,9 @@ class Parity(Judgement):
                 f"logprobs: the candidate is further away in {further.larger} of {further.larger + further.smaller} "
                 f"requests; exact sign test p = {further.p_value:.2g} <= {LEVEL / 2:g}"
             )
-        for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, self.control):
+        for judged in self._orders(*visible):
+            found += judged.problems
+        for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, answers):
             if other := sorted(other_end(reference, ours) - other_end(reference, theirs)):
                 found.append(f"{name}: another {' and '.join(other)}")
         limit = max(GROSS_FLOOR, GROSS_FACTOR * max(control.largest))
@@ -311,6 +320,15 @@ class Parity(Judgement):
         )
         return f"{self.condition}: {right} of {count} answers {how}"
 
+    def _orders(self, ours: Sequence[float], theirs: Sequence[float]) -> tuple[Ordered, ...]:
+        """Of the requests that candidate and control are not equally far off: which of the two is, by number and load."""
+        differing = [index for index, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
+        further = [ours[index] > theirs[index] for index in differing]
+        orders: tuple[Ordered, ...] = (by_number("candidate further off", further, LEVEL / 2),)
+        if len(self.loads) == len(self.names):
+            orders += (by_load("candidate further off", further, [self.loads[i] for i in differing], LEVEL / 2),)
+        return orders
+
     def report(self, most: int = 4) -> str:
         """Both distributions and what is wrong, the first `most` of it."""
         problems = self.problems
@@ -325,7 +343,7 @@ class Parity(Judgement):
             f"parity, {self.condition}: {'FAIL' if problems else 'PASS'}, {len(self.names)} requests, rule: {rule}",
             f"  candidate  {self.candidate_distribution.report()}",
         ]
-        if self.control is not None:
+        if self.control_distribution is not None:
             lines.append(f"  control    {self.control_distribution.report()}")
         lines += [f"  {problem}" for problem in problems[:most]]
         if len(problems) > most:

@@ -1,11 +1,13 @@
 """Whole and streamed answers of each endpoint: text, usage, stops, logprobs, samples, batches, schemas."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import openai
 
-from pdkit.checks.http import greedy
-from pdkit.checks.protocol.reference import LoadBalancerChecks, is_best, through_each_load_balancer
+from pdkit.checks.http import Client, greedy
+from pdkit.checks.protocol.reference import LoadBalancerChecks, Reference, Taken, is_best, through_each_load_balancer
 
 SCHEMA = {
     "type": "object",
@@ -25,13 +27,13 @@ class AnswerChecks(LoadBalancerChecks):
 
     parallel_samples = False
     json_schema = True
-    rendered_chat = None
+    rendered_chat: str | None = None
 
-    def assertBest(self, taken, tops):
+    def assertBest(self, taken: Taken, tops: Sequence[Taken]) -> None:
         self.assertTrue(is_best(taken, tops), f"greedy takes the best, not {taken} of {tops}")
 
     @through_each_load_balancer
-    def test_streamed_equals_whole(self, client):
+    def test_streamed_equals_whole(self, client: Client) -> None:
         prompt = self.prompts(1)[0]
         for ask in (client.complete, client.chat):
             whole, streamed = ask(prompt, 24), ask(prompt, 24, stream=True)
@@ -46,7 +48,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertGoesOn(client.complete(prompt, 24).choices[0].text, self.reference(prompt))
 
     @through_each_load_balancer
-    def test_chat_equals_completion_of_its_template(self, client):
+    def test_chat_equals_completion_of_its_template(self, client: Client) -> None:
         if self.rendered_chat is None:
             self.skipTest("the chat template is not known; set rendered_chat")
         prompt = self.prompts(1)[0]
@@ -55,7 +57,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual(chat.usage, completion.usage)
 
     @through_each_load_balancer
-    def test_usage_counts(self, client):
+    def test_usage_counts(self, client: Client) -> None:
         prompt, other = self.prompts(2)
         one, two = client.complete(prompt, 5).usage, client.complete(other, 5).usage
         both = client.complete([prompt, other], 5).usage
@@ -68,7 +70,7 @@ class AnswerChecks(LoadBalancerChecks):
             self.assertEqual(client.complete([11, 12, 13], 4).usage.prompt_tokens, 3)
 
     @through_each_load_balancer
-    def test_stop_strings(self, client):
+    def test_stop_strings(self, client: Client) -> None:
         reference = self.reference(self.prompts(1)[0])
         for stop in self._stop_strings(reference):
             before = reference.text[: reference.text.index(stop)]
@@ -83,9 +85,9 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual((unstopped.finish_reason, unstopped.matched_stop), ("length", None))
         self.assertGoesOn(unstopped.text, reference)
 
-    def _stop_strings(self, reference):
+    def _stop_strings(self, reference: Reference) -> list[str]:
         """One across two tokens and one of a whole token; neither stands earlier in the text."""
-        tokens, found = reference.tokens[: reference.certain], {}
+        tokens, found = reference.tokens[: reference.certain], dict[str, str]()
         for index in range(2, len(tokens) - 1):
             end, token = len("".join(tokens[: index + 1])), tokens[index]
             across = token[-2:] + tokens[index + 1][:2]
@@ -97,11 +99,11 @@ class AnswerChecks(LoadBalancerChecks):
         return list(found.values())
 
     @through_each_load_balancer
-    def test_stop_tokens(self, client):
+    def test_stop_tokens(self, client: Client) -> None:
         reference = self.reference(self.prompts(1)[0])
         place = next(i for i in range(2, reference.certain) if reference.ids.index(reference.ids[i]) == i)
         stop, before = reference.ids[place], "".join(reference.tokens[:place])
-        ask = {"ignore_eos": False, "extra": {"stop_token_ids": [stop]}}
+        ask: dict[str, Any] = {"ignore_eos": False, "extra": {"stop_token_ids": [stop]}}
         whole = client.complete(reference.prompt, 24, **ask)
         choice = whole.choices[0]
         self.assertEqual((choice.text, choice.finish_reason, choice.matched_stop), (before, "stop", stop))
@@ -110,7 +112,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual((streamed.text, streamed.finish_reasons), (before, ["stop"]))
 
     @through_each_load_balancer
-    def test_first_token_is_the_last(self, client):
+    def test_first_token_is_the_last(self, client: Client) -> None:
         """What prefill makes is all there is: decode must not add to it."""
         reference = self.reference(self.prompts(1)[0])
         first = reference.tokens[0]
@@ -127,7 +129,7 @@ class AnswerChecks(LoadBalancerChecks):
             self.assertEqual((streamed.text, streamed.finish_reasons), (text, [reason]), options)
 
     @through_each_load_balancer
-    def test_first_token_is_the_end_of_text(self, client):
+    def test_first_token_is_the_end_of_text(self, client: Client) -> None:
         params = {"temperature": 0, "max_new_tokens": 96}
         ask = {"sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         answer = client.generate(text=(self.rendered_chat or "{}").format(self.prompts(1)[0]), **ask)
@@ -140,7 +142,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual((result["text"], result["meta_info"]["completion_tokens"]), ("", 1))
 
     @through_each_load_balancer
-    def test_logprobs_of_completions_and_chat(self, client):
+    def test_logprobs_of_completions_and_chat(self, client: Client) -> None:
         prompt = self.prompts(1)[0]
         whole = client.complete(prompt, 12, logprobs=3).choices[0]
         tokens, chosen, tops = whole.logprobs.tokens, whole.logprobs.token_logprobs, whole.logprobs.top_logprobs
@@ -164,7 +166,7 @@ class AnswerChecks(LoadBalancerChecks):
             self.assertBest((entry.logprob, entry.token), [(top.logprob, top.token) for top in entry.top_logprobs])
 
     @through_each_load_balancer
-    def test_input_logprobs_are_merged(self, client):
+    def test_input_logprobs_are_merged(self, client: Client) -> None:
         """Prefill has those of the prompt, decode those of the output; the client gets both."""
         ask = {"text": self.prompts(1)[0], "sampling_params": greedy(6), "return_logprob": True, "top_logprobs_num": 3}
         whole = client.generate(**ask, logprob_start_len=0)
@@ -185,7 +187,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual([token for _, token, _ in tail["input_token_logprobs"]], ids[-4:])
 
     @through_each_load_balancer
-    def test_several_samples(self, client):
+    def test_several_samples(self, client: Client) -> None:
         if not self.parallel_samples:
             self.skipTest("this engine gives the samples of a prompt one bootstrap room")
         reference = self.reference(self.prompts(1)[0])
@@ -200,7 +202,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual(chats[0].message, chats[1].message)
 
     @through_each_load_balancer
-    def test_batch_of_mixed_lengths(self, client):
+    def test_batch_of_mixed_lengths(self, client: Client) -> None:
         texts = self.prompts(3)
         prompts = [texts[0], " ".join(texts), texts[1], " ".join(texts * 2), texts[2]]
         batch = client.complete(prompts, 8)
@@ -210,7 +212,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual(batch.usage.completion_tokens, 8 * len(prompts))
 
     @through_each_load_balancer
-    def test_json_schema(self, client):
+    def test_json_schema(self, client: Client) -> None:
         format_ = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
         if not self.json_schema:
             with self.assertRaisesRegex(openai.BadRequestError, "response_format|json_schema"):
@@ -221,7 +223,7 @@ class AnswerChecks(LoadBalancerChecks):
         self.assertEqual((type(person["name"]), type(person["age"])), (str, int))
 
     @through_each_load_balancer
-    def test_greedy_is_deterministic(self, client):
+    def test_greedy_is_deterministic(self, client: Client) -> None:
         reference = self.reference(self.prompts(1)[0])
         choices = [client.complete(reference.prompt, 24, logprobs=1).choices[0] for _ in range(4)]
         for choice in choices:

@@ -5,7 +5,7 @@ from itertools import islice
 
 import openai
 
-from pdkit.checks.http import Streamed, post
+from pdkit.checks.http import Client, Streamed, post
 from pdkit.checks.protocol.reference import LoadBalancerChecks, through_each_load_balancer
 
 
@@ -13,7 +13,7 @@ class LeavingChecks(LoadBalancerChecks):
     """Streams that are closed, requests that are aborted, answers that are not waited for."""
 
     @through_each_load_balancer
-    def test_stream_that_is_left(self, client):
+    def test_stream_that_is_left(self, client: Client) -> None:
         stream = client.open_stream(self.prompts(1)[0], self.unending_tokens)
         self.assertEqual(len(list(islice(stream, 3))), 3)
         self.assertEqual(self.flush(self.decode_url), 400, "decode is at work")
@@ -22,7 +22,7 @@ class LeavingChecks(LoadBalancerChecks):
         self.assertServes(client)
 
     @through_each_load_balancer
-    def test_abort_by_id(self, client):
+    def test_abort_by_id(self, client: Client) -> None:
         stream = client.open_stream(self.prompts(1)[0], self.unending_tokens)
         first, told = next(iter(stream)), time.monotonic()
         post(self.decode_url, "/abort_request", {"rid": first.id}, self.request_timeout)
@@ -34,7 +34,7 @@ class LeavingChecks(LoadBalancerChecks):
         self.assertIdle()
 
     @through_each_load_balancer
-    def test_whole_answer_that_is_not_waited_for(self, client):
+    def test_whole_answer_that_is_not_waited_for(self, client: Client) -> None:
         if not client.balancer.tells_of_leaving:
             self.skipTest(f"{client.name} goes on for clients that left")
         with self.assertRaises(openai.APITimeoutError):

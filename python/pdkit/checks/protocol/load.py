@@ -2,13 +2,15 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import cycle, islice
+from typing import Any
 
 import openai
 
-from pdkit.checks.http import generate, greedy
-from pdkit.checks.protocol.reference import LoadBalancerChecks, through_each_load_balancer
+from pdkit.checks.http import Client, generate, greedy
+from pdkit.checks.protocol.reference import LoadBalancerChecks, Reference, through_each_load_balancer
 from pdkit.checks.server_info import ServerInfoError, read_server_info
 
 
@@ -23,23 +25,23 @@ class LoadChecks(LoadBalancerChecks):
     sustained_seconds = 60
     sustained_clients = 16
     idle_seconds = 60
-    young = ()
+    young: Sequence[Reference] = ()
 
     @through_each_load_balancer
-    def test_32_at_once(self, client):
+    def test_32_at_once(self, client: Client) -> None:
         self.ask_at_once(client, 32)
 
     @through_each_load_balancer
-    def test_128_at_once(self, client):
+    def test_128_at_once(self, client: Client) -> None:
         self.ask_at_once(client, 128)
 
     @classmethod
-    def launch_lb(cls):
+    def launch_lb(cls) -> None:
         """The references are those of servers that are young: what begins with age must not be in them."""
         super().launch_lb()
         cls.young = [cls.reference(prompt) for prompt in cls.prompts(8)]
 
-    def ask_at_once(self, client, count):
+    def ask_at_once(self, client: Client, count: int) -> None:
         """By turns completions, of which the text is compared, and /generate, with tokens and logprobs."""
         references = self.young
         asked = list(islice(cycle(references), count))
@@ -55,14 +57,14 @@ class LoadChecks(LoadBalancerChecks):
             for reference, answer in zip(asked[1::2], native):
                 self.assertSame(answer.result(), reference)
 
-    def native_answer(self, client, prompt):
+    def native_answer(self, client: Client, prompt: str) -> Any:
         body = {"text": prompt, "sampling_params": greedy(24), "return_logprob": True}
         return generate(client.url, body, self.request_timeout)
 
-    def held(self):
+    def held(self) -> list[object]:
         """What prefill and decode tell of themselves, but for their settings."""
         told = ("rooms", "sending", "internal_states", "engine", "transfer")
-        held = []
+        held: list[object] = []
         for url in (self.prefill_url, self.decode_url):
             try:
                 info = read_server_info(url, timeout=10)
@@ -72,7 +74,7 @@ class LoadChecks(LoadBalancerChecks):
         return held
 
     @through_each_load_balancer
-    def test_one_prefix_from_many_clients(self, client):
+    def test_one_prefix_from_many_clients(self, client: Client) -> None:
         """A tail of its own each; the prefix is computed once, and nobody gets another's tail."""
         tails = self.prompts(8)
         prefix = self.shared_prefix()
@@ -86,38 +88,38 @@ class LoadChecks(LoadBalancerChecks):
             meta = client.generate(text=f"{prefix} 1", sampling_params={"max_new_tokens": 1})["meta_info"]
             self.assertGreater(meta["cached_tokens"], 0, "prefill computed the shared prefix again")
 
-    def test_sustained_load(self):
+    def test_sustained_load(self) -> None:
         """Completions and chat, whole and streamed, clients that leave and bad requests, all at once."""
         references = [self.reference(prompt) for prompt in self.prompts(8)]
         chats = {each.prompt: self.clients[0].chat(each.prompt, 8).choices[0].message.content for each in references}
-        began, served = time.monotonic(), Counter()
+        began, served = time.monotonic(), Counter[tuple[str, str]]()
 
-        def chat(client, reference, **options):
+        def chat(client: Client, reference: Reference, **options: Any) -> Any:
             return client.chat(reference.prompt, 8, **options)
 
-        def whole_chat(client, reference):
+        def whole_chat(client: Client, reference: Reference) -> None:
             self.assert_text(chat(client, reference).choices[0].message.content, chats[reference.prompt])
 
-        def streamed_chat(client, reference):
+        def streamed_chat(client: Client, reference: Reference) -> None:
             self.assert_text(chat(client, reference, stream=True).text, chats[reference.prompt])
 
-        def whole(client, reference):
+        def whole(client: Client, reference: Reference) -> None:
             self.assertGoesOn(client.complete(reference.prompt, 24).choices[0].text, reference)
 
-        def streamed(client, reference):
+        def streamed(client: Client, reference: Reference) -> None:
             self.assertGoesOn(client.complete(reference.prompt, 24, stream=True).text, reference)
 
-        def left(client, reference):
+        def left(client: Client, reference: Reference) -> None:
             with client.open_stream(reference.prompt, self.unending_tokens) as stream:
                 next(iter(stream))
 
-        def refused(client, reference):
+        def refused(client: Client, reference: Reference) -> None:
             with self.assertRaises(openai.BadRequestError):
                 client.complete("", 4)
 
         kinds = (whole, streamed, whole_chat, streamed_chat, left, refused)
 
-        def client_of_many(number):
+        def client_of_many(number: int) -> None:
             for step in range(number, 1_000_000):
                 after = time.monotonic() - began
                 if after > self.sustained_seconds:
@@ -137,12 +139,12 @@ class LoadChecks(LoadBalancerChecks):
         )
         self.assertEqual(len(served), len(kinds) * len(self.clients), "each kind through each load balancer")
 
-    def assert_text(self, text, expected):
+    def assert_text(self, text: str, expected: str) -> None:
         if self.bitwise:
             self.assertEqual(text, expected)
         self.assertTrue(text)
 
-    def test_first_request_after_idle(self):
+    def test_first_request_after_idle(self) -> None:
         reference = self.reference(self.prompts(1)[0])
         for client in self.clients:
             self.assertServes(client)

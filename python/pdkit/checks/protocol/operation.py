@@ -1,6 +1,5 @@
 """What operators use: flushing caches while requests are served, health, readiness of a router."""
 
-import re
 import time
 from itertools import islice
 
@@ -17,12 +16,13 @@ class OperationChecks(LoadBalancerChecks):
     Beside the others it starts a router that waits for a decode server at an address where none is.
     """
 
-    needs = ("launch_router", "base_host")
+    needs: tuple[str, ...] = ("launch_router", "base_host")
 
-    lone_router_url = late_decode = None
+    lone_router_url: str
+    late_decode: tuple[str, int]
 
     @classmethod
-    def launch_lb(cls):
+    def launch_lb(cls) -> None:
         block = ports.claim()
         cls.addClassCleanup(block.release)
         cls.lone_router_url = f"http://{cls.base_host}:{block.ports[0]}"
@@ -31,7 +31,7 @@ class OperationChecks(LoadBalancerChecks):
         super().launch_lb()
 
     @through_each_load_balancer
-    def test_flush_cache_while_serving(self, client):
+    def test_flush_cache_while_serving(self, client: Client) -> None:
         """It is refused where a request is, and harms nobody (`Scheduler.flush_cache`)."""
         reference = self.reference(self.prompts(1)[0], 192)
         stream = client.open_stream(reference.prompt, 192)
@@ -49,7 +49,7 @@ class OperationChecks(LoadBalancerChecks):
             while self.flush(client.url) != 200 or client.generate(**ask)["meta_info"]["cached_tokens"]:
                 self.assertLess(time.monotonic(), deadline, "the cache was not flushed through the load balancer")
 
-    def test_health_and_readiness(self):
+    def test_health_and_readiness(self) -> None:
         """A Rust router without decode is alive but not ready and refuses; it becomes ready when decode appears.
 
         The mini LB knows no readiness: its /health is 200 as soon as it listens.
@@ -65,8 +65,8 @@ class OperationChecks(LoadBalancerChecks):
         self.assertFalse(is_ready(lone.url), "a router that has no decode server says that it is ready")
         refusal = lone.post("/v1/completions", {"model": self.model, "prompt": "1", "max_tokens": 1})
         self.assertEqual(refusal.status_code, 503, refusal.text)
-        decode = re.fullmatch(r"http://(.+):(\d+)", self.decode_url)
-        with Relay(self.late_decode, (decode[1], int(decode[2]))):
+        host, port = self.decode_url.removeprefix("http://").split(":")
+        with Relay(self.late_decode, (host, int(port))):
             deadline = time.monotonic() + self.request_timeout
             while not is_ready(lone.url):
                 self.assertLess(time.monotonic(), deadline, "decode appeared, and the router is not ready")

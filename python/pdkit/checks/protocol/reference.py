@@ -7,14 +7,18 @@ or being handed over.
 
 import time
 import unittest
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any
 
 import requests
 
 from pdkit.checks.base import Checks
 from pdkit.checks.http import MINI_LB, RUST_ROUTER, Client, greedy, post
 from pdkit.core.gsm8k import question_text, read_lines
+
+Taken = Sequence[Any]  # logprob in nats, token id or text
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,11 @@ class Reference:
     logprobs: tuple[float, ...] = ()
 
     @property
-    def certain_text(self):
+    def certain_text(self) -> str:
         return "".join(self.tokens[: self.certain]) if self.certain < len(self.tokens) else self.text
 
 
-def ask_reference(client, prompt, max_tokens, margin):
+def ask_reference(client: Client, prompt: str, max_tokens: int, margin: float) -> Reference:
     """The Reference of `prompt`. margin: log-odds of the best over the second token below which they are near a tie."""
     answer = client.generate(text=prompt, sampling_params=greedy(max_tokens), return_logprob=True, top_logprobs_num=2)
     completion = client.complete(prompt, max_tokens, logprobs=1).choices[0]
@@ -51,7 +55,7 @@ def ask_reference(client, prompt, max_tokens, margin):
     return Reference(prompt, completion.text, tokens, tuple(answer["output_ids"]), certain, logprobs)
 
 
-def is_best(taken, tops):
+def is_best(taken: Taken, tops: Sequence[Taken]) -> bool:
     """Whether greedy decoding may take `taken` where the best ones are `tops`.
 
     taken: (logprob in nats, token id or text); tops: one or more of the same. Of tokens whose logprobs are equal to the
@@ -61,21 +65,21 @@ def is_best(taken, tops):
     return taken[0] == max(logprobs) and (taken in tops or min(logprobs) == max(logprobs))
 
 
-def counting_prompts(count):
+def counting_prompts(count: int) -> list[str]:
     """Prompts that any language model goes on with by counting, each from another number."""
     return [" ".join(str(100 * (index + 1) + step) for step in range(9)) for index in range(count)]
 
 
-def question_prompts(path, count):
+def question_prompts(path: str, count: int) -> list[str]:
     """The first `count` questions of a GSM8K file."""
     return [question_text(line) for line in read_lines(path)[:count]]
 
 
-def through_each_load_balancer(test):
+def through_each_load_balancer(test: Callable[[Any, Client], None]) -> Callable[[Any], None]:
     """`test(self, client)` as a test method: once a load balancer; skipped if it skips through all of them."""
 
     @wraps(test)
-    def method(self):
+    def method(self: "LoadBalancerChecks") -> None:
         skips = []
         for client in self.clients:
             with self.subTest(load_balancer=client.name):
@@ -87,7 +91,7 @@ def through_each_load_balancer(test):
         if len(skips) == len(self.clients):
             self.skipTest(skips[0])
 
-    method.scenario = test
+    vars(method)["scenario"] = test
     return method
 
 
@@ -102,7 +106,7 @@ class LoadBalancerChecks(Checks):
     unending_tokens           more than a server generates in twice `settle_seconds`
     """
 
-    needs = ("lb_url", "router_url", "prefill_url", "decode_url", "model", "launch_lb")
+    needs: tuple[str, ...] = ("lb_url", "router_url", "prefill_url", "decode_url", "model", "launch_lb")
 
     bitwise = False
     near_tie = 2.0
@@ -110,13 +114,13 @@ class LoadBalancerChecks(Checks):
     request_timeout = 120
     settle_seconds = 15
     unending_tokens = 8192
-    clients = ()
-    known_references = None
+    clients: Sequence[Client] = ()
+    known_references: dict[tuple[str, int], Reference]
 
     prompts = staticmethod(counting_prompts)
 
     @classmethod
-    def launch_lb(cls):
+    def launch_lb(cls) -> None:
         super().launch_lb()
         cls.known_references = {}
         cls.clients = [
@@ -126,14 +130,14 @@ class LoadBalancerChecks(Checks):
         for client in cls.clients:
             cls.addClassCleanup(client.close)
 
-    def tearDown(self):
+    def tearDown(self) -> None:
         self.assertIdle()
         super().tearDown()
 
     # What is compared with what.
 
     @classmethod
-    def reference(cls, prompt, max_tokens=24):
+    def reference(cls, prompt: str, max_tokens: int = 24) -> Reference:
         """How the servers go on after `prompt` when nobody else asks."""
         key = prompt, max_tokens
         if key not in cls.known_references:
@@ -144,13 +148,13 @@ class LoadBalancerChecks(Checks):
             assert cls.known_references[key].certain > 0, f"nothing is certain after {prompt!r}"
         return cls.known_references[key]
 
-    def assertGoesOn(self, text, reference):
+    def assertGoesOn(self, text: str, reference: Reference) -> None:
         """`text` is the answer to the prompt of `reference`."""
         self.assertEqual(text[: len(reference.certain_text)], reference.certain_text, reference.prompt[-60:])
         if self.bitwise:
             self.assertEqual(text, reference.text)
 
-    def assertSame(self, answer, reference):
+    def assertSame(self, answer: Mapping[str, Any], reference: Reference) -> None:
         """`answer`, of /generate with logprobs, is that to the prompt of `reference`; a text may be right by luck."""
         ids, said = tuple(answer["output_ids"]), answer["meta_info"]["output_token_logprobs"]
         count = len(ids) if self.bitwise else reference.certain
@@ -159,7 +163,7 @@ class LoadBalancerChecks(Checks):
             logprobs = tuple(logprob for logprob, *_ in said)
             self.assertEqual(logprobs, reference.logprobs, f"logprobs of {reference.prompt[-60:]!r}")
 
-    def assertIdle(self):
+    def assertIdle(self) -> None:
         """Prefill and decode have let go of every request, and of what they kept for it."""
         begin = time.monotonic()
         for name, url in (("prefill", self.prefill_url), ("decode", self.decode_url)):
@@ -172,16 +176,16 @@ class LoadBalancerChecks(Checks):
         info = requests.get(f"{self.prefill_url}/get_server_info", timeout=self.request_timeout).json()
         self.assertEqual(info.get("rooms", 0), 0, "bootstrap rooms that prefill still holds")
 
-    def assertServes(self, client):
+    def assertServes(self, client: Client) -> None:
         """The load balancer of `client` serves, and rightly."""
         reference = self.reference(self.prompts(1)[0])
         self.assertGoesOn(client.complete(reference.prompt, 24).choices[0].text, reference)
 
-    def shared_prefix(self):
+    def shared_prefix(self) -> str:
         """A text that is long enough for the prefix cache to keep."""
         one = self.clients[0].complete(self.prompts(1)[0], 1).usage.prompt_tokens
         return " ".join(self.prompts(-(-(self.prefix_cache_tokens or 256) // one) + 1))
 
-    def flush(self, url):
+    def flush(self, url: str) -> int:
         """The status of /flush_cache: 400 from a server that is at work."""
         return post(url, "/flush_cache", timeout=self.request_timeout).status_code

@@ -1,21 +1,25 @@
 """Requests that must be refused: too long, malformed, empty; and what a refusal looks like."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import requests
 
+from pdkit.checks.http import Client
 from pdkit.checks.protocol.reference import LoadBalancerChecks, through_each_load_balancer
 
 MALFORMED = (b"", b"{", b"[]", b"5", b"null", b'"text"', b'{"prompt": "1"', b"\xff")
-WRONG_COMPLETIONS = (
+WRONG_COMPLETIONS: Sequence[dict[str, Any]] = (
     {}, {"prompt": 5}, {"prompt": {"a": 1}}, {"prompt": "1", "max_tokens": 0}, {"prompt": "1", "max_tokens": -1},
     {"prompt": "1", "max_tokens": "many"}, {"prompt": "1", "temperature": "hot"}, {"prompt": "1", "temperature": -1},
     {"prompt": "1", "top_p": 2}, {"prompt": "1", "stop": 5},
 )  # fmt: skip
 SAY = [{"role": "user", "content": "1"}]
-WRONG_CHATS = (
+WRONG_CHATS: Sequence[dict[str, Any]] = (
     {}, {"messages": []}, {"messages": "hello"}, {"messages": [{}]}, {"messages": [{"role": "user", "content": 5}]},
     {"messages": SAY, "temperature": -1}, {"messages": SAY, "max_tokens": "many"},
 )  # fmt: skip
-WRONG_GENERATES = (
+WRONG_GENERATES: Sequence[dict[str, Any]] = (
     {}, {"text": {"a": 1}}, {"text": "1", "sampling_params": "x"}, {"text": "1", "sampling_params": {"temperature": -1}},
     {"text": "1", "sampling_params": {"max_new_tokens": -1}}, {"text": "1", "sampling_params": {"top_p": 0}},
 )  # fmt: skip
@@ -24,7 +28,7 @@ WRONG_GENERATES = (
 class RefusalChecks(LoadBalancerChecks):
     """A bad request gets a 4xx that says why, and harms nobody."""
 
-    def assertRefused(self, response, pattern="."):
+    def assertRefused(self, response: requests.Response, pattern: str = ".") -> None:
         """A 4xx with a short message, and nothing that looks like an answer."""
         self.assertIn(response.status_code, range(400, 500), response.text)
         self.assertTrue(response.text, "the refusal says nothing")
@@ -33,7 +37,7 @@ class RefusalChecks(LoadBalancerChecks):
             self.assertNotIn(word, response.text)
 
     @through_each_load_balancer
-    def test_too_long(self, client):
+    def test_too_long(self, client: Client) -> None:
         """sglang/srt/managers/tokenizer_manager.py, `_validate_one_request`."""
         card = requests.get(f"{self.prefill_url}/v1/models", timeout=self.request_timeout).json()["data"][0]
         limit = card["max_model_len"]
@@ -52,7 +56,7 @@ class RefusalChecks(LoadBalancerChecks):
         self.assertServes(client)
 
     @through_each_load_balancer
-    def test_malformed_bodies(self, client):
+    def test_malformed_bodies(self, client: Client) -> None:
         for path, wrong in (
             ("/v1/completions", WRONG_COMPLETIONS),
             ("/v1/chat/completions", WRONG_CHATS),
@@ -64,7 +68,7 @@ class RefusalChecks(LoadBalancerChecks):
         self.assertServes(client)
 
     @through_each_load_balancer
-    def test_empty_prompt(self, client):
+    def test_empty_prompt(self, client: Client) -> None:
         """Completions refuse it (`_validate_request`). /generate does unless the tokenizer makes a token of nothing."""
         for prompt in ("", [], [""]):
             refusal = client.post("/v1/completions", {"model": self.model, "prompt": prompt, "max_tokens": 4})

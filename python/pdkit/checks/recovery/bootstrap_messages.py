@@ -8,16 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from pdkit.checks.recovery import table
-from pdkit.checks.recovery.clients import Fate, Outcome, judge_answer
+from pdkit.checks.recovery.clients import Fate, Outcome, Query, judge_answer
 from pdkit.checks.recovery.in_flight import IDLE, RequestsInFlight
 
 LATE_S = 1.0
+Answered = tuple[Fate, str, float]  # error, seconds
 
 
 class BootstrapMessageChecks(RequestsInFlight):
     """Lost and late messages."""
 
-    def test_a_bootstrap_message_is_lost(self):
+    def test_a_bootstrap_message_is_lost(self) -> None:
         """The side that waits for a peer that nobody told gives up by its own timeout."""
         ask = self.right_asks[IDLE]
         with ThreadPoolExecutor(2) as pool:
@@ -36,7 +37,7 @@ class BootstrapMessageChecks(RequestsInFlight):
                 self.assertLess(seconds, bounds[side] + self.slack)
         self.assert_serves_on()
 
-    def test_a_bootstrap_message_is_late(self):
+    def test_a_bootstrap_message_is_late(self) -> None:
         """Whoever comes second finds the first one waiting."""
         ask = self.right_asks[IDLE]
         for first, second in (("prefill", "decode"), ("decode", "prefill")):
@@ -49,7 +50,7 @@ class BootstrapMessageChecks(RequestsInFlight):
                 self.note(f"bootstrap message {LATE_S:g} s late", f"{first} waits", *answers.values())
                 self.assertIs(answers["decode"][0], Fate.SERVED, answers)
 
-    def timed_post(self, side, ask, room):
+    def timed_post(self, side: str, ask: Query, room: int) -> Answered:
         """(fate, error, seconds); prefill's answer to a request that it handed over counts as the right one."""
         begun = time.monotonic()
         ask = replace(ask, right=ask.right if side == "decode" else None, more=self.bootstrap(room))
@@ -57,16 +58,16 @@ class BootstrapMessageChecks(RequestsInFlight):
         fate, _, error = judge_answer(answer.status_code, answer.content, ask.right)
         return fate, error, time.monotonic() - begun
 
-    def note(self, event, phase, *answers):
+    def note(self, event: str, phase: str, *answers: Answered) -> None:
         """A row of the table; answers: of `timed_post`."""
         outcomes = [Outcome(fate, "", error, None, seconds) for fate, error, seconds in answers]
         spans = [outcome.seconds for outcome in outcomes]
         self.recovery_rows.append(table.Row.of(event, phase, table.BY_HAND, outcomes, spans))
 
-    def new_room(self):
+    def new_room(self) -> int:
         return time.monotonic_ns()
 
-    def assert_serves_on(self):
+    def assert_serves_on(self) -> None:
         self.wait_idle(self.servers())
         outcomes = [client.result() for client in self.send(IDLE).values()]
         self.assertEqual([outcome for outcome in outcomes if outcome.fate is not Fate.SERVED], [])
@@ -75,7 +76,7 @@ class BootstrapMessageChecks(RequestsInFlight):
 class DuplicateMessageChecks(BootstrapMessageChecks):
     """Duplicate ones, too, where the engine defines what becomes of them; SGLang's does not."""
 
-    def test_a_bootstrap_message_is_duplicate(self):
+    def test_a_bootstrap_message_is_duplicate(self) -> None:
         """One of the two is served, rightly; the other is refused, in words, at once."""
         ask = self.right_asks[IDLE]
         for twice, once in (("prefill", "decode"), ("decode", "prefill")):

@@ -1,12 +1,14 @@
 """Clients that say what became of a request: answered rightly, answered wrongly, failed with an error, left hanging."""
 
 import json
+import math
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import httpx
 import openai
@@ -37,11 +39,11 @@ class Query:
     new_tokens: int
     stream: bool = False
     right: str | None = None
-    more: Mapping = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
 
-    def generate_body(self):
-        prompt = {"text": self.prompt} if isinstance(self.prompt, str) else {"input_ids": list(self.prompt)}
-        return prompt | {"sampling_params": greedy(self.new_tokens)} | dict(self.more)
+    def generate_body(self) -> dict[str, Any]:
+        prompt = ("text", self.prompt) if isinstance(self.prompt, str) else ("input_ids", list(self.prompt))
+        return dict([prompt]) | {"sampling_params": greedy(self.new_tokens)} | dict(self.more)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Outcome:
     seconds: float
 
     @property
-    def is_clear(self):
+    def is_clear(self) -> bool:
         """Whether a user can tell from it that the deployment failed, and not the request.
 
         A status of 5xx with words, or a connection that was refused or broke off.
@@ -63,12 +65,12 @@ class Outcome:
         return bool(self.error.strip()) and (self.status is None or 500 <= self.status < 600)
 
 
-def token_ids(length, seed=0, vocabulary=range(10, 500)):
+def token_ids(length: int, seed: int = 0, vocabulary: Sequence[int] = range(10, 500)) -> tuple[int, ...]:
     """`length` ids, the same each time."""
     return tuple(random.Random(f"{length} {seed}").choices(vocabulary, k=length))
 
 
-def judge_answer(status, content, right):
+def judge_answer(status: int, content: bytes, right: str | None) -> tuple[Fate, str, str]:
     """(fate, text, error) of a whole answer to /generate. right None: every answer is."""
     text = content.decode(errors="replace")
     if status != 200:
@@ -85,7 +87,7 @@ def judge_answer(status, content, right):
     return Fate.SERVED, said, ""
 
 
-def judge_stream(said, finish_reason, error, right):
+def judge_stream(said: str, finish_reason: str | None, error: str, right: str | None) -> tuple[Fate, str]:
     """(fate, error) of a stream. Its end without a finish reason is no end; what came before an error must be right."""
     if right is not None and not right.startswith(said):
         return Fate.WRONG, f"{said[-ERROR_LIMIT:]!r} is not how {right[:ERROR_LIMIT]!r} begins"
@@ -101,28 +103,30 @@ def judge_stream(said, finish_reason, error, right):
 class QueryThread(threading.Thread):
     """Sends `ask` to the server at `url` at once. `begun` is set at the first piece of an answer."""
 
-    def __init__(self, url, ask, timeout):
+    def __init__(self, url: str, ask: Query, timeout: float) -> None:
         super().__init__(daemon=True)
         self.url, self.ask, self.timeout = url, ask, timeout
-        self.begun, self.outcome, self.ended_at = threading.Event(), None, None
+        self.begun = threading.Event()
+        self.outcome: Outcome | None = None
+        self.ended_at = math.inf
         self._sent_at = time.monotonic()
         self.start()
 
-    def run(self):
+    def run(self) -> None:
         try:
             fate, text, error, status = self._stream() if self.ask.stream else self._whole()
-        except Exception as error:
-            fate, text, error, status = Fate.WRONG, "", f"the client does not understand: {error!r}", None
+        except Exception as failure:
+            fate, text, error, status = Fate.WRONG, "", f"the client does not understand: {failure!r}", None
         self.ended_at = time.monotonic()
         self.outcome = Outcome(fate, text, error, status, self.ended_at - self._sent_at)
         self.begun.set()
 
-    def result(self):
+    def result(self) -> Outcome:
         """The Outcome. A client that outlives its own timeout, trickled at, hangs, too."""
         self.join(max(0.0, self._sent_at + 2 * self.timeout - time.monotonic()))
         return self.outcome or Outcome(Fate.HUNG, "", "still waiting", None, time.monotonic() - self._sent_at)
 
-    def _whole(self):
+    def _whole(self) -> tuple[Fate, str, str, int | None]:
         try:
             answer = post(self.url, "/generate", self.ask.generate_body(), self.timeout)
         except requests.Timeout as error:
@@ -131,7 +135,7 @@ class QueryThread(threading.Thread):
             return Fate.FAILED, "", f"{type(error).__name__}: {error}"[:ERROR_LIMIT], None
         return *judge_answer(answer.status_code, answer.content, self.ask.right), answer.status_code
 
-    def _stream(self):
+    def _stream(self) -> tuple[Fate, str, str, int | None]:
         said, reason, error, status = "", None, "", None
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=self.timeout)
         body = {"ignore_eos": True, **self.ask.more}

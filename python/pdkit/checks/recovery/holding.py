@@ -9,12 +9,12 @@ HELD_TRANSFER = ["--disaggregation-transfer-backend", "pdkit.engine.test_backend
 class HandoverValve(Checks):
     """For the embedded engine: `valve` rules the servers whose transfer backend is `HELD_TRANSFER`."""
 
-    needs = ("configure", "server_env")
+    needs: tuple[str, ...] = ("configure", "server_env")
 
     valve = None
 
     @classmethod
-    def configure(cls):
+    def configure(cls) -> None:
         super().configure()
         cls.valve = Valve(cls.temporary_path("hand-overs-", "valve"))
         cls.valve.turn(None)
@@ -24,8 +24,8 @@ class HandoverValve(Checks):
 class HeldHandovers(HandoverValve):
     """Hand-overs wait until the event strikes. Put it between RecoveryChecks and the servers."""
 
-    needs = ("prefill_args",)
+    needs: tuple[str, ...] = ("prefill_args",)
 
     @classmethod
-    def prefill_args(cls):
+    def prefill_args(cls) -> list[str]:
         return super().prefill_args() + HELD_TRANSFER

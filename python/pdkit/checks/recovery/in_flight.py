@@ -8,8 +8,12 @@ SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT on prefill, SGLANG_DISAGGREGATION_WAITIN
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import requests
 
 from pdkit.checks.base import Checks
 from pdkit.checks.http import post
@@ -19,6 +23,11 @@ from pdkit.checks.server_info import read_server_info
 from pdkit.core import events
 from pdkit.engine import test_backends
 
+if TYPE_CHECKING:
+    from pdkit.deployment.fleet import Fleet
+else:
+    Fleet = object
+
 BEFORE, DURING, STREAMING, IDLE = "before the hand-over", "during it", "streaming", "idle"
 POLL_S, RETURN_POLL_S = 0.02, 0.3
 REACH_S = 0.1
@@ -26,7 +35,7 @@ BLINK_S = 0.5
 ATTEMPTS = 3
 
 
-class RequestsInFlight(Checks):
+class RequestsInFlight(Checks, Fleet):
     """What recovery checks share; by itself it has no test.
 
     bitwise  an answer is the same to the bit whoever else is served; else streams are judged by how they end
@@ -35,18 +44,19 @@ class RequestsInFlight(Checks):
     Seconds are those of the fleet: see `router_timeout` and the others there.
     """
 
-    needs = (
+    needs: tuple[str, ...] = (
         "prefill_url", "decode_url", "base_host", "bootstrap_port", "target", "engine", "log_dir", "configure",
         "names", "routers", "process", "start_again",
         "router_timeout", "slack", "settling", "returning", "bootstrap_timeout", "waiting_timeout",
     )  # fmt: skip
 
     bitwise = True
-    recovery_rows = right_asks = None
-    valve = None
+    recovery_rows: list[table.Row] = []
+    right_asks: dict[str, Query]
+    valve: test_backends.Valve | None = None
 
     @classmethod
-    def asks(cls):
+    def asks(cls) -> dict[str, Query]:
         """What is in flight in each phase."""
         return {
             BEFORE: Query(token_ids(test_backends.HELD_BEFORE), 4),
@@ -56,12 +66,12 @@ class RequestsInFlight(Checks):
         }
 
     @classmethod
-    def configure(cls):
+    def configure(cls) -> None:
         super().configure()
         cls.recovery_rows = []
 
     @classmethod
-    def setUpClass(cls):
+    def setUpClass(cls) -> None:
         super().setUpClass()
         try:
             cls.right_asks = {phase: cls.answered(ask) for phase, ask in cls.asks().items()}
@@ -70,7 +80,7 @@ class RequestsInFlight(Checks):
             raise
 
     @classmethod
-    def answered(cls, ask):
+    def answered(cls, ask: Query) -> Query:
         """`ask` with its right answer: what all routers say while all is well."""
         outcomes = [QueryThread(url, ask, cls.returning).result() for url in cls.routers().values()]
         assert all(outcome.fate is Fate.SERVED for outcome in outcomes), f"before any event: {outcomes}"
@@ -79,7 +89,7 @@ class RequestsInFlight(Checks):
         assert len({outcome.text for outcome in outcomes}) == 1, f"the routers do not agree: {outcomes}"
         return replace(ask, right=outcomes[0].text)
 
-    def setUp(self):
+    def setUp(self) -> None:
         """What an earlier scenario left dead is started again: it is not this one's."""
         super().setUp()
         for name in self.names():
@@ -89,24 +99,24 @@ class RequestsInFlight(Checks):
             self.until_served(url, time.monotonic())
 
     @classmethod
-    def tearDownClass(cls):
-        rows, cls.recovery_rows = cls.recovery_rows, None
+    def tearDownClass(cls) -> None:
+        rows, cls.recovery_rows = cls.recovery_rows, []
         if rows:
             bound = cls.router_timeout + cls.slack
             about = {"target": cls.target, "engine": cls.engine, "bound_s": bound}
-            path = os.path.join(cls.log_dir, table.FILE_NAME)
+            path = os.path.join(cls.log_dir or "", table.FILE_NAME)
             table.save(rows, path, **about)
             print(f"{table.markdown(rows)}\nbound of a client: {bound} s; {path}", flush=True)
             for title, part in table.parts(rows):
                 events.table(title, *table.grid(part), note=f"no client waits longer than {bound} s")
         super().tearDownClass()
 
-    def send(self, phase, patience=None):
+    def send(self, phase: str, patience: float | None = None) -> dict[str, QueryThread]:
         """A client at each router, by name."""
         timeout = patience or self.router_timeout + self.slack
         return {name: QueryThread(url, self.right_asks[phase], timeout) for name, url in self.routers().items()}
 
-    def in_flight(self, patience=None):
+    def in_flight(self, patience: float | None = None) -> dict[str, dict[str, QueryThread]]:
         """Clients of each phase, each of them in it: phase -> router -> QueryThread."""
         self.addCleanup(self.turn_valve, None)
         for _ in range(ATTEMPTS):
@@ -127,18 +137,18 @@ class RequestsInFlight(Checks):
             outcomes = [client.result() for client in every]
         self.fail(f"requests do not stay in flight until the event strikes: {outcomes}")
 
-    def streams(self, patience):
+    def streams(self, patience: float | None) -> dict[str, QueryThread]:
         """Clients of STREAMING, each with the first piece of its answer."""
         clients = self.send(STREAMING, patience)
         for client in clients.values():
             client.begun.wait(self.router_timeout)
         return clients
 
-    def turn_valve(self, word):
+    def turn_valve(self, word: str | None) -> None:
         if self.valve is not None:
             self.valve.turn(word)
 
-    def wait_in_phase(self, clients):
+    def wait_in_phase(self, clients: Mapping[str, Mapping[str, QueryThread]]) -> bool:
         """True once prefill holds a room for each, and those of DURING are half sent; False if that does not come."""
         deadline = time.monotonic() + self.waiting_timeout
         rooms, sending = sum(map(len, clients.values())), len(clients[DURING])
@@ -149,7 +159,14 @@ class RequestsInFlight(Checks):
             time.sleep(POLL_S)
         return False
 
-    def account(self, event, clients, struck, served, may_hang=False):
+    def account(
+        self,
+        event: str,
+        clients: Mapping[str, Mapping[str, QueryThread]],
+        struck: float | None,
+        served: Sequence[str],
+        may_hang: bool = False,
+    ) -> list[table.Row]:
         """Rows of clients by phase and router, once all have ended. Phases of `served` must get their answers.
 
         struck: monotonic seconds of the event; None if the requests were sent after it.
@@ -159,7 +176,7 @@ class RequestsInFlight(Checks):
             for router, client in by_router.items():
                 outcome = client.result()
                 seconds = (
-                    outcome.seconds if struck is None else max(0.0, (client.ended_at or time.monotonic()) - struck)
+                    outcome.seconds if struck is None else max(0.0, min(client.ended_at, time.monotonic()) - struck)
                 )
                 rows.append(table.Row.of(event, phase, router, [outcome], [seconds]))
                 about = f"{event}, {phase}, through {router}: {outcome}"
@@ -174,13 +191,13 @@ class RequestsInFlight(Checks):
                         self.assertTrue(outcome.is_clear, about)
         return rows
 
-    def recoveries(self, begun):
+    def recoveries(self, begun: float) -> dict[str, float]:
         """`until_served` of each router, by name."""
         with ThreadPoolExecutor(len(self.routers())) as pool:
             waits = {name: pool.submit(self.until_served, url, begun) for name, url in self.routers().items()}
         return {name: wait.result() for name, wait in waits.items()}
 
-    def until_served(self, url, begun):
+    def until_served(self, url: str, begun: float) -> float:
         """Seconds from `begun` to the first right answer."""
         deadline = time.monotonic() + self.returning
         outcome = None
@@ -193,7 +210,7 @@ class RequestsInFlight(Checks):
             time.sleep(RETURN_POLL_S)
         self.fail(f"{url} does not serve {self.returning} s after the return: {outcome}")
 
-    def pair_by_hand(self, ask, room=None):
+    def pair_by_hand(self, ask: Query, room: int | None = None) -> tuple[Fate, str, str]:
         """(fate, text, error) of what decode says to a request that goes to prefill and decode as a router sends it."""
         ask = replace(ask, more=self.bootstrap(room or time.monotonic_ns()))
         with ThreadPoolExecutor(2) as pool:
@@ -202,14 +219,14 @@ class RequestsInFlight(Checks):
             answer = decode.result()
         return judge_answer(answer.status_code, answer.content, ask.right)
 
-    def post(self, url, ask):
+    def post(self, url: str, ask: Query) -> requests.Response:
         return post(url, "/generate", ask.generate_body(), self.waiting_timeout + self.slack)
 
-    def bootstrap(self, room):
+    def bootstrap(self, room: int) -> dict[str, Any]:
         host, port = self.base_host, int(self.bootstrap_port)
         return {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": room}
 
-    def wait_idle(self, servers):
+    def wait_idle(self, servers: Mapping[str, str]) -> None:
         """Until none of `servers` (name -> url) holds a room or a request; only where an engine tells."""
         deadline, held_now = time.monotonic() + self.settling, {}
         while time.monotonic() < deadline:
@@ -219,15 +236,15 @@ class RequestsInFlight(Checks):
             time.sleep(POLL_S)
         self.fail(f"{self.settling} s later, (rooms, requests) are still held: {held_now}")
 
-    def held_by(self, url):
+    def held_by(self, url: str) -> tuple[int, ...]:
         info = read_server_info(url, self.settling)
         if "rooms" not in info:
             return ()
         return info["rooms"], sum(state.get("running_requests", 0) for state in info.get("internal_states", ()))
 
     @classmethod
-    def servers(cls):
+    def servers(cls) -> dict[str, str]:
         return {"prefill": cls.prefill_url, "decode": cls.decode_url}
 
-    def add(self, rows, to_recovery):
+    def add(self, rows: list[table.Row], to_recovery: Mapping[str, float]) -> None:
         self.recovery_rows.extend(replace(row, to_recovery=to_recovery[row.router]) for row in rows)

@@ -9,8 +9,10 @@ the restart on the same port, or the thaw, service must resume with nobody else 
 """
 
 import time
+from collections.abc import Callable, Sequence
 
 from pdkit.checks.http import status_of
+from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Fate
 from pdkit.checks.recovery.in_flight import ATTEMPTS, BEFORE, DURING, IDLE, STREAMING, RequestsInFlight
 
@@ -24,56 +26,56 @@ class RecoveryChecks(RequestsInFlight):
     impatience  seconds that a client waits whose router is frozen
     """
 
-    needs = ("end", "freeze", "thaw")
+    needs: tuple[str, ...] = ("end", "freeze", "thaw")
 
     impatience = 3
 
-    def test_decode_is_killed(self):
+    def test_decode_is_killed(self) -> None:
         self.kill(["decode"], served=())
 
-    def test_prefill_is_killed(self):
+    def test_prefill_is_killed(self) -> None:
         self.kill(["prefill"], served=(STREAMING,))
 
-    def test_routers_are_killed(self):
+    def test_routers_are_killed(self) -> None:
         self.kill(["load balancer", "router"], served=())
 
-    def test_decode_is_killed_while_idle(self):
+    def test_decode_is_killed_while_idle(self) -> None:
         self.kill_idle(["decode"])
 
-    def test_prefill_is_killed_while_idle(self):
+    def test_prefill_is_killed_while_idle(self) -> None:
         self.kill_idle(["prefill"])
 
-    def test_routers_are_killed_while_idle(self):
+    def test_routers_are_killed_while_idle(self) -> None:
         self.kill_idle(["load balancer", "router"])
 
-    def test_decode_freezes(self):
+    def test_decode_freezes(self) -> None:
         self.freeze_longer(["decode"], served=())
 
-    def test_decode_freezes_while_idle(self):
+    def test_decode_freezes_while_idle(self) -> None:
         self.freeze_idle(["decode"])
 
-    def test_prefill_freezes(self):
+    def test_prefill_freezes(self) -> None:
         self.freeze_longer(["prefill"], served=(STREAMING,))
 
-    def test_prefill_freezes_while_idle(self):
+    def test_prefill_freezes_while_idle(self) -> None:
         self.freeze_idle(["prefill"])
 
-    def test_routers_freeze(self):
+    def test_routers_freeze(self) -> None:
         self.freeze_longer(["load balancer", "router"], served=(), patience=self.impatience)
 
-    def test_routers_freeze_while_idle(self):
+    def test_routers_freeze_while_idle(self) -> None:
         self.freeze_idle(["load balancer", "router"], patience=self.impatience)
 
-    def test_decode_freezes_for_a_moment(self):
+    def test_decode_freezes_for_a_moment(self) -> None:
         self.freeze_shortly(["decode"])
 
-    def test_prefill_freezes_for_a_moment(self):
+    def test_prefill_freezes_for_a_moment(self) -> None:
         self.freeze_shortly(["prefill"])
 
-    def test_routers_freeze_for_a_moment(self):
+    def test_routers_freeze_for_a_moment(self) -> None:
         self.freeze_shortly(["load balancer", "router"])
 
-    def kill(self, victims, served):
+    def kill(self, victims: Sequence[str], served: Sequence[str]) -> None:
         event = f"{self.title(victims)} killed"
         clients = self.in_flight()
         struck = time.monotonic()
@@ -84,14 +86,14 @@ class RecoveryChecks(RequestsInFlight):
         rows += self.while_away(event, GONE, victims)
         self.back(victims, rows, self.start_again)
 
-    def kill_idle(self, victims):
+    def kill_idle(self, victims: Sequence[str]) -> None:
         event = f"{self.title(victims)} killed"
         self.wait_idle(self.servers())
         for victim in victims:
             self.end(victim)
         self.back(victims, self.while_away(event, IDLE, victims), self.start_again)
 
-    def freeze_longer(self, victims, served, patience=None):
+    def freeze_longer(self, victims: Sequence[str], served: Sequence[str], patience: float | None = None) -> None:
         event = f"{self.title(victims)} frozen"
         clients = self.in_flight(patience)
         struck = time.monotonic()
@@ -103,7 +105,7 @@ class RecoveryChecks(RequestsInFlight):
         self.survivors_serve(victims)
         self.back(victims, rows, self.thaw)
 
-    def freeze_idle(self, victims, patience=None):
+    def freeze_idle(self, victims: Sequence[str], patience: float | None = None) -> None:
         event = f"{self.title(victims)} frozen"
         self.wait_idle(self.servers())
         self.freeze_all(victims)
@@ -111,7 +113,7 @@ class RecoveryChecks(RequestsInFlight):
         self.survivors_serve(victims)
         self.back(victims, rows, self.thaw)
 
-    def freeze_shortly(self, victims):
+    def freeze_shortly(self, victims: Sequence[str]) -> None:
         """A freeze that is over before anybody gives up costs time and nothing else."""
         event = f"{self.title(victims)} frozen for a moment"
         clients = self.in_flight()
@@ -127,13 +129,13 @@ class RecoveryChecks(RequestsInFlight):
         self.add(rows, to_recovery)
         self.wait_idle(self.servers())
 
-    def while_away(self, event, phase, victims):
+    def while_away(self, event: str, phase: str, victims: Sequence[str]) -> list[table.Row]:
         """Requests that come while `victims` are gone get an error, and the others serve what they can."""
         rows = self.account(event, {phase: self.send(IDLE)}, None, ())
         self.survivors_serve(victims)
         return rows
 
-    def back(self, victims, rows, bring):
+    def back(self, victims: Sequence[str], rows: list[table.Row], bring: Callable[[str], None]) -> None:
         others = {name: self.process(name) for name in self.names() if name not in victims}
         begun = time.monotonic()
         for victim in victims:
@@ -152,7 +154,7 @@ class RecoveryChecks(RequestsInFlight):
                 print(f"{rows[0].event}: given up by the router, on a starved machine perhaps: {unserved}", flush=True)
             self.assertEqual(unserved, [])
 
-    def survivors_serve(self, victims):
+    def survivors_serve(self, victims: Sequence[str]) -> None:
         """What is left says that it is well, holds nothing for the dead, and does what needs no dead part."""
         alive = [name for name in self.servers() if name not in victims]
         for name in alive:
@@ -164,10 +166,10 @@ class RecoveryChecks(RequestsInFlight):
             self.assertIs(outcome[0], Fate.SERVED, f"prefill and decode without a router: {outcome}")
 
     @staticmethod
-    def title(victims):
+    def title(victims: Sequence[str]) -> str:
         return victims[0] if len(victims) == 1 else "routers"
 
-    def freeze_all(self, victims):
+    def freeze_all(self, victims: Sequence[str]) -> None:
         for victim in victims:
             self.addCleanup(self.thaw, victim)
             self.freeze(victim)

@@ -1,9 +1,10 @@
 """The recovery table: what each event did to the requests of each phase, and how long it took to be over."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pdkit.checks.recovery.clients import Fate, Outcome
 
@@ -51,7 +52,8 @@ def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(columns, lines): a line for each event and phase; each router has its times."""
     routers = list(dict.fromkeys(row.router for row in rows))
     times = [f"{what}, {router}" for what in ("time to error", "time to recovery") for router in routers]
-    lines, groups = [], {}
+    lines: list[list[str]] = []
+    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in rows:
         groups.setdefault((row.event, row.phase), {}).setdefault(row.router, []).append(row)
     for (event, phase), by_router in groups.items():
@@ -75,17 +77,17 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(tables)
 
 
-def _longest(spans):
+def _longest(spans: Iterable[float | None]) -> str:
     longest = max((span for span in spans if span is not None), default=None)
     return "-" if longest is None else f"{longest:.1f} s"
 
 
-def save(rows: Sequence[Row], path: Path, **about) -> None:
+def save(rows: Sequence[Row], path: Path | str, **about: object) -> None:
     """about: what else the reader must know, by name (target, engine, bounds)."""
     Path(path).write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
-def load(path: Path) -> tuple[dict, list[Row]]:
+def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """(about, rows). Raises ValueError with one line if it is no such file."""
     try:
         record = json.loads(Path(path).read_text())

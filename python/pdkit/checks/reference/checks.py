@@ -1,5 +1,7 @@
 """What SGLang computes against transformers' arithmetic on the same checkpoint."""
 
+from collections.abc import Sequence
+
 from pdkit.checks.http import generate, greedy
 from pdkit.checks.parity.checks import ParityArms
 
@@ -9,7 +11,7 @@ class ReferenceChecks(ParityArms):
 
     reference_prompts = 4
 
-    def test_logprobs_are_those_of_transformers(self):
+    def test_logprobs_are_those_of_transformers(self) -> None:
         from pdkit.checks.reference.truth import LogprobTruth, expected
 
         prompts = self.prompts_of_the_reference()
@@ -20,7 +22,7 @@ class ReferenceChecks(ParityArms):
             print(f"{name}: {truth.report()}", flush=True)
             truth.assert_passed()
 
-    def prompts_of_the_reference(self):
+    def prompts_of_the_reference(self) -> list[tuple[int, ...]]:
         """Few-shot text of the data set, and one prompt so long that the indexer has to choose."""
         probes = [probe for round_ in self.parity_plan().concurrent for probe in round_.probes]
         natural = sorted(
@@ -29,7 +31,7 @@ class ReferenceChecks(ParityArms):
         middle = [ids for ids in natural if 250 <= len(ids) <= 1100][: self.reference_prompts - 1]
         return [*middle, natural[-1]]
 
-    def input_logprobs(self, url, ids):
+    def input_logprobs(self, url: str, ids: Sequence[int]) -> list[float]:
         body = {
             "input_ids": list(ids),
             "sampling_params": greedy(1),

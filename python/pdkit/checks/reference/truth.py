@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,11 +40,11 @@ def _kv(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([round_groups(x[..., :NOPE], 64, power_of_two=True), _bfloat16(x[..., NOPE:])], dim=-1)
 
 
-def _output(rounding: Callable) -> Callable:
+def _output(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
     return lambda _module, _inputs, output: rounding(output)
 
 
-def _first_input(rounding: Callable) -> Callable:
+def _first_input(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
     return lambda _module, inputs: (rounding(inputs[0]), *inputs[1:])
 
 
@@ -97,7 +98,7 @@ class LogprobTruth(Judgement):
     rounded: tuple[float, ...]
     served: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert len(self.exact) == len(self.rounded) == len(self.served) > 0, "one logprob a position each"
 
     @property

@@ -198,6 +198,73 @@ def drafts() -> Compared:
 
 
 @check
+def draft_trees() -> Compared:
+    """A tree of five drafts, and a chain, built and verified, against SGLang's Triton versions."""
+    from sglang.kernels.ops.speculative import spec_tree
+
+    topk, depth, n = 2, 2, 5
+    lengths = torch.tensor([9, 14])
+    chosen = torch.tensor([[0, 1, 2, 4], [0, 2, 3, 1]])
+    given = torch.tensor([[-1, 0, 1], [-1, 0, 1]]), chosen, lengths
+    candidates = torch.tensor([[3, 5, 7, 9, 11], [4, 6, 8, 10, 12]])
+    target = torch.tensor([[5, 9, 7, 2, 2], [6, 8, 10, 2, 2]])
+    found = []
+    for ours in (True, False):
+        mask = torch.ones(int(lengths.sum()) * n + n * n * 2, dtype=torch.bool)
+        positions = torch.zeros(2 * n, dtype=torch.int64)
+        tree = [torch.full((2, n), fill) for fill in (0, -1, -1)]
+        build: Callable[..., None] = spec_tree.sgl_build_tree_kernel_triton
+        if ours:
+            build = speculative.build_tree_kernel_efficient_cpu
+        build(*given, mask, positions, *tree, topk, depth, n, spec_tree.TreeMaskMode.FULL_MASK)
+        predicts, index = torch.full((2 * n,), -1), torch.full((2, depth + 1), -1)
+        count = torch.zeros(2, dtype=torch.int64)
+        verified = predicts, index, count, candidates, *tree, target
+        if ours:
+            speculative.verify_tree_greedy_cpu(*verified)
+        else:
+            spec_tree.verify_tree_greedy_kernel_triton[(2,)](
+                *verified, batch_size=2, num_speculative_tokens=depth + 1, num_draft_tokens=n
+            )
+        found.append((mask, positions, *tree, predicts, index, count))
+    names = "mask", "positions", "index", "next token", "next sibling", "predicts", "accepted", "count"
+    for name, mine, theirs in zip(names, *found, strict=True):
+        yield f"draft tree, {name}", mine, theirs, 0
+
+
+@check
+def draft_slots() -> Compared:
+    """Against the Triton kernels behind SGLang's functions, which on CPU call ours."""
+    from sglang.kernels.ops.speculative import cache_locs, eagle
+
+    requests, table, lengths = torch.tensor([2, 0]), torch.arange(160).int().view(4, 40), torch.tensor([7, 19])
+    ours, theirs = (torch.empty(6, dtype=torch.int64) for _ in range(2))
+    speculative.assign_draft_cache_locs_contiguous_cpu(requests, table, lengths, ours, 40, 1, 3)
+    cache_locs.assign_draft_cache_locs_contiguous[(2,)](requests, table, lengths, theirs, 40, 1, 3)
+    yield "slots of drafts", ours, theirs, 0
+    ends = lengths + torch.tensor([2, 3])
+    ours, theirs = (torch.empty(5, dtype=torch.int64) for _ in range(2))
+    speculative.assign_extend_cache_locs_cpu(requests, table, lengths, ends, ours, 40)
+    cache_locs.assign_extend_cache_locs[(2,)](requests, table, lengths, ends, theirs, 40, 2)
+    yield "slots of an extension", ours, theirs, 0
+    entered = torch.zeros_like(table)
+    speculative.assign_req_to_token_pool_cpu(requests, entered, lengths, ends, theirs, 40)
+    again = torch.empty(5, dtype=torch.int64)
+    cache_locs.assign_extend_cache_locs[(2,)](requests, entered, lengths, ends, again, 40, 2)
+    yield "slots that were entered", again, theirs, 0
+    tokens, counts = torch.arange(100, 106), torch.tensor([1, 3])
+    ours, theirs = (torch.empty(2, dtype=torch.int64) for _ in range(2))
+    speculative.fill_bonus_tokens_cpu(tokens, counts, ours, 3)
+    eagle.fill_bonus_tokens[(2,)](tokens, counts, theirs, 3)
+    yield "last accepted tokens", ours, theirs, 0
+    accepted, where = torch.tensor([3, -1, 0, -1, 4, 5]), torch.arange(10, 16)
+    ours, theirs = (torch.zeros(6, dtype=torch.int64) for _ in range(2))
+    speculative.fill_accept_out_cache_loc_cpu(accepted, where, ours)
+    eagle.fill_accept_out_cache_loc[(6,)](accepted, where, theirs, 8)
+    yield "slots of accepted tokens", ours, theirs, 0
+
+
+@check
 def indexer_scores() -> Compared:
     from sglang.srt.layers.attention.dsv4.indexer import fp8_paged_mqa_logits_torch
 
@@ -222,6 +289,86 @@ def clamped() -> Compared:
     gate, up = (x * 20).chunk(2, -1)
     gate, up = gate.clamp_max(10), up.clamp(-10, 10)
     yield "silu, with a limit", out, gate / (1 + torch.exp(-gate)) * up, FLOAT32
+
+
+@check
+def routed_experts() -> Compared:
+    """Each row by itself, expert by expert, against SGLang's torch version without a limit and a plain statement with one."""
+    from types import SimpleNamespace
+
+    from sglang.srt.layers.activation import SiluAndMul
+
+    layer = SimpleNamespace(w13_weight=torch.randn(4, 256, 96) / 8, w2_weight=torch.randn(4, 96, 128) / 8)
+    x, weights = torch.randn(7, 96), torch.rand(7, 2)
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+    for limit in (None, 1.0):
+        config = SimpleNamespace(apply_router_weight_on_input=False, swiglu_limit=limit)
+        ours = experts.moe_forward_native(layer, x, (weights, ids), config)
+        theirs = torch.zeros(7, 96)
+        for row in range(7):
+            for weight, expert in zip(weights[row], ids[row].tolist()):
+                hidden = layer.w13_weight[expert] @ x[row]
+                if limit is not None:
+                    hidden = torch.cat((hidden[:128].clamp(max=limit), hidden[128:].clamp(-limit, limit)))
+                theirs[row] += weight * (layer.w2_weight[expert] @ SiluAndMul().forward_native(hidden))
+        yield f"routed experts, limit {limit}", ours, theirs, FLOAT32
+
+
+@check
+def indexer_queries() -> Compared:
+    """Rotated, transformed and in fp8, against the definition; the scales go into the heads' weights."""
+    from scipy.linalg import hadamard as sylvester
+    from sglang.kernels.ops.attention.dsv4 import rope
+
+    table, positions = freqs(300), torch.tensor([0, 5, 299])
+    q, weight = torch.randn(3, 8, 128), torch.randn(3, 8)
+    q_fp8, weights = torch.empty(3, 8, 128, dtype=arithmetic.FP8), torch.empty(3, 8, 1)
+    norm_rope.q_indexer(q, q_fp8, weight, weights, 0.125, flat(table), positions)
+    rotated = q.clone()
+    rotated[..., 64:] = rope.apply_rotary_emb_triton(q[..., 64:].contiguous(), table, positions=positions)
+    wanted = rotated @ torch.from_numpy(sylvester(128)).float() * 128**-0.5
+    scale = wanted.abs().amax(-1, keepdim=True) / 448
+    yield "indexer's weights", weights, weight[..., None] * 0.125 * scale, FLOAT32
+    yield "indexer's queries", q_fp8.float() * scale, wanted, 2**-4
+
+
+@check
+def stored_entries() -> Compared:
+    """Compressed entries, normed, rotated by their first token's position, in pages: against SGLang's Triton pieces."""
+    from sglang.kernels.ops.attention.dsv4 import rope
+
+    table = freqs(600)
+    plan = torch.tensor([[8, 3, 0, -1, -1], [300, 9, 0, -1, -1], [512, 4, 0, -1, -1]], dtype=torch.int32)
+    for width in (512, 128):
+        entries_, weight, where = torch.randn(3, width), torch.rand(width) + 0.5, torch.arange(10) * 7
+        size = 64 * 132 if width == 128 else -(-64 * 584 // 576) * 576
+        ours = torch.zeros(3, size, dtype=torch.uint8)
+        compression.norm_rope_store(entries_, plan, weight, 1e-6, flat(table), where, ours, False, 4, 64)
+        wanted = entries_.clone()
+        rope.fused_norm_rope_inplace_triton(wanted, weight, 1e-6, table, plan[:, 0].long() - 4)
+        slots = where[plan[:, 1].long()]
+        if width == 512:
+            read = pages.load_flashmla(ours[:, : 64 * 584].view(3, 64, 1, 584), slots)
+        else:
+            wanted = arithmetic.hadamard(wanted)
+            values = ours[:, : 64 * 128].reshape(-1, 128)[slots].view(arithmetic.FP8).float()
+            read = values * ours[:, 64 * 128 :].contiguous().view(torch.float32).view(-1)[slots][:, None]
+        yield f"stored entries of {width}", read, wanted, 2**-4
+
+
+@check
+def output_projection() -> Compared:
+    """What replaces SGLang's where activations are float32: its own for bfloat16 is called."""
+    from sglang.srt.models import deepseek_v4
+
+    def unused(*_: object, **__: object) -> None:
+        raise AssertionError("SGLang's own was called for float32")
+
+    o, weight = torch.randn(5, 2, 64), torch.randn(2, 16, 64).bfloat16()
+    wanted = torch.stack([o[:, group] @ weight[group].float().T for group in range(2)], 1)
+    yield "grouped projection, float32", experts.wo_a_matmul(unused)(o, weight), wanted, FLOAT32
+    same = experts.wo_a_matmul(deepseek_v4._apply_wo_a_bf16_matmul)(o.bfloat16(), weight, is_decode=False)
+    yield "grouped projection, bfloat16", same.float(), wanted, BFLOAT16
 
 
 def attended(q: torch.Tensor, keys: torch.Tensor, sink: torch.Tensor, scale: float) -> torch.Tensor:

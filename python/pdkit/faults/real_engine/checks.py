@@ -33,7 +33,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
     handover_timeout      seconds after which SGLang gives up a hand-over
     """
 
-    needs = ("configure", "server_env", "backend")
+    needs: tuple[str, ...] = ("configure", "server_env", "backend")
 
     transfer_switch = None
     server_module = "pdkit.faults.real_engine.server"

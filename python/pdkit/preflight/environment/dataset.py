@@ -12,9 +12,8 @@ from pdkit.core.source import read
 from pdkit.preflight.environment.packages import locate
 from pdkit.preflight.finding import Finding, error, ok, warning
 
-LAUNCHED = "the servers would load for minutes before the eval finds out"
+WHY = "the servers would load for minutes before the eval finds out"
 DO = "set SGLANG_PD_GSM8K to a .jsonl file of GSM8K questions"
-THERE = "the deployment is scored by them"
 TIMEOUT_S = 2.0
 
 
@@ -28,33 +27,31 @@ def default_url() -> str | None:
     return None
 
 
-def check(
-    path: str | None, tmp: Path = Path("/tmp"), environ: Mapping[str, str] = os.environ, why: str = LAUNCHED
-) -> Iterator[Finding]:
+def check(path: str | None, tmp: Path = Path("/tmp"), environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Findings on the GSM8K questions at `path`, or on those that SGLang keeps in `tmp` or downloads."""
     if path is not None:
-        yield _readable(Path(path), why, f"correct the path, or {DO}")
+        yield _readable(Path(path), f"correct the path, or {DO}")
         return
     url = default_url()
     if url is None:
-        yield error("data", "the installed SGLang names no GSM8K questions", why, DO)
+        yield error("data", "the installed SGLang names no GSM8K questions", WHY, DO)
         return
     cached = tmp / url.rpartition("/")[2]
     if cached.exists():
-        yield _readable(cached, why, f"remove it, it is downloaded again, or {DO}")
+        yield _readable(cached, f"remove it, it is downloaded again, or {DO}")
     elif any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         yield warning("data", f"GSM8K is not at {cached}", "it will be downloaded through the proxy", DO)
     elif reachable(urlparse(url).hostname):
         yield ok("data", f"GSM8K will be downloaded from {url}")
     else:
-        yield error("data", f"GSM8K is not at {cached}, and {urlparse(url).hostname} does not answer", why, DO)
+        yield error("data", f"GSM8K is not at {cached}, and {urlparse(url).hostname} does not answer", WHY, DO)
 
 
-def _readable(path: Path, why: str, do: str) -> Finding:
+def _readable(path: Path, do: str) -> Finding:
     try:
         rows = read_lines(path)
     except DatasetError as problem:
-        return error("data", str(problem), why, do)
+        return error("data", str(problem), WHY, do)
     return ok("data", f"{len(rows)} questions at {path}")
 
 

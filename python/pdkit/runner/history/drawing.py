@@ -38,7 +38,7 @@ def _result(code: int) -> str:
 
 
 def _score(record: Record) -> str:
-    scores = [f"{m.correct}/{m.examples} {m.rung}" for m in record.measurements if m.examples]
+    scores = [f"{m.correct}/{m.examples} {m.target}" for m in record.measurements if m.examples]
     return ", ".join(scores) or "-"
 
 
@@ -58,7 +58,7 @@ def runs_table(records: Sequence[Record]) -> Table:
 def as_dict(series: Series) -> dict[str, Any]:
     """A series for JSON."""
     return {
-        "rung": series.rung,
+        "target": series.target,
         "name": series.name,
         "unit": series.unit,
         "times": [point.record.time.isoformat() for point in series.points],
@@ -75,7 +75,7 @@ def series_table(all_series: Sequence[Series]) -> Table:
     for series in all_series:
         values = [point.value for point in series.points]
         shown = (series.show(value) for value in (min(values), max(values), values[-1]))
-        table.add_row(series.rung, series.name, sparkline(values[-WIDTH:]), *shown)
+        table.add_row(series.target, series.name, sparkline(values[-WIDTH:]), *shown)
     return table
 
 
@@ -91,22 +91,22 @@ def draw(all_series: Sequence[Series], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rungs = list(dict.fromkeys(series.rung for series in all_series))
-    rows = [(rung, unit) for rung in rungs for unit in ("", "s", "tokens") if _of(all_series, rung, unit)]
+    targets = list(dict.fromkeys(series.target for series in all_series))
+    rows = [(target, unit) for target in targets for unit in ("", "s", "tokens") if _of(all_series, target, unit)]
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(10, 3.4 * len(rows)), layout="constrained", squeeze=False)
-    for (rung, unit), panel in zip(rows, axes[:, 0]):
-        chosen = _of(all_series, rung, unit)
+    for (target, unit), panel in zip(rows, axes[:, 0]):
+        chosen = _of(all_series, target, unit)
         if unit == "s":
             _phases(panel, chosen)
         else:
             _points(panel, chosen[0], unit)
-        panel.set_title(f"{rung}: {'phases' if unit == 's' else chosen[0].name}", loc="left", fontsize=10)
+        panel.set_title(f"{target}: {'phases' if unit == 's' else chosen[0].name}", loc="left", fontsize=10)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def _of(all_series: Sequence[Series], rung: str, unit: str) -> list[Series]:
-    return [series for series in all_series if (series.rung, series.unit) == (rung, unit)]
+def _of(all_series: Sequence[Series], target: str, unit: str) -> list[Series]:
+    return [series for series in all_series if (series.target, series.unit) == (target, unit)]
 
 
 def _ticks(panel: "Axes", records: Sequence[Record]) -> None:
@@ -120,7 +120,7 @@ def _points(panel: "Axes", series: Series, unit: str) -> None:
     errors = list(zip(*((p.value - p.interval[0], p.interval[1] - p.value) for p in series.points)))
     panel.errorbar(range(len(values)), values, errors, fmt="o", color="#1f4e79", ecolor="#9a9a9a", markersize=4)
     if not unit:
-        gates = {m.gate for p in series.points for m in p.record.measurements if m.rung == series.rung and m.gate}
+        gates = {m.gate for p in series.points for m in p.record.measurements if m.target == series.target and m.gate}
         for gate in sorted(gates):
             panel.axhline(float(gate.lstrip(">=")), color="#b35900", linestyle="--")
             panel.annotate(f"gate {gate}", (0, float(gate.lstrip(">="))), va="bottom", fontsize=8, color="#b35900")

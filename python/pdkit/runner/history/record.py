@@ -30,7 +30,7 @@ class Measurement:
     __pydantic_config__ = _STRICT
 
     file: str
-    rung: str | None
+    target: str | None
     engine: str | None
     correct: int | None
     examples: int | None
@@ -106,7 +106,7 @@ def measurement_of(file: str, happened: Events) -> Measurement | None:
         return None
     return Measurement(
         file=file,
-        rung=score.target if score else None,
+        target=score.target if score else None,
         engine=score.engine if score else None,
         correct=score.correct if score else None,
         examples=score.examples if score else None,

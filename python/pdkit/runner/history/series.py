@@ -26,7 +26,7 @@ class Point:
 class Series:
     """The points of one thing, in the order of time; `unit` is "" for a share, "s" for times, "tokens" for lengths."""
 
-    rung: str
+    target: str
     name: str
     unit: str
     points: tuple[Point, ...]
@@ -36,20 +36,20 @@ class Series:
 
 
 def main_job_series(records: Iterable[Record]) -> list[Series]:
-    """Score, acceptance length, phases and time in all of each rung, of files that passed (the score: of all)."""
+    """Score, acceptance length, phases and time in all of each target, of files that passed (the score: of all)."""
     found: dict[tuple[str, str, str], list[Point]] = {}
 
     def add(
-        rung: str, record: Record, name: str, unit: str, value: float, counts: tuple[int, int] | None = None
+        target: str, record: Record, name: str, unit: str, value: float, counts: tuple[int, int] | None = None
     ) -> None:
-        found.setdefault((rung, name, unit), []).append(Point(record, value, counts))
+        found.setdefault((target, name, unit), []).append(Point(record, value, counts))
 
     for record in records:
         files = {file.file: file for file in record.files}
         for measured in record.measurements:
-            if not measured.rung:
+            if not measured.target:
                 continue
-            note = partial(add, measured.rung, record)
+            note = partial(add, measured.target, record)
             if measured.examples and measured.correct is not None:
                 note("score", "", measured.correct / measured.examples, (measured.correct, measured.examples))
             file = files.get(measured.file)
@@ -61,7 +61,7 @@ def main_job_series(records: Iterable[Record]) -> list[Series]:
                 note(name, "s", seconds)
             note("in all", "s", file.seconds)
     order = sorted(found, key=lambda key: (key[0], ("", "tokens", "s").index(key[2])))
-    return [Series(rung, name, unit, tuple(found[rung, name, unit])) for rung, name, unit in order]
+    return [Series(target, name, unit, tuple(found[target, name, unit])) for target, name, unit in order]
 
 
 def seconds_of_files(records: Iterable[Record], most: int) -> dict[tuple[str, str, str], list[float]]:

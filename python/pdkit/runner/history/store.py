@@ -48,7 +48,7 @@ def read(paths: Iterable[Path]) -> History:
             if not line.strip():
                 continue
             try:
-                record = parser.validate_json(line)
+                record = parser.validate_json(line.replace(b'"rung":', b'"target":'))  # its name until November 2026
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 place = ".".join(map(str, first["loc"]))

@@ -186,6 +186,11 @@ class FileRun:
         return bad
 
     @property
+    def first_failure(self) -> str:
+        """What the first row that failed says."""
+        return next((row.sentence for row in self.rows if row.state == FAIL), "")
+
+    @property
     def is_plain(self) -> bool:
         """Whether it started no servers and measured nothing."""
         return not (self.phases or self.score or self.tables or self.examples)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pdkit.checks.accounting.ledger import CLIENT, SERVERS
 from pdkit.core.events import BAD, EXPECTED_FAILURE, SKIPPED, Events
+from pdkit.core.recording import without_numpy
 from pdkit.runner.report.model import FAIL, PASS, SKIP, ReportRow
 
 MOST_FINDINGS = 3
@@ -49,6 +50,7 @@ def _row(method: str, event: dict[str, Any], since: Sequence[dict[str, Any]]) ->
 
 def in_words(message: str, since: Sequence[dict[str, Any]]) -> str:
     """What an assertion says of a score that was taken before it; otherwise `message`."""
+    message = without_numpy(message)
     compared = _NOT_GREATER.match(message)
     for event in reversed(since):
         if compared and event["kind"] == "score" and math.isclose(event["score"], float(compared[1]), abs_tol=1e-9):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import requests
-
 from pdkit.runner.guardian import Guarded
 from pdkit.runner.owner import new_token
 
