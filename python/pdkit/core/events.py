@@ -19,7 +19,7 @@ score     eval, score, examples, gate (the score must be greater), target, engin
 measurement  name, value: a figure that a test found beside its score, such as "acceptance length"
 verdict   check, passed, message: what a check found that is not a test of its own
 finding   passed, sentence: what the test that is running found, in plain words
-compared  condition, boundaries, requests: see `pdkit.checks.hints.Evidence`
+compared  condition, boundaries, requests: see `pdkit.checks.hints.Evidence`; further: see `pdkit.checks.parity.verdict.Parity`
 table     title, columns, rows, note
 test      id, method (without a sub-test's parameters), state, seconds (None if it was never started), what (the first
           line of its docstring), message (first lines in plain words), details (traceback)

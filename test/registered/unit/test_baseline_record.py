@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 from pdkit.checks.external import record
-from pdkit.checks.external.record import ASKED, LEVEL, RECORDED, Record, Tracking
+from pdkit.checks.external.record import ASKED, LEVEL, RECORDED, Fingerprint, Tracking
 from pdkit.checks.parity.answers import Answer
 from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
@@ -47,7 +47,9 @@ def answers(turns, noise=0.0, shift=0.0, seed=0, prompts=40, place=1):
 
 
 def tracking(now, noise=0.0, seed=1):
-    return Tracking(Record("m", None, ("x",) * len(now), answers(RECORDED, noise, seed=seed, prompts=len(now))), now)
+    return Tracking(
+        Fingerprint("m", None, ("x",) * len(now), answers(RECORDED, noise, seed=seed, prompts=len(now))), now
+    )
 
 
 class TestSplitTest(unittest.TestCase):
@@ -208,7 +210,7 @@ class TestCommand(unittest.TestCase):
             self.assertIn(says, self.check(server, expected=code))
         self.path.write_text("{")
         with self.assertRaisesRegex(NotReady, "not JSON"):
-            Record.read(self.path)
+            Fingerprint.read(self.path)
 
 
 if __name__ == "__main__":

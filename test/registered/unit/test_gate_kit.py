@@ -190,9 +190,9 @@ class TestLost(unittest.TestCase):
 
     def test_it_stops_once_it_is_lost(self):
         with self.assertRaisesRegex(
-            EvalLost, "^score at most 0.950 of 200 examples, must be greater than 0.95: stopped"
+            EvalLost, "^score at most 0.900 of 200 examples, must be greater than 0.9: stopped"
         ):
-            self.run_eval(wrong=10, gate=0.95, answered=20)
+            self.run_eval(wrong=20, gate=0.9, answered=20)
 
     def test_it_goes_on_while_it_can_be_won(self):
         for gate, wrong in ((0.95, 9), (None, 200)):

@@ -441,6 +441,17 @@ class TestCommand(unittest.TestCase):
         for name in QUICK_FAULTS:
             self.assertIn(name, LIBRARY)
 
+    def test_each_subject_s_servers_have_the_switch(self):
+        """Of a flag that is given twice the last one counts."""
+        from pdkit.faults.matrix import subjects
+
+        for subject in subjects_of(quick=False):
+            cls = getattr(subjects, subject.cls)
+            with mock.patch.object(cls, "bootstrap_port", "1", create=True):
+                for args in (cls.prefill_args(), cls.decode_args()):
+                    last = len(args) - 1 - args[::-1].index("--disaggregation-transfer-backend")
+                    self.assertEqual(args[last + 1], "pdkit.faults:FaultyTransfer", subject.name)
+
     def test_only_subjects_that_faults_are_put_before_are_started(self):
         kind = next(name for name, fault in LIBRARY.items() if fault.asks)
         for faults, expected in (

@@ -22,17 +22,20 @@ from pathlib import Path
 from unittest import mock
 
 from junitparser import JUnitXml
+from pdkit.checks.hints import ComparedRequest, Evidence
 from pdkit.cli.main import main
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.events import append
 from pdkit.preflight import plan as gpu_plan
 from pdkit.runner.report.compare import compared
 from pdkit.runner.report.html import page
 from pdkit.runner.report.issue import issue
 from pdkit.runner.report.junit import junit
 from pdkit.runner.report.markdown import markdown
-from pdkit.runner.report.model import Distribution, Phase, Score
+from pdkit.runner.report.model import ComparedRound, Distribution, Phase, Score
 from pdkit.runner.report.read import NoReport, read_directory
+from pdkit.runner.report.rejudge import judged, rejudged
 from pdkit.runner.report.terminal import cause, log_tails, rows, scores
 from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
 
@@ -290,7 +293,7 @@ class TestX(unittest.TestCase):
         self.assertGreater(0.935, 0.95)
 
     def test_d_parts(self):
-        for part in range(2):
+        for part in range(3):
             with self.subTest(part=part):
                 self.assertEqual(part, 0, "is not zero")
         events.verdict("request accounting", False, "request accounting: FAIL, 1 lost\\n  more")
@@ -426,6 +429,76 @@ class TestTwoRuns(unittest.TestCase):
         self.assertIn("they overlap", printed.getvalue())
         with redirect_stderr(io.StringIO()):
             self.assertEqual(main(["report"]), 2)
+
+
+class TestRejudge(unittest.TestCase):
+    """`pdkit report DIR --rejudge`: newer checkers on what an older run recorded."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.directory = recorded(Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
+        cls.run_ = read_directory(cls.directory)
+        (cls.file,) = cls.run_.files
+
+    def states(self, **changed):
+        return {each.check: (each.state, each.sentence) for each in judged(replace(self.file, **changed))}
+
+    def test_the_recorded_run(self):
+        found = self.states()
+        self.assertEqual(found["score"], ("FAIL", "188 of 200, must be greater than 0.95"))
+        self.assertEqual(found["answers"], ("PASS", "200 of 200 read again, each scored as it was"))
+        self.assertEqual(found["order of wrong answers"][0], "data incomplete")
+
+    def test_answers_that_contradict_the_score(self):
+        score = replace(self.file.score, correct=195)
+        self.assertEqual(self.states(score=score)["answers"], ("FAIL", "188 answers were right, the score says 195"))
+        right, *others = sorted(self.file.examples, key=lambda each: not each.is_right)
+        examples = (replace(right, answer="#### 123456789"), *others)
+        self.assertIn("1 are scored otherwise", self.states(examples=examples)["answers"][1])
+        self.assertEqual(self.states(examples=examples[1:])["answers"][0], "data incomplete")
+
+    def test_a_checker_that_the_run_did_not_have_finds_its_decay(self):
+        for wrong, state in ((range(151, 200, 5), "FAIL"), (range(3, 200, 20), "PASS")):
+            examples = tuple(
+                replace(each, began=index * 1.0, seconds=0.5, score=float(index not in wrong))
+                for index, each in enumerate(self.file.examples)
+            )
+            self.assertEqual(self.states(examples=examples)["by request number"][0], state)
+
+    def test_compared_requests(self):
+        requests = tuple(ComparedRequest(f"r{index}", 10, 1, 3) for index in range(80))
+        wrong = (*requests[:79], replace(requests[79], token=1))
+
+        def states(requests, further):
+            return self.states(compared=(ComparedRound(Evidence("alone", requests, {}), further),))
+
+        self.assertEqual(states(requests, ())["compared to the bit"], ("PASS", "0 of 80 differ"))
+        state, sentence = states(wrong, ())["compared to the bit"]
+        self.assertEqual((state, sentence[:24]), ("FAIL", "1 of 80 differ, first r7"))
+        self.assertEqual(states(wrong, None)["compared"][0], "data incomplete")
+        found = states(requests, (-1,) * 40 + (1,) * 40)
+        self.assertEqual(found["compared with a control"][0], "PASS")
+        self.assertEqual(found["by request number"][0], "FAIL")
+        self.assertEqual(states(requests, (1,) * 80)["compared with a control"][0], "FAIL")
+
+    def test_what_was_recorded_is_read_from_the_files(self):
+        requests = (ComparedRequest("r0", 10, 1, 3), ComparedRequest("r1", 11, 1, 3, 0, 1, 1, 0.5))
+        with tempfile.TemporaryDirectory() as folder:
+            directory = recorded(Path(folder))
+            (log,) = directory.glob("*.log")
+            append(log.with_suffix(""), "compared", **Evidence("alone", requests, {}).as_event(), further=())
+            (file,) = read_directory(directory).files
+            self.assertEqual(file.compared, (ComparedRound(Evidence("alone", requests, {}), ()),))
+
+    def test_the_command(self):
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            code = main(["report", str(self.directory), "--rejudge"])
+        self.assertEqual(code, 1)
+        self.assertIn("judged again: 1 passed, 1 failed, 1 data incomplete", printed.getvalue())
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            self.assertEqual(main(["report", str(self.directory), "--rejudge", "--issue"]), 2)
+        self.assertEqual(rejudged(replace(self.run_, files=()))[1], 4)
 
 
 class TestIssue(unittest.TestCase):

@@ -13,14 +13,14 @@ from typing import Any
 import requests
 
 from pdkit.checks import acceptance, http
-from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, total_of
+from pdkit.checks.accounting.counters import PairCounters, TransferAccount, total_of
 from pdkit.checks.accounting.ledger import ClientAccount, Ledger
 from pdkit.checks.accuracy import client
 from pdkit.checks.accuracy.gate import GateOptions, Policy, Verdict
 from pdkit.checks.accuracy.gsm8k import ScoreError, gsm8k_args, gsm8k_gate, paired_gate
 from pdkit.checks.accuracy.paired import FEW_FLIPS, MANY_FLIPS, PairedOptions
 from pdkit.checks.external import parity
-from pdkit.checks.external.record import Record, track
+from pdkit.checks.external.record import Fingerprint, track
 from pdkit.checks.http import RequestFailed, post, post_or_fail
 from pdkit.core import stats
 from pdkit.core.gsm8k import Dataset, prompts_of, running_text
@@ -386,9 +386,9 @@ def counters(before: PairCounters | None, after: PairCounters | None, account: C
         return CheckRow(
             check, State.PASSED, "decode computed no prompt itself; others used the servers, so that no more is known"
         )
-    handover = HandoverAccount(did, answered, sent)
-    if handover.problems:
-        return CheckRow(check, State.FAILED, handover.problems[0], handover.problems[1:])
+    kv_transfer = TransferAccount(did, answered, sent)
+    if kv_transfer.problems:
+        return CheckRow(check, State.FAILED, kv_transfer.problems[0], kv_transfer.problems[1:])
     return CheckRow(check, State.PASSED, f"each of {answered} sequences was prefilled, transferred and decoded once")
 
 
@@ -421,7 +421,7 @@ def check_all(
     return rows
 
 
-def check_record(target: CheckedDeployment, record: Record, said: Callable[[CheckRow], None]) -> list[CheckRow]:
+def check_record(target: CheckedDeployment, record: Fingerprint, said: Callable[[CheckRow], None]) -> list[CheckRow]:
     """Whether the deployment still answers as it did when `record` was made; no other question is asked of it."""
     rows = [roles(target)]
     with target.ledger.open():
@@ -432,7 +432,7 @@ def check_record(target: CheckedDeployment, record: Record, said: Callable[[Chec
     return rows
 
 
-def _tracked(target: CheckedDeployment, record: Record) -> CheckRow:
+def _tracked(target: CheckedDeployment, record: Fingerprint) -> CheckRow:
     tracking = track(target.url, record, target.timeout)
     state = State.FAILED if tracking.broken else State.DRIFTED if tracking.drifted else State.PASSED
     sentence, *evidence = tracking.report().splitlines()

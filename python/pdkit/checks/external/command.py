@@ -18,7 +18,7 @@ import requests
 import pdkit
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.external.checks import MIN_SCORE, CheckedDeployment, CheckRow, State, check_all, check_record
-from pdkit.checks.external.record import Record, record_of
+from pdkit.checks.external.record import Fingerprint, record_of
 from pdkit.checks.http import RequestFailed
 from pdkit.core.command import Parser, positive
 from pdkit.core.errors import ExitCode, NotReady, UsageError
@@ -130,13 +130,13 @@ MEANINGS = {
 }
 
 
-def _record_of(args: Namespace) -> Record | None:
+def _record_of(args: Namespace) -> Fingerprint | None:
     """What to compare with; None where nothing was recorded, or is to be now. Raises UsageError and NotReady."""
     path = args.baseline_record
     if args.record and path is None:
         raise UsageError("--record: name the file by --baseline-record FILE")
     if path is None or not args.record:
-        return path and Record.read(path)
+        return path and Fingerprint.read(path)
     if path.exists():
         raise UsageError(f"--record: {path} is there already; remove it first, or name another file")
     return None

@@ -57,7 +57,7 @@ def take(url: str, texts: Sequence[str], turns: int, timeout: float) -> Answers:
 
 
 @dataclass(frozen=True)
-class Record:
+class Fingerprint:
     """What a good deployment answered. `version`: of the engine, as far as it was known."""
 
     model: str
@@ -75,7 +75,7 @@ class Record:
             raise NotReady(f"{path} cannot be written: {error.strerror}") from None
 
     @classmethod
-    def read(cls, path: Path) -> "Record":
+    def read(cls, path: Path) -> "Fingerprint":
         """Raises NotReady with one line."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ class Tracking(Judgement):
     counts other prompt tokens.
     """
 
-    record: Record
+    record: Fingerprint
     now: Answers
 
     @cached_property
@@ -190,12 +190,12 @@ class Tracking(Judgement):
         return "\n".join((f"{state}: {len(self.now)} prompts; {rule}", *self.problems))
 
 
-def record_of(url: str, model: str, version: str | None, timeout: float) -> Record:
+def record_of(url: str, model: str, version: str | None, timeout: float) -> Fingerprint:
     """Asks a deployment that is known to be good. Raises RequestFailed."""
     texts = prompts()
-    return Record(model, version, texts, take(url, texts, RECORDED, timeout))
+    return Fingerprint(model, version, texts, take(url, texts, RECORDED, timeout))
 
 
-def track(url: str, record: Record, timeout: float, take: Callable[..., Answers] = take) -> Tracking:
+def track(url: str, record: Fingerprint, timeout: float, take: Callable[..., Answers] = take) -> Tracking:
     """Asks the same again. Raises RequestFailed."""
     return Tracking(record, take(url, record.texts, ASKED, timeout))

@@ -174,7 +174,7 @@ class ParityArms(Checks):
         parity = Parity(round_.condition, names, reference, candidate, control, rounding, loads)
         evidence = parity.evidence(round_, cls._geometry.edges if cls._geometry else {})
         cls.evidence = [*cls.evidence, evidence]
-        events.emit("compared", **evidence.as_event())
+        events.emit("compared", **evidence.as_event(), further=parity.further)
         return parity
 
     @classmethod

@@ -2,7 +2,7 @@
 
 An *arm* is the answers of one server to a list of requests. The reference arm is monolithic, the candidate
 disaggregated. Where an engine computes the same bits under every load, both must be equal. Real engines do not; there
-a control arm, monolithic again and under the same load, says by how much answers differ without any hand-over.
+a control arm, monolithic again and under the same load, says by how much answers differ without any KV transfer.
 """
 
 import math
@@ -17,10 +17,10 @@ from pdkit.checks.order import Ordered, by_load, by_number
 from pdkit.checks.parity.answers import Answer, Arm
 from pdkit.checks.parity.plan import Probe, Round
 from pdkit.core.quantile import quantile
-from pdkit.core.stats import mcnemar, sign_test
+from pdkit.core.stats import mcnemar, sign_test_of
 
-# What another order of summation does to a float32 logprob of a nano model: about 1e-6; a hand-over without its last
-# token does 1e-2. Used only on a machine where batching was seen to change bits without any hand-over.
+# What another order of summation does to a float32 logprob of a nano model: about 1e-6; a KV transfer without its last
+# token does 1e-2. Used only on a machine where batching was seen to change bits without any KV transfer.
 FLOAT_ROUNDING = 1e-4
 
 # The control-arm rule, see Parity.
@@ -160,7 +160,7 @@ class Parity(Judgement):
     `rounding` (0: to the bit).
 
     With one, the candidate must not be further from the reference, which is each request alone, than the control is,
-    which a monolithic server says under the same load. If the hand-over changes nothing, candidate and control are two
+    which a monolithic server says under the same load. If the transfer changes nothing, candidate and control are two
     draws of the same thing, and it is as likely that the one is further away as that the other is. Hence exact
     one-sided tests, each at LEVEL / 2, so that a sound engine whose requests err independently of each other fails with
     a probability of at most 2 LEVEL:
@@ -287,14 +287,13 @@ class Parity(Judgement):
                 f"tokens: {tokens.lost} requests keep their tokens with the control only, {tokens.gained} with the "
                 f"candidate only; exact McNemar p = {tokens.p_value:.2g} <= {LEVEL / 2:g}"
             )
-        visible = [[max(each, RESOLUTION) for each in arm.largest] for arm in (candidate, control)]
-        further = sign_test(*visible)
+        further = sign_test_of(self.further.count(1), self.further.count(-1))
         if further.p_value <= LEVEL / 2:
             found.append(
                 f"logprobs: the candidate is further away in {further.larger} of {further.larger + further.smaller} "
                 f"requests; exact sign test p = {further.p_value:.2g} <= {LEVEL / 2:g}"
             )
-        for judged in self._orders(*visible):
+        for judged in self._orders():
             found += judged.problems
         for name, reference, ours, theirs in zip(self.names, self.reference, self.candidate, answers):
             if other := sorted(other_end(reference, ours) - other_end(reference, theirs)):
@@ -320,10 +319,19 @@ class Parity(Judgement):
         )
         return f"{self.condition}: {right} of {count} answers {how}"
 
-    def _orders(self, ours: Sequence[float], theirs: Sequence[float]) -> tuple[Ordered, ...]:
+    @cached_property
+    def further(self) -> tuple[int, ...]:
+        """Of each request: 1 where the candidate is visibly further off than the control, -1 where it is nearer, else 0."""
+        if self.control_distribution is None:
+            return ()
+        arms = (self.candidate_distribution, self.control_distribution)
+        visible = ([max(each, RESOLUTION) for each in arm.largest] for arm in arms)
+        return tuple((ours > theirs) - (ours < theirs) for ours, theirs in zip(*visible, strict=True))
+
+    def _orders(self) -> tuple[Ordered, ...]:
         """Of the requests that candidate and control are not equally far off: which of the two is, by number and load."""
-        differing = [index for index, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
-        further = [ours[index] > theirs[index] for index in differing]
+        differing = [index for index, sign in enumerate(self.further) if sign]
+        further = [self.further[index] > 0 for index in differing]
         orders: tuple[Ordered, ...] = (by_number("candidate further off", further, LEVEL / 2),)
         if len(self.loads) == len(self.names):
             orders += (by_load("candidate further off", further, [self.loads[i] for i in differing], LEVEL / 2),)

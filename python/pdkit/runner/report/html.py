@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pdkit.runner.report.model import Distribution, FileRun, Phase, Report, Score
+from pdkit.runner.report.terminal import ROWS
 
 WRONG_SHOWN = 30
-ROWS_SHOWN = 40
 _ENVIRONMENT = Environment(
     loader=PackageLoader("pdkit", "assets"),
     autoescape=True,
@@ -70,7 +70,7 @@ def page(report: Report) -> str:
             mark=state_mark,
             anchor=anchor,
             wrong_shown=WRONG_SHOWN,
-            rows_shown=ROWS_SHOWN,
+            rows_shown=ROWS,
         )
         .strip()
         + "\n"

@@ -3,12 +3,11 @@
 from collections.abc import Iterable
 
 from pdkit.runner.report.model import FAIL, PASS, SKIP, FileRun, Report
-from pdkit.runner.report.terminal import words_of
+from pdkit.runner.report.terminal import ROWS, words_of
 
 _MARKS = {"passed": "✅", "passed on retry": "✅", "failed": "❌", "timed out": "❌", "interrupted": "❌"}
 _ROW_MARKS = {PASS: "✅", FAIL: "❌", SKIP: "–"}
 TAIL_LINES = 15
-ROWS = 40
 
 
 def markdown(report: Report) -> str:

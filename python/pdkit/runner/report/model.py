@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pdkit.checks.hints import Evidence
 from pdkit.core.quantile import quantile
 from pdkit.runner.targets import left_out
 
@@ -37,7 +38,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Example:
-    """One example of an eval; `seconds` are those of its request, retries included."""
+    """One example of an eval; `seconds` are those of its request, retries included, from `began` after the eval's begin."""
 
     number: int
     score: float
@@ -47,6 +48,7 @@ class Example:
     answer: str
     correct_answer: str | None = None
     extracted_answer: str | None = None
+    began: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -137,6 +139,18 @@ class Death:
 
 
 @dataclass(frozen=True)
+class ComparedRound:
+    """A round of requests compared with a monolithic server's answers.
+
+    further  of each request: 1 where the candidate is visibly further off than the control arm, -1 where it is nearer, 0;
+             () where no control arm was taken, None where that was not recorded
+    """
+
+    evidence: Evidence
+    further: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
 class FileRun:
     """One test file, by its last attempt. The log of the process that died is the first of `logs`.
 
@@ -167,6 +181,7 @@ class FileRun:
     notes: tuple[str, ...] = ()
     rows: tuple[ReportRow, ...] = ()
     hint: str | None = None
+    compared: tuple[ComparedRound, ...] = ()
 
     @property
     def is_bad(self) -> bool:

@@ -155,6 +155,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         failure=_failure(happened),
         rows=rows_of(happened),
         hint=_hint(happened),
+        compared=tuple(map(_compared, happened.of("compared"))),
         death=death,
     )
 
@@ -191,6 +192,7 @@ def _example(line: dict[str, Any]) -> model.Example:
         answer=line["answer"],
         correct_answer=line.get("correct_answer"),
         extracted_answer=line.get("extracted_answer"),
+        began=line.get("began"),
     )
 
 
@@ -234,6 +236,11 @@ def _logs(
         shown = excerpt or tuple(content[-TAIL_LINES:])
         found.append(model.Log(name, str(path.relative_to(root)), shown, died))
     return tuple(sorted(found, key=lambda each: not each.died))
+
+
+def _compared(event: dict[str, Any]) -> model.ComparedRound:
+    further = event.get("further")
+    return model.ComparedRound(Evidence.of_event(event), None if further is None else tuple(further))
 
 
 def _hint(happened: Events) -> str | None:

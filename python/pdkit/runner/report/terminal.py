@@ -10,6 +10,7 @@ TAIL_LINES = 20
 GROUP_LINES = 300
 CAUSE_LINES = 12
 SENTENCE = 160
+ROWS = 40
 TEST, HUNG = "test", "where it hung"
 
 
@@ -24,11 +25,11 @@ def scores(report: Report) -> list[str]:
 
 
 def rows(run: FileRun, is_whole: bool = True) -> list[str]:
-    """One line per row, and below it nothing; of many tests (`is_whole` is False) those that did not pass."""
-    shown = [row for row in run.rows if is_whole or row.state != PASS]
-    if not shown:
+    """One line per row; of many, or where `is_whole` is False, those that did not pass, and how many did."""
+    shown = [row for row in run.rows if (is_whole and len(run.rows) <= ROWS) or row.state != PASS]
+    if not run.rows:
         return []
-    width = max(len(row.name) for row in shown)
+    width = max((len(row.name) for row in shown), default=0)
     lines = [f"  {row.state}  {row.name:<{width}}  {_cut(row.sentence)}".rstrip() for row in shown]
     passed = len(run.rows) - len(shown)
     return [*lines, f"  PASS  {passed} more"] if passed else lines
