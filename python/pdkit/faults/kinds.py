@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from pdkit.engine.transfer import Handover
+from pdkit.engine.transfer import KVTransfer
 from pdkit.faults import pieces
-from pdkit.faults.fault import Change, Fault, Meeting, Where, newest_tokens, overlaid_kinds, same_beginning
+from pdkit.faults.fault import Change, Context, Fault, Where, newest_tokens, overlaid_kinds, same_beginning
 from pdkit.faults.pieces import COMPRESSED, Kind
 
 AGES = (20, 150, 400)  # requests
@@ -71,8 +71,8 @@ def _of_memory() -> Iterator[Fault]:
 def without_newest_beyond(tokens: int) -> Change:
     """Compressed entries of all tokens behind the first `tokens` are zeros."""
 
-    def change(handover: Handover, meeting: Meeting) -> Handover:
-        names = handover.tensors
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer:
+        names = kv_transfer.tensors
 
         def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
             kind = pieces.kind_of(name, names)
@@ -81,7 +81,7 @@ def without_newest_beyond(tokens: int) -> Change:
                 return tensor
             return pieces.newest_lost(tensor, tensor.shape[-2] - kept)
 
-        return replace(handover, tensors={name: changed(name, tensor) for name, tensor in names.items()})
+        return replace(kv_transfer, tensors={name: changed(name, tensor) for name, tensor in names.items()})
 
     return change
 
@@ -165,14 +165,14 @@ def _of_streams() -> Iterator[Fault]:
 def _aliased_within(seconds: float) -> Change:
     """Compressed entries of another request with the same beginning that passed here up to `seconds` before."""
 
-    def change(handover: Handover, meeting: Meeting) -> Handover:
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer:
         now = time.monotonic()
-        handover.passed = now
-        recent = [each for each in meeting.earlier if now - each.passed < seconds]
-        other = same_beginning(handover, recent)
+        kv_transfer.passed = now
+        recent = [each for each in context.earlier if now - each.passed < seconds]
+        other = same_beginning(kv_transfer, recent)
         if other is None:
-            return handover
-        changed = overlaid_kinds(frozenset({Kind.C4_COMPRESSED, Kind.C128_COMPRESSED}), other, handover)
+            return kv_transfer
+        changed = overlaid_kinds(frozenset({Kind.C4_COMPRESSED, Kind.C128_COMPRESSED}), other, kv_transfer)
         changed.passed = now
         return changed
 

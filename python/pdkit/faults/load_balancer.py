@@ -99,16 +99,16 @@ class FaultySession:
 
     def _choose_trick(self):
         """What is done to this request, or None. Swaps need two in a row."""
-        encounter = self.switch.encounter(Where.LB)
-        if encounter is None:
+        injection = self.switch.injection(Where.LB)
+        if injection is None:
             return None
-        encounter.is_met()
-        pair = 2 if "swapped" in encounter.fault.balancer else 1
-        begun = encounter.seen - 1 - encounter.fault.after
-        if begun < 0 or begun % (pair * encounter.fault.every) >= pair:
+        injection.is_met()
+        pair = 2 if "swapped" in injection.fault.balancer else 1
+        begun = injection.seen - 1 - injection.fault.after
+        if begun < 0 or begun % (pair * injection.fault.every) >= pair:
             return None
         self.switch.record()
-        return encounter.fault.balancer
+        return injection.fault.balancer
 
     async def _request(self, side, url, body):
         if side == "prefill":

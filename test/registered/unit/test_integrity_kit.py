@@ -23,7 +23,7 @@ class PairOfServers(StubServer):
     rejected      lengths of prompts that are rejected, with `error`
     failures      how many of those the counters show; starts: how often each was started
     computed      share of the prompts' tokens that prefill computed, `by_decode` those that decode did
-    sent_again    share of the bytes of a hand-over that are sent when its prompt is cached; received: of those sent
+    sent_again    share of the bytes of a KV transfer that are sent when its prompt is cached; received: of those sent
     """
 
     def __init__(self, test, **behaviour):
@@ -110,18 +110,18 @@ class TestKit(unittest.TestCase):
             ((_, told),) = self.run_kit(name, **behaviour).failures
             self.assertIn(message, told)
 
-    def test_corrupted_handovers(self):
+    def test_corrupted_transfers(self):
         name = "test_corrupted_handover_is_rejected"
         self.assertTrue(self.run_kit(name).wasSuccessful())
         self.assertTrue(self.run_kit(name, lengths=()).skipped)
         for message, behaviour in (
-            ("corrupted-7: its hand-over was corrupted, and it was served", {"rejected": (6,)}),
-            ("its hand-over was healthy, and it was rejected", {"rejected": (3, *CORRUPTED)}),
+            ("corrupted-7: its KV transfer was corrupted, and it was served", {"rejected": (6,)}),
+            ("its KV transfer was healthy, and it was rejected", {"rejected": (3, *CORRUPTED)}),
             ("no error that names 'checksum'", {"error": "internal error"}),
-            ("hand-overs that failed, as prefill and decode count them", {"failures": 0}),
+            ("KV transfers that failed, as prefill and decode count them", {"failures": 0}),
             ("were started again in secret: prefill started 8", {"starts": 2}),
-            ("health of prefill after a corrupted hand-over", {"health": 503}),
-            ("still held after corrupted hand-overs", {"rooms": 1}),
+            ("health of prefill after a corrupted KV transfer", {"health": 503}),
+            ("still held after corrupted KV transfers", {"rooms": 1}),
         ):
             self.assert_fails(name, message, **behaviour)
 
@@ -132,7 +132,7 @@ class TestKit(unittest.TestCase):
             ("decode prefilled 21 tokens itself", {"by_decode": 1}),
             ("0 != 21", {"computed": 0}),
             ("bytes that decode received, and that prefill sent", {"received": 0.5}),
-            ("must be handed over as a whole", {"sent_again": 0.5}),
+            ("must be transferred as a whole", {"sent_again": 0.5}),
             ("still held when all was answered: 1 rooms", {"rooms": 1}),
         ):
             self.assert_fails(name, message, **behaviour)
