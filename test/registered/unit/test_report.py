@@ -406,6 +406,9 @@ class TestTwoRuns(unittest.TestCase):
     def test_what_differs(self):
         (file,) = self.run_.files
         row = replace(file.rows[0], state="PASS", sentence="score 1.000")
+        worse = replace(file, rows=(replace(file.rows[0], sentence="score 0.300"),))
+        text = compared(self.run_, replace(self.run_, files=(worse,)))
+        self.assertEqual(self.cells(text, row.name)[1:], ["FAIL score 0.300", "differs"])
         better = replace(file, state="passed", score=replace(file.score, correct=200), rows=(row,))
         surroundings = {**self.run_.surroundings, "versions": {"sglang": "0.5.24"}}
         other = replace(self.run_, result="passed", files=(better,), surroundings=surroundings)
@@ -507,7 +510,9 @@ class TestIssue(unittest.TestCase):
     def test_what_is_pasted(self):
         directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
         report = read_directory(directory)
-        report = replace(report, files=(replace(report.files[0], hint="only at 8 or more"),))
+        (run,) = report.files
+        failure = run.failure.replace("0.95\n", "0.95\n  hint: only at 8 or more\n", 1)
+        report = replace(report, files=(replace(run, hint="only at 8 or more", failure=failure),))
         text = issue(report)
         self.assertTrue(text.startswith("**registered/test_recorded.py failed in phase gate on target embedded**"))
         words = text.split("~~~")[1].splitlines()
@@ -518,7 +523,7 @@ class TestIssue(unittest.TestCase):
             "scripts/run.sh --on embedded",
         ):
             self.assertIn(part, text)
-        self.assertEqual(text.count("~~~") % 2, 0)
+        self.assertEqual((text.count("~~~") % 2, text.count("only at 8 or more")), (0, 1))
         self.assertNotIn("Traceback", text.partition("<details>")[0])
 
     def test_nothing_failed(self):
