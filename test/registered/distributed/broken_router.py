@@ -165,6 +165,7 @@ BREAKAGES = (
     ("test_malformed_bodies", Breakage(answer=_as_server_errors), "500 not found"),
     ("test_empty_prompt", Breakage(request=_with_a_prompt), "200 not found"),
     ("test_empty_prompt", Breakage(answer=_silently), "200 not found"),
+    ("test_empty_text", Breakage(answer=_as_server_errors), "500 not found"),
     ("test_stream_that_is_left", Breakage(reads_on=True), "decode still holds a request"),
     ("test_abort_by_id", Breakage(event=_with_ids_of_its_own), "not aborted"),
     ("test_whole_answer_that_is_not_waited_for", Breakage(), "still holds a request"),
