@@ -241,6 +241,10 @@ class TestOthers(unittest.TestCase):
         self.assertLess(len(rows), 16)
         probes = crossed_probes([1, 2, 3], 8)
         self.assertEqual(len({probe.name for probe in probes}), len(probes))
+        for name, beside in (("top_p", "return_logprob"), ("top_k", "stop"), ("sampling_seed", "stop")):
+            bodies = [probe.request | probe.request["sampling_params"] for probe in probes]
+            meet = [body for body in bodies if body.get(name) and body.get(beside)]
+            self.assertTrue(any(body["temperature"] for body in meet), f"{name} does nothing beside {beside}")
         self.assertTrue(any(probe.streams for probe in probes) and any(probe.asks_logprobs for probe in probes))
 
     def test_lengths_reach_the_context_limit(self):
