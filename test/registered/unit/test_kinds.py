@@ -101,6 +101,10 @@ class TestInvariants(unittest.TestCase):
         ):
             with self.subTest(says=says):
                 self.assertRegex(self.changed("/generate", change) or "nothing", says)
+        asked, bare = {**self.ASKED, "return_logprob": True}, json.loads(json.dumps(self.GENERATED))
+        bare["meta_info"]["output_token_logprobs"] = []
+        self.assertIsNone(contradiction("/generate", self.ASKED, bare), "none were asked for")
+        self.assertRegex(contradiction("/generate", asked, bare) or "nothing", "output_token_logprobs is of 0 other")
         short = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 8}}
         self.assertRegex(contradiction("/generate", short, self.GENERATED), "length after 2 of 8")
         stops = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2, "stop": "b"}}
