@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the target `embedded` costs: output tokens/s of prefill/decode against monolithic, memory, hand-over by length.
+"""What the target `embedded` costs: output tokens/s of prefill/decode against monolithic, memory, transfer by length.
 
 Result: of the main job alone, 568 output tokens/s on 2 shared cores (2026-11-25); a whole table has not been kept.
 
@@ -80,10 +80,10 @@ def one_token(url, ids):
     return time.perf_counter() - begin
 
 
-def handovers(monolithic, prefill, router, lengths, repeats):
-    """(tokens, bytes of the state, seconds of its hand-over, seconds to one token monolithic and through the pair).
+def kv_transfers(monolithic, prefill, router, lengths, repeats):
+    """(tokens, bytes of the state, seconds of its KV transfer, seconds to one token monolithic and through the pair).
 
-    By prompt length; medians. The hand-over is what prefill sees: from ready, packing included, to acknowledged.
+    By prompt length; medians. The KV transfer is what prefill sees: from ready, packing included, to acknowledged.
     """
     rng = random.Random(0)
 
@@ -145,8 +145,8 @@ def main(argv=None):
             f"{alone:.0f} monolithic, ratio {handed / alone:.2f} (goal: at least {GOAL_TOKENS_PER_S} tokens/s)\n"
         )
 
-        print("prompt tokens  state bytes  hand-over    one token: monolithic  through the pair", flush=True)
-        for length, size, seconds, alone, through in handovers(monolithic, prefill, router, LENGTHS, args.repeats):
+        print("prompt tokens  state bytes  KV transfer    one token: monolithic  through the pair", flush=True)
+        for length, size, seconds, alone, through in kv_transfers(monolithic, prefill, router, LENGTHS, args.repeats):
             print(
                 f"{length:13}  {size:11,.0f}  {seconds * 1e3:6.1f} ms  {alone * 1e3:18.1f} ms  "
                 f"{through * 1e3:13.1f} ms", flush=True,

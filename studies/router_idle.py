@@ -8,7 +8,7 @@ Result (docs/recovery.md): of 1920 requests in bursts 2 s apart, 2 were lost whe
 
 For each --keep-alive: prefill and decode of the embedded engine, which close a connection that idles for so many
 seconds, the router, and bursts with --pause between them. A request without an answer in --timeout seconds is lost:
-prefill's half of it went to a connection that was just being closed, and decode waits for the hand-over.
+prefill's half of it went to a connection that was just being closed, and decode waits for the KV transfer.
 """
 
 import contextlib

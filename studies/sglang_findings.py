@@ -114,7 +114,7 @@ def no_copy_of_the_pool() -> tuple[bool, str]:
 
 
 def no_index_for_the_checksum() -> tuple[bool, str]:
-    """The checksum of a hand-over has no indices for DeepSeek-V4's states, and asserts that there are some."""
+    """The checksum of a KV transfer has no indices for DeepSeek-V4's states, and asserts that there are some."""
     from sglang.srt.disaggregation import checksum
     from sglang.srt.mem_cache.deepseek_v4_memory_pool import DeepSeekV4TokenToKVPool
 

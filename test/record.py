@@ -287,13 +287,20 @@ def detection_matrix() -> dict:
     from pdkit.faults import LIBRARY
 
     text = (REPO / "docs" / "detection-matrix.md").read_text()
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"(?m)^\|.*", text)]
-    checks = head[1:-3]
-    clean, *faulty = rows
-    caught = {
-        row[0]: ", ".join(check for check, cell in zip(checks, row[1:], strict=False) if cell == "●") for row in faulty
-    }
-    changes = {row[0]: row[-3] == "yes" for row in faulty}
+    checks: list[str] = []
+    failed: dict[str, int] = {}
+    caught: dict[str, str] = {}
+    changes: dict[str, bool] = {}
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
+        head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        if head[-3:] != ["changes", "caught after (s)", "cost (s)"]:
+            continue
+        clean, *faulty = rows
+        checks += head[1:-3]
+        failed |= dict(zip(head[1:-3], map(int, clean[1:-3]), strict=True))
+        for row in faulty:
+            caught[row[0]] = ", ".join(check for check, cell in zip(head[1:-3], row[1:], strict=False) if cell == "●")
+            changes[row[0]] = row[-3] == "yes"
     faults = {
         fault.name: {"where": fault.where.name, "changes": changes.get(fault.name), "caught by": caught.get(fault.name)}
         for fault in LIBRARY.values()
@@ -301,7 +308,7 @@ def detection_matrix() -> dict:
     not_in_library = sorted(set(caught) - set(faults))
     return {
         "checks": checks,
-        "failed of the runs without a fault": dict(zip(checks, map(int, clean[1:-3]), strict=True)),
+        "failed of the runs without a fault": failed,
         "faults": dict(sorted(faults.items())),
         "in the documents alone": not_in_library,
     }

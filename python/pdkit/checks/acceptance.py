@@ -156,7 +156,7 @@ class FirstDrafts(Judgement):
         """Both sides, what differs and the rule, in one line; another one where order plays a part."""
         found = self.found
         return (
-            f"drafts after the hand-over: {'PASS' if self.passed else 'FAIL'}, {found.larger} of "
+            f"drafts after the KV transfer: {'PASS' if self.passed else 'FAIL'}, {found.larger} of "
             f"{len(self.measured.steps)} answers took more steps than the reference's, {found.smaller} fewer "
             f"({self.measured.length:.4f} and {self.reference.length:.4f} tokens a step; {self.measured.algorithm}); "
             f"exact sign test p = {found.p_value:.2g}, fails at <= {self.level:g}"
@@ -177,7 +177,7 @@ class DraftMeasures(Checks):
     acceptance_length_prompts     how many prompts
     acceptance_length_tokens      of each answer
     first_drafts_prompts          how many prompts are asked for the first drafts
-    first_drafts_tokens           of each answer. The first one comes with the hand-over; with one draft token a step, an
+    first_drafts_tokens           of each answer. The first one comes with the transfer; with one draft token a step, an
                                   even number of others, so that even a single refused draft costs a step
     """
 
@@ -241,7 +241,7 @@ class AcceptanceLengthChecks(DraftMeasures):
 
 
 class FirstDraftsChecks(DraftMeasures):
-    """Drafts of the first tokens after the hand-over must be accepted as often as those of the monolithic server."""
+    """Drafts of the first tokens after the KV transfer must be accepted as often as those of the monolithic server."""
 
     def test_drafts_after_the_hand_over(self) -> None:
         measured = self.measured_or_skipped(self.measure_first_drafts)
@@ -254,4 +254,4 @@ class FirstDraftsChecks(DraftMeasures):
 
 
 class DraftChecks(AcceptanceLengthChecks, FirstDraftsChecks):
-    """Both: drafts in general, and those right after the hand-over."""
+    """Both: drafts in general, and those right after the KV transfer."""

@@ -1,9 +1,9 @@
-"""Whether hand-overs arrive as they were sent: corrupted ones must be rejected, in words, and healthy ones never.
+"""Whether KV transfers arrive as they were sent: corrupted ones must be rejected, in words, and healthy ones never.
 
     class TestDisaggregationDSV4Integrity(IntegrityChecks, ParityChecks, MonolithicBeside, PDServers):
         corrupted_lengths = tuple(BIT_FLIPS)
 
-The embedded engine verifies a SHA-256 of each hand-over. SGLang from 0.5.21 on can verify an Adler-32 of a request's
+The embedded engine verifies a SHA-256 of each KV transfer. SGLang from 0.5.21 on can verify an Adler-32 of a request's
 KV pages, see `kv_checksum_args`; from 0.5.23 on `SGLANG_TEST_DISAGG_KV_CHECKSUM_MISMATCH_PROB` in the environment of
 decode makes that share of the comparisons fail: set `corruption_is_random` then.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import requests
 
 from pdkit.checks.accounting.checks import SETTLE_SECONDS, unaccounted
-from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, read_pair
+from pdkit.checks.accounting.counters import PairCounters, TransferAccount, read_pair
 from pdkit.checks.http import flush_caches, post, status_of
 from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.checks import ParityArms
@@ -27,7 +27,7 @@ KV_CHECKSUM_FLAG = "--disaggregation-enable-kv-checksum"
 
 @dataclass(frozen=True)
 class ServedOrRejected:
-    """The answer to one request. `corrupted`: whether its hand-over was; None where only chance knows."""
+    """The answer to one request. `corrupted`: whether its KV transfer was; None where only chance knows."""
 
     name: str
     status: int
@@ -65,9 +65,9 @@ class Rejections(Judgement):
             if not outcome.served and not outcome.rejected(self.error):
                 found.append(f"{outcome.name}: status {outcome.status}, no error that names {self.error!r}: {text}")
             elif outcome.corrupted is True and outcome.served:
-                found.append(f"{outcome.name}: its hand-over was corrupted, and it was served")
+                found.append(f"{outcome.name}: its KV transfer was corrupted, and it was served")
             elif outcome.corrupted is False and not outcome.served:
-                found.append(f"{outcome.name}: its hand-over was healthy, and it was rejected: {text}")
+                found.append(f"{outcome.name}: its KV transfer was healthy, and it was rejected: {text}")
         if not self.rejected:
             found.append("nothing was rejected")
         if not any(outcome.served for outcome in self.outcomes):
@@ -79,7 +79,7 @@ class Rejections(Judgement):
         corrupted = sum(outcome.corrupted is True for outcome in self.outcomes)
         lines = [
             f"transfer integrity: {'FAIL' if self.problems else 'PASS'}, {len(self.outcomes)} requests, {corrupted} "
-            f"hand-overs known to be corrupted; {self.rejected} rejected, {served} served"
+            f"KV transfers known to be corrupted; {self.rejected} rejected, {served} served"
         ]
         first = next((outcome for outcome in self.outcomes if outcome.rejected(self.error)), None)
         if first:
@@ -101,11 +101,11 @@ def kv_checksum_args() -> list[str]:
 
 
 class IntegrityChecks(ParityArms):
-    """Corrupted hand-overs are rejected, healthy ones are not, and prefill did the work.
+    """Corrupted KV transfers are rejected, healthy ones are not, and prefill did the work.
 
-    corrupted_lengths     lengths of prompts whose hand-over is corrupted by how the servers were launched
-    corruption_is_random  some hand-overs are corrupted, and nobody knows which
-    integrity_requests    how many requests of healthy hand-overs
+    corrupted_lengths     lengths of prompts whose KV transfer is corrupted by how the servers were launched
+    corruption_is_random  some KV transfers are corrupted, and nobody knows which
+    integrity_requests    how many requests of healthy KV transfers
     """
 
     corrupted_lengths: Sequence[int] = ()
@@ -116,7 +116,7 @@ class IntegrityChecks(ParityArms):
     @unaccounted
     def test_corrupted_handover_is_rejected(self) -> None:
         if not self.corrupted_lengths and not self.corruption_is_random:
-            self.skipTest("nothing corrupts hand-overs here; set corrupted_lengths or corruption_is_random")
+            self.skipTest("nothing corrupts KV transfers here; set corrupted_lengths or corruption_is_random")
         healthy, corrupted = self.integrity_probes()
         probes = [probe for turn in zip(healthy, [*corrupted] + [None] * len(healthy)) for probe in turn if probe]
         before = self._pair()
@@ -127,24 +127,26 @@ class IntegrityChecks(ParityArms):
         self._assert_alive_and_empty()
         if before is not None:
             after = self._since(before)
+            again = f"requests that failed were started again in secret: prefill started {after.prefill.requests}"
+            self.assertEqual(after.prefill.requests, len(probes), again)
             self.assertEqual(
                 (after.prefill.failed, after.decode.failed),
                 (rejections.rejected, rejections.rejected),
-                "hand-overs that failed, as prefill and decode count them, against rejections that the client saw",
+                "KV transfers that failed, as prefill and decode count them, against rejections that the client saw",
             )
         if not self.corruption_is_random:
-            self.check_parity([Round("after corrupted hand-overs", tuple(healthy), len(healthy))])
+            self.check_parity([Round("after corrupted KV transfers", tuple(healthy), len(healthy))])
 
     def test_prefill_did_the_work(self) -> None:
         before = self._pair()
         if before is None:
-            self.skipTest("this engine's /server_info has no counters of requests and hand-overs")
+            self.skipTest("this engine's /server_info has no counters of requests and KV transfers")
         healthy, _ = self.integrity_probes()
-        round_ = Round("each hand-over is seen on both sides", tuple(healthy), len(healthy))
+        round_ = Round("each KV transfer is seen on both sides", tuple(healthy), len(healthy))
         flush_caches([self.prefill_url], self.request_timeout)
         self.check_parity([round_])
         cold = self._since(before)
-        account = HandoverAccount(cold, len(healthy), len(healthy))
+        account = TransferAccount(cold, len(healthy), len(healthy))
         print(account.report(), flush=True)
         self.assertFalse(account.problems, account.report())
         self.assertEqual(cold.prefill.prefill_tokens, sum(probe.prompt_length for probe in healthy))
@@ -155,7 +157,7 @@ class IntegrityChecks(ParityArms):
         self.assertGreater(
             cached.decode.bytes,
             0.99 * cold.decode.bytes,
-            "a prompt whose prefix was in prefill's cache must be handed over as a whole, too",
+            "a prompt whose prefix was in prefill's cache must be transferred as a whole, too",
         )
 
     def integrity_probes(self) -> tuple[list[Probe], list[Probe]]:
@@ -194,8 +196,8 @@ class IntegrityChecks(ParityArms):
             try:
                 status = status_of(f"{url}/health", self.request_timeout)
             except requests.RequestException as error:
-                self.fail(f"{name} does not live after a corrupted hand-over: {error}")
-            self.assertEqual(status, 200, f"health of {name} after a corrupted hand-over")
+                self.fail(f"{name} does not live after a corrupted KV transfer: {error}")
+            self.assertEqual(status, 200, f"health of {name} after a corrupted KV transfer")
         pair = self._pair()
         if pair is not None:
-            self.assertTrue(pair.is_idle, f"rooms or requests are still held after corrupted hand-overs: {pair}")
+            self.assertTrue(pair.is_idle, f"rooms or requests are still held after corrupted KV transfers: {pair}")

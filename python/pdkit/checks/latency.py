@@ -1,7 +1,9 @@
 """Latency: a second mode, as a hidden retry makes, in requests through the load balancer and not in those past it.
 
-No time is asserted. Identical requests go both ways in a random order; a share that takes much longer than its own
-way's median is compared by an exact test, so that a slow machine slows both.
+Where the servers count, the number of requests that they started says so exactly. Elsewhere time must: identical
+requests go both ways in a random order; a share that takes much longer than its own way's median is compared by an
+exact test, so that a slow machine slows both. On a busy one, where a third takes twice the median anyway, only the
+counts see a rare retry.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 
 from scipy.stats import fisher_exact
 
-from pdkit.checks.accounting.checks import unaccounted
+from pdkit.checks.accounting.checks import SETTLE_SECONDS, unaccounted
+from pdkit.checks.accounting.counters import read_pair
 from pdkit.checks.base import Checks
 from pdkit.checks.http import greedy, post_or_fail
 from pdkit.checks.judgement import Judgement
@@ -88,10 +91,17 @@ class LatencyChecks(Checks):
     def test_no_second_mode_of_latency(self) -> None:
         ways = ["through"] * self.latency_requests + ["past"] * self.latency_requests
         random.Random(0).shuffle(ways)
+        before = read_pair([self.prefill_url], [self.decode_url], SETTLE_SECONDS)
         with ThreadPoolExecutor(self.latency_in_flight) as pool:
             seconds = list(pool.map(self._seconds, ways))
         found = SecondMode(*([s for way, s in zip(ways, seconds) if way == each] for each in ("through", "past")))
         print(found.report(), flush=True)
+        after = read_pair([self.prefill_url], [self.decode_url], SETTLE_SECONDS)
+        if before is not None and after is not None:
+            did = after.since(before)
+            for side, started in (("prefill", did.prefill.requests), ("decode", did.decode.requests)):
+                message = f"requests are served more than once in secret: {side} started {started} for {len(ways)} sent"
+                self.assertEqual(started, len(ways), message)
         found.assert_passed()
 
     def _seconds(self, way: str) -> float:

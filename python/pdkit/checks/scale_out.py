@@ -86,12 +86,12 @@ class ScaleOutChecks(Checks, TwoPairs):
         return [client.result() for client in clients][-1]
 
     def test_pairs_are_right_under_load(self) -> None:
-        """Each decode server got from each prefill server as many hand-overs as that one sent it.
+        """Each decode server got from each prefill server as many KV transfers as that one sent it.
 
         Through each router by itself each request is started once on each side, and no server has a share that a
         router which draws among two would hardly ever give it.
         """
-        before, count = self.handovers(), 0
+        before, count = self.kv_transfers(), 0
         for router, url in self.routers().items():
             started = self.started()
             clients = [QueryThread(url, ask, self.bound) for ask in self.asks]
@@ -108,12 +108,12 @@ class ScaleOutChecks(Checks, TwoPairs):
                     p_value = binomtest(got, len(clients), 1 / len(share)).pvalue
                     self.assertGreater(p_value, UNFAIR, f"{router}: {got} of {len(clients)} requests went to {server}")
         if before is None:
-            print("this engine does not count hand-overs: only the answers are compared", flush=True)
+            print("this engine does not count KV transfers: only the answers are compared", flush=True)
             return
-        after = self.handovers()
+        after = self.kv_transfers()
         assert after is not None
         sent, received, failed = after[0] - before[0], after[1] - before[1], after[2] - before[2]
-        print(f"hand-overs by (prefill, decode): {dict(received)}; sent: {dict(sent)}", flush=True)
+        print(f"KV transfers by (prefill, decode): {dict(received)}; sent: {dict(sent)}", flush=True)
         self.assertEqual(failed.total(), 0)
         self.assertEqual(sent.total(), count)
         for prefill in sent:
@@ -144,8 +144,8 @@ class ScaleOutChecks(Checks, TwoPairs):
             self.wait_until_all_served(router)
 
     def spoil(self) -> None:
-        """Makes decode 2 refuse every hand-over."""
-        self.skipTest("this engine offers no way to refuse a hand-over")
+        """Makes decode 2 refuse every KV transfer."""
+        self.skipTest("this engine offers no way to refuse a KV transfer")
 
     def mend(self) -> None:
         """Makes decode 2 take them again."""
@@ -194,7 +194,7 @@ class ScaleOutChecks(Checks, TwoPairs):
         for router in self.routers() if dead else ():
             self.wait_until_all_served(router)
 
-    def handovers(self) -> tuple[Counter[str], Counter[tuple[str, str]], Counter[str]] | None:
+    def kv_transfers(self) -> tuple[Counter[str], Counter[tuple[str, str]], Counter[str]] | None:
         """(sent by prefill, received by (prefill, decode), failed by server), as the servers count them; None if not."""
         sent, failed = Counter[str](), Counter[str]()
         received = Counter[tuple[str, str]]()
@@ -223,7 +223,7 @@ class ScaleOutChecks(Checks, TwoPairs):
     def wait_idle(self) -> None:
         deadline, urls = time.monotonic() + self.settling, [*(url for url, _ in self.prefills()), *self.decodes()]
         if "rooms" not in self.info(self.prefill_url):
-            flush_caches(urls, self.settling)  # SGLang refuses while a request is queued, running or being handed over
+            flush_caches(urls, self.settling)  # SGLang refuses while a request is queued, running or being transferred
             return
         while True:
             infos = [self.info(url) for url in urls]

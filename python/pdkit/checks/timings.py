@@ -1,4 +1,4 @@
-"""What the hand-over costs beside a monolithic server in the same run; printed, no time is asserted."""
+"""What the KV transfer costs beside a monolithic server in the same run; printed, no time is asserted."""
 
 import random
 import statistics
@@ -13,14 +13,14 @@ from pdkit.checks.http import generate, greedy
 class TimingChecks(Checks):
     """Throughput, and the time to a first token.
 
-    handover_lengths     prompt lengths in tokens; handover_repeats: prompts of each
+    transfer_lengths     prompt lengths in tokens; transfer_repeats: prompts of each
     throughput_examples  how many GSM8K examples each server is asked
     """
 
     needs: tuple[str, ...] = ("lb_url", "monolithic_url", "model", "gsm8k_data_path")
 
-    handover_lengths = (128, 512, 1024, 2048, 4096)
-    handover_repeats = 5
+    transfer_lengths = (128, 512, 1024, 2048, 4096)
+    transfer_repeats = 5
     throughput_examples = 100
 
     def test_report_throughput(self) -> None:
@@ -37,9 +37,9 @@ class TimingChecks(Checks):
     def test_report_time_of_hand_over(self) -> None:
         print("prompt tokens  one token: monolithic  prefill and decode  difference", flush=True)
         rng = random.Random(0)
-        for length in self.handover_lengths:
+        for length in self.transfer_lengths:
             alone, handed = [], []
-            for _ in range(self.handover_repeats):
+            for _ in range(self.transfer_repeats):
                 ids = [rng.randrange(10, 250) for _ in range(length)]
                 alone.append(self.one_token(self.monolithic_url, ids))
                 handed.append(self.one_token(self.lb_url, ids))

@@ -38,7 +38,7 @@ class Fleet(BeforePlannedServers):
     Seconds, all of them:
     router_timeout     after which a router gives a request up, streams included
     bootstrap_timeout  after which prefill gives up a request that no decode server asked for
-    waiting_timeout    after which decode gives up a hand-over that has not come
+    waiting_timeout    after which decode gives up a KV transfer that has not come
     slack              that a client waits longer than the router does
     settling           within which servers must have let go of everything, and routers know who lives
     returning          within which a restarted server must serve

@@ -4,7 +4,10 @@ The suite is written for the newest release; what an older one lacks or calls ot
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from pdkit.core.host import installed
 
@@ -33,6 +36,8 @@ SUBSTITUTED: Mapping[str, Mapping[str, str]] = {
 
 # Attributes of ServerArgs -> the flag of releases that have them, and of those that lack them.
 RENAMED_FLAGS = {"cuda_graph_max_bs_decode": ("--cuda-graph-max-bs-decode", "--cuda-graph-max-bs")}
+
+LETS_EMPTY_TEXT_PASS = "(isinstance(texts, list) and len(texts) == 0)"
 
 
 def as_installed(argv: Sequence[str | None], server_args: type) -> list[str]:
@@ -82,3 +87,15 @@ def indexer_environment() -> dict[str, str]:
 def is_exposed_by_indexer(environ: Mapping[str, str]) -> bool:
     """Whether a server of DeepSeek-V4 with this environment can end by it."""
     return installed("sglang") in READ_PAST_THE_END and environ.get(INDEXER_SWITCH, "").lower() not in OFF
+
+
+def empty_text_is_fatal() -> str | None:
+    """Why a tokenizer that makes no token of an empty text must not be given one by the installed release, if so.
+
+    Releases that refuse it look at `not texts` (`TokenizerManager._tokenize_one_request`).
+    """
+    sglang = PathFinder.find_spec("sglang", sys.path)
+    source = Path(sglang.origin).parent / "srt/managers/tokenizer_manager.py" if sglang and sglang.origin else None
+    if source is not None and source.is_file() and LETS_EMPTY_TEXT_PASS in source.read_text():
+        return "it ends prefill in this release of SGLang (docs/findings/empty-text-ends-prefill.md)"
+    return None

@@ -11,15 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
-SETTLED = 0.7  # a pass that takes more than this share of the one before compiles nothing of weight any more
+SETTLED = (
+    0.7  # two passes of which the shorter takes more than this share of the longer: nothing of weight was compiled
+)
 MOST_PASSES = 5
 QUESTION = "Question: What is {} + {}?\nAnswer:"
 
 
 def until_settled(one_pass: Callable[[], float], most: int = MOST_PASSES) -> list[float]:
-    """The seconds of each pass, until one is not much shorter than the one before; at most `most`."""
+    """The seconds of each pass, until two in a row took about as long; at most `most`."""
     seconds = [one_pass()]
-    while len(seconds) < most and (len(seconds) < 2 or seconds[-1] < SETTLED * seconds[-2]):
+    while len(seconds) < most and (len(seconds) < 2 or min(seconds[-2:]) < SETTLED * max(seconds[-2:])):
         seconds.append(one_pass())
     return seconds
 

@@ -18,7 +18,7 @@ from pdkit.engine.scheduler import Scheduler
 from pdkit.engine.sequences import Ask
 from pdkit.engine.transfer import (
     DecodeReceiver,
-    Handover,
+    KVTransfer,
     OpenRoom,
     PrefillSender,
     TransferCounters,
@@ -206,10 +206,10 @@ class Service:
             raise BadRequest("a prefill server needs a bootstrap_room: send requests through the load balancer")
         opened = await self._open_room(ask.bootstrap_room)
         try:
-            handover = await self._compute_handover(request, ask.bootstrap_room)
-            if handover is None:
+            kv_transfer = await self._compute_transfer(request, ask.bootstrap_room)
+            if kv_transfer is None:
                 return
-            await self.sender.deliver(handover)
+            await self.sender.deliver(kv_transfer)
             request.finish_reason = finish("length", length=0)
         except TransferError as error:
             message = ABORTED if request.is_aborted else str(error)
@@ -223,8 +223,8 @@ class Service:
         except TransferError as error:
             raise BadRequest(str(error)) from None
 
-    async def _compute_handover(self, request: Request, room: int) -> Handover | None:
-        """The Handover, or None if the request was aborted meanwhile."""
+    async def _compute_transfer(self, request: Request, room: int) -> KVTransfer | None:
+        """The KVTransfer, or None if the request was aborted meanwhile."""
         future, deliver = _future_of_another_thread()
         self.scheduler.prefill(request, lambda _, cache: deliver(cache))
         cache = await future
@@ -232,7 +232,7 @@ class Service:
             return None
         tensors, counts = state.tensors_of(cache)
         logprob, _ = request.output_logprobs[0] if request.return_logprob else (None, None)
-        return Handover(
+        return KVTransfer(
             room=room,
             prompt_tokens=len(request.ids),
             first_token=request.output_ids[0],
@@ -249,14 +249,16 @@ class Service:
                 "a decode server needs bootstrap_host and bootstrap_room: send requests through the load balancer"
             )
 
-        def accept(handover: Handover) -> None:
-            if handover.prompt_tokens != len(request.ids):
+        def accept(kv_transfer: KVTransfer) -> None:
+            if kv_transfer.prompt_tokens != len(request.ids):
                 raise TransferError(
-                    f"the hand-over is of a prompt of {handover.prompt_tokens} tokens, this one has {len(request.ids)}"
+                    f"the transfer is of a prompt of {kv_transfer.prompt_tokens} tokens, this one has {len(request.ids)}"
                 )
-            if not (isinstance(handover.first_token, int) and 0 <= handover.first_token < self.config.vocab_size):
-                raise TransferError(f"the first token of the hand-over is {handover.first_token!r}, which is no token")
-            state.check(self.config, len(request.ids), handover.tensors, handover.counts)
+            if not (isinstance(kv_transfer.first_token, int) and 0 <= kv_transfer.first_token < self.config.vocab_size):
+                raise TransferError(
+                    f"the first token of the KV transfer is {kv_transfer.first_token!r}, which is no token"
+                )
+            state.check(self.config, len(request.ids), kv_transfer.tensors, kv_transfer.counts)
 
         fetching = asyncio.ensure_future(
             self.receiver.fetch(
@@ -271,8 +273,8 @@ class Service:
             await asyncio.wait({fetching, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if not fetching.done():
                 return
-            handover = fetching.result()
-            self.scheduler.call(lambda: self._continue(request, handover))
+            kv_transfer = fetching.result()
+            self.scheduler.call(lambda: self._continue(request, kv_transfer))
             await waiting
         except TransferError as error:
             request.finish_reason = finish("abort", message=f"KV transfer failed: {error}", status_code=500)
@@ -281,12 +283,12 @@ class Service:
             waiting.cancel()
             await asyncio.gather(fetching, waiting, return_exceptions=True)
 
-    def _continue(self, request: Request, handover: Handover) -> None:
+    def _continue(self, request: Request, kv_transfer: KVTransfer) -> None:
         """On the torch thread: take the first token and the state, and step on from there."""
         if request.finish_reason is None:
-            request.cached_tokens = handover.cached_tokens
-            request.add_output(handover.first_token, handover.first_logprob, handover.first_top_logprobs)
-        self.scheduler.decode(request, state.restore(self.config, handover.tensors, handover.counts))
+            request.cached_tokens = kv_transfer.cached_tokens
+            request.add_output(kv_transfer.first_token, kv_transfer.first_logprob, kv_transfer.first_top_logprobs)
+        self.scheduler.decode(request, state.restore(self.config, kv_transfer.tensors, kv_transfer.counts))
 
 
 def _future_of_another_thread() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:

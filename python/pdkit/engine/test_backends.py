@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from pdkit.engine.transfer import Handover, TransferBackend, TransferError
+from pdkit.engine.transfer import KVTransfer, TransferBackend, TransferError
 
 HOLD_FILE_VARIABLE = "PDKIT_HOLD_FILE"
 POLL_S = 0.02
 
-# What happens to the hand-over of a prompt of this length while the file says HOLD.
+# What happens to the KV transfer of a prompt of this length while the file says HOLD.
 HELD_BEFORE = 301
 HELD_DURING = 302
 
@@ -51,7 +51,7 @@ class HeldTransfer(TransferBackend):
 
     async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
         """HELD_BEFORE: nothing leaves before the valve opens; HELD_DURING: one half does."""
-        length = Handover.unpack(data).prompt_tokens
+        length = KVTransfer.unpack(data).prompt_tokens
         if length == HELD_BEFORE:
             await self._until_open()
         half = len(data) // 2 if length == HELD_DURING else len(data)
@@ -60,17 +60,17 @@ class HeldTransfer(TransferBackend):
             await self._until_open()
             yield data[half:]
 
-    def incoming(self, handover: Handover) -> Handover:
+    def incoming(self, kv_transfer: KVTransfer) -> KVTransfer:
         if self._valve.says(Valve.REFUSE):
             raise TransferError("this decode server takes nothing")
-        return handover
+        return kv_transfer
 
     async def _until_open(self) -> None:
         while self._valve.says(Valve.HOLD):
             await asyncio.sleep(POLL_S)
 
 
-# Prompts of these lengths are hit, at this share of the bytes of their hand-over: one length at least of each class of
+# Prompts of these lengths are hit, at this share of the bytes of their transfer: one length at least of each class of
 # prompts, shorter than a window, a page, some pages, and longer than that.
 BIT_FLIPS = {7: 0.5, 61: 0.5, 211: 0.0, 212: 0.5, 213: 1.0, 523: 0.5, 1021: 0.5}
 
@@ -79,19 +79,19 @@ WITHHELD = (8, 62, 214, 524, 1022)
 
 
 class BitFlip(TransferBackend):
-    """Flips a bit of the hand-over of a prompt whose length is in BIT_FLIPS, and empties that of one in WITHHELD.
+    """Flips a bit of the KV transfer of a prompt whose length is in BIT_FLIPS, and empties that of one in WITHHELD.
 
     Every other one arrives as it was sent.
     """
 
-    def outgoing(self, handover: Handover) -> Handover:
-        if handover.prompt_tokens not in WITHHELD:
-            return handover
-        empty = {name: torch.zeros_like(tensor) for name, tensor in handover.tensors.items()}
-        return replace(handover, tensors=empty)
+    def outgoing(self, kv_transfer: KVTransfer) -> KVTransfer:
+        if kv_transfer.prompt_tokens not in WITHHELD:
+            return kv_transfer
+        empty = {name: torch.zeros_like(tensor) for name, tensor in kv_transfer.tensors.items()}
+        return replace(kv_transfer, tensors=empty)
 
     def wire(self, data: bytes) -> bytes:
-        share = BIT_FLIPS.get(Handover.unpack(data).prompt_tokens)
+        share = BIT_FLIPS.get(KVTransfer.unpack(data).prompt_tokens)
         if share is None:
             return data
         place = round(share * (len(data) - 1))

@@ -1,4 +1,4 @@
-"""The hand-over of a request's state from prefill to decode, over TCP.
+"""The KV transfer of a request's state from prefill to decode, over TCP.
 
 Prefill listens on its bootstrap port. Decode connects, names a bootstrap room and waits; prefill answers when the
 room's state is ready, decode verifies it and acknowledges. Every message is one JSON line; the state follows its line:
@@ -9,7 +9,7 @@ room's state is ready, decode verifies it and acknowledges. Every message is one
 
 The bytes are safetensors: the tensors of `state.tensors_of`, everything else as one JSON metadata entry.
 `TransferBackend` is the one interface between servers and this module: a subclass named by
-`--disaggregation-transfer-backend module:Class` sees every hand-over before it is packed, as bytes, and after.
+`--disaggregation-transfer-backend module:Class` sees every KV transfer before it is packed, as bytes, and after.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ LINE_LIMIT = 1 << 16
 
 
 class TransferError(Exception):
-    """A hand-over that did not happen; the message is for the client that waits for it."""
+    """A KV transfer that did not happen; the message is for the client that waits for it."""
 
 
 @dataclass
-class Handover:
+class KVTransfer:
     """What decode needs of a request: its state after the prompt and its first output token.
 
     tensors, counts: see `state.tensors_of`. first_logprob: log P of the first token (None unless asked for);
@@ -53,30 +53,30 @@ class Handover:
 
     def pack(self) -> bytes:
         meta = asdict(self) | {"tensors": None}
-        return safetensors.torch.save(self.tensors, {"handover": json.dumps(meta)})
+        return safetensors.torch.save(self.tensors, {"kv_transfer": json.dumps(meta)})
 
     @classmethod
-    def unpack(cls, data: bytes) -> "Handover":
+    def unpack(cls, data: bytes) -> "KVTransfer":
         try:
             header_size = int.from_bytes(data[:8], "little")
-            meta = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["handover"])
+            meta = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"]["kv_transfer"])
             tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
             top = [tuple(item) for item in meta["first_top_logprobs"]]
             return cls(**meta | {"tensors": tensors, "first_top_logprobs": top})
         except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise TransferError(f"the hand-over cannot be read: {error}") from None
+            raise TransferError(f"the KV transfer cannot be read: {error}") from None
 
 
 class TransferBackend:
-    """Plain TCP, and the places where a subclass can stand in the way of a hand-over.
+    """Plain TCP, and the places where a subclass can stand in the way of a KV transfer.
 
     `outgoing` sees it on prefill before it is packed (returning None sends nothing: the room never becomes ready),
     `wire` its bytes after the checksum was taken, `incoming` on decode after the checksum was verified. `pieces` says
     when they leave: it may wait before and between the pieces that it yields.
     """
 
-    def outgoing(self, handover: Handover) -> Handover | None:
-        return handover
+    def outgoing(self, kv_transfer: KVTransfer) -> KVTransfer | None:
+        return kv_transfer
 
     def wire(self, data: bytes) -> bytes:
         return data
@@ -84,8 +84,8 @@ class TransferBackend:
     async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
         yield self.wire(data)
 
-    def incoming(self, handover: Handover) -> Handover:
-        return handover
+    def incoming(self, kv_transfer: KVTransfer) -> KVTransfer:
+        return kv_transfer
 
 
 def load_backend(name: str) -> TransferBackend:
@@ -104,7 +104,7 @@ def load_backend(name: str) -> TransferBackend:
 
 @dataclass
 class TransferCounters:
-    """What happened to the hand-overs of one server.
+    """What happened to the KV transfers of one server.
 
     bytes, seconds: of those that arrived; from ready to acknowledged on prefill, from first byte to accepted on decode.
     """
@@ -179,7 +179,7 @@ class PrefillSender:
     """The prefill side: a TCP server of the rooms that are being prefilled or wait to be fetched.
 
     bootstrap_timeout: seconds from opening a room until a decode server must have asked for it; transfer_timeout:
-    seconds for a hand-over that has begun, and for a connection whose room is not open.
+    seconds for a KV transfer that has begun, and for a connection whose room is not open.
     """
 
     def __init__(self, backend: TransferBackend, bootstrap_timeout: float, transfer_timeout: float) -> None:
@@ -200,14 +200,14 @@ class PrefillSender:
             self._opened.notify_all()
         return opened
 
-    async def deliver(self, handover: Handover) -> None:
-        """Offer the hand-over of an open room and wait until decode has it. Raises TransferError; frees the room."""
-        room = self.rooms.get(handover.room)
+    async def deliver(self, kv_transfer: KVTransfer) -> None:
+        """Offer the KV transfer of an open room and wait until decode has it. Raises TransferError; frees the room."""
+        room = self.rooms.get(kv_transfer.room)
         if room is None:
-            raise TransferError(f"bootstrap room {handover.room} is not open")
+            raise TransferError(f"bootstrap room {kv_transfer.room} is not open")
         begin, longest = time.perf_counter(), self.bootstrap_timeout + self.transfer_timeout
         try:
-            outgoing = self.backend.outgoing(handover)
+            outgoing = self.backend.outgoing(kv_transfer)
             if outgoing is not None and not room.payload.done():
                 room.payload.set_result(outgoing.pack())
             await asyncio.wait_for(room.outcome, longest)
@@ -219,7 +219,7 @@ class PrefillSender:
             raise
         except asyncio.TimeoutError:
             self.counters.failed += 1
-            raise TransferError(f"bootstrap room {room.id} was not handed over within {longest:g} s") from None
+            raise TransferError(f"bootstrap room {room.id} was not transferred within {longest:g} s") from None
         finally:
             self.close(room.id, "the request has ended", room)
 
@@ -232,7 +232,7 @@ class PrefillSender:
 
     @property
     def sending(self) -> int:
-        """How many hand-overs are on the wire."""
+        """How many KV transfers are on the wire."""
         return sum(room.sending for room in self.rooms.values())
 
     async def _is_open(self, room_id: int) -> None:
@@ -276,7 +276,7 @@ class PrefillSender:
         try:
             message = await asyncio.wait_for(_read_message(reader), self.bootstrap_timeout)
             room = await self._take(message.get("room"), reader)
-            reason = f"decode left bootstrap room {room.id} before the hand-over"
+            reason = f"decode left bootstrap room {room.id} before the KV transfer"
             data = await _unless_left(reader, room.payload, reason)
             sending = True
             await asyncio.wait_for(self._send(room, data, reader, writer), self.transfer_timeout)
@@ -285,7 +285,7 @@ class PrefillSender:
         except (TransferError, OSError, asyncio.TimeoutError) as error:
             reason = str(error) or "no word in time"
             if not isinstance(error, TransferError) and room is not None:
-                reason = f"the hand-over of bootstrap room {room.id} broke off: {reason}"
+                reason = f"the KV transfer of bootstrap room {room.id} broke off: {reason}"
             if room is not None:
                 _fail(room.outcome, reason)
             if sending:
@@ -299,20 +299,20 @@ class PrefillSender:
 class DecodeReceiver:
     """The decode side. timeout: seconds from asking for a room to having its state.
 
-    received_from: hand-overs by prefill server, as `host:port`.
+    received_from: KV transfers by prefill server, as `host:port`.
     """
 
     def __init__(self, backend: TransferBackend, timeout: float) -> None:
         self.backend, self.timeout, self.counters = backend, timeout, TransferCounters()
         self.received_from: Counter[str] = Counter()
 
-    async def fetch(self, host: str, port: int, room: int, accept: Callable[[Handover], None]) -> Handover:
-        """The verified hand-over of `room` from the prefill server at host:port.
+    async def fetch(self, host: str, port: int, room: int, accept: Callable[[KVTransfer], None]) -> KVTransfer:
+        """The verified KV transfer of `room` from the prefill server at host:port.
 
         accept: called with it before it is acknowledged; may raise ValueError. Raises TransferError.
         """
         try:
-            handover = await asyncio.wait_for(self._fetch(host, port, room, accept), self.timeout)
+            kv_transfer = await asyncio.wait_for(self._fetch(host, port, room, accept), self.timeout)
         except asyncio.TimeoutError:
             self.counters.failed += 1
             raise TransferError(
@@ -323,12 +323,12 @@ class DecodeReceiver:
             raise
         except (OSError, EOFError, ValueError, OverflowError) as error:
             self.counters.failed += 1
-            raise TransferError(f"hand-over of bootstrap room {room} from {host}:{port} failed: {error}") from None
+            raise TransferError(f"KV transfer of bootstrap room {room} from {host}:{port} failed: {error}") from None
         self.counters.received += 1
         self.received_from[f"{host}:{port}"] += 1
-        return handover
+        return kv_transfer
 
-    async def _fetch(self, host: str, port: int, room: int, accept: Callable[[Handover], None]) -> Handover:
+    async def _fetch(self, host: str, port: int, room: int, accept: Callable[[KVTransfer], None]) -> KVTransfer:
         reader, writer = await asyncio.open_connection(host, port, limit=LINE_LIMIT)
         try:
             _write_line(writer, room=room)
@@ -342,9 +342,9 @@ class DecodeReceiver:
             begin = time.perf_counter()
             data = await reader.readexactly(size)
             try:
-                handover = self.verify(data, digest, room)
-                handover = self.backend.incoming(handover)
-                accept(handover)
+                kv_transfer = self.verify(data, digest, room)
+                kv_transfer = self.backend.incoming(kv_transfer)
+                accept(kv_transfer)
             except (TransferError, ValueError) as error:
                 _write_line(writer, error=str(error))
                 await writer.drain()
@@ -353,15 +353,15 @@ class DecodeReceiver:
             await writer.drain()
             self.counters.bytes += len(data)
             self.counters.seconds += time.perf_counter() - begin
-            return handover
+            return kv_transfer
         finally:
             writer.close()
 
     @staticmethod
-    def verify(data: bytes, digest: str, room: int) -> Handover:
+    def verify(data: bytes, digest: str, room: int) -> KVTransfer:
         if hashlib.sha256(data).hexdigest() != digest:
-            raise TransferError(f"checksum mismatch in the hand-over of bootstrap room {room} ({len(data)} bytes)")
-        handover = Handover.unpack(data)
-        if handover.room != room:
-            raise TransferError(f"asked for bootstrap room {room}, got room {handover.room}")
-        return handover
+            raise TransferError(f"checksum mismatch in the KV transfer of bootstrap room {room} ({len(data)} bytes)")
+        kv_transfer = KVTransfer.unpack(data)
+        if kv_transfer.room != room:
+            raise TransferError(f"asked for bootstrap room {room}, got room {kv_transfer.room}")
+        return kv_transfer

@@ -1,4 +1,4 @@
-"""Faults of a hand-over, by name, and the places where they are injected while the servers stay up.
+"""Faults of a KV transfer, by name, and the places where they are injected while the servers stay up.
 
 library         what can go wrong, and which real bug it resembles
 switch          which of it is on

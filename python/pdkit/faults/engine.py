@@ -12,7 +12,7 @@ from pdkit.engine.request import Request, finish
 from pdkit.engine.scheduler import Scheduler
 from pdkit.engine.service import Service
 from pdkit.engine.transfer import DecodeReceiver, PrefillSender
-from pdkit.faults.fault import Encounter, Where
+from pdkit.faults.fault import Injection, Where
 from pdkit.faults.switch import Switch
 
 _kept: list[Any] = []  # what a server that leaks never lets go of
@@ -55,17 +55,17 @@ class FaultyServer:
 
         setattr(cls, name, method)
 
-    def _encounter(self, trick: str) -> Encounter | None:
-        encounter = self.switch.encounter(Where.SERVER)
-        return encounter if encounter and encounter.fault.server == trick else None
+    def _injection(self, trick: str) -> Injection | None:
+        injection = self.switch.injection(Where.SERVER)
+        return injection if injection and injection.fault.server == trick else None
 
-    def _met(self, trick: str) -> Encounter | None:
+    def _met(self, trick: str) -> Injection | None:
         """The run of the fault, where this request is one that it meets."""
-        encounter = self._encounter(trick)
-        if encounter is None or not encounter.is_met():
+        injection = self._injection(trick)
+        if injection is None or not injection.is_met():
             return None
         self.switch.record()
-        return encounter
+        return injection
 
     def _silent(self, trick: str) -> Callable[..., Any]:
         def wrapper(original: Callable[..., Any], scheduler: Scheduler, *args: Any) -> Any:
@@ -74,8 +74,8 @@ class FaultyServer:
         return wrapper
 
     async def _fetch(self, original: Callable[..., Any], receiver: DecodeReceiver, *args: Any) -> Any:
-        if encounter := self._met("memory-kept"):
-            _kept.append(b"\1" * int(encounter.fault.size))
+        if injection := self._met("memory-kept"):
+            _kept.append(b"\1" * int(injection.fault.size))
         return await original(receiver, *args)
 
     def _close(
@@ -86,16 +86,16 @@ class FaultyServer:
             _kept.append(room.payload.result())
         original(sender, room_id, reason, opened)
 
-    def _continue(self, original: Callable[..., Any], service: Service, request: Request, handover: Any) -> None:
-        encounter = self._encounter("decode-computes")
-        if encounter and len(request.ids) >= encounter.fault.size and encounter.is_met():
+    def _continue(self, original: Callable[..., Any], service: Service, request: Request, kv_transfer: Any) -> None:
+        injection = self._injection("decode-computes")
+        if injection and len(request.ids) >= injection.fault.size and injection.is_met():
             self.switch.record()
             cache = state.new_cache(service.config)
             while cache.get_seq_length() < len(request.ids):
                 logits = service.scheduler.runner.prefill_step(request.ids, cache, len(request.ids) - 1)
             tensors, counts = state.tensors_of(cache)
-            handover = replace(handover, tensors=tensors, counts=counts, first_token=int(logits[-1].argmax()))
-        original(service, request, handover)
+            kv_transfer = replace(kv_transfer, tensors=tensors, counts=counts, first_token=int(logits[-1].argmax()))
+        original(service, request, kv_transfer)
 
     async def _decode(self, original: Callable[..., Any], service: Service, request: Request, ask: Any) -> None:
         await original(service, request, ask)
@@ -104,11 +104,11 @@ class FaultyServer:
             request.finish_reason = finish("stop", matched=None)
 
     def _finish(self, original: Callable[..., Any], request: Request, token: int) -> None:
-        encounter = self._encounter("stop-ignored") if request.room is not None else None
+        injection = self._injection("stop-ignored") if request.room is not None else None
         params = request.params
         ends = params.stop or not params.ignore_eos
-        if encounter and ends and params.max_new_tokens != 1 and len(request.output_ids) == encounter.fault.size:
-            encounter.is_met()
+        if injection and ends and params.max_new_tokens != 1 and len(request.output_ids) == injection.fault.size:
+            injection.is_met()
             self.switch.record()
             request.params = replace(params, stop=(), ignore_eos=True)
             try:

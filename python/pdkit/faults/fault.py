@@ -8,7 +8,7 @@ from enum import Enum
 
 import numpy as np
 
-from pdkit.engine.transfer import Handover
+from pdkit.engine.transfer import KVTransfer
 from pdkit.faults import pieces
 from pdkit.faults.pieces import Kind
 
@@ -19,34 +19,34 @@ SHARED_ENTRIES = 8
 class Where(Enum):
     """Where a fault acts."""
 
-    PREFILL = "prefill, before the hand-over is packed"
+    PREFILL = "prefill, before the KV transfer is packed"
     WIRE = "the bytes on the wire"
-    DECODE = "decode, before it checks the hand-over"
+    DECODE = "decode, before it checks the KV transfer"
     RESTORE = "decode, after its checks"
     LB = "the load balancer"
     SERVER = "a server, beside the transfer"
 
 
 @dataclass
-class Meeting:
-    """A fault and one hand-over that it meets.
+class Context:
+    """A fault and one KV transfer that it meets.
 
-    earlier: hand-overs that passed here before this one, unharmed, oldest first. rng: its own for each meeting, the
+    earlier: KV transfers that passed here before this one, unharmed, oldest first. rng: its own for each context, the
     same in each run.
     """
 
-    earlier: deque[Handover]
+    earlier: deque[KVTransfer]
     rng: np.random.Generator
 
 
-Change = Callable[[Handover, Meeting], Handover | None]
+Change = Callable[[KVTransfer, Context], KVTransfer | None]
 
 
 @dataclass(frozen=True)
 class Fault:
     """A named fault.
 
-    change    of hand-overs: the changed one, None if it is never sent; may raise TransferError
+    change    of KV transfers: the changed one, None if it is never sent; may raise TransferError
     wire      of bytes
     balancer  the name of what a faulty load balancer does, see `pdkit.faults.load_balancer`
     server    the name of what a faulty server does, see `pdkit.faults.engine`
@@ -91,13 +91,13 @@ class Fault:
 
 
 @dataclass
-class Encounter:
-    """The run of one fault at one place: counts hand-overs, remembers them, applies the fault to those it meets."""
+class Injection:
+    """The run of one fault at one place: counts KV transfers, remembers them, applies the fault to those it meets."""
 
     fault: Fault
     seen: int = 0
     met: int = 0
-    earlier: deque[Handover] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    earlier: deque[KVTransfer] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def is_met(self) -> bool:
         """Counts a request; True if it is met: the last one of each `every`, of those past the first `after`."""
@@ -107,25 +107,25 @@ class Encounter:
         self.met += met
         return met
 
-    def apply(self, handover: Handover) -> Handover | None:
-        """`handover` as it goes on from here. Raises what the fault raises."""
-        meeting = Meeting(self.earlier, np.random.default_rng([zlib.crc32(self.fault.name.encode()), self.seen]))
+    def apply(self, kv_transfer: KVTransfer) -> KVTransfer | None:
+        """`kv_transfer` as it goes on from here. Raises what the fault raises."""
+        context = Context(self.earlier, np.random.default_rng([zlib.crc32(self.fault.name.encode()), self.seen]))
         try:
-            return self.fault.change(handover, meeting) if self.is_met() else handover
+            return self.fault.change(kv_transfer, context) if self.is_met() else kv_transfer
         finally:
-            self.earlier.append(handover)
+            self.earlier.append(kv_transfer)
 
 
 def on_tensors(kinds, operation) -> Change:
     """operation(tensor) on each tensor of `kinds`."""
 
-    def change(handover, meeting):
-        names = handover.tensors
+    def change(kv_transfer, context):
+        names = kv_transfer.tensors
         changed = {
             name: operation(tensor) if pieces.kind_of(name, names) in kinds and tensor.shape[-2] else tensor
             for name, tensor in names.items()
         }
-        return replace(handover, tensors=changed)
+        return replace(kv_transfer, tensors=changed)
 
     return change
 
@@ -133,13 +133,13 @@ def on_tensors(kinds, operation) -> Change:
 def on_counts(kinds, operation) -> Change:
     """operation(count) on each count of `kinds`."""
 
-    def change(handover, meeting):
-        names = handover.tensors.keys() | handover.counts.keys()
+    def change(kv_transfer, context):
+        names = kv_transfer.tensors.keys() | kv_transfer.counts.keys()
         changed = {
             name: operation(count) if pieces.kind_of(name, names) in kinds else count
-            for name, count in handover.counts.items()
+            for name, count in kv_transfer.counts.items()
         }
-        return replace(handover, counts=changed)
+        return replace(kv_transfer, counts=changed)
 
     return change
 
@@ -147,12 +147,12 @@ def on_counts(kinds, operation) -> Change:
 def at_random(operation) -> Change:
     """operation(tensor, rng) on every tensor that has elements."""
 
-    def change(handover, meeting):
+    def change(kv_transfer, context):
         changed = {
-            name: operation(tensor, meeting.rng) if tensor.numel() else tensor
-            for name, tensor in handover.tensors.items()
+            name: operation(tensor, context.rng) if tensor.numel() else tensor
+            for name, tensor in kv_transfer.tensors.items()
         }
-        return replace(handover, tensors=changed)
+        return replace(kv_transfer, tensors=changed)
 
     return change
 
@@ -160,13 +160,13 @@ def at_random(operation) -> Change:
 def missing(kind: Kind) -> Change:
     """The tensors, or counts, of `kind` are not in the message."""
 
-    def change(handover, meeting):
-        names = handover.tensors.keys() | handover.counts.keys()
+    def change(kv_transfer, context):
+        names = kv_transfer.tensors.keys() | kv_transfer.counts.keys()
         kept = {name for name in names if pieces.kind_of(name, names) is not kind}
         return replace(
-            handover,
-            tensors={name: tensor for name, tensor in handover.tensors.items() if name in kept},
-            counts={name: count for name, count in handover.counts.items() if name in kept},
+            kv_transfer,
+            tensors={name: tensor for name, tensor in kv_transfer.tensors.items() if name in kept},
+            counts={name: count for name, count in kv_transfer.counts.items() if name in kept},
         )
 
     return change
@@ -175,37 +175,37 @@ def missing(kind: Kind) -> Change:
 def newest_tokens(tokens: int, operation, kinds=pieces.TENSORS) -> Change:
     """operation(tensor, rows) with the number of newest rows that the newest `tokens` tokens touch."""
 
-    def change(handover, meeting):
-        names = handover.tensors
+    def change(kv_transfer, context):
+        names = kv_transfer.tensors
 
         def changed(name, tensor):
             kind = pieces.kind_of(name, names)
-            rows = pieces.rows_of_newest(kind, handover.prompt_tokens, tokens) if kind in kinds else 0
+            rows = pieces.rows_of_newest(kind, kv_transfer.prompt_tokens, tokens) if kind in kinds else 0
             return operation(tensor, rows) if rows and tensor.shape[-2] else tensor
 
-        return replace(handover, tensors={name: changed(name, tensor) for name, tensor in names.items()})
+        return replace(kv_transfer, tensors={name: changed(name, tensor) for name, tensor in names.items()})
 
     return change
 
 
 def left_over(kinds) -> Change:
-    """The tensors of `kinds` as the hand-over before this one left them in these slots."""
+    """The tensors of `kinds` as the KV transfer before this one left them in these slots."""
 
-    def change(handover, meeting):
-        before = meeting.earlier[-1].tensors if meeting.earlier else {}
-        names = handover.tensors
+    def change(kv_transfer, context):
+        before = context.earlier[-1].tensors if context.earlier else {}
+        names = kv_transfer.tensors
         changed = {
             name: pieces.overlaid(before.get(name), pieces.zeroed(tensor))
             if pieces.kind_of(name, names) in kinds
             else tensor
             for name, tensor in names.items()
         }
-        return replace(handover, tensors=changed)
+        return replace(kv_transfer, tensors=changed)
 
     return change
 
 
-def overlaid_kinds(kinds: frozenset[Kind], source: Handover, onto: Handover) -> Handover:
+def overlaid_kinds(kinds: frozenset[Kind], source: KVTransfer, onto: KVTransfer) -> KVTransfer:
     """`onto` with the rows of `source` in its tensors of `kinds`."""
     names = onto.tensors
     changed = {
@@ -218,24 +218,24 @@ def overlaid_kinds(kinds: frozenset[Kind], source: Handover, onto: Handover) -> 
 def from_same_beginning(kinds) -> Change:
     """The tensors of `kinds` hold the rows of the earlier request that shares the longest beginning with this one."""
 
-    def change(handover, meeting):
-        other = same_beginning(handover, meeting.earlier)
-        return handover if other is None else overlaid_kinds(kinds, other, handover)
+    def change(kv_transfer, context):
+        other = same_beginning(kv_transfer, context.earlier)
+        return kv_transfer if other is None else overlaid_kinds(kinds, other, kv_transfer)
 
     return change
 
 
-def same_beginning(handover: Handover, earlier) -> Handover | None:
+def same_beginning(kv_transfer: KVTransfer, earlier) -> KVTransfer | None:
     """Of `earlier`, the one that shares the longest beginning of at least SHARED_ENTRIES 4x entries, but not all of it.
 
     The first 4x layer tells: its entries see the tokens before them only.
     """
-    names = handover.tensors
+    names = kv_transfer.tensors
     probe = next(name for name in sorted(names) if pieces.kind_of(name, names) is Kind.C4_COMPRESSED)
-    own = handover.tensors[probe].shape[-2]
+    own = kv_transfer.tensors[probe].shape[-2]
     best, longest = None, SHARED_ENTRIES - 1
     for other in reversed(earlier):
-        shared = pieces.common_rows(handover.tensors[probe], other.tensors[probe])
+        shared = pieces.common_rows(kv_transfer.tensors[probe], other.tensors[probe])
         if longest < shared < own:
             best, longest = other, shared
     return best

@@ -12,8 +12,8 @@ import torch
 
 from pdkit.engine import state
 from pdkit.engine.model_runner import ROWS, ModelRunner, gather_rows
-from pdkit.engine.transfer import DecodeReceiver, Handover, TransferError
-from pdkit.faults.fault import Encounter, Fault, Where
+from pdkit.engine.transfer import DecodeReceiver, KVTransfer, TransferError
+from pdkit.faults.fault import Fault, Injection, Where
 
 CONTEXT = 128
 
@@ -41,9 +41,9 @@ class Effect:
 
 @dataclass(frozen=True)
 class Sound:
-    """A prompt as served without a fault: its hand-over, the tokens of each decode step and their logits [steps, V]."""
+    """A prompt as served without a fault: its transfer, the tokens of each decode step and their logits [steps, V]."""
 
-    handover: Handover
+    kv_transfer: KVTransfer
     tokens: list[int]
     logits: torch.Tensor
 
@@ -75,49 +75,49 @@ def sound_runs(runner: ModelRunner, prompts: Sequence[Sequence[int]]) -> list[So
         tensors, counts = state.tensors_of(cache)
         first = int(logits[-1].argmax())
         logprob = logits[-1].log_softmax(-1)[first].item()
-        handover = Handover(room, len(ids), first, 0, counts, tensors, logprob)
-        steps = _decode(runner, [handover], [first], steps_for(len(ids)))
-        runs.append(Sound(handover, [first, *steps[0].argmax(-1).tolist()], steps[0]))
+        kv_transfer = KVTransfer(room, len(ids), first, 0, counts, tensors, logprob)
+        steps = _decode(runner, [kv_transfer], [first], steps_for(len(ids)))
+        runs.append(Sound(kv_transfer, [first, *steps[0].argmax(-1).tolist()], steps[0]))
     return runs
 
 
 def effects(runner: ModelRunner, faults: Sequence[Fault], runs: Sequence[Sound]) -> dict[str, list[Effect]]:
     """{fault: [effect on each run]}; the runs are served in order, so later ones find what earlier ones left."""
-    encounters = [Encounter(fault) for fault in faults]
+    injections = [Injection(fault) for fault in faults]
     found = {fault.name: [] for fault in faults}
     for run in runs:
         silent = []
-        for encounter in encounters:
-            effect, handover = _hand_over(runner.config, encounter, run.handover)
-            found[encounter.fault.name].append(effect)
-            if handover is not None and not _same_state(handover, run.handover):
-                silent.append((encounter.fault, handover))
+        for injection in injections:
+            effect, kv_transfer = _transferred(runner.config, injection, run.kv_transfer)
+            found[injection.fault.name].append(effect)
+            if kv_transfer is not None and not _same_state(kv_transfer, run.kv_transfer):
+                silent.append((injection.fault, kv_transfer))
         for batch in _batches(silent):
-            results = _decode(runner, [handover for _, handover in batch], run.tokens, len(run.logits))
+            results = _decode(runner, [kv_transfer for _, kv_transfer in batch], run.tokens, len(run.logits))
             for (fault, _), logits in zip(batch, results, strict=True):
                 found[fault.name][-1] = _compare(found[fault.name][-1], logits, run.logits)
     return found
 
 
-def _hand_over(config, encounter, handover):
-    """(effect so far, what decode goes on from or None): the way of a hand-over through transfer and checks."""
-    fault, length = encounter.fault, handover.prompt_tokens
+def _transferred(config, injection, kv_transfer):
+    """(effect so far, what decode goes on from or None): the way of a KV transfer through transfer and checks."""
+    fault, length = injection.fault, kv_transfer.prompt_tokens
     try:
         if fault.where is Where.WIRE:
-            data = handover.pack()
-            arrived = fault.wire(data) if encounter.is_met() else data
-            DecodeReceiver.verify(arrived, hashlib.sha256(data).hexdigest(), handover.room)
-            return Effect(length), handover
-        changed = encounter.apply(handover)
+            data = kv_transfer.pack()
+            arrived = fault.wire(data) if injection.is_met() else data
+            DecodeReceiver.verify(arrived, hashlib.sha256(data).hexdigest(), kv_transfer.room)
+            return Effect(length), kv_transfer
+        changed = injection.apply(kv_transfer)
         if changed is None:
             raise TransferError("never sent")
         if changed.prompt_tokens != length:
-            raise TransferError("a hand-over of another prompt")
+            raise TransferError("a KV transfer of another prompt")
         if fault.where is not Where.RESTORE:
             state.check(config, length, changed.tensors, changed.counts)
     except (TransferError, state.StateError) as error:
         return Effect(length, status=str(error)), None
-    reported = (changed.first_token, changed.first_logprob) != (handover.first_token, handover.first_logprob)
+    reported = (changed.first_token, changed.first_logprob) != (kv_transfer.first_token, kv_transfer.first_logprob)
     return Effect(length, reported=reported), changed
 
 
@@ -134,9 +134,9 @@ def _batches(silent):
     return alone + [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
-def _decode(runner, handovers, tokens, steps):
+def _decode(runner, kv_transfers, tokens, steps):
     """Logits [rows, steps, V] of decode steps; each is fed the next of `tokens`, or its own choice where they end."""
-    cache = gather_rows([(state.restore(runner.config, each.tensors, each.counts), [0]) for each in handovers])
+    cache = gather_rows([(state.restore(runner.config, each.tensors, each.counts), [0]) for each in kv_transfers])
     tokens, collected = list(tokens), []
     for step in range(steps):
         try:
@@ -147,7 +147,7 @@ def _decode(runner, handovers, tokens, steps):
         collected.append(logits)
         if step + 1 == len(tokens):
             tokens.append(int(logits[0].argmax()))
-    return torch.stack(collected, dim=1)[: len(handovers)]
+    return torch.stack(collected, dim=1)[: len(kv_transfers)]
 
 
 def _compare(effect, logits, sound):

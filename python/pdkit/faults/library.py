@@ -62,12 +62,12 @@ def _of_each_kind():
         )
 
 
-def _behind_the_first_layer(handover, meeting):
+def _behind_the_first_layer(kv_transfer, context):
     counts = {
         name: count + (name.endswith(".cumulative_length") and name != "layers.0.cumulative_length")
-        for name, count in handover.counts.items()
+        for name, count in kv_transfer.counts.items()
     }
-    return replace(handover, counts=counts)
+    return replace(kv_transfer, counts=counts)
 
 
 def _of_each_count():
@@ -147,36 +147,36 @@ def _of_bits():
         )
 
 
-def _skipped(handover, meeting):
+def _skipped(kv_transfer, context):
     kinds = {Kind.WINDOW, *COMPRESSED, Kind.INDEXER_BUFFERS, Kind.INDEXER_OVERLAP}
-    return on_tensors(kinds, pieces.zeroed)(handover, meeting)
+    return on_tensors(kinds, pieces.zeroed)(kv_transfer, context)
 
 
-def _first_token_wrong(handover, meeting):
-    return replace(handover, first_token=handover.first_token ^ 1)
+def _first_token_wrong(kv_transfer, context):
+    return replace(kv_transfer, first_token=kv_transfer.first_token ^ 1)
 
 
-def _first_token_left_over(handover, meeting):
-    before = meeting.earlier[-1] if meeting.earlier else handover
-    return replace(handover, first_token=before.first_token)
+def _first_token_left_over(kv_transfer, context):
+    before = context.earlier[-1] if context.earlier else kv_transfer
+    return replace(kv_transfer, first_token=before.first_token)
 
 
-def _first_logprob_left_over(handover, meeting):
-    if handover.first_logprob is None:
-        return handover
-    before = next((other for other in reversed(meeting.earlier) if other.first_logprob is not None), handover)
-    return replace(handover, first_logprob=before.first_logprob, first_top_logprobs=before.first_top_logprobs)
+def _first_logprob_left_over(kv_transfer, context):
+    if kv_transfer.first_logprob is None:
+        return kv_transfer
+    before = next((other for other in reversed(context.earlier) if other.first_logprob is not None), kv_transfer)
+    return replace(kv_transfer, first_logprob=before.first_logprob, first_top_logprobs=before.first_top_logprobs)
 
 
-def _of_the_previous_request(handover, meeting):
-    return replace(meeting.earlier[-1], room=handover.room) if meeting.earlier else handover
+def _of_the_previous_request(kv_transfer, context):
+    return replace(context.earlier[-1], room=kv_transfer.room) if context.earlier else kv_transfer
 
 
-def _fails(handover, meeting):
-    raise TransferError(f"the transfer of bootstrap room {handover.room} failed")
+def _fails(kv_transfer, context):
+    raise TransferError(f"the transfer of bootstrap room {kv_transfer.room} failed")
 
 
-def _never_sent(handover, meeting):
+def _never_sent(kv_transfer, context):
     return None
 
 
@@ -247,23 +247,23 @@ def _of_whole_requests():
     )
     yield Fault("transfer-fails", "every transfer fails", Where.PREFILL, _fails)
     yield Fault(
-        "transfer-hangs-one-in-twenty", "one hand-over in twenty is never sent", Where.PREFILL, _never_sent, every=20
+        "transfer-hangs-one-in-twenty", "one KV transfer in twenty is never sent", Where.PREFILL, _never_sent, every=20
     )
     yield Fault(
         "transfer-slow",
-        f"each hand-over takes {SLOW_S * 1000:.0f} ms longer",
+        f"each KV transfer takes {SLOW_S * 1000:.0f} ms longer",
         Where.WIRE,
         wire=_slowly,
         harmless="what arrives late arrives whole, long before any timeout: time is lost",
     )
     yield Fault(
         "wire-corrupted-one-in-twenty",
-        "a bit of one hand-over in twenty flips on the wire",
+        "a bit of one KV transfer in twenty flips on the wire",
         Where.WIRE,
         wire=_one_byte_changed,
         every=20,
     )
-    yield Fault("wire-corrupted", "a bit of each hand-over flips on the wire", Where.WIRE, wire=_one_byte_changed)
+    yield Fault("wire-corrupted", "a bit of each KV transfer flips on the wire", Where.WIRE, wire=_one_byte_changed)
 
 
 def _of_the_load_balancer():

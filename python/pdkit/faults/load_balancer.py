@@ -89,6 +89,8 @@ class FaultySession:
         response = await self._session.post(url, json=body, headers=headers)
         if side == "prefill" or self._trick is None:
             return response
+        if self._trick == "failed-retried" and response.status >= 500:
+            return await self._once_more(url, body, headers)
         if self._trick == "stream-piece-lost" and body.get("stream"):
             return StreamWithoutPiece(response)
         if self._trick in CHANGES and not body.get("stream"):
@@ -97,16 +99,16 @@ class FaultySession:
 
     def _choose_trick(self):
         """What is done to this request, or None. Swaps need two in a row."""
-        encounter = self.switch.encounter(Where.LB)
-        if encounter is None:
+        injection = self.switch.injection(Where.LB)
+        if injection is None:
             return None
-        encounter.is_met()
-        pair = 2 if "swapped" in encounter.fault.balancer else 1
-        begun = encounter.seen - 1 - encounter.fault.after
-        if begun < 0 or begun % (pair * encounter.fault.every) >= pair:
+        injection.is_met()
+        pair = 2 if "swapped" in injection.fault.balancer else 1
+        begun = injection.seen - 1 - injection.fault.after
+        if begun < 0 or begun % (pair * injection.fault.every) >= pair:
             return None
         self.switch.record()
-        return encounter.fault.balancer
+        return injection.fault.balancer
 
     async def _request(self, side, url, body):
         if side == "prefill":
@@ -140,6 +142,13 @@ class FaultySession:
             posts = (session.post(url, json=body) for url in (mini_lb.lb.prefill_urls[0] + endpoint, decode_url))
             for response in await asyncio.gather(*posts):
                 await response.read()
+
+    async def _once_more(self, decode_url, body, headers):
+        """Decode's answer to the same request in another room."""
+        again = {**body, "bootstrap_room": body["bootstrap_room"] ^ 1}
+        prefill_url = mini_lb.lb.prefill_urls[0] + decode_url.removeprefix(mini_lb.lb.decode_urls[0])
+        posts = (self._session.post(each, json=again, headers=headers) for each in (prefill_url, decode_url))
+        return (await asyncio.gather(*posts))[1]
 
     async def _answer(self, result):
         if self._trick == "answers-swapped":

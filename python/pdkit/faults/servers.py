@@ -22,7 +22,7 @@ class FaultSwitchServers(Checks):
     """Put it first. `switch` is there once the class is set up.
 
     bootstrap_timeout  seconds after which prefill gives up a room that no decode server asked for
-    transfer_timeout   seconds after which decode gives up a hand-over that has not come
+    transfer_timeout   seconds after which decode gives up a KV transfer that has not come
     """
 
     needs: tuple[str, ...] = ("configure", "server_env", "prefill_args", "decode_args", "start_lb")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdkit.core.suggest import unknown
-from pdkit.faults.fault import Encounter, Fault, Where
+from pdkit.faults.fault import Fault, Injection, Where
 from pdkit.faults.library import LIBRARY
 
 VARIABLE = "PDKIT_FAULT_FILE"
@@ -21,8 +21,8 @@ class Switch:
 
     def __init__(self, path: str | Path, library: Mapping = LIBRARY):
         self.path, self.library = Path(path), library
-        self._meetings = self.path.with_name(self.path.name + ".met")
-        self._text, self._encounters = None, {}
+        self._met_file = self.path.with_name(self.path.name + ".met")
+        self._text, self._injections = None, {}
 
     @classmethod
     def of_environment(cls) -> "Switch":
@@ -37,7 +37,7 @@ class Switch:
         if name is not None:
             find(name, self.library)
         run = json.loads(self._read() or "{}").get("run", 0) + 1
-        self._meetings.write_bytes(b"")
+        self._met_file.write_bytes(b"")
         new = self.path.with_name(self.path.name + ".new")
         new.write_text(json.dumps({"run": run, "fault": name}))
         os.replace(new, self.path)
@@ -48,21 +48,21 @@ class Switch:
 
     def met(self) -> int:
         """How many requests met the fault since it was turned on, in all processes together."""
-        return self._meetings.stat().st_size if self._meetings.exists() else 0
+        return self._met_file.stat().st_size if self._met_file.exists() else 0
 
     def record(self):
         """Say that one more request met the fault."""
-        with open(self._meetings, "ab", buffering=0) as file:
+        with open(self._met_file, "ab", buffering=0) as file:
             file.write(b".")
 
-    def encounter(self, *places: Where) -> Encounter | None:
+    def injection(self, *places: Where) -> Injection | None:
         """The run of the fault that is on, if it acts at one of `places`; the same one until the switch is turned."""
         text = self._read()
         if text != self._text:
             name = json.loads(text or "{}").get("fault")
             fault = find(name, self.library) if name else None
-            self._text, self._encounters = text, {fault.where: Encounter(fault)} if fault else {}
-        return next((self._encounters[place] for place in places if place in self._encounters), None)
+            self._text, self._injections = text, {fault.where: Injection(fault)} if fault else {}
+        return next((self._injections[place] for place in places if place in self._injections), None)
 
     def _read(self):
         try:

@@ -13,7 +13,7 @@ BACKEND_VARIABLE = "PDKIT_FAULT_BACKEND"
 
 
 class FaultyTransfer(TransferBackend):
-    """Meets hand-overs with the fault that is on, on top of the backend that PDKIT_FAULT_BACKEND names (default: tcp).
+    """Meets transfers with the fault that is on, on top of the backend that PDKIT_FAULT_BACKEND names (default: tcp).
 
     A fault of what decode restores is applied as soon as decode's checks are behind: `DecodeReceiver` accepts what
     `incoming` returns before it gives the event loop a turn.
@@ -24,36 +24,36 @@ class FaultyTransfer(TransferBackend):
         FaultyServer.install(self._switch)
         self._backend = load_backend(os.environ.get(BACKEND_VARIABLE, "tcp"))
 
-    def outgoing(self, handover):
-        handover = self._backend.outgoing(handover)
-        with self._encounter(Where.PREFILL) as encounter:
-            return encounter.apply(handover) if encounter and handover else handover
+    def outgoing(self, kv_transfer):
+        kv_transfer = self._backend.outgoing(kv_transfer)
+        with self._injection(Where.PREFILL) as injection:
+            return injection.apply(kv_transfer) if injection and kv_transfer else kv_transfer
 
     def wire(self, data):
         data = self._backend.wire(data)
-        with self._encounter(Where.WIRE) as encounter:
-            return encounter.fault.wire(data) if encounter and encounter.is_met() else data
+        with self._injection(Where.WIRE) as injection:
+            return injection.fault.wire(data) if injection and injection.is_met() else data
 
-    def incoming(self, handover):
-        handover = self._backend.incoming(handover)
-        with self._encounter(Where.DECODE) as encounter:
-            if encounter:
-                return encounter.apply(handover)
-        asyncio.get_running_loop().call_soon(self._restored, handover)
-        return handover
+    def incoming(self, kv_transfer):
+        kv_transfer = self._backend.incoming(kv_transfer)
+        with self._injection(Where.DECODE) as injection:
+            if injection:
+                return injection.apply(kv_transfer)
+        asyncio.get_running_loop().call_soon(self._restored, kv_transfer)
+        return kv_transfer
 
-    def _restored(self, handover):
-        with self._encounter(Where.RESTORE) as encounter:
-            if encounter:
-                changed = encounter.apply(handover)
-                handover.tensors, handover.counts = changed.tensors, changed.counts
+    def _restored(self, kv_transfer):
+        with self._injection(Where.RESTORE) as injection:
+            if injection:
+                changed = injection.apply(kv_transfer)
+                kv_transfer.tensors, kv_transfer.counts = changed.tensors, changed.counts
 
     @contextmanager
-    def _encounter(self, place):
-        encounter = self._switch.encounter(place)
-        before = encounter.met if encounter else 0
+    def _injection(self, place):
+        injection = self._switch.injection(place)
+        before = injection.met if injection else 0
         try:
-            yield encounter
+            yield injection
         finally:
-            if encounter and encounter.met > before:
+            if injection and injection.met > before:
                 self._switch.record()

@@ -12,7 +12,8 @@ from pdkit.core.registry import Registration, collect
 from pdkit.runner.options import Options
 from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
-from pdkit.runner.report.model import UNFINISHED
+from pdkit.runner.report.model import FAIL, UNFINISHED
+from pdkit.runner.report.rows import hint_of, rows_of
 from pdkit.runner.select import Selection
 from pdkit.runner.targets import Target, left_out
 
@@ -30,10 +31,13 @@ def verdict(code: ExitCode, happened: Events, target: Target) -> ExitCode:
 
 
 def summary(target: Target, happened: Events, code: ExitCode, seconds: float) -> str:
-    """The closing lines: verdict, target, engine, score, gate, throughput, time of each phase and in all."""
+    """The closing lines: verdict, why it failed and where to look, engine, score, gate, time of each phase and in all."""
     score, throughput = facts.score_of(happened), facts.throughput_of(happened)
     ended = [phase for phase in facts.phases_of(happened) if phase.state != UNFINISHED]
-    rows = [("engine", score and score.engine or target.engine)]
+    failed = next((row for row in rows_of(happened) if row.state == FAIL), None)
+    rows = [("failed", f"{failed.name}: {failed.sentence}")] if failed else []
+    rows += [("hint", where)] if (where := hint_of(happened)) else []
+    rows += [("engine", score and score.engine or target.engine)]
     rows += [
         (
             "score",
@@ -109,5 +113,6 @@ def _run(
         happened = events.read(directory_of(logs[-1]))
     code = verdict(code, happened, target)
     print("\n" + summary(target, happened, code, time.monotonic() - began), flush=True)
-    print(f"not exercised on {target.name}:", *left_out(target.name), sep="\n  ", flush=True)
+    if code is ExitCode.PASSED:
+        print(f"not exercised on {target.name}:", *left_out(target.name), sep="\n  ", flush=True)
     return code

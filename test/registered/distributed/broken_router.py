@@ -99,6 +99,12 @@ def _without_input_logprobs(path, status, body):
     return status, body
 
 
+def _with_another_logprob(path, status, body):
+    if isinstance(body, dict) and (said := body.get("meta_info", {}).get("output_token_logprobs")):
+        said[-1][0] -= 1e-3
+    return status, body
+
+
 def _choices_turned(path, status, body):
     if isinstance(body, dict) and len(body.get("choices", ())) > 1:
         for index, choice in enumerate(body["choices"][::-1]):
@@ -159,10 +165,12 @@ BREAKAGES = (
     ("test_malformed_bodies", Breakage(answer=_as_server_errors), "500 not found"),
     ("test_empty_prompt", Breakage(request=_with_a_prompt), "200 not found"),
     ("test_empty_prompt", Breakage(answer=_silently), "200 not found"),
+    ("test_empty_text", Breakage(answer=_as_server_errors), "500 not found"),
     ("test_stream_that_is_left", Breakage(reads_on=True), "decode still holds a request"),
     ("test_abort_by_id", Breakage(event=_with_ids_of_its_own), "not aborted"),
     ("test_whole_answer_that_is_not_waited_for", Breakage(), "still holds a request"),
     ("test_32_at_once", Breakage(swaps=True), "!="),
+    ("test_32_at_once", Breakage(answer=_with_another_logprob), "logprobs of"),
     ("test_128_at_once", Breakage(at_most=64), "503"),
     ("test_one_prefix_from_many_clients", Breakage(request=_with_a_cache_of_its_own), "shared prefix again"),
     ("test_sustained_load", Breakage(loses_one_in=10), "502"),

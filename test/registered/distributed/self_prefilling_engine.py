@@ -11,11 +11,11 @@ VARIABLE = "PDKIT_SELF_PREFILLING"
 go_on = Service._continue
 
 
-def prefill_itself(service, request, handover):
+def prefill_itself(service, request, kv_transfer):
     if os.path.exists(os.environ[VARIABLE]):
         service.scheduler.generate(request)
     else:
-        go_on(service, request, handover)
+        go_on(service, request, kv_transfer)
 
 
 Service._continue = prefill_itself

@@ -17,7 +17,7 @@ from pdkit.deployment.one_gpu import NANO_ARGS, OneGpuServers
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cuda_ci
 
-register_cuda_ci(est_time=600, suite="stage-b-test-2-gpu-large", disabled="has not run to its end on two GPUs yet")
+register_cuda_ci(est_time=760, suite="stage-b-test-2-gpu-large")
 
 
 PLAIN_ALL_REDUCE = (

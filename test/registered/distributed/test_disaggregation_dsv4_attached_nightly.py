@@ -1,4 +1,4 @@
-"""`pdkit check` against servers of which something is wrong: it says so, by the check that is for it."""
+"""`pdkit check` with all its questions, and against servers of which something is wrong: it says so, by the right check."""
 
 import os
 import unittest
@@ -7,18 +7,27 @@ from pathlib import Path
 import pdkit
 import self_prefilling_engine
 import test_disaggregation_dsv4_attached as attached
+from pdkit.checks.parity.forced import ForcedParityChecks
 from pdkit.core.errors import ExitCode
 from pdkit.deployment.router import RustRouterBeside
 from pdkit.faults.servers import FaultSwitchServers
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=150, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=330, suite="stage-a-test-cpu", nightly=True)
 
 
-class TestDisaggregationDSV4AttachedFaults(FaultSwitchServers, RustRouterBeside, attached.Attached):
+class TestDisaggregationDSV4AttachedWhole(attached.TestDisaggregationDSV4Attached):
+    """Sound servers, all that is asked of them."""
+
+    is_quick = False
+
+
+class TestDisaggregationDSV4AttachedFaults(FaultSwitchServers, RustRouterBeside, ForcedParityChecks, attached.Attached):
     """Servers of which something is wrong while a test says so."""
 
     server_module = self_prefilling_engine.__name__
+    request_timeout = 120
+    forced_tokens = 64
 
     @classmethod
     def configure(cls):
@@ -62,6 +71,15 @@ class TestDisaggregationDSV4AttachedFaults(FaultSwitchServers, RustRouterBeside,
                 self.switch.turn(fault)
                 self.addCleanup(self.switch.turn, None)
                 self.check(self.lb_url, "--baseline-record", path, expected=code)
+
+    def test_a_fault_is_seen_by_teacher_forced_parity(self):
+        for fault in ("rounded-to-bf16", "newest-1-lost"):
+            with self.subTest(fault):
+                self.switch.turn(fault)
+                self.addCleanup(self.switch.turn, None)
+                forced = self.forced_parity()
+                print(fault, forced.report(), flush=True)
+                self.assertTrue(forced.problems)
 
     def test_a_pair_whose_decode_computes_prompts_itself_does_not_pass(self):
         self.self_prefilling.touch()

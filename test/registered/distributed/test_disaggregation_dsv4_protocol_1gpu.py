@@ -4,6 +4,7 @@ import unittest
 
 from pdkit.checks.protocol.checks import ProtocolChecks
 from pdkit.checks.protocol.reference import question_prompts
+from pdkit.deployment import quirks
 from pdkit.deployment.one_gpu import PAGE, TrainedOneGpuServers
 from pdkit.deployment.router import RustRouterBeside
 from sglang.test.ci.ci_register import register_cuda_ci
@@ -15,6 +16,7 @@ class TestDisaggregationDSV4ProtocolOneGpu(ProtocolChecks, RustRouterBeside, Tra
     json_schema = False  # --grammar-backend none
     prefix_cache_tokens = 3 * PAGE  # with EAGLE less than two pages are not kept
     unending_tokens = 7000
+    empty_text_is_fatal = quirks.empty_text_is_fatal()
     settle_seconds = 10
 
     @classmethod

@@ -6,7 +6,7 @@ The model is a random DeepSeek-V4: an answer from a wrong state is a wrong answe
 import unittest
 
 from pdkit.checks.recovery.bootstrap_messages import DuplicateMessageChecks
-from pdkit.checks.recovery.holding import HeldHandovers
+from pdkit.checks.recovery.holding import HeldTransfers
 from pdkit.checks.recovery.scenarios import RecoveryChecks
 from pdkit.deployment.embedded import RandomEmbeddedServers
 from pdkit.deployment.fleet import Fleet
@@ -16,7 +16,7 @@ register_cpu_ci(est_time=135, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Recovery(
-    RecoveryChecks, DuplicateMessageChecks, HeldHandovers, Fleet, RandomEmbeddedServers
+    RecoveryChecks, DuplicateMessageChecks, HeldTransfers, Fleet, RandomEmbeddedServers
 ):
     pass
 

@@ -28,7 +28,7 @@ class TestDisaggregationDSV4Recovery8GPU(RecoveryChecks, BootstrapMessageChecks,
 
     @classmethod
     def asks(cls):
-        """Nothing holds a hand-over here: prompts that take long are in the phases before, a long answer streams."""
+        """Nothing holds a KV transfer here: prompts that take long are in the phases before, a long answer streams."""
         if cls.gsm8k_data_path:
             return few_shot_asks(cls.gsm8k_data_path, LONG, 600)
         return {

@@ -5,7 +5,7 @@ The model is a random DeepSeek-V4: an answer from another request's state is a w
 
 import unittest
 
-from pdkit.checks.recovery.holding import HELD_TRANSFER, HandoverValve
+from pdkit.checks.recovery.holding import HELD_TRANSFER, TransferValve
 from pdkit.checks.scale_out import ScaleOutChecks
 from pdkit.deployment.embedded import RandomEmbeddedServers
 from pdkit.deployment.fleet import TwoPairs
@@ -15,7 +15,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 
-class TestDisaggregationDSV4ScaleOut(HandoverValve, ScaleOutChecks, TwoPairs, RandomEmbeddedServers):
+class TestDisaggregationDSV4ScaleOut(TransferValve, ScaleOutChecks, TwoPairs, RandomEmbeddedServers):
     @classmethod
     def decode_2_args(cls):
         return super().decode_2_args() + HELD_TRANSFER

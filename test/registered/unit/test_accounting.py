@@ -13,10 +13,10 @@ import openai
 import requests
 from pdkit.checks.accounting.checks import OWN_RESULT, AccountingChecks, unaccounted
 from pdkit.checks.accounting.counters import (
-    HandoverAccount,
     PairCounters,
     RequestAccount,
     ServerCounters,
+    TransferAccount,
     counters_of,
     read_pair,
 )
@@ -266,9 +266,9 @@ def did(prefill=None, decode=None):
     return PairCounters(prefill, ServerCounters(**{**well, **(decode or {})}))
 
 
-class TestHandoverAccount(unittest.TestCase):
+class TestTransferAccount(unittest.TestCase):
     def test_each_sequence_once(self):
-        self.assertEqual(HandoverAccount(did(), 4, 4).problems, ())
+        self.assertEqual(TransferAccount(did(), 4, 4).problems, ())
 
     def test_what_went_wrong_is_named(self):
         for counters, problem in (
@@ -277,26 +277,26 @@ class TestHandoverAccount(unittest.TestCase):
             (did(prefill={"sent": 3}), "sent by prefill 3"),
             (did(decode={"requests": 5}), "decode started 5"),
             (did(decode={"received": 5}), "received by decode 5"),
-            (did(decode={"failed": 1}), "1 hand-overs failed (prefill saw 0, decode 1), but only 0"),
-            (did(prefill={"failed": 1}), "1 hand-overs failed (prefill saw 1, decode 0), but only 0"),
+            (did(decode={"failed": 1}), "1 KV transfers failed (prefill saw 0, decode 1), but only 0"),
+            (did(prefill={"failed": 1}), "1 KV transfers failed (prefill saw 1, decode 0), but only 0"),
             (did(decode={"prefill_tokens": 7}), "decode prefilled 7 tokens itself"),
             (did(prefill={"rooms": 1}), "1 rooms"),
             (did(decode={"running": 2}), "2 requests on decode"),
         ):
             with self.subTest(problem=problem):
-                account = HandoverAccount(counters, 4, 4)
+                account = TransferAccount(counters, 4, 4)
                 self.assertEqual(len(account.problems), 1)
                 self.assertIn(problem, account.problems[0])
                 self.assertIn(problem, account.report())
 
     def test_what_the_client_saw_fail_may_be_missing(self):
         failed = did(prefill={"sent": 4, "requests": 5, "failed": 1}, decode={"failed": 1})
-        self.assertEqual(HandoverAccount(failed, 4, 5).problems, ())
-        self.assertTrue(HandoverAccount(failed, 4, 4).problems)
+        self.assertEqual(TransferAccount(failed, 4, 5).problems, ())
+        self.assertTrue(TransferAccount(failed, 4, 4).problems)
 
     def test_an_engine_without_counters_is_said_so(self):
-        self.assertEqual(HandoverAccount(None, 4, 4).problems, ())
-        self.assertIn("not checked", HandoverAccount(None, 4, 4).report())
+        self.assertEqual(TransferAccount(None, 4, 4).problems, ())
+        self.assertIn("not checked", TransferAccount(None, 4, 4).report())
 
 
 class TestCounters(unittest.TestCase):
@@ -450,7 +450,7 @@ class TestMixin(unittest.TestCase):
 
 class TestReport(unittest.TestCase):
     def test_the_failure_message_is_the_report(self):
-        account = RequestAccount(ClientAccount(attempts(OK, "500")), HandoverAccount(did(), 4, 4))
+        account = RequestAccount(ClientAccount(attempts(OK, "500")), TransferAccount(did(), 4, 4))
         with self.assertRaises(AssertionError) as caught:
             account.assert_passed()
         self.assertEqual(str(caught.exception), account.report())

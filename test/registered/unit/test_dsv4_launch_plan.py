@@ -22,6 +22,7 @@ import psutil
 import requests
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit.checks.integrity import kv_checksum_args
+from pdkit.checks.parity import checks as parity
 from pdkit.checks.parity.plan import Round, completion_probe, generate_probe
 from pdkit.core import events, ports, processes
 from pdkit.core.gpus import Gpu
@@ -254,10 +255,40 @@ class TestOneGpu(unittest.TestCase):
         case = one_gpu.TestDisaggregationDSV4OneGpu("test_parity_rooms")
         probes = completion_probe("text", "a text", 4), generate_probe("short", range(257), 4)
         cold = SimpleNamespace(cached_tokens=0)
-        case.check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold])
+        self.assertEqual(
+            case.check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold]), []
+        )
         long = generate_probe("long", range(513), 4)
-        with self.assertRaisesRegex(AssertionError, "prefill's cache"):
-            case.check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
+        (missing,) = case.check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
+        self.assertEqual(missing, "test: 0 of 513 tokens of long came from prefill's cache")
+
+    def test_half_of_the_prefixes_come_from_the_cache_and_with_data_parallel_ranks_none_must(self):
+        probes = tuple(generate_probe(f"long {number}", range(513), 4) for number in range(4))
+        round_ = Round("test", probes, cached=frozenset(probe.name for probe in probes))
+        judged = "references_of", "compared", "assert_parity", "known_references"
+        asked = dict.fromkeys(("prefill_url", "lb_url"), "") | {name: mock.MagicMock() for name in judged}
+        asked["references_of"].return_value = None, None
+        case = type("Asked", (one_gpu.TestDisaggregationDSV4OneGpu,), asked)("test_parity_rooms")
+        one = {"disable_radix_cache": False, "dp_size": 1}
+        for more, cached, passes in (
+            ({}, 4, True),
+            ({}, 2, True),
+            ({}, 1, False),
+            ({"attn_dp_size": 1}, 0, False),
+            ({"dp_size": 2}, 0, True),
+            ({"attn_dp_size": 2}, 0, True),
+        ):
+            arm = [SimpleNamespace(cached_tokens=512 if number < cached else 0) for number in range(4)]
+            with (
+                self.subTest(more=more, cached=cached),
+                mock.patch.object(parity, "read_server_info", return_value={**one, **more}),
+                mock.patch.object(parity, "collect", return_value=arm),
+                mock.patch.object(parity.Parity, "pool"),
+                contextlib.nullcontext()
+                if passes
+                else self.assertRaisesRegex(AssertionError, "0 of 513 tokens of long"),
+            ):
+                case.check_parity([round_])
 
 
 class TestSupervision(unittest.TestCase):

@@ -709,7 +709,7 @@ class TestFailures(EngineTestCase):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(decode.post, "/generate", self.ask(9, spare_bootstrap_port))
             self.eventually(lambda: decode.busy[1] == 1)
-            # lets the hand-over begin; without it the outcome is the same
+            # lets the KV transfer begin; without it the outcome is the same
             time.sleep(0.2)
             spare.process.send_signal(signal.SIGTERM)
             start = time.monotonic()

@@ -1,4 +1,4 @@
-"""The state that is handed over: all of it, bit for bit, and nothing that does not belong."""
+"""The state that is transferred: all of it, bit for bit, and nothing that does not belong."""
 
 import unittest
 from pathlib import Path

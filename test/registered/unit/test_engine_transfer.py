@@ -1,4 +1,4 @@
-"""The hand-over on real sockets: what arrives is what was sent, or both sides say why not, and the room is free."""
+"""The KV transfer on real sockets: what arrives is what was sent, or both sides say why not, and the room is free."""
 
 import asyncio
 import gc
@@ -12,7 +12,7 @@ import torch
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.transfer import (
     DecodeReceiver,
-    Handover,
+    KVTransfer,
     PrefillSender,
     TransferBackend,
     TransferCounters,
@@ -26,8 +26,8 @@ SOON = 0.3
 LARGE = 8 << 20  # bytes that fit in no socket's buffers
 
 
-def handover(room=1, size=64):
-    return Handover(
+def kv_transfer(room=1, size=64):
+    return KVTransfer(
         room=room,
         prompt_tokens=5,
         first_token=17,
@@ -45,18 +45,18 @@ class FlipOneBit(TransferBackend):
 
 
 class SwapRooms(TransferBackend):
-    def outgoing(self, handover):
-        handover.room += 1
-        return handover
+    def outgoing(self, kv_transfer):
+        kv_transfer.room += 1
+        return kv_transfer
 
 
 class SendNothing(TransferBackend):
-    def outgoing(self, handover):
+    def outgoing(self, kv_transfer):
         return None
 
 
 class Raise(TransferBackend):
-    def outgoing(self, handover):
+    def outgoing(self, kv_transfer):
         raise RuntimeError("out of order")
 
 
@@ -83,7 +83,7 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
         self.addCleanup(sender._server.close)
         return sender
 
-    async def fetch(self, room=1, receiver=None, accept=lambda handover: None):
+    async def fetch(self, room=1, receiver=None, accept=lambda kv_transfer: None):
         receiver = receiver or DecodeReceiver(TransferBackend(), timeout=5.0)
         return await receiver.fetch("127.0.0.1", self.port, room, accept)
 
@@ -126,11 +126,11 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
             self.assertTrue(torch.equal(arrived.tensors[name], tensor))
 
 
-class TestHandover(TransferTestCase):
+class TestKVTransfer(TransferTestCase):
     def test_is_packed_and_unpacked_bit_for_bit(self):
-        sent = handover()
+        sent = kv_transfer()
         sent.tensors |= {"float": torch.tensor([float("nan"), -0.0, 1e-45]), "half": torch.ones(2, 3).bfloat16()}
-        arrived = Handover.unpack(sent.pack())
+        arrived = KVTransfer.unpack(sent.pack())
         self.assertEqual(
             arrived.tensors["float"].view(torch.int32).tolist(), sent.tensors["float"].view(torch.int32).tolist()
         )
@@ -138,7 +138,7 @@ class TestHandover(TransferTestCase):
         self.assertArrived(arrived, sent)
 
     def test_anything_else_is_a_transfer_error(self):
-        data = handover().pack()
+        data = kv_transfer().pack()
         header = len(data) - 64
         for other in (
             b"",
@@ -150,7 +150,7 @@ class TestHandover(TransferTestCase):
             data[:8] + data[9:],
         ):
             with self.subTest(other=other[:12]), self.assertRaisesRegex(TransferError, "cannot be read"):
-                Handover.unpack(other)
+                KVTransfer.unpack(other)
 
 
 class TestOrder(TransferTestCase):
@@ -160,7 +160,7 @@ class TestOrder(TransferTestCase):
                 sender, receiver, sent, tasks = (
                     await self.sender(),
                     DecodeReceiver(TransferBackend(), 5.0),
-                    handover(),
+                    kv_transfer(),
                     {},
                 )
                 for step in order:
@@ -185,15 +185,15 @@ class TestOrder(TransferTestCase):
         fetches = [asyncio.ensure_future(self.fetch(room)) for room in rooms]
         for room in rooms:
             await sender.open(room)
-        await asyncio.gather(*(sender.deliver(handover(room, size=room % 7919)) for room in reversed(rooms)))
+        await asyncio.gather(*(sender.deliver(kv_transfer(room, size=room % 7919)) for room in reversed(rooms)))
         for room, arrived in zip(rooms, await asyncio.gather(*fetches)):
-            self.assertArrived(arrived, handover(room, size=room % 7919))
+            self.assertArrived(arrived, kv_transfer(room, size=room % 7919))
         self.assertEqual((sender.rooms, sender.counters.sent), ({}, 40))
 
     async def test_a_state_larger_than_any_buffer_arrives(self):
         sender = await self.sender()
         await sender.open(1)
-        sent = handover(size=LARGE)
+        sent = kv_transfer(size=LARGE)
         _, arrived = await asyncio.gather(sender.deliver(sent), self.fetch())
         self.assertArrived(arrived, sent)
 
@@ -201,7 +201,7 @@ class TestOrder(TransferTestCase):
         sender = await self.sender()
         for _ in range(3):
             await sender.open(1)
-            await asyncio.gather(sender.deliver(handover()), self.fetch())
+            await asyncio.gather(sender.deliver(kv_transfer()), self.fetch())
 
 
 class TestRooms(TransferTestCase):
@@ -224,15 +224,15 @@ class TestRooms(TransferTestCase):
         await asyncio.wait({early})
         await asyncio.sleep(0.02)
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(handover()))
-        self.assertArrived(await self.fetch(), handover())
+        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        self.assertArrived(await self.fetch(), kv_transfer())
         await delivery
 
     async def test_a_room_in_use_cannot_be_opened(self):
         sender = await self.sender()
         await sender.open(1)
         await self.assertFails("room 1 is in use", sender.open(1))
-        await asyncio.gather(sender.deliver(handover()), self.fetch())
+        await asyncio.gather(sender.deliver(kv_transfer()), self.fetch())
 
     async def test_a_room_is_taken_once(self):
         sender = await self.sender()
@@ -240,8 +240,8 @@ class TestRooms(TransferTestCase):
         first = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(0.02)
         await self.assertFails("room 1 was already taken", self.fetch())
-        await sender.deliver(handover())
-        self.assertArrived(await first, handover())
+        await sender.deliver(kv_transfer())
+        self.assertArrived(await first, kv_transfer())
 
     async def test_an_aborted_room_tells_the_decode_server_that_waits(self):
         sender = await self.sender()
@@ -255,7 +255,7 @@ class TestRooms(TransferTestCase):
     async def test_an_aborted_room_ends_its_delivery(self):
         sender = await self.sender()
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(handover()))
+        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         await asyncio.sleep(0.02)
         sender.close(1, "the request was aborted")
         await self.assertFails("the request was aborted", delivery)
@@ -265,7 +265,9 @@ class TestRooms(TransferTestCase):
         sender = await self.sender(bootstrap_timeout=SOON, transfer_timeout=5.0)
         start = time.monotonic()
         await sender.open(1)
-        await self.assertFails("no decode server asked for bootstrap room 1 within 0.3 s", sender.deliver(handover()))
+        await self.assertFails(
+            "no decode server asked for bootstrap room 1 within 0.3 s", sender.deliver(kv_transfer())
+        )
         self.assertGreaterEqual(time.monotonic() - start, SOON)
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
 
@@ -274,33 +276,33 @@ class TestRooms(TransferTestCase):
         await sender.open(1)
         await asyncio.sleep(1.5 * SOON)
         await self.assertFails("no decode server asked for bootstrap room 1", self.fetch())
-        await self.assertFails("no decode server asked for bootstrap room 1", sender.deliver(handover()), within=0.1)
+        await self.assertFails("no decode server asked for bootstrap room 1", sender.deliver(kv_transfer()), within=0.1)
 
     async def test_a_room_that_was_asked_for_does_not_expire(self):
         sender = await self.sender(bootstrap_timeout=SOON)
         await sender.open(1)
         waiting = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(1.5 * SOON)
-        await sender.deliver(handover())
-        self.assertArrived(await waiting, handover())
+        await sender.deliver(kv_transfer())
+        self.assertArrived(await waiting, kv_transfer())
 
     async def test_the_end_of_a_request_leaves_a_room_that_was_opened_again_alone(self):
         sender = await self.sender()
         first = await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(handover()))
+        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         await asyncio.sleep(0)
         sender.close(1, "the request was aborted")
         await sender.open(1)
         await self.assertFails("the request was aborted", delivery)
         sender.close(1, "its end", first)
-        again = asyncio.ensure_future(sender.deliver(handover()))
-        self.assertArrived(await self.fetch(), handover())
+        again = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        self.assertArrived(await self.fetch(), kv_transfer())
         await again
 
     async def test_a_cancelled_delivery_frees_its_room(self):
         sender = await self.sender()
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(handover()))
+        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         await asyncio.sleep(0.02)
         delivery.cancel()
         await asyncio.wait({delivery})
@@ -310,7 +312,7 @@ class TestRooms(TransferTestCase):
         sender = await self.sender()
         await sender.open(1)
         sender.close(1, "the request was aborted")
-        await self.assertFails("room 1 is not open", sender.deliver(handover()))
+        await self.assertFails("room 1 is not open", sender.deliver(kv_transfer()))
 
     async def test_closing_a_room_that_is_not_there_does_nothing(self):
         (await self.sender()).close(1, "no reason")
@@ -330,13 +332,13 @@ class TestDecodeDies(TransferTestCase):
         _, writer = await self.ask()
         writer.close()
         await asyncio.sleep(0.02)
-        await self.assertFails("decode left bootstrap room 1", sender.deliver(handover()))
+        await self.assertFails("decode left bootstrap room 1", sender.deliver(kv_transfer()))
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
 
     async def test_with_half_of_the_bytes(self):
         sender = await self.sender()
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(handover(size=LARGE)))
+        delivery = asyncio.ensure_future(sender.deliver(kv_transfer(size=LARGE)))
         reader, writer = await self.ask()
         await reader.readexactly(LARGE // 2)
         writer.transport.abort()
@@ -346,7 +348,7 @@ class TestDecodeDies(TransferTestCase):
     async def test_with_all_of_the_bytes_but_without_a_word(self):
         sender = await self.sender()
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(handover()))
+        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         reader, writer = await self.ask()
         await reader.readexactly(json.loads(await reader.readline())["bytes"])
         writer.close()
@@ -357,7 +359,7 @@ class TestDecodeDies(TransferTestCase):
             with self.subTest(size=size):
                 sender = await self.sender(transfer_timeout=SOON)
                 await sender.open(1)
-                delivery = asyncio.ensure_future(sender.deliver(handover(size=size)))
+                delivery = asyncio.ensure_future(sender.deliver(kv_transfer(size=size)))
                 reader, _ = await self.ask()
                 await self.assertFails("room 1", delivery)
                 await asyncio.sleep(2 * SOON)
@@ -368,12 +370,12 @@ class TestDecodeDies(TransferTestCase):
                     await asyncio.wait_for(reader.read(), 1.0)
                 self.assertEqual(sender.rooms, {})
 
-    async def test_a_word_that_is_not_understood_fails_the_hand_over(self):
+    async def test_a_word_that_is_not_understood_fails_the_kv_transfer(self):
         for word in (b"garbage\n", b"[]\n", b"\xff\xfe\n", b"x" * (1 << 17)):
             with self.subTest(word=word[:8]):
                 sender = await self.sender()
                 await sender.open(1)
-                delivery = asyncio.ensure_future(sender.deliver(handover()))
+                delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
                 reader, writer = await self.ask()
                 await reader.readexactly(json.loads(await reader.readline())["bytes"])
                 writer.write(word)
@@ -407,7 +409,7 @@ class TestPrefillDies(TransferTestCase):
 
     async def test_with_half_of_the_bytes(self):
         async def half(reader, writer):
-            data = handover(size=LARGE).pack()
+            data = kv_transfer(size=LARGE).pack()
             head = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             writer.write(json.dumps(head).encode() + b"\n" + data[: len(data) // 2])
             await writer.drain()
@@ -437,11 +439,11 @@ class TestPrefillDies(TransferTestCase):
 
 
 class TestWhatArrivesIsChecked(TransferTestCase):
-    async def fail_both(self, pattern, backend=None, incoming=None, accept=lambda handover: None):
+    async def fail_both(self, pattern, backend=None, incoming=None, accept=lambda kv_transfer: None):
         sender = await self.sender(backend)
         receiver = DecodeReceiver(incoming or TransferBackend(), 5.0)
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(handover()))
+        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         await self.assertFails(pattern, self.fetch(1, receiver, accept))
         await self.assertFails(f"decode refused bootstrap room 1: .*{pattern}", delivery)
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
@@ -454,7 +456,7 @@ class TestWhatArrivesIsChecked(TransferTestCase):
         await self.fail_both("asked for bootstrap room 1, got room 2", SwapRooms())
 
     async def test_a_state_that_the_model_does_not_accept_is_refused(self):
-        def accept(handover):
+        def accept(kv_transfer):
             raise ValueError("state of 5 tokens: tensor layers.0.window is missing")
 
         await self.fail_both("layers.0.window is missing", accept=accept)
@@ -463,28 +465,28 @@ class TestWhatArrivesIsChecked(TransferTestCase):
         class Count(TransferBackend):
             seen = []
 
-            def outgoing(self, handover):
+            def outgoing(self, kv_transfer):
                 self.seen.append("outgoing")
-                return handover
+                return kv_transfer
 
             def wire(self, data):
                 self.seen.append("wire")
                 return data
 
-            def incoming(self, handover):
+            def incoming(self, kv_transfer):
                 self.seen.append("incoming")
-                return handover
+                return kv_transfer
 
         sender = await self.sender(Count())
         await sender.open(1)
-        await asyncio.gather(sender.deliver(handover()), self.fetch(1, DecodeReceiver(Count(), 5.0)))
+        await asyncio.gather(sender.deliver(kv_transfer()), self.fetch(1, DecodeReceiver(Count(), 5.0)))
         self.assertEqual(Count.seen, ["outgoing", "wire", "incoming"])
 
     async def test_a_backend_that_sends_nothing_leaves_both_sides_with_an_error(self):
         sender = await self.sender(SendNothing(), transfer_timeout=SOON)
         await sender.open(1)
         waiting = asyncio.ensure_future(self.fetch())
-        await self.assertFails("room 1 was not handed over within 0.6 s", sender.deliver(handover()))
+        await self.assertFails("room 1 was not transferred within 0.6 s", sender.deliver(kv_transfer()))
         await self.assertFails("gave up bootstrap room 1", waiting)
         self.assertEqual(sender.rooms, {})
 
@@ -494,7 +496,7 @@ class TestWhatArrivesIsChecked(TransferTestCase):
         waiting = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(0.02)
         with self.assertRaisesRegex(RuntimeError, "out of order"):
-            await sender.deliver(handover())
+            await sender.deliver(kv_transfer())
         await self.assertFails("gave up bootstrap room 1", waiting)
         self.assertEqual(sender.rooms, {})
 
@@ -526,8 +528,8 @@ class TestStrangers(TransferTestCase):
                 if answer:
                     self.assertIn("error", json.loads(answer))
         self.assertEqual(set(sender.rooms), {1})
-        await sender.deliver(handover())
-        self.assertArrived(await waiting, handover())
+        await sender.deliver(kv_transfer())
+        self.assertArrived(await waiting, kv_transfer())
 
     async def test_one_that_says_nothing_is_sent_away_after_the_bootstrap_timeout(self):
         await self.sender()

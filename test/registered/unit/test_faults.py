@@ -17,9 +17,9 @@ import torch
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
-from pdkit.engine.transfer import DecodeReceiver, Handover, PrefillSender, TransferError, load_backend
+from pdkit.engine.transfer import DecodeReceiver, KVTransfer, PrefillSender, TransferError, load_backend
 from pdkit.faults import LIBRARY, Switch, Where, ground_truth, messages, pieces
-from pdkit.faults.fault import Encounter, same_beginning
+from pdkit.faults.fault import Injection, same_beginning
 from pdkit.faults.lb_faults import BalancerFaultChecks
 from pdkit.faults.pieces import Kind
 from pdkit.faults.switch import VARIABLE, UnknownFault
@@ -34,24 +34,24 @@ config = load_config(RANDOM)
 config.dtype = torch.float32
 
 
-def handover_of(length, room=0, seed=0):
-    """A hand-over of `length` tokens whose tensors are random, of the shapes that the model's have."""
+def kv_transfer_of(length, room=0, seed=0):
+    """A KV transfer of `length` tokens whose tensors are random, of the shapes that the model's have."""
     draw = torch.Generator().manual_seed(seed)
     shapes, counts = state.expected(config, length)
     tensors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    return Handover(room, length, 5, 0, counts, tensors, first_logprob=-1.5, first_top_logprobs=[(-1.5, 5)])
+    return KVTransfer(room, length, 5, 0, counts, tensors, first_logprob=-1.5, first_top_logprobs=[(-1.5, 5)])
 
 
-def changed_by(name, handover, *earlier):
-    """What the fault makes of `handover` after it saw `earlier`."""
-    encounter = Encounter(LIBRARY[name])
+def changed_by(name, kv_transfer, *earlier):
+    """What the fault makes of `kv_transfer` after it saw `earlier`."""
+    injection = Injection(LIBRARY[name])
     for each in earlier:
-        encounter.apply(each)
-    return encounter.apply(handover)
+        injection.apply(each)
+    return injection.apply(kv_transfer)
 
 
 def changed_kinds(one, other):
-    """Kinds of the pieces in which two hand-overs differ."""
+    """Kinds of the pieces in which two KV transfers differ."""
     names = one.tensors.keys() | one.counts.keys()
 
     def differs(name):
@@ -147,45 +147,47 @@ class TestOperations(unittest.TestCase):
             self.assertTrue(((rounded - tensor).abs() <= relative * tensor.abs() + 1e-3 * tensor.abs().max()).all())
 
     def test_nothing_is_written_into_the_state_itself(self):
-        handover = handover_of(129)
-        copies = {name: tensor.clone() for name, tensor in handover.tensors.items()}
+        kv_transfer = kv_transfer_of(129)
+        copies = {name: tensor.clone() for name, tensor in kv_transfer.tensors.items()}
         for fault in LIBRARY.values():
             if fault.change:
                 try:
-                    Encounter(replace(fault, every=1)).apply(handover)
+                    Injection(replace(fault, every=1)).apply(kv_transfer)
                 except TransferError:
                     pass
-        self.assertTrue(all(torch.equal(copies[name], tensor) for name, tensor in handover.tensors.items()))
+        self.assertTrue(all(torch.equal(copies[name], tensor) for name, tensor in kv_transfer.tensors.items()))
 
 
 class TestFaults(unittest.TestCase):
     def test_of_a_kind_touch_that_kind_only(self):
-        handover, before = handover_of(391), handover_of(391, seed=1)
+        kv_transfer, before = kv_transfer_of(391), kv_transfer_of(391, seed=1)
         of_a_kind = re.compile("(.+)-(missing|zeroed|left-over|shifted|one-more|zero)")
         kinds = {kind.value.replace(" ", "-"): kind for kind in Kind}
         touched = set()
         for name in LIBRARY:
             match = of_a_kind.fullmatch(name)
             if match and match[1] in kinds:
-                self.assertEqual(changed_kinds(handover, changed_by(name, handover, before)), {kinds[match[1]]}, name)
+                self.assertEqual(
+                    changed_kinds(kv_transfer, changed_by(name, kv_transfer, before)), {kinds[match[1]]}, name
+                )
                 touched.add(kinds[match[1]])
         self.assertEqual(touched, set(Kind))
 
     def test_that_keep_the_shape_pass_the_checks_of_decode(self):
-        handover, before = handover_of(391), handover_of(200, seed=1)
+        kv_transfer, before = kv_transfer_of(391), kv_transfer_of(200, seed=1)
         for name, fault in LIBRARY.items():
             if fault.where is Where.DECODE:
-                changed = changed_by(name, handover, before)
+                changed = changed_by(name, kv_transfer, before)
                 state.check(config, 391, changed.tensors, changed.counts)
 
     def test_of_missing_pieces_do_not(self):
         for name in ("window-missing", "4x-count-missing", "newest-1-cut"):
-            changed = changed_by(name, handover_of(391))
+            changed = changed_by(name, kv_transfer_of(391))
             with self.assertRaises(state.StateError):
                 state.check(config, 391, changed.tensors, changed.counts)
 
     def test_left_over_is_what_the_request_before_had_or_nothing(self):
-        one, other = handover_of(391), handover_of(200, seed=1)
+        one, other = kv_transfer_of(391), kv_transfer_of(200, seed=1)
         changed = changed_by("4x-compressed-left-over", one, other).tensors["layers.1.compressor.compressed_kv"]
         before = other.tensors["layers.1.compressor.compressed_kv"]
         self.assertTrue(torch.equal(changed[:, :50], before))
@@ -193,7 +195,7 @@ class TestFaults(unittest.TestCase):
         self.assertFalse(changed_by("window-left-over", one).tensors["layers.0.window"].any())
 
     def test_aliases_only_requests_that_share_a_beginning(self):
-        one, other, stranger = handover_of(391), handover_of(391, seed=1), handover_of(391, seed=2)
+        one, other, stranger = kv_transfer_of(391), kv_transfer_of(391, seed=1), kv_transfer_of(391, seed=2)
         name = "layers.1.compressor.compressed_kv"
         other.tensors[name][:, :20] = one.tensors[name][:, :20]
         self.assertIs(same_beginning(one, [other, stranger]), other)
@@ -204,18 +206,18 @@ class TestFaults(unittest.TestCase):
         self.assertIs(changed_by("compressed-aliased", one, stranger), one)
 
     def test_meet_one_request_in_so_many(self):
-        encounter = Encounter(LIBRARY["transfer-fails-one-in-ten"])
+        injection = Injection(LIBRARY["transfer-fails-one-in-ten"])
         failed = []
         for room in range(40):
             try:
-                encounter.apply(handover_of(1, room))
+                injection.apply(kv_transfer_of(1, room))
             except TransferError:
                 failed.append(room)
         self.assertEqual(failed, [9, 19, 29, 39])
-        self.assertEqual((encounter.seen, encounter.met), (40, 4))
+        self.assertEqual((injection.seen, injection.met), (40, 4))
 
     def test_are_the_same_in_each_run(self):
-        one, other = (changed_by("bits-flipped-1e-3", handover_of(129)) for _ in range(2))
+        one, other = (changed_by("bits-flipped-1e-3", kv_transfer_of(129)) for _ in range(2))
         for name, tensor in one.tensors.items():
             self.assertTrue(torch.equal(tensor.view(torch.int32), other.tensors[name].view(torch.int32)))
 
@@ -228,21 +230,21 @@ class TestSwitch(unittest.TestCase):
 
     def test_turns_faults_on_and_off_in_other_readers(self):
         reader = Switch(self.switch.path)
-        self.assertIsNone(reader.encounter(*Where))
+        self.assertIsNone(reader.injection(*Where))
         self.switch.turn("window-zeroed")
-        self.assertEqual(reader.encounter(*Where).fault.name, "window-zeroed")
-        self.assertIsNone(reader.encounter(Where.LB), "it acts elsewhere")
+        self.assertEqual(reader.injection(*Where).fault.name, "window-zeroed")
+        self.assertIsNone(reader.injection(Where.LB), "it acts elsewhere")
         self.switch.turn(None)
-        self.assertIsNone(reader.encounter(*Where))
+        self.assertIsNone(reader.injection(*Where))
 
     def test_a_turn_begins_a_new_run(self):
         self.switch.turn("window-zeroed")
-        first = self.switch.encounter(*Where)
-        self.assertIs(first, self.switch.encounter(*Where))
+        first = self.switch.injection(*Where)
+        self.assertIs(first, self.switch.injection(*Where))
         self.switch.record()
         self.assertEqual(self.switch.met(), 1)
         self.switch.turn("window-zeroed")
-        self.assertIsNot(first, self.switch.encounter(*Where))
+        self.assertIsNot(first, self.switch.injection(*Where))
         self.assertEqual(self.switch.met(), 0)
 
     def test_names_the_nearest_of_an_unknown_fault(self):
@@ -266,47 +268,47 @@ class TestFaultyTransfer(unittest.TestCase):
         environment.start()
         self.addCleanup(environment.stop)
 
-    def hand_over(self, *handovers):
+    def transferred(self, *kv_transfers):
         """What arrives of each, or the error, through one pair of servers."""
-        return asyncio.run(self._hand_over(handovers))
+        return asyncio.run(self._transferred(kv_transfers))
 
-    async def _hand_over(self, handovers):
+    async def _transferred(self, kv_transfers):
         sender = PrefillSender(load_backend("pdkit.faults:FaultyTransfer"), 1, 0.3)
         receiver = DecodeReceiver(load_backend("pdkit.faults:FaultyTransfer"), 2)
         sock = socket.create_server(("127.0.0.1", 0))
         port = sock.getsockname()[1]
         await sender.start(sock)
         arrived = []
-        for handover in handovers:
+        for kv_transfer in kv_transfers:
 
             def accept(got):
                 state.check(config, got.prompt_tokens, got.tensors, got.counts)
 
-            await sender.open(handover.room)
-            fetching = asyncio.create_task(receiver.fetch("127.0.0.1", port, handover.room, accept))
+            await sender.open(kv_transfer.room)
+            fetching = asyncio.create_task(receiver.fetch("127.0.0.1", port, kv_transfer.room, accept))
             try:
-                await sender.deliver(handover)
+                await sender.deliver(kv_transfer)
             except TransferError:
-                sender.close(handover.room, "failed")
+                sender.close(kv_transfer.room, "failed")
             arrived += await asyncio.gather(fetching, return_exceptions=True)
         sender._server.close()
         return arrived
 
     def test_without_a_fault_is_the_plain_backend(self):
-        handover = handover_of(33)
-        (arrived,) = self.hand_over(handover)
-        self.assertEqual(changed_kinds(handover, arrived), set())
+        kv_transfer = kv_transfer_of(33)
+        (arrived,) = self.transferred(kv_transfer)
+        self.assertEqual(changed_kinds(kv_transfer, arrived), set())
         self.assertEqual(self.switch.met(), 0)
 
     def test_injects_at_each_place(self):
-        handovers = [handover_of(33, room, seed=room) for room in range(2)]
+        kv_transfers = [kv_transfer_of(33, room, seed=room) for room in range(2)]
         for name, kinds in (
             ("rounded-to-bf16", set(pieces.TENSORS) - {Kind.C128_COMPRESSED}),
             ("window-shifted", {Kind.WINDOW}),
             ("4x-count-one-more", {Kind.C4_COUNT}),
         ):
             self.switch.turn(name)
-            for sent, arrived in zip(handovers, self.hand_over(*handovers), strict=True):
+            for sent, arrived in zip(kv_transfers, self.transferred(*kv_transfers), strict=True):
                 self.assertEqual(changed_kinds(sent, arrived), kinds, name)
             self.assertEqual(self.switch.met(), 2)
 
@@ -317,14 +319,14 @@ class TestFaultyTransfer(unittest.TestCase):
             ("transfer-fails", "bootstrap room 0"),
         ):
             self.switch.turn(name)
-            (arrived,) = self.hand_over(handover_of(33))
+            (arrived,) = self.transferred(kv_transfer_of(33))
             self.assertIsInstance(arrived, TransferError, name)
             self.assertIn(error, str(arrived))
 
-    def test_a_hand_over_that_is_never_sent_ends_with_the_timeout(self):
+    def test_a_kv_transfer_that_is_never_sent_ends_with_the_timeout(self):
         self.switch.turn("transfer-hangs-one-in-twenty")
-        arrived = self.hand_over(*(handover_of(1, room) for room in range(20)))
-        self.assertEqual([type(each) for each in arrived], [Handover] * 19 + [TransferError])
+        arrived = self.transferred(*(kv_transfer_of(1, room) for room in range(20)))
+        self.assertEqual([type(each) for each in arrived], [KVTransfer] * 19 + [TransferError])
         self.assertEqual(self.switch.met(), 1)
 
 
@@ -426,13 +428,13 @@ class TestGroundTruth(unittest.TestCase):
         for effects in (self.effects["4x-buffers-zeroed"], self.effects["indexer-buffers-zeroed"]):
             self.assertFalse(any(effect.changes for effect in effects if effect.length % 4 == 0))
 
-    def test_the_same_hand_over_gives_the_same_logits(self):
+    def test_the_same_kv_transfer_gives_the_same_logits(self):
         run = self.runs[0]
-        logits = ground_truth._decode(self.runner, [run.handover] * 2, run.tokens, len(run.logits))
+        logits = ground_truth._decode(self.runner, [run.kv_transfer] * 2, run.tokens, len(run.logits))
         self.assertTrue(torch.equal(logits[0], run.logits) and torch.equal(logits[1], run.logits))
 
     def test_a_corrupted_wire_is_noticed_by_its_checksum(self):
-        data = self.runs[0].handover.pack()
+        data = self.runs[0].kv_transfer.pack()
         corrupted = LIBRARY["wire-corrupted"].wire(data)
         self.assertEqual(len(corrupted), len(data))
         with self.assertRaisesRegex(TransferError, "checksum mismatch"):

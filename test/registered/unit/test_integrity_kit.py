@@ -21,13 +21,20 @@ class PairOfServers(StubServer):
     """Balancer, /prefill and /decode in one, with the counters of the embedded engine.
 
     rejected      lengths of prompts that are rejected, with `error`
-    failures      how many of those the counters show
+    failures      how many of those the counters show; starts: how often each was started
     computed      share of the prompts' tokens that prefill computed, `by_decode` those that decode did
-    sent_again    share of the bytes of a hand-over that are sent when its prompt is cached; received: of those sent
+    sent_again    share of the bytes of a KV transfer that are sent when its prompt is cached; received: of those sent
     """
 
     def __init__(self, test, **behaviour):
-        sound = {"rejected": CORRUPTED, "error": "checksum mismatch", "failures": 1, "health": 200, "rooms": 0}
+        sound = {
+            "rejected": CORRUPTED,
+            "error": "checksum mismatch",
+            "failures": 1,
+            "health": 200,
+            "rooms": 0,
+            "starts": 1,
+        }
         sound |= {"computed": 1, "by_decode": 0, "sent_again": 1, "received": 1}
         self.does = SimpleNamespace(**{**sound, **behaviour})
         self.served = self.failed = self.tokens = self.sent = 0
@@ -62,7 +69,7 @@ class PairOfServers(StubServer):
         does, is_prefill = self.does, side == "prefill"
         return {
             "engine": {
-                "requests": self.served,
+                "requests": self.served + self.failed * does.starts * is_prefill,
                 "prefill_tokens": self.tokens * (does.computed if is_prefill else does.by_decode),
             },
             "transfer": {
@@ -103,17 +110,18 @@ class TestKit(unittest.TestCase):
             ((_, told),) = self.run_kit(name, **behaviour).failures
             self.assertIn(message, told)
 
-    def test_corrupted_handovers(self):
+    def test_corrupted_transfers(self):
         name = "test_corrupted_handover_is_rejected"
         self.assertTrue(self.run_kit(name).wasSuccessful())
         self.assertTrue(self.run_kit(name, lengths=()).skipped)
         for message, behaviour in (
-            ("corrupted-7: its hand-over was corrupted, and it was served", {"rejected": (6,)}),
-            ("its hand-over was healthy, and it was rejected", {"rejected": (3, *CORRUPTED)}),
+            ("corrupted-7: its KV transfer was corrupted, and it was served", {"rejected": (6,)}),
+            ("its KV transfer was healthy, and it was rejected", {"rejected": (3, *CORRUPTED)}),
             ("no error that names 'checksum'", {"error": "internal error"}),
-            ("hand-overs that failed, as prefill and decode count them", {"failures": 0}),
-            ("health of prefill after a corrupted hand-over", {"health": 503}),
-            ("still held after corrupted hand-overs", {"rooms": 1}),
+            ("KV transfers that failed, as prefill and decode count them", {"failures": 0}),
+            ("were started again in secret: prefill started 8", {"starts": 2}),
+            ("health of prefill after a corrupted KV transfer", {"health": 503}),
+            ("still held after corrupted KV transfers", {"rooms": 1}),
         ):
             self.assert_fails(name, message, **behaviour)
 
@@ -124,7 +132,7 @@ class TestKit(unittest.TestCase):
             ("decode prefilled 21 tokens itself", {"by_decode": 1}),
             ("0 != 21", {"computed": 0}),
             ("bytes that decode received, and that prefill sent", {"received": 0.5}),
-            ("must be handed over as a whole", {"sent_again": 0.5}),
+            ("must be transferred as a whole", {"sent_again": 0.5}),
             ("still held when all was answered: 1 rooms", {"rooms": 1}),
         ):
             self.assert_fails(name, message, **behaviour)

@@ -22,7 +22,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.deployment.one_token import silent_half
 from pdkit.faults import LIBRARY, messages
 from pdkit.faults.driver import Observation
-from pdkit.faults.fault import Encounter
+from pdkit.faults.fault import Injection
 from pdkit.faults.kinds import TESTS, families
 from stub_server import JsonHandler, StubServer
 
@@ -241,6 +241,10 @@ class TestOthers(unittest.TestCase):
         self.assertLess(len(rows), 16)
         probes = crossed_probes([1, 2, 3], 8)
         self.assertEqual(len({probe.name for probe in probes}), len(probes))
+        for name, beside in (("top_p", "return_logprob"), ("top_k", "stop"), ("sampling_seed", "stop")):
+            bodies = [probe.request | probe.request["sampling_params"] for probe in probes]
+            meet = [body for body in bodies if body.get(name) and body.get(beside)]
+            self.assertTrue(any(body["temperature"] for body in meet), f"{name} does nothing beside {beside}")
         self.assertTrue(any(probe.streams for probe in probes) and any(probe.asks_logprobs for probe in probes))
 
     def test_lengths_reach_the_context_limit(self):
@@ -272,8 +276,8 @@ class TestOthers(unittest.TestCase):
             self.assertGreaterEqual(len(list(family())), 2, family)
 
     def test_a_fault_begins_after_so_many_requests(self):
-        encounter = Encounter(LIBRARY["newest-1-lost-after-20"])
-        self.assertEqual([encounter.is_met() for _ in range(22)], [False] * 20 + [True] * 2)
+        injection = Injection(LIBRARY["newest-1-lost-after-20"])
+        self.assertEqual([injection.is_met() for _ in range(22)], [False] * 20 + [True] * 2)
 
     def test_a_fault_that_met_nothing_is_not_one_that_was_not_seen(self):
         self.assertIsNone(Observation("window-zeroed", 3, {"parity": "why"}).shortfall(True))

@@ -190,7 +190,7 @@ class TestSmallRelease(unittest.TestCase):
         prefill, _ = self.ask("--dp-size", "4", changes=changes).tests[0].processes
         self.assertEqual((prefill.settings["attention_dp"], prefill.settings["replicas"]), (1, 4))
 
-    def test_checksum_of_hand_overs(self):
+    def test_checksum_of_kv_transfers(self):
         """Its parser takes the flag; the release's checksum has no indices of DeepSeek-V4's pools."""
         flag = "--disaggregation-enable-kv-checksum"
         added = SERVER_ARGS.replace("EXTRA_FLAG", f'        add("{flag}", action="store_true")')

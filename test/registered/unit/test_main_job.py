@@ -68,6 +68,27 @@ class TestSummary(unittest.TestCase):
         text = summary(EMBEDDED, happened(RUN[0]), ExitCode.FAILED, 9)
         self.assertIn("score                 none, the test did not get that far\n", text)
 
+    def test_a_failure_begins_with_why_and_where_to_look(self):
+        requests = [[f"r-{n}", n, 1, 3, 0, None, 1 if n > 127 else None, 0.1] for n in (5, 127, 128, 129)]
+        compared = {
+            "kind": "compared",
+            "condition": "alone",
+            "boundaries": {"128x compressor": 128},
+            "requests": requests,
+        }
+        test = {
+            "kind": "test",
+            "id": "m.TestX.test_x",
+            "state": "failed",
+            "message": "2 of 4 differ\nmore",
+            "details": "",
+        }
+        lines = summary(EMBEDDED, happened(compared, test), ExitCode.FAILED, 9).splitlines()
+        self.assertEqual(lines[1].split(None, 1), ["failed", "TestX.test_x: 2 of 4 differ"])
+        self.assertEqual(
+            lines[2].split(None, 1), ["hint", "only prompts of 128 tokens and more differ: look at the 128x compressor"]
+        )
+
     def test_a_phase_that_failed_is_named(self):
         launch = (phase("launch prefill", "begins"), phase("launch prefill", "failed", 1.0))
         text = summary(EMBEDDED, happened(*launch, phase("teardown", "passed", 2.0)), ExitCode.FAILED, 9)

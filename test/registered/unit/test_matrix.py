@@ -358,6 +358,13 @@ class TestSession(unittest.TestCase):
         self.assertEqual((after.caught_by, after.restarted), ([], ""))
         self.assertIn("servers started 2", (self.directory / "logs" / "one.log").read_text())
 
+    def test_a_fault_that_has_a_test_of_its_own_meets_no_other(self):
+        subject = Subject("one", self.file, "Tests", test_of={"window-zeroed": "test_rooms"})
+        with Session([subject], self.directory / "logs") as session:
+            faulty, clean = (session.run(fault) for fault in ("window-zeroed", None))
+        self.assertEqual((faulty.verdicts.keys(), faulty.caught_by), ({"rooms"}, []))
+        self.assertEqual(clean.verdicts.keys(), {"parity alone", "rooms"})
+
     def test_only_the_tests_named_are_run(self):
         with self.session("test_rooms") as session:
             self.assertEqual(session.run("window-zeroed").caught_by, [])
@@ -440,6 +447,17 @@ class TestCommand(unittest.TestCase):
             self.assertIn(f"class {subject.cls}(", subject.file.read_text())
         for name in QUICK_FAULTS:
             self.assertIn(name, LIBRARY)
+
+    def test_each_subject_s_servers_have_the_switch(self):
+        """Of a flag that is given twice the last one counts."""
+        from pdkit.faults.matrix import subjects
+
+        for subject in subjects_of(quick=False):
+            cls = getattr(subjects, subject.cls)
+            with mock.patch.object(cls, "bootstrap_port", "1", create=True):
+                for args in (cls.prefill_args(), cls.decode_args()):
+                    last = len(args) - 1 - args[::-1].index("--disaggregation-transfer-backend")
+                    self.assertEqual(args[last + 1], "pdkit.faults:FaultyTransfer", subject.name)
 
     def test_only_subjects_that_faults_are_put_before_are_started(self):
         kind = next(name for name, fault in LIBRARY.items() if fault.asks)

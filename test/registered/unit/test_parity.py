@@ -586,11 +586,11 @@ class TestRejections(unittest.TestCase):
 
     def test_each_way_to_go_wrong(self):
         for outcome, told in (
-            (replace(self.REJECTED, status=200), "bad: its hand-over was corrupted, and it was served"),
+            (replace(self.REJECTED, status=200), "bad: its KV transfer was corrupted, and it was served"),
             (replace(self.REJECTED, status=400), "bad: status 400, no error that names 'checksum'"),
             (replace(self.REJECTED, status=0, text="timeout"), "bad: status 0, no error"),
             (replace(self.REJECTED, text="internal error"), "bad: status 500, no error that names 'checksum'"),
-            (replace(self.REJECTED, name="h", corrupted=False), "h: its hand-over was healthy, and it was rejected"),
+            (replace(self.REJECTED, name="h", corrupted=False), "h: its KV transfer was healthy, and it was rejected"),
         ):
             with self.subTest(told=told):
                 rejections = Rejections((self.HEALTHY, self.REJECTED, outcome))

@@ -197,9 +197,9 @@ class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
     async def pieces(self, length, within=5.0):
         """(data, what left while the valve was shut, what left in all)."""
         import torch
-        from pdkit.engine.transfer import Handover
+        from pdkit.engine.transfer import KVTransfer
 
-        data, left = Handover(1, length, 17, 0, {}, {"some": torch.arange(64)}).pack(), []
+        data, left = KVTransfer(1, length, 17, 0, {}, {"some": torch.arange(64)}).pack(), []
 
         async def send():
             async for piece in self.backend.pieces(data):
@@ -224,9 +224,9 @@ class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
 
         self.valve.turn(held.Valve.REFUSE)
         with self.assertRaises(TransferError):
-            self.backend.incoming("a hand-over")
+            self.backend.incoming("a KV transfer")
         self.valve.turn(None)
-        self.assertEqual(self.backend.incoming("a hand-over"), "a hand-over")
+        self.assertEqual(self.backend.incoming("a KV transfer"), "a KV transfer")
 
     def test_needs_its_file(self):
         from pdkit.engine.transfer import load_backend

@@ -245,10 +245,10 @@ class Pairs:
     prefill_2_url = decode_2_url = None
 
     def spoil(self):
-        self.down.add("hand-overs to decode 2")
+        self.down.add("KV transfers to decode 2")
 
     def mend(self):
-        self.down.discard("hand-overs to decode 2")
+        self.down.discard("KV transfers to decode 2")
 
     def wait_idle(self):
         pass
@@ -269,7 +269,7 @@ class Pairs:
         half = self.served["pair"] // 2
         return {role: {"1": half, "2": self.served["pair"] - half} for role in ("prefill", "decode")}
 
-    def handovers(self):
+    def kv_transfers(self):
         each, received = self.served["pair"] // 4, Counter()
         for prefill in ("1", "2"):
             for decode in ("a", "b"):
@@ -309,14 +309,14 @@ class PairsDoNotReturn(Pairs):
 class PairsOnlyStraight(Pairs):
     """No prefill server works with the decode server of the other pair."""
 
-    def handovers(self):
-        sent, received, failed = super().handovers()
+    def kv_transfers(self):
+        sent, received, failed = super().kv_transfers()
         return sent, Counter({("1", "a"): sent["1"], ("2", "b"): sent["2"]}), failed
 
 
-class PairsLoseHandovers(Pairs):
-    def handovers(self):
-        sent, received, failed = super().handovers()
+class PairsLoseTransfers(Pairs):
+    def kv_transfers(self):
+        sent, received, failed = super().kv_transfers()
         received["1", "a"] -= received["1", "a"] > 0
         return sent, received, failed
 
@@ -350,7 +350,7 @@ BROKEN_PAIRS = {
     PairsFailTogether: {DEAD, BAD},
     PairsDoNotReturn: {DEAD, BAD},
     PairsOnlyStraight: {LOAD},
-    PairsLoseHandovers: {LOAD},
+    PairsLoseTransfers: {LOAD},
     PairsStartTwice: {LOAD},
     PairsOfOneServer: {LOAD},
     PairsKeepRooms: {LOAD, BAD},

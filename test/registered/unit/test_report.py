@@ -370,6 +370,16 @@ class TestRows(unittest.TestCase):
         self.assertIn("| ❌ FAIL | TestX.test_d_parts | 1 != 0 : is not zero |", text)
         self.assertIn("### Not exercised on embedded\n", text)
 
+    def test_step_summary_of_many_files(self):
+        (run,) = self.report.files
+        passed = replace(run, file="other.py", state="passed", score=None, rows=(run.rows[1], run.rows[2]))
+        self.assertTrue(passed.is_plain)
+        text = markdown(replace(self.report, files=(run, passed)))
+        other = text.partition("### other.py")[2].partition("###")[0]
+        self.assertIn("| – SKIP | TestX.test_c_skipped |", other)
+        self.assertNotIn("test_b_documented", other)
+        self.assertIn("| ✅ PASS | TestX.test_b_documented |", text.partition("### other.py")[0])
+
     def test_html(self):
         text = (self.directory / "report.html").read_text()
         self.assertEqual(Balanced(text).wrong, [])
@@ -406,6 +416,9 @@ class TestTwoRuns(unittest.TestCase):
     def test_what_differs(self):
         (file,) = self.run_.files
         row = replace(file.rows[0], state="PASS", sentence="score 1.000")
+        worse = replace(file, rows=(replace(file.rows[0], sentence="score 0.300"),))
+        text = compared(self.run_, replace(self.run_, files=(worse,)))
+        self.assertEqual(self.cells(text, row.name)[1:], ["FAIL score 0.300", "differs"])
         better = replace(file, state="passed", score=replace(file.score, correct=200), rows=(row,))
         surroundings = {**self.run_.surroundings, "versions": {"sglang": "0.5.24"}}
         other = replace(self.run_, result="passed", files=(better,), surroundings=surroundings)
@@ -507,7 +520,9 @@ class TestIssue(unittest.TestCase):
     def test_what_is_pasted(self):
         directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
         report = read_directory(directory)
-        report = replace(report, files=(replace(report.files[0], hint="only at 8 or more"),))
+        (run,) = report.files
+        failure = run.failure.replace("0.95\n", "0.95\n  hint: only at 8 or more\n", 1)
+        report = replace(report, files=(replace(run, hint="only at 8 or more", failure=failure),))
         text = issue(report)
         self.assertTrue(text.startswith("**registered/test_recorded.py failed in phase gate on target embedded**"))
         words = text.split("~~~")[1].splitlines()
@@ -518,7 +533,7 @@ class TestIssue(unittest.TestCase):
             "scripts/run.sh --on embedded",
         ):
             self.assertIn(part, text)
-        self.assertEqual(text.count("~~~") % 2, 0)
+        self.assertEqual((text.count("~~~") % 2, text.count("only at 8 or more")), (0, 1))
         self.assertNotIn("Traceback", text.partition("<details>")[0])
 
     def test_nothing_failed(self):

@@ -124,7 +124,7 @@ class ShimTest(unittest.TestCase):
         return backends.Tap(self.switch, Regions(POOLS, STATES))
 
     def groups(self):
-        """Numbers of the regions that are handed over together: pools, metadata, target's states, 128x, draft's."""
+        """Numbers of the regions that are transferred together: pools, metadata, target's states, 128x, draft's."""
         numbers = iter(range(len(POOLS) + METADATA + len(STATES)))
         return [[next(numbers) for _ in range(size)] for size in (len(POOLS), METADATA, len(STATES) - 2, 1, 1)]
 
@@ -137,20 +137,20 @@ class ShimTest(unittest.TestCase):
         return self.nixl(strided=True)
 
     def mooncake(self, at_once=False):
-        """A function that hands over pages (first, count) of all regions, as SGLang's Mooncake manager asks for it."""
+        """A function that transfers pages (first, count) of all regions, as SGLang's Mooncake manager asks for it."""
         engine = backends.wrapped_engine(FakeEngine, self.tap())()
         groups = self.groups()
         for group in [sum(groups, [])] if at_once else groups:
             engine.batch_register_memory([region(number) for number in group], [PAGES * SIZE] * len(group))
 
-        def hand_over(first, count):
+        def transferred(first, count):
             for group in groups:
                 sources = [region(number) + first * SIZE for number in group]
                 targets = [TARGET + source for source in sources]
                 said = engine.batch_transfer_sync_write("decode", sources, targets, [count * SIZE] * len(group))
                 self.assertEqual(said, 0)
 
-        return hand_over
+        return transferred
 
     def nixl(self, strided=False):
         """The same as the NIXL manager asks for it: pools by rows of prepared lists, the rest by descriptors."""
@@ -166,7 +166,7 @@ class ShimTest(unittest.TestCase):
         remote = [(TARGET + address, *rest) for address, *rest in rows]
         remote = agent.prep_xfer_dlist("decode", np.array(remote, dtype=np.uint64), "VRAM")
 
-        def hand_over(first, count):
+        def transferred(first, count):
             chosen = [place * PAGES + page for place in range(len(POOLS)) for page in range(first, first + count)]
             handles = [agent.make_prepped_xfer("WRITE", local, chosen, remote, chosen, messages[0])]
             for name, group in zip(messages[1:], groups[1:]):
@@ -178,17 +178,17 @@ class ShimTest(unittest.TestCase):
                 self.assertIn(agent.transfer(handle), ("DONE", "PROC"))
                 self.assertEqual(agent.check_xfer_state(handle), "DONE")
 
-        return hand_over
+        return transferred
 
     def written(self, backend, fault):
-        """Decode's memory after a hand-over of one page without, and one of three pages with the fault."""
+        """Decode's memory after a KV transfer of one page without, and one of three pages with the fault."""
         self.ram = FakeEngine.ram = FakeAgent.ram = Ram()
-        hand_over = backend()
+        transferred = backend()
         self.switch.turn(None)
-        hand_over(0, 1)
+        transferred(0, 1)
         self.switch.turn(fault)
-        hand_over(0, 1)
-        hand_over(1, 3)
+        transferred(0, 1)
+        transferred(1, 3)
         return self.ram.written()
 
     def test_without_a_fault_everything_arrives(self):

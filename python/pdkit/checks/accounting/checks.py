@@ -11,7 +11,7 @@ import unittest
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, RequestAccount, read_pair
+from pdkit.checks.accounting.counters import PairCounters, RequestAccount, TransferAccount, read_pair
 from pdkit.checks.accounting.ledger import CLIENT, SERVERS, Ledger
 from pdkit.checks.base import Checks
 from pdkit.checks.server_info import ServerInfoError
@@ -69,7 +69,7 @@ class AccountingChecks(Checks):
         did = after.since(before) if before and after else None
         own_result = f"failed: {unwrapped(failure)!r}" if failure else "passed"
         answered, sent = client.sequences
-        account = RequestAccount(client, HandoverAccount(did, answered, sent + self._probes() - probes), own_result)
+        account = RequestAccount(client, TransferAccount(did, answered, sent + self._probes() - probes), own_result)
         print(account.report(), flush=True)
         self._emit_verdicts(account, failure)
         if not account.passed:
@@ -83,10 +83,10 @@ class AccountingChecks(Checks):
 
     def _emit_verdicts(self, account: RequestAccount, failure: BaseException | None) -> None:
         """Of the client, of servers that count, and of the test itself, which the account's failure would hide."""
-        client, handover = account.client, account.handover
+        client, kv_transfer = account.client, account.kv_transfer
         events.verdict(CLIENT, not client.problems, client.report())
-        if handover.did is not None:
-            events.verdict(SERVERS, not handover.problems, handover.report())
+        if kv_transfer.did is not None:
+            events.verdict(SERVERS, not kv_transfer.problems, kv_transfer.report())
         events.verdict(OWN_RESULT, failure is None, str(unwrapped(failure)) if failure else "")
 
     def pair_counters(self, settle: float = 0.0) -> PairCounters | None:

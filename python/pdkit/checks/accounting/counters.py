@@ -1,6 +1,6 @@
-"""What the servers count: requests, hand-overs, tokens; and whether that is what the clients asked for.
+"""What the servers count: requests, KV transfers, tokens; and whether that is what the clients asked for.
 
-It shows what no client can see: a request that was served twice, a hand-over that failed.
+It shows what no client can see: a request that was served twice, a KV transfer that failed.
 """
 
 import time
@@ -106,8 +106,8 @@ def read_pair(prefill_urls: Sequence[str], decode_urls: Sequence[str], settle: f
 
 
 @dataclass(frozen=True)
-class HandoverAccount(Judgement):
-    """What the servers did against what was asked of them: each sequence prefilled, handed over and decoded once.
+class TransferAccount(Judgement):
+    """What the servers did against what was asked of them: each sequence prefilled, transferred and decoded once.
 
     did       None where the engine does not count
     answered  sequences that the client has answers for; sent: all that it asked for, failed attempts included
@@ -128,15 +128,15 @@ class HandoverAccount(Judgement):
             for what, count in (
                 ("prefill started", prefill.requests),
                 ("decode started", decode.requests),
-                ("hand-overs sent by prefill", prefill.sent),
-                ("hand-overs received by decode", decode.received),
+                ("KV transfers sent by prefill", prefill.sent),
+                ("KV transfers received by decode", decode.received),
             )
             if not self.answered <= count <= self.sent
         ]
         failed = max(prefill.failed, decode.failed)
         if failed > self.sent - self.answered:
             found.append(
-                f"{failed} hand-overs failed (prefill saw {prefill.failed}, decode {decode.failed}), "
+                f"{failed} KV transfers failed (prefill saw {prefill.failed}, decode {decode.failed}), "
                 f"but only {self.sent - self.answered} sequences of the client did"
             )
         if decode.prefill_tokens:
@@ -150,13 +150,13 @@ class HandoverAccount(Judgement):
 
     def report(self) -> str:
         if self.did is None:
-            return "servers: not checked, this engine's /server_info has no counters of requests and hand-overs"
+            return "servers: not checked, this engine's /server_info has no counters of requests and KV transfers"
         prefill, decode = self.did.prefill, self.did.decode
         verdict = "FAIL" if self.problems else "PASS"
         lines = [
             f"servers: {verdict}, prefill started {prefill.requests} and sent {prefill.sent}"
             f", decode received {decode.received} and started {decode.requests}"
-            f", hand-overs failed: {prefill.failed} on prefill, {decode.failed} on decode"
+            f", KV transfers failed: {prefill.failed} on prefill, {decode.failed} on decode"
         ]
         return "\n".join(lines + [f"  {problem}" for problem in self.problems])
 
@@ -166,16 +166,16 @@ class RequestAccount(Judgement):
     """Client and servers together; what a test did by itself, passed or not, is told apart from it."""
 
     client: ClientAccount
-    handover: HandoverAccount
+    kv_transfer: TransferAccount
     own_result: str = "passed"
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return self.client.problems + self.handover.problems
+        return self.client.problems + self.kv_transfer.problems
 
     def report(self) -> str:
         own = f"the test by itself: {self.own_result}"
         if self.client.lost:
             own += f" (of what it scored, {self.client.lost} requests had no answer)"
         verdict = f"request accounting: {'PASS' if self.passed else 'FAIL'}"
-        return "\n".join((verdict, self.client.report(), self.handover.report(), own))
+        return "\n".join((verdict, self.client.report(), self.kv_transfer.report(), own))

@@ -13,7 +13,7 @@ from typing import Any
 import requests
 
 from pdkit.checks import acceptance, http
-from pdkit.checks.accounting.counters import HandoverAccount, PairCounters, total_of
+from pdkit.checks.accounting.counters import PairCounters, TransferAccount, total_of
 from pdkit.checks.accounting.ledger import ClientAccount, Ledger
 from pdkit.checks.accuracy import client
 from pdkit.checks.accuracy.gate import GateOptions, Policy, Verdict
@@ -386,9 +386,9 @@ def counters(before: PairCounters | None, after: PairCounters | None, account: C
         return CheckRow(
             check, State.PASSED, "decode computed no prompt itself; others used the servers, so that no more is known"
         )
-    handover = HandoverAccount(did, answered, sent)
-    if handover.problems:
-        return CheckRow(check, State.FAILED, handover.problems[0], handover.problems[1:])
+    kv_transfer = TransferAccount(did, answered, sent)
+    if kv_transfer.problems:
+        return CheckRow(check, State.FAILED, kv_transfer.problems[0], kv_transfer.problems[1:])
     return CheckRow(check, State.PASSED, f"each of {answered} sequences was prefilled, transferred and decoded once")
 
 

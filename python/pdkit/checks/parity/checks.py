@@ -145,7 +145,8 @@ class ParityArms(Checks):
 
     def check_parity(self, rounds: Iterable[Round]) -> None:
         """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""
-        parities = []
+        parities, kept = [], 0
+        lost: list[str] = []
         for round_ in rounds:
             reference, control = self.references_of(round_)
             if round_.flush:
@@ -157,7 +158,9 @@ class ParityArms(Checks):
             if self.bitwise:
                 self.assert_parity(parities[-1])
             if self.caches_prefixes():
-                self.check_cached(round_, candidate)
+                missing = self.check_cached(round_, candidate)
+                kept, lost = kept + len(self.expected_from_cache(round_)) - len(missing), lost + missing
+        self.assertLessEqual(len(lost), 0 if self.bitwise else kept, "\n".join(lost))
         if not self.bitwise:
             self.assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
 
@@ -186,22 +189,34 @@ class ParityArms(Checks):
                 lines.append(f"  hint: {where}")
             raise AssertionError("\n".join(lines)) from None
 
-    def check_cached(self, round_: Round, arm: Arm) -> None:
-        """Asserts that prompts came from prefill's cache where `round_` says so, and none where it wants none."""
+    def check_cached(self, round_: Round, arm: Arm) -> list[str]:
+        """One line for each prompt that is expected from prefill's cache and that did not come from there.
+
+        Asserts that none came from a cache that is empty. SGLang may forget the window of a prefix before the transfer
+        is done (docs/findings/prefix-lost-while-in-flight.md): where answers are not bitwise, half of them is enough.
+        """
+        missing, expected = [], self.expected_from_cache(round_)
         for probe, answer in zip(round_.probes, arm):
             share = (
                 f"{round_.condition}: {answer.cached_tokens} of {probe.prompt_length} tokens of {probe.name} came from"
             )
-            if probe.name in round_.cached:
-                self.assertGreater(answer.cached_tokens, 0, f"{share} prefill's cache")
+            if probe.name in expected and not answer.cached_tokens:
+                missing.append(f"{share} prefill's cache")
             if round_.cold:
                 self.assertEqual(answer.cached_tokens, 0, f"{share} a cache that is empty")
+        return missing
+
+    @classmethod
+    def expected_from_cache(cls, round_: Round) -> frozenset[str]:
+        """Names of the probes of which a part comes from prefill's cache."""
+        return round_.cached
 
     @classmethod
     def caches_prefixes(cls) -> bool:
         """Whether a prefix is found again; not among data-parallel ranks with a cache each: the next may be asked."""
         info = read_server_info(cls.prefill_url)
-        return not info.get("disable_radix_cache", True) and info.get("dp_size", 1) == 1
+        ranks = info.get("dp_size", 1) * (info.get("attn_dp_size") or 1)  # with DP attention 0.5.23 has the latter
+        return not info.get("disable_radix_cache", True) and ranks == 1
 
 
 class AloneParityChecks(ParityArms):

@@ -42,7 +42,7 @@ class ExactParityArms(ParityArms):
                 replace(self.compared(round_, reference, candidate), condition=f"{round_.condition}, one at a time")
             )
             if self.caches_prefixes():
-                self.check_cached(round_, candidate)
+                self.assertEqual(self.check_cached(round_, candidate), [])
         together = [round_ for round_ in rounds if round_ not in alone]
         if together:
             super().check_parity(together)

@@ -342,7 +342,7 @@ def a_stop(text: str) -> str | None:
 
 
 def generate_variations(ids: Sequence[int], tokens: int, greedy: Answer, seeded: bool) -> tuple[Variation, ...]:
-    """One for each parameter of `/generate` that a balancer or a hand-over could lose.
+    """One for each parameter of `/generate` that a balancer or a KV transfer could lose.
 
     greedy  the reference Answer to `generate_probe("greedy", ids, tokens)`, from which stops are chosen
     seeded  the engine gives the same tokens for the same sampling_seed, however it is loaded

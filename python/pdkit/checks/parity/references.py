@@ -109,7 +109,7 @@ class References:
         return self.take(url, Round(probe.name, (probe,)))[0][0]
 
     def measure_rounding(self, url: str, round_: Round, in_flight: int) -> Differences:
-        """Does the load change bits without any hand-over? Sends a round that is known from being alone all at once."""
+        """Does the load change bits without any transfer? Sends a round that is known from being alone all at once."""
         alone = self.take(url, round_)[0]
         together = collect(url, Round("control: monolithic, together", round_.probes, in_flight), self.timeout)
         distribution = Differences.of(alone, together)

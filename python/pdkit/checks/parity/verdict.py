@@ -2,7 +2,7 @@
 
 An *arm* is the answers of one server to a list of requests. The reference arm is monolithic, the candidate
 disaggregated. Where an engine computes the same bits under every load, both must be equal. Real engines do not; there
-a control arm, monolithic again and under the same load, says by how much answers differ without any hand-over.
+a control arm, monolithic again and under the same load, says by how much answers differ without any KV transfer.
 """
 
 import math
@@ -19,8 +19,8 @@ from pdkit.checks.parity.plan import Probe, Round
 from pdkit.core.quantile import quantile
 from pdkit.core.stats import mcnemar, sign_test_of
 
-# What another order of summation does to a float32 logprob of a nano model: about 1e-6; a hand-over without its last
-# token does 1e-2. Used only on a machine where batching was seen to change bits without any hand-over.
+# What another order of summation does to a float32 logprob of a nano model: about 1e-6; a KV transfer without its last
+# token does 1e-2. Used only on a machine where batching was seen to change bits without any KV transfer.
 FLOAT_ROUNDING = 1e-4
 
 # The control-arm rule, see Parity.
@@ -160,7 +160,7 @@ class Parity(Judgement):
     `rounding` (0: to the bit).
 
     With one, the candidate must not be further from the reference, which is each request alone, than the control is,
-    which a monolithic server says under the same load. If the hand-over changes nothing, candidate and control are two
+    which a monolithic server says under the same load. If the transfer changes nothing, candidate and control are two
     draws of the same thing, and it is as likely that the one is further away as that the other is. Hence exact
     one-sided tests, each at LEVEL / 2, so that a sound engine whose requests err independently of each other fails with
     a probability of at most 2 LEVEL:

@@ -20,7 +20,7 @@ class AnswerChecks(LoadBalancerChecks):
     """What clients get is what was asked for.
 
     parallel_samples          n > 1 works. In SGLang, `TokenizerManager._handle_batch_request` gives all samples of a
-                              prompt its bootstrap room, so that only one of them can be handed over
+                              prompt its bootstrap room, so that only one of them can be transferred
     json_schema               the engine has constrained decoding; else it must refuse
     rendered_chat             text that the chat template makes of a user's message, with {}; None: not known
     """

@@ -2,7 +2,7 @@
 
 What is asserted is what SGLang's servers say that they answer (sglang/srt/entrypoints), at the places named. After
 each test both servers must be idle, which SGLang's /flush_cache tells: it refuses while a request is queued, running
-or being handed over.
+or being transferred.
 """
 
 import time

@@ -51,7 +51,7 @@ class BootstrapMessageChecks(RequestsInFlight):
                 self.assertIs(answers["decode"][0], Fate.SERVED, answers)
 
     def timed_post(self, side: str, ask: Query, room: int) -> Answered:
-        """(fate, error, seconds); prefill's answer to a request that it handed over counts as the right one."""
+        """(fate, error, seconds); prefill's answer to a request that it transferred counts as the right one."""
         begun = time.monotonic()
         ask = replace(ask, right=ask.right if side == "decode" else None, more=self.bootstrap(room))
         answer = self.post(self.servers()[side], ask)

@@ -1,4 +1,4 @@
-"""Keeps the hand-overs of the embedded engine waiting, or has them refused, while a file says so."""
+"""Keeps the KV transfers of the embedded engine waiting, or has them refused, while a file says so."""
 
 from pdkit.checks.base import Checks
 from pdkit.engine.test_backends import HOLD_FILE_VARIABLE, Valve
@@ -6,7 +6,7 @@ from pdkit.engine.test_backends import HOLD_FILE_VARIABLE, Valve
 HELD_TRANSFER = ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:HeldTransfer"]
 
 
-class HandoverValve(Checks):
+class TransferValve(Checks):
     """For the embedded engine: `valve` rules the servers whose transfer backend is `HELD_TRANSFER`."""
 
     needs: tuple[str, ...] = ("configure", "server_env")
@@ -21,8 +21,8 @@ class HandoverValve(Checks):
         cls.server_env = {**cls.server_env, HOLD_FILE_VARIABLE: str(cls.valve.path)}
 
 
-class HeldHandovers(HandoverValve):
-    """Hand-overs wait until the event strikes. Put it between RecoveryChecks and the servers."""
+class HeldTransfers(TransferValve):
+    """KV transfers wait until the event strikes. Put it between RecoveryChecks and the servers."""
 
     needs: tuple[str, ...] = ("prefill_args",)
 

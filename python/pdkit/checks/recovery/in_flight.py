@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     Fleet = object
 
-BEFORE, DURING, STREAMING, IDLE = "before the hand-over", "during it", "streaming", "idle"
+BEFORE, DURING, STREAMING, IDLE = "before the KV transfer", "during it", "streaming", "idle"
 POLL_S, RETURN_POLL_S = 0.02, 0.3
 REACH_S = 0.1
 BLINK_S = 0.5

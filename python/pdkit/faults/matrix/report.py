@@ -33,7 +33,8 @@ def markdown(results: Results, problems: Sequence[Shortfall]) -> str:
         rows.append([run.fault, *cells, changes, _seconds(run.first_caught), _seconds(run.seconds)])
     lines = [summary(results, problems), ""]
     lines += [
-        f"{CAUGHT} caught, {MISSED} missed, {NOT_RUN} not run: the servers did not outlive an earlier check. "
+        f"{CAUGHT} caught, {MISSED} missed, {NOT_RUN} not run: not about this kind of fault, or the servers did not "
+        "outlive an earlier check. "
         "Caught after: seconds to the end of the first test that failed. Cost: seconds of all checks.",
         "",
     ]

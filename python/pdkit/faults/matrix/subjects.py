@@ -28,13 +28,14 @@ class RandomWeights(FaultSwitchServers, RandomWeightsIntact):
     attempt_timeout = request_timeout = 120
 
 
-class KindsIntact(AccountingChecks, LifeAndKindChecks, MonolithicBeside, RandomEmbeddedServers):
+class KindsIntact(AccountingChecks, IntegrityChecks, LifeAndKindChecks, MonolithicBeside, RandomEmbeddedServers):
     """What one request at a time, or a few, do not show; see `pdkit.faults.kinds`."""
 
     bitwise = True
     age_requests = 450
     stream_count = 300
-    failing_lengths = tuple(BIT_FLIPS)
+    latency_requests = 200
+    corrupted_lengths = failing_lengths = tuple(BIT_FLIPS)
     withheld_lengths = WITHHELD
 
     @classmethod

@@ -1,6 +1,6 @@
 """Whether a fault changes anything, for each fault of the library.
 
-Faults of the hand-over are tried in this process on two models and many lengths. What a load balancer or a server does
+Faults of the transfer are tried in this process on two models and many lengths. What a load balancer or a server does
 is not: there the fault says itself why it changes nothing, and its run in the matrix must bear that out, answer by answer.
 """
 
@@ -39,7 +39,7 @@ def by_construction(name: str) -> Truth:
     return Truth(name, not fault.harmless, fault.harmless or f"by construction: {fault.what}")
 
 
-def of_handover(names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None]) -> list[Truth]:
+def of_transfer(names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None]) -> list[Truth]:
     """From runs in this process."""
     import torch
 
@@ -81,6 +81,6 @@ def truths_of(
     names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None] = lambda text: None
 ) -> list[Truth]:
     """The truth of each fault named."""
-    handover = [name for name in names if LIBRARY[name].is_of_the_transfer]
-    truths = [by_construction(name) for name in names if name not in handover]
-    return truths + (of_handover(handover, models, progress) if handover else [])
+    kv_transfer = [name for name in names if LIBRARY[name].is_of_the_transfer]
+    truths = [by_construction(name) for name in names if name not in kv_transfer]
+    return truths + (of_transfer(kv_transfer, models, progress) if kv_transfer else [])

@@ -30,7 +30,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
     transfer_faults       names of faults of `pdkit.faults.real_engine.library`
     kv_canary             whether `server_args` have SGLang's --kv-canary: it adds buffers to what is transferred
     fault_timeout         seconds for one request while a fault is on
-    handover_timeout      seconds after which SGLang gives up a hand-over
+    transfer_timeout      seconds after which SGLang gives up a KV transfer
     """
 
     needs: tuple[str, ...] = ("configure", "server_env", "backend")
@@ -45,7 +45,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
     acceptance_length_prompts = 32
     acceptance_length_tokens = 96
     fault_timeout = 30.0
-    handover_timeout = 10
+    transfer_timeout = 10
     returning = 60
     other_length = 600
 
@@ -57,8 +57,8 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
             **cls.server_env,
             SWITCH_VARIABLE: str(cls.transfer_switch.path),
             PIECES_VARIABLE: json.dumps(pieces_of(cls.compress_ratios, cls.kv_canary)),
-            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.handover_timeout),
-            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.handover_timeout),
+            "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(cls.transfer_timeout),
+            "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": str(cls.transfer_timeout),
         }
 
     @classmethod

@@ -1,4 +1,4 @@
-"""SGLang's checksum of hand-overs (0.5.21 and newer) with DeepSeek-V4: what its parser takes ends prefill's first request.
+"""SGLang's checksum of transfers (0.5.21 and newer) with DeepSeek-V4: what its parser takes ends prefill's first request.
 
 `state_indices_for_request` of `disaggregation/checksum.py` gives the indices of the state buffers by the class of the
 pool. As of 0.5.23 it has none for `DeepSeekV4TokenToKVPool`, whose states are registered all the same, and

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pdkit.core.console import columns
-from pdkit.runner.report.model import FileRun, Report
+from pdkit.runner.report.model import FAIL, FileRun, Report, ReportRow
 
 INCOMPLETE = "data incomplete"
 NONE = "none"
@@ -92,13 +92,20 @@ def _checks(ours: FileRun | None, theirs: FileRun | None) -> Iterator[Row]:
     """Those that did not end alike, and how many did."""
     both = [{row.name: row for row in run.rows} if run else {} for run in (ours, theirs)]
     names = list(dict.fromkeys(name for each in both for name in each))
-    alike = [name for name in names if all(name in each for each in both) and len({e[name].state for e in both}) == 1]
+    alike = [name for name in names if _ended_alike(*(each.get(name) for each in both))]
     for name in names:
         if name not in alike:
             found = [each.get(name) for each in both]
             yield _row(name, (f"{row.state} {row.sentence}".strip() if row else None for row in found))
     if alike:
         yield "checks that ended alike", str(len(alike)), str(len(alike)), SAME
+
+
+def _ended_alike(ours: ReportRow | None, theirs: ReportRow | None) -> bool:
+    """Failures only if they say the same."""
+    if ours is None or theirs is None or ours.state != theirs.state:
+        return False
+    return ours.state != FAIL or ours.sentence == theirs.sentence
 
 
 def _score(run: FileRun | None) -> str | None:

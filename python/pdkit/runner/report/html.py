@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pdkit.runner.report.model import Distribution, FileRun, Phase, Report, Score
-from pdkit.runner.report.terminal import ROWS
+from pdkit.runner.report.terminal import ROWS, words_of
 
 WRONG_SHOWN = 30
 _ENVIRONMENT = Environment(
@@ -71,6 +71,7 @@ def page(report: Report) -> str:
             anchor=anchor,
             wrong_shown=WRONG_SHOWN,
             rows_shown=ROWS,
+            words_of=words_of,
         )
         .strip()
         + "\n"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import PurePath
 
-from pdkit.runner.report.model import FAIL, FileRun, Report
+from pdkit.runner.report.model import PASS, FileRun, Report
 from pdkit.runner.report.terminal import words_of
 
 TAIL_LINES = 25
@@ -28,10 +28,8 @@ def _block(report: Report, run: FileRun) -> Iterator[str]:
         yield from (f"{FENCE}text", *words_of(run), FENCE, "")
     if run.hint:
         yield from (f"Hint, by which requests differ: {run.hint}", "")
-    bad = [row for row in run.rows if row.state == FAIL]
-    passed = sum(row.state != FAIL for row in run.rows)
-    yield from (f"- {row.name}: {row.sentence}" for row in bad)
-    yield from (f"- {passed} other checks did not fail", "") if passed else ("",)
+    yield from (f"- {row.state} {row.name}: {row.sentence}" for row in run.rows if row.state != PASS)
+    yield from (f"- PASS: {sum(row.state == PASS for row in run.rows)} checks", "")
     yield from _surroundings(report, run)
     for log in run.logs[:1] if run.death else run.logs[:2]:
         yield from (f"<details><summary>End of the log: {log.name}</summary>", "", f"{FENCE}text")

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pdkit.checks.hints import Evidence, hint
+from pdkit.checks.hints import Evidence
 from pdkit.core import events
 from pdkit.core.errors import UsageError
 from pdkit.core.events import BAD, Events
 from pdkit.runner.report import facts, model
 from pdkit.runner.report.evidence import ENVIRONMENT_FILE, GPU_PLAN_FILE, directory_of
-from pdkit.runner.report.rows import in_words, rows_of
+from pdkit.runner.report.rows import hint_of, in_words, rows_of
 
 TAIL_LINES = 40
 FAILURE_LINES = 80
@@ -100,7 +100,7 @@ def _report(reader: _Reader, results: dict[str, Any]) -> model.Report:
     suite, hw = results.get("suite") or "?", results.get("hw") or "?"
     target = results.get("target") or (scored[0].target if scored else None)
     return model.Report(
-        title=f"main job on {target or 'unknown'}" if len(files) == 1 and scored else f"suite {suite}",
+        title=f"main job on {target or 'unknown'}" if len(files) == 1 and (scored or target) else f"suite {suite}",
         target=target,
         result=results.get("result"),
         exit_code=results.get("exit_code"),
@@ -154,7 +154,7 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         logs=_logs(reader.root, servers, log, lines, death, happened),
         failure=_failure(happened),
         rows=rows_of(happened),
-        hint=_hint(happened),
+        hint=hint_of(happened),
         compared=tuple(map(_compared, happened.of("compared"))),
         death=death,
     )
@@ -241,13 +241,6 @@ def _logs(
 def _compared(event: dict[str, Any]) -> model.ComparedRound:
     further = event.get("further")
     return model.ComparedRound(Evidence.of_event(event), None if further is None else tuple(further))
-
-
-def _hint(happened: Events) -> str | None:
-    """Of a run of which something failed."""
-    if not any(test["state"] in BAD for test in happened.of("test")):
-        return None
-    return hint([Evidence.of_event(event) for event in happened.of("compared")])
 
 
 def _failure(happened: Events) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pdkit.checks.accounting.ledger import CLIENT, SERVERS
+from pdkit.checks.hints import Evidence, hint
 from pdkit.core.events import BAD, EXPECTED_FAILURE, SKIPPED, Events
 from pdkit.core.recording import without_numpy
 from pdkit.runner.report.model import FAIL, PASS, SKIP, ReportRow
@@ -86,6 +87,13 @@ def _together(events: Events) -> Iterator[ReportRow]:
             yield ReportRow(check, FAIL, f"in {len(bad)} of {len(verdicts)} tests: {first}")
         elif verdicts:
             yield ReportRow(check, PASS, f"adds up in each of {len(verdicts)} tests")
+
+
+def hint_of(events: Events) -> str | None:
+    """Where to look, by what was compared; None where no test failed."""
+    if not any(test["state"] in BAD for test in events.of("test")):
+        return None
+    return hint([Evidence.of_event(event) for event in events.of("compared")])
 
 
 def name_of(method: str) -> str:

@@ -71,8 +71,9 @@ def _shown(log: Log, directory: Path, is_grouped: bool) -> Sequence[str]:
 
 
 def words_of(run: FileRun) -> list[str]:
-    """Which test failed first and why, without its traceback."""
-    return run.failure.partition("\nTraceback (most recent call last)")[0].splitlines()
+    """Which test failed first and why, without its traceback and the hint that the report gives itself."""
+    lines = run.failure.partition("\nTraceback (most recent call last)")[0].splitlines()
+    return [line for line in lines if not (run.hint and line.lstrip().startswith("hint: "))]
 
 
 def cause(run: FileRun) -> Iterator[str]:
@@ -81,7 +82,7 @@ def cause(run: FileRun) -> Iterator[str]:
         yield f"  in phase {run.failed_phase}"
     if run.death:
         yield f"  died first: {run.death.cause}"
-    said = [line for line in words_of(run) if not (run.hint and line.lstrip().startswith("hint: "))]
+    said = words_of(run)
     yield from (f"  {line}" for line in said[:CAUSE_LINES])
     if len(said) > CAUSE_LINES:
         yield "  ..."
