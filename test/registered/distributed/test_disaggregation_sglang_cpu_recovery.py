@@ -20,9 +20,7 @@ class TestDisaggregationSglangCpuRecovery(SchedulerDeathChecks, BootstrapMessage
     more_server_args = ["--max-total-tokens", "65536", "--disable-radix-cache"]  # long prompts are to stay long
     bitwise = False
     router_timeout = 45
-    bootstrap_timeout = waiting_timeout = (
-        40  # later than a router gives up, so that a starved machine is told from a loss
-    )
+    bootstrap_timeout = waiting_timeout = 60  # after a router gave up: a starved machine is told from a loss
 
     @classmethod
     def asks(cls):
