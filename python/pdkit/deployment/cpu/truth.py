@@ -161,7 +161,9 @@ def fp8() -> Compared:
     every = torch.arange(256, dtype=torch.uint8)
     finite = every[(every != 127) & (every != 255)]
     ours = arithmetic.from_fp8(finite).float() * 2.0**120
-    yield "e4m3 by its bits", ours, finite.view(torch.float8_e4m3fn).float(), 0
+    theirs = finite.view(torch.float8_e4m3fn).float()
+    yield "e4m3 by its bits", ours, theirs, 0
+    yield "e4m3 by its bits, as halves", arithmetic.halves(finite).float() * 2.0**8, theirs, 0
 
 
 @check
