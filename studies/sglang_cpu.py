@@ -23,7 +23,7 @@ import psutil
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
 
-TOKENS, PROMPT, REQUESTS = 64, 128, 32
+TOKENS, PROMPT, REQUESTS = 40, 128, 16
 
 
 def cpu_seconds(processes: Sequence[psutil.Process]) -> float:

@@ -270,14 +270,14 @@ def compressed(ratio: int, own_ring: bool, width: int) -> Iterator[Results]:
         decode = name.startswith("step")
         if decode:
             plans = op("attention.dsv4.compress:CompressorDecodePlan").generate(
-                ratio, *common, there(lengths), PAGE, given["ring"], own_ring
+                ratio, *common, there(lengths), PAGE, given["ring"], own_ring and ratio == 4
             )
             order = slice(None)
             theirs[f"{name}: plan"] = plan_of(plans[1], False)
         else:
             plans = op("attention.dsv4.compress:CompressorPrefillPlan").generate(
                 ratio, common[0], there(lengths), there(extend), *common[1:], PAGE, given["ring"], len(kv),
-                use_req_ring=own_ring,
+                use_req_ring=own_ring and ratio == 4,
             )  # fmt: skip
             found = plan_of(plans[1], True)
             order = found[:, 1].argsort()

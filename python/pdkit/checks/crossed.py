@@ -35,10 +35,16 @@ def covering_rows(sizes: Sequence[int]) -> list[Row]:
     return rows
 
 
+_HOT = {"temperature": 1.0, "sampling_seed": 1}
 SAMPLING: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "temperature": ({"temperature": 0}, {"temperature": 1.0, "sampling_seed": 1}, {"temperature": 0.7, "sampling_seed": 2}),
-    "top_p": ({}, {"top_p": 0.5}),
-    "top_k": ({}, {"top_k": 5}),
+    "sampling": (  # one factor: top_p and top_k do nothing where the most likely token is taken
+        {"temperature": 0},
+        _HOT,
+        {"temperature": 0.7, "sampling_seed": 2},
+        {**_HOT, "top_p": 0.5},
+        {**_HOT, "top_k": 5},
+        {**_HOT, "top_p": 0.8, "top_k": 20},
+    ),
     "stop": ({}, {"stop": list("eaxi")}, {"stop_token_ids": [300], "ignore_eos": False}),
     "limit": ({}, {"new_tokens": 2}),
 }  # fmt: skip

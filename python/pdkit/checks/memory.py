@@ -131,8 +131,9 @@ class MemoryChecks(Checks):
                 if not any(each.problems for each in grown.values()):
                     break
         print(f"memory: {number} rounds", *(each.report() for each in grown.values()), sep="\n", flush=True)
-        for each in grown.values():
-            each.assert_passed()
+        wrong = [problem for each in grown.values() for problem in each.problems]
+        if wrong:
+            self.fail(f"memory: FAIL, {'; '.join(wrong)}")
 
     def _judged(self, resident: Mapping[str, Sequence[int]]) -> list[Growth]:
         """Of the newest rounds."""

@@ -182,8 +182,10 @@ def _end(error: BaseException | None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
-            code = 120 if stream is sys.stdout else code
+        except (OSError, ValueError) as failure:
+            if stream is sys.stdout:
+                code = 120
+                print(f"Exception ignored in: {stream!r}\n{type(failure).__name__}: {failure}", file=sys.stderr)
     if isinstance(error, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -80,10 +80,12 @@ class SuiteRun:
         self.console = Console(sys.stdout.buffer)
         self._board = Board(self.console)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
+        self._parts = lanes(selection.enabled, options)
+        if any(jobs > 1 for _, jobs in self._parts):  # threads of torch that spin on cores which others need
+            self.environment.setdefault("OMP_NUM_THREADS", "1")
         self._warm = Warm(
             selection.enabled, self.environment, logs / "warm.log", self.console, interruption, options.warm
         )
-        self._parts = lanes(selection.enabled, options)
         self._total = sum(len(files) for files, _ in self._parts)
         self._results: dict[int, FileResult] = {}
         self._lock = threading.Lock()

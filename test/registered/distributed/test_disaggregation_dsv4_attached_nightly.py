@@ -1,4 +1,4 @@
-"""`pdkit check` against servers of which something is wrong: it says so, by the check that is for it."""
+"""`pdkit check` with all its questions, and against servers of which something is wrong: it says so, by the right check."""
 
 import os
 import unittest
@@ -13,7 +13,13 @@ from pdkit.deployment.router import RustRouterBeside
 from pdkit.faults.servers import FaultSwitchServers
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=230, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=330, suite="stage-a-test-cpu", nightly=True)
+
+
+class TestDisaggregationDSV4AttachedWhole(attached.TestDisaggregationDSV4Attached):
+    """Sound servers, all that is asked of them."""
+
+    is_quick = False
 
 
 class TestDisaggregationDSV4AttachedFaults(FaultSwitchServers, RustRouterBeside, ForcedParityChecks, attached.Attached):

@@ -14,7 +14,7 @@ from pdkit.faults import LIBRARY
 from pdkit.faults.kinds import TESTS, families
 from pdkit.faults.matrix.session import Session, Subject
 
-register_cpu_ci(est_time=900, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=1200, suite="stage-a-test-cpu", nightly=True)
 
 SUBJECTS = Path(pdkit.__file__).parent / "faults" / "matrix" / "subjects.py"
 
@@ -22,10 +22,11 @@ SUBJECTS = Path(pdkit.__file__).parent / "faults" / "matrix" / "subjects.py"
 class TestDisaggregationDSV4Kinds(unittest.TestCase):
     def test_each_kind_is_caught_in_words_that_name_it(self):
         faults = [fault.name for fault in families()]
-        self.assertEqual(len({test for tests in TESTS.values() for test in tests}), 12)
         rows, wrong = [], []
         with tempfile.TemporaryDirectory() as out:
             with Session([Subject("kinds", SUBJECTS, "Kinds", by_request=True)], Path(out, "logs")) as session:
+                asked = {test for tests in TESTS.values() for test in tests}
+                self.assertLessEqual(asked, set(session.tests["kinds"]), "tests that no subject has")
                 for fault in (None, *faults):
                     run = session.run(fault)
                     messages = [each.message for each in run.verdicts.values() if each.caught]

@@ -10,7 +10,7 @@ from pdkit.deployment.cpu.servers import SglangCpuServers
 from pdkit.deployment.fleet import Fleet
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=600, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=800, suite="stage-a-test-cpu", nightly=True)
 
 LONG = 24  # solved problems of about 70 tokens: seven chunks of prefill
 
@@ -19,10 +19,8 @@ class TestDisaggregationSglangCpuRecovery(SchedulerDeathChecks, BootstrapMessage
     cpu_model = plan.LLAMA
     more_server_args = ["--max-total-tokens", "65536", "--disable-radix-cache"]  # long prompts are to stay long
     bitwise = False
-    router_timeout = 30
-    bootstrap_timeout = waiting_timeout = (
-        40  # later than a router gives up, so that a starved machine is told from a loss
-    )
+    router_timeout = 45
+    bootstrap_timeout = waiting_timeout = 60  # after a router gave up: a starved machine is told from a loss
 
     @classmethod
     def asks(cls):

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
+import re
 import tempfile
 import unittest
 import zlib
@@ -23,6 +25,7 @@ from pdkit.checks.http import RequestFailed
 from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady, UsageError
+from pdkit.core.gsm8k import read_dataset
 from pdkit.deployment import external
 from pdkit.deployment.external import Deployment
 from pdkit.preflight.environment.dataset import default_url
@@ -276,6 +279,29 @@ class TestCommand(unittest.TestCase):
             self.assertIn("not checked: prefill and decode, could not be confirmed: ", printed)
             self.assertIn("UNCONFIRMED: ", printed)
 
+    def test_right_answers_of_the_baseline_must_not_be_lost(self):
+        self.data.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n' * 1319)
+        counted = itertools.count()
+
+        def losing(path, request, answer):
+            if path == "/v1/completions" and request.get("stop") and next(counted) % 8 == 0:
+                answer["choices"][0]["text"] = " It is 3."
+            return answer
+
+        alone = {"/get_server_info": {"disaggregation_mode": None}}
+        for tamper, says in (
+            (None, r"GSM8K: score 1.000 of (\d+) questions, the baseline's is 1.000: 0 right answers lost, 0 gained"),
+            (losing, r"GSM8K: FAILED, score 0.8\d\d of (\d+) questions, .*: \d+ right answers lost, 0 gained"),
+        ):
+            pair = Stub(self, PAIR, tamper) if tamper else Stub(self, PAIR)
+            target = checks.CheckedDeployment(
+                Deployment(pair.url, Stub(self, SERVER | alone).url), external.Served(("m",), "/no/such/model"),
+                external.Servers(None), read_dataset(self.data),
+            )  # fmt: skip
+            row = checks.ask("GSM8K", checks.gsm8k, target)
+            self.assertRegex(row.line(), says)
+            self.assertLess(int(re.search(says, row.line())[1]), 385)
+
     def test_json_has_the_same(self):
         code, printed = self.check(Stub(self, PAIR), "--json")
         found = json.loads(printed)
@@ -403,7 +429,9 @@ class TestComparison(unittest.TestCase):
     def test_a_router_that_rewrites_numbers(self):
         found = self.compare(rewritten=4e-15)
         self.assertEqual((found.equal, found.problems), (found.total, ()))
-        self.assertTrue(self.compare(rewritten=1e-9).problems)
+        found = self.compare(rewritten=1e-9)
+        self.assertTrue(found.problems)
+        self.assertLess(found.equal, found.total)  # though each has its tokens
 
     def test_what_every_prompt_loses(self):
         found = self.compare(loses=lambda ids, place: True)

@@ -60,7 +60,7 @@ ENDS = {
     "exit code of more than a byte": "sys.exit(300)",
     "exit without a code": "sys.exit(None)",
     "exit with a text": "sys.exit('why')",
-    "standard output that cannot be written": "import os; os.close(1); sys.stdout.write('x'); sys.stdout.reconfigure(write_through=False)",
+    "standard output that cannot be written": "sys.stdout = open('/dev/full', 'w'); sys.stdout.write('x')",
     "exception": "raise ValueError('why')",
     "KeyboardInterrupt": "raise KeyboardInterrupt",
     "os._exit": "import os; print('x', flush=True); os._exit(3)",

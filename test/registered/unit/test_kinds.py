@@ -101,6 +101,10 @@ class TestInvariants(unittest.TestCase):
         ):
             with self.subTest(says=says):
                 self.assertRegex(self.changed("/generate", change) or "nothing", says)
+        asked, bare = {**self.ASKED, "return_logprob": True}, json.loads(json.dumps(self.GENERATED))
+        bare["meta_info"]["output_token_logprobs"] = []
+        self.assertIsNone(contradiction("/generate", self.ASKED, bare), "none were asked for")
+        self.assertRegex(contradiction("/generate", asked, bare) or "nothing", "output_token_logprobs is of 0 other")
         short = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 8}}
         self.assertRegex(contradiction("/generate", short, self.GENERATED), "length after 2 of 8")
         stops = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2, "stop": "b"}}
@@ -241,6 +245,10 @@ class TestOthers(unittest.TestCase):
         self.assertLess(len(rows), 16)
         probes = crossed_probes([1, 2, 3], 8)
         self.assertEqual(len({probe.name for probe in probes}), len(probes))
+        for name, beside in (("top_p", "return_logprob"), ("top_k", "stop"), ("sampling_seed", "stop")):
+            bodies = [probe.request | probe.request["sampling_params"] for probe in probes]
+            meet = [body for body in bodies if body.get(name) and body.get(beside)]
+            self.assertTrue(any(body["temperature"] for body in meet), f"{name} does nothing beside {beside}")
         self.assertTrue(any(probe.streams for probe in probes) and any(probe.asks_logprobs for probe in probes))
 
     def test_lengths_reach_the_context_limit(self):

@@ -358,6 +358,13 @@ class TestSession(unittest.TestCase):
         self.assertEqual((after.caught_by, after.restarted), ([], ""))
         self.assertIn("servers started 2", (self.directory / "logs" / "one.log").read_text())
 
+    def test_a_fault_that_has_a_test_of_its_own_meets_no_other(self):
+        subject = Subject("one", self.file, "Tests", test_of={"window-zeroed": "test_rooms"})
+        with Session([subject], self.directory / "logs") as session:
+            faulty, clean = (session.run(fault) for fault in ("window-zeroed", None))
+        self.assertEqual((faulty.verdicts.keys(), faulty.caught_by), ({"rooms"}, []))
+        self.assertEqual(clean.verdicts.keys(), {"parity alone", "rooms"})
+
     def test_only_the_tests_named_are_run(self):
         with self.session("test_rooms") as session:
             self.assertEqual(session.run("window-zeroed").caught_by, [])

@@ -370,6 +370,16 @@ class TestRows(unittest.TestCase):
         self.assertIn("| ❌ FAIL | TestX.test_d_parts | 1 != 0 : is not zero |", text)
         self.assertIn("### Not exercised on embedded\n", text)
 
+    def test_step_summary_of_many_files(self):
+        (run,) = self.report.files
+        passed = replace(run, file="other.py", state="passed", score=None, rows=(run.rows[1], run.rows[2]))
+        self.assertTrue(passed.is_plain)
+        text = markdown(replace(self.report, files=(run, passed)))
+        other = text.partition("### other.py")[2].partition("###")[0]
+        self.assertIn("| – SKIP | TestX.test_c_skipped |", other)
+        self.assertNotIn("test_b_documented", other)
+        self.assertIn("| ✅ PASS | TestX.test_b_documented |", text.partition("### other.py")[0])
+
     def test_html(self):
         text = (self.directory / "report.html").read_text()
         self.assertEqual(Balanced(text).wrong, [])

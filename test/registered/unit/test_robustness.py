@@ -246,7 +246,7 @@ ROWS = (
     Row("pdkit", "model kernel-random --out {text}", "{text}: File exists"),
     Row("chaos_runner.py", "--attacks hup", "unknown value 'hup'; nearest known: "),
     Row("pdkit", "report {absent}", "{absent}: no results.json of a run with --report-dir"),
-    Row("pdkit", "report", "the following arguments are required: DIR"),
+    Row("pdkit", "report", "name one report directory, or two by --compare A B"),
     Row("engine", "", "the following arguments are required: --model-path"),
     Row("engine", "--model-path x --port 70000", "70000 is not a port (1-65535)"),
     Row("engine", "--model-path x --chunked-prefill-size 0", "0 is not positive"),

@@ -49,8 +49,12 @@ def _of_generate(body: Mapping[str, Any], params: Mapping[str, Any], answer: Map
         yield f"prompt_tokens is {prompt}, {len(given)} were sent"
     if ids is not None and completion is not None and len(ids) != completion:
         yield f"completion_tokens is {completion}, output_ids has {len(ids)}"
-    logprobs = meta.get("output_token_logprobs")
-    if logprobs and ids is not None and [entry[1] for entry in logprobs] != list(ids):
+    logprobs = meta.get("output_token_logprobs") or ()
+    if (
+        (logprobs or body.get("return_logprob") is True)
+        and ids is not None
+        and [entry[1] for entry in logprobs] != list(ids)
+    ):
         yield f"output_token_logprobs is of {len(logprobs)} other tokens than the {len(ids)} of output_ids"
     reason = meta.get("finish_reason") or {}
     yield from _ending(reason.get("type"), completion, params.get("max_new_tokens"))

@@ -30,7 +30,7 @@ SUMS = "\n\n".join(
 
 @dataclass(frozen=True)
 class Compared:
-    """`equal` of `total` requests got the baseline's tokens, text and end; `problems` and `hint` say what is wrong, if anything is."""
+    """`equal` of `total` requests got the baseline's answer; `problems` and `hint` say what is wrong, if anything is."""
 
     equal: int
     total: int
@@ -105,14 +105,20 @@ class Comparison:
         rounds, parities = [*self.rounds, parameters], [*parities, self._compare(parameters)]
         pooled = Parity.pool("all requests", parities)
         problems += pooled.problems
+        evidence = [self._evidence(*each) for each in zip(rounds, parities, strict=True)]
+        equal = sum(
+            difference.diverged is None and not {"text", "finish"} & set(difference.other)
+            for difference in pooled.candidate_distribution.differences
+        )
+        if problems:  # also those whose logprobs alone are off
+            equal = min(
+                equal, len(pooled.names) - sum(request.differs for each in evidence for request in each.requests)
+            )
         return Compared(
-            equal=sum(
-                difference.diverged is None and not {"text", "finish"} & set(difference.other)
-                for difference in pooled.candidate_distribution.differences
-            ),
+            equal=equal,
             total=len(pooled.names),
             problems=tuple(problems),
-            hint=hint([self._evidence(*each) for each in zip(rounds, parities, strict=True)]) if problems else None,
+            hint=hint(evidence) if problems else None,
             report=pooled.report(most=0),
         )
 

@@ -16,7 +16,7 @@ class TransferValve(Checks):
     @classmethod
     def configure(cls) -> None:
         super().configure()
-        cls.valve = Valve(cls.temporary_path("KV transfers-", "valve"))
+        cls.valve = Valve(cls.temporary_path("hand-overs-", "valve"))
         cls.valve.turn(None)
         cls.server_env = {**cls.server_env, HOLD_FILE_VARIABLE: str(cls.valve.path)}
 

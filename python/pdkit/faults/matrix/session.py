@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdkit.core import forked
@@ -27,6 +27,7 @@ class Subject:
     """Tests of class `cls` in `file`; all of them unless `tests` names some.
 
     by_request: a fault meets only those of its tests that the fault itself asks for, see `Fault.asks`
+    test_of: the one test that a fault meets, for those that are named in it
     """
 
     name: str
@@ -34,6 +35,7 @@ class Subject:
     cls: str
     tests: tuple[str, ...] = ()
     by_request: bool = False
+    test_of: Mapping[str, str] = field(default_factory=dict)
 
 
 class Worker:
@@ -122,7 +124,9 @@ class Session:
         """Whom a fault is put before, and which tests they run (None: all). A run without a fault is all of all."""
         wanted = LIBRARY[fault].asks if fault in LIBRARY else ()
         if not wanted:
-            return {worker: None for worker in self.workers if fault is None or not worker.subject.by_request}
+            asked = [worker for worker in self.workers if fault is None or not worker.subject.by_request]
+            ones = {worker: worker.subject.test_of.get(fault or "") for worker in asked}
+            return {worker: [test] if test else None for worker, test in ones.items()}
         own = {worker: [test for test in self.tests[worker.subject.name] if test in wanted] for worker in self.workers}
         return {worker: tests for worker, tests in own.items() if tests}
 

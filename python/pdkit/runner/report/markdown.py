@@ -21,6 +21,7 @@ def markdown(report: Report) -> str:
         ]
         lines.append("")
     for run in report.files:
+        lines += _rows(run, len(report.files) == 1 or run.is_bad or not run.is_plain)
         lines += _details(run)
     if report.not_exercised:
         lines += [f"### Not exercised on {report.target}", "", *(f"- {line}" for line in report.not_exercised), ""]
@@ -28,7 +29,7 @@ def markdown(report: Report) -> str:
 
 
 def _details(run: FileRun) -> list[str]:
-    lines = _rows(run)
+    lines = []
     if run.score:
         low, high = run.score.interval
         lines += [
@@ -53,9 +54,9 @@ def _details(run: FileRun) -> list[str]:
     return lines
 
 
-def _rows(run: FileRun) -> list[str]:
-    """All of a file that has a few, otherwise those that did not pass."""
-    shown = [row for row in run.rows if len(run.rows) <= ROWS or row.state != PASS]
+def _rows(run: FileRun, is_whole: bool) -> list[str]:
+    """All of a file that has a few, otherwise, or where `is_whole` is False, those that did not pass."""
+    shown = [row for row in run.rows if (is_whole and len(run.rows) <= ROWS) or row.state != PASS]
     if not shown:
         return []
     lines = [f"### {run.file}", "", "| | check | what was found |", "| --- | --- | --- |"]

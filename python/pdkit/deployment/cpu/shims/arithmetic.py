@@ -60,6 +60,12 @@ def from_fp8(values: torch.Tensor) -> torch.Tensor:
     return bits.bitwise_left_shift_(4).bitwise_and_(-30736).view(torch.bfloat16)  # 0x87f0
 
 
+def halves(values: torch.Tensor) -> torch.Tensor:
+    """float16 of `values`, bytes of e4m3, but for a factor of 2**-8, as `from_fp8`."""
+    bits = values.view(torch.int8).to(torch.int16)
+    return bits.bitwise_left_shift_(7).bitwise_and_(-16385).view(torch.float16)  # 0xbfff
+
+
 def amax_scale(x: torch.Tensor) -> torch.Tensor:
     """float32 [...] by which `x` [..., n] is divided to fill the range of e4m3."""
     return x.abs().amax(-1).clamp_min(SMALLEST) / FP8_MAX

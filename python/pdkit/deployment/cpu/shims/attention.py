@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pdkit.deployment.cpu.registry import remakes, replaces
-from pdkit.deployment.cpu.shims.pages import load_flashmla
+from pdkit.deployment.cpu.shims.pages import NOPE, ROPE, load_flashmla
 
 INTERFACE = "sglang.kernels.ops.attention.flash_mla_interface"
 BACKEND = "sglang.srt.layers.attention.deepseek_v4_backend"
@@ -15,6 +16,7 @@ AT_ONCE = 256  # queries
 SHARED = 4  # slots that are named so often each are read once for all queries
 
 Keys = tuple[torch.Tensor, torch.Tensor]  # keys, and which of them each query attends to
+Named = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a pool, the slots that each query names, which of them count
 
 
 def _valid(indices: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -24,44 +26,56 @@ def _valid(indices: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     return valid
 
 
-def _of_all(cache: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor) -> Keys | None:
-    """Keys [u, 512] float32 of all slots that are named, [n, u] for whom; None if few are named by several queries.
+def _of_all(pools: Sequence[Named]) -> Keys | None:
+    """Keys [u, 512] float32 of all slots that are named, [n, u] for whom; None if few of a pool are named by several queries.
 
     In the order in which they are first named, so that sums do not depend on which slots a request happens to have.
     """
-    row, _ = valid.nonzero(as_tuple=True)
-    slots, which = torch.unique(indices[valid], return_inverse=True)
-    if SHARED * len(slots) > len(which):
+    if len(pools[0][1]) < SHARED:
         return None
-    first = torch.full((len(slots),), len(which)).scatter_reduce_(0, which, torch.arange(len(which)), "amin")
-    order = first.argsort()
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    attends = torch.zeros(len(indices), len(slots), dtype=torch.bool)
-    attends[row, rank[which]] = True
-    return load_flashmla(cache, slots[order]), attends
+    found = []
+    for cache, indices, valid in pools:
+        row, _ = valid.nonzero(as_tuple=True)
+        slots, which = torch.unique(indices[valid], return_inverse=True)
+        if SHARED * len(slots) > len(which):
+            return None
+        first = torch.full((len(slots),), len(which)).scatter_reduce_(0, which, torch.arange(len(which)), "amin")
+        order = first.argsort()
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
+        attends = torch.zeros(len(indices), len(slots), dtype=torch.bool)
+        attends[row, rank[which]] = True
+        found.append((load_flashmla(cache, slots[order]), attends))
+    return torch.cat([keys for keys, _ in found]), torch.cat([attends for _, attends in found], 1)
 
 
-def _of_each(cache: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor) -> Keys:
-    """Keys [n, k, 512] float32, and where there are any, [n, k]; k: as many as one query has.
+def _of_each(pools: Sequence[Named]) -> Keys:
+    """Keys [n, k, 512] float32 of all pools, and where there are any, [n, k]; k: as many as one query has.
 
     Where there is none stands another key of the same query, whose weight is 0: it is finite, as a free slot's need not be.
     """
-    used = valid.any(0).nonzero()
-    width = int(used[-1]) + 1 if len(used) else 0
-    indices, valid = indices[:, :width], valid[:, :width]
-    if not width:
-        return load_flashmla(cache, indices), valid
-    other = torch.where(valid, indices, -1).amax(1)
-    keys = load_flashmla(cache, torch.where(valid, indices, other.clamp_min(0)[:, None]))
-    if bool((other < 0).any()):
-        keys[other < 0] = 0
-    return keys, valid
+    cut = []
+    for cache, indices, valid in pools:
+        used = valid.any(0).nonzero()
+        width = int(used[-1]) + 1 if len(used) else 0
+        cut.append((cache, indices[:, :width], valid[:, :width], width))
+    keys = torch.empty(len(pools[0][1]), sum(width for *_, width in cut), NOPE + ROPE)
+    begin = 0
+    for cache, indices, valid, width in cut:
+        if not width:
+            continue
+        part = keys[:, begin : begin + width]
+        begin += width
+        other = torch.where(valid, indices, -1).amax(1)
+        load_flashmla(cache, torch.where(valid, indices, other.clamp_min(0)[:, None]), part)
+        if bool((other < 0).any()):
+            part[other < 0] = 0
+    return keys, torch.cat([valid for _, _, valid, _ in cut], 1)
 
 
-def _attend(q: torch.Tensor, found: list[Keys], sink: torch.Tensor, scale: float, width: int) -> torch.Tensor:
-    """Output [n, heads, width] float32 of `q` [n, heads, 512] over the keys of all pools together."""
-    keys, valid = torch.cat([each for each, _ in found], -2), torch.cat([each for _, each in found], 1)
+def _attend(q: torch.Tensor, found: Keys, sink: torch.Tensor, scale: float, width: int) -> torch.Tensor:
+    """Output [n, heads, width] float32 of `q` [n, heads, 512] over keys of all pools together."""
+    keys, valid = found
     scores = torch.matmul(q, keys.transpose(-1, -2)) * scale
     scores = scores.masked_fill_(~valid[:, None], float("-inf"))
     weights = torch.cat((scores, sink.expand(*scores.shape[:2], 1)), -1).softmax(-1)[..., :-1]
@@ -101,15 +115,12 @@ def flash_mla_with_kvcache(
     pools = ((k_cache, indices, topk_length), (extra_k_cache, extra_indices_in_kvcache, extra_topk_length))
     for begin in range(0, n, AT_ONCE):
         part = slice(begin, min(begin + AT_ONCE, n))
-        named = []
+        named: list[Named] = []
         for cache, where, length in pools:
             if cache is not None and where is not None:
                 slots = where[part].reshape(part.stop - begin, -1)
                 named.append((cache, slots, _valid(slots, None if length is None else length[part])))
-        of_all = [_of_all(*each) for each in named]
-        found = [each for each in of_all if each is not None]
-        if len(found) < len(of_all):
-            found = [_of_each(*each) for each in named]
+        found = _of_all(named) or _of_each(named)
         out[part, 0] = _attend(q[part, 0].float(), found, sink, softmax_scale, head_dim_v).to(q.dtype)
     return out, None
 

@@ -181,7 +181,7 @@ def norm_rope_store(
     if kv.shape[-1] == INDEXER:
         store_indexer(hadamard(x), cache, loc, page_size)
     else:
-        store_flashmla(x, cache, loc, page_size)
+        store_flashmla(x.bfloat16(), cache, loc, page_size)  # rounded twice, as fused_norm_rope_v2.cuh does
 
 
 @replaces(f"{COMPRESS}:_jit_compress_module", imitates=(f"{CSRC}/c4_v2.cuh", f"{CSRC}/c128_v2.cuh"))

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from pdkit.deployment.cpu.shims.arithmetic import FP8_MAX, SMALLEST, amax_scale, from_fp8, to_fp8
+from pdkit.deployment.cpu.shims.arithmetic import FP8_MAX, SMALLEST, amax_scale, halves, to_fp8
 
 NOPE, ROPE = 448, 64
 TOKEN, SCALES = NOPE + 2 * ROPE, 8
@@ -49,29 +49,31 @@ def store_flashmla(rows: torch.Tensor, cache: torch.Tensor, loc: torch.Tensor, p
     flat[_offsets(loc, page_size, stride, page_size * TOKEN, SCALES) + _steps(SCALES)] = scales
 
 
-def load_flashmla(cache: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
-    """float32 [..., 512] of token slots `loc` [...] (>= 0).
+def load_flashmla(cache: torch.Tensor, loc: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [..., 512] of token slots `loc` [...] (>= 0), in `out` if it is given.
 
     cache: the pool as attention sees it, [pages, page_size, 1, 584], one byte an element, whose stride(0) is the size of
-    a page, a multiple of 8; only its storage is used.
+    a page, a multiple of 576; only its storage is used.
     """
     page_size, stride = cache.shape[1], cache.stride(0)
+    row = torch.empty(*loc.shape, NOPE + ROPE) if out is None else out
     if cache.shape[0] == 0 or not loc.numel():
-        return torch.empty(*loc.shape, NOPE + ROPE)
-    # Read as 8-byte words: every offset is a multiple of 8.
+        return row
+    assert stride % TOKEN == 0, "as SGLang pads pages"
+    # Read as rows of 576 bytes, and as 8-byte words: every offset is a multiple of them.
     size = ((cache.shape[0] - 1) * stride + page_size * (TOKEN + SCALES)) // WORD
     words = torch.as_strided(cache.view(torch.uint8), (size * WORD,), (1,)).view(torch.int64)
-    tokens = words.as_strided((cache.shape[0], page_size, TOKEN // WORD), (stride // WORD, TOKEN // WORD, 1))
-    scales = words[page_size * TOKEN // WORD :].as_strided((cache.shape[0], page_size), (stride // WORD, 1))
-    loc = loc.long()
-    page = torch.div(loc, page_size, rounding_mode="floor")
-    at = loc - page * page_size
-    data = tokens[page, at].view(torch.uint8)
-    scale = scales[page, at][..., None].view(torch.uint8)[..., : NOPE // GROUP]
-    row = torch.empty(*loc.shape, NOPE + ROPE)
-    row[..., :NOPE] = from_fp8(data[..., :NOPE])
+    tokens = words.as_strided((size * WORD // TOKEN, TOKEN // WORD), (TOKEN // WORD, 1))
+    flat = loc.reshape(-1).long()
+    page = torch.div(flat, page_size, rounding_mode="floor")
+    at = flat - page * page_size
+    data = tokens.index_select(0, page * (stride // TOKEN) + at).view(torch.uint8).view(*loc.shape, TOKEN)
+    scale = words.index_select(0, page * (stride // WORD) + (page_size * TOKEN // WORD) + at)
+    scale = scale[:, None].view(torch.uint8)[:, : NOPE // GROUP].view(*loc.shape, NOPE // GROUP, 1)
+    nope = row[..., :NOPE]
+    nope.copy_(halves(data[..., :NOPE]))
+    nope.unflatten(-1, (-1, GROUP)).mul_(torch.exp2(scale.float() - 119))  # 127, and 8 of `halves`
     row[..., NOPE:] = data[..., NOPE:].view(torch.bfloat16)
-    row[..., :NOPE].mul_(2.0**120).unflatten(-1, (-1, GROUP)).mul_(torch.exp2(scale.float() - 127)[..., None])
     return row
 
 
