@@ -312,6 +312,18 @@ class TestScript(HistoryCase):
         self.assertEqual(shown["score"]["values"], [0.985, 0.75])
         self.assertEqual((shown["gsm8k"]["values"], shown["in all"]["values"]), ([11.0], [100.0]))
 
+    def test_a_failed_run_names_its_files_and_where_its_report_is(self):
+        bad = FileRecord("test/registered/unit/test_gate.py", "cpu", SUITE, "failed", 3, 3, 1)
+        good = record(0)
+        for directory, way in (
+            ("/reports/1", "pdkit report /reports/1 --issue"),
+            (None, "no report: give --report-dir"),
+        ):
+            self.file.unlink(missing_ok=True)
+            self.write(good, record(1, files=(*good.files, bad), exit_code=1, report_dir=directory))
+            self.assertIn(f"2026-10-02 03:00 failed: test_gate; {way}", self.history(self.file).stdout)
+            self.assertNotIn("2026-10-01 03:00 failed", self.history(self.file).stdout)
+
     def test_figures(self):
         self.write(*(record(number, 200 - number % 4, accepted=1.8) for number in range(3)))
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):

@@ -1,6 +1,6 @@
 """History to look at: a table and lines of blocks for a terminal, and a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from pdkit.core.errors import ExitCode
 from pdkit.runner.history.record import Record
@@ -55,6 +56,16 @@ def runs_table(records: Sequence[Record]) -> Table:
     return table
 
 
+def failed_runs(records: Sequence[Record]) -> Iterator[str]:
+    """A line for each of the latest runs of which a file did not pass: which files, and where its report is."""
+    for record in records[-LATEST:]:
+        if record.failed:
+            report = (
+                f"pdkit report {record.report_dir} --issue" if record.report_dir else "no report: give --report-dir"
+            )
+            yield f"{record.time:%Y-%m-%d %H:%M} failed: {', '.join(record.failed)}; {report}"
+
+
 def as_dict(series: Series) -> dict[str, Any]:
     """A series for JSON."""
     return {
@@ -81,7 +92,8 @@ def series_table(all_series: Sequence[Series]) -> Table:
 
 def terminal(records: Sequence[Record], all_series: Sequence[Series]) -> Group:
     """All of it, for a rich console."""
-    return Group(runs_table(records), *([series_table(all_series)] if all_series else ()))
+    failed = [Text(line, overflow="fold") for line in failed_runs(records)]
+    return Group(runs_table(records), *failed, *([series_table(all_series)] if all_series else ()))
 
 
 def draw(all_series: Sequence[Series], path: Path) -> None:

@@ -79,6 +79,12 @@ class Record:
     exit_code: int
     files: tuple[FileRecord, ...]
     measurements: tuple[Measurement, ...]
+    report_dir: str | None = None  # records of before 2026-11-26 have none
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the files that did not pass."""
+        return tuple(Path(file.file).stem for file in self.files if not file.passed)
 
     @property
     def revision(self) -> str:
@@ -167,4 +173,5 @@ def of_run(
         exit_code=int(exit_code),
         files=files,
         measurements=tuple(_measurements(options, results, logs)),
+        report_dir=str(options.report_dir.absolute()) if options.report_dir else None,
     )

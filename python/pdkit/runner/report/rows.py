@@ -11,7 +11,7 @@ from pdkit.core.events import BAD, EXPECTED_FAILURE, SKIPPED, Events
 from pdkit.core.recording import without_numpy
 from pdkit.runner.report.model import FAIL, PASS, SKIP, ReportRow
 
-MOST_FINDINGS = 3
+MOST_FINDINGS = 12
 _NOT_GREATER = re.compile(r"(-?[\d.]+(?:e-?\d+)?) not greater than (-?[\d.]+(?:e-?\d+)?)(?: : .*)?$")
 CHECKS = (CLIENT, SERVERS)  # verdicts that each test of a class adds to; others are about one test
 
