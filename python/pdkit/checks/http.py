@@ -14,6 +14,9 @@ IDLE_S = 1.0
 
 ERROR_LIMIT = 300
 
+# SGLang's router reads an answer's numbers and writes them anew: the last digit of a logprob may differ, by 4e-15.
+REWRITTEN = 1e-12
+
 
 class RequestFailed(AssertionError):
     """A request got no answer that can be used; the message says which, and why, in one line."""

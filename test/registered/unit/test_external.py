@@ -19,7 +19,7 @@ import requests
 from pdkit.checks.accounting.counters import PairCounters, ServerCounters
 from pdkit.checks.accounting.ledger import OK, ClientAccount, HttpAttempt
 from pdkit.checks.accuracy import client, gsm8k
-from pdkit.checks.external import checks, parity
+from pdkit.checks.external import checks, command, parity
 from pdkit.checks.external.checks import State
 from pdkit.checks.http import RequestFailed
 from pdkit.cli.main import main
@@ -425,6 +425,13 @@ class TestComparison(unittest.TestCase):
                 found.hint,
                 "^only prompts of 128 tokens and more differ; up to 127 tokens all are right; the first output",
             )
+
+    def test_ten_lines_of_evidence_are_shown_and_the_rest_counted(self):
+        for count, last in ((10, "    line 9"), (12, "    and 2 more: --json has them all")):
+            row = checks.CheckRow("a check", State.FAILED, "found", tuple(f"line {i}" for i in range(count)))
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                command._print(row)
+            self.assertEqual(out.getvalue().splitlines()[-1], last)
 
     def test_a_router_that_rewrites_numbers(self):
         found = self.compare(rewritten=4e-15)

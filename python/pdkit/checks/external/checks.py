@@ -219,7 +219,7 @@ def answers_equal(target: CheckedDeployment) -> str | CheckRow:
         return share + noise
     bits = ", but logprobs are off" if found.equal == found.total else ""
     sentence = f"{share}{bits}{': ' + found.hint if found.hint else ''}"
-    return CheckRow(check, State.FAILED, sentence, (*found.report.splitlines()[1:], *found.problems[:8]))
+    return CheckRow(check, State.FAILED, sentence, (*found.report.splitlines()[1:], *found.problems))
 
 
 def gsm8k(target: CheckedDeployment) -> str | CheckRow:

@@ -28,6 +28,7 @@ from pdkit.deployment.external import KEY_VARIABLE, Deployment, discover, is_mon
 
 DATA_VARIABLE = "SGLANG_PD_GSM8K"
 NANO_QUESTIONS = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
+EVIDENCE_SHOWN = 10
 NO_QUESTIONS = "not asked: the record is compared alone"
 
 
@@ -162,7 +163,10 @@ def verdict(rows: Sequence[CheckRow]) -> ExitCode:
 
 
 def _print(row: CheckRow) -> None:
-    print(row.line(), *(f"    {line.strip()}" for line in row.evidence), sep="\n", flush=True)
+    shown = [f"    {line.strip()}" for line in row.evidence[:EVIDENCE_SHOWN]]
+    if len(row.evidence) > EVIDENCE_SHOWN:
+        shown.append(f"    and {len(row.evidence) - EVIDENCE_SHOWN} more: --json has them all")
+    print(row.line(), *shown, sep="\n", flush=True)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pdkit.checks.hints import Evidence, hint
-from pdkit.checks.http import RequestFailed, generate
+from pdkit.checks.http import REWRITTEN, RequestFailed, generate
 from pdkit.checks.parity import plan
 from pdkit.checks.parity.plan import Geometry, PlanOptions, Probe, Prompts, Round
 from pdkit.checks.parity.references import References, collect
@@ -17,8 +17,6 @@ QUICK = replace(OPTIONS, longest=600, tokens=4, rooms=8, extra_lengths=())
 TEXT_TOKENS = 3000  # of the natural text that is asked for
 PIECE = 1500  # characters of it in one request
 PARAMETER_TOKENS, PARAMETER_PROMPT = 24, 64
-# SGLang's router reads an answer's numbers and writes them anew: the last digit of a logprob may differ, by 4e-15.
-REWRITTEN = 1e-12
 # DeepSeek-V4's, for a model whose config.json cannot be read here
 WINDOW, RATIOS = 128, (4, 128)
 # natural text where there are no questions

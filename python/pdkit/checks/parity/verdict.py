@@ -338,7 +338,7 @@ class Parity(Judgement):
         return orders
 
     def report(self, most: int = 4) -> str:
-        """Both distributions and what is wrong, the first `most` of it."""
+        """Both distributions and what is wrong, the first `most` of it; with 0 the distributions alone."""
         problems = self.problems
         rule = (
             "not further from the reference than the control arm"
@@ -354,6 +354,6 @@ class Parity(Judgement):
         if self.control_distribution is not None:
             lines.append(f"  control    {self.control_distribution.report()}")
         lines += [f"  {problem}" for problem in problems[:most]]
-        if len(problems) > most:
+        if 0 < most < len(problems):
             lines.append(f"  and {len(problems) - most} more")
         return "\n".join(lines)
