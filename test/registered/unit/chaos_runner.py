@@ -136,6 +136,7 @@ class Chaos:
     def __init__(self, directory: Path, target: str | None, environment: dict[str, str]):
         self.directory, self.target, self.environment = directory, target, environment
         self.me, self.children = psutil.Process(), Children()
+        self.ours = set(processes.descendants(self.me))  # a forked test file has a fork server beside it
         server = directory / "server.py"
         server.write_text(SERVER)
         for attack in ATTACKS.values():
@@ -171,7 +172,7 @@ class Chaos:
 
     def alive(self) -> list[psutil.Process]:
         self.children.are_gone()
-        return processes.descendants(self.me)
+        return [process for process in processes.descendants(self.me) if process not in self.ours]
 
     def round(self, attack: Attack, delay: float) -> Round:
         tic, runner = time.monotonic(), self.start(attack.kinds)

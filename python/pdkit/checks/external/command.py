@@ -32,11 +32,9 @@ EVIDENCE_SHOWN = 10
 NO_QUESTIONS = "not asked: the record is compared alone"
 
 
-EPILOG = f"""\
-A key that the servers want is read from {KEY_VARIABLE}.
-Exit codes: 0 all that was checked is right, 1 something is wrong, 2 bad usage, 3 this is not a PD deployment, or not one \
-that answers, 5 all is right, but whether this is prefill and decode could not be confirmed, 6 the answers are no longer \
-those of the record (--baseline-record), and not broken"""
+EPILOG = """\
+Exit codes: 0 all that was checked is right, 1 something is wrong, 2 bad usage, 3 not a PD deployment, or no answer, \
+5 right, but whether it is prefill and decode could not be confirmed, 6 drifted from the record"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -47,11 +45,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--baseline-record", type=Path, metavar="FILE",
-        help="only: does it still answer as it did when FILE was made? 120 short requests, no other server",
+        help="only: does it answer as when FILE was made? 120 short requests",
     )  # fmt: skip
-    parser.add_argument(
-        "--record", action="store_true", help="make FILE of --baseline-record: this deployment is known to be good"
-    )
+    parser.add_argument("--record", action="store_true", help="make that FILE: this deployment is known to be good")
     parser.add_argument(
         "--quick", action="store_true", help="fewer prompts and 40 questions, in a fraction of the time"
     )
@@ -69,12 +65,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--decode-urls", metavar="URL,...", help="its decode servers, likewise")
     parser.add_argument(
         "--exact", action="store_true",
-        help="demand equal logprobs to the bit of requests that are sent alone: pair and baseline run the same kernels "
-        "on the same kind of machine (the default for pdkit's own engine)",
+        help="requests alone are equal to the bit: same kernels, same kind of machine (default for pdkit's own engine)",
     )  # fmt: skip
-    parser.add_argument(
-        "--api-key", metavar="KEY", help=f"the key; {KEY_VARIABLE} keeps it from other users of this machine"
-    )
+    parser.add_argument("--api-key", metavar="KEY", help=f"default: {KEY_VARIABLE}, which other users do not see")
 
 
 def main(args: Namespace) -> ExitCode:
