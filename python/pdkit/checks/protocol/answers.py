@@ -11,9 +11,13 @@ from pdkit.checks.protocol.reference import LoadBalancerChecks, Reference, Taken
 
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
     "required": ["name", "age"],
 }
+"""Bounded: a small model would not end a name or a number by itself."""
 
 
 class AnswerChecks(LoadBalancerChecks):
