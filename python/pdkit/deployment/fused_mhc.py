@@ -7,9 +7,7 @@ hidden size 128 logprobs of SGLang 0.5.23 are off by 2 nats; 2048, 4096, 5120 an
 more.
 """
 
-import sys
-from importlib.machinery import PathFinder
-from pathlib import Path
+from pdkit.deployment import quirks
 
 SOURCE = "kernels/ops/layernorm/mhc.py"
 WRONG = "if hidden_idx < hidden_size:"
@@ -24,7 +22,4 @@ def is_falsified(hidden_size: int) -> bool:
 
 def environment(hidden_size: int) -> dict[str, str]:
     """What servers of the installed release need to be right at that hidden size."""
-    sglang = PathFinder.find_spec("sglang", sys.path)
-    source = Path(sglang.origin).parent / SOURCE if sglang and sglang.origin else None
-    has_defect = source is not None and source.is_file() and WRONG in source.read_text()
-    return {SWITCH: "0"} if has_defect and is_falsified(hidden_size) else {}
+    return {SWITCH: "0"} if is_falsified(hidden_size) and quirks.source_says(SOURCE, WRONG) else {}

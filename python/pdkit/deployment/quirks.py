@@ -89,13 +89,18 @@ def is_exposed_by_indexer(environ: Mapping[str, str]) -> bool:
     return installed("sglang") in READ_PAST_THE_END and environ.get(INDEXER_SWITCH, "").lower() not in OFF
 
 
+def source_says(path: str, text: str) -> bool:
+    """Whether the file `path` of the installed sglang has `text`; nothing is imported."""
+    sglang = PathFinder.find_spec("sglang", sys.path)
+    source = Path(sglang.origin).parent / path if sglang and sglang.origin else None
+    return source is not None and source.is_file() and text in source.read_text()
+
+
 def empty_text_is_fatal() -> str | None:
     """Why a tokenizer that makes no token of an empty text must not be given one by the installed release, if so.
 
     Releases that refuse it look at `not texts` (`TokenizerManager._tokenize_one_request`).
     """
-    sglang = PathFinder.find_spec("sglang", sys.path)
-    source = Path(sglang.origin).parent / "srt/managers/tokenizer_manager.py" if sglang and sglang.origin else None
-    if source is not None and source.is_file() and LETS_EMPTY_TEXT_PASS in source.read_text():
+    if source_says("srt/managers/tokenizer_manager.py", LETS_EMPTY_TEXT_PASS):
         return "it ends prefill in this release of SGLang (docs/findings/empty-text-ends-prefill.md)"
     return None

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
-SETTLED = (
-    0.7  # two passes of which the shorter takes more than this share of the longer: nothing of weight was compiled
-)
+# Of two passes the shorter takes more than this share of the longer: nothing of weight was compiled.
+SETTLED = 0.7
 MOST_PASSES = 5
 QUESTION = "Question: What is {} + {}?\nAnswer:"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.deployment import fused_mhc
+from pdkit.deployment import fused_mhc, quirks
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
@@ -37,7 +37,7 @@ class TestFusedMhc(unittest.TestCase):
         source = folder / fused_mhc.SOURCE
         source.parent.mkdir(parents=True)
         spec = ModuleSpec("sglang", None, origin=str(folder / "__init__.py"))
-        with mock.patch.object(fused_mhc.PathFinder, "find_spec", lambda name, path: spec):
+        with mock.patch.object(quirks.PathFinder, "find_spec", lambda name, path: spec):
             self.assertEqual(fused_mhc.environment(128), {}, "an older release has no such kernel")
             source.write_text(f"{fused_mhc.WRONG}\n")
             self.assertEqual(fused_mhc.environment(128), {fused_mhc.SWITCH: "0"})
