@@ -128,7 +128,7 @@ class FaultyServer:
             aborted = request.output_ids and (request.is_aborted or request.finish_reason is None)
             if aborted and (injection := self._met("aborted-kept")):
                 _kept.append(b"\1" * int(injection.fault.size))
-        failed = request.is_aborted and "KV transfer failed" in request.finish_reason.get("message", "")
+        failed = request.is_aborted and "KV transfer failed" in (request.finish_reason or {}).get("message", "")
         if failed and self._met("failed-receive-answered"):
             request.finish_reason = finish("stop", matched=None)
 
