@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         monolithic_url: str
         router_url: str
         launch_router: Any
+        backend: str
 
 else:
     _Provided = BeforePlannedServers

@@ -273,7 +273,7 @@ class PDServers(PDDisaggregationServerBase):
         On GPUs `warm_up` with as many as `threads` requests follows.
         """
         base_url, model = base_url or cls.lb_url, model or getattr(cls, "model", "default")
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
+        headers = {"Content-Type": "application/json", **warm_up.key_header()}
         body = {"model": model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
         connection = HTTPConnection(urlparse(base_url).netloc, timeout=test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)
         with events.phase("first request"), cls.failing_with_a_death(), contextlib.closing(connection):

@@ -32,10 +32,15 @@ def batches(threads: int) -> list[list[str]]:
     return [["\n".join(questions[: 1 + (7 * number + size) % 40]) for number in range(size)] for size in sizes]
 
 
+def key_header() -> dict[str, str]:
+    """What an eval's client sends: the key of the environment."""
+    return {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
+
+
 def send(url: str, model: str | None, prompts: Sequence[Sequence[str]], timeout: float) -> float:
     """The seconds of one pass. Raises requests.RequestException."""
     begin = time.monotonic()
-    headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY')}"}
+    headers = key_header()
 
     def ask(prompt: str) -> None:
         body = {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0}

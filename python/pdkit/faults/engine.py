@@ -99,7 +99,7 @@ class FaultyServer:
 
     async def _decode(self, original: Callable[..., Any], service: Service, request: Request, ask: Any) -> None:
         await original(service, request, ask)
-        failed = request.is_aborted and "KV transfer failed" in request.finish_reason.get("message", "")
+        failed = request.is_aborted and "KV transfer failed" in (request.finish_reason or {}).get("message", "")
         if failed and self._met("failed-receive-answered"):
             request.finish_reason = finish("stop", matched=None)
 

@@ -2,11 +2,13 @@
 
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
+import torch
 
 from pdkit.engine.transfer import KVTransfer
 from pdkit.faults import pieces
@@ -111,15 +113,16 @@ class Injection:
         """`kv_transfer` as it goes on from here. Raises what the fault raises."""
         context = Context(self.earlier, np.random.default_rng([zlib.crc32(self.fault.name.encode()), self.seen]))
         try:
-            return self.fault.change(kv_transfer, context) if self.is_met() else kv_transfer
+            is_met, change = self.is_met(), self.fault.change
+            return change(kv_transfer, context) if is_met and change else kv_transfer
         finally:
             self.earlier.append(kv_transfer)
 
 
-def on_tensors(kinds, operation) -> Change:
+def on_tensors(kinds: Collection[Kind], operation: Callable[..., Any]) -> Change:
     """operation(tensor) on each tensor of `kinds`."""
 
-    def change(kv_transfer, context):
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         names = kv_transfer.tensors
         changed = {
             name: operation(tensor) if pieces.kind_of(name, names) in kinds and tensor.shape[-2] else tensor
@@ -130,10 +133,10 @@ def on_tensors(kinds, operation) -> Change:
     return change
 
 
-def on_counts(kinds, operation) -> Change:
+def on_counts(kinds: Collection[Kind], operation: Callable[..., Any]) -> Change:
     """operation(count) on each count of `kinds`."""
 
-    def change(kv_transfer, context):
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         names = kv_transfer.tensors.keys() | kv_transfer.counts.keys()
         changed = {
             name: operation(count) if pieces.kind_of(name, names) in kinds else count
@@ -144,10 +147,10 @@ def on_counts(kinds, operation) -> Change:
     return change
 
 
-def at_random(operation) -> Change:
+def at_random(operation: Callable[..., Any]) -> Change:
     """operation(tensor, rng) on every tensor that has elements."""
 
-    def change(kv_transfer, context):
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         changed = {
             name: operation(tensor, context.rng) if tensor.numel() else tensor
             for name, tensor in kv_transfer.tensors.items()
@@ -160,7 +163,7 @@ def at_random(operation) -> Change:
 def missing(kind: Kind) -> Change:
     """The tensors, or counts, of `kind` are not in the message."""
 
-    def change(kv_transfer, context):
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         names = kv_transfer.tensors.keys() | kv_transfer.counts.keys()
         kept = {name for name in names if pieces.kind_of(name, names) is not kind}
         return replace(
@@ -172,13 +175,13 @@ def missing(kind: Kind) -> Change:
     return change
 
 
-def newest_tokens(tokens: int, operation, kinds=pieces.TENSORS) -> Change:
+def newest_tokens(tokens: int, operation: Callable[..., Any], kinds: Collection[Kind] = pieces.TENSORS) -> Change:
     """operation(tensor, rows) with the number of newest rows that the newest `tokens` tokens touch."""
 
-    def change(kv_transfer, context):
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         names = kv_transfer.tensors
 
-        def changed(name, tensor):
+        def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
             kind = pieces.kind_of(name, names)
             rows = pieces.rows_of_newest(kind, kv_transfer.prompt_tokens, tokens) if kind in kinds else 0
             return operation(tensor, rows) if rows and tensor.shape[-2] else tensor
@@ -188,10 +191,10 @@ def newest_tokens(tokens: int, operation, kinds=pieces.TENSORS) -> Change:
     return change
 
 
-def left_over(kinds) -> Change:
+def left_over(kinds: Collection[Kind]) -> Change:
     """The tensors of `kinds` as the KV transfer before this one left them in these slots."""
 
-    def change(kv_transfer, context):
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         before = context.earlier[-1].tensors if context.earlier else {}
         names = kv_transfer.tensors
         changed = {
@@ -215,17 +218,17 @@ def overlaid_kinds(kinds: frozenset[Kind], source: KVTransfer, onto: KVTransfer)
     return replace(onto, tensors=changed)
 
 
-def from_same_beginning(kinds) -> Change:
+def from_same_beginning(kinds: frozenset[Kind]) -> Change:
     """The tensors of `kinds` hold the rows of the earlier request that shares the longest beginning with this one."""
 
-    def change(kv_transfer, context):
+    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         other = same_beginning(kv_transfer, context.earlier)
         return kv_transfer if other is None else overlaid_kinds(kinds, other, kv_transfer)
 
     return change
 
 
-def same_beginning(kv_transfer: KVTransfer, earlier) -> KVTransfer | None:
+def same_beginning(kv_transfer: KVTransfer, earlier: Sequence[KVTransfer]) -> KVTransfer | None:
     """Of `earlier`, the one that shares the longest beginning of at least SHARED_ENTRIES 4x entries, but not all of it.
 
     The first 4x layer tells: its entries see the tokens before them only.

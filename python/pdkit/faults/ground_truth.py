@@ -7,6 +7,7 @@ run would show, and no difference here means none there.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -84,9 +85,9 @@ def sound_runs(runner: ModelRunner, prompts: Sequence[Sequence[int]]) -> list[So
 def effects(runner: ModelRunner, faults: Sequence[Fault], runs: Sequence[Sound]) -> dict[str, list[Effect]]:
     """{fault: [effect on each run]}; the runs are served in order, so later ones find what earlier ones left."""
     injections = [Injection(fault) for fault in faults]
-    found = {fault.name: [] for fault in faults}
+    found: dict[str, list[Effect]] = {fault.name: [] for fault in faults}
     for run in runs:
-        silent = []
+        silent: list[tuple[Fault, KVTransfer]] = []
         for injection in injections:
             effect, kv_transfer = _transferred(runner.config, injection, run.kv_transfer)
             found[injection.fault.name].append(effect)
@@ -99,13 +100,13 @@ def effects(runner: ModelRunner, faults: Sequence[Fault], runs: Sequence[Sound])
     return found
 
 
-def _transferred(config, injection, kv_transfer):
+def _transferred(config: Any, injection: Injection, kv_transfer: KVTransfer) -> tuple[Effect, KVTransfer | None]:
     """(effect so far, what decode goes on from or None): the way of a KV transfer through transfer and checks."""
     fault, length = injection.fault, kv_transfer.prompt_tokens
     try:
         if fault.where is Where.WIRE:
             data = kv_transfer.pack()
-            arrived = fault.wire(data) if injection.is_met() else data
+            arrived = fault.wire(data) if injection.is_met() and fault.wire else data
             DecodeReceiver.verify(arrived, hashlib.sha256(data).hexdigest(), kv_transfer.room)
             return Effect(length), kv_transfer
         changed = injection.apply(kv_transfer)
@@ -121,20 +122,20 @@ def _transferred(config, injection, kv_transfer):
     return Effect(length, reported=reported), changed
 
 
-def _same_state(one, other):
+def _same_state(one: KVTransfer, other: KVTransfer) -> bool:
     return one.counts == other.counts and all(
         torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items()
     )
 
 
-def _batches(silent):
+def _batches(silent: list[tuple[Fault, KVTransfer]]) -> list[list[tuple[Fault, KVTransfer]]]:
     """Rows of a batch share their counts."""
     alone = [[item] for item in silent if item[0].where is Where.RESTORE]
     rows = [item for item in silent if item[0].where is not Where.RESTORE]
     return alone + [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
-def _decode(runner, kv_transfers, tokens, steps):
+def _decode(runner: ModelRunner, kv_transfers: Sequence[KVTransfer], tokens: Any, steps: int) -> Any:
     """Logits [rows, steps, V] of decode steps; each is fed the next of `tokens`, or its own choice where they end."""
     cache = gather_rows([(state.restore(runner.config, each.tensors, each.counts), [0]) for each in kv_transfers])
     tokens, collected = list(tokens), []
@@ -150,7 +151,7 @@ def _decode(runner, kv_transfers, tokens, steps):
     return torch.stack(collected, dim=1)[: len(kv_transfers)]
 
 
-def _compare(effect, logits, sound):
+def _compare(effect: Effect, logits: torch.Tensor, sound: torch.Tensor) -> Effect:
     """A step that could not be computed counts as one with other logits."""
     steps = min(len(logits), len(sound))
     other = (logits[:steps] != sound[:steps]).any(dim=-1)

@@ -167,13 +167,13 @@ def _aliased_within(seconds: float) -> Change:
 
     def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer:
         now = time.monotonic()
-        kv_transfer.passed = now
-        recent = [each for each in context.earlier if now - each.passed < seconds]
+        vars(kv_transfer)["passed"] = now
+        recent = [each for each in context.earlier if now - vars(each)["passed"] < seconds]
         other = same_beginning(kv_transfer, recent)
         if other is None:
             return kv_transfer
         changed = overlaid_kinds(frozenset({Kind.C4_COMPRESSED, Kind.C128_COMPRESSED}), other, kv_transfer)
-        changed.passed = now
+        vars(changed)["passed"] = now
         return changed
 
     return change

@@ -7,7 +7,6 @@ It starts SGLang's mini load balancer a second time, with a switch (`pdkit.fault
 servers.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from functools import partial
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.http import RequestFailed
 from pdkit.checks.parity.checks import ParityArms
+from pdkit.checks.parity.plan import Round
 from pdkit.checks.parity.references import collect
 from pdkit.checks.parity.verdict import Parity
 from pdkit.faults.driver import observe, tabulate
@@ -44,12 +44,13 @@ class BalancerFaultChecks(ParityArms):
     unseen_faults = {
         "request-duplicated": "the answers are right; it takes the servers' own counts of requests to see it"
     }
-    faulty_lb_port = None
-    process_faulty_lb = switch = None
+    faulty_lb_port = ""
+    process_faulty_lb: subprocess.Popen[bytes] | None = None
+    switch: Switch
     fault_timeout = 30.0
 
     @classmethod
-    def start_decode(cls):
+    def start_decode(cls) -> None:
         super().start_decode()
         cls.switch = Switch(cls.temporary_path("fault-switch-", "switch"))
         command = [sys.executable, "-m", "pdkit.faults.load_balancer", "--pd-disaggregation", "--mini-lb"]
@@ -61,15 +62,15 @@ class BalancerFaultChecks(ParityArms):
             )
 
     @classmethod
-    def tearDownClass(cls):
+    def tearDownClass(cls) -> None:
         process, cls.process_faulty_lb = cls.process_faulty_lb, None
-        with contextlib.suppress(AttributeError):
+        if process:
             process.kill()
             process.wait()
         super().tearDownClass()
 
     @unaccounted
-    def test_seeded_faults_of_the_load_balancer(self):
+    def test_seeded_faults_of_the_load_balancer(self) -> None:
         url = f"http://{self.base_host}:{self.faulty_lb_port}"
         self.wait_server_ready(f"{url}/health")
         rounds = {"parity rooms": self.parity_plan().rooms[0], "parity request parameters": self.parameter_round()[1]}
@@ -84,13 +85,13 @@ class BalancerFaultChecks(ParityArms):
     def is_seen_by_parity(self, name: str | None) -> bool:
         return not (name is None or find(name).harmless or name in self.unseen_faults)
 
-    def until_right(self, url, round_, name):
+    def until_right(self, url: str, round_: Round, name: str | None) -> None:
         """What a fault broke must not be taken for what the next one does."""
         deadline = time.monotonic() + self.fault_timeout
         while wrong := self.seen(url, round_):
             self.assertLess(time.monotonic(), deadline, f"the pair does not answer right after {name}: {wrong}")
 
-    def seen(self, url, round_):
+    def seen(self, url: str, round_: Round) -> str | None:
         """What is wrong with the answers to a round sent to `url`, in one line; None if nothing is."""
         reference, control = self.references_of(round_)
         try:

@@ -1,13 +1,15 @@
 """The library: every fault that the detection matrix injects, by name."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from pdkit.engine.transfer import TransferError
+from pdkit.engine.transfer import KVTransfer, TransferError
 from pdkit.faults import pieces
 from pdkit.faults.fault import (
+    Context,
     Fault,
     Where,
     at_random,
@@ -25,11 +27,11 @@ EVERYTHING = frozenset(TENSORS)
 SLOW_S = 0.02
 
 
-def _slug(kind):
+def _slug(kind: Kind) -> str:
     return kind.value.replace(" ", "-")
 
 
-def _of_each_kind():
+def _of_each_kind() -> Iterator[Fault]:
     skipped = {
         Kind.WINDOW: "SGLang 24878: one backend skipped the window",
         Kind.C4_COMPRESSED: "SGLang 24878: one backend skipped the compressed state",
@@ -62,7 +64,7 @@ def _of_each_kind():
         )
 
 
-def _behind_the_first_layer(kv_transfer, context):
+def _behind_the_first_layer(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
     counts = {
         name: count + (name.endswith(".cumulative_length") and name != "layers.0.cumulative_length")
         for name, count in kv_transfer.counts.items()
@@ -70,7 +72,7 @@ def _behind_the_first_layer(kv_transfer, context):
     return replace(kv_transfer, counts=counts)
 
 
-def _of_each_count():
+def _of_each_count() -> Iterator[Fault]:
     for kind in COUNTS:
         name = _slug(kind)
         yield Fault(f"{name}-missing", f"{kind.value}: not in the message", Where.PREFILL, missing(kind))
@@ -95,7 +97,7 @@ def _of_each_count():
     )
 
 
-def _of_the_newest_tokens():
+def _of_the_newest_tokens() -> Iterator[Fault]:
     for tokens in (1, 4, 16):
         yield Fault(
             f"newest-{tokens}-lost",
@@ -117,7 +119,7 @@ def _of_the_newest_tokens():
         )
 
 
-def _of_bits():
+def _of_bits() -> Iterator[Fault]:
     for name, rate in (("1e-5", 1e-5), ("1e-3", 1e-3), ("1e-2", 1e-2)):
         yield Fault(
             f"bits-flipped-{name}",
@@ -147,50 +149,50 @@ def _of_bits():
         )
 
 
-def _skipped(kv_transfer, context):
+def _skipped(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
     kinds = {Kind.WINDOW, *COMPRESSED, Kind.INDEXER_BUFFERS, Kind.INDEXER_OVERLAP}
     return on_tensors(kinds, pieces.zeroed)(kv_transfer, context)
 
 
-def _first_token_wrong(kv_transfer, context):
+def _first_token_wrong(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
     return replace(kv_transfer, first_token=kv_transfer.first_token ^ 1)
 
 
-def _first_token_left_over(kv_transfer, context):
+def _first_token_left_over(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
     before = context.earlier[-1] if context.earlier else kv_transfer
     return replace(kv_transfer, first_token=before.first_token)
 
 
-def _first_logprob_left_over(kv_transfer, context):
+def _first_logprob_left_over(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
     if kv_transfer.first_logprob is None:
         return kv_transfer
     before = next((other for other in reversed(context.earlier) if other.first_logprob is not None), kv_transfer)
     return replace(kv_transfer, first_logprob=before.first_logprob, first_top_logprobs=before.first_top_logprobs)
 
 
-def _of_the_previous_request(kv_transfer, context):
+def _of_the_previous_request(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
     return replace(context.earlier[-1], room=kv_transfer.room) if context.earlier else kv_transfer
 
 
-def _fails(kv_transfer, context):
+def _fails(kv_transfer: KVTransfer, context: Context) -> None:
     raise TransferError(f"the transfer of bootstrap room {kv_transfer.room} failed")
 
 
-def _never_sent(kv_transfer, context):
+def _never_sent(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
     return None
 
 
-def _one_byte_changed(data):
+def _one_byte_changed(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-def _slowly(data):
+def _slowly(data: bytes) -> bytes:
     time.sleep(SLOW_S)
     return data
 
 
-def _of_whole_requests():
+def _of_whole_requests() -> Iterator[Fault]:
     yield Fault(
         "backend-skips-state",
         "window, compressed and indexer state are never written, the rest is",
@@ -266,7 +268,7 @@ def _of_whole_requests():
     yield Fault("wire-corrupted", "a bit of each KV transfer flips on the wire", Where.WIRE, wire=_one_byte_changed)
 
 
-def _of_the_load_balancer():
+def _of_the_load_balancer() -> Iterator[Fault]:
     for name, what, every, harmless in (
         ("rooms-swapped", "two requests at a time get each other's rooms on decode", 1, ""),
         ("rooms-swapped-5-percent", "5 % of requests get each other's rooms on decode", 20, ""),

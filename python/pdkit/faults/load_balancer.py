@@ -6,8 +6,10 @@ decode and what comes back (streams are passed on as they are).
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import aiohttp
 from sglang_router import launch_router, mini_lb
@@ -24,26 +26,26 @@ CHANGES = ("answers-swapped", "first-token-repeated", *CONTRADICTIONS)
 class Response:
     """An aiohttp response whose JSON is ours."""
 
-    def __init__(self, response, result):
+    def __init__(self, response: Any, result: Any) -> None:
         self._response, self._result = response, result
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._response, name)
 
-    async def json(self):
+    async def json(self) -> Any:
         return self._result
 
 
 class StreamWithoutPiece:
     """An aiohttp response whose stream lacks its second event."""
 
-    def __init__(self, response):
+    def __init__(self, response: Any) -> None:
         self._response, self.content = response, self
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._response, name)
 
-    async def iter_chunked(self, size):
+    async def iter_chunked(self, size: int) -> AsyncIterator[bytes]:
         kept, number = b"", 0
         async for chunk in self._response.content.iter_chunked(size):
             *whole, kept = (kept + chunk).split(b"\n\n")
@@ -60,28 +62,28 @@ class FaultySession:
 
     switch: Switch
     rooms, answers = Exchange(), Exchange()
-    background = set()
-    tokenizers = {}
+    background: ClassVar[set[asyncio.Task[None]]] = set()
+    tokenizers: ClassVar[dict[str, Tokenizer]] = {}
 
     in_flight = 0
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._session = aiohttp.ClientSession(*args, **kwargs)
-        self._trick = None
+        self._trick: str | None = None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Any:
         FaultySession.in_flight += 1
         await self._session.__aenter__()
         return self
 
-    async def __aexit__(self, *exception):
+    async def __aexit__(self, *exception: Any) -> None:
         FaultySession.in_flight -= 1
         await self._session.__aexit__(*exception)
 
-    async def post(self, url, *, json=None, headers=None):
+    async def post(self, url: str, *, json: Any = None, headers: Any = None) -> Any:
         side = "prefill" if url.startswith(tuple(mini_lb.lb.prefill_urls)) else "decode"
         if side == "prefill":
             self._trick = self._choose_trick()
@@ -97,27 +99,27 @@ class FaultySession:
             return Response(response, await self._answer(await response.json()))
         return response
 
-    def _choose_trick(self):
+    def _choose_trick(self) -> str | None:
         """What is done to this request, or None. Swaps need two in a row."""
         injection = self.switch.injection(Where.LB)
         if injection is None:
             return None
         injection.is_met()
-        pair = 2 if "swapped" in injection.fault.balancer else 1
+        pair = 2 if "swapped" in (injection.fault.balancer or "") else 1
         begun = injection.seen - 1 - injection.fault.after
         if begun < 0 or begun % (pair * injection.fault.every) >= pair:
             return None
         self.switch.record()
         return injection.fault.balancer
 
-    async def _request(self, side, url, body):
+    async def _request(self, side: str, url: str, body: Any) -> Any:
         if side == "prefill":
             if self._trick == "prefill-late":
                 await asyncio.sleep(DELAY_S)
             if self._trick == "request-retried":
                 await self._duplicate(mini_lb.lb.decode_urls[0] + url.removeprefix(mini_lb.lb.prefill_urls[0]), body)
             return body
-        if self._trick in LOST:
+        if self._trick is not None and self._trick in LOST:
             return without(body, LOST[self._trick])
         if self._trick and "-lost-with-" in self._trick:
             lost, _, beside = self._trick.partition("-lost-with-")
@@ -133,7 +135,7 @@ class FaultySession:
             task.add_done_callback(self.background.discard)
         return body
 
-    async def _duplicate(self, decode_url, body):
+    async def _duplicate(self, decode_url: str, body: Any) -> None:
         room = body["bootstrap_room"]
         body = {name: value for name, value in body.items() if name not in ("rid", "stream")}
         body["bootstrap_room"] = [each ^ 1 for each in room] if isinstance(room, list) else room ^ 1
@@ -143,22 +145,22 @@ class FaultySession:
             for response in await asyncio.gather(*posts):
                 await response.read()
 
-    async def _once_more(self, decode_url, body, headers):
+    async def _once_more(self, decode_url: str, body: Any, headers: Any) -> Any:
         """Decode's answer to the same request in another room."""
         again = {**body, "bootstrap_room": body["bootstrap_room"] ^ 1}
         prefill_url = mini_lb.lb.prefill_urls[0] + decode_url.removeprefix(mini_lb.lb.decode_urls[0])
         posts = (self._session.post(each, json=again, headers=headers) for each in (prefill_url, decode_url))
         return (await asyncio.gather(*posts))[1]
 
-    async def _answer(self, result):
+    async def _answer(self, result: Any) -> Any:
         if self._trick == "answers-swapped":
             return await self.answers.swap(result) if self.in_flight > 1 else result
-        if self._trick in CONTRADICTIONS:
+        if self._trick is not None and self._trick in CONTRADICTIONS:
             return of_each(result, CONTRADICTIONS[self._trick])
         first_text = await self._first_text()
         return first_token_repeated(result, first_text)
 
-    async def _first_text(self):
+    async def _first_text(self) -> Callable[[str], str]:
         """A function from a text to the text of its first token, by the tokenizer of the model that is served."""
         server = mini_lb.lb.prefill_urls[0]
         if server not in self.tokenizers:
@@ -169,7 +171,7 @@ class FaultySession:
         return lambda text: text[slice(*tokenizer.encode(text, add_special_tokens=False).offsets[0])]
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     FaultySession.switch = Switch.of_environment()
     mini_lb.aiohttp = SimpleNamespace(**{**vars(aiohttp), "ClientSession": FaultySession})
     launch_router.launch_router(launch_router.parse_router_args(sys.argv[1:] if argv is None else argv))

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 PARTNER_TIMEOUT_S = 0.3
@@ -18,10 +18,10 @@ LOST = {
 class Exchange:
     """Two requests that are on their way at the same time get what the other one brought; one alone keeps its own."""
 
-    def __init__(self):
-        self._waiting = None
+    def __init__(self) -> None:
+        self._waiting: tuple[Any, asyncio.Future[Any]] | None = None
 
-    async def swap(self, own):
+    async def swap(self, own: Any) -> Any:
         if self._waiting is not None:
             other, future = self._waiting
             self._waiting = None
@@ -36,7 +36,7 @@ class Exchange:
         return own
 
 
-def without(body, names):
+def without(body: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """A request body in which the sampling parameters `names` are not set."""
     body = {name: value for name, value in body.items() if name not in names}
     params = body.get("sampling_params")
@@ -47,7 +47,7 @@ def without(body, names):
     return body
 
 
-def first_token_repeated(result, first_text):
+def first_token_repeated(result: Any, first_text: Callable[[str], str]) -> Any:
     """An answer of /generate, or of /v1/completions, that begins with its first token twice."""
     if isinstance(result, list):
         return [first_token_repeated(each, first_text) for each in result]
@@ -76,9 +76,9 @@ BESIDE = {
 
 def asks_for(body: Mapping[str, Any], parameter: str) -> bool:
     """Whether a request sets one of the parameters that `parameter` stands for in BESIDE."""
-    params = body.get("sampling_params") or {}
+    params: Any = body.get("sampling_params") or {}
     params = params[0] if isinstance(params, list) and params else params
-    return any(name in body or name in params for name in BESIDE[parameter] if (body | params).get(name))
+    return any(name in body or name in params for name in BESIDE[parameter] if {**body, **params}.get(name))
 
 
 def of_each(result: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

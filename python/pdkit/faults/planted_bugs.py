@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import requests
 
@@ -23,6 +23,11 @@ from pdkit.checks.parity.verdict import Parity
 from pdkit.core import events
 from pdkit.deployment.cpu import drift, working_tree
 from pdkit.deployment.cpu.working_tree import Bug
+
+if TYPE_CHECKING:
+    from pdkit.deployment.cpu.servers import SglangCpuServers
+else:
+    SglangCpuServers = object
 
 PREFILL, DECODE = "srt/disaggregation/prefill.py", "srt/disaggregation/decode.py"
 UTILS, MOONCAKE = "srt/disaggregation/utils.py", "srt/disaggregation/mooncake/conn.py"
@@ -107,7 +112,7 @@ STATE_BUGS = (
 """For DeepSeek-V4's."""
 
 
-class PlantedBugChecks(ExactParityArms):
+class PlantedBugChecks(ExactParityArms, SglangCpuServers):
     """Each bug of `bugs` is planted in a copy of SGLang, prefill and decode are restarted from it, and all is asked.
 
     A bug is caught where a check fails that passes for the release, and the failure names the file that was changed.

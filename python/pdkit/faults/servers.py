@@ -9,9 +9,11 @@ It needs the embedded engine and SGLang's mini load balancer.
 """
 
 import os
+from collections.abc import Sequence
 from unittest import mock
 
 from pdkit.checks.base import Checks
+from pdkit.deployment.server import Server
 from pdkit.faults.switch import VARIABLE, Switch
 from pdkit.faults.transfer import BACKEND_VARIABLE
 
@@ -27,12 +29,12 @@ class FaultSwitchServers(Checks):
 
     needs: tuple[str, ...] = ("configure", "server_env", "prefill_args", "decode_args", "start_lb")
 
-    switch = None
+    switch: Switch
     bootstrap_timeout = 30
     transfer_timeout = 45
 
     @classmethod
-    def configure(cls):
+    def configure(cls) -> None:
         super().configure()
         cls.switch = Switch(cls.temporary_path("fault-switch-", "switch"))
         cls.server_env = {
@@ -44,21 +46,21 @@ class FaultSwitchServers(Checks):
         }
 
     @classmethod
-    def _own_backend(cls):
+    def _own_backend(cls) -> str:
         """The backend that the test itself names; the faults are added to what it does."""
         args = super().prefill_args()
         return args[args.index(BACKEND) + 1] if BACKEND in args else "tcp"
 
     @classmethod
-    def prefill_args(cls):
+    def prefill_args(cls) -> list[str]:
         return super().prefill_args() + [BACKEND, "pdkit.faults:FaultyTransfer"]
 
     @classmethod
-    def decode_args(cls):
+    def decode_args(cls) -> list[str]:
         return super().decode_args() + [BACKEND, "pdkit.faults:FaultyTransfer"]
 
     @classmethod
-    def start_lb(cls, command):
+    def start_lb(cls, command: Sequence[str]) -> Server:
         at = command.index("sglang_router.launch_router")
         with mock.patch.dict(os.environ, {VARIABLE: str(cls.switch.path)}):
             return super().start_lb([*command[:at], "pdkit.faults.load_balancer", *command[at + 1 :]])

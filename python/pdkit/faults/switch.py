@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pdkit.core.suggest import unknown
 from pdkit.faults.fault import Fault, Injection, Where
@@ -19,10 +20,11 @@ class UnknownFault(ValueError):
 class Switch:
     """The file at `path`. One process turns it; the others read it. `library`: the faults that there are, by name."""
 
-    def __init__(self, path: str | Path, library: Mapping = LIBRARY):
+    def __init__(self, path: str | Path, library: Mapping[str, Any] = LIBRARY) -> None:
         self.path, self.library = Path(path), library
         self._met_file = self.path.with_name(self.path.name + ".met")
-        self._text, self._injections = None, {}
+        self._text: str | None = None
+        self._injections: dict[Where, Injection] = {}
 
     @classmethod
     def of_environment(cls) -> "Switch":
@@ -32,7 +34,7 @@ class Switch:
             raise ValueError(f"{VARIABLE} is not set; let it name the file that says which fault is on")
         return cls(path)
 
-    def turn(self, name: str | None):
+    def turn(self, name: str | None) -> None:
         """Turn the fault on, None: all off; either begins a new run. Raises UnknownFault."""
         if name is not None:
             find(name, self.library)
@@ -50,7 +52,7 @@ class Switch:
         """How many requests met the fault since it was turned on, in all processes together."""
         return self._met_file.stat().st_size if self._met_file.exists() else 0
 
-    def record(self):
+    def record(self) -> None:
         """Say that one more request met the fault."""
         with open(self._met_file, "ab", buffering=0) as file:
             file.write(b".")
@@ -64,7 +66,7 @@ class Switch:
             self._text, self._injections = text, {fault.where: Injection(fault)} if fault else {}
         return next((self._injections[place] for place in places if place in self._injections), None)
 
-    def _read(self):
+    def _read(self) -> str:
         try:
             return self.path.read_text()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""At which hidden sizes SGLang's fused mHC kernel counts positions twice, and who gets the switch."""
+"""What the source of the installed SGLang shows: at which hidden sizes the fused mHC kernel counts positions twice, and more."""
 
 import tempfile
 import unittest
@@ -32,18 +32,31 @@ class TestFusedMhc(unittest.TestCase):
             overlap = any(max(counted(hidden_size, splits)) > 1 for splits in used)
             self.assertEqual(fused_mhc.is_falsified(hidden_size), overlap, hidden_size)
 
-    def test_only_releases_with_the_defect_get_the_switch(self):
+    def installed(self, path):
+        """A folder in the place of the installed SGLang, and `path` in it, which is not there yet."""
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        source = folder / fused_mhc.SOURCE
+        source = folder / path
         source.parent.mkdir(parents=True)
         spec = ModuleSpec("sglang", None, origin=str(folder / "__init__.py"))
-        with mock.patch.object(quirks.PathFinder, "find_spec", lambda name, path: spec):
-            self.assertEqual(fused_mhc.environment(128), {}, "an older release has no such kernel")
-            source.write_text(f"{fused_mhc.WRONG}\n")
-            self.assertEqual(fused_mhc.environment(128), {fused_mhc.SWITCH: "0"})
-            self.assertEqual(fused_mhc.environment(2048), {})
-            source.write_text("if hidden_idx < T.min(hidden_size, hidden_split_start + hidden_per_split):\n")
-            self.assertEqual(fused_mhc.environment(128), {})
+        self.enterContext(mock.patch.object(quirks.PathFinder, "find_spec", lambda name, path: spec))
+        return source
+
+    def test_only_releases_that_let_an_empty_text_pass_are_not_given_one(self):
+        source = self.installed("srt/managers/tokenizer_manager.py")
+        self.assertIsNone(quirks.empty_text_is_fatal(), "nothing is known of it")
+        source.write_text("        if not texts:\n            raise ValueError()\n")
+        self.assertIsNone(quirks.empty_text_is_fatal())
+        source.write_text(f"        if not texts or {quirks.LETS_EMPTY_TEXT_PASS}:\n            return\n")
+        self.assertRegex(quirks.empty_text_is_fatal(), "ends prefill")
+
+    def test_only_releases_with_the_defect_get_the_switch(self):
+        source = self.installed(fused_mhc.SOURCE)
+        self.assertEqual(fused_mhc.environment(128), {}, "an older release has no such kernel")
+        source.write_text(f"{fused_mhc.WRONG}\n")
+        self.assertEqual(fused_mhc.environment(128), {fused_mhc.SWITCH: "0"})
+        self.assertEqual(fused_mhc.environment(2048), {})
+        source.write_text("if hidden_idx < T.min(hidden_size, hidden_split_start + hidden_per_split):\n")
+        self.assertEqual(fused_mhc.environment(128), {})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import random
 import unittest
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 from pdkit.checks.http import RequestFailed
@@ -431,9 +432,11 @@ class StubEngine(StubServer):
 
     def __init__(self, test, change=lambda ids, tokens: tokens, status=200):
         self.change, self.status, self.asked, self.cached, self.noise = change, status, [], 0, 0.0
+        self.told = 0
 
         class Handler(JsonHandler):
             def do_GET(self):
+                self.server.told += 1
                 self.answer(200, {"chunked_prefill_size": 128, "context_length": 4096, "disable_radix_cache": False})
 
             def do_POST(self):
@@ -528,8 +531,9 @@ class TestReferences(unittest.TestCase):
 class TestMixin(unittest.TestCase):
     """check_parity of a pair whose answers are those of a stub, against another stub."""
 
-    def check(self, round_, cached=0, noise=0.0, rounding=0.0, **pair):
-        lb, monolithic = StubEngine(self, **pair), StubEngine(self)
+    def case(self, cached=0, noise=0.0, rounding=0.0, **pair):
+        self.lb = lb = StubEngine(self, **pair)
+        monolithic = StubEngine(self)
         lb.cached, lb.noise = cached, noise
 
         class Case(ParityChecks, unittest.TestCase):
@@ -538,8 +542,11 @@ class TestMixin(unittest.TestCase):
             monolithic_url, model, gsm8k_data_path = monolithic.url, "m", None
             references = References(bitwise, request_timeout, rounding)
 
+        return Case
+
+    def check(self, round_, **options):
         with mock.patch("builtins.print"):
-            Case("test_parity_alone").check_parity((round_,))
+            self.case(**options)("test_parity_alone").check_parity((round_,))
 
     def test_equal_answers_pass(self):
         self.check(rounds())
@@ -565,6 +572,22 @@ class TestMixin(unittest.TestCase):
         self.check(cached, cached=2)
         with self.assertRaisesRegex(AssertionError, "0 of 3 tokens of p2 came from prefill's cache"):
             self.check(cached)
+
+    def test_prefill_is_asked_once_whether_it_caches_prefixes(self):
+        case = self.case(cached=2)
+        with mock.patch("builtins.print"):
+            case("test_parity_alone").check_parity((rounds(), rounds(2)))
+        self.assertEqual(self.lb.told, 1)
+
+    def test_where_nothing_came_from_the_cache_it_is_not_said_to_be_checked(self):
+        for cached, outcome in ((2, "passed"), (0, "skipped")):
+            case = self.case(cached=cached)
+            case.parity_plan = classmethod(lambda cls: SimpleNamespace(cached=(rounds(),)))
+            result = unittest.TestResult()
+            with mock.patch("builtins.print"):
+                case("test_parity_prefix_cached").run(result)
+            self.assertTrue(result.wasSuccessful(), result.failures + result.errors)
+            self.assertEqual("skipped" if result.skipped else "passed", outcome)
 
     def test_a_cache_that_flush_left_full_fails(self):
         with self.assertRaisesRegex(AssertionError, "2 of 3 tokens of p0 came from a cache that is empty"):

@@ -49,7 +49,7 @@ class AccountingChecks(Checks):
     needs: tuple[str, ...] = ("lb_url", "prefill_url", "decode_url")
 
     tolerated_failure_rate = 0.0
-    attempt_timeout = None
+    attempt_timeout: float | None = None
 
     def _callTestMethod(self, method: Callable[[], None]) -> None:
         if getattr(method, "unaccounted", False):

@@ -48,6 +48,7 @@ class ParityArms(Checks):
     parity_options   how much is sent
     request_timeout  seconds for one request
     tokenizer_path   config and tokenizer of the model; None where `model` names them
+    from_cache       how many of the pair's answers had a prompt of which prefill's cache held a part
     """
 
     needs: tuple[str, ...] = ("lb_url", "prefill_url", "decode_url", "model", "monolithic_url", "gsm8k_data_path")
@@ -62,6 +63,8 @@ class ParityArms(Checks):
     _parameter_ids: tuple[int, ...] = ()
     evidence: Sequence[Evidence] = ()
     _geometry: Geometry | None = None
+    _caches_prefixes: bool | None = None
+    from_cache = 0
 
     @classmethod
     def known_references(cls) -> References:
@@ -174,6 +177,7 @@ class ParityArms(Checks):
         parity = Parity(round_.condition, names, reference, candidate, control, rounding, loads)
         evidence = parity.evidence(round_, cls._geometry.edges if cls._geometry else {})
         cls.evidence = [*cls.evidence, evidence]
+        cls.from_cache += sum(answer.cached_tokens > 0 for answer in candidate)
         events.emit("compared", **evidence.as_event(), further=parity.further)
         return parity
 
@@ -214,9 +218,11 @@ class ParityArms(Checks):
     @classmethod
     def caches_prefixes(cls) -> bool:
         """Whether a prefix is found again; not among data-parallel ranks with a cache each: the next may be asked."""
-        info = read_server_info(cls.prefill_url)
-        ranks = info.get("dp_size", 1) * (info.get("attn_dp_size") or 1)  # with DP attention 0.5.23 has the latter
-        return not info.get("disable_radix_cache", True) and ranks == 1
+        if cls._caches_prefixes is None:
+            info = read_server_info(cls.prefill_url)
+            ranks = info.get("dp_size", 1) * (info.get("attn_dp_size") or 1)  # with DP attention 0.5.23 has the latter
+            cls._caches_prefixes = not info.get("disable_radix_cache", True) and ranks == 1
+        return cls._caches_prefixes
 
 
 class AloneParityChecks(ParityArms):
@@ -265,7 +271,10 @@ class ParityChecks(AnswerParityChecks, IndexerParityChecks):
         rounds = self.parity_plan().cached
         if not rounds:
             self.skipTest("the model's prompts are shorter than a page of the prefix cache")
+        before = self.from_cache
         self.check_parity(rounds)
+        if self.from_cache == before:
+            self.skipTest("repeated prompts are answered rightly, and prefill took none of them from its cache")
 
 
 def _without(variations: Sequence[Variation]) -> Round:

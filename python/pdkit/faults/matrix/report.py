@@ -1,12 +1,12 @@
 """The table of a detection matrix, as Markdown and as CSV, and its summary."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pdkit.checks.accuracy.checks import FIRST_LOOK
 from pdkit.faults import LIBRARY
 from pdkit.faults.matrix.results import Results, Run, Shortfall
-from pdkit.faults.matrix.verdicts import FIRST_LOOK
 
 CAUGHT, MISSED, NOT_RUN = "●", "–", "·"
 
@@ -16,7 +16,7 @@ def symbol(run: Run, check: str) -> str:
     return NOT_RUN if verdict is None else CAUGHT if verdict.caught else MISSED
 
 
-def _seconds(value):
+def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
@@ -27,10 +27,11 @@ def markdown(results: Results, problems: Sequence[Shortfall]) -> str:
         [f"no fault, {len(results.clean)} runs: failed", *_clean_cells(results), "", "", _seconds(_mean(results.clean))]
     ]
     for run in results.faulty:
-        truth = results.truths.get(run.fault)
+        name = run.fault or ""
+        truth = results.truths.get(name)
         changes = "" if truth is None else "yes" if truth.changes else "no"
         cells = [symbol(run, check) for check in results.checks]
-        rows.append([run.fault, *cells, changes, _seconds(run.first_caught), _seconds(run.seconds)])
+        rows.append([name, *cells, changes, _seconds(run.first_caught), _seconds(run.seconds)])
     lines = [summary(results, problems), ""]
     lines += [
         f"{CAUGHT} caught, {MISSED} missed, {NOT_RUN} not run: not about this kind of fault, or the servers did not "
@@ -45,23 +46,24 @@ def markdown(results: Results, problems: Sequence[Shortfall]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(cells):
+def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _clean_cells(results):
+def _clean_cells(results: Results) -> list[str]:
     return [
         str(sum(run.verdicts[check].caught for run in results.clean if check in run.verdicts))
         for check in results.checks
     ]
 
 
-def _mean(runs):
+def _mean(runs: Sequence[Run]) -> float | None:
     return sum(run.seconds for run in runs) / len(runs) if runs else None
 
 
-def _about(results, run):
-    fault, truth = LIBRARY[run.fault], results.truths.get(run.fault)
+def _about(results: Results, run: Run) -> str:
+    name = run.fault or ""
+    fault, truth = LIBRARY[name], results.truths.get(name)
     parts = [f"**{fault.name}**: {fault.what} ({fault.where.value})"]
     parts += [f"resembles {fault.resembles}"] if fault.resembles else []
     parts += [f"met {run.met} requests"]

@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pdkit.faults import LIBRARY
 from pdkit.faults.matrix.truth import Truth
@@ -51,7 +52,8 @@ class Run:
 
 def planned(faults: Sequence[str], clean_runs: int) -> list[tuple[str | None, int]]:
     """(fault or None, index) of each run: a clean one first, the others spread evenly between the faults."""
-    runs, clean = [], 0
+    runs: list[tuple[str | None, int]] = []
+    clean = 0
     for place, fault in enumerate((None, *faults)):
         wanted = max(1, round(clean_runs * place / len(faults))) if faults and clean_runs else clean_runs
         runs += [(fault, 0)] if fault else []
@@ -74,7 +76,7 @@ class Results:
 
     path: Path
     checks: list[str] = field(default_factory=list)
-    runs: dict = field(default_factory=dict)
+    runs: dict[tuple[str | None, int], Run] = field(default_factory=dict)
     truths: dict[str, Truth] = field(default_factory=dict)
 
     @classmethod
@@ -89,7 +91,7 @@ class Results:
             results._load()
         return results
 
-    def _load(self):
+    def _load(self) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
@@ -100,7 +102,7 @@ class Results:
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(f"{self.path} is not a file of this program ({error!r}); choose another --out") from None
 
-    def _take(self, record):
+    def _take(self, record: dict[str, Any]) -> None:
         kind = record.pop("kind")
         if kind == "checks":
             self.checks = record["checks"]
@@ -111,11 +113,11 @@ class Results:
             run = Run(**record)
             self.runs[run.key] = run
 
-    def _append(self, kind, record):
+    def _append(self, kind: str, record: Mapping[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **record}) + "\n")
 
-    def set_checks(self, checks: Sequence[str]):
+    def set_checks(self, checks: Sequence[str]) -> None:
         """The columns. Raises ResultsError if earlier results have others."""
         if self.checks and self.checks != list(checks):
             raise ResultsError(f"{self.path} has other checks than the suite of today; choose another --out")
@@ -123,11 +125,11 @@ class Results:
             self.checks = list(checks)
             self._append("checks", {"checks": self.checks})
 
-    def add(self, run: Run):
+    def add(self, run: Run) -> None:
         self.runs[run.key] = run
         self._append("run", asdict(run))
 
-    def add_truths(self, truths: Iterable[Truth]):
+    def add_truths(self, truths: Iterable[Truth]) -> None:
         for truth in truths:
             self.truths[truth.fault] = truth
             self._append("truth", asdict(truth))
@@ -155,8 +157,9 @@ class Results:
                 found += [Shortfall(name, why) for why in self._problems_of(run)]
         return found
 
-    def _problems_of(self, run):
-        truth = self.truths.get(run.fault)
+    def _problems_of(self, run: Run) -> Iterator[str]:
+        name = run.fault or ""
+        truth = self.truths.get(name)
         if truth is None:
             yield "whether it changes anything is not known"
         elif not run.met:
@@ -164,8 +167,8 @@ class Results:
         elif truth.changes and not run.caught_by:
             yield "changes something and was not caught"
         elif truth.changes and run.headline is None:
-            yield f"no headline names its kind: expected {LIBRARY[run.fault].says!r}"
-        elif not truth.changes and not LIBRARY[run.fault].harmless:
+            yield f"no headline names its kind: expected {LIBRARY[name].says!r}"
+        elif not truth.changes and not LIBRARY[name].harmless:
             yield "changes nothing, and nobody has said why"
-        elif LIBRARY[run.fault].harmless and (parity := [name for name in run.caught_by if name.startswith("parity")]):
+        elif LIBRARY[name].harmless and (parity := [name for name in run.caught_by if name.startswith("parity")]):
             yield f"should change nothing, yet {', '.join(parity)} saw a difference"

@@ -11,7 +11,7 @@ from pdkit.core.errors import ExitCode
 from pdkit.faults import LIBRARY
 from pdkit.faults.kinds import families
 from pdkit.faults.matrix import report
-from pdkit.faults.matrix.results import Results, Run, planned
+from pdkit.faults.matrix.results import Results, Run, Shortfall, planned
 from pdkit.faults.matrix.session import Session, Subject
 from pdkit.faults.matrix.truth import TriedModel, truths_of
 from pdkit.faults.matrix.verdicts import checks_of
@@ -92,7 +92,7 @@ def run_matrix(out: Path, faults: list[str], clean_runs: int, quick: bool = Fals
     return ExitCode.FAILED if problems else ExitCode.PASSED
 
 
-def write(results: Results, problems: list[str], out: Path) -> None:
+def write(results: Results, problems: Sequence[Shortfall], out: Path) -> None:
     """The table into `out`; prints the summary."""
 
     (out / "matrix.md").write_text(f"# Detection matrix\n\n{report.markdown(results, problems)}", encoding="utf-8")

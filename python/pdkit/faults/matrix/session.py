@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pdkit.core import forked
 from pdkit.faults.library import LIBRARY
@@ -41,7 +42,7 @@ class Subject:
 class Worker:
     """One `pdkit.faults.matrix.worker`, in a session of its own; its events go to `events` as (worker, event or None)."""
 
-    def __init__(self, subject: Subject, log: Path, events: queue.Queue):
+    def __init__(self, subject: Subject, log: Path, events: "queue.Queue[Any]") -> None:
         self.subject, self.log = subject, log
         command = [
             sys.executable,
@@ -55,12 +56,14 @@ class Worker:
         self.process = forked.popen()(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
         )
+        assert self.process.stdin and self.process.stdout  # pipes
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.is_busy = True
         self._reader = threading.Thread(target=self._read, args=(events,), daemon=True)
         self._reader.start()
 
-    def _read(self, events):
-        for line in self.process.stdout:
+    def _read(self, events: "queue.Queue[Any]") -> None:
+        for line in self.stdout:
             event = json.loads(line)
             self.is_busy = event["event"] == "test"
             events.put((self, event))
@@ -68,12 +71,12 @@ class Worker:
 
     def send(self, fault: str | None, tests: Sequence[str] | None = None) -> None:
         self.is_busy = True
-        self.process.stdin.write(json.dumps({"fault": fault, "tests": tests}) + "\n")
-        self.process.stdin.flush()
+        self.stdin.write(json.dumps({"fault": fault, "tests": tests}) + "\n")
+        self.stdin.flush()
 
-    def stop(self):
+    def stop(self) -> None:
         """It stops its servers and ends; a start or run that is going on is interrupted."""
-        self.process.stdin.close()
+        self.stdin.close()
         if self.is_busy and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -82,18 +85,21 @@ class Worker:
             self.process.kill()
             self.process.wait()
         self._reader.join()
-        self.process.stdout.close()
+        self.stdout.close()
 
 
 class Session:
     """Use as a context manager. `progress(text)` is told what happens meanwhile."""
 
-    def __init__(self, subjects: Sequence[Subject], log_dir: Path, progress: Callable[[str], None] = lambda text: None):
+    def __init__(
+        self, subjects: Sequence[Subject], log_dir: Path, progress: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.subjects, self.log_dir, self.progress = subjects, log_dir, progress
-        self.workers, self.tests = [], {}
-        self._events = queue.Queue()
+        self.workers: list[Worker] = []
+        self.tests: dict[str, list[str]] = {}
+        self._events: queue.Queue[Any] = queue.Queue()
 
-    def __enter__(self):
+    def __enter__(self) -> "Session":
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             for subject in self.subjects:
@@ -107,14 +113,14 @@ class Session:
             raise
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         stopping = [threading.Thread(target=worker.stop) for worker in self.workers]
         for thread in stopping:
             thread.start()
         for thread in stopping:
             thread.join()
 
-    def _next(self):
+    def _next(self) -> Any:
         worker, event = self._events.get()
         if event is None:
             raise WorkerFailed(f"the worker of {worker.subject.name} ended on its own; its log: {worker.log}")
@@ -135,7 +141,7 @@ class Session:
         verdicts: dict[str, CheckVerdict] = {}
         finished: dict[str, float] = {}
         clocks = {worker: 0.0 for worker in self.workers}
-        done = {}
+        done: dict[Worker, dict[str, Any]] = {}
         asked = self._asked(fault)
         for worker, tests in asked.items():
             worker.send(fault, tests)

@@ -20,7 +20,7 @@ class RandomWeightsIntact(AccountingChecks, IntegrityChecks, ParityChecks, Monol
     corrupted_lengths = tuple(BIT_FLIPS)
 
     @classmethod
-    def prefill_args(cls):
+    def prefill_args(cls) -> list[str]:
         return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:BitFlip"]
 
 
@@ -39,11 +39,11 @@ class KindsIntact(AccountingChecks, IntegrityChecks, LifeAndKindChecks, Monolith
     withheld_lengths = WITHHELD
 
     @classmethod
-    def take_references(cls):
+    def take_references(cls) -> None:
         """The monolithic server stays up: it is asked when a test needs it."""
 
     @classmethod
-    def prefill_args(cls):
+    def prefill_args(cls) -> list[str]:
         return super().prefill_args() + ["--disaggregation-transfer-backend", "pdkit.engine.test_backends:BitFlip"]
 
 

@@ -7,6 +7,7 @@ is not: there the fault says itself why it changes nothing, and its run in the m
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from pdkit.faults import LIBRARY
 
@@ -20,7 +21,7 @@ class TriedModel:
 
     name: str
     path: Path
-    load_format: str
+    load_format: Literal["auto", "dummy"]
     seed: int
 
 
@@ -49,7 +50,7 @@ def of_transfer(names: Sequence[str], models: Sequence[TriedModel], progress: Ca
 
     torch.set_num_threads(1)
     faults = [replace(LIBRARY[name], every=min(LIBRARY[name].every, PROMPTS_PER_FAULT), after=0) for name in names]
-    effects = {name: {} for name in names}
+    effects: dict[str, dict[str, list[Any]]] = {name: {} for name in names}
     for model in models:
         progress(f"ground truth of {len(names)} faults on the {model.name} model")
         runner = ModelRunner(load_model(model.path, load_format=model.load_format, seed=model.seed))
@@ -60,7 +61,7 @@ def of_transfer(names: Sequence[str], models: Sequence[TriedModel], progress: Ca
     return [_truth(name, effects[name]) for name in names]
 
 
-def _truth(name, by_model):
+def _truth(name: str, by_model: Any) -> Any:
     changes = any(effect.changes for effects in by_model.values() for effect in effects)
     parts = []
     for label, effects in by_model.items():

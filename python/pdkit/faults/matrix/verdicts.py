@@ -6,6 +6,7 @@ itself, and the accuracy gate says what its first look alone would have decided.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from pdkit.checks.accounting.checks import OWN_RESULT
 from pdkit.checks.accounting.ledger import CLIENT, SERVERS
@@ -67,7 +68,7 @@ def verdicts_of(test: str, happened: Events, seconds: float) -> dict[str, CheckV
     return {check_of(test): own} | {check: told[check] for check in (CLIENT, SERVERS, FIRST_LOOK) if check in told}
 
 
-def _verdict(event: dict, seconds: float) -> CheckVerdict:
+def _verdict(event: dict[str, Any], seconds: float) -> CheckVerdict:
     return CheckVerdict(not event["passed"], seconds, "" if event["passed"] else one_line(event["message"]))
 
 

@@ -50,29 +50,29 @@ class PatientLedger(Ledger):
     NEVER, SOMETIMES = 20, 400
 
     @property
-    def give_up_after(self):
+    def give_up_after(self) -> int:
         answered = any(attempt.outcome == OK and attempt.sequences for attempt in self.attempts)
         return self.SOMETIMES if answered else self.NEVER
 
     @give_up_after.setter
-    def give_up_after(self, value):
+    def give_up_after(self, value: int) -> None:
         pass
 
 
 class RunningSubject:
     """A test class whose servers are up."""
 
-    def __init__(self, cls, tests=(), directory: Path = Path()):
+    def __init__(self, cls: Any, tests: Sequence[str] = (), directory: Path = Path()) -> None:
         self.cls, self.events = cls, Tail(directory)
         self.restarted = ""
         self.tests = list(tests) or [
             name for name in unittest.TestLoader().getTestCaseNames(cls) if callable(getattr(cls, name))
         ]
 
-    def start(self):
+    def start(self) -> None:
         self.cls.setUpClass()
 
-    def stop(self):
+    def stop(self) -> None:
         try:
             self.cls.tearDownClass()
         except AssertionError as error:
@@ -117,7 +117,7 @@ class RunningSubject:
             runner.run(self.cls(test))
         return self.events.new()
 
-    def unusable(self):
+    def unusable(self) -> str:
         """Why the servers cannot be used any more, or the empty string."""
         for name in ("prefill", "decode", "lb"):
             process = getattr(self.cls, f"process_{name}")
@@ -131,7 +131,7 @@ class RunningSubject:
                 return f"health of {name}: status {status}"
         return ""
 
-    def _flush_caches(self):
+    def _flush_caches(self) -> None:
         for url in (self.cls.prefill_url, self.cls.decode_url):
             requests.post(f"{url}/flush_cache", params={"timeout": HEALTH_TIMEOUT}, timeout=2 * HEALTH_TIMEOUT)
 
@@ -142,25 +142,26 @@ def _sleep_less(sleep: Callable[[float], None], seconds: float) -> None:
     sleep(seconds if caller.startswith("pdkit.") else min(seconds, LONGEST_SLEEP))
 
 
-def load_class(file, name):
+def load_class(file: str, name: str) -> Any:
     """The class `name` of the test file at `file`, whose neighbours it may import."""
     path = Path(file).resolve()
     sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader, f"{path} is not a module"
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return getattr(module, name)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     file, name, log, *tests = sys.argv[1:] if argv is None else argv
     events = os.fdopen(os.dup(1), "w")
     with open(log, "a", encoding="utf-8") as file_of_log:
         os.dup2(file_of_log.fileno(), 1)
         os.dup2(file_of_log.fileno(), 2)
 
-    def emit(event):
+    def emit(event: Any) -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 

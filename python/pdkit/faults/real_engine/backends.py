@@ -8,12 +8,14 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pdkit.faults.real_engine.blocks import METADATA, Block, Memory, Regions, rows_of
-from pdkit.faults.real_engine.library import LIBRARY
+from pdkit.faults.real_engine.library import LIBRARY, TransferFault
 from pdkit.faults.switch import Switch
 
 SWITCH_VARIABLE, PIECES_VARIABLE = "PDKIT_TRANSFER_FAULT_FILE", "PDKIT_TRANSFER_PIECES"
@@ -25,9 +27,10 @@ REMEMBERED_LISTS = 512
 class Tap:
     """Between SGLang and a backend: which fault is on, and what it makes of a transfer."""
 
-    def __init__(self, switch: Switch, regions: Regions):
+    def __init__(self, switch: Switch, regions: Regions) -> None:
         self.switch, self.regions = switch, regions
-        self._name, self._memory = None, Memory()
+        self._name: str | None = None
+        self._memory = Memory()
         self._lock = threading.Lock()
 
     @classmethod
@@ -35,15 +38,15 @@ class Tap:
         pools, states = json.loads(os.environ[PIECES_VARIABLE])
         return cls(Switch(os.environ[SWITCH_VARIABLE], LIBRARY), Regions(pools, states))
 
-    def fault(self):
+    def fault(self) -> TransferFault | None:
         """The fault that is on, or None."""
         name = self.switch.name()
         return LIBRARY[name] if name else None
 
-    def register(self, regions) -> None:
+    def register(self, regions: Iterable[Any]) -> None:
         self.regions.register([(int(address), int(size)) for address, size in regions])
 
-    def changed(self, fault, blocks: list[Block]) -> list[Block]:
+    def changed(self, fault: TransferFault | None, blocks: list[Block]) -> list[Block]:
         """What becomes of `blocks`. Every transfer passes here, so that the sizes of pages are known."""
         with self._lock:
             pages = self.regions.named(blocks)
@@ -56,28 +59,36 @@ class Tap:
             self.switch.record()
         return result if fault.change else blocks
 
-    def is_on_time(self, fault, blocks: list[Block]) -> bool:
+    def is_on_time(self, fault: TransferFault, blocks: list[Block]) -> bool:
         """Whether nothing is late. Of what is reported early, metadata are not: decode waits for them."""
         return not fault.delay or (fault.early and all(self.regions.piece(each.source) in METADATA for each in blocks))
 
 
-def wrapped_engine(original, tap):
+def wrapped_engine(original: Any, tap: Tap) -> type:
     """A class that SGLang takes for Mooncake's TransferEngine."""
 
     class TransferEngine:
-        def __init__(self, *args, **options):
+        def __init__(self, *args: Any, **options: Any) -> None:
             self._engine = original(*args, **options)
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             return getattr(self._engine, name)
 
-        def batch_register_memory(self, addresses, sizes):
+        def batch_register_memory(self, addresses: Sequence[int], sizes: Sequence[int]) -> Any:
             tap.register(zip(addresses, sizes))
             return self._engine.batch_register_memory(addresses, sizes)
 
-        def batch_transfer_sync_write(self, session, sources, targets, lengths):
+        def batch_transfer_sync_write(
+            self, session: str, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int]
+        ) -> Any:
             fault = tap.fault()
-            blocks = tap.changed(fault, [Block(*map(int, each)) for each in zip(sources, targets, lengths)])
+            blocks = tap.changed(
+                fault,
+                [
+                    Block(int(source), int(target), int(length))
+                    for source, target, length in zip(sources, targets, lengths)
+                ],
+            )
             if fault is None:
                 return self._engine.batch_transfer_sync_write(session, sources, targets, lengths)
             if tap.is_on_time(fault, blocks):
@@ -88,7 +99,7 @@ def wrapped_engine(original, tap):
             time.sleep(fault.delay)
             return self._write(session, blocks)
 
-        def _write(self, session, blocks):
+        def _write(self, session: str, blocks: Any) -> Any:
             if not blocks:
                 return 0
             sources, targets, lengths = zip(*((block.source, block.target, block.length) for block in blocks))
@@ -107,29 +118,32 @@ class Announced:
     delay: float = 0.0
 
 
-def wrapped_agent(original, tap):
+def wrapped_agent(original: Any, tap: Tap) -> Any:
     """A subclass of NIXL's agent."""
 
     class Agent(original):
-        def __init__(self, *args, **options):
-            self._lists, self._lists_lock = {}, threading.Lock()
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._lists: dict[int, Any] = {}
+            self._lists_lock = threading.Lock()
             super().__init__(*args, **options)
 
-        def register_memory(self, regions, mem_type=None, *args, **options):
+        def register_memory(self, regions: Any, mem_type: Any = None, *args: Any, **options: Any) -> Any:
             tap.register((region[0], region[1]) for region in regions)
             return super().register_memory(regions, mem_type, *args, **options)
 
-        def prep_xfer_dlist(self, agent_name, xfer_list, mem_type=None, *args, **options):
+        def prep_xfer_dlist(
+            self, agent_name: str, xfer_list: Any, mem_type: Any = None, *args: Any, **options: Any
+        ) -> Any:
             handle = super().prep_xfer_dlist(agent_name, xfer_list, mem_type, *args, **options)
             self._remember(handle, xfer_list, mem_type, agent_name)
             return handle
 
-        def get_xfer_descs(self, descs, mem_type=None):
+        def get_xfer_descs(self, descs: Any, mem_type: Any = None) -> Any:
             result = super().get_xfer_descs(descs, mem_type)
             self._remember(result, descs, mem_type, None)
             return result
 
-        def _remember(self, handle, rows, kind, peer):
+        def _remember(self, handle: Any, rows: Any, kind: Any, peer: Any) -> None:
             """What a list of descriptors was made of; of those that serve one transfer, the newest only."""
             with self._lists_lock:
                 self._lists[id(handle)] = handle, np.asarray(rows, dtype=np.uint64), kind, peer
@@ -137,7 +151,17 @@ def wrapped_agent(original, tap):
                 for key in passing[:-REMEMBERED_LISTS]:
                     del self._lists[key]
 
-        def make_prepped_xfer(self, operation, local, local_rows, remote, remote_rows, notif_msg=b"", *args, **options):
+        def make_prepped_xfer(
+            self,
+            operation: str,
+            local: Any,
+            local_rows: Any,
+            remote: Any,
+            remote_rows: Any,
+            notif_msg: bytes = b"",
+            *args: Any,
+            **options: Any,
+        ) -> Any:
             _, sources, source_kind, _ = self._lists[id(local)]
             _, targets, target_kind, peer = self._lists[id(remote)]
             rows = rows_of(sources, local_rows), rows_of(targets, remote_rows)
@@ -147,14 +171,32 @@ def wrapped_agent(original, tap):
             asked = operation, local, local_rows, remote, remote_rows, notif_msg
             return super().make_prepped_xfer(*asked, *args, **options)
 
-        def initialize_xfer(self, operation, local, remote, remote_agent, notif_msg=b"", *args, **options):
+        def initialize_xfer(
+            self,
+            operation: str,
+            local: Any,
+            remote: Any,
+            remote_agent: str,
+            notif_msg: bytes = b"",
+            *args: Any,
+            **options: Any,
+        ) -> Any:
             (_, sources, source_kind, _), (_, targets, target_kind, _) = self._lists[id(local)], self._lists[id(remote)]
             changed = self._changed(operation, sources, targets, source_kind, target_kind, remote_agent, notif_msg)
             if changed is not None:
                 return changed
             return super().initialize_xfer(operation, local, remote, remote_agent, notif_msg, *args, **options)
 
-        def _changed(self, operation, sources, targets, source_kind, target_kind, peer, message):
+        def _changed(
+            self,
+            operation: str,
+            sources: Any,
+            targets: Any,
+            source_kind: Any,
+            target_kind: Any,
+            peer: str,
+            message: bytes,
+        ) -> Any:
             """A transfer in place of the one that is asked for; None to leave it as it is."""
             fault = tap.fault()
             asked = [Block(int(s[0]), int(t[0]), int(s[1])) for s, t in zip(sources, targets)]
@@ -178,7 +220,7 @@ def wrapped_agent(original, tap):
             )
             return Announced(peer, message, transfer, fault.delay) if early else transfer
 
-        def transfer(self, handle, *args, **options):
+        def transfer(self, handle: Any, *args: Any, **options: Any) -> Any:
             if not isinstance(handle, Announced):
                 return super().transfer(handle, *args, **options)
             if handle.message:  # from 0.5.23 on SGLang sends it by itself, once all is written
@@ -187,7 +229,7 @@ def wrapped_agent(original, tap):
                 threading.Timer(handle.delay, super().transfer, (handle.transfer,)).start()
             return "DONE"
 
-        def check_xfer_state(self, handle):
+        def check_xfer_state(self, handle: Any) -> Any:
             return "DONE" if isinstance(handle, Announced) else super().check_xfer_state(handle)
 
     return Agent
@@ -218,7 +260,7 @@ def install() -> None:
             continue
         setattr(found, name, wrap(getattr(found, name), tap))
 
-    def watch():
+    def watch() -> None:
         threading.Thread(target=watch_environment, args=(tap,), daemon=True).start()
 
     watch()

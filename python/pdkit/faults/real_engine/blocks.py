@@ -86,7 +86,7 @@ def rows_of(listed: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 class Regions:
     """Registered memory: to which piece an address belongs, and how large the pages of a piece are."""
 
-    def __init__(self, pools: Sequence[str], states: Sequence[str]):
+    def __init__(self, pools: Sequence[str], states: Sequence[str]) -> None:
         self._names = {POOLS: list(pools), METADATA_CALL: list(METADATA)}
         self._states = list(states)
         self._calls = 0
@@ -135,7 +135,7 @@ def lost(*pieces: str) -> Change:
 def half(*pieces: str) -> Change:
     """The second half of each page is never written."""
 
-    def change(blocks, memory):
+    def change(blocks: Sequence[Block], memory: Memory) -> Sequence[Block]:
         return [replace(block, length=block.length // 2) if block.piece in pieces else block for block in blocks]
 
     return change
@@ -144,7 +144,7 @@ def half(*pieces: str) -> Change:
 def swapped(*pieces: str) -> Change:
     """The first two pages of a piece get each other's content."""
 
-    def change(blocks, memory):
+    def change(blocks: Sequence[Block], memory: Memory) -> Sequence[Block]:
         result = list(blocks)
         for piece in pieces:
             places = [at for at, block in enumerate(blocks) if block.piece == piece]
@@ -160,7 +160,7 @@ def swapped(*pieces: str) -> Change:
 def from_before(*pieces: str) -> Change:
     """The pages of a piece are read where the transfer before this one read its own."""
 
-    def change(blocks, memory):
+    def change(blocks: Sequence[Block], memory: Memory) -> Sequence[Block]:
         result = list(blocks)
         for piece in pieces:
             places = [at for at, block in enumerate(blocks) if block.piece == piece]

@@ -11,6 +11,7 @@ from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.accounting.ledger import Ledger
 from pdkit.checks.accuracy.sglang_eval import gsm8k_metrics
 from pdkit.checks.http import RequestFailed, flush_caches, post
+from pdkit.checks.parity.answers import Answer, Arm
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.checks.parity.references import collect
@@ -35,7 +36,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
 
     needs: tuple[str, ...] = ("configure", "server_env", "backend")
 
-    transfer_switch = None
+    transfer_switch: Switch
     server_module = "pdkit.faults.real_engine.server"
     compress_ratios = ()
     transfer_faults = tuple(name for name in LIBRARY if name not in WITH_CANARY)
@@ -50,7 +51,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
     other_length = 600
 
     @classmethod
-    def configure(cls):
+    def configure(cls) -> None:
         super().configure()
         cls.transfer_switch = Switch(cls.temporary_path("transfer-faults-", "switch"), LIBRARY)
         cls.server_env = {
@@ -62,46 +63,49 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
         }
 
     @classmethod
-    def take_references(cls):
+    def take_references(cls) -> None:
         plan = cls.parity_plan()
         for round_ in (*plan.alone, *plan.rooms, *plan.indexed):
             cls.references_of(round_)
 
-    def parity_of(self, round_):
+    def parity_of(self, round_: Round) -> str | None:
         """What is wrong with the answers to a round; None if nothing is."""
         reference, control = self.references_of(round_)
         candidate = self.answers(round_)
         names = tuple(probe.name for probe in round_.probes)
         parity = Parity(round_.condition, names, reference, candidate, control)
         print(f"    {round_.condition}: {parity.candidate_distribution.report()}", flush=True)
-        print(f"      control: {parity.control_distribution.report()}", flush=True)
+        if parity.control_distribution:
+            print(f"      control: {parity.control_distribution.report()}", flush=True)
         return "; ".join(parity.problems) or None
 
-    def answers(self, round_):
+    def answers(self, round_: Round) -> Arm:
         """The pair's. For what is sent alone decode begins with empty caches each time, see `overwrite`."""
         if round_.in_flight > 1:
             return collect(self.lb_url, round_, self.fault_timeout)
-        answers = []
+        answers: list[Answer] = []
         for probe in round_.probes:
             self.empty_caches(self.decode_url)
             answers += collect(self.lb_url, replace(round_, probes=(probe,)), self.fault_timeout)
         return answers
 
-    def accuracy(self):
+    def accuracy(self) -> str | None:
         score = gsm8k_metrics(self.lb_url, self.model, self.gsm8k_data_path, self.accuracy_examples)["score"]
         return None if score > self.min_score else f"score {score:.3f}"
 
-    def acceptance_length(self):
+    def acceptance_length(self) -> str | None:
         measured = self.measure_acceptance(self.lb_url, self.decode_url)
+        assert isinstance(measured, acceptance.Acceptance), measured
         reference, ratio = self.acceptance_length_reference, self.acceptance_length_ratio
         return self.verdict(acceptance.AcceptanceGate(measured, reference, ratio))
 
-    def first_drafts(self):
+    def first_drafts(self) -> str | None:
         measured = self.measure_first_drafts(self.lb_url, self.decode_url)
+        assert isinstance(measured, acceptance.Acceptance) and self.first_drafts_reference, measured
         return self.verdict(acceptance.FirstDrafts(measured, self.first_drafts_reference))
 
     @staticmethod
-    def verdict(gate):
+    def verdict(gate: acceptance.AcceptanceGate | acceptance.FirstDrafts) -> str | None:
         print(f"    {gate.report()}", flush=True)
         return None if gate.passed else gate.report()
 
@@ -114,12 +118,12 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    def empty_caches(self, *urls):
+    def empty_caches(self, *urls: str) -> None:
         for url in urls:
             with contextlib.suppress(RequestFailed):
                 flush_caches([url], self.fault_timeout)
 
-    def overwrite(self):
+    def overwrite(self) -> None:
         """Decode's memory gets other content: what is not written must not be found there by chance.
 
         The checks ask the same for each fault. With empty caches each begins with the pages that are used first here,
@@ -132,7 +136,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
         self.empty_caches(self.prefill_url, self.decode_url)
         collect(self.lb_url, Round("other content", probes, len(probes)), self.fault_timeout)
 
-    def until_served(self):
+    def until_served(self) -> None:
         """What a fault broke must not be taken for what the next one does."""
         deadline, body = time.monotonic() + self.returning, {"text": "1", "sampling_params": {"max_new_tokens": 2}}
         while True:
@@ -146,7 +150,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
 class TransferFaultChecks(TransferFaults):
     """Each fault is seen by a check that compares answers, drafts or scores."""
 
-    def fault_checks(self):
+    def fault_checks(self) -> dict[str, Check]:
         """What is asked with each fault on: name -> function that returns what is wrong, or None."""
         self.take_acceptance_reference()
         self.take_first_drafts_reference()
@@ -160,7 +164,7 @@ class TransferFaultChecks(TransferFaults):
         }
 
     @unaccounted
-    def test_seeded_faults_of_the_transfer(self):
+    def test_seeded_faults_of_the_transfer(self) -> None:
         checks = self.fault_checks()
         observations = []
         for name in (None, *self.transfer_faults):

@@ -34,7 +34,7 @@ class TransferFault:
     resembles: str = ""
     harmless: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name}: {self.what}" + (f" [{self.resembles}]" if self.resembles else "")
 
 
