@@ -3,43 +3,102 @@
 
 Results: docs/decisions/paired-gate.md.
 
-Scores the same questions on both, and prints how many are right on one of them only. From the repository root:
+Scores the same questions on a pair and on a monolithic server, and prints how many are right on one of them only; then on the
+monolithic server once more, for how often it differs from itself. From the repository root:
 
+    scripts/env.sh python3 studies/flip_rate.py --target embedded                       # it starts the servers
     scripts/env.sh python3 studies/flip_rate.py http://127.0.0.1:8000 http://127.0.0.1:8001 --data questions.jsonl
 """
 
-import argparse
+from __future__ import annotations
+
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from pdkit.checks.accuracy import client
-from pdkit.checks.accuracy.gsm8k import gsm8k_args
+from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
-from pdkit.core.gsm8k import read_dataset
-from pdkit.core.stats import exact_interval, mcnemar
-from pdkit.deployment.external import ask
+
+TARGETS = ("embedded", "sglang-cpu")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("urls", nargs=2, metavar="URL", help="a server, and another one of the same model")
-    parser.add_argument("--data", required=True, help="GSM8K questions, lines of JSON")
+@contextmanager
+def served(target: str) -> Iterator[tuple[str, str, str]]:
+    """(load balancer, monolithic server, data set) of servers with a trained model. Raises NotReady."""
+    with tempfile.TemporaryDirectory(prefix="flip-rate-") as logs:
+        os.environ.setdefault("SGLANG_PD_LOG_DIR", logs)
+        from pdkit.deployment.cpu import plan, requirements
+        from pdkit.deployment.cpu.servers import SglangCpuServers
+        from pdkit.deployment.embedded import EmbeddedServers
+        from pdkit.deployment.monolithic import MonolithicBeside
+
+        of_target = EmbeddedServers if target == "embedded" else SglangCpuServers
+        if of_target is SglangCpuServers:
+            requirements.require_machine()
+
+        class Servers(MonolithicBeside, of_target):  # type: ignore[misc, valid-type]
+            cpu_model = plan.LLAMA
+
+            @classmethod
+            def take_references(cls) -> None:
+                """None: all questions are asked here."""
+
+            def runTest(self) -> None:
+                """Nothing: only what the class starts is used."""
+
+        Servers.setUpClass()
+        try:
+            yield Servers.lb_url, Servers.monolithic_url, Servers.gsm8k_data_path
+        finally:
+            Servers.tearDownClass()
+            Servers.doClassCleanups()
+
+
+def compared(urls: Sequence[str], data: str, examples: int | None, in_flight: int) -> None:
+    """Asks all, and prints lost and gained pairs of the first server with each of the others. Raises RequestFailed."""
+    from pdkit.checks.accuracy import client
+    from pdkit.checks.accuracy.gsm8k import gsm8k_args
+    from pdkit.core.gsm8k import read_dataset
+    from pdkit.core.stats import exact_interval, mcnemar
+    from pdkit.deployment.external import ask
+
+    count = min(examples or 10**9, len(read_dataset(data).rows))
+    outcomes = []
+    for url in urls:
+        asked = gsm8k_args(url, ask(url).names[0], data, count, num_shots=5, timeout=300)
+        asked.num_threads = in_flight
+        outcomes.append(client.run(asked)["outcomes"])
+        print(f"{url}: {sum(outcomes[-1])} of {count} right", flush=True)
+    for what, first, second in (("pair and monolithic", 0, 1), ("monolithic, asked twice", 1, 2)):
+        pairs = mcnemar(outcomes[first], outcomes[second])
+        flips = pairs.lost + pairs.gained
+        _, largest = exact_interval(flips, count, 0.90)  # its upper limit is one-sided 95 %
+        print(
+            f"{what}: {flips} flips of {count} ({pairs.lost} and {pairs.gained}), at most {largest:.3%} (95 %)",
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str]) -> ExitCode:
+    """Raises NotReady where the machine lacks what the target needs, RequestFailed where a question got no answer."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("urls", nargs="*", metavar="URL", help="a server, and another one of the same model")
+    parser.add_argument("--target", choices=TARGETS, help="start servers of this target, and ask those")
+    parser.add_argument("--data", help="GSM8K questions, lines of JSON; a target has its own")
     parser.add_argument("--examples", type=int, help="how many (default: all)")
     parser.add_argument("--in-flight", type=int, default=32, help="questions at a time (%(default)s)")
     args = parser.parse_args(argv)
-    count = min(args.examples or 10**9, len(read_dataset(args.data).rows))
-    outcomes = []
-    for url in args.urls:
-        asked = gsm8k_args(url, ask(url).names[0], args.data, count, num_shots=5, timeout=300)
-        asked.num_threads = args.in_flight
-        outcomes.append(client.run(asked)["outcomes"])
-        print(f"{url}: {sum(outcomes[-1])} of {count} right", flush=True)
-    pairs = mcnemar(*outcomes)
-    flips = pairs.lost + pairs.gained
-    _, largest = exact_interval(flips, count, 0.90)  # its upper limit is one-sided 95 %
-    print(f"flips: {flips} of {count} ({pairs.lost} and {pairs.gained}), a rate of at most {largest:.3%} (95 %)")
+    if args.target and not args.urls and not args.data:
+        with served(args.target) as (pair, monolithic, data):
+            compared((pair, monolithic, monolithic), data, args.examples, args.in_flight)
+    elif len(args.urls) == 2 and args.data and not args.target:
+        compared((*args.urls, args.urls[1]), args.data, args.examples, args.in_flight)
+    else:
+        parser.error("give --target, or two URLs and --data")
     return ExitCode.PASSED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("flip_rate.py", main, sys.argv[1:]))

@@ -93,6 +93,7 @@ class MemoryChecks(Checks):
     memory_requests   answered ones of a round
     memory_aborted    seconds after which clients of others leave
     memory_abandoned  those that prefill alone hears of, and that are aborted when it has computed them
+    memory_decoding   those that are aborted by their id while decode answers them
     """
 
     needs: tuple[str, ...] = (
@@ -112,6 +113,8 @@ class MemoryChecks(Checks):
     memory_aborted: Sequence[float] = (0.001, 0.01, 0.03, 0.1)
     memory_abandoned = 8
     memory_abandoned_length = 900
+    memory_decoding = 4
+    memory_decoding_tokens = 400
     memory_timeout = 120.0
     memory_settling = 20.0
 
@@ -137,7 +140,8 @@ class MemoryChecks(Checks):
 
     def _judged(self, resident: Mapping[str, Sequence[int]]) -> list[Growth]:
         """Of the newest rounds."""
-        count = self.memory_requests + len(self.memory_aborted) + self.memory_abandoned + 1
+        aborted = len(self.memory_aborted) + self.memory_decoding
+        count = self.memory_requests + aborted + self.memory_abandoned + 1
         return [Growth(name, tuple(series[-self.memory_rounds :]), count) for name, series in resident.items()]
 
     def _processes(self) -> Mapping[str, Any]:
@@ -152,6 +156,7 @@ class MemoryChecks(Checks):
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda body: post(self.lb_url, "/generate", body, self.memory_timeout), bodies))
             list(pool.map(self._hang_up, self.memory_aborted))
+            list(pool.map(self._abort_while_decoding, range(self.memory_decoding)))
         self._abandon_some()
         bad = [answer for answer in answers if answer.status_code != 200]
         if bad:
@@ -164,6 +169,20 @@ class MemoryChecks(Checks):
         with contextlib.suppress(requests.RequestException):
             with post(self.lb_url, "/generate", body, (self.memory_timeout, seconds), stream=True):
                 pass
+
+    def _abort_while_decoding(self, number: int) -> None:
+        """A request that is aborted by its id after its second token, which is decode's own."""
+        rid = f"decoding-{time.monotonic_ns()}-{number}"
+        ids = [10 + (index + 29 * number) % 200 for index in range(300)]
+        body = {"input_ids": ids, "sampling_params": greedy(self.memory_decoding_tokens), "stream": True, "rid": rid}
+        with contextlib.suppress(requests.RequestException):
+            with post(self.lb_url, "/generate", body, self.memory_timeout, stream=True) as answer:
+                lines = filter(None, answer.iter_lines())
+                next(lines, None)
+                next(lines, None)
+                for url in (self.prefill_url, self.decode_url):
+                    post(url, "/abort_request", {"rid": rid}, self.memory_timeout)
+                list(lines)
 
     def _abandon_some(self) -> None:
         """Rooms whose state nobody fetches, until well after prefill can have computed them on this machine."""

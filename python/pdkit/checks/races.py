@@ -9,13 +9,14 @@ import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 
 import requests
 
 from pdkit.checks.accounting.checks import unaccounted
-from pdkit.checks.http import flush_caches, greedy, post
-from pdkit.checks.parity.answers import Answer
+from pdkit.checks.http import RequestFailed, flush_caches, generate, greedy, post
+from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
 from pdkit.checks.parity.references import ask
@@ -35,6 +36,7 @@ class RaceChecks(ParityArms):
     race_prefix    tokens that they share; race_tail: tokens of their own
     abort_storm    requests that their clients leave at once
     abort_delays   seconds after which they do
+    parallel_samples  n > 1 works; sample_requests: how many such requests are in flight at once
     """
 
     race_offsets: Sequence[float] = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)
@@ -43,6 +45,9 @@ class RaceChecks(ParityArms):
     race_tokens = 6
     abort_storm = 32
     abort_delays: Sequence[float] = (0.0, 0.005, 0.02, 0.05)
+    parallel_samples = False
+    sample_requests = 12
+    samples = 3
 
     def test_shared_prefix_in_flight(self) -> None:
         """Two of one length, different in their tails only, with empty caches each time."""
@@ -69,6 +74,32 @@ class RaceChecks(ParityArms):
                 asked.append(pool.submit(ask, session, self.lb_url, probe, self.request_timeout))
                 time.sleep(offset)
             return [each.result() for each in asked]
+
+    def test_parallel_samples_in_flight(self) -> None:
+        """Each sample of requests with n > 1 that are all in flight at once equals the answer of one by itself."""
+        if not self.parallel_samples:
+            self.skipTest("n > 1 does not work with these servers")
+        probes = [
+            generate_probe(f"request {number}", race_ids(90 + 7 * number, 5000 + number), self.race_tokens)
+            for number in range(self.sample_requests)
+        ]
+        with ThreadPoolExecutor(len(probes)) as pool:
+            answers = [answer for each in pool.map(self._samples, probes) for answer in each]
+        named = [
+            replace(probe, name=f"{probe.name}, sample {sample}") for probe in probes for sample in range(self.samples)
+        ]
+        self._assert_race("races: parallel samples in flight", named, answers)
+
+    def _samples(self, probe: Probe) -> list[Answer]:
+        """Those of `probe` with n > 1; fails where one is missing or was not answered."""
+        body = {**probe.request, "sampling_params": {**probe.request["sampling_params"], "n": self.samples}}
+        try:
+            told = generate(self.lb_url, body, self.request_timeout)
+            answers = [Answer.of_generate(each) for each in told]
+        except (RequestFailed, AnswerError) as failure:
+            self.fail(f"races: parallel samples in flight: {probe.name} with n = {self.samples}: {failure}")
+        self.assertEqual(len(answers), self.samples, f"races: parallel samples in flight: {probe.name}")
+        return answers
 
     @unaccounted
     def test_pages_of_aborted_requests(self) -> None:

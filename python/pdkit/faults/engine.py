@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from pdkit.engine import state
+from pdkit.engine.options import EngineOptions
+from pdkit.engine.prefix_cache import PrefixCache
 from pdkit.engine.request import Request, finish
 from pdkit.engine.scheduler import Scheduler
+from pdkit.engine.sequences import ROOMS
 from pdkit.engine.service import Service
 from pdkit.engine.transfer import DecodeReceiver, PrefillSender
 from pdkit.faults.fault import Injection, Where
 from pdkit.faults.switch import Switch
+
+CHUNK = EngineOptions.chunked_prefill_size
 
 _kept: list[Any] = []  # what a server that leaks never lets go of
 
@@ -30,6 +35,7 @@ class FaultyServer:
 
     def __init__(self, switch: Switch) -> None:
         self.switch = switch
+        self.fetching = 0  # transfers that are awaited
 
     @classmethod
     def install(cls, switch: Switch) -> None:
@@ -38,6 +44,7 @@ class FaultyServer:
             cls._installed.switch = switch
             return
         server = cls._installed = cls(switch)
+        PrefixCache._key = staticmethod(server._key(PrefixCache._key))  # type: ignore[method-assign]
         cls._wrap(Scheduler, "prefill", server._silent("prefill-silent"))
         cls._wrap(Scheduler, "decode", server._silent("decode-silent"))
         cls._wrap(DecodeReceiver, "fetch", server._fetch)
@@ -73,10 +80,27 @@ class FaultyServer:
 
         return wrapper
 
+    def _key(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def key(ids: Sequence[int], length: int, extra_key: str | None) -> tuple[Any, ...]:
+            injection = self._met("chunk-filed-early")
+            if injection is None:
+                return original(ids, length, extra_key)
+            return (*original(ids, length - CHUNK + int(injection.fault.size), extra_key), length)
+
+        return key
+
     async def _fetch(self, original: Callable[..., Any], receiver: DecodeReceiver, *args: Any) -> Any:
         if injection := self._met("memory-kept"):
             _kept.append(b"\1" * int(injection.fault.size))
-        return await original(receiver, *args)
+        room = args[2]
+        late = self._injection("samples-late")
+        if late and room >= ROOMS and self.fetching >= late.fault.size and self._met("samples-late"):
+            await asyncio.Event().wait()
+        self.fetching += 1
+        try:
+            return await original(receiver, *args)
+        finally:
+            self.fetching -= 1
 
     def _close(
         self, original: Callable[..., Any], sender: PrefillSender, room_id: int, reason: str, opened: Any = None
@@ -98,7 +122,12 @@ class FaultyServer:
         original(service, request, kv_transfer)
 
     async def _decode(self, original: Callable[..., Any], service: Service, request: Request, ask: Any) -> None:
-        await original(service, request, ask)
+        try:
+            await original(service, request, ask)
+        finally:
+            aborted = request.output_ids and (request.is_aborted or request.finish_reason is None)
+            if aborted and (injection := self._met("aborted-kept")):
+                _kept.append(b"\1" * int(injection.fault.size))
         failed = request.is_aborted and "KV transfer failed" in (request.finish_reason or {}).get("message", "")
         if failed and self._met("failed-receive-answered"):
             request.finish_reason = finish("stop", matched=None)

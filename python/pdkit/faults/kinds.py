@@ -20,6 +20,7 @@ SEAM = (1, 2, 3)  # output tokens
 STREAMS = (20, 100)  # one in so many
 RETRIED = (10, 33)  # one request in so many
 RACES_S = (0.05, 0.5)
+SAMPLES_LATE_AT = (4, 16)  # transfers in flight
 
 
 def _of_age() -> Iterator[Fault]:
@@ -58,6 +59,16 @@ def _of_memory() -> Iterator[Fault]:
             server="memory-kept",
             size=size,
             says=r"memory of decode grows by \d+ KiB a request",
+        )
+    for size in KEPT:
+        yield Fault(
+            f"aborted-kept-{size >> 10}-kib",
+            f"decode keeps {size >> 10} KiB of each request that is aborted while it answers it",
+            Where.SERVER,
+            server="aborted-kept",
+            size=size,
+            says=r"memory of decode grows by \d+ KiB a request",
+            resembles="SGLang 18701, 21652",
         )
     yield Fault(
         "state-of-failed-rooms-kept",
@@ -192,6 +203,19 @@ def _of_races() -> Iterator[Fault]:
         )
 
 
+def _of_samples() -> Iterator[Fault]:
+    for transfers in SAMPLES_LATE_AT:
+        yield Fault(
+            f"samples-late-at-{transfers}",
+            f"with n > 1 the later samples never start where {transfers} transfers are awaited",
+            Where.SERVER,
+            server="samples-late",
+            size=transfers,
+            says="races: parallel samples in flight|answers no request|fetches nothing",
+            resembles="SGLang 26486, Dynamo 14098",
+        )
+
+
 def _of_crossed_parameters() -> Iterator[Fault]:
     for lost, beside in (("top-p", "logprobs"), ("stop", "seed"), ("temperature", "stop"), ("seed", "top-k")):
         yield Fault(
@@ -239,6 +263,7 @@ TESTS: Mapping[Callable[[], Iterator[Fault]], tuple[str, ...]] = {
     _of_latency: ("test_no_second_mode_of_latency",),
     _of_the_load_balancer: ("test_corrupted_handover_is_rejected",),
     _of_races: ("test_shared_prefix_in_flight",),
+    _of_samples: ("test_parallel_samples_in_flight",),
     _of_crossed_parameters: ("test_parity_crossed_parameters",),
     _of_work: (
         "test_answers_need_their_transfer",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from pdkit.engine.options import EngineOptions
 from pdkit.engine.transfer import KVTransfer, TransferError
 from pdkit.faults import pieces
 from pdkit.faults.fault import (
@@ -244,6 +245,15 @@ def _of_whole_requests() -> Iterator[Fault]:
         on_tensors(EVERYTHING, pieces.zeroed),
         every=4,
     )
+    for tokens in (16, 48):
+        yield Fault(
+            f"chunk-filed-under-its-first-{tokens}",
+            f"a chunk of {EngineOptions.chunked_prefill_size} tokens is found again by the first {tokens} of them, and all before it",
+            Where.SERVER,
+            server="chunk-filed-early",
+            size=tokens,
+            resembles="Pegaflow 450, Mooncake 4153",
+        )
     yield Fault(
         "transfer-fails-one-in-ten", "one transfer in ten fails; a retry succeeds", Where.PREFILL, _fails, every=10
     )

@@ -20,6 +20,7 @@ class TestDisaggregationDSV4Integrity(
     AccountingChecks, IntegrityChecks, ParityAndKindChecks, MonolithicBeside, RandomEmbeddedServers
 ):
     bitwise = True
+    parallel_samples = True
     corrupted_lengths = failing_lengths = tuple(BIT_FLIPS)
     withheld_lengths = WITHHELD
     request_timeout = 120

@@ -23,7 +23,8 @@ class TestDisaggregationDSV4Recovery8GPU(RecoveryChecks, BootstrapMessageChecks,
     bootstrap_timeout = waiting_timeout = 60
     settling = 60
     returning = 1200
-    if EightGpuServers.gsm8k_data_path:  # a small model's long prompts are to take their time
+    if EightGpuServers.gsm8k_data_path:  # a small model answers soon, and its long prompts are to take their time
+        router_timeout, bootstrap_timeout, waiting_timeout = 30, 15, 15
         server_args = [*EightGpuServers.server_args, "--chunked-prefill-size", "2048", "--disable-radix-cache"]
 
     @classmethod

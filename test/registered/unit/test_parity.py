@@ -25,6 +25,7 @@ from pdkit.checks.parity.plan import (
 )
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import FLOAT_ROUNDING, LEVEL, RESOLUTION, Differences, Parity, compare
+from pdkit.checks.races import RaceChecks
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.quantile import quantile
 from stub_server import JsonHandler, StubServer
@@ -373,12 +374,13 @@ class TestPlan(unittest.TestCase):
 
     def test_shared_prefixes_part_at_the_same_length(self):
         together = {probe.name: probe.request["input_ids"] for r in self.plan().shared_prefix for probe in r.probes}
-        for prefix in (32, 256, 320):
+        for prefix in (32, 64, 256, 320):
             a, b, c = (together[f"prefix-{prefix}-{name}"] for name in "abc")
             self.assertEqual(len(a), len(b))
             self.assertNotEqual(len(a), len(c))
             self.assertTrue(a[:prefix] == b[:prefix] == c[:prefix])
             self.assertNotEqual(a[prefix], b[prefix])
+        self.assertGreater(len(together["prefix-64-a"]), 128, "a page that the prefix does not fill")
 
     def test_long_prompts_make_the_indexer_choose(self):
         large = Geometry(vocab_size=520, ratios=(4, 128), context=8192, chosen=2048)
@@ -432,7 +434,7 @@ class StubEngine(StubServer):
 
     def __init__(self, test, change=lambda ids, tokens: tokens, status=200):
         self.change, self.status, self.asked, self.cached, self.noise = change, status, [], 0, 0.0
-        self.told = 0
+        self.told, self.samples = 0, lambda results: results
 
         class Handler(JsonHandler):
             def do_GET(self):
@@ -448,8 +450,11 @@ class StubEngine(StubServer):
                     return self.answer(self.server.status, {"error": {"message": "KV transfer failed"}})
                 ids, params = body["input_ids"], body["sampling_params"]
                 batch = isinstance(ids[0], list)
-                results = [self.result(*each) for each in zip(ids, params)] if batch else self.result(ids, params)
-                self.answer(200, results)
+                if batch:
+                    return self.answer(200, [self.result(*each) for each in zip(ids, params)])
+                if "n" not in params:
+                    return self.answer(200, self.result(ids, params))
+                self.answer(200, self.server.samples([self.result(ids, params) for _ in range(params["n"])]))
 
             def result(self, ids, params):
                 tokens = self.server.change(ids, [ids[-1 - i % len(ids)] for i in range(params["max_new_tokens"])])
@@ -592,6 +597,34 @@ class TestMixin(unittest.TestCase):
     def test_a_cache_that_flush_left_full_fails(self):
         with self.assertRaisesRegex(AssertionError, "2 of 3 tokens of p0 came from a cache that is empty"):
             self.check(rounds(cold=True), cached=2)
+
+
+class TestParallelSamples(unittest.TestCase):
+    """Requests with n > 1 in flight at once, of a pair whose answers are a stub's."""
+
+    def check(self, samples):
+        lb, monolithic = StubEngine(self), StubEngine(self)
+        lb.samples = samples
+
+        class Case(RaceChecks, unittest.TestCase):
+            bitwise, request_timeout, parallel_samples = True, 5, True
+            lb_url = prefill_url = decode_url = lb.url
+            monolithic_url, model, gsm8k_data_path = monolithic.url, "m", None
+
+        with mock.patch("builtins.print"):
+            Case("test_parallel_samples_in_flight").test_parallel_samples_in_flight()
+        return lb
+
+    def test_each_sample_is_compared(self):
+        self.assertEqual(len(self.check(lambda results: results).asked), RaceChecks.sample_requests)
+        other = generate_body([1] * 6, [0.0] * 6)
+        for samples, message in (
+            (lambda results: [*results[:-1], other], "request 0, sample 2: token 0 is 1"),
+            (lambda results: results[:-1], r"2 != 3 : races: parallel samples in flight: request \d"),
+            (lambda results: results[0], r"parallel samples in flight: request \d+ with n = 3"),
+        ):
+            with self.assertRaisesRegex(AssertionError, message):
+                self.check(samples)
 
 
 class TestRejections(unittest.TestCase):

@@ -267,27 +267,26 @@ def _concurrent(
 def _shared_prefix(geometry: Geometry, prompts: Prompts, options: PlanOptions) -> tuple[Round, ...]:
     """Requests that share a prefix and part: one after the other, in both orders, from the cache, and together.
 
-    The prefixes: less than a page of the prefix cache, whole pages, and pages and a half. Of the three tails of a
-    prefix two have the same length, so that the state of the one fits where that of the other belongs.
+    The prefixes: less than a page of the prefix cache, whole pages, pages and a half, and half a page with tails that fill
+    it in different ways. Of the three tails of a prefix two have the same length, so that the state of the one fits where
+    that of the other belongs.
     """
     page = max(geometry.page or max((*geometry.ratios, geometry.window or 1)), SHARED_TOKENS)
-    tail = max(4, page // 3)
-    families = []
-    for length in (page // 4, 2 * page, 2 * page + page // 2):
+    short = max(4, page // 3)
+    families, shared = [], {}
+    for length, tail in ((page // 4, short), (2 * page, short), (2 * page + page // 2, short), (page // 2, page)):
         if length + tail + 5 + options.tokens > geometry.context:
             continue
         prefix = prompts.random_ids(max(1, length))
         tails = [prompts.random_ids(size) for size in (tail, tail, tail + 5)]
         names = [f"prefix-{len(prefix)}-{name}" for name in "abc"]
+        shared.update(dict.fromkeys(names, length))
         families.append([generate_probe(name, prefix + ids, options.tokens // 3) for name, ids in zip(names, tails)])
     a, b, c = zip(*families)
 
     def wave(condition: str, probes: tuple[Probe, ...], cold: bool = False) -> Round:
-        cached = frozenset(probe.name for probe in probes if geometry.page and not cold and _prefix(probe) >= page)
+        cached = frozenset(probe.name for probe in probes if geometry.page and not cold and shared[probe.name] >= page)
         return Round(f"shared prefix, {condition}", probes, len(probes), flush=cold, cold=cold, cached=cached)
-
-    def _prefix(probe: Probe) -> int:
-        return (probe.prompt_length or 0) - tail - 5
 
     return (
         wave("a first", a, cold=True),

@@ -35,6 +35,7 @@ class KindsIntact(AccountingChecks, IntegrityChecks, LifeAndKindChecks, Monolith
     age_requests = 450
     stream_count = 300
     latency_requests = 200
+    parallel_samples = True
     corrupted_lengths = failing_lengths = tuple(BIT_FLIPS)
     withheld_lengths = WITHHELD
 
