@@ -172,7 +172,7 @@ def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
 
 def why(target: Target, gpus: Sequence[Gpu]) -> str:
     """A line for each thing that keeps this machine with `gpus` from the targets that are tried before `target`."""
-    lines = []
+    lines: list[str] = []
     for each in TARGETS[: TARGETS.index(target)]:
         if each.runs_on(gpus):
             lines += each.lacks()
