@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -45,6 +45,24 @@ def descendants(process: psutil.Process) -> list[psutil.Process]:
         return [child for child in process.children(recursive=True) if is_alive(child)]
     except psutil.NoSuchProcess:
         return []
+
+
+def parents() -> dict[int, int]:
+    """{pid: pid of its parent} of all processes, zombies too: one look for many questions."""
+    found = {}
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as stat:
+            found[pid] = int(stat.read().rpartition(b")")[2].split()[1])  # proc(5)
+    return found
+
+
+def below(pid: int, parent_of: Mapping[int, int]) -> list[int]:
+    """The processes below `pid`, by what `parents` found."""
+    found, seen = [pid], set()
+    while found:
+        seen.update(found)
+        found = [child for child, parent in parent_of.items() if parent in found and child not in seen]
+    return sorted(seen - {pid})
 
 
 def describe(process: psutil.Process) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pdkit.core import events
+from pdkit.core import events, processes
 from pdkit.deployment.one_token import one_token
 from pdkit.deployment.server import Server
 from pdkit.deployment.workers import Workers
@@ -32,11 +32,11 @@ class _Watched:
     def expects_exit(self) -> bool:
         return getattr(self.process, "expects_exit", False)
 
-    def death(self) -> tuple[float, str] | None:
-        """When and how the server or a worker of it ended."""
+    def death(self, parent_of: Mapping[int, int]) -> tuple[float, str] | None:
+        """When and how the server or a worker of it ended; `parent_of`: what `processes.parents` has just found."""
         if self.expects_exit():
             return None
-        worker = self._worker_death()
+        worker = self._worker_death(parent_of)
         code = self.process.poll()
         if self.expects_exit():  # since just now
             return None
@@ -50,11 +50,11 @@ class _Watched:
             return fatal_at, "logged a fatal error, and its process goes on"
         return None
 
-    def _worker_death(self) -> str | None:
+    def _worker_death(self, parent_of: Mapping[int, int]) -> str | None:
         if self.workers is None:
             with contextlib.suppress(Exception):
                 self.workers = Workers(self.process.pid)
-        return self.workers.ended() if self.workers else None
+        return self.workers.ended(parent_of) if self.workers else None
 
 
 class Supervisor:
@@ -219,8 +219,9 @@ class Supervisor:
 
     def _find_death(self) -> str | None:
         with self._lock:
-            if self.death is None:
-                deaths = [(death, name) for name, each in self._watched.items() if (death := each.death())]
+            if self.death is None and self._watched:
+                parent_of = processes.parents()
+                deaths = [(death, name) for name, each in self._watched.items() if (death := each.death(parent_of))]
                 if deaths:
                     (_, how), name = min(deaths)
                     self._record(name, how)

@@ -4,9 +4,11 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import psutil
+
+from pdkit.core import processes
 
 # SGLang names its workers by setproctitle: sglang::scheduler_TP0, sglang::detokenizer, sglang::data_parallel_controller.
 TITLED = re.compile(r"^sglang::\S+")
@@ -39,10 +41,16 @@ class Workers:
         self._server = psutil.Process(pid)
         self._known: dict[psutil.Process, str] = {}
 
-    def ended(self) -> str | None:
-        """The first worker that ended since the last look, and how; None where all of them live."""
+    def ended(self, parent_of: Mapping[int, int] | None = None) -> str | None:
+        """The first worker that ended since the last look, and how; None where all of them live.
+
+        parent_of: what `processes.parents` has just found; a look of its own without it.
+        """
         with contextlib.suppress(psutil.Error):
-            children = self._server.children(recursive=True)
+            children = []
+            for pid in processes.below(self._server.pid, processes.parents() if parent_of is None else parent_of):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    children.append(psutil.Process(pid))
             found = next(self._deaths(children), None)
             return found if self._server.is_running() and self._server.status() != psutil.STATUS_ZOMBIE else None
         return None
@@ -61,7 +69,7 @@ class Workers:
                 if TITLED.match(name) or crashed:
                     how = ending(status) if status is not None else "ended"
                     yield f"{name or 'a process below it'} (pid {child.pid}) {how}"
-        for gone in [process for process in self._known if process not in present]:
+        for gone in [each for each in self._known if each not in present]:
             name = self._known.pop(gone)
             if TITLED.match(name):
                 yield f"{name} (pid {gone.pid}) ended (its exit status was taken before it could be read)"

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from pdkit.engine import state
+from pdkit.engine.decoder import Decoder
 
 ROWS = 16
 
@@ -22,6 +23,7 @@ class ModelRunner:
 
     def __init__(self, model: Any, chunk: int = 128) -> None:
         self.model, self.config, self.chunk = model, model.config, chunk
+        self.decoder = Decoder(model)
 
     @torch.inference_mode()
     def prefill_step(self, ids: Sequence[int], cache: DynamicCache, keep_from: int) -> torch.Tensor:
@@ -41,9 +43,7 @@ class ModelRunner:
     def decode_step(self, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         """tokens: one id a row of `cache`, len(tokens) a multiple of ROWS. Returns logits [rows, V]."""
         assert len(tokens) % ROWS == 0
-        return self.model(input_ids=torch.tensor(tokens).unsqueeze(1), past_key_values=cache, use_cache=True).logits[
-            :, -1
-        ]
+        return self.decoder(torch.tensor(tokens), cache)
 
 
 def gather_rows(parts: Sequence[tuple[DynamicCache, list[int]]]) -> DynamicCache:

@@ -52,6 +52,10 @@ def decode(token, cache):
     return runner.decode_step([token] * ROWS, batch)[0], batch
 
 
+def cache_row(cache, row=0):
+    return state.gather([(cache, [row])])
+
+
 class EngineTestCase(unittest.TestCase):
     def assertSameState(self, one, other):
         (tensors, counts), (expected_tensors, expected_counts) = state.tensors_of(one), state.tensors_of(other)
@@ -64,7 +68,7 @@ class EngineTestCase(unittest.TestCase):
 class TestAgainstTransformers(EngineTestCase):
     @torch.inference_mode()
     def test_chunks_and_steps_give_the_logits_of_one_forward_over_everything(self):
-        for length, chunk in ((150, 128), (300, 128), (300, 37), (40, 1)):
+        for length, chunk in ((150, 128), (300, 128), (300, 37), (40, 1), (1, 128), (120, 128)):
             with self.subTest(length=length, chunk=chunk):
                 ids = prompt(length + 20)
                 whole = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
@@ -73,6 +77,9 @@ class TestAgainstTransformers(EngineTestCase):
                 for position in range(length, length + 20):
                     step, cache = decode(ids[position], cache)
                     torch.testing.assert_close(step, whole[position], rtol=1e-3, atol=1e-3)
+                (tensors, counts), expected = (state.tensors_of(each) for each in (cache_row(cache), prefill(ids)[1]))
+                self.assertEqual(counts, expected[1])
+                torch.testing.assert_close(tensors, expected[0], rtol=1e-3, atol=1e-3)
 
     def test_greedy_tokens_are_those_of_generate(self):
         for length in (1, 4, 33, 129, 260):

@@ -316,7 +316,7 @@ class TestWhatIsNoDeath(Supervised):
         process = SimpleNamespace(
             pid=os.getpid(), expects_exit=False, poll=lambda: -9 if process.expects_exit else None
         )
-        looks = SimpleNamespace(ended=lambda: setattr(process, "expects_exit", True))
+        looks = SimpleNamespace(ended=lambda parent_of: setattr(process, "expects_exit", True))
         with mock.patch.object(supervisor, "Workers", return_value=looks), supervised() as watch:
             watch.watch("decode", process)
             self.assertTrue(processes.wait_until(lambda: process.expects_exit, 10))

@@ -1,0 +1,202 @@
+"""One decode step of transformers' DeepSeek-V4 in a third of its operations, for models so small that these are the time.
+
+What stands side by side in the model (projections of one input, experts, the heads' key and value) is one product here;
+the rest is the model's arithmetic for one token per row, on the model's own cache. `test_engine_model_runner.py` compares
+both. B rows, H heads of D, T tokens or compressed entries that a row sees.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers.cache_utils import DynamicCache
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """[..., 1]: what a row of x is multiplied with to have a mean square of one. A fifth of rms_norm's operations."""
+    return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Interleaved rotary embedding: the last 2 * R of x [..., D], as R complex numbers, times turn [R]."""
+    kept, pairs = x.split([x.shape[-1] - 2 * len(turn), 2 * len(turn)], dim=-1)
+    pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * turn
+    return torch.cat([kept, torch.view_as_real(pairs).flatten(-2)], dim=-1)
+
+
+class _Compressor:
+    """Makes an entry of each `rate` tokens; with overlap, of the `rate` before them, too."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.name, self.rate, self.width = name, module.compress_rate, module.head_dim
+        self.bias, self.norm, self.eps = module.position_bias, module.kv_norm.weight, module.kv_norm.variance_epsilon
+        self.overlaps = self.bias.shape[1] == 2 * self.width
+        self.projections = [module.kv_proj.weight, module.gate_proj.weight]
+
+    def __call__(self, layer: Any, kv: Tensor, gate: Tensor, turns: Tensor) -> Tensor:
+        """All entries [B, T, D] after one more token, whose projections [B, D or 2 D] are `kv` and `gate`."""
+        name = self.name
+        kv = torch.cat([layer.buffer_kv[name], kv.unsqueeze(1)], dim=1)
+        gate = torch.cat([layer.buffer_gate[name], gate.unsqueeze(1)], dim=1)
+        filled = kv.shape[1] // self.rate * self.rate
+        layer.buffer_kv[name], layer.buffer_gate[name] = kv[:, filled:], gate[:, filled:]
+        if filled:
+            gate = gate + self.bias
+            if self.overlaps:
+                before = layer.overlap_kv[name], layer.overlap_gate[name]
+                layer.overlap_kv[name], kv = kv.split(self.width, dim=-1)
+                layer.overlap_gate[name], gate = gate.split(self.width, dim=-1)
+                if before[0] is not None:
+                    kv, gate = torch.cat([before[0], kv], dim=1), torch.cat([before[1], gate], dim=1)
+            entry = (kv * gate.softmax(1)).sum(1, keepdim=True)
+            entry = _turned(entry * _scale(entry, self.eps) * self.norm, turns[layer.entry_count[name] * self.rate])
+            layer.compressed_kv[name] = torch.cat([layer.compressed_kv[name], entry], dim=1)
+            layer.entry_count[name] += 1
+        entries: Tensor = layer.compressed_kv[name]
+        return entries
+
+
+class _Attention:
+    def __init__(self, module: Any, norm: Any, turns: dict[str, Tensor]) -> None:
+        self.turns = turns[module.rope_layer_type]
+        self.heads, self.width, self.window = module.num_heads, module.head_dim, module.sliding_window
+        self.scaling, self.sinks, self.eps = module.scaling, module.sinks.view(1, -1, 1), module.q_b_norm.eps
+        self.norms = torch.ones(self.heads + 1, self.width)
+        self.norms[-1] = module.kv_norm.weight
+        projections, queries = [module.q_a_proj.weight, module.kv_proj.weight], [module.q_b_proj.weight]
+        self.compressor = self.indexer = None
+        if module.compressor is not None:
+            self.compressor = _Compressor(module.compressor, "compressor")
+            projections += self.compressor.projections
+            indexer = getattr(module.compressor, "indexer", None)
+            if indexer is not None:
+                self.indexer, self.top = _Compressor(indexer, "indexer"), indexer.index_topk
+                projections += [*self.indexer.projections, indexer.scorer.weights_proj.weight]
+                queries.append(indexer.q_b_proj.weight)
+        self.projections, self.sizes = torch.cat(projections) * norm.weight, [len(weight) for weight in projections]
+        self.queries = torch.cat(queries) * module.q_a_norm.weight
+        groups = module.o_a_proj.weight.chunk(module.o_a_proj.n_groups)
+        self.output = module.o_b_proj.weight @ torch.block_diag(*groups)
+
+    def __call__(self, x: Tensor, layer: Any, position: int) -> Tensor:
+        """x [B, hidden] -> [B, hidden]."""
+        rows, heads = len(x), self.heads
+        low, kv, *parts = linear(x, self.projections).split(self.sizes, dim=-1)
+        queries = linear(low * _scale(low, self.eps), self.queries)
+        both = torch.cat([queries[:, : heads * self.width], kv], dim=1).view(rows, heads + 1, -1)
+        both = both * _scale(both, self.eps) * self.norms
+        q, kv = _turned(both, self.turns[position]).split([heads, 1], dim=1)
+        seen = torch.cat([layer.keys, kv.unsqueeze(1)], dim=2)
+        layer.keys = layer.values = seen[:, :, -self.window + 1 :]
+        layer.cumulative_length += 1
+        seen, chosen = seen[:, 0], None
+        if self.compressor is not None:
+            entries = self.compressor(layer, parts[0], parts[1], self.turns)
+            if self.indexer is not None:
+                keys = self.indexer(layer, parts[2], parts[3], self.turns)
+                entries = entries[:, : (position + 1) // self.compressor.rate]
+                if entries.shape[1] > self.top:
+                    asked = queries[:, heads * self.width :].view(rows, -1, self.indexer.width)
+                    chosen = self._chosen(_turned(asked, self.turns[position]), keys[:, : entries.shape[1]], parts[4])
+            seen = torch.cat([seen, entries], dim=1)
+        scores = torch.bmm(q * self.scaling, seen.transpose(1, 2))
+        if chosen is not None:
+            scores[:, :, -chosen.shape[2] :] += chosen
+        shares = torch.cat([scores, self.sinks.expand(rows, -1, -1)], dim=-1).softmax(-1)[:, :, :-1]
+        return linear(_turned(torch.bmm(shares, seen), self.turns[position].conj()).flatten(1), self.output)
+
+    def _chosen(self, asked: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+        """[B, 1, T]: 0 for the entries that the indexer picks, else -inf."""
+        scores = torch.bmm(weights.unsqueeze(1), torch.bmm(asked, keys.transpose(1, 2)).relu())
+        return torch.full_like(scores, -torch.inf).scatter(2, scores.topk(self.top, dim=2).indices, 0.0)
+
+
+class _Experts:
+    """The routed ones, all of them, and the shared one, as a single gated layer."""
+
+    def __init__(self, module: Any, norm: Any) -> None:
+        routed, shared, self.router = module.experts, module.shared_experts, module.gate
+        gates, ups = routed.gate_up_proj.chunk(2, dim=1)
+        self.routed = routed.num_experts, gates.shape[1]
+        projections = [*gates, shared.gate_proj.weight, *ups, shared.up_proj.weight, self.router.weight]
+        self.projections = torch.cat(projections) * norm.weight
+        self.inner = (len(self.projections) - routed.num_experts) // 2
+        self.down = torch.cat([*routed.down_proj, shared.down_proj.weight], dim=1)
+        self.limit, self.activation, self.fixed = routed.limit, routed.act_fn, getattr(self.router, "tid2eid", None)
+
+    def __call__(self, x: Tensor, tokens: Tensor) -> Tensor:
+        experts, width = self.routed
+        gates, ups, logits = linear(x, self.projections).split([self.inner, self.inner, experts], dim=-1)
+        scores, router = self.router.score_fn(logits), self.router
+        if self.fixed is None:
+            chosen = (scores + router.e_score_correction_bias).topk(router.top_k, dim=-1, sorted=False).indices
+        else:
+            chosen = self.fixed[tokens].long()
+        weights = scores.gather(1, chosen)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * router.routed_scaling_factor
+        mix = torch.zeros_like(scores).scatter_add(1, chosen, weights)
+        inner = self.activation(gates.clamp(max=self.limit)) * ups.clamp(-self.limit, self.limit)
+        inner[:, : experts * width].view(-1, experts, width).mul_(mix.unsqueeze(2))
+        return linear(inner, self.down)
+
+
+class _Streams:
+    """Hyper-connections around a block: what it reads of the streams, and how its output goes back to them."""
+
+    def __init__(self, module: Any, norm: Any) -> None:
+        self.count, self.eps, self.rounds = module.hc_mult, module.hc_eps, module.hc_sinkhorn_iters
+        scales = module.scale.repeat_interleave(torch.tensor([self.count, self.count, self.count**2]))
+        self.weight, self.base = module.fn * scales.unsqueeze(1), module.base
+        self.flat_eps, self.norm_eps = module.input_norm.eps, norm.variance_epsilon
+
+    def __call__(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """streams [B, n, hidden] -> (the block's input [B, hidden], shares of its output [B, n, 1], mix [B, n, n]).
+
+        The weight of the norm of the input is in the block's projections.
+        """
+        count, eps, flat = self.count, self.eps, streams.flatten(1)
+        weights = torch.addcmul(self.base, linear(flat, self.weight), _scale(flat, self.flat_eps))
+        gates, mix = weights[:, : 2 * count].sigmoid(), weights[:, 2 * count :].unflatten(1, (count, count))
+        mix = mix.softmax(-1).add_(eps)
+        for dim in (-2, *(-1, -2) * (self.rounds - 1)):
+            mix.div_(mix.sum(dim, keepdim=True).add_(eps))
+        x = torch.bmm((gates[:, :count] + eps).unsqueeze(1), streams).squeeze(1)
+        return x * _scale(x, self.norm_eps), (2 * gates[:, count:]).unsqueeze(2), mix.transpose(1, 2)
+
+
+class Decoder:
+    """`model`: a DeepseekV4ForCausalLM in eval mode, whose weights stay as they are."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Any) -> None:
+        config, inside = model.config, model.model
+        assert not config.mlp_bias, "projections with a bias are not served"
+        positions = torch.arange(config.max_position_embeddings + config.sliding_window).unsqueeze(0)
+        embeddings = {kind: inside.rotary_emb(inside.norm.weight, positions, kind) for kind in ("main", "compress")}
+        turns = {kind: torch.complex(cos[0], sin[0]) for kind, (cos, sin) in embeddings.items()}
+        self.embedding, self.count = inside.embed_tokens.weight, config.hc_mult
+        self.layers = [
+            (
+                _Streams(layer.attn_hc, layer.input_layernorm),
+                _Attention(layer.self_attn, layer.input_layernorm, turns),
+                _Streams(layer.ffn_hc, layer.post_attention_layernorm),
+                _Experts(layer.mlp, layer.post_attention_layernorm),
+            )
+            for layer in inside.layers
+        ]
+        self.model = model
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+        """tokens [B], the next of each row of `cache`, which goes on. Returns logits [B, V]."""
+        position = cache.get_seq_length()
+        streams = self.embedding[tokens].unsqueeze(1).expand(-1, self.count, -1)
+        for layer, (before_attention, attention, before_experts, experts) in zip(cache.layers, self.layers):
+            x, shares, mix = before_attention(streams)
+            streams = torch.baddbmm(shares * attention(x, layer, position).unsqueeze(1), mix, streams)
+            x, shares, mix = before_experts(streams)
+            streams = torch.baddbmm(shares * experts(x, tokens).unsqueeze(1), mix, streams)
+        inside = self.model.model
+        logits: Tensor = self.model.lm_head(inside.norm(inside.hc_head(streams.unsqueeze(1))))[:, 0]
+        return logits
