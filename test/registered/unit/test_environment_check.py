@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.gpus import Gpu, GpuProcess
 from pdkit.core.registry import Registration
@@ -732,6 +733,8 @@ class TestRecordedMachine(CheckCase):
 class TestCommands(CheckCase):
     def run_command(self, *words, **environ):
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "HF_"))} | environ
+        if words[0] == "-m":
+            return forked.run([sys.executable, *map(str, words)], env=environ)
         return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environ)
 
     def test_cpu_suite_without_importing_sglang(self):
