@@ -36,9 +36,7 @@ class TestLightInstall(unittest.TestCase):
         cls.uv = Path(sys.executable).with_name("uv")
         if not cls.uv.exists():
             raise unittest.SkipTest(f"no uv beside {sys.executable}: this is not the environment of scripts/env.sh")
-        directory = tempfile.TemporaryDirectory(prefix="light-install-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.root = Path(directory.name)
+        cls.root = Path(cls.enterClassContext(tempfile.TemporaryDirectory(prefix="light-install-")))
         cls.python = cls.root / "venv" / "bin" / "python"
         source = cls.root / "source"
         shutil.copytree(paths.REPOSITORY / "python", source / "python", ignore=shutil.ignore_patterns("__pycache__"))

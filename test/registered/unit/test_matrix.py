@@ -121,9 +121,7 @@ class TestPatientLedger(unittest.TestCase):
 
 class TestResults(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = Path(directory.name, "results.jsonl")
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory()), "results.jsonl")
         self.results = Results.open(self.path, resume=False)
         self.results.set_checks(CHECKS)
 
@@ -293,26 +291,6 @@ class Healthy(JsonHandler):
 class TestSession(unittest.TestCase):
     """Real workers, whose servers are one that only answers to health checks."""
 
-    @classmethod
-    def setUpClass(cls):
-        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-        from threading import Thread
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(200)
-                self.end_headers()
-
-            do_POST = do_GET
-
-            def log_message(self, *args):
-                pass
-
-        cls.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        Thread(target=cls.server.serve_forever, daemon=True).start()
-        cls.addClassCleanup(cls.server.server_close)
-        cls.addClassCleanup(cls.server.shutdown)
-
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
@@ -380,9 +358,7 @@ class TestSession(unittest.TestCase):
 
 class TestCommand(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.out = Path(directory.name, "out")
+        self.out = Path(self.enterContext(tempfile.TemporaryDirectory()), "out")
 
     def command(self, *args):
         """(exit code, what it printed)."""

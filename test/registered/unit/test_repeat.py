@@ -32,9 +32,7 @@ sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
 
 class TestRepeat(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.out = Path(directory.name)
+        self.out = Path(self.enterContext(tempfile.TemporaryDirectory()))
         (self.out / "fake.py").write_text(textwrap.dedent(RUN))
 
     def repeat(self, *words):
