@@ -3,9 +3,9 @@
 
 Result: docs/sglang-cpu.md.
 
-    scripts/env.sh python3 studies/sglang_cpu.py [--model dsv4|llama] [--backend mooncake_tcp|nixl] [--spawned]
+    scripts/env.sh python3 studies/sglang_cpu.py [--model dsv4|dsv4-trained|llama] [--backend mooncake_tcp|nixl] [--spawned]
 
-Starts SGLang's prefill, decode and load balancer, sends requests, prints a table and ends them. Seconds and tokens/s by the
+Starts SGLang's prefill, decode, monolithic server and load balancer, sends requests to the pair, prints a table and ends them. Seconds and tokens/s by the
 clock are those of the machine with all that it does beside; tokens for each second of CPU time of decode's scheduler are
 what they would be on an idle core, at most.
 """
@@ -81,7 +81,7 @@ def rows_of(servers: Any, started: Mapping[str, float]) -> list[tuple[str, str]]
         rows.append((f"output tokens/s, {load} at a time", f"{text} (prefill {found['prefill']:.1f} CPU s)"))
     every = everything_started()
     known: set[int] = set()
-    for name in ("prefill", "decode", "lb"):
+    for name in ("prefill", "decode", "monolithic", "lb"):
         process = getattr(servers, f"process_{name}", None)
         if process is not None:
             mine = tree(process.pid)
@@ -95,7 +95,9 @@ def rows_of(servers: Any, started: Mapping[str, float]) -> list[tuple[str, str]]
 def main(argv: Sequence[str]) -> ExitCode:
     """Raises NotReady where the machine lacks what the target needs."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("dsv4", "llama"), default="dsv4", help="default: %(default)s")
+    parser.add_argument(
+        "--model", choices=("dsv4", "dsv4-trained", "llama"), default="dsv4", help="default: %(default)s"
+    )
     parser.add_argument(
         "--backend", choices=("mooncake_tcp", "nixl"), default="mooncake_tcp", help="default: %(default)s"
     )
@@ -105,13 +107,18 @@ def main(argv: Sequence[str]) -> ExitCode:
         os.environ.setdefault("SGLANG_PD_LOG_DIR", logs)
         from pdkit.deployment.cpu import plan, requirements
         from pdkit.deployment.cpu.servers import SglangCpuServers
+        from pdkit.deployment.monolithic import MonolithicBeside
 
         requirements.require_machine()
 
-        class Servers(SglangCpuServers):
-            cpu_model = {"dsv4": plan.DSV4, "llama": plan.LLAMA}[args.model]
+        class Servers(MonolithicBeside, SglangCpuServers):
+            cpu_model = {"dsv4": plan.DSV4, "dsv4-trained": plan.TRAINED_DSV4, "llama": plan.LLAMA}[args.model]
             backend = args.backend
             forked = not args.spawned
+
+            @classmethod
+            def take_references(cls) -> None:
+                """Nothing is compared."""
 
             def runTest(self) -> None:
                 """Nothing: only what the class starts is used."""

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -100,19 +99,18 @@ def launch_contract_of(wheel: Path | None = None) -> tuple[str, dict]:
     """
     from pdkit.preflight.contract import launches
 
-    def ask(file: Path) -> dict | str:
-        try:
-            return launches.as_data(launches.ask(release, file))
-        except launches.ContractUnreadable as error:
-            return str(error).partition(": cannot be imported: ")[2] or str(error)
+    def plain(contract: launches.Contract | launches.ContractUnreadable) -> dict | str:
+        if isinstance(contract, launches.Contract):
+            return launches.as_data(contract)
+        return str(contract).partition(": cannot be imported: ")[2] or str(contract)
 
     # Servers on CPU are forked from a process that has torch and transformers, for which there are stand-ins here.
     files = sorted((REGISTERED / "distributed").glob("test_*.py"))
     files = [file for file in files if not file.name.startswith("test_disaggregation_sglang_cpu")]
     with tempfile.TemporaryDirectory(prefix="record-") as cache, launches.release_of(wheel) as release:
         paths = {cache: "<cache>", str(REPO): "<repository>", str(release.root): "<site-packages>"}
-        with mock.patch.dict(os.environ, clean_environment(cache), clear=True), ThreadPoolExecutor(2) as pool:
-            contracts = list(pool.map(ask, files))
+        with mock.patch.dict(os.environ, clean_environment(cache), clear=True):
+            contracts = [plain(contract) for contract in launches.ask_each(release, files)]
     data: dict[str, dict | str] = {}
     for file, contract in zip(files, contracts, strict=True):
         if isinstance(contract, str):

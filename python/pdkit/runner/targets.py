@@ -48,7 +48,6 @@ class Target:
 
     exercises   names of PARTS that its main job runs through
     beside      test files that ask more of the same servers: what -> name below DISTRIBUTED
-    by_request  it is run only where it is asked for by name
     prepares    "module:function" that is called before it runs, with a working tree of SGLang to test, or None
     takes_questions  whether it scores the file that SGLANG_PD_GSM8K names
     """
@@ -62,7 +61,6 @@ class Target:
     capability: tuple[int, int] = (0, 0)
     exercises: tuple[str, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)
-    by_request: bool = False
     prepares: str | None = None
     takes_questions: bool = False
 
@@ -71,6 +69,15 @@ class Target:
 
     def runs_on(self, gpus: Sequence[Gpu]) -> bool:
         return sum(map(self.suits, gpus)) >= self.gpus
+
+    def lacks(self) -> tuple[str, ...]:
+        """What this machine lacks for it beside GPUs, a line for each thing."""
+        try:
+            if self.prepares:
+                pkgutil.resolve_name(self.prepares)(None)
+        except NotReady as reason:
+            return tuple(str(reason).splitlines())
+        return ()
 
     def prepare(self, sglang_source: str | None) -> None:
         """Raises NotReady where the machine lacks what only this target needs, UsageError for what it does not take."""
@@ -115,12 +122,11 @@ TARGETS = (
     ),
     Target(
         name="sglang-cpu",
-        engine="SGLang on CPU, torch in place of its GPU kernels: a small trained Llama, a random DeepSeek-V4",
+        engine="SGLang on CPU, torch in place of its GPU kernels: a small trained DeepSeek-V4",
         test_file=DISTRIBUTED / "test_disaggregation_sglang_cpu.py",
         needs="no GPU, 5 GiB of memory, Mooncake and NIXL",
         exercises=(SCHEDULER, TRANSFER),
         beside=_beside("sglang_cpu_protocol", "sglang_cpu_recovery"),
-        by_request=True,
         prepares="pdkit.runner.sglang_cpu:prepare",
     ),
     Target(
@@ -148,12 +154,12 @@ def left_out(name: str | None) -> tuple[str, ...]:
 
 
 def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
-    """The target `wanted`, or else the first that `gpus` can run.
+    """The target `wanted`, or else the first that this machine with `gpus` can run.
 
     Raises UnknownTarget where `wanted` is not a target, TargetUnavailable where it needs more than there is.
     """
     if wanted is None:
-        return next(target for target in TARGETS if target.runs_on(gpus) and not target.by_request)
+        return next(target for target in TARGETS if target.runs_on(gpus) and not target.lacks())
     by_name = {target.name: target for target in TARGETS}
     if wanted not in by_name:
         raise UnknownTarget(unknown("target", wanted, by_name))
@@ -165,9 +171,14 @@ def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
 
 
 def why(target: Target, gpus: Sequence[Gpu]) -> str:
-    """One line for each target that is tried before `target` and that `gpus` cannot run."""
-    above = TARGETS[: TARGETS.index(target)]
-    return "\n".join(f"{r.name} needs {r.needs}; found {found(gpus)}" for r in above if not r.runs_on(gpus))
+    """A line for each thing that keeps this machine with `gpus` from the targets that are tried before `target`."""
+    lines: list[str] = []
+    for each in TARGETS[: TARGETS.index(target)]:
+        if each.runs_on(gpus):
+            lines += each.lacks()
+        else:
+            lines.append(f"{each.name} needs {each.needs}; found {found(gpus)}")
+    return "\n".join(lines)
 
 
 def overview(gpus: Sequence[Gpu]) -> str:

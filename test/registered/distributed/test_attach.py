@@ -28,8 +28,8 @@ class Attached(unittest.TestCase):
     def setUp(self):
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-    def attach(self, file, *, before=None, spawned=False, model=ASSETS / "nano-dsv4", **environ):
-        """Runs `file` attached, after the statement `before`; its exit code and what it printed.
+    def attach(self, file, *names, before=None, spawned=False, model=ASSETS / "nano-dsv4", **environ):
+        """Runs `file` attached, all or the tests `names`, after the statement `before`; its exit code and what it printed.
 
         Where our own process was forked, so is that of `file`, and its servers, but where it is to be `spawned`.
         """
@@ -52,7 +52,7 @@ class Attached(unittest.TestCase):
         module = "attach_after" if before else "pdkit.deployment.attach"
         popen = subprocess.Popen if spawned else forked.popen()
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-        with popen([sys.executable, "-m", module, str(file), "-f"], env=environ, **streams) as process:
+        with popen([sys.executable, "-m", module, str(file), *names, "-f"], env=environ, **streams) as process:
             output = process.stdout.read()
         print(output, flush=True)
         return process.returncode, output

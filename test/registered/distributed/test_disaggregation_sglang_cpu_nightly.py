@@ -5,7 +5,7 @@ import unittest
 
 from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.accuracy.checks import GSM8KChecks
-from pdkit.checks.parity.exact import ExactIndexerChecks, ExactParityChecks
+from pdkit.checks.parity.exact import ExactAloneChecks, ExactIndexerChecks, ExactParityChecks
 from pdkit.checks.parity.plan import PlanOptions, Round, generate_probe
 from pdkit.checks.parity.references import collect
 from pdkit.deployment.cpu import plan
@@ -50,6 +50,13 @@ class TestDisaggregationSglangCpuEagle(_Whole):
     """Two tokens a step are verified with the model's MTP layer as the draft."""
 
     more_server_args = plan.EAGLE
+
+
+class TestDisaggregationSglangCpuEagleNixl(AccountingChecks, ExactAloneChecks, MonolithicBeside, SglangCpuServers):
+    cpu_model = plan.DSV4
+    backend = "nixl"
+    more_server_args = plan.EAGLE
+    parity_options = PlanOptions(longest=520, extra_lengths=())
 
 
 class TestDisaggregationSglangCpuSpawned(AccountingChecks, ExactIndexerChecks, MonolithicBeside, SglangCpuServers):

@@ -11,11 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.preflight.contract.releases import CACHE
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 PYTHONPATH = str(REPO / "python")
+TYPES_CACHE = f"--cache-dir={CACHE.expanduser() / 'mypy'}"
 
 
 class TestCodeStyle(unittest.TestCase):
@@ -41,30 +43,38 @@ class TestCodeStyle(unittest.TestCase):
         self.assert_clean("lint-imports", "--no-cache")
 
     def test_types(self):
-        self.assert_clean("mypy", "--cache-dir=/dev/null")
+        self.assert_clean("mypy", TYPES_CACHE)
 
-    def broken(self, path: str, text: str, *tool: str) -> str:
-        """What a tool prints of the package with `text` at the end of its file at `path`."""
+    def broken(self, texts: dict[str, str], *tool: str) -> str:
+        """What a tool prints of the package with each of `texts` at the end of its file, by path."""
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         shutil.copy(REPO / "pyproject.toml", folder)
         package = folder / "python" / "pdkit"
         shutil.copytree(REPO / "python" / "pdkit", package, ignore=shutil.ignore_patterns("assets", "__pycache__"))
-        (package / path).parent.mkdir(exist_ok=True)
-        with open(package / path, "a") as file:
-            file.write(text)
+        for path, text in texts.items():
+            (package / path).parent.mkdir(exist_ok=True)
+            with open(package / path, "a") as file:
+                file.write(text)
         run = self.run_tool(*tool, folder=folder, pythonpath=str(folder / "python"))
         self.assertEqual(run.returncode, 1, run.stdout + run.stderr)
         return run.stdout
 
     def test_an_import_that_is_not_allowed_is_found(self):
-        for path, text, names in (
-            ("engine/state.py", "\nimport sglang.srt\n", "pdkit.engine.state -> sglang"),
-            ("core/errors.py", "\ndef late():\n    import pdkit.runner.targets\n", "pdkit.core.errors -> pdkit.runner"),
-            ("faults/pieces.py", "\nimport pdkit.preflight.plan\n", "pdkit.faults.pieces -> pdkit.preflight.plan"),
-            ("checks/http.py", "\nimport torch\n", "pdkit.checks.http -> torch"),
+        texts = {
+            "engine/state.py": "\nimport sglang.srt\n",
+            "core/errors.py": "\ndef late():\n    import pdkit.runner.targets\n",
+            "faults/pieces.py": "\nimport pdkit.preflight.plan\n",
+            "checks/http.py": "\nimport torch\n",
+        }
+        printed = self.broken(texts, "lint-imports", "--no-cache")
+        for found in (
+            "pdkit.engine.state -> sglang",
+            "pdkit.core.errors -> pdkit.runner",
+            "pdkit.faults.pieces -> pdkit.preflight.plan",
+            "pdkit.checks.http -> torch",
         ):
-            with self.subTest(path):
-                self.assertIn(names, self.broken(path, text, "lint-imports", "--no-cache"))
+            with self.subTest(found):
+                self.assertIn(found, printed)
 
     def test_a_class_name_stands_for_one_thing(self):
         """At most three names of top-level classes are defined in more than one module."""
@@ -78,12 +88,14 @@ class TestCodeStyle(unittest.TestCase):
         self.assertLessEqual(len(twice), 3, twice)
 
     def test_a_room_on_no_floor_is_found(self):
-        printed = self.broken("attic/__init__.py", '"""Old things."""\n', "lint-imports", "--no-cache")
+        printed = self.broken({"attic/__init__.py": '"""Old things."""\n'}, "lint-imports", "--no-cache")
         self.assertIn("pdkit.attic", printed)
 
     def test_a_wrong_type_and_a_missing_one_are_found(self):
         text = "\ndef wrong() -> int:\n    return str(1)\n\n\ndef missing(word):\n    return word\n"
-        printed = self.broken("core/errors.py", text, "mypy", "--cache-dir=/dev/null", "-p", "pdkit.core")
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (folder / "wrong.py").write_text(text)
+        printed = self.run_tool("mypy", TYPES_CACHE, str(folder / "wrong.py")).stdout
         for complaint in ("[return-value]", "[no-untyped-def]"):
             self.assertIn(complaint, printed)
 

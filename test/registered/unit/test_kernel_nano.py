@@ -361,13 +361,13 @@ class TestCache(unittest.TestCase):
 
 class TestGpuPlans(unittest.TestCase):
     def test_each_file_for_gpus_can_be_asked_before_it_runs(self):
-        from pdkit.preflight.contract.launches import ask
+        from pdkit.preflight.contract.launches import ask_each
         from pdkit.preflight.contract.release import installed
         from pdkit.preflight.plan import of_contract
 
-        for path in sorted(ONE_GPU.parent.glob("*[1248]gpu*.py")):
+        paths = sorted(ONE_GPU.parent.glob("*[1248]gpu*.py"))
+        for path, contract in zip(paths, ask_each(installed(), paths), strict=True):
             with self.subTest(file=path.name):
-                contract = ask(installed(), path)
                 self.assertEqual(contract.errors, [])
                 problems = [plan.problems() for plan in of_contract(contract)]
                 self.assertEqual(problems, [[]] * len(contract.tests))

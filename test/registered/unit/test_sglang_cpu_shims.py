@@ -295,10 +295,20 @@ class TestWorkingTree(unittest.TestCase):
         self.assertIn("return 1", (self.release / "srt/disaggregation/prefill.py").read_text())
 
     def test_what_does_not_parse_and_what_is_new(self):
-        (self.package / "srt/new.py").write_text("")
         working_tree.Bug("no syntax", "lang/api.py", "def gen", "def def gen").plant(self.package)
+        (self.package / "lang/new.py").write_text("")
         found = working_tree.changed(self.package, self.release)
-        self.assertEqual(found, ["lang/api.py: line 1: invalid syntax", "srt/new.py: a new file"])
+        self.assertEqual(found, ["lang/api.py: line 1: invalid syntax", "lang/new.py: a new file"])
+
+    def test_what_python_compiles_of_a_planted_bug_stays_with_the_copy(self):
+        cache = self.release / "lang/__pycache__"
+        cache.mkdir()
+        (cache / "api.pyc").write_text("the release's")
+        package = working_tree.copy(self.release, self.root / "another")
+        working_tree.Bug("another", "lang/api.py", "pass", "return 1").plant(package)
+        (self.root / "written").write_text("the copy's")
+        (self.root / "written").replace(package / "lang/__pycache__/api.pyc")
+        self.assertEqual((cache / "api.pyc").read_text(), "the release's")
 
     def test_a_bug_that_fits_nowhere_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "0 places like 'return 7'"):

@@ -35,27 +35,35 @@ class TestLeftOut(unittest.TestCase):
         self.assertRegex(second, "^SGLang's GPU kernels .*: pdkit run --on 1xHopper ")
 
 
+def machine(lacks: str | None = None):
+    """A machine that lacks what SGLang on CPU needs, or nothing."""
+    effect = {"side_effect": NotReady(lacks)} if lacks else {"return_value": None}
+    return mock.patch("pdkit.runner.sglang_cpu.prepare", **effect)
+
+
 class TestChoose(unittest.TestCase):
     def test_highest_target_that_the_machine_can_run(self):
         for gpus, target in (
-            ((), BOTTOM),
+            ((), SGLANG_CPU),
             ([H200] * 7, MIDDLE),
             ([H200] * 8, TOP),
             ([H200] * 9, TOP),
             ([H100] * 8, MIDDLE),
             ([H200] * 7 + [H100], MIDDLE),
             ([H100], MIDDLE),
-            ([B200] * 8, BOTTOM),
+            ([B200] * 8, SGLANG_CPU),
         ):
-            with self.subTest(gpus=found(gpus)):
+            with self.subTest(gpus=found(gpus)), machine():
                 self.assertIs(choose(gpus), target)
+
+    def test_a_machine_that_lacks_what_sglang_on_cpu_needs_takes_the_embedded_engine_and_says_what(self):
+        with machine(lacks="no library\nno memory"):
+            self.assertIs(choose(()), BOTTOM)
+            self.assertEqual(why(BOTTOM, ()).splitlines()[-2:], ["no library", "no memory"])
+            self.assertIs(choose((), wanted="sglang-cpu"), SGLANG_CPU)
 
     def test_a_target_can_be_asked_for(self):
         self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)
-
-    def test_what_runs_by_request_only_is_not_chosen_by_itself(self):
-        self.assertTrue(SGLANG_CPU.by_request and SGLANG_CPU.runs_on(()))
-        self.assertIs(choose((), wanted="sglang-cpu"), SGLANG_CPU)
 
     def test_a_working_tree_is_for_one_target_only(self):
         with self.assertRaisesRegex(UsageError, "not for target embedded; a working tree is tested on sglang-cpu"):
@@ -68,7 +76,7 @@ class TestChoose(unittest.TestCase):
 
     def test_a_target_out_of_reach_is_refused_and_never_replaced(self):
         reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
-        with self.assertRaisesRegex(TargetUnavailable, reason):
+        with machine(), self.assertRaisesRegex(TargetUnavailable, reason):
             choose([H200] * 2, wanted="8xH200")
 
     def test_an_unknown_target_names_the_nearest(self):
@@ -78,10 +86,12 @@ class TestChoose(unittest.TestCase):
     def test_why_not_higher(self):
         self.assertEqual(why(TOP, [H200] * 8), "")
         lines = "^8xH200 needs 8 Hopper GPUs .*; found no GPU\n1xHopper needs 1 Hopper GPU .*; found no GPU$"
-        self.assertRegex(why(BOTTOM, ()), lines)
+        with machine():
+            self.assertRegex(why(BOTTOM, ()), lines)
 
     def test_why_is_silent_on_a_lower_target_by_choice(self):
-        self.assertEqual(why(BOTTOM, [H200] * 8), "")
+        with machine():
+            self.assertEqual(why(BOTTOM, [H200] * 8), "")
 
 
 class TestAgreesWithTheTests(unittest.TestCase):

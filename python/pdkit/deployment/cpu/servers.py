@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pdkit
-from pdkit.core.errors import NotReady
 from pdkit.core.forked import ForkServer
 from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
 from pdkit.deployment.fixture import PlannedServers
@@ -36,7 +35,7 @@ def _close_fork_servers() -> None:
 class SglangCpuServers(ClaimedPorts, PlannedServers):
     """Prefill, decode and what else is launched, of a small model on CPU.
 
-    cpu_model     which model: plan.LLAMA or plan.DSV4
+    cpu_model     which model: plan.LLAMA, plan.DSV4 or plan.TRAINED_DSV4
     backend       what carries the KV pages: see plan.BACKENDS
     forked        servers are forked from one process that imported SGLang, not spawned as in production
     tree          the directory that holds the package `sglang` of prefill and decode; None: the installed release
@@ -66,15 +65,6 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
         cls.rdma_devices = []
         cls.server_args = [*plan.FLAGS, *cls.cpu_model.flags, *cls.more_server_args]
-
-    @classmethod
-    def require_training(cls) -> None:
-        """Raises SkipTest where there is no trained model, and prints why."""
-        try:
-            checkpoints.provide(cls.cpu_model.checkpoint)
-        except NotReady as reason:
-            print(f"skipped: {reason}", flush=True)
-            raise unittest.SkipTest(str(reason)) from None
 
     @classmethod
     def launch_all(cls) -> None:

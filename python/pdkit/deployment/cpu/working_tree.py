@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,11 @@ class Bug:
 
     def plant(self, package: Path) -> None:
         """Change the copy `package`. Raises ValueError unless `old` is in the file exactly once."""
-        path = package / self.file
+        path = package
+        for part in Path(self.file).parts[:-1]:
+            path /= part
+            _open(path)
+        path /= Path(self.file).name
         text = path.read_text(encoding="utf-8")
         if text.count(self.old) != 1:
             raise ValueError(
@@ -36,10 +38,28 @@ class Bug:
 
 
 def copy(package: Path, directory: Path) -> Path:
-    """A copy of the package `sglang` in the new `directory`, its files links to the original's; returns it."""
+    """A copy of the package `sglang` in the new `directory`, what is in it links to the original's; returns it.
+
+    Change it by `Bug.plant` only: what is written below a folder that no bug is in is written to the original.
+    """
+    directory.mkdir(parents=True)
     target = directory / "sglang"
-    shutil.copytree(package, target, copy_function=os.symlink)
+    target.symlink_to(package, target_is_directory=True)
+    _open(target)
     return target
+
+
+def _open(folder: Path) -> None:
+    """Where `folder` is a link to one, make it a folder of its own, with links in it."""
+    if not folder.is_symlink():
+        return
+    original = folder.resolve()
+    folder.unlink()
+    folder.mkdir()
+    for each in original.iterdir():
+        (folder / each.name).symlink_to(each)
+    if (folder / "__pycache__").is_dir():
+        _open(folder / "__pycache__")  # Python writes there
 
 
 def changed(package: Path, release: Path) -> list[str]:

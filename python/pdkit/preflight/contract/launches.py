@@ -124,31 +124,59 @@ def ask(
     `real_imports` imports the dependencies of the release, which must be installed, instead of standing in for them.
     Raises ContractUnreadable.
     """
-    if test_file is not None and not test_file.is_file():
-        raise ContractUnreadable(f"{test_file}: no such file")
+    (found,) = ask_each(release, [test_file], extra_argv, extra_env, real_imports)
+    if isinstance(found, ContractUnreadable):
+        raise found
+    return found
+
+
+def ask_each(
+    release: Release,
+    test_files: Sequence[Path | None],
+    extra_argv: Sequence[str] = (),
+    extra_env: Mapping[str, str] | None = None,
+    real_imports: bool = False,
+) -> list[Contract | ContractUnreadable]:
+    """The same for many test files, each forked from one process that has executed the release."""
+    for test_file in test_files:
+        if test_file is not None and not test_file.is_file():
+            raise ContractUnreadable(f"{test_file}: no such file")
     request = {
         "root": str(release.root),
         "version": release.version,
-        "test": str(test_file.absolute()) if test_file else None,
+        "tests": [str(test_file.absolute()) if test_file else None for test_file in test_files],
         "extra_argv": list(extra_argv),
         "extra_env": dict(extra_env or {}),
         "real_imports": real_imports,
     }
     with tempfile.TemporaryDirectory(prefix="contract-") as folder:
-        question, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        question, answers = Path(folder, "request.json"), [Path(folder, f"{n}.json") for n in range(len(test_files))]
         question.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "pdkit.preflight.contract.probe", str(question), str(answer)]
+        command = [sys.executable, "-m", "pdkit.preflight.contract.probe", str(question), *map(str, answers)]
         environment = _child_environment(folder, writes_bytecode=release.origin.endswith("(installed)"))
         try:
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+            run = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S * len(test_files)
+            )
         except subprocess.TimeoutExpired:
-            raise ContractUnreadable(f"{release.origin}: no answer within {TIMEOUT_S:.0f} s") from None
-        if run.returncode or not answer.exists():
-            last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-            raise ContractUnreadable(f"{release.origin} cannot be read: {last}")
-        found = json.loads(answer.read_text())
+            raise ContractUnreadable(
+                f"{release.origin}: no answer within {TIMEOUT_S * len(test_files):.0f} s"
+            ) from None
+        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
+        found = [
+            json.loads(answer.read_text())
+            if answer.exists()
+            else {"failed": f"{release.origin} cannot be read: {last}"}
+            for answer in answers
+        ]
+    return [_contract(release, *each) for each in zip(test_files, found, strict=True)]
+
+
+def _contract(release: Release, test_file: Path | None, found: Mapping[str, Any]) -> Contract | ContractUnreadable:
+    if "failed" in found:
+        return ContractUnreadable(found["failed"])
     if "unreadable" in found:
-        raise ContractUnreadable(f"{release.origin}: {found['unreadable']}")
+        return ContractUnreadable(f"{release.origin}: {found['unreadable']}")
     return Contract(
         release=release,
         test_file=test_file,

@@ -1,7 +1,8 @@
-"""Answers for one release of SGLang, in a process of its own: `python -m pdkit.preflight.contract.probe REQUEST ANSWER`.
+"""Answers for one release of SGLang, in a process of its own: `python -m pdkit.preflight.contract.probe REQUEST ANSWER...`.
 
-REQUEST is a JSON file (`root`, `version`, `test`, `extra_argv`, `extra_env`, `real_imports`), ANSWER the JSON file to
-write. Test files and SGLang may print what they like.
+REQUEST is a JSON file (`root`, `version`, `tests`, `extra_argv`, `extra_env`, `real_imports`), ANSWER the JSON file to
+write for each of `tests`, which is a test file or null. Each is imported in a fork of the process that has executed the
+release. Test files and SGLang may print what they like.
 """
 
 import importlib
@@ -10,7 +11,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -110,8 +112,11 @@ def registrations(path: str) -> list[dict[str, Any]]:
     return [{"hw": r.backend.name.lower(), "suite": r.effective_suite, "nightly": r.nightly} for r in found]
 
 
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that is asked for. Raises Unreadable."""
+Parsers = dict[str, flags.FlagParser | None]
+
+
+def answer_of_release(request: Mapping[str, Any]) -> tuple[dict[str, Any], Parsers]:
+    """What does not depend on a test, and the parsers by module. Raises Unreadable."""
     importer = None
     if request["real_imports"]:
         sys.path.insert(0, request["root"])
@@ -131,33 +136,37 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     result["fixture"] = fixture_facts(fixture)
     recording.start_recording()
     result["substituted"] = attached(request["version"])
-    if not request["test"]:
-        return result
+    return result, {**dict.fromkeys(SERVERS, parser), ROUTER: router_parser()}
+
+
+def answer_of_test(path: str, request: Mapping[str, Any], parsers: Parsers) -> dict[str, Any]:
+    """What the test file at `path` launches, once the release has answered. Raises Unreadable."""
     baseline = dict(os.environ)
     try:
-        module = recording.import_test(Path(request["test"]))
+        module = recording.import_test(Path(path))
     except Exception as error:
-        raise Unreadable(f"{request['test']}: cannot be imported: {type(error).__name__}: {error}") from error
-    parsers = {**dict.fromkeys(SERVERS, parser), ROUTER: router_parser()}
+        raise Unreadable(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    fixture = importlib.import_module("sglang.test.server_fixtures.disaggregation_fixture").PDDisaggregationServerBase
     plans = [recording.record(test, baseline) for test in recording.pd_tests(module, fixture)]
-    result["registrations"] = registrations(request["test"])
-    result["plans"] = [
-        {
-            "test": plan.test,
-            "problem": plan.problem,
-            "processes": [process(launch, request, parsers) for launch in plan.launches],
-        }
-        for plan in plans
-    ]
-    return result
+    return {
+        "registrations": registrations(path),
+        "plans": [
+            {
+                "test": plan.test,
+                "problem": plan.problem,
+                "processes": [process(launch, request, parsers) for launch in plan.launches],
+            }
+            for plan in plans
+        ],
+    }
 
 
-def main(request_path: str, answer_path: str) -> NoReturn:
-    request = json.loads(Path(request_path).read_text())
+def end(answer: Callable[[], dict[str, Any]], answer_path: str) -> NoReturn:
+    """Ends this process with its answer in the file at `answer_path`."""
     status = 1
     try:
         try:
-            found = answer(request)
+            found = answer()
         except Unreadable as error:
             found = {"unreadable": " ".join(str(error).split())}
         Path(answer_path).write_text(json.dumps(found))
@@ -167,6 +176,30 @@ def main(request_path: str, answer_path: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # neither waits for threads that wait for ever, nor runs what a test left for its end
+
+
+def main(request_path: str, *answer_paths: str) -> NoReturn:
+    request: dict[str, Any] = json.loads(Path(request_path).read_text())
+    parsers: Parsers = {}
+    try:
+        release, parsers = answer_of_release(request)
+    except Unreadable as error:
+        release = {"unreadable": " ".join(str(error).split())}
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+    def answer(test: str | None) -> dict[str, Any]:
+        if test is None or "unreadable" in release:
+            return release
+        return release | answer_of_test(test, request, parsers)
+
+    *others, last = zip(request["tests"], answer_paths, strict=True)
+    for test, path in others:
+        if not os.fork():
+            end(partial(answer, test), path)
+        os.wait()
+    end(partial(answer, last[0]), last[1])
 
 
 if __name__ == "__main__":
