@@ -7,12 +7,11 @@ import sys
 import tempfile
 import time
 import unittest
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
@@ -20,14 +19,11 @@ MEGABYTES = 300
 REPORT = Path(__file__).with_name("report.tar.xz")
 
 
-class NoServer(BaseHTTPRequestHandler):
+class NoServer(JsonHandler):
     """HTTP, but nothing of SGLang's."""
 
     def do_GET(self):
-        self.send_error(404)
-
-    def log_message(self, *_):
-        pass
+        self.answer(404)
 
 
 class TestLightInstall(unittest.TestCase):
@@ -76,10 +72,7 @@ class TestLightInstall(unittest.TestCase):
         self.assertLess(megabytes, MEGABYTES)
 
     def test_check(self):
-        with ThreadingHTTPServer(("127.0.0.1", 0), NoServer) as server:
-            Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-            said = self.pdkit("check", f"http://127.0.0.1:{server.server_port}", code=3)
-            server.shutdown()
+        said = self.pdkit("check", StubServer(self, NoServer).url, code=3)
         self.assertIn("is not an SGLang server: it has no /v1/models", said)
 
     def test_list(self):
