@@ -52,8 +52,9 @@ def recorded_table(text: str) -> list[list[str]]:
             seen = {"tokens": max(status, counts.get("tokens", 0))}
             seen["logprobs"] = max(seen["tokens"], counts.get("logits", 0), counts.get("first token or logprob", 0))
             cells |= {f"{model}, {what}": until_first(seen[what], prompts) for what in seen}
-        if cells["random, logprobs"][0] >= NEVER or LIBRARY[name].every > PROMPTS_PER_FAULT:
-            continue  # it changes nothing, or was tried more often than it is met
+        fault = LIBRARY[name]
+        if cells["random, logprobs"][0] >= NEVER or fault.every > PROMPTS_PER_FAULT or fault.after:
+            continue  # it changes nothing, was tried more often than it is met, or begins later
         rows.append([name, *(shown(*cells[column]) for column in kinds)])
         for column in kinds:
             numbers[column].append(cells[column])

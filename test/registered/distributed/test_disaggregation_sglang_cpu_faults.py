@@ -29,7 +29,7 @@ class TestDisaggregationSglangCpuFaults(TransferFaultChecks, ExactParityArms, Mo
     parity_options = PlanOptions(longest=300, extra_lengths=(300,), rooms=4, room_length=300, indexed=1)
     transfer_faults = tuple(name for name in LIBRARY if name not in DRAFTS)
     first_drafts_prompts = 4  # at once, before each fault
-    transfer_timeout, fault_timeout = 30, 60
+    transfer_timeout, fault_timeout = 60, 120  # a prompt of 3072 tokens on a machine that does other work, too
     shortest = 120  # tokens: of a shorter prompt not every piece of the state is used
 
     @classmethod

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy
+from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.gpus import Gpu, GpuProcess
 from pdkit.core.registry import Registration
@@ -695,6 +696,8 @@ class TestRecordedMachine(CheckCase):
 class TestCommands(CheckCase):
     def run_command(self, *words, **environ):
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "HF_"))} | environ
+        if words[0] == "-m":
+            return forked.run([sys.executable, *map(str, words)], env=environ)
         return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environ)
 
     def test_cpu_suite_without_importing_sglang(self):

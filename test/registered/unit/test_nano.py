@@ -6,7 +6,6 @@ import operator
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import unittest
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pdkit
 import torch
+from pdkit.core import forked
 from pdkit.core.errors import ExitCode
 from pdkit.models.cpu.config import nano_config
 from pdkit.models.cpu.evaluation import accuracy, complete, last_number, prompt
@@ -398,9 +398,7 @@ class TestTraining(unittest.TestCase):
 class TestTrainingScript(unittest.TestCase):
     @unittest.skipIf(torch.cuda.is_available(), "this machine has a GPU")
     def test_says_that_there_is_no_gpu(self):
-        run = subprocess.run(
-            [sys.executable, "-m", "pdkit", "model", "train", "--device", "cuda"], capture_output=True, text=True
-        )
+        run = forked.run([sys.executable, "-m", "pdkit", "model", "train", "--device", "cuda"])
         self.assertEqual(run.returncode, ExitCode.NOT_READY)
         self.assertEqual(run.stderr.strip().count("\n"), 0, run.stderr)
         self.assertIn("--device cpu", run.stderr)

@@ -434,7 +434,7 @@ class StubEngine(StubServer):
 
     def __init__(self, test, change=lambda ids, tokens: tokens, status=200):
         self.change, self.status, self.asked, self.cached, self.noise = change, status, [], 0, 0.0
-        self.told, self.samples = 0, lambda results: results
+        self.told, self.flushed, self.samples = 0, 0, lambda results: results
 
         class Handler(JsonHandler):
             def do_GET(self):
@@ -444,6 +444,7 @@ class StubEngine(StubServer):
             def do_POST(self):
                 body = self.body()
                 if self.path.startswith("/flush_cache"):
+                    self.server.flushed += 1
                     return self.answer(200, {})
                 self.server.asked.append(body)
                 if self.server.status != 200:
@@ -583,6 +584,13 @@ class TestMixin(unittest.TestCase):
         with mock.patch("builtins.print"):
             case("test_parity_alone").check_parity((rounds(), rounds(2)))
         self.assertEqual(self.lb.told, 1)
+
+    def test_of_several_prefill_servers_any_is_asked_next_and_each_is_flushed(self):
+        case, other = self.case(), StubEngine(self)
+        case.prefill_urls = [case.prefill_url, other.url]
+        with mock.patch("builtins.print"):
+            case("test_parity_alone").check_parity((rounds(flush=True, cached=frozenset({"p2"})),))
+        self.assertEqual(other.flushed, 1)
 
     def test_where_nothing_came_from_the_cache_it_is_not_said_to_be_checked(self):
         for cached, outcome in ((2, "passed"), (0, "skipped")):

@@ -36,6 +36,7 @@ class TestRequestsNeeded(unittest.TestCase):
         self.assertEqual(found["rounded-to-bf16"]["GSM8K gate"], "- / -")
         self.assertEqual(found["rounded-to-bf16"]["random, logprobs"], "1 / 1")
         self.assertNotIn("transfer-fails-one-in-ten", found)
+        self.assertNotIn("newest-1-lost-after-20", found, "it begins later")
         self.assertRegex(found["**not seen**"]["random, logprobs"], r"^0 of \d\d$")
 
 

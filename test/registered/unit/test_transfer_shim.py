@@ -263,6 +263,14 @@ class TestBlocks(unittest.TestCase):
             guarded[1], ("canary", *plain[1][:-2], "canary", plain[1][-2], "canary", plain[1][-1], "canary")
         )
 
+    def test_without_a_draft_all_are_named_that_one_call_registers(self):
+        pools, states = pieces_of(RATIOS)
+        regions = Regions(pools, states)
+        count = len(pools) + METADATA + len(states) - 1
+        regions.register([(100 * number, 100) for number in range(count)])
+        found = [regions.piece(100 * number) for number in (0, len(pools), len(pools) + METADATA, count - 1)]
+        self.assertEqual(found, [pools[0], "first token", "window", "128x buffers"])
+
     def test_regions_take_joined_pages_apart_once_they_saw_one(self):
         regions = Regions(("a",), ())
         regions.register([(100, 64)])

@@ -64,6 +64,7 @@ class ParityArms(Checks):
     evidence: Sequence[Evidence] = ()
     _geometry: Geometry | None = None
     _caches_prefixes: bool | None = None
+    prefill_urls: Sequence[str] = ()
     from_cache = 0
 
     @classmethod
@@ -153,7 +154,7 @@ class ParityArms(Checks):
         for round_ in rounds:
             reference, control = self.references_of(round_)
             if round_.flush:
-                flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
+                self.empty_prefix_caches()
             candidate = collect(self.lb_url, round_, self.request_timeout)
             together = round_.in_flight > 1 or round_.batch
             rounding = self.known_references().rounding if together else 0.0
@@ -180,6 +181,11 @@ class ParityArms(Checks):
         cls.from_cache += sum(answer.cached_tokens > 0 for answer in candidate)
         events.emit("compared", **evidence.as_event(), further=parity.further)
         return parity
+
+    @classmethod
+    def empty_prefix_caches(cls) -> None:
+        """Of all servers of the pair. Raises RequestFailed."""
+        flush_caches([*(cls.prefill_urls or [cls.prefill_url]), cls.decode_url], cls.request_timeout)
 
     @classmethod
     def assert_parity(cls, parity: Judgement) -> None:
@@ -217,11 +223,12 @@ class ParityArms(Checks):
 
     @classmethod
     def caches_prefixes(cls) -> bool:
-        """Whether a prefix is found again; not among data-parallel ranks with a cache each: the next may be asked."""
+        """Whether a prefix is found again; not among servers or data-parallel ranks with a cache each: any may be next."""
         if cls._caches_prefixes is None:
             info = read_server_info(cls.prefill_url)
             ranks = info.get("dp_size", 1) * (info.get("attn_dp_size") or 1)  # with DP attention 0.5.23 has the latter
-            cls._caches_prefixes = not info.get("disable_radix_cache", True) and ranks == 1
+            caches = ranks * max(1, len(cls.prefill_urls))
+            cls._caches_prefixes = not info.get("disable_radix_cache", True) and caches == 1
         return cls._caches_prefixes
 
 

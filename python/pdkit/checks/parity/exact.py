@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from pdkit.checks.http import flush_caches
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.checks import AloneParityChecks, IndexerParityChecks, ParityArms, ParityChecks
 from pdkit.checks.parity.plan import Round
@@ -36,7 +35,7 @@ class ExactParityArms(ParityArms):
         for round_ in alone:
             reference = self.reference_alone(round_)
             if round_.flush:
-                flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
+                self.empty_prefix_caches()
             candidate = collect(self.lb_url, round_, self.request_timeout)
             self.assert_parity(
                 replace(self.compared(round_, reference, candidate), condition=f"{round_.condition}, one at a time")

@@ -96,7 +96,7 @@ class Regions:
     def register(self, regions: Sequence[tuple[int, int]]) -> None:
         """One call of the backend's registration: (address, bytes) of each region."""
         names = self._names.get(self._calls, self._states)
-        if self._calls == POOLS and len(regions) >= len(names) + len(METADATA) + len(self._states):
+        if self._calls == POOLS and len(regions) > len(names) + len(METADATA):  # states, too; a draft's if there is one
             names = [*names, *METADATA, *self._states]
         for address, size in regions:
             self._regions.append((address, size, names.pop(0) if names else UNKNOWN))

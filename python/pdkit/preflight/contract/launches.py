@@ -138,6 +138,8 @@ def ask_each(
     real_imports: bool = False,
 ) -> list[Contract | ContractUnreadable]:
     """The same for many test files, each forked from one process that has executed the release."""
+    if not test_files:
+        return []
     for test_file in test_files:
         if test_file is not None and not test_file.is_file():
             raise ContractUnreadable(f"{test_file}: no such file")

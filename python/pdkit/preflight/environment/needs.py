@@ -2,14 +2,14 @@
 
 import ast
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdkit.core.numa import gpu_sockets, nic_sockets
 from pdkit.core.registry import Registration
 from pdkit.core.source import PACKAGE, UNKNOWN, TestClass, pd_classes, read
-from pdkit.preflight.contract.launches import ContractUnreadable, TestContract, ask
+from pdkit.preflight.contract.launches import Contract, ContractUnreadable, TestContract, ask_each
 from pdkit.preflight.contract.release import ReleaseNotFound, installed
 from pdkit.preflight.plan import GpuPlan, Runner, of_contract
 
@@ -80,7 +80,8 @@ def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.en
         return Needs(hw, embedded=hw == "cpu" and bool(classes))
     runner = Runner.of_suite(suite)
     memory = [value for cls in classes if isinstance(value := cls.value("gpu_memory_gb"), (int, float))]
-    found = [_launched(path, suite, root / "sys") for path in dict.fromkeys(cls.source.path for cls in classes)]
+    paths = list(dict.fromkeys(cls.source.path for cls in classes))
+    found = [_launched(contract, suite, root / "sys") for contract in _contracts(paths)]
     return Needs(
         hw=hw,
         gpu_count=runner.gpus if runner else 1,
@@ -131,12 +132,17 @@ class _Launched:
     deprecations: tuple[str, ...] = ()
 
 
-def _launched(path: Path, suite: str, sysfs: Path) -> _Launched:
+def _contracts(paths: list[Path]) -> Sequence[Contract | ContractUnreadable | ReleaseNotFound]:
     try:
-        contract = ask(installed(), path)
-        plans = of_contract(contract, suite)
+        return ask_each(installed(), paths)
     except (ContractUnreadable, ReleaseNotFound) as error:
-        return _Launched(errors=(str(error),))
+        return [error]
+
+
+def _launched(contract: Contract | ContractUnreadable | ReleaseNotFound, suite: str, sysfs: Path) -> _Launched:
+    if not isinstance(contract, Contract):
+        return _Launched(errors=(str(contract),))
+    plans = of_contract(contract, suite)
     sockets = nic_sockets(sysfs), gpu_sockets(sysfs)
     return _Launched(
         processes=tuple(process for test, plan in zip(contract.tests, plans) for process in _processes(test, plan)),

@@ -12,7 +12,7 @@ results.json              what became of each file
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pdkit.core.events import VARIABLE, append, spare_of
 from pdkit.core.host import describe
 from pdkit.core.registry import Registration
 from pdkit.core.secrets import scrub, secret_values
-from pdkit.preflight.contract.launches import ContractUnreadable, ask
+from pdkit.preflight.contract.launches import Contract, ContractUnreadable, ask_each
 from pdkit.preflight.contract.release import ReleaseNotFound, installed
 from pdkit.preflight.plan import as_data, of_contract
 
@@ -42,7 +42,7 @@ def begin(report_dir: Path, registrations: Iterable[Registration]) -> None:
         if path.is_file():
             path.unlink()
     _write(report_dir / ENVIRONMENT_FILE, describe())
-    if plans := [plan for registration in registrations for plan in _gpu_plans(registration)]:
+    if plans := _gpu_plans([registration for registration in registrations if registration.hw == "cuda"]):
         _write(report_dir / GPU_PLAN_FILE, plans)
 
 
@@ -50,14 +50,15 @@ def _write(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _gpu_plans(registration: Registration) -> list[dict[str, Any]]:
-    if registration.hw != "cuda":
-        return []
+def _gpu_plans(registrations: Sequence[Registration]) -> list[dict[str, Any]]:
     try:
-        plans = of_contract(ask(installed(), Path(registration.filename)), registration.suite)
+        found = ask_each(installed(), [Path(registration.filename) for registration in registrations])
     except (ContractUnreadable, ReleaseNotFound):
         return []
-    return [as_data(plan) for plan in plans if plan.gpus]
+    contracts = [
+        (contract, each.suite) for contract, each in zip(found, registrations) if isinstance(contract, Contract)
+    ]
+    return [as_data(plan) for contract, suite in contracts for plan in of_contract(contract, suite) if plan.gpus]
 
 
 def start(log: Path) -> None:
