@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from pdkit.engine import state
-from pdkit.engine.decoder import Decoder
+from pdkit.engine.forward import Forward
 
 ROWS = 16
 
@@ -23,7 +23,7 @@ class ModelRunner:
 
     def __init__(self, model: Any, chunk: int = 128) -> None:
         self.model, self.config, self.chunk = model, model.config, chunk
-        self.decoder = Decoder(model)
+        self.forward = Forward(model)
 
     @torch.inference_mode()
     def prefill_step(self, ids: Sequence[int], cache: DynamicCache, keep_from: int) -> torch.Tensor:
@@ -34,16 +34,14 @@ class ModelRunner:
         start = cache.get_seq_length()
         end = min(len(ids), (start // self.chunk + 1) * self.chunk)
         keep = max(0, end - max(start, keep_from))
-        output = self.model.model(
-            input_ids=torch.tensor([ids[start:end]]), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        return self.model.lm_head(output[0, output.shape[1] - keep :])
+        hidden = self.forward(torch.tensor([ids[start:end]]), cache)[0]
+        return self.model.lm_head(hidden[len(hidden) - keep :])
 
     @torch.inference_mode()
     def decode_step(self, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         """tokens: one id a row of `cache`, len(tokens) a multiple of ROWS. Returns logits [rows, V]."""
         assert len(tokens) % ROWS == 0
-        return self.decoder(torch.tensor(tokens), cache)
+        return self.model.lm_head(self.forward(torch.tensor(tokens).unsqueeze(1), cache))[:, 0]
 
 
 def gather_rows(parts: Sequence[tuple[DynamicCache, list[int]]]) -> DynamicCache:

@@ -1,8 +1,8 @@
-"""One decode step of transformers' DeepSeek-V4 in a third of its operations, for models so small that these are the time.
+"""The forward pass of transformers' DeepSeek-V4 in a third of its operations, for models so small that these are the time.
 
 What stands side by side in the model (projections of one input, experts, the heads' key and value) is one product here;
-the rest is the model's arithmetic for one token per row, on the model's own cache. `test_engine_model_runner.py` compares
-both. B rows, H heads of D, T tokens or compressed entries that a row sees.
+the rest is the model's arithmetic, on the model's own cache. `test_engine_model_runner.py` compares both. B rows of S
+tokens each, all rows at the same position, H heads of D, T tokens or compressed entries that there are to see.
 """
 
 from typing import Any
@@ -19,10 +19,15 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Interleaved rotary embedding: the last 2 * R of x [..., D], as R complex numbers, times turn [R]."""
-    kept, pairs = x.split([x.shape[-1] - 2 * len(turn), 2 * len(turn)], dim=-1)
+    """Interleaved rotary embedding: the last 2 * R of x [..., D], as R complex numbers, times turn [..., R]."""
+    width = 2 * turn.shape[-1]
+    kept, pairs = x.split([x.shape[-1] - width, width], dim=-1)
     pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * turn
     return torch.cat([kept, torch.view_as_real(pairs).flatten(-2)], dim=-1)
+
+
+def _after(before: Tensor | None, x: Tensor, dim: int = 1) -> Tensor:
+    return x if before is None else torch.cat([before, x], dim=dim)
 
 
 class _Compressor:
@@ -35,33 +40,43 @@ class _Compressor:
         self.projections = [module.kv_proj.weight, module.gate_proj.weight]
 
     def __call__(self, layer: Any, kv: Tensor, gate: Tensor, turns: Tensor) -> Tensor:
-        """All entries [B, T, D] after one more token, whose projections [B, D or 2 D] are `kv` and `gate`."""
-        name = self.name
-        kv = torch.cat([layer.buffer_kv[name], kv.unsqueeze(1)], dim=1)
-        gate = torch.cat([layer.buffer_gate[name], gate.unsqueeze(1)], dim=1)
-        filled = kv.shape[1] // self.rate * self.rate
-        layer.buffer_kv[name], layer.buffer_gate[name] = kv[:, filled:], gate[:, filled:]
-        if filled:
+        """All entries [B, T, D] after more tokens, whose projections [B, S, D or 2 D] are `kv` and `gate`."""
+        name, rate = self.name, self.rate
+        kv, gate = _after(layer.buffer_kv[name], kv), _after(layer.buffer_gate[name], gate)
+        count = kv.shape[1] // rate
+        layer.buffer_kv[name], layer.buffer_gate[name] = kv[:, count * rate :], gate[:, count * rate :]
+        if count:
+            kv, gate = (x[:, : count * rate].unflatten(1, (count, rate)) for x in (kv, gate))
             gate = gate + self.bias
             if self.overlaps:
-                before = layer.overlap_kv[name], layer.overlap_gate[name]
-                layer.overlap_kv[name], kv = kv.split(self.width, dim=-1)
-                layer.overlap_gate[name], gate = gate.split(self.width, dim=-1)
-                if before[0] is not None:
-                    kv, gate = torch.cat([before[0], kv], dim=1), torch.cat([before[1], gate], dim=1)
-            entry = (kv * gate.softmax(1)).sum(1, keepdim=True)
-            entry = _turned(entry * _scale(entry, self.eps) * self.norm, turns[layer.entry_count[name] * self.rate])
-            layer.compressed_kv[name] = torch.cat([layer.compressed_kv[name], entry], dim=1)
-            layer.entry_count[name] += 1
-        entries: Tensor = layer.compressed_kv[name]
-        return entries
+                kv = self._with_those_before(layer.overlap_kv, kv, 0.0)
+                gate = self._with_those_before(layer.overlap_gate, gate, -torch.inf)
+            entries = (kv * gate.softmax(2)).sum(2)
+            first = layer.entry_count[name] * rate
+            entries = _turned(
+                entries * _scale(entries, self.eps) * self.norm, turns[first : first + count * rate : rate]
+            )
+            layer.compressed_kv[name] = _after(layer.compressed_kv[name], entries)
+            layer.entry_count[name] += count
+        elif layer.compressed_kv[name] is None:
+            layer.compressed_kv[name] = kv.new_zeros(len(kv), 0, self.width)
+        found: Tensor = layer.compressed_kv[name]
+        return found
+
+    def _with_those_before(self, kept: dict[str, Tensor | None], x: Tensor, nothing: float) -> Tensor:
+        """x [B, n, rate, 2 D] -> [B, n, 2 rate, D]: the first half of the window before, the second half of each."""
+        first, second = x.split(self.width, dim=-1)
+        before, kept[self.name] = kept[self.name], first[:, -1]
+        if before is None:
+            before = torch.full_like(first[:, 0], nothing)
+        return torch.cat([torch.cat([before.unsqueeze(1), first[:, :-1]], dim=1), second], dim=2)
 
 
 class _Attention:
     def __init__(self, module: Any, norm: Any, turns: dict[str, Tensor]) -> None:
         self.turns = turns[module.rope_layer_type]
         self.heads, self.width, self.window = module.num_heads, module.head_dim, module.sliding_window
-        self.scaling, self.sinks, self.eps = module.scaling, module.sinks.view(1, -1, 1), module.q_b_norm.eps
+        self.scaling, self.sinks, self.eps = module.scaling, module.sinks.view(-1, 1), module.q_b_norm.eps
         self.norms = torch.ones(self.heads + 1, self.width)
         self.norms[-1] = module.kv_norm.weight
         projections, queries = [module.q_a_proj.weight, module.kv_proj.weight], [module.q_b_proj.weight]
@@ -79,36 +94,50 @@ class _Attention:
         groups = module.o_a_proj.weight.chunk(module.o_a_proj.n_groups)
         self.output = module.o_b_proj.weight @ torch.block_diag(*groups)
 
-    def __call__(self, x: Tensor, layer: Any, position: int) -> Tensor:
-        """x [B, hidden] -> [B, hidden]."""
-        rows, heads = len(x), self.heads
+    def __call__(self, x: Tensor, layer: Any, start: int, outside: Tensor | None) -> Tensor:
+        """x [B, S, hidden] -> the same. outside [S, T]: tokens that a query does not see; None for a single one."""
+        (rows, length), heads = x.shape[:2], self.heads
         low, kv, *parts = linear(x, self.projections).split(self.sizes, dim=-1)
         queries = linear(low * _scale(low, self.eps), self.queries)
-        both = torch.cat([queries[:, : heads * self.width], kv], dim=1).view(rows, heads + 1, -1)
-        both = both * _scale(both, self.eps) * self.norms
-        q, kv = _turned(both, self.turns[position]).split([heads, 1], dim=1)
-        seen = torch.cat([layer.keys, kv.unsqueeze(1)], dim=2)
+        turn = self.turns[start : start + length].unsqueeze(1)
+        both = torch.cat([queries[..., : heads * self.width], kv], dim=-1).view(rows, length, heads + 1, -1)
+        q, kv = _turned(both * _scale(both, self.eps) * self.norms, turn).split([heads, 1], dim=2)
+        if not layer.is_initialized:
+            layer.lazy_initialization(kv.transpose(1, 2), kv.transpose(1, 2))
+        seen = torch.cat([layer.keys, kv.transpose(1, 2)], dim=2)
         layer.keys = layer.values = seen[:, :, -self.window + 1 :]
-        layer.cumulative_length += 1
-        seen, chosen = seen[:, 0], None
+        layer.cumulative_length += length
+        seen, hidden, chosen = seen[:, 0], outside, None
         if self.compressor is not None:
             entries = self.compressor(layer, parts[0], parts[1], self.turns)
             if self.indexer is not None:
                 keys = self.indexer(layer, parts[2], parts[3], self.turns)
-                entries = entries[:, : (position + 1) // self.compressor.rate]
-                if entries.shape[1] > self.top:
-                    asked = queries[:, heads * self.width :].view(rows, -1, self.indexer.width)
-                    chosen = self._chosen(_turned(asked, self.turns[position]), keys[:, : entries.shape[1]], parts[4])
+                entries = entries[:, : (start + length) // self.compressor.rate]
+            late = None
+            if outside is not None:
+                complete = torch.arange(start + 1, start + length + 1) // self.compressor.rate
+                late = torch.arange(entries.shape[1]) >= complete.unsqueeze(1)
+                hidden = torch.cat([outside, late], dim=1)
+            if self.indexer is not None and entries.shape[1] > self.top:
+                asked = queries[..., heads * self.width :].unflatten(-1, (-1, self.indexer.width))
+                chosen = self._chosen(_turned(asked, turn), keys[:, : entries.shape[1]], parts[4], late)
             seen = torch.cat([seen, entries], dim=1)
-        scores = torch.bmm(q * self.scaling, seen.transpose(1, 2))
+        scores = torch.bmm((q * self.scaling).reshape(rows, length * heads, -1), seen.transpose(1, 2))
+        scores = scores.view(rows, length, heads, -1)
         if chosen is not None:
-            scores[:, :, -chosen.shape[2] :] += chosen
-        shares = torch.cat([scores, self.sinks.expand(rows, -1, -1)], dim=-1).softmax(-1)[:, :, :-1]
-        return linear(_turned(torch.bmm(shares, seen), self.turns[position].conj()).flatten(1), self.output)
+            scores[..., -chosen.shape[-1] :] += chosen.unsqueeze(2)
+        if hidden is not None:
+            scores.masked_fill_(hidden.unsqueeze(1), -torch.inf)
+        shares = torch.cat([scores, self.sinks.expand(rows, length, -1, -1)], dim=-1).softmax(-1)[..., :-1]
+        seen = torch.bmm(shares.reshape(rows, length * heads, -1), seen).view(rows, length, heads, -1)
+        return linear(_turned(seen, turn.conj()).flatten(2), self.output)
 
-    def _chosen(self, asked: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-        """[B, 1, T]: 0 for the entries that the indexer picks, else -inf."""
-        scores = torch.bmm(weights.unsqueeze(1), torch.bmm(asked, keys.transpose(1, 2)).relu())
+    def _chosen(self, asked: Tensor, keys: Tensor, weights: Tensor, late: Tensor | None) -> Tensor:
+        """[B, S, T]: 0 for the entries that the indexer picks, else -inf. Of late ones it may pick, where few are not."""
+        found = torch.bmm(asked.flatten(1, 2), keys.transpose(1, 2)).relu().view(*asked.shape[:3], -1)
+        scores = torch.matmul(weights.unsqueeze(2), found).squeeze(2)
+        if late is not None:
+            scores.masked_fill_(late, -torch.inf)
         return torch.full_like(scores, -torch.inf).scatter(2, scores.topk(self.top, dim=2).indices, 0.0)
 
 
@@ -165,7 +194,7 @@ class _Streams:
         return x * _scale(x, self.norm_eps), (2 * gates[:, count:]).unsqueeze(2), mix.transpose(1, 2)
 
 
-class Decoder:
+class Forward:
     """`model`: a DeepseekV4ForCausalLM in eval mode, whose weights stay as they are."""
 
     @torch.inference_mode()
@@ -175,7 +204,7 @@ class Decoder:
         positions = torch.arange(config.max_position_embeddings + config.sliding_window).unsqueeze(0)
         embeddings = {kind: inside.rotary_emb(inside.norm.weight, positions, kind) for kind in ("main", "compress")}
         turns = {kind: torch.complex(cos[0], sin[0]) for kind, (cos, sin) in embeddings.items()}
-        self.embedding, self.count = inside.embed_tokens.weight, config.hc_mult
+        self.embedding, self.count, self.window = inside.embed_tokens.weight, config.hc_mult, config.sliding_window
         self.layers = [
             (
                 _Streams(layer.attn_hc, layer.input_layernorm),
@@ -185,18 +214,22 @@ class Decoder:
             )
             for layer in inside.layers
         ]
-        self.model = model
+        self.head, self.norm = inside.hc_head, inside.norm
 
-    @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
-        """tokens [B], the next of each row of `cache`, which goes on. Returns logits [B, V]."""
-        position = cache.get_seq_length()
-        streams = self.embedding[tokens].unsqueeze(1).expand(-1, self.count, -1)
+        """tokens [B, S], the next of each row of `cache`, which goes on. Returns what `lm_head` takes, [B, S, hidden]."""
+        (rows, length), start = tokens.shape, cache.get_seq_length()
+        outside = None
+        if length > 1:
+            ages = torch.arange(length).unsqueeze(1) - torch.arange(-min(start, self.window - 1), length)
+            outside = (ages < 0) | (ages >= self.window)
+        flat = tokens.flatten()
+        streams = self.embedding[flat].unsqueeze(1).expand(-1, self.count, -1)
         for layer, (before_attention, attention, before_experts, experts) in zip(cache.layers, self.layers):
             x, shares, mix = before_attention(streams)
-            streams = torch.baddbmm(shares * attention(x, layer, position).unsqueeze(1), mix, streams)
+            x = attention(x.view(rows, length, -1), layer, start, outside).flatten(0, 1)
+            streams = torch.baddbmm(shares * x.unsqueeze(1), mix, streams)
             x, shares, mix = before_experts(streams)
-            streams = torch.baddbmm(shares * experts(x, tokens).unsqueeze(1), mix, streams)
-        inside = self.model.model
-        logits: Tensor = self.model.lm_head(inside.norm(inside.hc_head(streams.unsqueeze(1))))[:, 0]
-        return logits
+            streams = torch.baddbmm(shares * experts(x, flat).unsqueeze(1), mix, streams)
+        hidden: Tensor = self.norm(self.head(streams.view(rows, length, self.count, -1)))
+        return hidden
