@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from pdkit.engine.options import EngineOptions
 from pdkit.engine.transfer import KVTransfer, TransferError
 from pdkit.faults import pieces
 from pdkit.faults.fault import (
+    Change,
     Context,
     Fault,
     Where,
@@ -195,7 +197,7 @@ def _slowly(data: bytes) -> bytes:
 
 def _of_whole_requests() -> Iterator[Fault]:
     prefill, decode, wire = Where.PREFILL, Where.DECODE, Where.WIRE
-    for name, what, where, change, more in (
+    rows: list[tuple[str, str, Where, Change | None, dict[str, Any]]] = [
         ("backend-skips-state", "window, compressed and indexer state are never written, the rest is",
          decode, _skipped, {"resembles": "SGLang 24878"}),
         ("state-left-over", "no state is written: decode goes on from the one that the request before left there",
@@ -227,7 +229,8 @@ def _of_whole_requests() -> Iterator[Fault]:
         ("wire-corrupted-one-in-twenty", "a bit of one KV transfer in twenty flips on the wire", wire, None,
          {"wire": _one_byte_changed, "every": 20}),
         ("wire-corrupted", "a bit of each KV transfer flips on the wire", wire, None, {"wire": _one_byte_changed}),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for name, what, where, change, more in rows:
         yield Fault(name, what, where, change, **more)
 
 
