@@ -3,17 +3,22 @@
 import contextlib
 import importlib.util
 import io
+import os
+import re
+import subprocess
 import unittest
 from pathlib import Path
 from unittest import mock
 
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.host import installed
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 ROOT = Path(__file__).parents[3]
-PARTS = "**Seen.**", "**Releases.**"
+RELEASE = "0.5.23"  # whose source the patches are for
+PARTS = "**Seen.**", "**Releases.**", "eproduction.** "
 SOLUTIONS = "**Patch.**", "**Proposal.**"
 
 
@@ -37,6 +42,20 @@ class TestFindings(unittest.TestCase):
                 for part in PARTS:
                     self.assertIn(part, text)
                 self.assertTrue(any(each in text for each in SOLUTIONS))
+
+    @unittest.skipUnless(installed("sglang") == RELEASE, f"the patches are for SGLang {RELEASE}")
+    def test_each_patch_applies_to_the_installed_source(self):
+        packages = Path(importlib.util.find_spec("sglang").origin).parents[1]
+        apply = ["git", "apply", "--check", "-p2", "-"]  # a/python/sglang/... -> sglang/...
+        outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(packages.parent)}
+        patches = 0
+        for path in sorted((ROOT / "docs" / "findings").glob("*.md")):
+            for patch in re.findall(r"^```diff\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+                with self.subTest(file=path.name):
+                    run = subprocess.run(apply, input=patch, cwd=packages, env=outside, text=True, capture_output=True)
+                    self.assertEqual(run.returncode, 0, run.stderr)
+                patches += 1
+        self.assertGreater(patches, 5)
 
     def test_exit_codes(self):
         module = script()
