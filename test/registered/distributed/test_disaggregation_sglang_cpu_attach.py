@@ -9,7 +9,7 @@ from pdkit.core.errors import ExitCode
 from pdkit.deployment.cpu import requirements
 from test_attach import Attached
 
-register_cpu_ci(est_time=300, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=460, suite="stage-a-test-cpu", nightly=True)
 
 SHIPPED = Path(sglang.__file__).parent / "test" / "manual" / "disaggregation"
 LONG = "--context-length 131072 --max-total-tokens 131072"  # their prompts are of 20,000 to 75,000 of our small tokens

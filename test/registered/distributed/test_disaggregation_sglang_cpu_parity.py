@@ -17,7 +17,7 @@ from pdkit.deployment.cpu.servers import SglangCpuServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=150, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=180, suite="stage-a-test-cpu", nightly=True)
 
 REFERENCE_TOLERANCE = 0.1  # nats
 

@@ -10,7 +10,7 @@ from pdkit.deployment.cpu.servers import SglangCpuServers
 from pdkit.deployment.fleet import Fleet
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=800, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=660, suite="stage-a-test-cpu", nightly=True)
 
 LONG = 24  # solved problems of about 70 tokens: seven chunks of prefill
 
