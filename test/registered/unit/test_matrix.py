@@ -14,7 +14,8 @@ from pathlib import Path
 from unittest import mock
 
 from pdkit.checks.accounting.checks import OWN_RESULT
-from pdkit.checks.accounting.ledger import CLIENT, OK, SERVERS, HttpAttempt
+from pdkit.checks.accounting.invariants import CLIENT, SERVERS
+from pdkit.checks.accounting.ledger import OK, HttpAttempt
 from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
