@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Compiles DeepSeek-V4's mHC kernels before a cold start, a process for each, on all GPUs of the machine.
 
-Result (docs/results): hidden size 2048, eight H200s, SGLang 0.5.23: 44 s, where a server compiles them one after the other
-in 201 s before it serves; a server that finds them takes 3 to 5 s.
+Result (docs/results) of an earlier form, which gave the kernels the same arguments: hidden size 2048, SGLang 0.5.23, seven of
+eight H200s: 44 s, where a server compiles them one after the other in 201 s before it serves; a server that finds them takes
+3 to 5 s.
 
     scripts/env.sh python3 studies/compile_mhc.py --model DIR [--tokens 8192]
 
 DIR holds the config.json of the checkpoint. SGLang compiles a kernel for each number of blocks that up to `--tokens` tokens
-are split into (`kernels/ops/layernorm/mhc.py`, `prewarm_mhc_pre`): its chunked prefill size. The kernels go to TileLang's
-and DeepGEMM's caches on disk, where servers of this machine find them.
+are split into (`kernels/ops/layernorm/mhc.py`, `prewarm_mhc_pre`): its chunked prefill size, or a rank's share of it with DP
+attention; those of a larger number include them. What ends a layer (`mhc_post`) is left to the server. The kernels go to
+TileLang's and DeepGEMM's caches on disk, where servers of this machine find them.
 """
 
 import argparse

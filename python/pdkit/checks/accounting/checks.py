@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pdkit.checks.accounting.counters import PairCounters, RequestAccount, TransferAccount, read_pair
-from pdkit.checks.accounting.ledger import CLIENT, SERVERS, Ledger
+from pdkit.checks.accounting.invariants import CLIENT, SERVERS
+from pdkit.checks.accounting.ledger import Ledger
 from pdkit.checks.base import Checks
 from pdkit.checks.server_info import ServerInfoError
 from pdkit.core import events

@@ -6,6 +6,7 @@ Read in what SGLang's servers say of themselves (sglang/srt/managers/tokenizer_m
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+CLIENT, SERVERS = "request accounting", "division of labour"  # names of the checks
 GENERATE = "/generate"
 
 

@@ -22,8 +22,6 @@ import requests
 from pdkit.checks.accounting.invariants import contradiction
 from pdkit.checks.judgement import Judgement
 
-CLIENT, SERVERS = "request accounting", "division of labour"  # names of the checks
-
 OK = "200"
 TIMEOUT = "timeout"
 CONNECTION = "connection error"

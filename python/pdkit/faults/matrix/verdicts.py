@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdkit.checks.accounting.checks import OWN_RESULT
-from pdkit.checks.accounting.ledger import CLIENT, SERVERS
+from pdkit.checks.accounting.invariants import CLIENT, SERVERS
 from pdkit.checks.accuracy.checks import FIRST_LOOK
 from pdkit.core.events import BAD, SKIPPED, Events
 

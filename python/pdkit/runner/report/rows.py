@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from pdkit.checks.accounting.ledger import CLIENT, SERVERS
+from pdkit.checks.accounting.invariants import CLIENT, SERVERS
 from pdkit.checks.hints import Evidence, hint
 from pdkit.core.events import BAD, EXPECTED_FAILURE, SKIPPED, Events
 from pdkit.core.recording import without_numpy
