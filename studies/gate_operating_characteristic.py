@@ -7,23 +7,20 @@ examples expected; one look at 200 examples does so in 16.59 % and 10.10 %.
 With a monolithic server beside it the paired gate takes 132 to 174 examples where nothing is lost, 91 to 96 where 3.5 %
 of right answers are (docs/decisions/paired-gate.md). `--paired` prints its table alone.
 
-Side by side: the score of one look, the same with retries, TensorRT-LLM's threshold, and the sequential gates. Each
-cell holds the exact value and, behind it, that of a seeded simulation. From the repository root:
+Side by side: the score of one look, the same with retries, TensorRT-LLM's threshold, and the sequential gates, all
+exact; `test_gate.py` holds the exact values against drawn answers. From the repository root:
 
-    scripts/env.sh python3 studies/gate_operating_characteristic.py --out gate.svg
+    scripts/env.sh python3 studies/gate_operating_characteristic.py
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from pdkit.checks.accuracy.gate import GateOptions, Policy
 from pdkit.checks.accuracy.paired import PairedOptions
-from pdkit.core.errors import ExitCode
+from pdkit.core.console import columns
 from pdkit.core.paired import error_rates, paired_point
 from pdkit.core.stats import (
     OperatingPoint,
@@ -49,26 +46,6 @@ class Rule:
     def exact(self, accuracy: float) -> OperatingPoint:
         return with_retries(operating_point(self.plan, accuracy), self.retries)
 
-    def simulated(self, accuracy: float, runs: int, rng: np.random.Generator) -> OperatingPoint:
-        """Share of `runs` that pass, and the mean number of examples, from drawn answers."""
-        passed, examples = np.zeros(runs, bool), np.zeros(runs)
-        for _ in range(self.retries + 1):
-            again = np.flatnonzero(~passed)
-            passed[again], used = _draw(self.plan, accuracy, len(again), rng)
-            examples[again] += used
-        return OperatingPoint(accuracy, float(passed.mean()), float(examples.mean()))
-
-
-def _draw(plan: Plan, accuracy: float, runs: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    wrong, used, passed, scored = np.zeros(runs, int), np.zeros(runs, int), np.zeros(runs, bool), 0
-    for n, at_most, at_least in zip(plan.looks, plan.pass_at_most, plan.fail_at_least, strict=True):
-        wrong += rng.binomial(n - scored, 1 - accuracy, runs)
-        scored, undecided = n, used == 0
-        passes, fails = undecided & (wrong <= at_most), undecided & (wrong >= at_least)
-        passed |= passes
-        used[passes | fails] = n
-    return passed, used
-
 
 def rules_of(options: GateOptions, available: int) -> list[Rule]:
     """The gates to compare; ValueError where the data set is too small for one."""
@@ -90,23 +67,17 @@ def rules_of(options: GateOptions, available: int) -> list[Rule]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return columns(rows, right=range(len(rows[0])))
 
 
-def report(rules: Sequence[Rule], exact: list[list[OperatingPoint]], drawn: list[list[OperatingPoint]]) -> str:
-    def rows(show: Callable[[OperatingPoint], str]) -> list[list[str]]:
-        cells = [
-            [f"{exacts[0].accuracy:.3f}", *(f"{show(e)} {show(d)}" for e, d in zip(exacts, draws, strict=True))]
-            for exacts, draws in zip(zip(*exact, strict=True), zip(*drawn, strict=True), strict=True)
-        ]
-        return [["accuracy", *(rule.name for rule in rules)], *cells]
-
+def report(rules: Sequence[Rule]) -> str:
+    """P(pass) and expected examples of each rule, by accuracy."""
+    points = [[rule.exact(accuracy) for rule in rules] for accuracy in ACCURACIES]
     return "\n\n".join(
-        f"{title}\n{table(rows(show))}"
-        for title, show in (
-            ("P(pass): exact, simulated", lambda point: f"{point.pass_probability:.4f}"),
-            ("examples scored: exact expectation, simulated mean", lambda point: f"{point.expected_examples:4.0f}"),
+        f"{title}\n{table([['accuracy', *(rule.name for rule in rules)], *cells])}"
+        for title, cells in (
+            ("P(pass)", [[f"{row[0].accuracy:.3f}", *(f"{p.pass_probability:.4f}" for p in row)] for row in points]),
+            ("examples", [[f"{row[0].accuracy:.3f}", *(f"{p.expected_examples:.0f}" for p in row)] for row in points]),
         )
     )
 
@@ -159,89 +130,22 @@ def paired_table(available: int) -> str:
     )
 
 
-def draw(path: Path, rules: Sequence[Rule], drawn: list[list[OperatingPoint]], options: GateOptions) -> None:
-    """P(pass) and expected examples against accuracy: lines are exact, dots simulated."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 9), layout="constrained")
-    fine = np.linspace(ACCURACIES[0], ACCURACIES[-1], 181)
-    for rule, dots in zip(rules, drawn, strict=True):
-        lines = [rule.exact(accuracy) for accuracy in fine]
-        style = "--" if rule.name == Policy.AUTO.value else "-"
-        (line,) = above.plot(fine, [point.pass_probability for point in lines], style, label=rule.name)
-        below.plot(fine, [point.expected_examples for point in lines], style, color=line.get_color())
-        x = [point.accuracy for point in dots]
-        above.plot(x, [point.pass_probability for point in dots], ".", color=line.get_color())
-        below.plot(x, [point.expected_examples for point in dots], ".", color=line.get_color())
-    for axes in (above, below):
-        for accuracy, name in ((options.bad, "bad"), (options.good, "good")):
-            axes.axvline(accuracy, color="grey", linestyle=":")
-            axes.annotate(name, (accuracy, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-    above.set_ylabel("probability of passing")
-    above.legend()
-    below.set_ylabel("examples scored (expected)")
-    below.set_xlabel("accuracy of the engine")
-    figure.savefig(path)
-
-
-def _figure_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".svg", ".png", ".pdf") or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: name an .svg, .png or .pdf file in a directory that exists")
-    return path
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    default = GateOptions()
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=1314, help="scored examples of the data set (%(default)s)")
-    parser.add_argument("--good", type=float, default=default.good, help="accuracy that must pass (%(default)s)")
-    parser.add_argument("--bad", type=float, default=default.bad, help="accuracy that must fail (%(default)s)")
-    parser.add_argument("--alpha", type=float, default=default.alpha, help="largest P(fail | good) (%(default)s)")
-    parser.add_argument("--beta", type=float, default=default.beta, help="largest P(pass | bad) (%(default)s)")
-    parser.add_argument("--first-look", type=int, default=default.first_look, help="its examples (%(default)s)")
-    parser.add_argument("--slice", type=int, default=default.slice_examples, help="examples per slice (%(default)s)")
-    parser.add_argument("--runs", type=int, default=50000, help="simulated runs a cell (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation (%(default)s)")
-    parser.add_argument("--out", type=_figure_path, help="draw it into this .svg, .png or .pdf file, too")
     parser.add_argument("--paired", action="store_true", help="print the table of the paired gate alone")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.paired:
-        print(paired_table(args.examples))
-        return ExitCode.PASSED
-    if args.runs < 1:
-        parser.error("--runs must be at least 1")
-    if args.out and not find_spec("matplotlib"):
-        print("--out needs matplotlib: pip install matplotlib, or leave --out away", file=sys.stderr)
-        return ExitCode.NOT_READY
+        return print(paired_table(args.examples))
+    options = GateOptions()
     try:
-        options = GateOptions(
-            good=args.good,
-            bad=args.bad,
-            alpha=args.alpha,
-            beta=args.beta,
-            first_look=args.first_look,
-            slice_examples=args.slice,
-        )
         rules = rules_of(options, args.examples)
     except ValueError as error:
         parser.error(str(error))
-    rng = np.random.default_rng(args.seed)
-    exact = [[rule.exact(accuracy) for accuracy in ACCURACIES] for rule in rules]
-    drawn = [[rule.simulated(accuracy, args.runs, rng) for accuracy in ACCURACIES] for rule in rules]
-    print(report(rules, exact, drawn))
-    print(f"\nof {args.examples} examples, {args.runs} simulated runs a cell, seed {args.seed}")
-    print(f"\n{summary(rules, options)}")
     losses = " or ".join(f"{detectable_loss(n):.3f} (n={n})" for n in (options.first_look, args.examples))
+    print(report(rules), summary(rules, options), sep="\n\n")
     print(f"\nTRT-LLM's beta of 0.2 is the chance to miss a loss of accuracy of {losses}, by its own approximation")
-    if args.out:
-        draw(args.out, rules, drawn, options)
-        print(f"\ndrawn: {args.out}")
-    return ExitCode.PASSED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

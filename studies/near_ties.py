@@ -30,7 +30,7 @@ from pdkit.faults.fault import Fault
 from pdkit.faults.ground_truth import Effect, Sound
 from pdkit.faults.library import LIBRARY
 from pdkit.models.cpu.model import load_model
-from requests_needed import NEVER, shown, table
+from requests_needed import NEVER, shown
 
 LENGTHS = (1, 3, 5, 33, 64, 96, 127, 129, 142, 200, 255, 257, 301, 391)
 POOL = 4  # near ties are chosen among so many times the prompts
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows.append(
         ["all: not seen", *(f"{len(every[column]) - len(seen[column])} of {len(every[column])}" for column in columns)]
     )
-    print(table(rows))
+    print(columns(rows))
     return ExitCode.PASSED
 
 

@@ -19,6 +19,7 @@ from math import comb
 from pathlib import Path
 from statistics import median
 
+from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode
 from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.truth import PROMPTS_PER_FAULT
@@ -40,8 +41,8 @@ def recorded_table(text: str) -> list[list[str]]:
     """Of each fault of the transfer in a detection matrix: requests until seen, median / worst."""
     gate = dict(re.findall(r"(?m)^\| ([\w-]+) \| (\S) \|", text))
     models = ("trained", "random")
-    columns = ["GSM8K gate", *(f"{model}, {what}" for model in models for what in ("tokens", "logprobs"))]
-    rows, numbers = [], {column: [] for column in columns}
+    kinds = ["GSM8K gate", *(f"{model}, {what}" for model in models for what in ("tokens", "logprobs"))]
+    rows, numbers = [], {column: [] for column in kinds}
     for name, effect in re.findall(r"(?m)^- \*\*([\w-]+)\*\*: .*effect: (trained, .*)$", text):
         cells = {"GSM8K gate": (FIRST_LOOK,) * 2 if gate.get(name) == "●" else (NEVER,) * 2}
         for model in models:
@@ -54,28 +55,21 @@ def recorded_table(text: str) -> list[list[str]]:
         fault = LIBRARY[name]
         if cells["random, logprobs"][0] >= NEVER or fault.every > PROMPTS_PER_FAULT or fault.after:
             continue  # it changes nothing, was tried more often than it is met, or begins later
-        rows.append([name, *(shown(*cells[column]) for column in columns)])
-        for column in columns:
+        rows.append([name, *(shown(*cells[column]) for column in kinds)])
+        for column in kinds:
             numbers[column].append(cells[column])
     seen = {column: [each for each in pairs if each[0] < NEVER] for column, pairs in numbers.items()}
-    middle = [f"{median(m for m, _ in seen[c]):g} / {max(w for _, w in seen[c])}" for c in columns]
+    middle = [f"{median(m for m, _ in seen[c]):g} / {max(w for _, w in seen[c])}" for c in kinds]
     return [
-        ["fault", *columns],
+        ["fault", *kinds],
         *rows,
         ["**all that are seen**", *middle],
-        ["**not seen**", *(f"{len(rows) - len(seen[column])} of {len(rows)}" for column in columns)],
+        ["**not seen**", *(f"{len(rows) - len(seen[column])} of {len(rows)}" for column in kinds)],
     ]
 
 
 def shown(middle: float, worst: float) -> str:
     return " / ".join("-" if number >= NEVER else f"{number:g}" for number in (middle, worst))
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = [f"| {' | '.join(row)} |" for row in rows]
         print("\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]))
     else:
-        print(table(rows))
+        print(columns(rows))
     return ExitCode.PASSED
 
 

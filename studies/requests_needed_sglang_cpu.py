@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from pdkit.core.command import Parser, run_command
+from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode
 from pdkit.faults.matrix.truth import LENGTHS
 from pdkit.faults.real_engine.library import LIBRARY
-from requests_needed import shown, table, until_first
+from requests_needed import shown, until_first
 
 TOKENS = 6
 NOT_FOR_IT = "draft-window-lost", "first-draft-lost", "window-skipped", "window-of-the-request-before", "polls-fail"
@@ -116,7 +117,7 @@ def main(argv: Sequence[str]) -> ExitCode:
             finally:
                 cls.tearDownClass()
                 cls.doClassCleanups()
-    print(table(rows_of(found)))
+    print(columns(rows_of(found)))
     return ExitCode.PASSED
 
 

@@ -169,38 +169,29 @@ class Client:
             http_client=openai.DefaultHttpxClient(limits=httpx.Limits(keepalive_expiry=IDLE_S)),
         )  # fmt: skip
 
-    def complete(
+    def complete(self, prompt: Prompt, max_tokens: int, stream: bool = False, **options: Any) -> Any:
+        """A completion, or its Streamed. Options: of `_create`, and parameters of OpenAI's."""
+        return self._create(self.openai.completions, stream, prompt=prompt, max_tokens=max_tokens, **options)
+
+    def chat(self, content: str, max_tokens: int, stream: bool = False, **options: Any) -> Any:
+        """A chat completion, or its Streamed; `content` is what the user says. Options: as of `complete`."""
+        messages = [{"role": "user", "content": content}]
+        return self._create(self.openai.chat.completions, stream, messages=messages, max_tokens=max_tokens, **options)
+
+    def _create(
         self,
-        prompt: Prompt,
-        max_tokens: int,
-        stream: bool = False,
+        endpoint: Any,
+        stream: bool,
         ignore_eos: bool = True,
         extra: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """A completion, or its Streamed. `extra`: parameters of SGLang that OpenAI's client does not know."""
-        return self._create(
-            self.openai.completions, stream, prompt=prompt, max_tokens=max_tokens,
-            extra_body={"ignore_eos": ignore_eos, **(extra or {})}, **options,
-        )  # fmt: skip
-
-    def chat(
-        self,
-        content: str,
-        max_tokens: int,
-        stream: bool = False,
-        ignore_eos: bool = True,
-        extra: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
-        """A chat completion, or its Streamed; `content` is what the user says."""
-        return self._create(
-            self.openai.chat.completions, stream, messages=[{"role": "user", "content": content}],
-            max_tokens=max_tokens, extra_body={"ignore_eos": ignore_eos, **(extra or {})}, **options,
-        )  # fmt: skip
-
-    def _create(self, endpoint: Any, stream: bool, **options: Any) -> Any:
-        options = {"model": self.model, "temperature": 0} | options
+        """`extra`: parameters of SGLang that OpenAI's client does not know."""
+        options = {
+            "model": self.model,
+            "temperature": 0,
+            "extra_body": {"ignore_eos": ignore_eos, **(extra or {})},
+        } | options
         if not stream:
             whole = endpoint.create(**options)
             assert whole.choices, f"an answer without choices: {whole.model_dump_json()}"

@@ -54,164 +54,92 @@ def _short(value: Any) -> str:
 
 UNSET = (None,)
 OFF = (False,)
+ZERO = (0,)
 EMPTY_TEXT = (None, "")
 EMPTY_LIST: tuple[Any, ...] = (None, [])
 EMPTY_MAP: tuple[Any, ...] = (None, {})
-ONE_RANK = (None, 0)
+UNSET_OR_ZERO = (None, 0)
+UNSET_OR_ONE = (None, 1)
+
+
+def _all(neutral: tuple[Any, ...], *names: str) -> dict[str, tuple[Any, ...]]:
+    """Fields with the same neutral values."""
+    return dict.fromkeys(names, neutral)
+
 
 # `sampling_params` of /generate (SGLang's SamplingParams). null is the default of each.
 SAMPLING = Fields(
-    neutral={
-        "stop_regex": EMPTY_LIST,
-        "min_p": (None, 0),
-        "frequency_penalty": (None, 0),
-        "presence_penalty": (None, 0),
-        "repetition_penalty": (None, 1),
-        "min_new_tokens": (None, 0),
-        "beam_width": (None, 1),
-        "json_schema": EMPTY_TEXT,
-        "regex": EMPTY_TEXT,
-        "ebnf": EMPTY_TEXT,
-        "structural_tag": EMPTY_TEXT,
-        "spaces_between_special_tokens": (None, True),
-        "stream_interval": (None, 1),
-        "logit_bias": EMPTY_MAP,
-        "custom_params": EMPTY_MAP,
-        "watermark": EMPTY_MAP,
-    },
+    {"stop_regex": EMPTY_LIST, "spaces_between_special_tokens": (None, True)}
+    | _all(UNSET_OR_ZERO, "min_p", "frequency_penalty", "presence_penalty", "min_new_tokens")
+    | _all(UNSET_OR_ONE, "repetition_penalty", "beam_width", "stream_interval")
+    | _all(EMPTY_TEXT, "json_schema", "regex", "ebnf", "structural_tag")
+    | _all(EMPTY_MAP, "logit_bias", "custom_params", "watermark")
 )
 
 # What asks for more than text, or belongs to a part of SGLang that this engine does not have. By endpoint, because
 # SGLang's models differ in which of these may be null.
-_MEDIA = {
-    "max_dynamic_patch": UNSET,
-    "min_dynamic_patch": UNSET,
-    "use_audio_in_video": OFF,
-    "images_config": UNSET,
-    "video_config": UNSET,
-    "mm_processor_kwargs": EMPTY_MAP,
-}
-_GENERATE_MEDIA = _MEDIA | {
-    "input_embeds": UNSET,
-    "image_data": EMPTY_LIST,
-    "video_data": EMPTY_LIST,
-    "audio_data": EMPTY_LIST,
-    "mm_hashes": UNSET,
-    "mm_content_hashes": UNSET,
-    "modalities": EMPTY_LIST,
-    "image_max_dynamic_patch": UNSET,
-    "video_max_dynamic_patch": UNSET,
-    "need_wait_for_mm_inputs": UNSET,
-    "num_items_assigned": UNSET,
-    "encoder_urls": UNSET,
-}
+_MEDIA = (
+    _all(UNSET, "max_dynamic_patch", "min_dynamic_patch", "images_config", "video_config")
+    | {"use_audio_in_video": OFF, "mm_processor_kwargs": EMPTY_MAP}
+)  # fmt: skip
+_GENERATE_MEDIA = (
+    _MEDIA
+    | _all(EMPTY_LIST, "image_data", "video_data", "audio_data", "modalities")
+    | _all(UNSET, "input_embeds", "mm_hashes", "mm_content_hashes", "image_max_dynamic_patch", "video_max_dynamic_patch",
+           "need_wait_for_mm_inputs", "num_items_assigned", "encoder_urls")
+)  # fmt: skip
+_ANY_ENDPOINT = (
+    {"routed_experts_start_len": ZERO, "lora_path": (None, "", []), "cache_salt": EMPTY_TEXT}
+    | _all(OFF, "return_hidden_states", "return_routed_experts")
+    | _all(UNSET_OR_ZERO, "routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank")
+    | _all(EMPTY_MAP, "session_params", "watermark")
+    | {"custom_logit_processor": UNSET}
+)  # fmt: skip
 
 GENERATE = Fields(
-    neutral=_GENERATE_MEDIA | {
-        "watermark": EMPTY_MAP,
-        "token_ids_logprob": EMPTY_LIST,
-        "return_sampling_mask": (None, False),
-        "sampling_logprobs_mode": UNSET,
-        "return_flat_raw_top_logprobs": OFF,
-        "return_flat_raw_output_top_logprobs": OFF,
-        "return_flat_raw_top_logprobs_b64": OFF,
-        "return_hidden_states": OFF,
-        "return_routed_experts": OFF,
-        "routed_experts_start_len": (0,),
-        "return_indexer_topk": OFF,
-        "return_bytes": OFF,
-        "return_entropy": OFF,
-        "return_prompt_token_ids": OFF,
-        "session_params": EMPTY_MAP,
-        "lora_path": (None, "", []),
-        "lora_id": UNSET,
-        "custom_logit_processor": UNSET,
-        "positional_embed_overrides": UNSET,
-        "routed_dp_rank": ONE_RANK,
-        "data_parallel_rank": ONE_RANK,
-        "disagg_prefill_dp_rank": ONE_RANK,
-        "http_worker_ipc": UNSET,
-        "background": OFF,
-        "require_reasoning": OFF,
-        "max_thinking_tokens": UNSET,
-        "multi_item_delimiter_indices": UNSET,
-        "token_indices_to_pool": UNSET,
-        "cache_salt": EMPTY_TEXT,
-        "kv_hints": EMPTY_MAP,
-    },
+    _GENERATE_MEDIA
+    | _ANY_ENDPOINT
+    | {"token_ids_logprob": EMPTY_LIST, "return_sampling_mask": (None, False), "kv_hints": EMPTY_MAP}
+    | _all(OFF, "return_flat_raw_top_logprobs", "return_flat_raw_output_top_logprobs", "return_flat_raw_top_logprobs_b64",
+           "return_indexer_topk", "return_bytes", "return_entropy", "return_prompt_token_ids", "background",
+           "require_reasoning")
+    | _all(UNSET, "sampling_logprobs_mode", "lora_id", "positional_embed_overrides", "http_worker_ipc",
+           "max_thinking_tokens", "multi_item_delimiter_indices", "token_indices_to_pool"),
     media=frozenset(_GENERATE_MEDIA),
 )  # fmt: skip
 
-_OPENAI = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": EMPTY_MAP,
-    "min_tokens": (0,),
-    "regex": EMPTY_TEXT,
-    "ebnf": EMPTY_TEXT,
-    "stop_regex": EMPTY_LIST,
-    "response_format": (None, {"type": "text"}),
-    "return_hidden_states": OFF,
-    "return_routed_experts": OFF,
-    "routed_experts_start_len": (0,),
-    "return_cached_tokens_details": OFF,
-    "return_spec_tokens_details": OFF,
-    "return_token_ids": OFF,
-    "lora_path": (None, "", []),
-    "session_params": EMPTY_MAP,
-    "custom_params": EMPTY_MAP,
-    "custom_logit_processor": UNSET,
-    "watermark": EMPTY_MAP,
-    "cache_salt": EMPTY_TEXT,
-    "routed_dp_rank": ONE_RANK,
-    "data_parallel_rank": ONE_RANK,
-    "disagg_prefill_dp_rank": ONE_RANK,
-}
+_OPENAI = (
+    _ANY_ENDPOINT
+    | {"stop_regex": EMPTY_LIST, "response_format": (None, {"type": "text"})}
+    | _all(ZERO, "frequency_penalty", "presence_penalty", "min_tokens")
+    | _all(EMPTY_MAP, "logit_bias", "custom_params")
+    | _all(EMPTY_TEXT, "regex", "ebnf")
+    | _all(OFF, "return_cached_tokens_details", "return_spec_tokens_details", "return_token_ids")
+)
 _COMPLETION_MEDIA = {name: _MEDIA[name] for name in ("images_config", "mm_processor_kwargs")}
 
 COMPLETION = Fields(
-    neutral=_OPENAI | _COMPLETION_MEDIA | {
-        "min_p": (0,),
-        "repetition_penalty": (1,),
-        "json_schema": EMPTY_TEXT,
-    },
+    _OPENAI | _COMPLETION_MEDIA | {"min_p": ZERO, "repetition_penalty": (1,), "json_schema": EMPTY_TEXT},
     media=frozenset(_COMPLETION_MEDIA),
-)  # fmt: skip
+)
 
 CHAT = Fields(
-    neutral=_OPENAI | _MEDIA | {
-        "min_p": (None, 0),
-        "repetition_penalty": (None, 1),
-        "tools": EMPTY_LIST,
-        "tool_choice": (None, "auto", "none"),
-        "return_prompt_token_ids": OFF,
-        "return_input_ids_in_sglext": OFF,
-        "return_output_ids_in_sglext": OFF,
-        "return_sampling_mask": OFF,
-        "sampling_logprobs_mode": UNSET,
-        "return_flat_raw_output_top_logprobs": OFF,
-        "reasoning": EMPTY_MAP,  # not a field of SGLang's model, but read by it
-        "reasoning_effort": UNSET,
-        "thinking": UNSET,
-        "task": UNSET,
-        "continue_final_message": OFF,
-        "chat_template_kwargs": EMPTY_MAP,
-        "input_ids": UNSET,
-    },
+    _OPENAI
+    | _MEDIA
+    | {"min_p": UNSET_OR_ZERO, "repetition_penalty": UNSET_OR_ONE, "tools": EMPTY_LIST}
+    | {"tool_choice": (None, "auto", "none"), "chat_template_kwargs": EMPTY_MAP}
+    | {"reasoning": EMPTY_MAP}  # not a field of SGLang's model, but read by it
+    | _all(OFF, "return_prompt_token_ids", "return_input_ids_in_sglext", "return_output_ids_in_sglext",
+           "return_sampling_mask", "return_flat_raw_output_top_logprobs", "continue_final_message")
+    | _all(UNSET, "sampling_logprobs_mode", "reasoning_effort", "thinking", "task", "input_ids"),
     media=frozenset(_MEDIA),
 )  # fmt: skip
 
 # A message of a chat.
 MESSAGE = Fields(
-    neutral={
-        "phase": UNSET,
-        "reasoning_content": EMPTY_TEXT,
-        "tool_calls": EMPTY_LIST,
-        "tools": EMPTY_LIST,
-        "prefix": (None, False),
-    },
+    {"phase": UNSET, "reasoning_content": EMPTY_TEXT, "prefix": (None, False)} | _all(EMPTY_LIST, "tool_calls", "tools")
 )
-STREAM_OPTIONS = Fields(neutral={"continuous_usage_stats": (None, False)})
+STREAM_OPTIONS = Fields({"continuous_usage_stats": (None, False)})
 
 
 class Body(BaseModel):

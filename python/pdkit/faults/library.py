@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from pdkit.engine.options import EngineOptions
 from pdkit.engine.transfer import KVTransfer, TransferError
 from pdkit.faults import pieces
 from pdkit.faults.fault import (
+    Change,
     Context,
     Fault,
     Where,
@@ -194,88 +196,42 @@ def _slowly(data: bytes) -> bytes:
 
 
 def _of_whole_requests() -> Iterator[Fault]:
-    yield Fault(
-        "backend-skips-state",
-        "window, compressed and indexer state are never written, the rest is",
-        Where.DECODE,
-        _skipped,
-        resembles="SGLang 24878",
-    )
-    yield Fault(
-        "state-left-over",
-        "no state is written: decode goes on from the one that the request before left there",
-        Where.DECODE,
-        left_over(EVERYTHING),
-    )
-    yield Fault(
-        "room-of-previous-request",
-        "the room delivers what the request before computed",
-        Where.PREFILL,
-        _of_the_previous_request,
-    )
-    yield Fault(
-        "stale-prefix",
-        "all state is that of an earlier request with the same beginning",
-        Where.PREFILL,
-        from_same_beginning(EVERYTHING),
-    )
-    yield Fault(
-        "compressed-aliased",
-        "requests that share a prefix share the slots of all their compressed entries",
-        Where.PREFILL,
-        from_same_beginning(frozenset(COMPRESSED)),
-        resembles="SGLang 35494",
-    )
-    yield Fault(
-        "first-token-wrong", "the first token is its neighbour in the vocabulary", Where.PREFILL, _first_token_wrong
-    )
-    yield Fault(
-        "first-token-left-over", "the first token is that of the request before", Where.DECODE, _first_token_left_over
-    )
-    yield Fault(
-        "first-logprob-left-over",
-        "the logprob of the first token is that of the request before",
-        Where.DECODE,
-        _first_logprob_left_over,
-    )
-    yield Fault(
-        "one-worker-in-four-bad",
-        "one decode worker in four reads fresh buffers",
-        Where.DECODE,
-        on_tensors(EVERYTHING, pieces.zeroed),
-        every=4,
-    )
-    for tokens in (16, 48):
-        yield Fault(
-            f"chunk-filed-under-its-first-{tokens}",
-            f"a chunk of {EngineOptions.chunked_prefill_size} tokens is found again by the first {tokens} of them, and all before it",
-            Where.SERVER,
-            server="chunk-filed-early",
-            size=tokens,
-            resembles="Pegaflow 450, Mooncake 4153",
-        )
-    yield Fault(
-        "transfer-fails-one-in-ten", "one transfer in ten fails; a retry succeeds", Where.PREFILL, _fails, every=10
-    )
-    yield Fault("transfer-fails", "every transfer fails", Where.PREFILL, _fails)
-    yield Fault(
-        "transfer-hangs-one-in-twenty", "one KV transfer in twenty is never sent", Where.PREFILL, _never_sent, every=20
-    )
-    yield Fault(
-        "transfer-slow",
-        f"each KV transfer takes {SLOW_S * 1000:.0f} ms longer",
-        Where.WIRE,
-        wire=_slowly,
-        harmless="what arrives late arrives whole, long before any timeout: time is lost",
-    )
-    yield Fault(
-        "wire-corrupted-one-in-twenty",
-        "a bit of one KV transfer in twenty flips on the wire",
-        Where.WIRE,
-        wire=_one_byte_changed,
-        every=20,
-    )
-    yield Fault("wire-corrupted", "a bit of each KV transfer flips on the wire", Where.WIRE, wire=_one_byte_changed)
+    prefill, decode, wire = Where.PREFILL, Where.DECODE, Where.WIRE
+    rows: list[tuple[str, str, Where, Change | None, dict[str, Any]]] = [
+        ("backend-skips-state", "window, compressed and indexer state are never written, the rest is",
+         decode, _skipped, {"resembles": "SGLang 24878"}),
+        ("state-left-over", "no state is written: decode goes on from the one that the request before left there",
+         decode, left_over(EVERYTHING), {}),
+        ("room-of-previous-request", "the room delivers what the request before computed",
+         prefill, _of_the_previous_request, {}),
+        ("stale-prefix", "all state is that of an earlier request with the same beginning",
+         prefill, from_same_beginning(EVERYTHING), {}),
+        ("compressed-aliased", "requests that share a prefix share the slots of all their compressed entries",
+         prefill, from_same_beginning(frozenset(COMPRESSED)), {"resembles": "SGLang 35494"}),
+        ("first-token-wrong", "the first token is its neighbour in the vocabulary", prefill, _first_token_wrong, {}),
+        ("first-token-left-over", "the first token is that of the request before", decode, _first_token_left_over, {}),
+        ("first-logprob-left-over", "the logprob of the first token is that of the request before",
+         decode, _first_logprob_left_over, {}),
+        ("one-worker-in-four-bad", "one decode worker in four reads fresh buffers",
+         decode, on_tensors(EVERYTHING, pieces.zeroed), {"every": 4}),
+        *(
+            (f"chunk-filed-under-its-first-{tokens}",
+             f"a chunk of {EngineOptions.chunked_prefill_size} tokens is found again by the first {tokens} of them, and all before it",
+             Where.SERVER, None,
+             {"server": "chunk-filed-early", "size": tokens, "resembles": "Pegaflow 450, Mooncake 4153"})
+            for tokens in (16, 48)
+        ),
+        ("transfer-fails-one-in-ten", "one transfer in ten fails; a retry succeeds", prefill, _fails, {"every": 10}),
+        ("transfer-fails", "every transfer fails", prefill, _fails, {}),
+        ("transfer-hangs-one-in-twenty", "one KV transfer in twenty is never sent", prefill, _never_sent, {"every": 20}),
+        ("transfer-slow", f"each KV transfer takes {SLOW_S * 1000:.0f} ms longer", wire, None,
+         {"wire": _slowly, "harmless": "what arrives late arrives whole, long before any timeout: time is lost"}),
+        ("wire-corrupted-one-in-twenty", "a bit of one KV transfer in twenty flips on the wire", wire, None,
+         {"wire": _one_byte_changed, "every": 20}),
+        ("wire-corrupted", "a bit of each KV transfer flips on the wire", wire, None, {"wire": _one_byte_changed}),
+    ]  # fmt: skip
+    for name, what, where, change, more in rows:
+        yield Fault(name, what, where, change, **more)
 
 
 def _of_the_load_balancer() -> Iterator[Fault]:

@@ -53,12 +53,9 @@ HANG = source_of(
 
 class CommandCase(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.root = Path(directory.name)
-        environment = mock.patch.dict("os.environ", TMPDIR=directory.name)  # logs of what fails are kept there
-        environment.start()
-        self.addCleanup(environment.stop)
+        directory = self.enterContext(tempfile.TemporaryDirectory())
+        self.root = Path(directory)
+        self.enterContext(mock.patch.dict("os.environ", TMPDIR=directory))  # logs of what fails are kept there
         for name in ("GITHUB_ACTIONS", "SGLANG_PD_LOG_DIR"):  # of the run that this one is in
             os.environ.pop(name, None)
 

@@ -20,15 +20,14 @@ from pdkit.checks.accounting.counters import (
     counters_of,
     read_pair,
 )
+from pdkit.checks.accounting.invariants import CLIENT, SERVERS
 from pdkit.checks.accounting.ledger import (
     ABORTED,
-    CLIENT,
     CONNECTION,
     ERROR_BODY,
     NO_ANSWER,
     NOT_SENT,
     OK,
-    SERVERS,
     TIMEOUT,
     ClientAccount,
     HttpAttempt,

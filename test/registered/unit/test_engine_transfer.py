@@ -83,6 +83,12 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
         self.addCleanup(sender._server.close)
         return sender
 
+    async def opened(self, *backend, **timeouts):
+        """The same, with room 1 open."""
+        sender = await self.sender(*backend, **timeouts)
+        await sender.open(1)
+        return sender
+
     async def fetch(self, room=1, receiver=None, accept=lambda kv_transfer: None):
         receiver = receiver or DecodeReceiver(TransferBackend(), timeout=5.0)
         return await receiver.fetch("127.0.0.1", self.port, room, accept)
@@ -191,8 +197,7 @@ class TestOrder(TransferTestCase):
         self.assertEqual((sender.rooms, sender.counters.sent), ({}, 40))
 
     async def test_a_state_larger_than_any_buffer_arrives(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         sent = kv_transfer(size=LARGE)
         _, arrived = await asyncio.gather(sender.deliver(sent), self.fetch())
         self.assertArrived(arrived, sent)
@@ -229,14 +234,12 @@ class TestRooms(TransferTestCase):
         await delivery
 
     async def test_a_room_in_use_cannot_be_opened(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         await self.assertFails("room 1 is in use", sender.open(1))
         await asyncio.gather(sender.deliver(kv_transfer()), self.fetch())
 
     async def test_a_room_is_taken_once(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         first = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(0.02)
         await self.assertFails("room 1 was already taken", self.fetch())
@@ -244,8 +247,7 @@ class TestRooms(TransferTestCase):
         self.assertArrived(await first, kv_transfer())
 
     async def test_an_aborted_room_tells_the_decode_server_that_waits(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         waiting = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(0.02)
         sender.close(1, "the request was aborted")
@@ -253,8 +255,7 @@ class TestRooms(TransferTestCase):
         self.assertEqual(sender.rooms, {})
 
     async def test_an_aborted_room_ends_its_delivery(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         await asyncio.sleep(0.02)
         sender.close(1, "the request was aborted")
@@ -272,15 +273,13 @@ class TestRooms(TransferTestCase):
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
 
     async def test_the_bootstrap_timeout_counts_from_the_opening(self):
-        sender = await self.sender(bootstrap_timeout=SOON)
-        await sender.open(1)
+        sender = await self.opened(bootstrap_timeout=SOON)
         await asyncio.sleep(1.5 * SOON)
         await self.assertFails("no decode server asked for bootstrap room 1", self.fetch())
         await self.assertFails("no decode server asked for bootstrap room 1", sender.deliver(kv_transfer()), within=0.1)
 
     async def test_a_room_that_was_asked_for_does_not_expire(self):
-        sender = await self.sender(bootstrap_timeout=SOON)
-        await sender.open(1)
+        sender = await self.opened(bootstrap_timeout=SOON)
         waiting = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(1.5 * SOON)
         await sender.deliver(kv_transfer())
@@ -300,8 +299,7 @@ class TestRooms(TransferTestCase):
         await again
 
     async def test_a_cancelled_delivery_frees_its_room(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         await asyncio.sleep(0.02)
         delivery.cancel()
@@ -309,8 +307,7 @@ class TestRooms(TransferTestCase):
         self.assertEqual(sender.rooms, {})
 
     async def test_a_room_that_was_aborted_meanwhile_cannot_be_delivered(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         sender.close(1, "the request was aborted")
         await self.assertFails("room 1 is not open", sender.deliver(kv_transfer()))
 
@@ -327,8 +324,7 @@ class TestDecodeDies(TransferTestCase):
         return reader, writer
 
     async def test_before_the_state_is_ready(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         _, writer = await self.ask()
         writer.close()
         await asyncio.sleep(0.02)
@@ -336,8 +332,7 @@ class TestDecodeDies(TransferTestCase):
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
 
     async def test_with_half_of_the_bytes(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         delivery = asyncio.ensure_future(sender.deliver(kv_transfer(size=LARGE)))
         reader, writer = await self.ask()
         await reader.readexactly(LARGE // 2)
@@ -346,8 +341,7 @@ class TestDecodeDies(TransferTestCase):
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
 
     async def test_with_all_of_the_bytes_but_without_a_word(self):
-        sender = await self.sender()
-        await sender.open(1)
+        sender = await self.opened()
         delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
         reader, writer = await self.ask()
         await reader.readexactly(json.loads(await reader.readline())["bytes"])
@@ -357,8 +351,7 @@ class TestDecodeDies(TransferTestCase):
     async def test_it_freezes_and_the_connection_does_not_outlive_the_timeout(self):
         for size, read in ((LARGE, False), (64, True)):
             with self.subTest(size=size):
-                sender = await self.sender(transfer_timeout=SOON)
-                await sender.open(1)
+                sender = await self.opened(transfer_timeout=SOON)
                 delivery = asyncio.ensure_future(sender.deliver(kv_transfer(size=size)))
                 reader, _ = await self.ask()
                 await self.assertFails("room 1", delivery)
@@ -373,8 +366,7 @@ class TestDecodeDies(TransferTestCase):
     async def test_a_word_that_is_not_understood_fails_the_kv_transfer(self):
         for word in (b"garbage\n", b"[]\n", b"\xff\xfe\n", b"x" * (1 << 17)):
             with self.subTest(word=word[:8]):
-                sender = await self.sender()
-                await sender.open(1)
+                sender = await self.opened()
                 delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
                 reader, writer = await self.ask()
                 await reader.readexactly(json.loads(await reader.readline())["bytes"])
@@ -477,22 +469,19 @@ class TestWhatArrivesIsChecked(TransferTestCase):
                 self.seen.append("incoming")
                 return kv_transfer
 
-        sender = await self.sender(Count())
-        await sender.open(1)
+        sender = await self.opened(Count())
         await asyncio.gather(sender.deliver(kv_transfer()), self.fetch(1, DecodeReceiver(Count(), 5.0)))
         self.assertEqual(Count.seen, ["outgoing", "wire", "incoming"])
 
     async def test_a_backend_that_sends_nothing_leaves_both_sides_with_an_error(self):
-        sender = await self.sender(SendNothing(), transfer_timeout=SOON)
-        await sender.open(1)
+        sender = await self.opened(SendNothing(), transfer_timeout=SOON)
         waiting = asyncio.ensure_future(self.fetch())
         await self.assertFails("room 1 was not transferred within 0.6 s", sender.deliver(kv_transfer()))
         await self.assertFails("gave up bootstrap room 1", waiting)
         self.assertEqual(sender.rooms, {})
 
     async def test_a_backend_that_raises_frees_the_room(self):
-        sender = await self.sender(Raise())
-        await sender.open(1)
+        sender = await self.opened(Raise())
         waiting = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(0.02)
         with self.assertRaisesRegex(RuntimeError, "out of order"):
@@ -511,8 +500,7 @@ class TestStrangers(TransferTestCase):
     )  # fmt: skip
 
     async def test_are_sent_away_and_disturb_nobody(self):
-        sender = await self.sender(transfer_timeout=3.0)
-        await sender.open(1)
+        sender = await self.opened(transfer_timeout=3.0)
         waiting = asyncio.ensure_future(self.fetch())
         await asyncio.sleep(0.02)
         for words in self.GARBAGE:

@@ -9,9 +9,7 @@ import re
 import tempfile
 import unittest
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from unittest import mock
 
@@ -36,17 +34,12 @@ register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 KEY = "sk-0123456789"
 
 
-class Talkative(BaseHTTPRequestHandler):
+class Talkative(JsonHandler):
     """Refuses each request and repeats the key that came with it."""
 
     def do_GET(self):
         self.server.keys.append(self.headers.get("Authorization"))
-        self.send_response(500)
-        self.end_headers()
-        self.wfile.write(f"no such user: {self.headers.get('Authorization')}".encode())
-
-    def log_message(self, *_):
-        pass
+        self.answer(500, f"no such user: {self.headers.get('Authorization')}".encode())
 
 
 class TestUrls(unittest.TestCase):
@@ -75,12 +68,9 @@ class TestUrls(unittest.TestCase):
 
 class TestKey(unittest.TestCase):
     def setUp(self):
-        self.server = HTTPServer(("127.0.0.1", 0), Talkative)
+        self.server = StubServer(self, Talkative)
         self.server.keys = []
-        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
-        self.port = self.server.server_address[1]
+        self.port = self.server.server_port
 
     def test_it_goes_to_the_deployment_however_its_name_is_written(self):
         with external.key_sent(Deployment(f"http://LocalHost:{self.port}", api_key=KEY)):
@@ -314,13 +304,6 @@ class TestCommand(unittest.TestCase):
             code, printed = self.check(Stub(self, PAIR))
             self.assertEqual(code, ExitCode.PASSED, printed)
             self.assertNotIn("no_proxy", os.environ)
-
-    def test_questions_that_are_none(self):
-        for text, line in (("hello\n", "is not JSON"), ('{"question": "q"}\n', "has no texts 'question' and 'answer'")):
-            self.data.write_text(text)
-            code, printed = self.check(Stub(self, PAIR))
-            self.assertEqual((code, printed.count("\n")), (ExitCode.NOT_READY, 1))
-            self.assertIn(line, printed)
 
 
 class Parrot(StubServer):

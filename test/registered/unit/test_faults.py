@@ -224,9 +224,7 @@ class TestFaults(unittest.TestCase):
 
 class TestSwitch(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.switch = Switch(Path(directory.name, "switch"))
+        self.switch = Switch(Path(self.enterContext(tempfile.TemporaryDirectory()), "switch"))
 
     def test_turns_faults_on_and_off_in_other_readers(self):
         reader = Switch(self.switch.path)
@@ -261,12 +259,8 @@ class TestFaultyTransfer(unittest.TestCase):
     """Two backends with one switch, and the engine's own sender and receiver between them."""
 
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.switch = Switch(Path(directory.name, "switch"))
-        environment = mock.patch.dict(os.environ, {VARIABLE: str(self.switch.path)})
-        environment.start()
-        self.addCleanup(environment.stop)
+        self.switch = Switch(Path(self.enterContext(tempfile.TemporaryDirectory()), "switch"))
+        self.enterContext(mock.patch.dict(os.environ, {VARIABLE: str(self.switch.path)}))
 
     def transferred(self, *kv_transfers):
         """What arrives of each, or the error, through one pair of servers."""

@@ -71,9 +71,7 @@ class BookServer(StubServer):
 
 class KitTest(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = Path(directory.name) / "test.jsonl"
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "test.jsonl"
         write_gsm8k(self.path)
 
     def serve(self, **kwargs):

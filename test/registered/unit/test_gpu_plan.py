@@ -303,6 +303,7 @@ class TestFromContract(unittest.TestCase):
         return found
 
     def test_main_job(self):
+        """The dispute: "tp 4 and dp 4 on each side need 16 GPUs". With DP attention dp is carved out of tp."""
         found = self.plan()
         self.assertEqual([s.name for s in found.servers], ["prefill", "decode"])
         self.assertEqual([s.gpus for s in found.servers], [(0, 1, 2, 3), (4, 5, 6, 7)])

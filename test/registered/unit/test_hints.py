@@ -102,48 +102,33 @@ class TestPatterns(unittest.TestCase):
         self.assertIsNone(hint([ALONE]))
         self.assertIsNone(hint([]))
 
-    def test_only_cached_prompts(self):
+    def test_each_pattern_is_named(self):
         cached = [wrong("a", 200, in_flight=4, cached=128), compared("b", 200, in_flight=4)]
-        self.assertIn(
-            "only prompts with a cached prefix", hint([ALONE, round_("prefix from prefill's cache", *cached)])
-        )
-
-    def test_only_cached_prompts_of_the_same_requests_again(self):
         first = round_("requests from 1 on", compared("length-5", 5), compared("length-257", 257))
-        again = round_("requests from 3 on", compared("length-5", 5), wrong("length-257", 257, cached=256))
-        self.assertIn("only prompts with a cached prefix", hint([first, again]))
-
-    def test_only_requests_that_share_a_prefix(self):
+        again = [compared("length-5", 5), wrong("length-257", 257, cached=256)]
+        late = [compared("length-5", 5), wrong("length-257", 257)]
         shared = [wrong("a", in_flight=3), compared("b", in_flight=3)]
-        self.assertIn("only requests that share a prefix", hint([ALONE, round_("shared prefix, b after a", *shared)]))
-
-    def test_only_with_many_in_flight(self):
         few = round_("2 in flight", compared("a", in_flight=2), compared("b", in_flight=2))
-        many = round_("8 in flight", wrong("a", in_flight=8), compared("b", in_flight=8))
-        self.assertIn("only requests with 8 and more in flight", hint([ALONE, few, many]))
-
-    def test_only_request_parameters(self):
-        round_of_parameters = round_(
-            "request parameters", wrong("sampling_seed", in_flight=9), compared("top_p", in_flight=9)
-        )
-        self.assertIn("only other request parameters show it (sampling_seed)", hint([ALONE, round_of_parameters]))
-
-    def test_answers_of_others(self):
+        many = [wrong("a", in_flight=8), compared("b", in_flight=8)]
+        parameters = [wrong("sampling_seed", in_flight=9), compared("top_p", in_flight=9)]
         rooms = [wrong(f"room-{n}", in_flight=8, answer_of=f"room-{n ^ 1}") for n in range(4)]
-        self.assertIn("room-0 that of room-1", hint([ALONE, round_("rooms", *rooms)]))
+        firsts = [compared(f"r-{n}", n, token=0) for n in (1, 40, 130)]
+        for says, before, condition, requests in (
+            ("only prompts with a cached prefix", [ALONE], "prefix from prefill's cache", cached),
+            ("only prompts with a cached prefix", [first], "requests from 3 on", again),
+            ("answered right until number 3", [first], "requests from 3 on", late),
+            ("only requests that share a prefix", [ALONE], "shared prefix, b after a", shared),
+            ("only requests with 8 and more in flight", [ALONE, few], "8 in flight", many),
+            ("only other request parameters show it (sampling_seed)", [ALONE], "request parameters", parameters),
+            ("room-0 that of room-1", [ALONE], "rooms", rooms),
+            ("the first output token is wrong already", [], "alone", firsts),
+        ):
+            with self.subTest(says, condition=condition):
+                self.assertIn(says, hint([*before, round_(condition, *requests)]))
 
     def test_an_answer_that_is_its_own(self):
         rooms = [wrong(f"room-{n}", in_flight=8, answer_of=f"room-{n}") for n in range(4)]
         self.assertNotIn("another request's answer", hint([ALONE, round_("rooms", *rooms)]))
-
-    def test_from_a_request_on(self):
-        first = round_("requests from 1 on", *(compared(f"length-{n}", n) for n in (5, 33)))
-        later = round_("requests from 3 on", compared("length-5", 5), wrong("length-33", 33))
-        self.assertIn("answered right until number 3", hint([first, later]))
-
-    def test_first_token_alone(self):
-        requests = [compared(f"r-{n}", n, token=0) for n in (1, 40, 130)]
-        self.assertIn("the first output token is wrong already", hint([round_("alone", *requests)]))
 
     def test_a_length_that_stands_for_nothing(self):
         requests = [(wrong if n >= 70 else compared)(f"r-{n}", n) for n in (1, 3, 10, 70, 90, 300)]

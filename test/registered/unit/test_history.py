@@ -60,9 +60,7 @@ def record(number=0, correct=197, seconds=(100.0,), gsm8k=11.0, accepted=None, *
 
 class HistoryCase(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.root = Path(directory.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.file = self.root / "history.jsonl"
 
     def write(self, *records):

@@ -372,21 +372,13 @@ class TestGpuPlans(unittest.TestCase):
                 problems = [plan.problems() for plan in of_contract(contract)]
                 self.assertEqual(problems, [[]] * len(contract.tests))
 
-    def test_the_release_takes_it_and_it_fits_one_gpu(self):
+    def test_the_pool_of_the_one_gpu_test_holds_all_requests(self):
         from pdkit.preflight.contract.launches import ask
         from pdkit.preflight.contract.release import installed
         from pdkit.preflight.plan import of_contract
 
         contract = ask(installed(), ONE_GPU)
-        self.assertEqual(contract.errors, [])
-        (plan,) = of_contract(contract)
-        self.assertEqual((plan.gpus, plan.problems(), plan.warnings()), ((0,), [], []))
-        self.assertEqual([server.name for server in plan.servers], ["prefill", "decode", "server"])
-        self.assertEqual({server.mem_fraction for server in plan.servers}, {0.3})
-        self.assertEqual([server.transfer_backend for server in plan.servers][:2], ["mooncake_tcp"] * 2)
-        settled = [process for process in contract.tests[0].processes if process.settings]
-        self.assertTrue(all("--speculative-algorithm" in process.argv for process in settled))
-        self.assertTrue(all(port < 32768 for _, _, port in plan.ports))
+        self.assertEqual([plan.warnings() for plan in of_contract(contract)], [[]])
         for process in contract.tests[0].processes:
             if process.settings:
                 given = dict(zip(process.argv, process.argv[1:]))

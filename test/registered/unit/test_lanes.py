@@ -165,6 +165,8 @@ class TestLanes(CommandCase):
                     output = output.result()[0].decode()
                 self.assertEqual(process.returncode, 130, output)
                 self.assertIn(f"interrupted by {number.name}\n", output)
+                self.assertEqual(output.splitlines()[-1], "0 passed, 2 failed, 1 skipped")
+                self.assertNotIn("KeyboardInterrupt", output)
                 self.assertEqual([entry["state"] for entry in self.results()], ["interrupted"] * 2 + ["not run"])
                 self.assertEqual([pid for pid in sleepers if is_alive(pid)], [])
 

@@ -7,12 +7,11 @@ import sys
 import tempfile
 import time
 import unittest
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
+from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
@@ -20,14 +19,11 @@ MEGABYTES = 300
 REPORT = Path(__file__).with_name("report.tar.xz")
 
 
-class NoServer(BaseHTTPRequestHandler):
+class NoServer(JsonHandler):
     """HTTP, but nothing of SGLang's."""
 
     def do_GET(self):
-        self.send_error(404)
-
-    def log_message(self, *_):
-        pass
+        self.answer(404)
 
 
 class TestLightInstall(unittest.TestCase):
@@ -36,9 +32,7 @@ class TestLightInstall(unittest.TestCase):
         cls.uv = Path(sys.executable).with_name("uv")
         if not cls.uv.exists():
             raise unittest.SkipTest(f"no uv beside {sys.executable}: this is not the environment of scripts/env.sh")
-        directory = tempfile.TemporaryDirectory(prefix="light-install-")
-        cls.addClassCleanup(directory.cleanup)
-        cls.root = Path(directory.name)
+        cls.root = Path(cls.enterClassContext(tempfile.TemporaryDirectory(prefix="light-install-")))
         cls.python = cls.root / "venv" / "bin" / "python"
         source = cls.root / "source"
         shutil.copytree(paths.REPOSITORY / "python", source / "python", ignore=shutil.ignore_patterns("__pycache__"))
@@ -78,10 +72,7 @@ class TestLightInstall(unittest.TestCase):
         self.assertLess(megabytes, MEGABYTES)
 
     def test_check(self):
-        with ThreadingHTTPServer(("127.0.0.1", 0), NoServer) as server:
-            Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-            said = self.pdkit("check", f"http://127.0.0.1:{server.server_port}", code=3)
-            server.shutdown()
+        said = self.pdkit("check", StubServer(self, NoServer).url, code=3)
         self.assertIn("is not an SGLang server: it has no /v1/models", said)
 
     def test_list(self):

@@ -136,34 +136,23 @@ class TestRegistration(LintCase):
     def test_sound(self):
         self.assert_sound()
 
-    def test_absent(self):
-        self.assert_breaks("registration", self.REGISTER, "", "import", "No CI registry found; write register_")
-
-    def test_not_literal(self):
-        for value in ("2 * 125", "EST"):
-            broken = self.REGISTER.replace("250", value)
-            self.assert_breaks("registration", self.REGISTER, broken, broken, "est_time is a required constant")
-
-    def test_nested(self):
-        broken = f"if sys:\n    {self.REGISTER}"
-        self.assert_breaks("registration", self.REGISTER, broken, "", "No CI registry")
-
-    def test_no_main(self):
-        self.assert_breaks("registration", MAIN, "\n", self.REGISTER, "missing `if __name__")
-
-    def test_empty_main(self):
-        self.assert_breaks("registration", "    unittest.main()\n", "    pass\n", self.REGISTER, "missing `if __name__")
-
-    def test_not_python(self):
-        self.assert_breaks("syntax", "min_score = 0.95", "min_score = = 0.95", "= =", "not valid Python")
-
-    def test_suite_nearly_right(self):
-        broken = self.REGISTER.replace("dsv4-8", "dsv4-9")
-        self.assert_breaks("suite", self.REGISTER, broken, broken, "known: stage-c-test-dsv4-8-gpu-h200")
-
-    def test_suite_of_other_hardware(self):
-        broken = self.REGISTER.replace("cuda", "cpu")
-        self.assert_breaks("suite", self.REGISTER, broken, broken, "is a suite for cuda; use register_cuda_ci")
+    def test_each_mistake(self):
+        register, not_a_literal = self.REGISTER, "est_time is a required constant"
+        product, name = (register.replace("250", value) for value in ("2 * 125", "EST"))
+        other_suite, other_hardware = register.replace("dsv4-8", "dsv4-9"), register.replace("cuda", "cpu")
+        for rule, old, new, at, says in (
+            ("registration", register, "", "import", "No CI registry found; write register_"),
+            ("registration", register, product, product, not_a_literal),
+            ("registration", register, name, name, not_a_literal),
+            ("registration", register, f"if sys:\n    {register}", "", "No CI registry"),
+            ("registration", MAIN, "\n", register, "missing `if __name__"),
+            ("registration", "    unittest.main()\n", "    pass\n", register, "missing `if __name__"),
+            ("syntax", "min_score = 0.95", "min_score = = 0.95", "= =", "not valid Python"),
+            ("suite", register, other_suite, other_suite, "known: stage-c-test-dsv4-8-gpu-h200"),
+            ("suite", register, other_hardware, other_hardware, "is a suite for cuda; use register_cuda_ci"),
+        ):
+            with self.subTest(says, new=new):
+                self.assert_breaks(rule, old, new, at, says)
 
     def test_suite_that_another_file_registers(self):
         new = self.REGISTER.replace("stage-c-test-dsv4-8-gpu-h200", "weekly")
@@ -335,12 +324,6 @@ class TestCommand(LintCase):
         done = self.run_lint("test_sound.py")
         self.assertEqual((done.returncode, done.stdout), (0, ""))
         self.assertEqual(len(self.run_lint(".").stdout.splitlines()), 1)
-
-    def test_no_such_file(self):
-        done = self.run_lint("test_that.py")
-        self.assertEqual((done.returncode, done.stdout), (2, ""))
-        self.assertEqual(len(done.stderr.splitlines()), 1)
-        self.assertIn("test_that.py: No such file or directory", done.stderr)
 
     def test_rules(self):
         self.assertEqual([line.split()[0] for line in self.run_lint("--rules").stdout.splitlines()], list(RULES))

@@ -73,13 +73,18 @@ class TestVerdicts(unittest.TestCase):
         self.assertEqual(caught(found), {CLIENT, "parity alone"})
         self.assertEqual(found["parity alone"].message, "token 3 is 7")
 
-    def test_of_a_test_that_failed_with_its_accounts_in_order(self):
-        found = verdicts_of("test_parity_alone", happened("token 3", client=None, servers=None, own="token 3"), 2.0)
-        self.assertEqual(caught(found), {"parity alone"})
-
-    def test_a_failure_that_no_account_explains_is_the_test_s_own(self):
-        found = verdicts_of("test_parity_alone", happened("in tearDown", client=None, servers=None, own=None), 2.0)
-        self.assertEqual((caught(found), found["parity alone"].message), ({"parity alone"}, "in tearDown"))
+    def test_what_is_the_test_s_own(self):
+        skipped = {"kind": "test", "state": "skipped", "message": "no cache"}
+        for what, found, message in (
+            ("its accounts in order", happened("token 3", client=None, servers=None, own="token 3"), "token 3"),
+            ("no account explains it", happened("in tearDown", client=None, servers=None, own=None), "in tearDown"),
+            ("a sub-test that fails", Events([*happened("token 3"), skipped]), "token 3"),
+        ):
+            with self.subTest(what):
+                verdicts = verdicts_of("test_parity_alone", found, 2.0)
+                self.assertEqual(caught(verdicts), {"parity alone"})
+                self.assertEqual(verdicts["parity alone"].message, message)
+        self.assertEqual(verdicts_of("test_parity_alone", Events([skipped]), 2.0), {}, "a skip says nothing")
 
     def test_the_first_look_is_judged_apart_from_the_gate(self):
         for first_look, test, expected in (
@@ -89,14 +94,6 @@ class TestVerdicts(unittest.TestCase):
         ):
             found = verdicts_of("test_gsm8k", happened(test, first_look=first_look, own=test), 2.0)
             self.assertEqual((caught(found), FIRST_LOOK in found), (expected, True))
-
-    def test_a_sub_test_that_fails_is_seen(self):
-        two = Events([*happened("token 3"), {"kind": "test", "state": "skipped", "message": "no cache"}])
-        self.assertEqual(caught(verdicts_of("test_parity_alone", two, 2.0)), {"parity alone"})
-
-    def test_a_test_that_is_skipped_says_nothing(self):
-        skipped = Events([{"kind": "test", "state": "skipped", "message": "no cache"}])
-        self.assertEqual(verdicts_of("test_parity_alone", skipped, 2.0), {})
 
     def test_without_an_event_nothing_has_passed(self):
         with self.assertRaisesRegex(ValueError, "test_parity_alone ran and left no event"):
@@ -122,9 +119,7 @@ class TestPatientLedger(unittest.TestCase):
 
 class TestResults(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = Path(directory.name, "results.jsonl")
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory()), "results.jsonl")
         self.results = Results.open(self.path, resume=False)
         self.results.set_checks(CHECKS)
 
@@ -294,26 +289,6 @@ class Healthy(JsonHandler):
 class TestSession(unittest.TestCase):
     """Real workers, whose servers are one that only answers to health checks."""
 
-    @classmethod
-    def setUpClass(cls):
-        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-        from threading import Thread
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(200)
-                self.end_headers()
-
-            do_POST = do_GET
-
-            def log_message(self, *args):
-                pass
-
-        cls.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        Thread(target=cls.server.serve_forever, daemon=True).start()
-        cls.addClassCleanup(cls.server.server_close)
-        cls.addClassCleanup(cls.server.shutdown)
-
     def setUp(self):
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
@@ -381,9 +356,7 @@ class TestSession(unittest.TestCase):
 
 class TestCommand(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.out = Path(directory.name, "out")
+        self.out = Path(self.enterContext(tempfile.TemporaryDirectory()), "out")
 
     def command(self, *args):
         """(exit code, what it printed)."""

@@ -174,9 +174,7 @@ class TestRandomModel(unittest.TestCase):
 
 class TestModelErrors(unittest.TestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name)
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory()))
         shutil.copy(RANDOM / "config.json", self.path)
 
     def _refused(self, *words, path=None):
@@ -194,53 +192,37 @@ class TestModelErrors(unittest.TestCase):
     def _write_weights(self):
         save_model(load_model(self.path, load_format="dummy"), self.path)
 
-    def test_no_such_directory(self):
+    def test_what_is_wrong_is_named(self):
+        config, weights = self.path / "config.json", self.path / "model.safetensors"
+
+        def edit_weights(edit):
+            tensors = load_file(weights)
+            edit(tensors)
+            save_file(tensors, weights, metadata={"format": "pt"})
+
         self._refused("config.json", path=self.path / "nowhere")
-
-    def test_config_is_not_json(self):
-        (self.path / "config.json").write_text("{")
-        self._refused("not valid JSON")
-
-    def test_config_of_another_model(self):
-        self._edit_config(model_type="llama")
-        self._refused("llama", "deepseek_v4")
-
-    def test_config_is_invalid(self):
-        self._edit_config(num_hidden_layers="many")
-        self._refused("not a valid DeepSeek-V4 configuration")
-
-    def test_no_weights(self):
         self._refused("model.safetensors", "--load-format dummy")
-
-    def test_truncated_weights(self):
         self._write_weights()
-        weights = self.path / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:100_000])
-        self._refused("damaged")
-
-    def test_weights_of_another_shape(self):
-        self._write_weights()
-        self._edit_config(vocab_size=300)
-        self._refused("does not fit")
-
-    def test_weights_for_other_experts(self):
-        self._write_weights()
-        self._edit_config(n_routed_experts=5)
-        self._refused("does not fit")
-
-    def _edit_weights(self, edit):
-        self._write_weights()
-        tensors = load_file(self.path / "model.safetensors")
-        edit(tensors)
-        save_file(tensors, self.path / "model.safetensors", metadata={"format": "pt"})
-
-    def test_a_missing_tensor(self):
-        self._edit_weights(lambda tensors: tensors.pop("model.layers.2.attn.attn_sink"))
-        self._refused("does not fit", "layers.2.self_attn.sinks")
-
-    def test_an_unexpected_tensor(self):
-        self._edit_weights(lambda tensors: tensors.update(surprise=torch.zeros(1)))
-        self._refused("does not fit", "surprise")
+        for spoil, *words in (
+            (lambda: config.write_text("{"), "not valid JSON"),
+            (lambda: self._edit_config(model_type="llama"), "llama", "deepseek_v4"),
+            (lambda: self._edit_config(num_hidden_layers="many"), "not a valid DeepSeek-V4 configuration"),
+            (lambda: weights.write_bytes(weights.read_bytes()[:100_000]), "damaged"),
+            (lambda: self._edit_config(vocab_size=300), "does not fit"),
+            (lambda: self._edit_config(n_routed_experts=5), "does not fit"),
+            (
+                lambda: edit_weights(lambda tensors: tensors.pop("model.layers.2.attn.attn_sink")),
+                "does not fit",
+                "layers.2.self_attn.sinks",
+            ),
+            (lambda: edit_weights(lambda tensors: tensors.update(surprise=torch.zeros(1))), "does not fit", "surprise"),
+        ):
+            with self.subTest(words):
+                whole = config.read_bytes(), weights.read_bytes()
+                spoil()
+                self._refused(*words)
+                config.write_bytes(whole[0])
+                weights.write_bytes(whole[1])
 
 
 class TestProblems(unittest.TestCase):

@@ -16,7 +16,7 @@ class TestPlacement(unittest.TestCase):
     def setUp(self):
         # Each server is a shell; what uses the GPU is its child.
         self.servers = [self.server() for _ in range(2)]
-        self.gpus = [SimpleNamespace(processes=()) for _ in range(4)]
+        self.gpus = []
         observe = lambda environ: {"gpus": tuple(self.gpus)}  # noqa: E731
         self.enterContext(mock.patch.object(placement, "observe", observe))
 
@@ -43,17 +43,16 @@ class TestPlacement(unittest.TestCase):
             result = Case("test_servers_are_on_the_gpus_of_the_plan").run()
         return "skipped" if result.skipped else "passed" if result.wasSuccessful() else "failed"
 
-    def test_as_planned(self):
-        self.assertEqual(self.check((0, 1), (2, 3)), "passed")
-
-    def test_decode_beside_prefill(self):
-        self.assertEqual(self.check((0, 1), (0, 1)), "failed")
-
-    def test_a_rank_is_missing(self):
-        self.assertEqual(self.check((0, 1), (2,)), "failed")
-
-    def test_a_driver_that_names_none_of_ours(self):
-        self.assertEqual(self.check((), ()), "skipped")
+    def test_where_the_servers_are(self):
+        for what, prefill, decode, verdict in (
+            ("as planned", (0, 1), (2, 3), "passed"),
+            ("decode beside prefill", (0, 1), (0, 1), "failed"),
+            ("a rank is missing", (0, 1), (2,), "failed"),
+            ("a driver that names none of ours", (), (), "skipped"),
+        ):
+            with self.subTest(what):
+                self.gpus[:] = [SimpleNamespace(processes=()) for _ in range(4)]
+                self.assertEqual(self.check(prefill, decode), verdict)
 
 
 if __name__ == "__main__":

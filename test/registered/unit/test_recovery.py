@@ -187,9 +187,7 @@ class TestTable(unittest.TestCase):
 
 class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.valve = held.Valve(Path(directory.name) / "valve")
+        self.valve = held.Valve(Path(self.enterContext(tempfile.TemporaryDirectory())) / "valve")
         self.valve.turn(held.Valve.HOLD)
         with mock.patch.dict(os.environ, {held.HOLD_FILE_VARIABLE: str(self.valve.path)}):
             self.backend = held.HeldTransfer()

@@ -10,6 +10,7 @@ import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -88,165 +89,145 @@ def gsm8k(name):
     return {"SGLANG_PD_GSM8K": f"{{{name}}}"}
 
 
+suite, pdkit = partial(Row, "run_suite.py"), partial(Row, "pdkit")
 ROWS = (
     # test/run_suite.py: flags
-    Row("run_suite.py", "", "--hw and --suite missing"),
-    Row("run_suite.py", "--hw cpu", "--suite missing: say what to run"),
-    Row(
-        "run_suite.py", f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"
-    ),
-    Row("run_suite.py", f"{CPU} extra", "extra: neither a path nor the name of a registered file"),
-    Row("run_suite.py", "--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
-    Row("run_suite.py", "--hw gpu --suite stage-a-test-cpu", "cuda"),
-    Row(
-        "run_suite.py", "--hw cpu --suite stage-a-test-gpu", "unknown suite 'stage-a-test-gpu'; nearest known: stage-a"
-    ),
-    Row("run_suite.py", "--hw cuda --suite stage-a-test-cpu", "is not for hardware 'cuda' but for: cpu"),
-    Row("run_suite.py", f"{CPU} --timeout-per-file soon", "invalid number of seconds value: 'soon'"),
-    Row("run_suite.py", f"{CPU} --timeout-per-file nan", "invalid number of seconds value: 'nan'"),
-    Row("run_suite.py", f"{CPU} --timeout-per-file 0", "--timeout-per-file 0: no file can run in no time"),
-    Row("run_suite.py", f"{CPU} --max-attempts 0", "--max-attempts 0: a file is tried at least once"),
-    Row("run_suite.py", f"{CPU} --max-attempts -1", "invalid number value: '-1'"),
-    Row("run_suite.py", f"{CPU} --auto-partition-id 1", "--auto-partition-id needs --auto-partition-size"),
-    Row(
-        "run_suite.py", f"{CPU} --auto-partition-size 2 --auto-partition-id 2", "unknown partition 2; nearest known: 1"
-    ),
-    Row("run_suite.py", f"{CPU} --json", "--json goes with --list"),
-    Row("run_suite.py", f"{CPU} --test-root {{absent}}", "--test-root {absent}: no such directory"),
-    Row("run_suite.py", f"{CPU} --report-dir {{text}}", "--report-dir {text}: not a directory"),
-    Row("run_suite.py", f"{CPU} --history {{absent}}/x", "--history {absent}/x: its directory does not exist"),
-    Row("run_suite.py", f"{CPU} --history {{root}}", "--history {root}: is a directory"),
-    Row(
-        "run_suite.py", f"{CPU} --history x --no-history", "argument --no-history: not allowed with argument --history"
-    ),
-    Row("run_suite.py", CPU, "PDKIT_HISTORY {absent}/x: its directory does", environ={"PDKIT_HISTORY": "{absent}/x"}),
+    suite("", "--hw and --suite missing"),
+    suite("--hw cpu", "--suite missing: say what to run"),
+    suite(f"{CPU} --continue-on-eror", "unknown option --continue-on-eror; nearest known: --continue-on-"),
+    suite(f"{CPU} extra", "extra: neither a path nor the name of a registered file"),
+    suite("--hw cpy --suite stage-a-test-cpu", "unknown hardware 'cpy'; nearest known: cpu"),
+    suite("--hw gpu --suite stage-a-test-cpu", "cuda"),
+    suite("--hw cpu --suite stage-a-test-gpu", "unknown suite 'stage-a-test-gpu'; nearest known: stage-a"),
+    suite("--list --suite nope", "unknown suite 'nope'"),
+    suite("--hw cuda --suite stage-a-test-cpu", "is not for hardware 'cuda' but for: cpu"),
+    suite(f"{CPU} --timeout-per-file soon", "invalid number of seconds value: 'soon'"),
+    suite(f"{CPU} --timeout-per-file nan", "invalid number of seconds value: 'nan'"),
+    suite(f"{CPU} --timeout-per-file 0", "--timeout-per-file 0: no file can run in no time"),
+    suite(f"{CPU} --max-attempts 0", "--max-attempts 0: a file is tried at least once"),
+    suite(f"{CPU} --max-attempts -1", "invalid number value: '-1'"),
+    suite(f"{CPU} --auto-partition-id 1", "--auto-partition-id needs --auto-partition-size"),
+    suite(f"{CPU} --auto-partition-size 2 --auto-partition-id 2", "unknown partition 2; nearest known: 1"),
+    suite(f"{CPU} --json", "--json goes with --list"),
+    suite(f"{CPU} --test-root {{absent}}", "--test-root {absent}: no such directory"),
+    suite(f"{CPU} --report-dir {{text}}", "--report-dir {text}: not a directory"),
+    suite(f"{CPU} --report-dir /dev/null/report", "--report-dir /dev/null/report: Not a directory"),
+    suite(f"{CPU} --history {{absent}}/x", "--history {absent}/x: its directory does not exist"),
+    suite(f"{CPU} --history {{root}}", "--history {root}: is a directory"),
+    suite(f"{CPU} --history x --no-history", "argument --no-history: not allowed with argument --history"),
+    suite(CPU, "PDKIT_HISTORY {absent}/x: its directory does", environ={"PDKIT_HISTORY": "{absent}/x"}),
     # files that it reads
-    Row("run_suite.py", f"{CPU} --test-root {{unregistered}}", "No CI registry found in {unregistered}/test_x.py"),
-    Row("run_suite.py", f"{CPU} --test-root {{no_python}}", "{no_python}/test_x.py:1: not valid Python"),
-    Row("run_suite.py", f"{CPU} --test-root {{computed}}", "est_time is a required constant in register_cpu_ci()"),
-    Row("run_suite.py", f"{CPU} --test-root {{empty}}", "nothing ran: no file is registered", 4, where="stdout"),
-    Row("run_suite.py", f"{CPU} --test-root {{nan_score}}", "0 passed, 1 failed, 0 skipped", 1, where="stdout"),
+    suite(f"{CPU} --test-root {{empty}}", "nothing ran: no file is registered", 4, where="stdout"),
+    suite(f"{CPU} --test-root {{nan_score}}", "0 passed, 1 failed, 0 skipped", 1, where="stdout"),
     # surroundings that are hostile
-    Row("run_suite.py", f"{CPU} --test-root {{asks_itself}}", "1 passed, 0 failed", 0, DEAD_PROXY, "stdout"),
-    Row(
-        "run_suite.py", f"{CPU} --report-dir {{root}}/r\udcff", "/r\\udcff' is not text in this locale; choose another"
-    ),
-    Row("run_suite.py", f"{CPU} --report-dir {{root}}/\u00fc", "is not text in this locale", environ=ASCII),
-    Row("pdkit", "run --report-dir {root}/r\udcff", "is not text in this locale; choose another name"),
-    Row(
-        "run_suite.py",
+    suite(f"{CPU} --test-root {{asks_itself}}", "1 passed, 0 failed", 0, DEAD_PROXY, "stdout"),
+    suite(f"{CPU} --report-dir {{root}}/r\udcff", "/r\\udcff' is not text in this locale; choose another"),
+    suite(f"{CPU} --report-dir {{root}}/\u00fc", "is not text in this locale", environ=ASCII),
+    pdkit("run --report-dir {root}/r\udcff", "is not text in this locale; choose another name"),
+    suite(
         f"{CPU} --test-root {{passing}} --report-dir {{root}}/soak/closed",
         '"result": "passed"',
         0,
         where="stdout",
         shell='"$@" <&- >&- 2>&-; code=$?; cat {root}/soak/closed/results.json; exit $code',
     ),
-    Row(
-        "run_suite.py",
+    suite(
         f"{CPU} --test-root {{loud}} --report-dir {{root}}/soak",
         "report incomplete: No space left on device",
         0,
         where="stdout",
         shell=FULL_DISK,
     ),
-    Row("pdkit", "run --on embedded", "SGLANG_PD_GSM8K is not for target embedded", environ=gsm8k("text")),
-    Row(
-        "pdkit", "run --on embedded", "127.0.0.1 is missing, no server can listen there", 3, where="any", shell=NO_IPV4
-    ),
+    pdkit("run --on embedded", "SGLANG_PD_GSM8K is not for target embedded", environ=gsm8k("text")),
+    pdkit("run --on embedded", "127.0.0.1 is missing, no server can listen there", 3, where="any", shell=NO_IPV4),
     # pdkit: commands and flags
-    Row("pdkit", "rum", "pdkit: error: unknown command 'rum'; nearest known: run, "),
-    Row("pdkit", "--report", "the following arguments are required: COMMAND"),
-    Row("pdkit", "run --onn", "unknown option --onn; nearest known: --on"),
-    Row("pdkit", "run --on 8xH100", "unknown target '8xH100'; nearest known: "),
-    Row(
-        "pdkit",
+    pdkit("rum", "pdkit: error: unknown command 'rum'; nearest known: run, "),
+    pdkit("--report", "the following arguments are required: COMMAND"),
+    pdkit("run --onn", "unknown option --onn; nearest known: --on"),
+    pdkit("run --on 8xH100", "unknown target '8xH100'; nearest known: "),
+    pdkit(
         "run --on 8xH200",
         "target 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --on embedded",
         3,
     ),
-    Row("pdkit", "run --on embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
-    Row("pdkit", "check --model x", "the following arguments are required: URL"),
+    pdkit("run --on embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
+    pdkit("check --model x", "the following arguments are required: URL"),
     # a deployment that is no such thing
-    Row("pdkit", "check localhost:30000", "localhost:30000 is not a URL like http://host:port"),
-    Row("pdkit", "check http://127.0.0.1:99999", "http://127.0.0.1:99999 is not a URL like"),
-    Row("pdkit", "check http://[::1", "http://[::1 is not a URL like http://host:port"),
-    Row("pdkit", "check http://127.0.0.1:8000/v1", "leave /v1 of http://127.0.0.1:8000/v1 away"),
-    Row("pdkit", "check http://me:secret@127.0.0.1:80", "no credentials in a URL, they reach logs"),
-    Row("pdkit", "check {good} --baseline {good}", "{good} and {good} are the same server"),
-    Row("pdkit", f"{BASE} --prefill-urls {{good}}", "name both kinds, or none"),
-    Row("pdkit", BASE, "SGLANG_PD_API_KEY: has spaces or", environ={"SGLANG_PD_API_KEY": "two words\n"}),
-    Row("pdkit", "check http://127.0.0.1:9", "cannot be reached: Connection refused", 3),
-    Row("pdkit", "check http://no.such.host.invalid", "cannot be reached: ", 3),
-    Row("pdkit", "check {never}", "{never}/v1/models: no answer within 10 s", 3),
-    Row("pdkit", "check {closing}", "{closing}/v1/models: cannot be reached: ", 3),
-    Row("pdkit", "check {garbage}", "{garbage}/v1/models: ", 3),
-    Row("pdkit", "check {half}", "{half}/v1/models: ", 3),
-    Row("pdkit", "check {error500}", "{error500}/v1/models: status 500: oh no", 3),
-    Row("pdkit", "check {locked}", "{locked}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY", 3),
-    Row("pdkit", "check {locked}", "does not accept the key in SGL", 3, environ={"SGLANG_PD_API_KEY": "sk-wrong"}),
-    Row("pdkit", "check {completions}", "{completions} is not an SGLang server: it has no /v1/models; needed is", 3),
-    Row("pdkit", "check {alone}", "{alone} is not a PD deployment: it is a monolithic server", 3),
-    Row("pdkit", "check {tls}", "{tls}/v1/models: this port speaks plain HTTP; write http:// instead of https", 3),
-    Row("pdkit", "check {page}", "{page} is not an SGLang server: /v1/models names no model", 3),
-    Row("pdkit", "check {listing}", "{listing} is not an SGLang server: /v1/models names no model", 3),
-    Row("pdkit", "check {openai}", "{openai} serves m, but is not an SGLang server", 3),
-    Row("pdkit", f"{BASE} --model other", "{good} serves m, not other (--model)"),
-    Row("pdkit", f"{BASE} --baseline {{openai}}", "{openai} serves m, but is not an SGLang server", 3),
+    pdkit("check localhost:30000", "localhost:30000 is not a URL like http://host:port"),
+    pdkit("check http://127.0.0.1:99999", "http://127.0.0.1:99999 is not a URL like"),
+    pdkit("check http://[::1", "http://[::1 is not a URL like http://host:port"),
+    pdkit("check http://127.0.0.1:8000/v1", "leave /v1 of http://127.0.0.1:8000/v1 away"),
+    pdkit("check http://me:secret@127.0.0.1:80", "no credentials in a URL, they reach logs"),
+    pdkit("check {good} --baseline {good}", "{good} and {good} are the same server"),
+    pdkit(f"{BASE} --prefill-urls {{good}}", "name both kinds, or none"),
+    pdkit(BASE, "SGLANG_PD_API_KEY: has spaces or", environ={"SGLANG_PD_API_KEY": "two words\n"}),
+    pdkit("check http://127.0.0.1:9", "cannot be reached: Connection refused", 3),
+    pdkit("check http://no.such.host.invalid", "cannot be reached: ", 3),
+    pdkit("check {never}", "{never}/v1/models: no answer within 10 s", 3),
+    pdkit("check {closing}", "{closing}/v1/models: cannot be reached: ", 3),
+    pdkit("check {garbage}", "{garbage}/v1/models: ", 3),
+    pdkit("check {half}", "{half}/v1/models: ", 3),
+    pdkit("check {error500}", "{error500}/v1/models: status 500: oh no", 3),
+    pdkit("check {locked}", "{locked}/v1/models: status 401, it wants a key: set SGLANG_PD_API_KEY", 3),
+    pdkit("check {locked}", "does not accept the key in SGL", 3, environ={"SGLANG_PD_API_KEY": "sk-wrong"}),
+    pdkit("check {completions}", "{completions} is not an SGLang server: it has no /v1/models; needed is", 3),
+    pdkit("check {alone}", "{alone} is not a PD deployment: it is a monolithic server", 3),
+    pdkit("check {tls}", "{tls}/v1/models: this port speaks plain HTTP; write http:// instead of https", 3),
+    pdkit("check {page}", "{page} is not an SGLang server: /v1/models names no model", 3),
+    pdkit("check {listing}", "{listing} is not an SGLang server: /v1/models names no model", 3),
+    pdkit("check {openai}", "{openai} serves m, but is not an SGLang server", 3),
+    pdkit(f"{BASE} --model other", "{good} serves m, not other (--model)"),
+    pdkit(f"{BASE} --baseline {{openai}}", "{openai} serves m, but is not an SGLang server", 3),
     # data sets
-    Row("pdkit", BASE, "{absent}: No such file or directory", 3, gsm8k("absent")),
-    Row("pdkit", BASE, "{root}: Is a directory", 3, gsm8k("root")),
-    Row("pdkit", BASE, "{text}, line 1 is not JSON", 3, gsm8k("text")),
-    Row("pdkit", BASE, "{binary}: not UTF-8 text", 3, gsm8k("binary")),
-    Row("pdkit", BASE, "{broken_line}, line 2 is not JSON", 3, gsm8k("broken_line")),
-    Row("pdkit", BASE, "{no_answer}, line 2 has no texts 'question' and 'answer'", 3, gsm8k("no_answer")),
-    Row("pdkit", BASE, "{numbers}, line 1 has no texts", 3, gsm8k("numbers")),
-    Row("pdkit", BASE, "{empty_file}: no questions", 3, gsm8k("empty_file")),
+    pdkit(BASE, "{absent}: No such file or directory", 3, gsm8k("absent")),
+    pdkit(BASE, "{root}: Is a directory", 3, gsm8k("root")),
+    pdkit(BASE, "{text}, line 1 is not JSON", 3, gsm8k("text")),
+    pdkit(BASE, "{binary}: not UTF-8 text", 3, gsm8k("binary")),
+    pdkit(BASE, "{broken_line}, line 2 is not JSON", 3, gsm8k("broken_line")),
+    pdkit(BASE, "{no_answer}, line 2 has no texts 'question' and 'answer'", 3, gsm8k("no_answer")),
+    pdkit(BASE, "{numbers}, line 1 has no texts", 3, gsm8k("numbers")),
+    pdkit(BASE, "{empty_file}: no questions", 3, gsm8k("empty_file")),
     # histories
-    Row("pdkit", "history {absent}", "{absent}: No such file or directory"),
-    Row("pdkit", "history {root}", "{root}: Is a directory"),
-    Row("pdkit", "history {empty_file}", "no run in {empty_file}", 4),
-    Row("pdkit", "history {text}", "no run in {text}", 4, lines=2),
-    Row("pdkit", "history {history}", "no run in {history}", 4, lines=3),
-    Row("pdkit", "history {binary}", "no run in {binary}", 4, lines=None),
-    Row("pdkit", "history {text} --out x.txt", "x.txt: name an .svg, .png or .pdf file"),
-    Row("pdkit", "history {text} --est-time --estimates", "argument --estimates: not allowed with argument --est-time"),
-    Row("pdkit", "history {text} --last 0", "at least one run is needed"),
-    Row("pdkit", "history", "no history: PDKIT_HISTORY is empty; name a FILE", environ={"PDKIT_HISTORY": ""}),
+    pdkit("history {absent}", "{absent}: No such file or directory"),
+    pdkit("history {root}", "{root}: Is a directory"),
+    pdkit("history {empty_file}", "no run in {empty_file}", 4),
+    pdkit("history {text}", "no run in {text}", 4, lines=2),
+    pdkit("history {history}", "no run in {history}", 4, lines=3),
+    pdkit("history {binary}", "no run in {binary}", 4, lines=None),
+    pdkit("history {text} --out x.txt", "x.txt: name an .svg, .png or .pdf file"),
+    pdkit("history {text} --est-time --estimates", "argument --estimates: not allowed with argument --est-time"),
+    pdkit("history {text} --last 0", "at least one run is needed"),
+    pdkit("history", "no history: PDKIT_HISTORY is empty; name a FILE", environ={"PDKIT_HISTORY": ""}),
     # other scripts
-    Row("pdkit", "run --keep-going", "need --repeat N"),
-    Row("pdkit", "run --repeat 2 --report-dir {text}", "--report-dir {text}: File exists"),
-    Row("pdkit", "run --repeat 0 --report-dir {root}/soak", "--repeat and --jobs: at least 1"),
-    Row("pdkit", "preflight --suite x", "unknown suite 'x'"),
-    Row("pdkit", "preflight --machine {absent}", "{absent}: No such file or directory"),
-    Row("pdkit", "preflight --machine {text}", "error: "),
-    Row("pdkit", "preflight --machine {binary}", "error: "),
-    Row("pdkit", "lint {absent}", "{absent}: No such file or directory"),
-    Row("pdkit", "lint --rule", "unknown option --rule; nearest known: --rules"),
-    Row("pdkit", "new X", "the following arguments are required: --suite"),
-    Row("pdkit", "new X --suite y", "unknown suite 'y'"),
-    Row("pdkit", "new X --suite stage-a-test-cpu --directory {absent}", "--directory {absent}: no such directory"),
-    Row("pdkit", "plan {absent}", "pdkit plan: error: "),
-    Row("pdkit", "contract {absent}", "pdkit contract: error: {absent}: no such file"),
-    Row("pdkit", "contract {text} --sglang-wheel {binary}", "pdkit contract: error: {binary}: not a wheel"),
-    Row("pdkit", "contract --wheels {absent}", "no wheel of sglang in {absent}; --download fetches it", 3),
+    pdkit("run --keep-going", "need --repeat N"),
+    pdkit("run --repeat 2 --report-dir {text}", "--report-dir {text}: File exists"),
+    pdkit("run --repeat 0 --report-dir {root}/soak", "--repeat and --jobs: at least 1"),
+    pdkit("preflight --suite x", "unknown suite 'x'"),
+    pdkit("preflight --machine {absent}", "{absent}: No such file or directory"),
+    pdkit("preflight --machine {text}", "error: "),
+    pdkit("preflight --machine {binary}", "error: "),
+    pdkit("lint {absent}", "{absent}: No such file or directory"),
+    pdkit("lint --rule", "unknown option --rule; nearest known: --rules"),
+    pdkit("new X", "the following arguments are required: --suite"),
+    pdkit("new X --suite y", "unknown suite 'y'"),
+    pdkit("new X --suite stage-a-test-cpu --directory {absent}", "--directory {absent}: no such directory"),
+    pdkit("plan {absent}", "pdkit plan: error: "),
+    pdkit("contract {absent}", "pdkit contract: error: {absent}: no such file"),
+    pdkit("contract {text} --sglang-wheel {binary}", "pdkit contract: error: {binary}: not a wheel"),
+    pdkit("contract --wheels {absent}", "no wheel of sglang in {absent}; --download fetches it", 3),
     Row("recovery_table.py", "{text}", "{text} is no recovery_table.json of a recovery test"),
     Row("recovery_table.py", "", "the following arguments are required: FILE"),
     Row("chaos_runner.py", "--rounds 0", "--rounds: at least 1"),
-    Row("pdkit", "model kernel-train --seconds 0", "argument --seconds: invalid positive number value: '0'"),
-    Row("pdkit", "model kernel-train --workers 0", "--workers and --score-rows: at least 1"),
-    Row(
-        "pdkit",
-        "model kernel-train --seconds 5 --out {root}/out",
-        "no usable CUDA GPU; --device cpu trains for hours",
-        3,
-    ),
-    Row("pdkit", "model tarin", "unknown command 'tarin'; nearest known: train"),
-    Row("pdkit", "model train --score-rows 0", "--score-rows: at least 1"),
-    Row("pdkit", "model kernel-random --seed x", "pdkit model: error: argument --seed: invalid number value: 'x'"),
-    Row("pdkit", "model kernel-random --out {text}", "{text}: File exists"),
+    pdkit("model kernel-train --seconds 0", "argument --seconds: invalid positive number value: '0'"),
+    pdkit("model kernel-train --workers 0", "--workers and --score-rows: at least 1"),
+    pdkit("model kernel-train --seconds 5 --out {root}/out", "no usable CUDA GPU; --device cpu trains for hours", 3),
+    pdkit("model tarin", "unknown command 'tarin'; nearest known: train"),
+    pdkit("model train --score-rows 0", "--score-rows: at least 1"),
+    pdkit("model kernel-random --seed x", "pdkit model: error: argument --seed: invalid number value: 'x'"),
+    pdkit("model kernel-random --out {text}", "{text}: File exists"),
     Row("chaos_runner.py", "--attacks hup", "unknown value 'hup'; nearest known: "),
-    Row("pdkit", "report {absent}", "{absent}: no results.json of a run with --report-dir"),
-    Row("pdkit", "report", "name one report directory, or two by --compare A B"),
+    pdkit("report {absent}", "{absent}: no results.json of a run with --report-dir"),
+    pdkit("report", "name one report directory, or two by --compare A B"),
     Row("engine", "", "the following arguments are required: --model-path"),
     Row("engine", "--model-path x --port 70000", "70000 is not a port (1-65535)"),
     Row("engine", "--model-path x --chunked-prefill-size 0", "0 is not positive"),
@@ -301,16 +282,13 @@ class Server(socketserver.ThreadingTCPServer):
 class TestBadInput(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        directory = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(directory.cleanup)
-        root = Path(directory.name)
+        root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.names = {"root": root, "absent": root / "absent"}
         row = '{"question": "q", "answer": "#### 1"}\n'
         contents = {
             "text": b"hello there\n",
             "binary": b"\x80\xff\x00\n\xfe" * 9,
             "empty_file": b"",
-            "nan": b'{"test_x.py": NaN}',
             "broken_line": (row + row[:20] + "\n" + row).encode(),
             "no_answer": (row + '{"question": "q"}\n').encode(),
             "numbers": b"1\n2\n",
@@ -320,9 +298,6 @@ class TestBadInput(unittest.TestCase):
             cls.names[name] = root / name
             cls.names[name].write_bytes(content)
         trees = {
-            "unregistered": "import unittest\n",
-            "no_python": "register_cpu_ci(\n",
-            "computed": source_of(registration='register_cpu_ci(est_time=2 * 5, suite="stage-a-test-cpu")'),
             "nan_score": source_of(NAN),
             "passing": source_of(),
             "asks_itself": source_of(ASKS_ITSELF),
@@ -401,7 +376,7 @@ class TestBadInput(unittest.TestCase):
                          dict.fromkeys(("no_proxy", "NO_PROXY"), "a, localhost,127.0.0.1,::1"))  # fmt: skip
 
     def test_nothing_is_left_in_the_directory_where_it_was_typed(self):
-        mine = {Path(str(self.names[name])).name for name in ("text", "binary", "empty_file", "nan", "broken_line")}
+        mine = {Path(str(self.names[name])).name for name in ("text", "binary", "empty_file", "broken_line")}
         mine |= {"no_answer", "numbers", "history", "trees", "soak"}
         self.assertEqual({path.name for path in self.names["root"].iterdir()} - mine, set())
 

@@ -246,24 +246,14 @@ class TestOptions(unittest.TestCase):
             self.assertEqual(self.parse("--enable-retry").timeout(250), 1800)
 
     def test_bad_usage(self):
+        """More of it, by the command itself, in test_robustness."""
         for words, expected in (
-            ("--auto-partition-id 4 --auto-partition-size 4", "unknown partition 4; nearest known: 3"),
-            ("--auto-partition-id 1", "needs --auto-partition-size"),
             ("--auto-partition-size 2", "needs --auto-partition-id"),
             ("--auto-partition-size 0 --auto-partition-id 0", "at least one partition"),
-            ("--timeout-per-file soon", "--timeout-per-file: invalid number of seconds"),
-            ("--timeout-per-file nan", "--timeout-per-file: invalid number of seconds"),
-            ("--timeout-per-file 0", "--timeout-per-file 0"),
-            ("--max-attempts 0", "at least once"),
-            ("--max-attempts -1", "--max-attempts"),
-            ("--continue-on-eror", "nearest known: --continue-on-error"),
             ("--timeout 3", "unknown option --timeout; nearest known: --timeout-per-file"),
             ("test_a.py --last-failed", "both name files"),
             ("--repeat 0", "run at least once"),
             ("--jobs 0", "at least one file"),
-            ("--json", "--json goes with --list"),
-            ("--test-root /nowhere", "/nowhere: no such directory"),
-            ("--report-dir /dev/null", "not a directory"),
         ):
             with self.subTest(words), self.assertRaises(UsageError) as raised:
                 self.parse(*words.split())
@@ -314,14 +304,6 @@ class TestRunAttempt(ProcessCase):
             os.close(writer)
         self.assertEqual(log, f"True {null.st_rdev}\n")
 
-    def test_timeout_ends_the_whole_tree(self):
-        for session in (False, True):
-            with self.subTest(new_session=session):
-                attempt, log = self.run_python(spawner(SLEEP, session, "time.sleep(300)"), timeout=0.7)
-                self.assertIs(attempt.forced, FileState.TIMED_OUT)
-                self.assertLess(attempt.seconds, 10)
-                self.assert_gone(int(log))
-
     def test_what_a_file_leaves_behind_is_ended_and_named(self):
         for what, options in {
             "in the session": {"session": False},
@@ -359,22 +341,6 @@ class TestRunAttempt(ProcessCase):
         self.run_python(spawner(SLEEP, True, out="None"))
         self.assertLess(time.monotonic() - tic, 10)
 
-    def test_processes_of_others_stay(self):
-        other = subprocess.Popen([sys.executable, "-c", SLEEP], start_new_session=True)
-        self.addCleanup(other.wait)
-        self.addCleanup(other.kill)
-        self.run_python(spawner(SLEEP, True))
-        self.assertIsNone(other.poll())
-
-    def test_interruption_ends_the_tree(self):
-        with Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGINT)
-            attempt, log = self.run_python(spawner(SLEEP, True, "time.sleep(300)"), interruption=interruption)
-        self.assertIs(attempt.forced, FileState.INTERRUPTED)
-        self.assertIs(interruption.requested_by, signal.SIGINT)
-        for pid in log.split():
-            self.assert_gone(int(pid))
-
     def test_sleep_returns_when_interrupted(self):
         with Interruption() as interruption:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -402,11 +368,6 @@ class TestChildEnvironment(ProcessCase):
         found = python3_directory(str(interpreter), self.directory)
         out = subprocess.run([f"{found}/python3", "-c", "x y"], capture_output=True, text=True, check=True)
         self.assertEqual(out.stdout, "right -c x y\n")
-
-    def test_retries_are_what_was_asked_for(self):
-        for count in (0, 2):
-            environment = child_environment(Options(self.directory, "cpu", "s", test_max_retry=count), "/bin")
-            self.assertEqual(environment["SGLANG_TEST_MAX_RETRY"], str(count))
 
     def test_the_target_is_the_runner_s_to_name(self):
         with mock.patch.dict(os.environ, {TARGET_VARIABLE: "of an outer run"}):

@@ -177,10 +177,6 @@ class TestBadInput(ScaffoldCase):
         (line,) = self.refused("dsv4", "--suite", CPU)
         self.assertIn("test_disaggregation_dsv4.py exists; choose another name", line)
 
-    def test_no_command_line(self):
-        (line,) = self.refused()
-        self.assertIn("the following arguments are required: NAME, --suite", line)
-
 
 if __name__ == "__main__":
     unittest.main()

@@ -28,9 +28,7 @@ NANO = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
 
 class DataSetTest(unittest.TestCase):
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = Path(directory.name) / "test.jsonl"
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "test.jsonl"
         self.write(1000)
 
     def write(self, scored, shots=5):
@@ -192,18 +190,12 @@ class TestDataset(DataSetTest):
         self.assertTrue(second.endswith("Question: row 1\u2028\nAnswer:"))
 
     def test_bad_files_are_one_clear_line(self):
+        """More of them in test_robustness."""
         for content, message in (
-            (None, r"test\.jsonl: No such file"),
-            (b"\xff\xfe", "not UTF-8"),
-            (b'{"question": "a", "answer": "#### 1"}\n{"question": "a", "ans', "line 2 is not JSON .*complete"),
-            (b'{"question": "a", "answer": "1"}\n\n', "line 2 is not JSON"),
-            (b'{"question": "a"}\n', "line 1 has no texts 'question' and 'answer'"),
-            (b"[1]\n", "line 1 has no texts"),
-            (b'{"question": "a", "answer": "#### 1"}\n' * 5, "has 5 rows, of which 5 are shots"),
+            ('{"question": "a", "answer": "#### 1"}\n{"question": "a", "ans', "line 2 is not JSON .*complete"),
+            ('{"question": "a", "answer": "#### 1"}\n' * 5, "has 5 rows, of which 5 are shots"),
         ):
-            self.path.unlink(missing_ok=True)
-            if content is not None:
-                self.path.write_bytes(content)
+            self.path.write_text(content)
             with self.subTest(message=message), self.assertRaisesRegex(DatasetError, message) as caught:
                 read_dataset(self.path)
             self.assertNotIn("\n", str(caught.exception))

@@ -113,11 +113,6 @@ def sign_flips(differences: np.ndarray) -> float:
     return float(np.mean(sums >= observed - 1e-12 * np.abs(differences).sum()))
 
 
-def tokens_needed(shift: float, noise: float, level: float = LEVEL / 3, power: float = 0.9) -> int:
-    """Tokens of each arm that show a mean shift of `shift` nats with probability `power`; `noise`: of one token."""
-    return math.ceil(2 * ((norm.ppf(1 - level) + norm.ppf(power)) * noise / shift) ** 2)
-
-
 def continued(url: str, ids: Sequence[int], tokens: int, timeout: float) -> Answer:
     """A sampled continuation of exactly `tokens` tokens with their logprobs. Raises RequestFailed."""
     sampling = {"temperature": 1.0, "max_new_tokens": tokens, "ignore_eos": True}
