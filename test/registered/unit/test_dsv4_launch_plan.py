@@ -231,7 +231,6 @@ class TestOneGpu(unittest.TestCase):
         judged = "references_of", "compared", "assert_parity", "known_references"
         asked = dict.fromkeys(("prefill_url", "lb_url"), "") | {name: mock.MagicMock() for name in judged}
         asked["references_of"].return_value = None, None
-        case = type("Asked", (one_gpu.TestDisaggregationDSV4OneGpu,), asked)("test_parity_rooms")
         one = {"disable_radix_cache": False, "dp_size": 1}
         for more, cached, passes in (
             ({}, 4, True),
@@ -241,6 +240,7 @@ class TestOneGpu(unittest.TestCase):
             ({"dp_size": 2}, 0, True),
             ({"attn_dp_size": 2}, 0, True),
         ):
+            case = type("Asked", (one_gpu.TestDisaggregationDSV4OneGpu,), asked)("test_parity_rooms")  # it asks once
             arm = [SimpleNamespace(cached_tokens=512 if number < cached else 0) for number in range(4)]
             with (
                 self.subTest(more=more, cached=cached),
