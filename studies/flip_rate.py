@@ -21,26 +21,18 @@ from contextlib import contextmanager
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
 
-TARGETS = ("embedded", "sglang-cpu")
+TARGETS = ("embedded",)
 
 
 @contextmanager
 def served(target: str) -> Iterator[tuple[str, str, str]]:
-    """(load balancer, monolithic server, data set) of servers with a trained model. Raises NotReady."""
+    """(load balancer, monolithic server, data set) of servers with a trained model."""
     with tempfile.TemporaryDirectory(prefix="flip-rate-") as logs:
         os.environ.setdefault("SGLANG_PD_LOG_DIR", logs)
-        from pdkit.deployment.cpu import plan, requirements
-        from pdkit.deployment.cpu.servers import SglangCpuServers
         from pdkit.deployment.embedded import EmbeddedServers
         from pdkit.deployment.monolithic import MonolithicBeside
 
-        of_target = EmbeddedServers if target == "embedded" else SglangCpuServers
-        if of_target is SglangCpuServers:
-            requirements.require_machine()
-
-        class Servers(MonolithicBeside, of_target):  # type: ignore[misc, valid-type]
-            cpu_model = plan.LLAMA
-
+        class Servers(MonolithicBeside, {"embedded": EmbeddedServers}[target]):  # type: ignore[misc]
             @classmethod
             def take_references(cls) -> None:
                 """None: all questions are asked here."""
@@ -82,7 +74,7 @@ def compared(urls: Sequence[str], data: str, examples: int | None, in_flight: in
 
 
 def main(argv: Sequence[str]) -> ExitCode:
-    """Raises NotReady where the machine lacks what the target needs, RequestFailed where a question got no answer."""
+    """Raises RequestFailed where a question got no answer."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("urls", nargs="*", metavar="URL", help="a server, and another one of the same model")
     parser.add_argument("--target", choices=TARGETS, help="start servers of this target, and ask those")

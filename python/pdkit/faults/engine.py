@@ -14,7 +14,7 @@ from pdkit.engine.request import Request, finish
 from pdkit.engine.scheduler import Scheduler
 from pdkit.engine.sequences import ROOMS
 from pdkit.engine.service import Service
-from pdkit.engine.transfer import DecodeReceiver, PrefillSender
+from pdkit.engine.transfer import DecodeReceiver, PrefillSender, TransferError
 from pdkit.faults.fault import Injection, Where
 from pdkit.faults.switch import Switch
 
@@ -95,7 +95,9 @@ class FaultyServer:
         room = args[2]
         late = self._injection("samples-late")
         if late and room >= ROOMS and self.fetching >= late.fault.size and self._met("samples-late"):
-            await asyncio.Event().wait()
+            while self._injection("samples-late"):  # its harm ends with it: what comes next must not meet it
+                await asyncio.sleep(0.1)
+            raise TransferError("the fault that held this sample is over")
         self.fetching += 1
         try:
             return await original(receiver, *args)
