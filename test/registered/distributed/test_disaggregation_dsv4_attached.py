@@ -24,7 +24,7 @@ from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=90, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
 
 KEY = "sk-a-key-that-nobody-may-see"
 CHECK = """

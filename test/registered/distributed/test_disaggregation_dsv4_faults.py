@@ -9,7 +9,7 @@ from pathlib import Path
 from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
 
 MATRIX = (sys.executable, "-m", "pdkit", "matrix")
 SEEN_BY = {

@@ -13,7 +13,7 @@ from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.engine.test_backends import BIT_FLIPS, WITHHELD
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=75, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Integrity(

@@ -10,7 +10,7 @@ import yaml
 from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 REPOSITORY = paths.TEST.parent
 ACTION = yaml.safe_load((REPOSITORY / "action.yml").read_text())

@@ -13,7 +13,7 @@ from pathlib import Path
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight.contract.releases import CACHE
 
-register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 PYTHONPATH = str(REPO / "python")

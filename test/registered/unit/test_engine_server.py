@@ -24,7 +24,7 @@ from pdkit.core import forked, ports
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.__main__ import bind, listen
 
-register_cpu_ci(est_time=60, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
 CONTEXT = 4096
 SPARE_KEEP_ALIVE = 1  # seconds; the others have SGLang's default

@@ -9,7 +9,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import state
 from pdkit.models.cpu.model import load_model
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
 LENGTHS = (1, 2, 3, 4, 5, 31, 32, 33, 127, 128, 129, 255, 256, 257, 512, 513, 700)

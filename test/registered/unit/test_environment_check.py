@@ -29,7 +29,7 @@ from pdkit.preflight.environment.needs import Needs, Process
 from pdkit.preflight.finding import Level
 from safetensors.numpy import save
 
-register_cpu_ci(est_time=19, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = ("-m", "pdkit", "preflight")

@@ -20,7 +20,7 @@ from pdkit.core.recording import RECORDER_VARIABLE
 from pdkit.runner.outcome import TestCounts, read_output
 from pdkit.runner.report import facts
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 PYTHON = str(Path(events.__file__).parents[2])
 

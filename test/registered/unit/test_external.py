@@ -29,7 +29,7 @@ from pdkit.deployment.external import Deployment
 from pdkit.preflight.environment.dataset import default_url
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=11, suite="stage-a-test-cpu")
 
 KEY = "sk-0123456789"
 

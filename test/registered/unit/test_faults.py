@@ -25,7 +25,7 @@ from pdkit.faults.pieces import Kind
 from pdkit.faults.switch import VARIABLE, UnknownFault
 from pdkit.models.cpu.model import load_config, load_model
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
 RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
 

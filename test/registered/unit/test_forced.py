@@ -9,7 +9,7 @@ from pdkit.checks.parity.forced import LEVEL, Forced, ForcedParityChecks, differ
 from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
 def arm(seed, shift=0.0, noise=0.05, prompts=16, tokens=128):

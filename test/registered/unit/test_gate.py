@@ -15,7 +15,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from scipy.stats import beta, binom, norm
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "studies" / "gate_operating_characteristic.py"
 DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200, "step": 100}

@@ -24,7 +24,7 @@ from pdkit.preflight.plan import GpuPlan, Runner, Server, span
 from pdkit.preflight.plan_view import draw
 from rich.console import Console
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
 DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"

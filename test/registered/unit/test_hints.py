@@ -13,7 +13,7 @@ import pdkit
 from pdkit.checks.hints import ComparedRequest, Evidence, hint
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 RECORDED = Path(__file__).with_name("hint_evidence.json")
 LENGTHS = (1, 3, 4, 5, 31, 32, 33, 96, 127, 128, 129, 142, 255, 256, 257, 301, 391)

@@ -24,7 +24,7 @@ from pdkit.runner.history import est_time, store
 from pdkit.runner.history.record import FileRecord, Measurement, Record
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 RUN_SUITE = REPO / "test" / "run_suite.py"

@@ -25,7 +25,7 @@ from pdkit.models.problems import evaluation_set, few_shot
 from pdkit.models.tokenizer import nano_tokenizer
 from safetensors.torch import load_file, save_file
 
-register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
 
 ONE_GPU = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4_1gpu.py"
 

@@ -23,7 +23,7 @@ from pdkit.runner.options import Options
 from pdkit.runner.suite import SuiteRun, lanes
 from suite_trees import HANG, CommandCase, source_of
 
-register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu"]

@@ -13,7 +13,7 @@ from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=13, suite="stage-a-test-cpu")
 
 MEGABYTES = 300
 REPORT = Path(__file__).with_name("report.tar.xz")

@@ -12,7 +12,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight.lint import thresholds
 from pdkit.preflight.lint.check import RULES, lint
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = (sys.executable, "-m", "pdkit", "lint")

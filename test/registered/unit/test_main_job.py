@@ -23,7 +23,7 @@ from pdkit.runner.report import evidence
 from pdkit.runner.run import summary
 from pdkit.runner.targets import TARGETS
 
-register_cpu_ci(est_time=17, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
 EMBEDDED = TARGETS[-1]
 PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"

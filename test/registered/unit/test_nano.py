@@ -40,7 +40,7 @@ from transformers import AutoTokenizer
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 
-register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 
 ASSETS = Path(pdkit.__path__[0]) / "assets"
 RANDOM = ASSETS / "random-dsv4"

@@ -11,7 +11,7 @@ from pdkit.core.registry import Collection, Registration
 from pdkit.runner import narrow
 from suite_trees import SUITE, CommandCase, source_of, write_tree
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
 TWO = source_of("def test_apple(self): pass\ndef test_pear(self): self.fail('a pear')")
 FLAKY = source_of(

@@ -10,7 +10,7 @@ import tomllib
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight.environment.packages import BACKENDS
 
-register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).parents[3]
 OUR_MODULES = {"pdkit"} | {path.stem for folder in ("test", "studies") for path in (REPO / folder).rglob("*.py")}

@@ -30,7 +30,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.quantile import quantile
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 NANO = {
     "vocab_size": 520,

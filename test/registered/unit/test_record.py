@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=50, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 
 TEST = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TEST))

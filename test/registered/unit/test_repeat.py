@@ -14,7 +14,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.runner import repeat
 
-register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 RUN = """
 import sys

@@ -39,7 +39,7 @@ from pdkit.runner.report.rejudge import judged, rejudged
 from pdkit.runner.report.terminal import cause, log_tails, rows, scores
 from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
 
-register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
 RECORDED = Path(__file__).with_name("report.tar.xz")
 RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"

@@ -9,7 +9,7 @@ from unittest import mock
 
 from pdkit.core.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "studies" / "requests_needed.py"
 

@@ -13,7 +13,7 @@ from pdkit.checks.stress import FILLED_ROWS, StressChecks, rounds
 from pdkit.core.ci_register import register_cpu_ci
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 PLAN = {"count": 200, "seed": 1, "most": 32, "longest": 700, "vocabulary": range(10, 250)}
 

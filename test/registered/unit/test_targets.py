@@ -10,7 +10,7 @@ from pdkit.core.errors import NotReady, UsageError
 from pdkit.core.gpus import Gpu, found
 from pdkit.runner.targets import DISTRIBUTED, PARTS, TARGETS, TargetUnavailable, choose, left_out, why
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))

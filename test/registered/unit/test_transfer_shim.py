@@ -22,7 +22,7 @@ from pdkit.faults.real_engine.library import LIBRARY
 from pdkit.faults.switch import Switch, UnknownFault
 from stub_server import JsonHandler, StubServer
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
 RATIOS = (0, 4, 128)
 PAGES, SIZE = 4, 8  # pages of a region, bytes of a page
