@@ -9,7 +9,7 @@ from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.faults.planted_bugs import STATE_BUGS, PlantedBugChecks
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=630, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=310, suite="stage-a-test-cpu", nightly=True)
 
 
 class _Bugs(PlantedBugChecks, MonolithicBeside, SglangCpuServers):
