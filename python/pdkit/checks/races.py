@@ -15,7 +15,7 @@ from functools import partial
 import requests
 
 from pdkit.checks.accounting.checks import unaccounted
-from pdkit.checks.http import RequestFailed, flush_caches, generate, greedy, post
+from pdkit.checks.http import RequestFailed, generate, greedy, post
 from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
@@ -62,7 +62,7 @@ class RaceChecks(ParityArms):
                 )
                 for number, half in enumerate(("first", "second"), 1)
             ]
-            flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
+            self.empty_prefix_caches()
             arms += self._apart(pair, offset)
             probes += pair
         self._assert_race("races: shared prefixes in flight", probes, arms)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import requests
 
-from pdkit.checks.http import RequestFailed, flush_caches, post, status_of
+from pdkit.checks.http import RequestFailed, post, status_of
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.exact import ExactParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
@@ -223,7 +223,7 @@ class PlantedBugChecks(ExactParityArms, SglangCpuServers):
     def ask(self, round_: Round) -> tuple[Arm, Arm]:
         """(answers of the release, of the pair)"""
         if round_.flush:
-            flush_caches([self.prefill_url, self.decode_url], self.request_timeout)
+            self.empty_prefix_caches()
         return self.reference_alone(round_), collect(self.lb_url, round_, self.request_timeout)
 
     def same_as_released(self, round_: Round) -> None:

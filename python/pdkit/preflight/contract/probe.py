@@ -161,6 +161,11 @@ def answer_of_test(path: str, request: Mapping[str, Any], parsers: Parsers) -> d
     }
 
 
+def without_answer(error: Unreadable) -> dict[str, Any]:
+    """The answer of one line that says why there is none."""
+    return {"unreadable": " ".join(str(error).split())}
+
+
 def end(answer: Callable[[], dict[str, Any]], answer_path: str) -> NoReturn:
     """Ends this process with its answer in the file at `answer_path`."""
     status = 1
@@ -168,7 +173,7 @@ def end(answer: Callable[[], dict[str, Any]], answer_path: str) -> NoReturn:
         try:
             found = answer()
         except Unreadable as error:
-            found = {"unreadable": " ".join(str(error).split())}
+            found = without_answer(error)
         Path(answer_path).write_text(json.dumps(found))
         status = 0
     except BaseException:
@@ -184,7 +189,7 @@ def main(request_path: str, *answer_paths: str) -> NoReturn:
     try:
         release, parsers = answer_of_release(request)
     except Unreadable as error:
-        release = {"unreadable": " ".join(str(error).split())}
+        release = without_answer(error)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
