@@ -5,22 +5,19 @@ Result: docs/decisions/requests-needed.md.
 
 It reads docs/detection-matrix.md, which holds for each fault of the transfer whether the accuracy gate saw it and in how many
 of 12 prompts a status, a token or a logit changed, on the trained and on the random model. From so many of 12 the median and
-the worst number of requests follow, if the prompts come in any order; "-" stands for a fault that none of them shows. Of
-SGLang's own engine on CPU the same counts are in docs/results, as studies/sglang_cpu_faults.py took them. From the repository
-root:
+the worst number of requests follow, if the prompts come in any order; "-" stands for a fault that none of them shows. From
+the repository root:
 
     scripts/env.sh python3 studies/requests_needed.py
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import comb
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode
@@ -28,7 +25,6 @@ from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.truth import PROMPTS_PER_FAULT
 
 MATRIX = Path(__file__).resolve().parents[1] / "docs" / "detection-matrix.md"
-SGLANG_CPU = MATRIX.with_name("results") / "sglang-cpu-faults-0.5.23.json"
 FIRST_LOOK = 200  # examples of the accuracy gate's first look, the fewest that it fails on
 NEVER = 10**6
 
@@ -41,65 +37,35 @@ def until_first(seen: int, prompts: int) -> tuple[int, int]:
     return next(place for place, share in enumerate(later, start=1) if share <= 0.5), prompts - seen + 1
 
 
-MODELS = ("trained", "random")
-KINDS = ("GSM8K gate", *(f"{model}, {what}" for model in MODELS for what in ("tokens", "logprobs")))
-
-Cells = dict[str, tuple[int, int]]  # by kind: (median, worst)
-
-
-def gate_cell(sees: bool) -> tuple[int, int]:
-    return (FIRST_LOOK,) * 2 if sees else (NEVER,) * 2
-
-
-def table(found: Mapping[str, Cells]) -> list[list[str]]:
-    """A row for each fault, with the median and the worst of all that are seen below."""
-    rows = [[name, *(shown(*cells[kind]) for kind in KINDS)] for name, cells in found.items()]
-    numbers = {kind: [cells[kind] for cells in found.values()] for kind in KINDS}
-    seen = {kind: [each for each in pairs if each[0] < NEVER] for kind, pairs in numbers.items()}
-    middle = [
-        f"{median(m for m, _ in each):g} / {max(w for _, w in each)}" if each else "- / -" for each in seen.values()
-    ]
-    return [
-        ["fault", *KINDS],
-        *rows,
-        ["**all that are seen**", *middle],
-        ["**not seen**", *(f"{len(rows) - len(each)} of {len(rows)}" for each in seen.values())],
-    ]
-
-
 def recorded_table(text: str) -> list[list[str]]:
     """Of each fault of the transfer in a detection matrix: requests until seen, median / worst."""
     gate = dict(re.findall(r"(?m)^\| ([\w-]+) \| (\S) \|", text))
-    found: dict[str, Cells] = {}
+    models = ("trained", "random")
+    kinds = ["GSM8K gate", *(f"{model}, {what}" for model in models for what in ("tokens", "logprobs"))]
+    rows, numbers = [], {column: [] for column in kinds}
     for name, effect in re.findall(r"(?m)^- \*\*([\w-]+)\*\*: .*effect: (trained, .*)$", text):
-        cells = {KINDS[0]: gate_cell(gate.get(name) == "●")}
-        for model in MODELS:
-            match = re.search(rf"{model}, (\d+) prompts: ([^;]*)", effect)
-            counts = {what: int(count) for what, count in re.findall(r"([a-z][a-z ]*?) of (\d+)", match[2])}
-            prompts, status = int(match[1]), counts.get("status", 0)
+        cells = {"GSM8K gate": (FIRST_LOOK,) * 2 if gate.get(name) == "●" else (NEVER,) * 2}
+        for model in models:
+            found = re.search(rf"{model}, (\d+) prompts: ([^;]*)", effect)
+            counts = {what: int(count) for what, count in re.findall(r"([a-z][a-z ]*?) of (\d+)", found[2])}
+            prompts, status = int(found[1]), counts.get("status", 0)
             seen = {"tokens": max(status, counts.get("tokens", 0))}
             seen["logprobs"] = max(seen["tokens"], counts.get("logits", 0), counts.get("first token or logprob", 0))
             cells |= {f"{model}, {what}": until_first(seen[what], prompts) for what in seen}
         fault = LIBRARY[name]
         if cells["random, logprobs"][0] >= NEVER or fault.every > PROMPTS_PER_FAULT or fault.after:
             continue  # it changes nothing, was tried more often than it is met, or begins later
-        found[name] = cells
-    return table(found)
-
-
-def sglang_cpu_table(recorded: Mapping[str, Any]) -> list[list[str]]:
-    """The same of what studies/sglang_cpu_faults.py counted. ValueError where answers differed without a fault."""
-    if any(recorded["none"][model]["logprobs"] for model in MODELS) or recorded["none"]["gate"]["sees"]:
-        raise ValueError(f"seen without a fault: {recorded['none']}")
-    found: dict[str, Cells] = {}
-    for name, each in recorded.items():
-        cells = {KINDS[0]: gate_cell(each["gate"]["sees"])}
-        for model in MODELS:
-            cells |= {f"{model}, {what}": until_first(each[model][what], each[model]["prompts"])
-                      for what in ("tokens", "logprobs")}  # fmt: skip
-        if name != "none":
-            found[name] = cells
-    return table(found)
+        rows.append([name, *(shown(*cells[column]) for column in kinds)])
+        for column in kinds:
+            numbers[column].append(cells[column])
+    seen = {column: [each for each in pairs if each[0] < NEVER] for column, pairs in numbers.items()}
+    middle = [f"{median(m for m, _ in seen[c]):g} / {max(w for _, w in seen[c])}" for c in kinds]
+    return [
+        ["fault", *kinds],
+        *rows,
+        ["**all that are seen**", *middle],
+        ["**not seen**", *(f"{len(rows) - len(seen[column])} of {len(rows)}" for column in kinds)],
+    ]
 
 
 def shown(middle: float, worst: float) -> str:
@@ -110,14 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
-    recorded = json.loads(SGLANG_CPU.read_text(encoding="utf-8"))
-    embedded = recorded_table(MATRIX.read_text(encoding="utf-8"))
-    for target, rows in (("embedded", embedded), ("sglang-cpu", sglang_cpu_table(recorded))):
-        if args.markdown:
-            lines = [f"| {' | '.join(row)} |" for row in rows]
-            print(f"{target}\n", lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], "", sep="\n")
-        else:
-            print(f"{target}\n{columns(rows)}\n")
+    rows = recorded_table(MATRIX.read_text(encoding="utf-8"))
+    if args.markdown:
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        print("\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]))
+    else:
+        print(columns(rows))
     return ExitCode.PASSED
 
 
