@@ -31,7 +31,7 @@ from pdkit.checks.parity.plan import (
 )
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import Parity
-from pdkit.checks.server_info import read_server_info
+from pdkit.checks.server_info import data_parallel_ranks, read_server_info
 from pdkit.core import events
 from pdkit.core.gsm8k import read_dataset, running_text
 
@@ -230,8 +230,7 @@ class ParityArms(Checks):
         """Whether a prefix is found again; not among servers or data-parallel ranks with a cache each: any may be next."""
         if cls._caches_prefixes is None:
             info = read_server_info(cls.prefill_url)
-            ranks = info.get("dp_size", 1) * (info.get("attn_dp_size") or 1)  # with DP attention 0.5.23 has the latter
-            caches = ranks * max(1, len(cls.prefill_urls))
+            caches = data_parallel_ranks(info) * max(1, len(cls.prefill_urls))
             cls._caches_prefixes = not info.get("disable_radix_cache", True) and caches == 1
         return cls._caches_prefixes
 
