@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pdkit.core import paths
 from pdkit.core.errors import NotReady
-from pdkit.deployment.cpu import plan
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FIELDS, KINDS
 
@@ -55,7 +55,7 @@ def provide(kind: str) -> Path:
             return path
         raise NotReady(f"no trained DeepSeek-V4 in {ASSETS}: pdkit model kernel-train --few-heads makes one on a GPU")
     assert kind == "dsv4", kind
-    path = plan.cache_dir() / "sglang-cpu" / f"dsv4-{_version()}"
+    path = paths.cache() / "sglang-cpu" / f"dsv4-{_version()}"
     if not (path / "config.json").is_file():
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)
