@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,16 @@ from typing import Any
 
 @contextmanager
 def served(cls: Any, logs: Path | None = None) -> Iterator[Any]:
-    """A subclass of `cls` whose servers are up: its URLs and processes. Their logs go to `logs` if they are to stay.
+    """A subclass of `cls` whose servers are up: its URLs and processes. Their logs are kept in `logs`, if it is given.
 
     Raises what the class does where they do not start, NotReady where the machine lacks what they need.
     """
 
     class Servers(cls):
+        @classmethod
+        def server_class(cls, name: str, environment: Mapping[str, str]) -> Any:
+            return type("Quiet", (super().server_class(name, environment),), {"reaches_console": False})
+
         @classmethod
         def take_references(cls) -> None:
             """Nothing is compared."""
