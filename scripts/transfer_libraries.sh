@@ -4,7 +4,7 @@
 set -euo pipefail
 libraries=(libibverbs.so.1 libnl-3.so.200 libnl-route-3.so.200 libnuma.so.1)
 packages=(libibverbs1 libnl-3-200 libnl-route-3-200 libnuma1)
-unpacked=${PDKIT_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/sglang-pd-suite}/debian-libraries
+unpacked=${PDKIT_CACHE_DIR:-${XDG_CACHE_HOME:-~/.cache}/sglang-pd-suite}/debian-libraries
 
 say() { printf 'transfer_libraries.sh: %s\n' "$*" >&2; }
 

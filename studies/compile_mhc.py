@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Compiles DeepSeek-V4's mHC kernels before a cold start, a process for each, on all GPUs of the machine.
 
-Result (docs/results) of an earlier form, which gave the kernels the same arguments: hidden size 2048, SGLang 0.5.23, seven of
-eight H200s: 44 s, where a server compiles them one after the other in 201 s before it serves; a server that finds them takes
-3 to 5 s.
+Result (docs/results): hidden size 2048, SGLang 0.5.23, three of four H200s: 21 kernels in 39 s, where a server compiles them one
+after the other in 201 s before it serves; a server that finds them takes 3 to 5 s.
 
     scripts/env.sh python3 studies/compile_mhc.py --model DIR [--tokens 8192]
 

@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -152,6 +153,17 @@ def shares_overlap() -> tuple[bool, str]:
     return wrong, f"{fused_mhc.SOURCE} has {fused_mhc.WRONG!r}: {wrong}"
 
 
+def copies_past_the_end() -> tuple[bool, str]:
+    """The copy that gathers and scatters rows of DP attention's ranks is not bounded by the tensors."""
+    import torch
+    from sglang.kernels.ops.memory.memcpy_triton import memcpy_triton
+
+    rows, size = torch.zeros(4, 8), torch.tensor(4)
+    memcpy_triton(rows[:1], torch.ones(4, 8), 0, torch.tensor(0), size, True)
+    behind = int(rows[1:].any(dim=1).sum())
+    return behind > 0, f"a copy of {size} rows to a tensor of 1 overwrites the {behind} rows behind it"
+
+
 FINDINGS: dict[str, Callable[[], tuple[bool, str]]] = {
     "one-room": one_room,
     "hidden-failures": hidden_failures,
@@ -159,6 +171,7 @@ FINDINGS: dict[str, Callable[[], tuple[bool, str]]] = {
     "checksum": no_index_for_the_checksum,
     "empty-text": empty_text,
     "fused-mhc": shares_overlap,
+    "dp-copy": copies_past_the_end,
 }
 
 
@@ -168,6 +181,7 @@ def main(argv: Sequence[str]) -> ExitCode:
     names = parser.parse_args(argv).names or list(FINDINGS)
     if unknown := set(names) - {*FINDINGS}:
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(FINDINGS)}")
+    os.environ["TRITON_INTERPRET"] = "1"  # read where Triton is imported
     there = False
     print(f"sglang {version('sglang')}", flush=True)
     for name in names:

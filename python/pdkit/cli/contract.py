@@ -48,7 +48,7 @@ def _ask_releases(args: Namespace) -> ExitCode:
     from pdkit.preflight.contract import release, releases
 
     progress = Console(stderr=True)
-    wheels = releases.wheels(args.wheels or releases.CACHE / "wheels", args.download, args.newest, progress.print)
+    wheels = releases.wheels(args.wheels or paths.cache() / "wheels", args.download, args.newest, progress.print)
     contracts, broken = [], {}
     for version, wheel in wheels.items():
         with progress.status(f"asking sglang {version}"), release.unpacked(wheel) as unpacked:

@@ -1,5 +1,7 @@
-"""Where this clone keeps what is not part of the package; an installed package has none of it."""
+"""Where this clone keeps what is not part of the package, of which an installed package has none; and the cache."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -10,3 +12,9 @@ def registered_tests() -> Path:
     """The tree of registered tests: this clone's, or else that below the working directory; it need not exist."""
     own = TEST / "registered"
     return own if own.is_dir() else Path("test", "registered").absolute()
+
+
+def cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where environments, models, wheels and unpacked libraries are kept, as in scripts/env.sh."""
+    base = environ.get("PDKIT_CACHE_DIR")
+    return Path(base or Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sglang-pd-suite"))

@@ -37,6 +37,9 @@ SUBSTITUTED: Mapping[str, Mapping[str, str]] = {
 # Attributes of ServerArgs -> the flag of releases that have them, and of those that lack them.
 RENAMED_FLAGS = {"cuda_graph_max_bs_decode": ("--cuda-graph-max-bs-decode", "--cuda-graph-max-bs")}
 
+COPIES_PAST_THE_END = "mask = start_index + offs < sz"
+COPIERS = "kernels/ops/memory/memcpy_triton.py", "srt/layers/dp_attention.py"
+LAST_THAT_OVERWRITES = "0.5.23"
 LETS_EMPTY_TEXT_PASS = "(isinstance(texts, list) and len(texts) == 0)"
 
 
@@ -104,3 +107,22 @@ def empty_text_is_fatal() -> str | None:
     if source_says("srt/managers/tokenizer_manager.py", LETS_EMPTY_TEXT_PASS):
         return "it ends prefill in this release of SGLang (docs/findings/empty-text-ends-prefill.md)"
     return None
+
+
+def prompt_logprobs_are_fatal(args: Sequence[str]) -> str | None:
+    """Why servers of the installed release with the flags `args` must not be asked for logprobs of a prompt, if so.
+
+    With DP attention, the draft model's pass over a prompt copies as many rows of logits as logprobs were asked for,
+    and has one (`EagleWorkerV2._draft_extend_for_prefill`, `memcpy_triton`): what lies behind it is overwritten.
+    """
+    exposed = {"--enable-dp-attention", "--speculative-algorithm"} <= {*args}
+    if exposed and any(source_says(path, COPIES_PAST_THE_END) for path in COPIERS):
+        return "it overwrites memory in this release of SGLang (docs/findings/prompt-logprobs-overwrite-memory.md)"
+    return None
+
+
+def overwritten_by_prompt_logprobs(info: Mapping[str, object]) -> bool:
+    """The same of a running server, by what its /server_info reports; newer releases than we have read are believed."""
+    exposed = info.get("enable_dp_attention") and info.get("speculative_algorithm")
+    version = str(info.get("version") or "")
+    return bool(exposed and re.match(r"\d", version) and is_since(LAST_THAT_OVERWRITES, version))

@@ -10,14 +10,14 @@ import unittest
 from collections import defaultdict
 from pathlib import Path
 
+from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.preflight.contract.releases import CACHE
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 PYTHONPATH = str(REPO / "python")
-TYPES_CACHE = f"--cache-dir={CACHE.expanduser() / 'mypy'}"
+TYPES_CACHE = f"--cache-dir={paths.cache() / 'mypy'}"
 
 
 class TestCodeStyle(unittest.TestCase):

@@ -361,10 +361,11 @@ class Parrot(StubServer):
 class TestComparison(unittest.TestCase):
     """Prompts from the baseline's own tokens, answers compared, and what the lengths of those that differ say."""
 
-    def compare(self, exact=True, batches=True, **settings):
+    def compare(self, exact=True, batches=True, prompt_logprobs=True, **settings):
         baseline, pair = Parrot(self), Parrot(self, **settings)
         geometry = parity.geometry_of(None, {"context_length": 4096, "page_size": 64})
         options = {"model": "m", "options": parity.QUICK, "exact": exact, "batches": batches}
+        options["prompt_logprobs"] = prompt_logprobs
         return parity.Comparison(pair.url, baseline.url, geometry, parity.SUMS, **options).run()
 
     def test_an_equal_server(self):
@@ -381,6 +382,16 @@ class TestComparison(unittest.TestCase):
         self.assertEqual(found.problems, ())
         sent = [request["input_ids"] for request in self.asked if "input_ids" in request]
         self.assertFalse(any(isinstance(ids[0], list) for ids in sent))
+
+    def test_where_logprobs_of_prompts_overwrite_memory_none_are_asked_for(self):
+        self.compare(prompt_logprobs=False)
+        self.assertFalse(any("logprob_start_len" in request for request in self.asked if "input_ids" in request))
+        exposed = {"version": "0.5.23", "enable_dp_attention": True, "speculative_algorithm": "EAGLE"}
+        deployment = SimpleNamespace(baseline_url="http://127.0.0.1:1", api_key=None)
+        with mock.patch.object(checks, "server_info", return_value=exposed):
+            row = checks.answers_equal(SimpleNamespace(deployment=deployment))
+        self.assertIs(row.state, State.NOT_CHECKED)
+        self.assertRegex(row.sentence, "overwrites memory .* without --speculative-algorithm")
 
     def test_what_long_prompts_lose(self):
         for exact in (True, False):

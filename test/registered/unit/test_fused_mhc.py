@@ -49,6 +49,22 @@ class TestFusedMhc(unittest.TestCase):
         source.write_text(f"        if not texts or {quirks.LETS_EMPTY_TEXT_PASS}:\n            return\n")
         self.assertRegex(quirks.empty_text_is_fatal(), "ends prefill")
 
+    def test_logprobs_of_prompts_are_left_out_where_they_overwrite_memory(self):
+        source = self.installed(quirks.COPIERS[0])
+        both = ["--enable-dp-attention", "--speculative-algorithm", "EAGLE"]
+        self.assertIsNone(quirks.prompt_logprobs_are_fatal(both), "nothing is known of it")
+        source.write_text(f"    {quirks.COPIES_PAST_THE_END}\n")
+        self.assertRegex(quirks.prompt_logprobs_are_fatal(both), "overwrites memory")
+        self.assertIsNone(quirks.prompt_logprobs_are_fatal(both[:1]))
+        self.assertIsNone(quirks.prompt_logprobs_are_fatal(both[1:]))
+
+    def test_what_a_running_server_reports_says_whether_it_may_be_asked_for_them(self):
+        exposed = {"version": "0.5.23", "enable_dp_attention": True, "speculative_algorithm": "EAGLE"}
+        self.assertTrue(quirks.overwritten_by_prompt_logprobs(exposed))
+        for other in ({"version": "0.5.24"}, {"version": None}, {"version": "embedded"}, {"enable_dp_attention": False},
+                      {"speculative_algorithm": None}):  # fmt: skip
+            self.assertFalse(quirks.overwritten_by_prompt_logprobs(exposed | other), other)
+
     def test_only_releases_with_the_defect_get_the_switch(self):
         source = self.installed(fused_mhc.SOURCE)
         self.assertEqual(fused_mhc.environment(128), {}, "an older release has no such kernel")

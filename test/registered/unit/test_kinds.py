@@ -23,7 +23,7 @@ from pdkit.deployment.one_token import silent_half
 from pdkit.faults import LIBRARY, messages
 from pdkit.faults.driver import Observation
 from pdkit.faults.fault import Injection
-from pdkit.faults.kinds import TESTS, families
+from pdkit.faults.kinds import FAMILIES, families
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
@@ -269,8 +269,8 @@ class TestOthers(unittest.TestCase):
         self.assertEqual(len(names), len(set(names)))
         self.assertLessEqual(set(names), LIBRARY.keys())
         self.assertTrue(all(fault.asks for fault in families()))
-        for family in TESTS:
-            self.assertGreaterEqual(len(list(family())), 2, family)
+        for family in FAMILIES:
+            self.assertGreaterEqual(len(list(families(family))), 2, family)
 
     def test_a_fault_begins_after_so_many_requests(self):
         injection = Injection(LIBRARY["newest-1-lost-after-20"])

@@ -383,6 +383,9 @@ class TestVariations(unittest.TestCase):
         for name in "max_new_tokens stop_token_ids ignore_eos top_p top_k sampling_seed no_stop_trim".split():
             self.assertIn(f'"{name}"', texts)
         self.assertFalse(any("seed" in v.probe.name for v in generate_variations((1,), 24, greedy, seeded=False)))
+        without = generate_variations((1, 2, 3), 24, greedy, seeded=True, prompt_logprobs=False)
+        left_out = {each.probe.name for each in varied} - {each.probe.name for each in without}
+        self.assertEqual(left_out, {"logprob_start_len"})
         completions = completion_variations("a", 24, greedy, seeded=True)
         self.assertTrue(all(each.probe.path == "/v1/completions" for each in completions))
 

@@ -80,6 +80,8 @@ class TestLogprobs(unittest.TestCase):
     """What decode takes may be listed second: of two tokens whose logprobs are equal to the bit."""
 
     assertBest = ProtocolChecks.assertBest
+    require_prompt_logprobs = ProtocolChecks.require_prompt_logprobs
+    prompt_logprobs_are_fatal = None
     tops = [BEST, AS_GOOD, WORSE]
 
     def prompts(self, count):
@@ -125,6 +127,14 @@ class TestLogprobs(unittest.TestCase):
             for ask in (lambda taken: self.openai(taken, BEST), lambda taken: self.openai(BEST, taken), self.generate):
                 with self.assertRaisesRegex(AssertionError, "greedy takes the best"):
                     ask(taken)
+
+    def test_where_logprobs_of_a_prompt_are_fatal_none_are_asked_for(self):
+        self.prompt_logprobs_are_fatal = "they end it"
+        for scenario in ("test_input_logprobs_are_merged", "test_first_token_is_the_end_of_text"):
+            client = mock.Mock()
+            with self.assertRaisesRegex(unittest.SkipTest, "they end it"):
+                getattr(ProtocolChecks, scenario).scenario(self, client)
+            client.generate.assert_not_called()
 
     def test_two_alternatives_that_read_the_same(self):
         self.tops = [BEST, AS_GOOD, (AS_GOOD[0], -3.0)]

@@ -3,6 +3,7 @@
 The deployment is a stub: what is dead or frozen, and so what became of a request, is a set of names.
 """
 
+import itertools
 import math
 import time
 import unittest
@@ -93,6 +94,9 @@ class Deployment:
     def wait_idle(self, servers):
         pass
 
+    def readmission(self):
+        return 0.0
+
     def survivors_serve(self, victims):
         self.assertTrue(self.down)
 
@@ -150,6 +154,22 @@ class LostAfterwards(Deployment):
         super().back(*args)
 
 
+class RankKeptOut(LostAfterwards):
+    """The first request afterwards meets a rank that is not let in yet, and fails at once."""
+
+    router_timeout = 60
+
+    def back(self, *args):
+        outcomes = itertools.chain([FAILED], itertools.repeat(SERVED))
+        self.outcome = lambda phase, router: next(outcomes)
+        super(LostAfterwards, self).back(*args)
+
+
+class RanksLetInLate(RankKeptOut):
+    def readmission(self):
+        return 60.0
+
+
 class RestartOfAll(Deployment):
     def start_again(self, name):
         for each in self.names():
@@ -179,6 +199,7 @@ BROKEN = {
     HangingClients: (EVENTS - MOMENTS - IMPATIENT) | (MESSAGES - LATE),
     NoReturn: EVENTS,
     LostAfterwards: EVENTS - MOMENTS,
+    RankKeptOut: EVENTS - MOMENTS,
     RestartOfAll: KILLS,
     RoomsKept: EVENTS | (MESSAGES - LATE),
     IllSurvivors: EVENTS - MOMENTS,
@@ -208,6 +229,11 @@ class TestRecovery(Scenarios, unittest.TestCase):
         self.enterContext(mock.patch.object(recovery_scenarios, "time", clock))
         self.enterContext(mock.patch.object(bootstrap_messages, "LATE_S", 0.02))
         self.enterContext(mock.patch("builtins.print"))
+
+    def test_ranks_of_a_sound_one_may_be_let_in_late(self):
+        for scenario in EVENTS - MOMENTS:
+            with self.subTest(scenario):
+                self.assertTrue(self.passes(RanksLetInLate, scenario))
 
     def passes(self, deployment, scenario):
         case = type("Case", (deployment, RecoveryChecks, DuplicateMessageChecks, unittest.TestCase), {})

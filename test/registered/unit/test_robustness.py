@@ -67,7 +67,11 @@ DEAD_PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 # In a mount or network namespace of its own; where a container may make none, the row is skipped.
 FULL_DISK = 'unshare -m bash -c \'mount -t tmpfs -o size=64k none {root}/soak && exec "$@"\' bash "$@"'
-NO_IPV4 = 'unshare -n "$@"'
+NO_IPV4 = (
+    'unshare -n bash -c \'ip link set lo up && ip address del 127.0.0.1/8 dev lo; exec "$@"\' bash "$@"'  # ::1 is left
+)
+NO_HOME = 'unshare -U --map-user=4242 env -u HOME "$@"'  # a user who is not in passwd
+HUNG_UP = '"$@" & until [ -e {root}/soak/begun ] || ! kill -0 $!; do sleep 0.1; done; kill -HUP $!; wait $!'
 ASKS_ITSELF = """
     def test_it(self):
         import http.server, threading, requests, httpx
@@ -82,6 +86,14 @@ LOUD = """
     def test_it(self):
         for _ in range(4000):
             print("#" * 70, flush=True)
+"""
+
+
+WAITS = """
+    def test_it(self):
+        import os, time
+        open(os.environ["BEGUN"], "w").close()
+        time.sleep(600)
 """
 
 
@@ -138,6 +150,17 @@ ROWS = (
         where="stdout",
         shell=FULL_DISK,
     ),
+    suite(
+        f"{CPU} --test-root {{waits}}",
+        "interrupted by SIGHUP",
+        130,
+        {"BEGUN": "{root}/soak/begun"},
+        "stdout",
+        shell=HUNG_UP,
+    ),
+    suite(f"{CPU} --test-root {{passing}}", "has no home directory, and SGLang needs one: set HOME", 3, shell=NO_HOME),
+    pdkit("preflight", "has no home directory, and SGLang needs one: set HOME", 3, shell=NO_HOME),
+    suite(f"{CPU} --test-root {{passing}}", "1 passed, 0 failed", 0, where="stdout", shell='env -u HOME "$@"'),
     pdkit("run --on embedded", "SGLANG_PD_GSM8K is not for target embedded", environ=gsm8k("text")),
     pdkit("run --on embedded", "127.0.0.1 is missing, no server can listen there", 3, where="any", shell=NO_IPV4),
     # pdkit: commands and flags
@@ -302,6 +325,7 @@ class TestBadInput(unittest.TestCase):
             "passing": source_of(),
             "asks_itself": source_of(ASKS_ITSELF),
             "loud": source_of(LOUD),
+            "waits": source_of(WAITS),
             "empty": None,
         }
         for name, source in trees.items():
@@ -314,7 +338,8 @@ class TestBadInput(unittest.TestCase):
             for cleanup in (server.server_close, server.shutdown, server.over.set):
                 cls.addClassCleanup(cleanup)
             cls.names[name] = f"http://127.0.0.1:{server.server_address[1]}"
-        cls.has_namespaces = not subprocess.run(["unshare", "-mn", "true"], capture_output=True).returncode
+        tried = ["unshare", "-mn", "unshare", "-U", "--map-user=4242", "true"]
+        cls.has_namespaces = not subprocess.run(tried, capture_output=True).returncode
         (root / "soak").mkdir()
         cls.names["tls"] = cls.names["good"].replace("http:", "https:")
         began = time.monotonic()

@@ -26,6 +26,7 @@ from pdkit.core import stats
 from pdkit.core.gsm8k import Dataset, prompts_of, running_text
 from pdkit.core.processes import wait_until
 from pdkit.deployment.external import Deployment, Served, Servers, discover, geometry_config, server_info
+from pdkit.deployment.quirks import overwritten_by_prompt_logprobs
 
 TIMEOUT_S = 180.0
 IN_FLIGHT = 32  # questions at a time
@@ -200,6 +201,9 @@ def answers_equal(target: CheckedDeployment) -> str | CheckRow:
     if baseline is None:
         return CheckRow("answers", State.NOT_CHECKED, "no baseline to compare with (--baseline URL)")
     info = server_info(baseline, target.deployment.api_key) or {}
+    if overwritten_by_prompt_logprobs(info):
+        reason = "the baseline overwrites memory where logprobs of prompts are asked for, with this release of SGLang"
+        return CheckRow(check, State.NOT_CHECKED, f"{reason}; start it without --speculative-algorithm")
     rows = target.questions.rows if isinstance(target.questions, Dataset) else ()
     comparison = parity.Comparison(
         target.url,
@@ -210,6 +214,7 @@ def answers_equal(target: CheckedDeployment) -> str | CheckRow:
         options=parity.QUICK if target.quick else parity.OPTIONS,
         exact=target.exact,
         batches=not target.servers.is_rust_router,
+        prompt_logprobs=not any(map(overwritten_by_prompt_logprobs, target.servers.prefill)),
         timeout=target.timeout,
     )
     found = comparison.run()

@@ -73,14 +73,16 @@ class Comparison:
     text                  natural text of some thousand tokens
     exact                 a request alone must be answered to the bit: same kernels, same chunks
     batches               the load balancer takes several prompts in one request
+    prompt_logprobs       the deployment may be asked for them
     """
 
     def __init__(
         self, lb_url: str, baseline_url: str, geometry: Geometry, text: str, *, model: str,
-        options: PlanOptions = OPTIONS, exact: bool = False, batches: bool = True, timeout: float = 60.0,
+        options: PlanOptions = OPTIONS, exact: bool = False, batches: bool = True, prompt_logprobs: bool = True,
+        timeout: float = 60.0,
     ) -> None:  # fmt: skip
         self.lb_url, self.baseline_url, self.timeout, self.exact = lb_url, baseline_url, timeout, exact
-        self.options, self.model, self.text = options, model, text
+        self.options, self.model, self.text, self.prompt_logprobs = options, model, text, prompt_logprobs
         self.references = References(bitwise=False, timeout=timeout)
         self.boundaries = geometry.edges
         prompts = prompts_of(baseline_url, text, timeout)
@@ -130,7 +132,7 @@ class Comparison:
         probes = plan.generate_probe("greedy", ids, size), plan.completion_probe("completion", text, size)
         greedy, completion = (self.references.answer(self.baseline_url, self._named(probe)) for probe in probes)
         variations = (
-            *plan.generate_variations(ids, size, greedy, seeded=False),
+            *plan.generate_variations(ids, size, greedy, False, self.prompt_logprobs),
             *plan.completion_variations(text, size, completion, seeded=False),
         )
         return Round("request parameters", tuple(self._named(each.probe) for each in variations), len(variations))

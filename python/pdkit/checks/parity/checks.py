@@ -31,7 +31,7 @@ from pdkit.checks.parity.plan import (
 )
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import Parity
-from pdkit.checks.server_info import read_server_info
+from pdkit.checks.server_info import data_parallel_ranks, read_server_info
 from pdkit.core import events
 from pdkit.core.gsm8k import read_dataset, running_text
 
@@ -49,6 +49,7 @@ class ParityArms(Checks):
     request_timeout  seconds for one request
     tokenizer_path   config and tokenizer of the model; None where `model` names them
     from_cache       how many of the pair's answers had a prompt of which prefill's cache held a part
+    prompt_logprobs_are_fatal  why logprobs of a prompt are not asked for, where they end a server
     """
 
     needs: tuple[str, ...] = ("lb_url", "prefill_url", "decode_url", "model", "monolithic_url", "gsm8k_data_path")
@@ -58,6 +59,7 @@ class ParityArms(Checks):
     parity_options = PlanOptions()
     request_timeout = 300.0
     tokenizer_path: str | None = None
+    prompt_logprobs_are_fatal: str | None = None
     _plan: ParityPlan | None = None
     _parameter_rounds: tuple[tuple[Variation, ...], Round] | None = None
     _parameter_ids: tuple[int, ...] = ()
@@ -118,8 +120,10 @@ class ParityArms(Checks):
             size, seeded = PARAMETER_TOKENS, cls.bitwise
             probes = generate_probe("greedy", ids, size), completion_probe("completion", text, size)
             greedy, completion = (cls.known_references().answer(cls.monolithic_url, probe) for probe in probes)
+            if cls.prompt_logprobs_are_fatal:
+                print(f"no logprobs of prompts are compared: {cls.prompt_logprobs_are_fatal}", flush=True)
             variations = (
-                *generate_variations(ids, size, greedy, seeded),
+                *generate_variations(ids, size, greedy, seeded, not cls.prompt_logprobs_are_fatal),
                 *completion_variations(text, size, completion, seeded),
             )
             round_ = Round("request parameters", tuple(each.probe for each in variations), len(variations))
@@ -226,8 +230,7 @@ class ParityArms(Checks):
         """Whether a prefix is found again; not among servers or data-parallel ranks with a cache each: any may be next."""
         if cls._caches_prefixes is None:
             info = read_server_info(cls.prefill_url)
-            ranks = info.get("dp_size", 1) * (info.get("attn_dp_size") or 1)  # with DP attention 0.5.23 has the latter
-            caches = ranks * max(1, len(cls.prefill_urls))
+            caches = data_parallel_ranks(info) * max(1, len(cls.prefill_urls))
             cls._caches_prefixes = not info.get("disable_radix_cache", True) and caches == 1
         return cls._caches_prefixes
 

@@ -340,17 +340,21 @@ def a_stop(text: str) -> str | None:
     return None
 
 
-def generate_variations(ids: Sequence[int], tokens: int, greedy: Answer, seeded: bool) -> tuple[Variation, ...]:
+def generate_variations(
+    ids: Sequence[int], tokens: int, greedy: Answer, seeded: bool, prompt_logprobs: bool = True
+) -> tuple[Variation, ...]:
     """One for each parameter of `/generate` that a balancer or a KV transfer could lose.
 
     greedy  the reference Answer to `generate_probe("greedy", ids, tokens)`, from which stops are chosen
     seeded  the engine gives the same tokens for the same sampling_seed, however it is loaded
+    prompt_logprobs  they may be asked for
     """
 
     def with_(name: str, options: Mapping[str, Any] | None = None, **sampling: Any) -> Probe:
         return generate_probe(name, ids, tokens, options, **sampling)
 
     middle = [greedy.tokens[len(greedy.tokens) // 2]]
+    of_prompt = [with_("logprob_start_len", {"logprob_start_len": 0})] if prompt_logprobs else []
     base = with_("greedy")
     stopping = with_("stop_token_ids", ignore_eos=False, stop_token_ids=middle)
     hot = with_("temperature", temperature=1.0, sampling_seed=1)
@@ -359,7 +363,7 @@ def generate_variations(ids: Sequence[int], tokens: int, greedy: Answer, seeded:
         Variation(with_("max_new_tokens 1", max_new_tokens=1), base),
         Variation(stopping, base),
         Variation(with_("ignore_eos", stop_token_ids=middle), stopping),
-        Variation(with_("logprob_start_len", {"logprob_start_len": 0}), base),
+        *(Variation(probe, base) for probe in of_prompt),
         Variation(with_("return_logprob", {"return_logprob": False, "top_logprobs_num": 0}), base),
         Variation(with_("stream", {"return_logprob": False, "top_logprobs_num": 0, "stream": True}), base),
         Variation(with_("top_k 1", temperature=1.0, top_k=1), hot),

@@ -26,15 +26,21 @@ class AnswerChecks(LoadBalancerChecks):
     parallel_samples          n > 1 works. In SGLang, `TokenizerManager._handle_batch_request` gives all samples of a
                               prompt its bootstrap room, so that only one of them can be transferred
     json_schema               the engine has constrained decoding; else it must refuse
+    prompt_logprobs_are_fatal why no logprobs of a prompt are asked for, where they end a server
     rendered_chat             text that the chat template makes of a user's message, with {}; None: not known
     """
 
     parallel_samples = False
     json_schema = True
     rendered_chat: str | None = None
+    prompt_logprobs_are_fatal: str | None = None
 
     def assertBest(self, taken: Taken, tops: Sequence[Taken]) -> None:
         self.assertTrue(is_best(taken, tops), f"greedy takes the best, not {taken} of {tops}")
+
+    def require_prompt_logprobs(self) -> None:
+        if self.prompt_logprobs_are_fatal:
+            self.skipTest(self.prompt_logprobs_are_fatal)
 
     @through_each_load_balancer
     def test_streamed_equals_whole(self, client: Client) -> None:
@@ -134,6 +140,7 @@ class AnswerChecks(LoadBalancerChecks):
 
     @through_each_load_balancer
     def test_first_token_is_the_end_of_text(self, client: Client) -> None:
+        self.require_prompt_logprobs()
         params = {"temperature": 0, "max_new_tokens": 96}
         ask = {"sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
         answer = client.generate(text=(self.rendered_chat or "{}").format(self.prompts(1)[0]), **ask)
@@ -172,6 +179,7 @@ class AnswerChecks(LoadBalancerChecks):
     @through_each_load_balancer
     def test_input_logprobs_are_merged(self, client: Client) -> None:
         """Prefill has those of the prompt, decode those of the output; the client gets both."""
+        self.require_prompt_logprobs()
         ask = {"text": self.prompts(1)[0], "sampling_params": greedy(6), "return_logprob": True, "top_logprobs_num": 3}
         whole = client.generate(**ask, logprob_start_len=0)
         answers = [whole["meta_info"]]

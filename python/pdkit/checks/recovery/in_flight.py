@@ -19,7 +19,7 @@ from pdkit.checks.base import Checks
 from pdkit.checks.http import post
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Fate, Query, QueryThread, judge_answer, token_ids
-from pdkit.checks.server_info import read_server_info
+from pdkit.checks.server_info import data_parallel_ranks, read_server_info
 from pdkit.core import events
 from pdkit.engine import test_backends
 
@@ -209,6 +209,14 @@ class RequestsInFlight(Checks, Fleet):
                 return client.ended_at - begun
             time.sleep(RETURN_POLL_S)
         self.fail(f"{url} does not serve {self.returning} s after the return: {outcome}")
+
+    def readmission(self) -> float:
+        """Seconds after the first right answer within which all ranks must serve: 0 where there is one rank.
+
+        A rank of prefill to which transfers failed keeps out that rank of decode until a probe of its own succeeds, one
+        probe a second at first (`MooncakeKVManager`, `failed_session_probes`): another rank may still be kept out.
+        """
+        return self.settling if data_parallel_ranks(read_server_info(self.prefill_url, self.settling)) > 1 else 0
 
     def pair_by_hand(self, ask: Query, room: int | None = None) -> tuple[Fate, str, str]:
         """(fate, text, error) of what decode says to a request that goes to prefill and decode as a router sends it."""

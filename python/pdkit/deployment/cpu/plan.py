@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pdkit
+from pdkit.core import paths
 from pdkit.deployment.cpu import plugin
 
 SITE = Path(pdkit.__file__).parent / "assets" / "sglang-cpu-site"
@@ -85,15 +86,9 @@ EAGLE = """
 """.split()
 
 
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where environments, models and unpacked libraries are kept, as in scripts/env.sh."""
-    base = environ.get("PDKIT_CACHE_DIR")
-    return Path(base or Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sglang-pd-suite"))
-
-
 def library_path(environ: Mapping[str, str] = os.environ) -> str:
     """LD_LIBRARY_PATH of a server: what scripts/transfer_libraries.sh unpacked, if it did, and what is inherited."""
-    unpacked = cache_dir(environ) / "debian-libraries"
+    unpacked = paths.cache(environ) / "debian-libraries"
     ours = [unpacked / "usr/lib/x86_64-linux-gnu", unpacked / "lib/x86_64-linux-gnu"] if unpacked.is_dir() else []
     return os.pathsep.join([*map(str, ours), *filter(None, [environ.get("LD_LIBRARY_PATH")])])
 

@@ -3,11 +3,11 @@
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from pdkit.core import paths
 from pdkit.models.cuda.config import DEEPEP_HIDDEN, HIDDEN
 
 WEIGHTS = "model.safetensors"
@@ -23,9 +23,8 @@ FEW_HEADS = "trained-few-heads"
 
 def cached(kind: str, hidden_size: int = HIDDEN) -> Path:
     """Where the checkpoint of a `kind`, "random", "trained" or `FEW_HEADS`, is kept."""
-    base = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "sglang-pd-suite"
     name = kind if hidden_size == HIDDEN else f"{kind}-{hidden_size}"
-    return Path(os.getenv("PDKIT_CACHE_DIR") or base) / "kernel-nano" / name
+    return paths.cache() / "kernel-nano" / name
 
 
 def add_hidden_size(parser: argparse.ArgumentParser) -> None:

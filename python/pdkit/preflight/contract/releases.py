@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from rich.table import Table
 from pdkit.core.errors import NotReady
 from pdkit.preflight.contract import index, release
 from pdkit.preflight.contract.launches import Contract
-
-CACHE = Path(os.getenv("PDKIT_CACHE_DIR") or Path(os.getenv("XDG_CACHE_HOME") or "~/.cache", "sglang-pd-suite"))
 
 
 class NothingToAsk(NotReady):
