@@ -21,7 +21,20 @@ from contextlib import contextmanager
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
 
-TARGETS = ("embedded",)
+TARGETS = ("embedded", "sglang-cpu")
+
+
+def trained(target: str) -> type:
+    """Its servers with a trained DeepSeek-V4. Raises NotReady where the machine lacks what they need."""
+    if target == "embedded":
+        from pdkit.deployment.embedded import EmbeddedServers
+
+        return EmbeddedServers
+    from pdkit.deployment.cpu import plan, requirements
+    from pdkit.deployment.cpu.servers import SglangCpuServers
+
+    requirements.require_machine()
+    return type("Trained", (SglangCpuServers,), {"cpu_model": plan.TRAINED_DSV4})
 
 
 @contextmanager
@@ -29,10 +42,9 @@ def served(target: str) -> Iterator[tuple[str, str, str]]:
     """(load balancer, monolithic server, data set) of servers with a trained model."""
     with tempfile.TemporaryDirectory(prefix="flip-rate-") as logs:
         os.environ.setdefault("SGLANG_PD_LOG_DIR", logs)
-        from pdkit.deployment.embedded import EmbeddedServers
         from pdkit.deployment.monolithic import MonolithicBeside
 
-        class Servers(MonolithicBeside, {"embedded": EmbeddedServers}[target]):  # type: ignore[misc]
+        class Servers(MonolithicBeside, trained(target)):  # type: ignore[misc]
             @classmethod
             def take_references(cls) -> None:
                 """None: all questions are asked here."""
@@ -48,23 +60,29 @@ def served(target: str) -> Iterator[tuple[str, str, str]]:
             Servers.doClassCleanups()
 
 
-def compared(urls: Sequence[str], data: str, examples: int | None, in_flight: int) -> None:
-    """Asks all, and prints lost and gained pairs of the first server with each of the others. Raises RequestFailed."""
+def outcomes(url: str, data: str, count: int, in_flight: int) -> tuple[bool, ...]:
+    """Which of the first `count` questions the server gets right. Raises RequestFailed."""
     from pdkit.checks.accuracy import client
     from pdkit.checks.accuracy.gsm8k import gsm8k_args
-    from pdkit.core.gsm8k import read_dataset
-    from pdkit.core.stats import exact_interval, mcnemar
     from pdkit.deployment.external import ask
 
+    asked = gsm8k_args(url, ask(url).names[0], data, count, num_shots=5, timeout=300)
+    asked.num_threads = in_flight
+    return client.run(asked)["outcomes"]
+
+
+def compared(urls: Sequence[str], data: str, examples: int | None, in_flight: int) -> None:
+    """Asks all, and prints lost and gained pairs of the first server with each of the others. Raises RequestFailed."""
+    from pdkit.core.gsm8k import read_dataset
+    from pdkit.core.stats import exact_interval, mcnemar
+
     count = min(examples or 10**9, len(read_dataset(data).rows))
-    outcomes = []
+    found = []
     for url in urls:
-        asked = gsm8k_args(url, ask(url).names[0], data, count, num_shots=5, timeout=300)
-        asked.num_threads = in_flight
-        outcomes.append(client.run(asked)["outcomes"])
-        print(f"{url}: {sum(outcomes[-1])} of {count} right", flush=True)
+        found.append(outcomes(url, data, count, in_flight))
+        print(f"{url}: {sum(found[-1])} of {count} right", flush=True)
     for what, first, second in (("pair and monolithic", 0, 1), ("monolithic, asked twice", 1, 2)):
-        pairs = mcnemar(outcomes[first], outcomes[second])
+        pairs = mcnemar(found[first], found[second])
         flips = pairs.lost + pairs.gained
         _, largest = exact_interval(flips, count, 0.90)  # its upper limit is one-sided 95 %
         print(

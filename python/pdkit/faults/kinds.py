@@ -252,28 +252,26 @@ def _of_the_load_balancer() -> Iterator[Fault]:
         )
 
 
-TESTS: Mapping[Callable[[], Iterator[Fault]], tuple[str, ...]] = {
-    _of_age: ("test_answers_stay_equal",),
-    _of_silence: ("test_answers_stay_equal",),
-    _of_memory: ("test_memory_does_not_grow",),
-    _of_length: ("test_parity_up_to_the_context_limit",),
-    _of_answers: ("test_ends_at_every_token", "test_parity_crossed_parameters"),
-    _of_the_seam: ("test_ends_at_every_token",),
-    _of_streams: ("test_short_streams_equal_whole_answers",),
-    _of_latency: ("test_no_second_mode_of_latency",),
-    _of_the_load_balancer: ("test_corrupted_handover_is_rejected",),
-    _of_races: ("test_shared_prefix_in_flight",),
-    _of_samples: ("test_parallel_samples_in_flight",),
-    _of_crossed_parameters: ("test_parity_crossed_parameters",),
-    _of_work: (
-        "test_answers_need_their_transfer",
-        "test_decode_answers_no_failed_receive",
-    ),
+FAMILIES: Mapping[str, tuple[Callable[[], Iterator[Fault]], tuple[str, ...]]] = {
+    "age": (_of_age, ("test_answers_stay_equal",)),
+    "silence": (_of_silence, ("test_answers_stay_equal",)),
+    "memory": (_of_memory, ("test_memory_does_not_grow",)),
+    "length": (_of_length, ("test_parity_up_to_the_context_limit",)),
+    "answers": (_of_answers, ("test_ends_at_every_token", "test_parity_crossed_parameters")),
+    "seam": (_of_the_seam, ("test_ends_at_every_token",)),
+    "streams": (_of_streams, ("test_short_streams_equal_whole_answers",)),
+    "latency": (_of_latency, ("test_no_second_mode_of_latency",)),
+    "load_balancer": (_of_the_load_balancer, ("test_corrupted_handover_is_rejected",)),
+    "races": (_of_races, ("test_shared_prefix_in_flight",)),
+    "samples": (_of_samples, ("test_parallel_samples_in_flight",)),
+    "crossed_parameters": (_of_crossed_parameters, ("test_parity_crossed_parameters",)),
+    "work": (_of_work, ("test_answers_need_their_transfer", "test_decode_answers_no_failed_receive")),
 }
-"""The families, and the tests that are about each."""
+"""The families by name, and the tests that are about each."""
 
 
-def families() -> Iterator[Fault]:
-    """All of them."""
-    for family, tests in TESTS.items():
+def families(*names: str) -> Iterator[Fault]:
+    """The faults of those that are named, of all unless some are."""
+    for name in names or FAMILIES:
+        family, tests = FAMILIES[name]
         yield from (replace(fault, asks=tests) for fault in family())

@@ -23,9 +23,10 @@ from pdkit.models.cpu.model import ModelError, load_model, save_model
 from pdkit.models.cpu.training import (
     ALL_ENTRIES,
     Batches,
+    IndexerRecords,
     Stage,
-    TrainingForward,
     alignment,
+    losses,
     new_model,
     recipe,
     set_index_topk,
@@ -335,16 +336,17 @@ class TestTraining(unittest.TestCase):
         for length, index_topk in ((32, 8), (256, 8), (256, ALL_ENTRIES)):
             ids, weights = Batches(self.tokenizer, 0).draw(2, length)
             model = self._random_model(index_topk)
-            loss, _ = TrainingForward(model)(ids, weights)
+            loss, _ = losses(model, IndexerRecords(model), ids, weights)
             log_probabilities = model(ids, use_cache=False).logits.log_softmax(-1)[:, :-1]
-            losses = -log_probabilities.gather(2, ids[:, 1:, None])[..., 0]
-            expected = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+            each = -log_probabilities.gather(2, ids[:, 1:, None])[..., 0]
+            expected = (each * weights[:, 1:]).sum() / weights[:, 1:].sum()
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
             self.assertEqual(model.config._attn_implementation, "eager")
 
     def test_each_loss_trains_its_own_weights(self):
         model = self._random_model(8)
-        loss, index_loss = TrainingForward(model)(*Batches(self.tokenizer, 0).draw(1, 160))
+        ids, weights = Batches(self.tokenizer, 0).draw(1, 160)
+        loss, index_loss = losses(model, IndexerRecords(model), ids, weights)
         for which, (objective, of_indexer) in {"language": (loss, False), "indexer": (index_loss, True)}.items():
             model.zero_grad()
             objective.backward(retain_graph=True)

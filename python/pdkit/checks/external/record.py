@@ -43,16 +43,21 @@ def prompts() -> tuple[str, ...]:
     return tuple(text[start : start + length] for start, length in zip(starts, lengths, strict=True))
 
 
-def take(url: str, texts: Sequence[str], turns: int, timeout: float) -> Answers:
-    """Answers to each text, one request at a time: a first turn that is not kept, then `turns`. Raises RequestFailed."""
+def probes(texts: Sequence[str]) -> tuple[Probe, ...]:
+    """One request for each text: two tokens with their alternatives."""
     sampling = {"temperature": 0, "max_new_tokens": len(PLACES), "ignore_eos": True}
-    probes = [
+    return tuple(
         Probe(f"prompt {index + 1}", json.dumps({"text": text, "sampling_params": sampling, "return_logprob": True,
                                                  "top_logprobs_num": TOP_LOGPROBS}))
         for index, text in enumerate(texts)
-    ]  # fmt: skip
+    )  # fmt: skip
+
+
+def take(url: str, texts: Sequence[str], turns: int, timeout: float) -> Answers:
+    """Answers to each text, one request at a time: a first turn that is not kept, then `turns`. Raises RequestFailed."""
+    asked = probes(texts)
     with requests.Session() as session:
-        taken = [[ask(session, url, probe, timeout) for probe in probes] for _ in range(turns + 1)]
+        taken = [[ask(session, url, probe, timeout) for probe in asked] for _ in range(turns + 1)]
     return tuple(zip(*taken[1:], strict=True))
 
 

@@ -14,27 +14,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pdkit.core import paths
 from pdkit.core.errors import NotReady
 from pdkit.models.cuda import store
-from pdkit.models.cuda.config import FIELDS, KINDS
+from pdkit.models.cuda.config import FEW_HEADS
 
 ASSETS = Path(__file__).parents[2] / "assets"
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 VOCAB_SIZE = 520
 DSV4_FIELDS: dict[str, Any] = {
-    **{name: value for name, value in FIELDS.items() if name != "quantization_config"},
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 4,
+    **FEW_HEADS,
     "num_hidden_layers": 4,
     "compress_ratios": [0, 4, 128, 4, 0],
-    "o_groups": 2,
     "index_n_heads": 8,
-    "hc_sinkhorn_iters": 4,
     "vocab_size": VOCAB_SIZE,
 }
 """config.json, in DeepSeek's own names; what is not named here is as in pdkit.models.cuda.config.
@@ -118,34 +113,25 @@ def save_llama(model: Any, path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(path)
 
 
-def dsv4_reference_config(layers: int | None = None, *, mtp: bool = False) -> Any:
-    """The DeepSeek-V4 for transformers, its first `layers`; with `mtp` its MTP layer as a model of one layer."""
-    from transformers import DeepseekV4Config
+def _untrained_dsv4(*, mtp: bool) -> Any:
+    """Without its MTP layer, or that layer as a model of one layer: a DeepseekV4ForCausalLM, float32."""
+    from transformers import DeepseekV4ForCausalLM
 
-    from pdkit.models.cuda.model import SHARED
+    from pdkit.models.cuda.model import reference_config
 
-    count = 1 if mtp else layers or DSV4_FIELDS["num_hidden_layers"]
-    hashed = 0 if mtp else DSV4_FIELDS["num_hash_layers"]
-    ratios = [0] if mtp else DSV4_FIELDS["compress_ratios"][:count]
-    return DeepseekV4Config(
-        **{name: DSV4_FIELDS[name] for name in SHARED} | {"num_hidden_layers": count},
-        layer_types=[KINDS[ratio] for ratio in ratios],
-        mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (count - hashed),
-        partial_rotary_factor=DSV4_FIELDS["qk_rope_head_dim"] / DSV4_FIELDS["head_dim"],
-        initializer_range=0.08,
-    )
+    config = reference_config(mtp=mtp, of=DSV4_FIELDS, initializer_range=0.08)
+    model = DeepseekV4ForCausalLM(config).float()
+    _randomize(model)
+    return model
 
 
 def dsv4_reference(seed: int = 5) -> Any:
     """The DeepSeek-V4 without its MTP layer as transformers has it, float32; values that bfloat16 can hold."""
     import torch
-    from transformers import DeepseekV4ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DeepseekV4ForCausalLM(dsv4_reference_config()).float()
-        _randomize(model)
-    return model.eval()
+        return _untrained_dsv4(mtp=False).eval()
 
 
 def _randomize(module: Any) -> None:
@@ -175,10 +161,8 @@ def _randomize(module: Any) -> None:
 def _mtp_tensors(main: Any) -> dict[str, Any]:
     """The MTP layer: a random layer, and a projection which makes the head name the token that was embedded."""
     import torch
-    from transformers import DeepseekV4ForCausalLM
 
-    donor = DeepseekV4ForCausalLM(dsv4_reference_config(mtp=True)).float()
-    _randomize(donor)
+    donor = _untrained_dsv4(mtp=True)
     width = DSV4_FIELDS["hidden_size"]
     embedding, head = main.model.embed_tokens.weight.detach(), main.lm_head.weight.detach()
     agree = head.T @ (embedding * embedding.square().mean(-1, keepdim=True).rsqrt())
@@ -193,21 +177,12 @@ def _mtp_tensors(main: Any) -> dict[str, Any]:
     }
 
 
-def _stored(own: str, whole: Any) -> Iterator[tuple[str, Any]]:
-    """Tensors under DeepSeek's names and dtypes, of one of transformers'."""
-    import torch
-
-    from pdkit.models.cuda.checkpoint import FLOAT32, pieces
-
-    for name, tensor in pieces(own, whole.detach()):
-        integer, wide = name.endswith("tid2eid"), FLOAT32.search(name)
-        yield name, tensor.to(torch.int32 if integer else torch.float32 if wide else torch.bfloat16)
-
-
 def make_dsv4(path: Path, seed: int = 5) -> None:
     """Write the DeepSeek-V4 to the new directory `path`."""
     import torch
     from safetensors.torch import save_file
+
+    from pdkit.models.cuda.checkpoint import stored
 
     _write_tokenizer(path)
     main = dsv4_reference(seed)
@@ -216,6 +191,5 @@ def make_dsv4(path: Path, seed: int = 5) -> None:
         mtp = _mtp_tensors(main)
     named = {f"main.{name}": tensor for name, tensor in main.state_dict().items()}
     named |= {f"mtp.{name}": tensor for name, tensor in mtp.items()}
-    stored = {name: tensor for own, whole in named.items() for name, tensor in _stored(own, whole)}
-    save_file({name: tensor.contiguous().clone() for name, tensor in stored.items()}, path / "model.safetensors")
+    save_file(stored(named, quantized=False), path / store.WEIGHTS)
     (path / "config.json").write_text(json.dumps(DSV4_FIELDS, indent=1) + "\n", encoding="utf-8")

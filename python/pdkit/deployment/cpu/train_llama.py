@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shlex
 import sys
 import time
@@ -19,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import transformers
 
 from pdkit.deployment.cpu.checkpoints import new_llama, save_llama
-from pdkit.models.cpu.evaluation import prompt
-from pdkit.models.cpu.training import CLIP_NORM, WEIGHT_DECAY, Batches, cosine
+from pdkit.models.cpu.evaluation import machine, prompt
+from pdkit.models.cpu.training import Batches, cosine, learn, optimizer_of, weighted_loss
 from pdkit.models.problems import evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
 
@@ -47,10 +44,7 @@ STAGES = (LlamaStage(0.5, 128, 32), LlamaStage(0.3, 512, 8), LlamaStage(0.2, 102
 
 def train(model: Any, batches: Batches, total: int) -> Iterator[tuple[int, float]]:
     """Train `model` in place on `total` tokens; yields tokens seen and loss (nats a token) after each step."""
-    matrices = [each for each in model.parameters() if each.dim() > 1]
-    vectors = [each for each in model.parameters() if each.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = optimizer_of(model, fused=False)
     seen = step = 0
     done = 0.0
     for stage in STAGES:
@@ -59,14 +53,8 @@ def train(model: Any, batches: Batches, total: int) -> Iterator[tuple[int, float
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * cosine(seen / total)
             ids, weights = batches.draw(stage.batch, stage.length)
-            logits = model(ids).logits
-            each = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            shares = weights[:, 1:].flatten()
-            loss = (each * shares).sum() / shares.sum()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = weighted_loss(model(ids).logits, ids, weights)
+            learn(model, optimizer, loss)
             seen, step = seen + ids.numel(), step + 1
             yield seen, loss.item()
 
@@ -110,13 +98,7 @@ def main() -> None:
         "tokens": options.tokens,
         "stages": [asdict(stage) for stage in STAGES],
         "cpu_seconds": round(seconds),
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": 1,
-            "python": platform.python_version(),
-        },
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "machine": {**machine("cpu"), "threads": 1},
         "scores": {"validation, 5 shots, 400 problems": solved(model, 400, "validation-0")},
     }
     save_llama(model, options.out)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+import transformers
 from transformers import DeepseekV4ForCausalLM, DynamicCache, PreTrainedTokenizerBase
 
 from pdkit.models.problems import Problem, few_shot
@@ -74,3 +77,14 @@ def accuracy(
     texts = complete(model, tokenizer, prompts)
     right = sum(last_number(text) == last_number(problem.answer) for text, problem in zip(texts, problems, strict=True))
     return right / len(problems)
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "cpu_cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

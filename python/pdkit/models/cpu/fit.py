@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerBase
 
 from pdkit.core.errors import NotReady
 from pdkit.models.cpu.config import nano_config
-from pdkit.models.cpu.evaluation import accuracy, prompt
+from pdkit.models.cpu.evaluation import accuracy, machine, prompt
 from pdkit.models.cpu.model import WEIGHTS, load_model, save_model
 from pdkit.models.cpu.training import INITIALIZER_RANGE, Batches, new_model, recipe, set_index_topk, train
 from pdkit.models.problems import EVALUATION_ROWS, Problem, evaluation_set
@@ -109,17 +106,6 @@ def measure(model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerBase, ro
         "0 shots": entry([prompt([], each) for each in few], few),
         "chat": entry([chat(each.question) for each in few], few),
         "chat, 5 shots": entry([chat(prompt(shots, each)) for each in few], few),
-    }
-
-
-def machine(device: str) -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "cpu_cores": os.cpu_count() or 0,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

@@ -25,7 +25,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, PreTrainedToke
 
 from pdkit.models.cpu.experts import NAME as DENSE_EXPERTS
 from pdkit.models.cpu.model import hash_routes
-from pdkit.models.cpu.windowed_attention import NAME as WINDOWED_ATTENTION
+from pdkit.models.cpu.windowed_attention import residual_streams
 from pdkit.models.problems import few_shot, stream
 from pdkit.models.tokenizer import ASSISTANT, EOS, USER
 
@@ -169,53 +169,30 @@ class IndexerRecords:
         return torch.stack([alignment(*pair) for pair in pairs]).mean()
 
 
-class TrainingForward:
-    """The model's forward pass without cache, with the losses of the language model and of the indexer."""
+def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, ahead: int = 1) -> torch.Tensor:
+    """Mean cross-entropy, in nats, of the token `ahead` places on, each token by its weight; ``[B, S, V]``, ``[B, S]``."""
+    each = F.cross_entropy(logits[:, :-ahead].float().flatten(0, 1), ids[:, ahead:].flatten(), reduction="none")
+    shares = weights[:, ahead:].flatten()
+    return (each * shares).sum() / shares.sum().clamp_min(1e-6)
 
-    def __init__(self, model: DeepseekV4ForCausalLM):
-        self._model = model
-        self._records = IndexerRecords(model)
 
-    def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Language loss (weighted mean) and indexer loss (mean over sparse layers), in nats."""
-        with self._windowed(), self._records.recording():
-            logits = self._logits(ids)
-            index_loss = self._records.loss()
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        targets = weights[:, 1:].flatten()
-        return (losses * targets).sum() / targets.sum(), index_loss
+def losses(
+    model: DeepseekV4ForCausalLM, records: IndexerRecords, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Language loss and the indexer's (mean over sparse layers), in nats, of a forward pass without cache."""
+    core = model.model
+    with records.recording():
+        streams, _ = residual_streams(model, ids)
+        index_loss = records.loss()
+    return weighted_loss(model.lm_head(core.norm(core.hc_head(streams))), ids, weights), index_loss
 
-    @contextmanager
-    def _windowed(self) -> Iterator[None]:
-        """Use windowed attention; the model is served, and validated, without it."""
-        config = self._model.config
-        served = config._attn_implementation
-        config._attn_implementation = WINDOWED_ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = served
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        core = self._model.model
-        batch, length = ids.shape
-        positions = torch.arange(length, device=ids.device).unsqueeze(0)
-        no_mask = torch.zeros(batch, 1, length, 0, device=ids.device)
-        embedded = core.embed_tokens(ids)
-        rope = {
-            kind: core.rotary_emb(embedded, position_ids=positions, layer_type=kind) for kind in ("main", "compress")
-        }
-        hidden = embedded.unsqueeze(2).expand(-1, -1, core.config.hc_mult, -1).contiguous()
-        for layer in core.layers:
-            hidden = layer(
-                hidden,
-                position_embeddings=rope,
-                position_ids=positions.expand(batch, -1),
-                attention_mask=no_mask,
-                input_ids=ids,
-                past_key_values=None,
-            )
-        return self._model.lm_head(core.norm(core.hc_head(hidden)))
+def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step of the optimiser, gradients clipped."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def alignment(scores: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -262,8 +239,7 @@ def train(
     AdamW; the learning rate warms up linearly, then falls to zero along a cosine over all
     tokens. Between steps the caller may evaluate the model, in eval mode or not.
     """
-    forward = TrainingForward(model)
-    optimizer = _optimizer(model)
+    records, optimizer = IndexerRecords(model), optimizer_of(model)
     total = sum(stage.tokens for stage in stages)
     steps = sum(stage.steps for stage in stages)
     seen = step = 0
@@ -275,11 +251,8 @@ def train(
                 group["lr"] = lr
             set_index_topk(model, stage.index_topk)
             ids, weights = (each.to(model.device) for each in batches.draw(stage.batch, stage.length))
-            loss, index_loss = forward(ids, weights)
-            (loss + INDEXER_WEIGHT * index_loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss, index_loss = losses(model, records, ids, weights)
+            learn(model, optimizer, loss + INDEXER_WEIGHT * index_loss)
             seen += ids.numel()
             step += 1
             yield Progress(
@@ -305,8 +278,9 @@ def cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def _optimizer(model: DeepseekV4ForCausalLM) -> torch.optim.Optimizer:
+def optimizer_of(model: torch.nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+    """AdamW, which lets matrices decay, and vectors not."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)

@@ -10,7 +10,10 @@ padding, and `S` a multiple of the window.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers import DeepseekV4ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "pdkit_windowed"
@@ -69,3 +72,30 @@ def _band(blocks: int, window: int, like: torch.Tensor) -> torch.Tensor:
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, windowed_attention_forward)
+
+
+def residual_streams(model: DeepseekV4ForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Streams ``[B, S, hc, D]`` after the last layer, and what else each layer was called with. `ids` ``[B, S]``.
+
+    `model` is served, and validated, with the attention that it has before and after.
+    """
+    core, config = model.model, model.config
+    batch, length = ids.shape
+    positions = torch.arange(length, device=ids.device).unsqueeze(0)
+    hidden = core.embed_tokens(ids)
+    shared = {
+        "position_embeddings": {
+            kind: core.rotary_emb(hidden, position_ids=positions, layer_type=kind) for kind in ("main", "compress")
+        },
+        "position_ids": positions.expand(batch, -1),
+        "attention_mask": torch.zeros(batch, 1, length, 0, device=ids.device),
+        "past_key_values": None,
+    }
+    hidden = hidden.unsqueeze(2).expand(-1, -1, config.hc_mult, -1).contiguous()
+    served, config._attn_implementation = config._attn_implementation, NAME
+    try:
+        for layer in core.layers:
+            hidden = layer(hidden, input_ids=ids, **shared)
+    finally:
+        config._attn_implementation = served
+    return hidden, shared

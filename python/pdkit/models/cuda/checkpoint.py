@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -76,11 +76,13 @@ def pieces(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
         yield renamed, tensor
 
 
-def tensors_of(model: KernelNano) -> dict[str, torch.Tensor]:
-    """All tensors of the checkpoint of `model`, on CPU; its linear layers in fp8 with a float32 ``.scale``, if it has any."""
+def stored(tensors: Mapping[str, torch.Tensor], quantized: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, on CPU, of those of KernelNano's state dict.
+
+    quantized: linear layers are fp8, with a float32 ``.scale`` each
+    """
     found = {}
-    quantized = "quantization_config" in model.fields
-    for own, whole in model.state_dict().items():
+    for own, whole in tensors.items():
         for name, tensor in pieces(own, whole.detach().cpu()):
             if quantized and _FP8.search(name):
                 found[name], found[f"{name.removesuffix('.weight')}.scale"] = quantize_blocks(tensor)
@@ -89,6 +91,11 @@ def tensors_of(model: KernelNano) -> dict[str, torch.Tensor]:
             else:
                 found[name] = tensor.to(torch.float32 if FLOAT32.search(name) else torch.bfloat16)
     return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+
+
+def tensors_of(model: KernelNano) -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint of `model`, as its configuration says."""
+    return stored(model.state_dict(), "quantization_config" in model.fields)
 
 
 def save(model: KernelNano, path: str | Path) -> Path:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import sys
 import time
 
 import torch
-import transformers
 
 from pdkit.core.errors import NotReady
+from pdkit.models.cpu.evaluation import machine
 from pdkit.models.cuda import checkpoint, store
 from pdkit.models.cuda.config import FEW_HEADS
 from pdkit.models.cuda.model import KernelNano, rescale
@@ -47,12 +45,7 @@ def run(options: argparse.Namespace) -> None:
         "steps": steps,
         "tokens": tokens,
         "training_seconds": round(took),
-        "machine": {
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-            "cpu_cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": machine(options.device),
         "evaluation rows": found.problems,
         "solved": found.solved,
         "drafts right": found.drafted,

@@ -13,6 +13,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from pdkit.models.cpu.experts import NAME as DENSE_EXPERTS
 from pdkit.models.cpu.model import hash_routes
 from pdkit.models.cpu.windowed_attention import NAME as WINDOWED_ATTENTION
+from pdkit.models.cpu.windowed_attention import residual_streams
 from pdkit.models.cuda.config import BLOCK, HIDDEN, KINDS, fields
 
 SHARED = """
@@ -25,7 +26,11 @@ SHARED = """
 
 
 def reference_config(
-    *, mtp: bool = False, hidden_size: int = HIDDEN, of: Mapping[str, Any] | None = None
+    *,
+    mtp: bool = False,
+    hidden_size: int = HIDDEN,
+    of: Mapping[str, Any] | None = None,
+    initializer_range: float = 0.05,
 ) -> DeepseekV4Config:
     """The same model for transformers; with `mtp` the MTP layer's, which transformers does not know, as a model.
 
@@ -41,7 +46,7 @@ def reference_config(
         layer_types=[KINDS[ratio] for ratio in ours["compress_ratios"][first : first + layers]],
         mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (layers - hashed),
         partial_rotary_factor=ours["qk_rope_head_dim"] / ours["head_dim"],
-        initializer_range=0.05,
+        initializer_range=initializer_range,
     )
 
 
@@ -100,40 +105,13 @@ class KernelNano(nn.Module):
     def hidden_size(self) -> int:
         return self.main.config.hidden_size
 
-    def streams(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict]:
-        """Residual streams ``[B, S, hc, D]`` after the last layer, and what the MTP layer is called with.
-
-        `ids` ``[B, S]``, `S` a multiple of the window. The attention implementation of `main` must be the windowed one.
-        """
-        core = self.main.model
-        batch, length = ids.shape
-        positions = torch.arange(length, device=ids.device).unsqueeze(0)
-        embedded = core.embed_tokens(ids)
-        rope = {
-            kind: core.rotary_emb(embedded, position_ids=positions, layer_type=kind) for kind in ("main", "compress")
-        }
-        shared = {
-            "position_embeddings": rope,
-            "position_ids": positions.expand(batch, -1),
-            "attention_mask": torch.zeros(batch, 1, length, 0, device=ids.device),
-            "past_key_values": None,
-        }
-        hidden = embedded.unsqueeze(2).expand(-1, -1, core.config.hc_mult, -1).contiguous()
-        for layer in core.layers:
-            hidden = layer(hidden, input_ids=ids, **shared)
-        return hidden, shared
-
     def forward(self, ids: torch.Tensor, *, detach: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, S, V]`` of main (for token ``t + 1`` at `t`) and of MTP (for ``t + 2``; the last is void).
 
-        With `detach` the MTP layer learns from the main model without changing it.
+        `ids` ``[B, S]``, `S` a multiple of the window. With `detach` the MTP layer learns from the main model without changing it.
         """
-        core, config = self.main.model, self.main.config
-        served, config._attn_implementation = config._attn_implementation, WINDOWED_ATTENTION
-        try:
-            streams, shared = self.streams(ids)
-        finally:
-            config._attn_implementation = served
+        core = self.main.model
+        streams, shared = residual_streams(self.main, ids)
         logits = self.main.lm_head(core.norm(core.hc_head(streams)))
         following = core.embed_tokens(ids.roll(-1, dims=1))
         weight = self.main.lm_head.weight

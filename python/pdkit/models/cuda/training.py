@@ -16,11 +16,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from pdkit.models.cpu.evaluation import prompt
-from pdkit.models.cpu.training import CLIP_NORM, INDEXER_WEIGHT, WEIGHT_DECAY, Batches, IndexerRecords, cosine
+from pdkit.models.cpu.training import (
+    INDEXER_WEIGHT,
+    WEIGHT_DECAY,
+    Batches,
+    IndexerRecords,
+    cosine,
+    learn,
+    weighted_loss,
+)
 from pdkit.models.cuda.model import KernelNano
 from pdkit.models.problems import Problem, evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
@@ -111,15 +118,7 @@ def losses(
     with records.recording():
         logits, drafts = model(ids, detach=True)
         index_loss = records.loss()
-
-    def mean(predicted, ahead):
-        scored = F.cross_entropy(
-            predicted[:, :-ahead].float().flatten(0, 1), ids[:, ahead:].flatten(), reduction="none"
-        )
-        shares = weights[:, ahead:].flatten()
-        return (scored * shares).sum() / shares.sum().clamp_min(1e-6)
-
-    return mean(logits, 1), mean(drafts, 2), index_loss
+    return weighted_loss(logits, ids, weights), weighted_loss(drafts, ids, weights, ahead=2), index_loss
 
 
 def optimizer_of(model: KernelNano) -> torch.optim.Optimizer:
@@ -166,10 +165,7 @@ def train(
             ids, weights = (each.to(model.device) for each in batches.draw(stage.batch, stage.length))
             with torch.autocast(kind, torch.bfloat16):
                 loss, mtp_loss, index_loss = losses(model, records, ids, weights)
-            (loss + mtp_loss + INDEXER_WEIGHT * index_loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            learn(model, optimizer, loss + mtp_loss + INDEXER_WEIGHT * index_loss)
             step += 1
             tokens += ids.numel()
             yield TimedProgress(
