@@ -4,12 +4,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import textwrap
-import unittest
 from pathlib import Path
 from unittest import mock
 
+from cases import FolderCase
 from detached import is_alive
 
 RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
@@ -51,11 +50,10 @@ HANG = source_of(
 )
 
 
-class CommandCase(unittest.TestCase):
+class CommandCase(FolderCase):
     def setUp(self):
-        directory = self.enterContext(tempfile.TemporaryDirectory())
-        self.root = Path(directory)
-        self.enterContext(mock.patch.dict("os.environ", TMPDIR=directory))  # logs of what fails are kept there
+        super().setUp()
+        self.enterContext(mock.patch.dict("os.environ", TMPDIR=str(self.root)))  # logs of what fails are kept there
         for name in ("GITHUB_ACTIONS", "SGLANG_PD_LOG_DIR"):  # of the run that this one is in
             os.environ.pop(name, None)
 
@@ -70,6 +68,12 @@ class CommandCase(unittest.TestCase):
     def run_files(self, *sources, words=(), environment=None):
         files = {f"test_{number}.py": source for number, source in enumerate(sources)}
         return self.run_suite(files, *SUITE, *words, environment=environment)
+
+    def run_to_end(self, code, tally, *sources, **options):
+        """`run_files`, which must end with `code` and whose last line must be `tally`."""
+        done = self.run_files(*sources, **options)
+        self.assert_ended(done, code, tally)
+        return done
 
     def assert_ended(self, done, code, tally):
         self.assertEqual((done.returncode, done.stdout.splitlines()[-1:]), (code, [tally]), done.stdout + done.stderr)

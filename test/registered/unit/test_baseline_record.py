@@ -1,22 +1,18 @@
 """The fingerprint of a good deployment: an exact test of whether it moved, its file, and the command over real sockets."""
 
-import contextlib
-import io
 import itertools
 import json
 import os
-import tempfile
 import unittest
 import zlib
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from cases import FolderCase, pdkit, without
 from pdkit.checks.external import record
 from pdkit.checks.external.record import ASKED, LEVEL, RECORDED, Fingerprint, Tracking
 from pdkit.checks.parity.answers import Answer
-from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.core.split_test import median_interval, split_test
@@ -39,17 +35,15 @@ def answers(turns, noise=0.0, shift=0.0, seed=0, prompts=40, place=1):
             alternatives = tuple(
                 tuple((float(p), 10 * at + token) for token, p in enumerate(row)) for at, row in enumerate(rows)
             )
-            turned.append(
-                Answer((0, 10), tuple(row[0][0] for row in alternatives), alternatives, text="ab", prompt_tokens=prompt)
-            )
+            logprobs = tuple(row[0][0] for row in alternatives)
+            turned.append(Answer((0, 10), logprobs, alternatives, text="ab", prompt_tokens=prompt))
         made.append(tuple(turned))
     return tuple(made)
 
 
 def tracking(now, noise=0.0, seed=1):
-    return Tracking(
-        Fingerprint("m", None, ("x",) * len(now), answers(RECORDED, noise, seed=seed, prompts=len(now))), now
-    )
+    recorded = answers(RECORDED, noise, seed=seed, prompts=len(now))
+    return Tracking(Fingerprint("m", None, ("x",) * len(now), recorded), now)
 
 
 class TestSplitTest(unittest.TestCase):
@@ -87,17 +81,14 @@ class TestSplitTest(unittest.TestCase):
 
     def test_the_interval_of_the_median(self):
         self.assertEqual(median_interval(range(40)), (13, 26))
-        low, high = median_interval([7.0])
-        self.assertEqual((low, high), (7.0, 7.0))
+        self.assertEqual(median_interval([7.0]), (7.0, 7.0))
 
 
 class TestTracking(unittest.TestCase):
     def test_0_of_200_sound_deployments_are_called_otherwise(self):
         for noise in (0.0, 0.08):
-            called = [
-                bool(tracking(answers(ASKED, noise, seed=1000 + seed), noise, seed).problems) for seed in range(100)
-            ]
-            self.assertEqual(sum(called), 0)
+            found = (tracking(answers(ASKED, noise, seed=1000 + seed), noise, seed) for seed in range(100))
+            self.assertEqual(sum(bool(each.problems) for each in found), 0)
 
     def test_a_shift_of_the_token_after_the_transfer_is_named_and_measured(self):
         for noise, shift in ((0.0, 1e-6), (0.01, 0.02)):
@@ -158,18 +149,16 @@ class Deployment(StubServer):
         super().__init__(test, Handler)
 
 
-class TestCommand(unittest.TestCase):
+class TestCommand(FolderCase):
     def setUp(self):
-        self.path = Path(self.enterContext(tempfile.TemporaryDirectory()), "good.json")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_PD_", "OPENAI_"))}
-        self.enterContext(mock.patch.dict(os.environ, kept, clear=True))
+        super().setUp()
+        self.path = self.root / "good.json"
+        self.enterContext(mock.patch.dict(os.environ, without("SGLANG_PD_", "OPENAI_"), clear=True))
 
     def check(self, server, *words, expected=ExitCode.PASSED):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            code = main(["check", server.url, "--baseline-record", str(self.path), *words])
-        self.assertEqual(code, expected, printed.getvalue())
-        return printed.getvalue()
+        code, out, err = pdkit("check", server.url, "--baseline-record", self.path, *words)
+        self.assertEqual(code, expected, out + err)
+        return out + err
 
     def test_same_drifted_and_broken_have_a_code_each_and_at_most_200_requests(self):
         server = Deployment(self)
@@ -182,11 +171,11 @@ class TestCommand(unittest.TestCase):
             (2.0, ExitCode.FAILED, "answers like the record: FAILED, broken: 40 prompts"),
         ):
             server.shift, server.asked = shift, 0
-            printed = self.check(server, expected=code)
-            self.assertIn(says, printed)
-            self.assertIn(f"every request was answered: {server.asked} of {server.asked}\n", printed)
+            shown = self.check(server, expected=code)
+            self.assertIn(says, shown)
+            self.assertIn(f"every request was answered: {server.asked} of {server.asked}\n", shown)
             self.assertLessEqual(server.asked, 200)
-        self.assertIn(f"{code.name}: ", printed)
+        self.assertIn(f"{code.name}: ", shown)
 
     def test_a_good_record_is_not_overwritten_and_not_made_unasked(self):
         server = Deployment(self)

@@ -46,16 +46,12 @@ class TestNeeds(unittest.TestCase):
     def test_a_class_that_lacks_one_is_not_created(self):
         with self.assertRaises(TypeError) as caught:
             self.create(Lone)
-        self.assertEqual(
-            str(caught.exception),
-            "TestX: Lone needs monolithic_url; put a deployment that provides it, such as MonolithicBeside, "
-            "among the bases",
-        )
+        remedy = "put a deployment that provides it, such as MonolithicBeside, among the bases"
+        self.assertEqual(str(caught.exception), f"TestX: Lone needs monolithic_url; {remedy}")
 
     def test_each_check_and_each_name_is_named(self):
-        with self.assertRaisesRegex(
-            TypeError, "TestX: Both needs launch; .* them|it, .*; TestX: Lone needs monolithic"
-        ):
+        both = "TestX: Both needs launch; .* them|it, .*; TestX: Lone needs monolithic"
+        with self.assertRaisesRegex(TypeError, both):
             self.create(Both, lb_url=None)
 
     def test_attributes_methods_and_annotations_provide(self):

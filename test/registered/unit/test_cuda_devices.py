@@ -2,12 +2,11 @@
 
 import os
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+from cases import FolderCase
 from pdkit.core import gpus, numa
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.gpus import Gpu, GpuProcess, visible_gpus
@@ -92,11 +91,9 @@ class TestVisibleGpus(DriverCase):
         names = {name for name in vars(FakeNVML) if not name.startswith("_")}
         self.assertEqual(names - set(dir(pynvml)), set())
 
-    def test_all_without_the_variable(self):
-        self.assertEqual(self.under(visible_gpus), GPUS)
-
     def test_only_those_that_cuda_shows(self):
         for value, expected in (
+            (None, GPUS),
             ("", ()),
             ("-1", ()),
             ("1", (H100,)),
@@ -108,8 +105,6 @@ class TestVisibleGpus(DriverCase):
         ):
             with self.subTest(value):
                 self.assertEqual(self.under(visible_gpus, value), expected)
-
-    def test_none_without_a_driver(self):
         self.assertEqual(self.under(visible_gpus, driver=False), ())
 
 
@@ -133,15 +128,12 @@ class TestEnvironmentCheck(DriverCase):
             self.assertEqual((seen.get("gpus", ()), seen["gpu_problem"]), ((), why))
 
 
-class TestSockets(DriverCase):
+class TestSockets(DriverCase, FolderCase):
     def test_gpus_are_numbered_as_cuda_does(self):
-        root = Path(self.enterContext(tempfile.TemporaryDirectory()))
         for gpu, node in ((0, "0"), (1, "1"), (2, "-1")):
-            device = root / "bus" / "pci" / "devices" / f"0000:{gpu}b:00.0"
-            device.mkdir(parents=True)
-            (device / "numa_node").write_text(f"{node}\n")
+            self.write(f"bus/pci/devices/0000:{gpu}b:00.0/numa_node", f"{node}\n")
         for visible, expected in ((None, {0: 0, 1: 1}), ("1,0", {0: 1, 1: 0}), ("2,1", {1: 1})):
-            self.assertEqual(self.under(lambda environ: numa.gpu_sockets(root, environ), visible), expected)
+            self.assertEqual(self.under(lambda environ: numa.gpu_sockets(self.root, environ), visible), expected)
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_machine_without_driver(self):

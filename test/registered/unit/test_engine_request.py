@@ -79,6 +79,7 @@ class TestFinish(unittest.TestCase):
         four, eos = ids_of("4")[0], {"type": "stop", "matched": EOS}
         by_four, by_text = {"type": "stop", "matched": four}, {"type": "stop", "matched": "4"}
         both = {"stop": "34", "stop_token_ids": [four], "max_new_tokens": 4}
+        before_length = {"stop_token_ids": [four], "max_new_tokens": 4}
         for what, params, tokens, text, reason in (
             ("end of text is not text but counts", {}, [*ids_of("12"), EOS], "12", eos),
             ("end of text first", {}, [EOS], "", eos),
@@ -87,13 +88,7 @@ class TestFinish(unittest.TestCase):
             ("ignore_eos keeps stop strings", {"ignore_eos": True, "stop": "4"}, ids_of("12345"), "123", by_text),
             ("an empty stop string", {"stop": ["", "2"]}, ids_of("12"), "", {"type": "stop", "matched": ""}),
             ("a stop string before a token", both, ids_of("1234"), "12", {"type": "stop", "matched": "34"}),
-            (
-                "a stop token before length",
-                {"stop_token_ids": [four], "max_new_tokens": 4},
-                ids_of("1234"),
-                "123",
-                by_four,
-            ),
+            ("a stop token before length", before_length, ids_of("1234"), "123", by_four),
         ):
             with self.subTest(what):
                 one = request(**params)
@@ -118,12 +113,10 @@ class TestFinish(unittest.TestCase):
     def test_the_rest_of_the_token_that_completes_a_stop_string_is_cut_off(self):
         piece = next(token for token in range(300, tokenizer.vocab_size) if len(tokenizer.decode([token]).strip()) >= 4)
         text = tokenizer.decode([piece])
-        one = request(stop=text[1:3])
-        feed(one, [piece])
-        self.assertEqual(one.text, text[:1])
-        one = request(stop=text[1:3], no_stop_trim=True)
-        feed(one, [piece])
-        self.assertEqual(one.text, text[:3])
+        for untrimmed, left in ((False, text[:1]), (True, text[:3])):
+            one = request(stop=text[1:3], no_stop_trim=untrimmed)
+            feed(one, [piece])
+            self.assertEqual(one.text, left)
 
     def test_of_several_stop_strings_the_first_of_the_list_wins(self):
         for stop, text in ((["never", "3", "23"], "12"), (["23", "3"], "1")):
@@ -177,19 +170,14 @@ class TestStreamedText(unittest.TestCase):
                     for earlier, later in zip(texts, texts[1:]):
                         self.assertTrue(later.startswith(earlier), (earlier, later))
                     self.assertNotIn("\ufffd", "".join(texts))
-                    self.assertEqual(
-                        one.text, text.split(params.get("stop", ["none"])[0])[0] if "stop" in params else text
-                    )
+                    self.assertEqual(one.text, text.split(*params.get("stop", ["none"])[:1])[0])
 
     def test_holds_back_what_may_become_a_stop_string_and_gives_it_back(self):
         one = request(stop="345")
         self.assertEqual(feed(one, ids_of("123468")), ["1", "12", "12", "12", "12346", "123468"])
 
-    def test_an_unfinished_character_waits_for_its_bytes(self):
-        one = request()
-        self.assertEqual(feed(one, bytes_of("1é2")), ["1", "1", "1é", "1é2"])
-
-    def test_an_unfinished_character_at_the_end_is_shown(self):
+    def test_an_unfinished_character_waits_for_its_bytes_and_at_the_end_it_is_shown(self):
+        self.assertEqual(feed(request(), bytes_of("1é2")), ["1", "1", "1é", "1é2"])
         one = request(max_new_tokens=2)
         feed(one, bytes_of("1é")[:2])
         self.assertEqual(one.text, "1\ufffd")
@@ -224,17 +212,19 @@ class TestSampling(unittest.TestCase):
                 self.assertAlmostEqual(drawn[token] / 2000, probability, delta=0.045)
 
     def test_top_k(self):
-        self.assertEqual(set(self.draw(temperature=5, top_k=1)), {4})
-        self.assertEqual(set(self.draw(temperature=5, top_k=3)), {4, 0, 1})
-        self.assertEqual(set(self.draw(2000, temperature=5, top_k=-1)), {0, 1, 2, 3, 4, 5})
-        self.assertEqual(set(self.draw(2000, temperature=5, top_k=99)), {0, 1, 2, 3, 4, 5})
+        for count, top_k, kept in (
+            (400, 1, {4}),
+            (400, 3, {4, 0, 1}),
+            (2000, -1, {*range(6)}),
+            (2000, 99, {*range(6)}),
+        ):
+            self.assertEqual(set(self.draw(count, temperature=5, top_k=top_k)), kept)
 
     def test_top_p_keeps_the_least_set_that_reaches_it(self):
         likeliest = self.logits.softmax(-1).sort(descending=True)[0].cumsum(-1).tolist()
-        self.assertEqual(set(self.draw(temperature=1, top_p=likeliest[0] - 1e-3)), {4})
-        self.assertEqual(set(self.draw(temperature=1, top_p=likeliest[0] + 1e-3)), {4, 0})
-        self.assertEqual(set(self.draw(temperature=1, top_p=likeliest[1] + 1e-3)), {4, 0, 1})
-        self.assertEqual(set(self.draw(temperature=1, top_p=1e-9)), {4})
+        below, above, next_above = likeliest[0] - 1e-3, likeliest[0] + 1e-3, likeliest[1] + 1e-3
+        for top_p, kept in ((below, {4}), (above, {4, 0}), (next_above, {4, 0, 1}), (1e-9, {4})):
+            self.assertEqual(set(self.draw(temperature=1, top_p=top_p)), kept)
 
     def test_the_same_seed_draws_the_same_and_goes_on_elsewhere(self):
         def sequence(one, count):
@@ -242,14 +232,15 @@ class TestSampling(unittest.TestCase):
                 one.add_output_logits(torch.zeros(6))
             return one.output_ids
 
-        whole = sequence(request(temperature=1, ignore_eos=True, sampling_seed=5), 30)
-        self.assertEqual(sequence(request(temperature=1, ignore_eos=True, sampling_seed=5), 30), whole)
+        def drawn(**seed):
+            return request(temperature=1, ignore_eos=True, **seed)
+
+        whole = sequence(drawn(sampling_seed=5), 30)
+        self.assertEqual(sequence(drawn(sampling_seed=5), 30), whole)
         self.assertGreater(len(set(whole)), 1)
-        self.assertNotEqual(sequence(request(temperature=1, ignore_eos=True, sampling_seed=6), 30), whole)
-        self.assertNotEqual(
-            sequence(request(temperature=1, ignore_eos=True), 30), sequence(request(temperature=1, ignore_eos=True), 30)
-        )
-        elsewhere = request(temperature=1, ignore_eos=True, sampling_seed=5)
+        self.assertNotEqual(sequence(drawn(sampling_seed=6), 30), whole)
+        self.assertNotEqual(sequence(drawn(), 30), sequence(drawn(), 30))
+        elsewhere = drawn(sampling_seed=5)
         elsewhere.add_output(whole[0])
         self.assertEqual(sequence(elsewhere, 30), whole)
 

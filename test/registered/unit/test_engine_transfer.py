@@ -65,9 +65,7 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
         self.unhandled = []
         loop = asyncio.get_running_loop()
         loop.set_debug(False)
-        loop.set_exception_handler(
-            lambda _, context: self.unhandled.append((context["message"], context.get("exception")))
-        )
+        loop.set_exception_handler(lambda _, seen: self.unhandled.append((seen["message"], seen.get("exception"))))
 
     async def asyncTearDown(self):
         gc.collect()
@@ -88,6 +86,16 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
         sender = await self.sender(*backend, **timeouts)
         await sender.open(1)
         return sender
+
+    def delivery(self, sender, **of):
+        """That a KV transfer is being sent."""
+        return asyncio.ensure_future(sender.deliver(kv_transfer(**of)))
+
+    async def waiting(self, **of):
+        """That a decode server has asked for a room, 1 unless another is given, and waits."""
+        fetching = asyncio.ensure_future(self.fetch(**of))
+        await asyncio.sleep(0.02)
+        return fetching
 
     async def fetch(self, room=1, receiver=None, accept=lambda kv_transfer: None):
         receiver = receiver or DecodeReceiver(TransferBackend(), timeout=5.0)
@@ -122,9 +130,7 @@ class TransferTestCase(unittest.IsolatedAsyncioTestCase):
     def assertArrived(self, arrived, sent):
         for name in ("room", "prompt_tokens", "first_token", "cached_tokens", "counts", "first_logprob"):
             self.assertEqual(getattr(arrived, name), getattr(sent, name))
-        self.assertEqual(
-            [tuple(item) for item in arrived.first_top_logprobs], [tuple(i) for i in sent.first_top_logprobs]
-        )
+        self.assertEqual([*map(tuple, arrived.first_top_logprobs)], [*map(tuple, sent.first_top_logprobs)])
         self.assertEqual(set(arrived.tensors), set(sent.tensors))
         for name, tensor in sent.tensors.items():
             self.assertEqual(arrived.tensors[name].dtype, tensor.dtype)
@@ -137,24 +143,15 @@ class TestKVTransfer(TransferTestCase):
         sent = kv_transfer()
         sent.tensors |= {"float": torch.tensor([float("nan"), -0.0, 1e-45]), "half": torch.ones(2, 3).bfloat16()}
         arrived = KVTransfer.unpack(sent.pack())
-        self.assertEqual(
-            arrived.tensors["float"].view(torch.int32).tolist(), sent.tensors["float"].view(torch.int32).tolist()
-        )
-        del arrived.tensors["float"], sent.tensors["float"]
+        bits = [each.tensors.pop("float").view(torch.int32).tolist() for each in (arrived, sent)]
+        self.assertEqual(*bits)
         self.assertArrived(arrived, sent)
 
     def test_anything_else_is_a_transfer_error(self):
         data = kv_transfer().pack()
         header = len(data) - 64
-        for other in (
-            b"",
-            b"\0",
-            data[:20],
-            data[:header],
-            b"\xff" * len(data),
-            b"\x02" + b"\0" * 7 + b"[]",
-            data[:8] + data[9:],
-        ):
+        cut = b"", b"\0", data[:20], data[:header], data[:8] + data[9:]
+        for other in (*cut, b"\xff" * len(data), b"\x02" + b"\0" * 7 + b"[]"):
             with self.subTest(other=other[:12]), self.assertRaisesRegex(TransferError, "cannot be read"):
                 KVTransfer.unpack(other)
 
@@ -163,12 +160,8 @@ class TestOrder(TransferTestCase):
     async def test_the_room_may_be_opened_delivered_and_fetched_in_any_order(self):
         for order in (("open", "deliver", "fetch"), ("open", "fetch", "deliver"), ("fetch", "open", "deliver")):
             with self.subTest(order=order):
-                sender, receiver, sent, tasks = (
-                    await self.sender(),
-                    DecodeReceiver(TransferBackend(), 5.0),
-                    kv_transfer(),
-                    {},
-                )
+                sender, receiver = await self.sender(), DecodeReceiver(TransferBackend(), 5.0)
+                sent, tasks = kv_transfer(), {}
                 for step in order:
                     if step == "open":
                         await sender.open(1)
@@ -199,7 +192,7 @@ class TestOrder(TransferTestCase):
         self.assertEqual((sender.rooms, sender.counters.sent), ({}, 40))
 
     async def test_a_state_larger_than_any_buffer_arrives(self):
-        sender = await self.opened()
+        sender = await self.opened(bootstrap_timeout=5.0)
         sent = kv_transfer(size=LARGE)
         _, arrived = await asyncio.gather(sender.deliver(sent), self.fetch())
         self.assertArrived(arrived, sent)
@@ -225,13 +218,12 @@ class TestRooms(TransferTestCase):
 
     async def test_a_decode_server_that_left_before_the_room_opened_is_forgotten(self):
         sender = await self.sender()
-        early = asyncio.ensure_future(self.fetch())
-        await asyncio.sleep(0.02)
+        early = await self.waiting()
         early.cancel()
         await asyncio.wait({early})
         await asyncio.sleep(0.02)
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        delivery = self.delivery(sender)
         self.assertArrived(await self.fetch(), kv_transfer())
         await delivery
 
@@ -242,23 +234,21 @@ class TestRooms(TransferTestCase):
 
     async def test_a_room_is_taken_once(self):
         sender = await self.opened()
-        first = asyncio.ensure_future(self.fetch())
-        await asyncio.sleep(0.02)
+        first = await self.waiting()
         await self.assertFails("room 1 was already taken", self.fetch())
         await sender.deliver(kv_transfer())
         self.assertArrived(await first, kv_transfer())
 
     async def test_an_aborted_room_tells_the_decode_server_that_waits(self):
         sender = await self.opened()
-        waiting = asyncio.ensure_future(self.fetch())
-        await asyncio.sleep(0.02)
+        waiting = await self.waiting()
         sender.close(1, "the request was aborted")
         await self.assertFails("gave up bootstrap room 1: the request was aborted", waiting)
         self.assertEqual(sender.rooms, {})
 
     async def test_an_aborted_room_ends_its_delivery(self):
         sender = await self.opened()
-        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        delivery = self.delivery(sender)
         await asyncio.sleep(0.02)
         sender.close(1, "the request was aborted")
         await self.assertFails("the request was aborted", delivery)
@@ -268,9 +258,8 @@ class TestRooms(TransferTestCase):
         sender = await self.sender(bootstrap_timeout=SOON, transfer_timeout=5.0)
         start = time.monotonic()
         await sender.open(1)
-        await self.assertFails(
-            "no decode server asked for bootstrap room 1 within 0.3 s", sender.deliver(kv_transfer())
-        )
+        late = "no decode server asked for bootstrap room 1 within 0.3 s"
+        await self.assertFails(late, sender.deliver(kv_transfer()))
         self.assertGreaterEqual(time.monotonic() - start, SOON)
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
 
@@ -290,19 +279,19 @@ class TestRooms(TransferTestCase):
     async def test_the_end_of_a_request_leaves_a_room_that_was_opened_again_alone(self):
         sender = await self.sender()
         first = await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        delivery = self.delivery(sender)
         await asyncio.sleep(0)
         sender.close(1, "the request was aborted")
         await sender.open(1)
         await self.assertFails("the request was aborted", delivery)
         sender.close(1, "its end", first)
-        again = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        again = self.delivery(sender)
         self.assertArrived(await self.fetch(), kv_transfer())
         await again
 
     async def test_a_cancelled_delivery_frees_its_room(self):
         sender = await self.opened()
-        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        delivery = self.delivery(sender)
         await asyncio.sleep(0.02)
         delivery.cancel()
         await asyncio.wait({delivery})
@@ -318,9 +307,9 @@ class TestRooms(TransferTestCase):
 
 
 class TestDecodeDies(TransferTestCase):
-    async def ask(self, room=1):
+    async def ask(self):
         reader, writer = await self.connect()
-        writer.write(json.dumps({"room": room}).encode() + b"\n")
+        writer.write(b'{"room": 1}\n')
         await writer.drain()
         await asyncio.sleep(0.02)
         return reader, writer
@@ -335,7 +324,7 @@ class TestDecodeDies(TransferTestCase):
 
     async def test_with_half_of_the_bytes(self):
         sender = await self.opened()
-        delivery = asyncio.ensure_future(sender.deliver(kv_transfer(size=LARGE)))
+        delivery = self.delivery(sender, size=LARGE)
         reader, writer = await self.ask()
         await reader.readexactly(LARGE // 2)
         writer.transport.abort()
@@ -344,7 +333,7 @@ class TestDecodeDies(TransferTestCase):
 
     async def test_with_all_of_the_bytes_but_without_a_word(self):
         sender = await self.opened()
-        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        delivery = self.delivery(sender)
         reader, writer = await self.ask()
         await reader.readexactly(json.loads(await reader.readline())["bytes"])
         writer.close()
@@ -354,7 +343,7 @@ class TestDecodeDies(TransferTestCase):
         for size, read in ((LARGE, False), (64, True)):
             with self.subTest(size=size):
                 sender = await self.opened(transfer_timeout=SOON)
-                delivery = asyncio.ensure_future(sender.deliver(kv_transfer(size=size)))
+                delivery = self.delivery(sender, size=size)
                 reader, _ = await self.ask()
                 await self.assertFails("room 1", delivery)
                 await asyncio.sleep(2 * SOON)
@@ -369,7 +358,7 @@ class TestDecodeDies(TransferTestCase):
         for word in (b"garbage\n", b"[]\n", b"\xff\xfe\n", b"x" * (1 << 17)):
             with self.subTest(word=word[:8]):
                 sender = await self.opened()
-                delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+                delivery = self.delivery(sender)
                 reader, writer = await self.ask()
                 await reader.readexactly(json.loads(await reader.readline())["bytes"])
                 writer.write(word)
@@ -391,9 +380,8 @@ class TestPrefillDies(TransferTestCase):
     async def test_there_is_no_such_place(self):
         for host, port in (("x" * 100, 1), ("127.0.0.1", 99999), ("\0", 1), ("host.invalid", 1)):
             with self.subTest(host=host[:9], port=port):
-                await self.assertFails(
-                    "room 1", DecodeReceiver(TransferBackend(), 5.0).fetch(host, port, 1, print), within=6
-                )
+                fetch = DecodeReceiver(TransferBackend(), 5.0).fetch(host, port, 1, print)
+                await self.assertFails("room 1", fetch, within=6)
 
     async def test_before_a_word(self):
         async def leave(reader, writer):
@@ -437,7 +425,7 @@ class TestWhatArrivesIsChecked(TransferTestCase):
         sender = await self.sender(backend)
         receiver = DecodeReceiver(incoming or TransferBackend(), 5.0)
         await sender.open(1)
-        delivery = asyncio.ensure_future(sender.deliver(kv_transfer()))
+        delivery = self.delivery(sender)
         await self.assertFails(pattern, self.fetch(1, receiver, accept))
         await self.assertFails(f"decode refused bootstrap room 1: .*{pattern}", delivery)
         self.assertEqual((sender.rooms, sender.counters), ({}, TransferCounters(failed=1)))
@@ -484,8 +472,7 @@ class TestWhatArrivesIsChecked(TransferTestCase):
 
     async def test_a_backend_that_raises_frees_the_room(self):
         sender = await self.opened(Raise())
-        waiting = asyncio.ensure_future(self.fetch())
-        await asyncio.sleep(0.02)
+        waiting = await self.waiting()
         with self.assertRaisesRegex(RuntimeError, "out of order"):
             await sender.deliver(kv_transfer())
         await self.assertFails("gave up bootstrap room 1", waiting)
@@ -503,8 +490,7 @@ class TestStrangers(TransferTestCase):
 
     async def test_are_sent_away_and_disturb_nobody(self):
         sender = await self.opened(transfer_timeout=3.0)
-        waiting = asyncio.ensure_future(self.fetch())
-        await asyncio.sleep(0.02)
+        waiting = await self.waiting()
         for words in self.GARBAGE:
             with self.subTest(words=words[:30]):
                 reader, writer = await self.connect()
@@ -546,14 +532,8 @@ class TestLoadBackend(unittest.TestCase):
         self.assertEqual(type(load_backend(f"{__name__}:FlipOneBit")).__name__, "FlipOneBit")
 
     def test_says_what_is_wrong_in_one_line(self):
-        for name in (
-            "mooncake",
-            "",
-            "no_such_module:Class",
-            f"{__name__}:NoSuchClass",
-            f"{__name__}:LARGE",
-            "json:JSONDecoder",
-        ):
+        here = f"{__name__}:NoSuchClass", f"{__name__}:LARGE"
+        for name in ("mooncake", "", "no_such_module:Class", *here, "json:JSONDecoder"):
             with self.subTest(name=name), self.assertRaisesRegex(ValueError, f"transfer backend {name!r}") as caught:
                 load_backend(name)
             self.assertEqual(len(str(caught.exception).splitlines()), 1)

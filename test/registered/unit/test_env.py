@@ -3,10 +3,10 @@
 import os
 import shutil
 import subprocess
-import tempfile
 import unittest
 from pathlib import Path
 
+from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
@@ -27,23 +27,19 @@ esac
 """
 
 
-class TestEnvironment(unittest.TestCase):
+class TestEnvironment(FolderCase):
     def setUp(self):
-        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         for name in ("scripts/env.sh", *LOCKS, "requirements-cpu.lock", "requirements-gpu.lock"):
             (self.root / name).parent.mkdir(exist_ok=True)
             shutil.copy(REPO / name, self.root / name)
-        python = self.root / "bin" / "python3"
-        python.parent.mkdir()
-        python.write_text(PYTHON3)
-        python.chmod(0o755)
+        self.write("bin/python3", PYTHON3).chmod(0o755)
 
     def env(self, *words, **variables):
         """Path of the environment that it prints, and the lock files that uv was told to install for it."""
         kept = {"HOME": str(self.root), "ROOT": str(self.root), "PDKIT_CACHE_DIR": str(self.root / "cache")}
         kept["PATH"] = f"{self.root}/bin:{os.environ['PATH']}"
-        calls = self.root / "calls"
-        calls.write_text("")
+        calls = self.write("calls")
         command = [self.root / "scripts" / "env.sh", *words]
         self.done = subprocess.run(command, env=kept | variables, capture_output=True, text=True)
         locks = [w.rpartition("/")[2] for w in calls.read_text().split() if w.startswith("--requirement=")]

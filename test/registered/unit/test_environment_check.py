@@ -7,13 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import unittest
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy
+from cases import FolderCase, without
 from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.gpus import Gpu, GpuProcess
@@ -59,17 +59,8 @@ NODE = Machine(
 )
 
 
-class CheckCase(unittest.TestCase):
+class CheckCase(FolderCase):
     maxDiff = None
-
-    def setUp(self):
-        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-    def write(self, name, text=""):
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
 
     def assert_fine(self, findings):
         self.assertEqual([str(finding) for finding in findings if finding.level is not Level.OK], [])
@@ -95,36 +86,30 @@ class TestGpus(CheckCase):
     def test_too_few(self):
         line = self.assert_one(self.check(gpus=(H200,) * 7), Level.ERROR, "7 found", "needs 8 GPUs of 141 GB")
         self.assertIn("prefill 0-3, decode 4-7", line)
-        self.assert_one(
-            self.check(gpus=(), gpu_problem="no NVIDIA driver"), Level.ERROR, "0 found, no NVIDIA driver", "run"
-        )
+        found = self.check(gpus=(), gpu_problem="no NVIDIA driver")
+        self.assert_one(found, Level.ERROR, "0 found, no NVIDIA driver", "run")
 
     def test_the_suite_says_how_many_where_no_pair_is_launched(self):
         unit = Needs("cuda", 2)
         self.assert_fine(self.check(unit, gpus=(H200,) * 2))
         self.assert_one(self.check(unit, gpus=(H200,)), Level.ERROR, "1 found", "2 GPUs")
 
-    def test_too_small(self):
+    def test_one_that_does_not_do(self):
         h100 = Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0), 81000)
-        found = self.check(gpus=(H200,) * 5 + (h100,) + (H200,) * 2)
-        self.assert_one(found, Level.ERROR, "GPU 5: NVIDIA H100", "81559 MiB", "asks for 141 GB (decode)")
-
-    def test_another_kind(self):
         b200 = replace(H200, name="NVIDIA B200", capability=(10, 0))
-        found = self.check(gpus=(b200,) + (H200,) * 7)
-        self.assert_one(found, Level.ERROR, "GPU 0: NVIDIA B200, compute capability 10.0", "for 9.0")
-
-    def test_memory_in_use_is_named_and_left_alone(self):
-        stranger = GpuProcess(4711, "python3", 60000)
-        busy = replace(H200, free_mib=83000, processes=(stranger,))
-        found = self.check(gpus=(H200,) * 6 + (busy, H200))
-        says = ("GPU 6", "decode needs 100640 MiB, found 83000 of 143771 MiB free", "python3 (pid 4711, 60000 MiB)")
-        self.assert_one(found, Level.ERROR, *says, "nothing here ends them")
-
-    def test_a_small_stranger(self):
+        busy = replace(H200, free_mib=83000, processes=(GpuProcess(4711, "python3", 60000),))
         shared = replace(H200, free_mib=142000, processes=(GpuProcess(4711, "python3", 500),))
-        found = self.check(gpus=(shared,) + (H200,) * 7)
-        self.assert_one(found, Level.WARNING, "GPU 0", "in use by python3 (pid 4711")
+        in_use = "decode needs 100640 MiB, found 83000 of 143771 MiB free", "python3 (pid 4711, 60000 MiB)"
+        for at, gpu, level, *says in (
+            (5, h100, Level.ERROR, "GPU 5: NVIDIA H100", "81559 MiB", "asks for 141 GB (decode)"),
+            (0, b200, Level.ERROR, "GPU 0: NVIDIA B200, compute capability 10.0", "for 9.0"),
+            (6, busy, Level.ERROR, "GPU 6", *in_use, "nothing here ends them"),
+            (0, shared, Level.WARNING, "GPU 0", "in use by python3 (pid 4711"),
+        ):
+            with self.subTest(says):
+                gpus = [H200] * 8
+                gpus[at] = gpu
+                self.assert_one(self.check(gpus=tuple(gpus)), level, *says)
 
     def test_two_servers_on_one_gpu(self):
         both = [replace(process, gpus=(0,), memory_fraction=0.5) for process in PAIR]
@@ -175,6 +160,8 @@ class TestMachine(CheckCase):
                 self.assertEqual(machine.observe(self.root, gpus=False).locked_bytes, -1 if unlimited else 8192)
 
     def test_rooms_and_limits(self):
+        needed = replace(NEEDS, processes=[replace(process, backend="nixl") for process in PAIR])
+        self.assert_fine(checks.of_machine(needed, NODE))
         for facts, level, *says in (
             ({"memory_bytes": 4 * GIB}, Level.ERROR, "memory: needs 16 GiB free, found 4;"),
             ({"shm_bytes": 64 << 20}, Level.ERROR, "/dev/shm: needs 8 GiB free, found 0.06;", "--shm-size"),
@@ -183,22 +170,19 @@ class TestMachine(CheckCase):
             ({"open_files": 512}, Level.ERROR, "open files: hard limit 512", "ulimit -Hn"),
             ({"open_files": 20000}, Level.WARNING, "open files: hard limit 20000", "65535"),
         ):
-            needed = replace(NEEDS, processes=[replace(process, backend="nixl") for process in PAIR])
-            self.assert_fine(checks.of_machine(needed, NODE))
             self.assert_one(checks.of_machine(needed, replace(NODE, **facts)), level, *says)
 
     def test_a_pair_on_cpu(self):
         pair, unit = Needs("cpu", embedded=True), Needs("cpu")
         small = replace(NODE, gpus=(), memory_bytes=6 * GIB, shm_bytes=64 << 20, tmp_bytes=GIB, open_files=1024)
         self.assert_fine(checks.of_machine(pair, small))
-        self.assert_one(
-            checks.of_machine(pair, replace(small, memory_bytes=5 * GIB)), Level.ERROR, "needs 6 GiB free, found 5;"
-        )
-        found = checks.of_machine(pair, replace(small, shm_bytes=0))
-        self.assert_one(found, Level.ERROR, "/dev/shm: needs 16 MiB free, found 0;")
-        nearly = checks.of_machine(pair, replace(small, memory_bytes=6 * GIB - 1))
-        self.assert_one(nearly, Level.ERROR, "memory: needs 6 GiB free, found 5.99;")
-        self.assert_one(checks.of_machine(pair, replace(small, open_files=256)), Level.ERROR, "open files")
+        for facts, says in (
+            ({"memory_bytes": 5 * GIB}, "needs 6 GiB free, found 5;"),
+            ({"memory_bytes": 6 * GIB - 1}, "memory: needs 6 GiB free, found 5.99;"),
+            ({"shm_bytes": 0}, "/dev/shm: needs 16 MiB free, found 0;"),
+            ({"open_files": 256}, "open files"),
+        ):
+            self.assert_one(checks.of_machine(pair, replace(small, **facts)), Level.ERROR, says)
         self.assertEqual(list(checks.of_machine(unit, Machine())), [])
 
 
@@ -237,13 +221,8 @@ class TestRdma(CheckCase):
                 name = broken.get("name", "mlx5_0")
                 self.assert_one(self.found(), Level.WARNING, f"no usable device, {name} skipped ({reason})", "by TCP")
                 self.device("mlx5_9")
-                self.assert_fine(self.found())
-                self.assert_one(
-                    self.found(nics=(name, "mlx5_9")),
-                    Level.ERROR,
-                    f"{name}: {reason}",
-                    "prefill and decode would get it",
-                )
+                found = self.found(nics=(name, "mlx5_9"))
+                self.assert_one(found, Level.ERROR, f"{name}: {reason}", "prefill and decode would get it")
 
     def test_none(self):
         self.assert_one(self.found(), Level.WARNING, "no usable device", "SGLANG_TEST_PD_DISAGG_BACKEND=nixl")
@@ -255,12 +234,9 @@ class TestRdma(CheckCase):
         shutil.rmtree(self.root / "sys")
         self.assert_one(self.found(nics=("mlx5_roce0", "mlx5_roce1")), Level.ERROR, "mlx5_roce0, mlx5_roce1: no such")
 
-    def test_not_passed_to_the_container(self):
+    def test_what_the_container_lacks(self):
         self.device()
         self.assert_one(self.found(rdma_openable=False), Level.WARNING, "no /dev/infiniband/uverbs*", "--device")
-
-    def test_locked_memory(self):
-        self.device()
         self.assert_one(self.found(locked_bytes=8 << 20), Level.WARNING, "locked memory: limit 8 MiB", "memlock=-1")
 
     def test_roce(self):
@@ -322,10 +298,9 @@ class TestPackages(CheckCase):
         self.write("torch.py")
         self.write("sglang_router.py", "import torch")
         self.write("deep_gemm.py", "raise OSError('libcudart.so.12: no such file')")
+        imports = "try:\n    import deep_gemm\nexcept OSError as e:\n    raise ImportError('no') from e"
         self.write("mooncake/__init__.py")
-        self.write(
-            "mooncake/engine.py", "try:\n    import deep_gemm\nexcept OSError as e:\n    raise ImportError('no') from e"
-        )
+        self.write("mooncake/engine.py", imports)
         self.write("flash_mla.py", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
         self.write("deep_ep.py", "import sys\nassert 'torch' in sys.modules, 'SGLang imports torch first'")
         paths = mock.patch.object(sys, "path", [str(self.root), *sys.path])
@@ -371,6 +346,15 @@ class TestPackages(CheckCase):
             self.assertEqual(told(release, model="Llama", **{switch: "1"}), [])
         for release in ("0.5.13", "0.5.14", "0.5.18", "0.5.23", None):
             self.assertEqual(told(release, **{switch: "1"}), [])
+
+    def test_a_release_whose_memory_logprobs_of_prompts_overwrite(self):
+        flags = "--enable-dp-attention", "--speculative-algorithm", "EAGLE"
+        for has_it, argv, count in ((True, flags, 1), (True, flags[:1], 0), (False, flags, 0)):
+            server = Process("T", "prefill", (0,), argv=argv)
+            with mock.patch.object(quirks, "source_says", return_value=has_it):
+                found = checks.of_place(Needs("cuda", processes=(server,)), {})
+                lines = [str(each) for each in found if "overwrites memory" in str(each)]
+            self.assertEqual(len(lines), count, (has_it, argv))
 
     def test_flash_mla_of_a_release(self):
         for source, modules in (
@@ -423,14 +407,12 @@ class TestModel(CheckCase):
         self.assert_fine(self.check(str(self.snapshot)))
 
     def test_a_missing_shard(self):
+        self.shard.resolve().unlink()
+        self.assert_one(self.check(), Level.ERROR, "1 of 3 shards missing: model-00002")
         self.shard.unlink()
         says = (f"{self.REPO}: 1 of 3 shards missing: model-00002-of-00003.safetensors", f"hf download {self.REPO}")
         self.assert_one(self.check(), Level.ERROR, *says)
         self.assert_fine(self.check(weights=False))
-
-    def test_a_link_to_nothing(self):
-        self.shard.resolve().unlink()
-        self.assert_one(self.check(), Level.ERROR, "1 of 3 shards missing: model-00002")
 
     def test_a_shard_that_was_cut_off(self):
         whole = self.shard.read_bytes()
@@ -504,8 +486,6 @@ class TestDataset(CheckCase):
         ):
             path.write_text(text)
             self.assert_one(dataset.check(str(path)), Level.ERROR, f"{path}{says}", "SGLANG_PD_GSM8K")
-
-    def test_no_such_file(self):
         self.assert_one(dataset.check("/no/such.jsonl"), Level.ERROR, "/no/such.jsonl: No such file or directory")
 
     def test_the_data_of_sglang(self):
@@ -549,17 +529,18 @@ class TestPlace(CheckCase):
         self.assertEqual(needs.merged(lines), ("A, B: prefill: --x", "A: decode: --x"))
 
     def test_python3(self):
+        def assert_says(*says):
+            self.assert_one(checks.of_place(Needs("cpu"), environ), Level.ERROR, *says, "ln -s")
+
         environ = {"PATH": "/nowhere"}
         self.assert_fine(checks.of_place(Needs("cpu"), environ))
         with mock.patch.object(sys, "executable", str(self.root / "python3.11")):
-            self.assert_one(checks.of_place(Needs("cpu"), environ), Level.ERROR, "python3: not found", "ln -s")
+            assert_says("python3: not found")
             environ = {"PATH": os.environ["PATH"]}
-            self.assert_one(checks.of_place(Needs("cpu"), environ), Level.ERROR, "python3: /", "ln -s")
+            assert_says("python3: /")
             self.write("python3.11")
             self.write("python3").chmod(0o755)
-            self.assert_one(
-                checks.of_place(Needs("cpu"), environ), Level.ERROR, f"python3: {self.root}/python3", "ln -s"
-            )
+            assert_says(f"python3: {self.root}/python3")
 
     def test_the_embedded_engine(self):
         pair = Needs("cpu", embedded=True)
@@ -695,7 +676,7 @@ class TestRecordedMachine(CheckCase):
 
 class TestCommands(CheckCase):
     def run_command(self, *words, **environ):
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG_", "HF_"))} | environ
+        environ = without("SGLANG_", "HF_") | environ
         if words[0] == "-m":
             return forked.run([sys.executable, *map(str, words)], env=environ)
         return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environ)

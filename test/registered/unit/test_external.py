@@ -1,26 +1,22 @@
 """A deployment that somebody else runs: where it is, where its key goes and does not go, what is found wrong with it."""
 
-import contextlib
-import io
 import itertools
 import json
 import os
 import re
-import tempfile
 import unittest
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import requests
+from cases import FolderCase, pdkit, printed, without
 from pdkit.checks.accounting.counters import PairCounters, ServerCounters
 from pdkit.checks.accounting.ledger import OK, ClientAccount, HttpAttempt
 from pdkit.checks.accuracy import client, gsm8k
 from pdkit.checks.external import checks, command, parity
 from pdkit.checks.external.checks import State
 from pdkit.checks.http import RequestFailed
-from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.gsm8k import read_dataset
@@ -72,21 +68,21 @@ class TestKey(unittest.TestCase):
         self.server.keys = []
         self.port = self.server.server_port
 
+    def ask(self, host="localhost"):
+        requests.get(f"http://{host}:{self.port}/generate", timeout=10)
+
     def test_it_goes_to_the_deployment_however_its_name_is_written(self):
         with external.key_sent(Deployment(f"http://LocalHost:{self.port}", api_key=KEY)):
-            requests.get(f"http://LocalHost:{self.port}/generate", timeout=10)
+            self.ask("LocalHost")
         self.assertEqual(self.server.keys, [f"Bearer {KEY}"])
 
-    def test_it_goes_to_nobody_else(self):
+    def test_it_goes_to_nobody_else_and_is_not_sent_afterwards(self):
         with external.key_sent(Deployment("http://localhost:1", api_key=KEY)):
-            requests.get(f"http://localhost:{self.port}/generate", timeout=10)
-        self.assertEqual(self.server.keys, [None])
-
-    def test_it_is_not_sent_afterwards(self):
+            self.ask()
         with external.key_sent(Deployment(f"http://localhost:{self.port}", api_key=KEY)):
             pass
-        requests.get(f"http://localhost:{self.port}/generate", timeout=10)
-        self.assertEqual(self.server.keys, [None])
+        self.ask()
+        self.assertEqual(self.server.keys, [None, None])
 
     def test_a_server_that_repeats_it(self):
         with self.assertRaisesRegex(NotReady, r"status 500: no such user: Bearer \(removed\)$"):
@@ -116,9 +112,8 @@ class Stub(StubServer):
                     self.answer(refusal if answer is None else 200, answer or {"error": "no"})
 
             def is_wrong(self, request):
-                return any(
-                    isinstance(request.get(name), str) for name in ("max_tokens", "temperature", "sampling_params")
-                )
+                numbers = ("max_tokens", "temperature", "sampling_params")
+                return any(isinstance(request.get(name), str) for name in numbers)
 
             def plain(self, request):
                 if self.is_wrong(request):
@@ -149,29 +144,25 @@ def workers(*roles):
     return {**SERVER, "/workers": {"workers": [{"worker_type": role, "metadata": {}} for role in roles]}}
 
 
-class TestCommand(unittest.TestCase):
+class TestCommand(FolderCase):
     def setUp(self):
-        folder = self.enterContext(tempfile.TemporaryDirectory())
-        self.data = Path(folder, "questions.jsonl")
-        self.data.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n' * 300)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_PD_", "OPENAI_"))}
-        self.enterContext(mock.patch.dict(os.environ, kept, clear=True))
+        super().setUp()
+        self.data = self.write("questions.jsonl", '{"question": "What is 1 + 1?", "answer": "#### 2"}\n' * 300)
+        self.enterContext(mock.patch.dict(os.environ, without("SGLANG_PD_", "OPENAI_"), clear=True))
 
-    def check(self, server, *words):
-        """(exit code, what was printed, errors included)."""
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            code = main(["check", server.url, "--quick", "--data", str(self.data), *words])
-        return code, printed.getvalue()
+    def check(self, server, *words, code):
+        """What was printed, errors included, by a command that must end with `code`."""
+        ran = pdkit("check", server.url, "--quick", "--data", self.data, *words)
+        self.assertEqual(ran.returned, code, ran.out + ran.err)
+        return ran.out + ran.err
 
     def refused(self, gets):
-        code, printed = self.check(server := Stub(self, gets))
-        self.assertEqual((code, printed.count("\n")), (ExitCode.NOT_READY, 1), printed)
-        return printed.removeprefix(f"pdkit check: error: {server.url} ").strip()
+        shown = self.check(server := Stub(self, gets), code=ExitCode.NOT_READY)
+        self.assertEqual(shown.count("\n"), 1, shown)
+        return shown.removeprefix(f"pdkit check: error: {server.url} ").strip()
 
     def test_a_sound_pair(self):
-        code, printed = self.check(Stub(self, PAIR))
-        self.assertEqual(code, ExitCode.PASSED, printed)
+        shown = self.check(Stub(self, PAIR), code=ExitCode.PASSED)
         for line in (
             "prefill and decode: the load balancer reports 1 prefill and 1 decode",
             "usage adds up: yes",
@@ -183,7 +174,7 @@ class TestCommand(unittest.TestCase):
             "not checked: answers, no baseline to compare with (--baseline URL)",
             "not checked: counters, the servers have none",
         ):
-            self.assertIn(f"{line}\n", printed)
+            self.assertIn(f"{line}\n", shown)
 
     def test_what_is_wrong_fails_the_check_that_is_for_it(self):
         def counting_wrong(path, request, answer):
@@ -220,17 +211,16 @@ class TestCommand(unittest.TestCase):
         ):
             with self.subTest(tamper.__name__):
                 sound = lambda path, request, answer, tamper=tamper: answer and tamper(path, request, answer)  # noqa: E731
-                code, printed = self.check(Stub(self, PAIR, sound))
-                self.assertEqual(code, ExitCode.FAILED, printed)
-                failed = [line for line in printed.splitlines() if ": FAILED, " in line]
+                shown = self.check(Stub(self, PAIR, sound), code=ExitCode.FAILED)
+                failed = [line for line in shown.splitlines() if ": FAILED, " in line]
                 found = [line.partition(": FAILED, ")[0] for line in failed]
                 self.assertEqual(found[0], check)
                 self.assertLessEqual({*found}, {check, "every request was answered"})  # it sees contradictions as well
 
     def test_a_server_that_takes_anything(self):
-        code, printed = self.check(Stub(self, PAIR, lambda path, request, answer: answer or {"text": "?"}))
-        self.assertEqual(code, ExitCode.FAILED, printed)
-        self.assertIn("wrong requests are refused: FAILED, /v1/completions answers", printed)
+        taking = Stub(self, PAIR, lambda path, request, answer: answer or {"text": "?"})
+        shown = self.check(taking, code=ExitCode.FAILED)
+        self.assertIn("wrong requests are refused: FAILED, /v1/completions answers", shown)
 
     def test_a_deployment_that_stops_answering(self):
         asked = []
@@ -239,21 +229,18 @@ class TestCommand(unittest.TestCase):
             asked.append(path)
             return answer if len(asked) < 6 else None
 
-        code, printed = self.check(server := Stub(self, PAIR, dying))
-        self.assertEqual(code, ExitCode.FAILED, printed)
-        self.assertIn(f"not checked: all else, {server.url} does not answer any more\n", printed)
-        self.assertNotIn("GSM8K", printed)
+        shown = self.check(server := Stub(self, PAIR, dying), code=ExitCode.FAILED)
+        self.assertIn(f"not checked: all else, {server.url} does not answer any more\n", shown)
+        self.assertNotIn("GSM8K", shown)
 
     def test_what_is_not_prefill_and_decode_is_one_line(self):
         alone = {**SERVER, "/server_info": {"disaggregation_mode": "null"}}
         half = {**PAIR, "/get_server_info": {"prefill": [{"disaggregation_mode": "prefill"}], "decode": [{}]}}
         fused = {**half, "/get_server_info": {**half["/get_server_info"], "decode": [{"disaggregation_mode": "null"}]}}
+        fused_line = "is not a PD deployment: a server that the load balancer reports as decode has disaggregation_mode"
         for gets, line in (
             (alone, "is not a PD deployment: it is a monolithic server (/server_info: disaggregation_mode null)"),
-            (
-                fused,
-                "is not a PD deployment: a server that the load balancer reports as decode has disaggregation_mode",
-            ),
+            (fused, fused_line),
             (workers("regular"), "is not a PD deployment: the router reports no prefill server"),
             (workers("prefill"), "is not a PD deployment: the router reports no decode server"),
             ({"/v1/completions": {}}, "is not an SGLang server: it has no /v1/models; needed is SGLang's router or "),
@@ -264,10 +251,9 @@ class TestCommand(unittest.TestCase):
 
     def test_what_cannot_be_confirmed_has_not_passed(self):
         for gets in (SERVER, workers("prefill", "decode")):
-            code, printed = self.check(Stub(self, gets))
-            self.assertEqual(code, ExitCode.UNCONFIRMED, printed)
-            self.assertIn("not checked: prefill and decode, could not be confirmed: ", printed)
-            self.assertIn("UNCONFIRMED: ", printed)
+            shown = self.check(Stub(self, gets), code=ExitCode.UNCONFIRMED)
+            self.assertIn("not checked: prefill and decode, could not be confirmed: ", shown)
+            self.assertIn("UNCONFIRMED: ", shown)
 
     def test_right_answers_of_the_baseline_must_not_be_lost(self):
         self.data.write_text('{"question": "What is 1 + 1?", "answer": "#### 2"}\n' * 1319)
@@ -293,16 +279,14 @@ class TestCommand(unittest.TestCase):
             self.assertLess(int(re.search(says, row.line())[1]), 385)
 
     def test_json_has_the_same(self):
-        code, printed = self.check(Stub(self, PAIR), "--json")
-        found = json.loads(printed)
-        self.assertEqual((found["verdict"], found["exit_code"], code), ("PASSED", 0, 0))
+        found = json.loads(self.check(Stub(self, PAIR), "--json", code=ExitCode.PASSED))
+        self.assertEqual((found["verdict"], found["exit_code"]), ("PASSED", 0))
         self.assertIn({"check": "usage adds up", "state": "passed", "sentence": "yes", "evidence": []}, found["checks"])
 
     def test_loopback_is_not_asked_through_a_proxy(self):
         proxy = "http://127.0.0.1:9"
         with mock.patch.dict(os.environ, {"http_proxy": proxy, "HTTP_PROXY": proxy}):
-            code, printed = self.check(Stub(self, PAIR))
-            self.assertEqual(code, ExitCode.PASSED, printed)
+            self.check(Stub(self, PAIR), code=ExitCode.PASSED)
             self.assertNotIn("no_proxy", os.environ)
 
 
@@ -350,9 +334,8 @@ class Parrot(StubServer):
 
         class Handler(JsonHandler):
             def do_GET(self):
-                found = {"/server_info": {"disaggregation_mode": "null", "context_length": 4096}, **SERVER}.get(
-                    self.path
-                )
+                own = {"/server_info": {"disaggregation_mode": "null", "context_length": 4096}}
+                found = {**own, **SERVER}.get(self.path)
                 self.answer(404 if found is None else 200, found or {})
 
             def do_POST(self):
@@ -381,10 +364,9 @@ class TestComparison(unittest.TestCase):
     def compare(self, exact=True, batches=True, prompt_logprobs=True, **settings):
         baseline, pair = Parrot(self), Parrot(self, **settings)
         geometry = parity.geometry_of(None, {"context_length": 4096, "page_size": 64})
-        return parity.Comparison(
-            pair.url, baseline.url, geometry, parity.SUMS, model="m", options=parity.QUICK, exact=exact, batches=batches,
-            prompt_logprobs=prompt_logprobs,
-        ).run()  # fmt: skip
+        options = {"model": "m", "options": parity.QUICK, "exact": exact, "batches": batches}
+        options["prompt_logprobs"] = prompt_logprobs
+        return parity.Comparison(pair.url, baseline.url, geometry, parity.SUMS, **options).run()
 
     def test_an_equal_server(self):
         found = self.compare()
@@ -415,17 +397,13 @@ class TestComparison(unittest.TestCase):
         for exact in (True, False):
             found = self.compare(exact, loses=lambda ids, place: place + 1 >= 128)
             self.assertTrue(found.problems)
-            self.assertRegex(
-                found.hint,
-                "^only prompts of 128 tokens and more differ; up to 127 tokens all are right; the first output",
-            )
+            hint = "^only prompts of 128 tokens and more differ; up to 127 tokens all are right; the first output"
+            self.assertRegex(found.hint, hint)
 
     def test_ten_lines_of_evidence_are_shown_and_the_rest_counted(self):
         for count, last in ((10, "    line 9"), (12, "    and 2 more: --json has them all")):
             row = checks.CheckRow("a check", State.FAILED, "found", tuple(f"line {i}" for i in range(count)))
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                command._print(row)
-            self.assertEqual(out.getvalue().splitlines()[-1], last)
+            self.assertEqual(printed(command._print, row).out.splitlines()[-1], last)
 
     def test_a_router_that_rewrites_numbers(self):
         found = self.compare(rewritten=4e-15)
@@ -466,7 +444,7 @@ class TestCounters(unittest.TestCase):
         self.assertIn("others used the servers", row.sentence)
 
 
-class TestClient(unittest.TestCase):
+class TestClient(FolderCase):
     """The light client scores as SGLang's `run_eval` does."""
 
     def test_the_last_number(self):
@@ -480,9 +458,7 @@ class TestClient(unittest.TestCase):
         self.assertEqual(gsm8k.GSM8K_URL, default_url())
 
     def test_a_question_without_an_answer_is_not_a_wrong_one(self):
-        folder = self.enterContext(tempfile.TemporaryDirectory())
-        data = Path(folder, "data.jsonl")
-        data.write_text('{"question": "q", "answer": "#### 2"}\n' * 50)
+        data = self.write("data.jsonl", '{"question": "q", "answer": "#### 2"}\n' * 50)
         server = Stub(self, {}, lambda path, request, answer: None)
         args = SimpleNamespace(base_url=server.url, model="m", gsm8k_data_path=str(data), num_examples=40, num_shots=5,
                                num_threads=2, max_tokens=512, timeout=10)  # fmt: skip

@@ -1,11 +1,11 @@
 """The fault library: each fault does what its name says, where it says, and changes something unless it says not."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
 import socket
-import tempfile
 import unittest
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pdkit
 import torch
+from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
@@ -71,14 +72,8 @@ class TestLibrary(unittest.TestCase):
         wanted |= {"bits-flipped-1e-5", "bits-flipped-1e-3", "bits-flipped-1e-2", "mantissa-flipped-1e-3"}
         wanted |= {"rounded-to-bf16", "rounded-to-fp8", "rooms-swapped", "rooms-swapped-5-percent", "stale-prefix"}
         wanted |= {"first-token-wrong", "first-token-repeated", "compressed-aliased", "one-worker-in-four-bad"}
-        wanted |= {
-            "transfer-fails-one-in-ten",
-            "transfer-slow",
-            "prefill-late",
-            "transfer-hangs-one-in-twenty",
-            "request-duplicated",
-        }
-        wanted |= {"sampling-lost", "wire-corrupted"}
+        wanted |= {"transfer-fails-one-in-ten", "transfer-hangs-one-in-twenty", "transfer-slow", "prefill-late"}
+        wanted |= {"request-duplicated", "sampling-lost", "wire-corrupted"}
         self.assertEqual(wanted - LIBRARY.keys(), set())
 
     def test_names_real_bugs(self):
@@ -151,10 +146,8 @@ class TestOperations(unittest.TestCase):
         copies = {name: tensor.clone() for name, tensor in kv_transfer.tensors.items()}
         for fault in LIBRARY.values():
             if fault.change:
-                try:
+                with contextlib.suppress(TransferError):
                     Injection(replace(fault, every=1)).apply(kv_transfer)
-                except TransferError:
-                    pass
         self.assertTrue(all(torch.equal(copies[name], tensor) for name, tensor in kv_transfer.tensors.items()))
 
 
@@ -167,9 +160,8 @@ class TestFaults(unittest.TestCase):
         for name in LIBRARY:
             match = of_a_kind.fullmatch(name)
             if match and match[1] in kinds:
-                self.assertEqual(
-                    changed_kinds(kv_transfer, changed_by(name, kv_transfer, before)), {kinds[match[1]]}, name
-                )
+                changed = changed_by(name, kv_transfer, before)
+                self.assertEqual(changed_kinds(kv_transfer, changed), {kinds[match[1]]}, name)
                 touched.add(kinds[match[1]])
         self.assertEqual(touched, set(Kind))
 
@@ -222,10 +214,13 @@ class TestFaults(unittest.TestCase):
             self.assertTrue(torch.equal(tensor.view(torch.int32), other.tensors[name].view(torch.int32)))
 
 
-class TestSwitch(unittest.TestCase):
+class SwitchCase(FolderCase):
     def setUp(self):
-        self.switch = Switch(Path(self.enterContext(tempfile.TemporaryDirectory()), "switch"))
+        super().setUp()
+        self.switch = Switch(self.root / "switch")
 
+
+class TestSwitch(SwitchCase):
     def test_turns_faults_on_and_off_in_other_readers(self):
         reader = Switch(self.switch.path)
         self.assertIsNone(reader.injection(*Where))
@@ -255,11 +250,11 @@ class TestSwitch(unittest.TestCase):
             load_backend("pdkit.faults:FaultyTransfer")
 
 
-class TestFaultyTransfer(unittest.TestCase):
+class TestFaultyTransfer(SwitchCase):
     """Two backends with one switch, and the engine's own sender and receiver between them."""
 
     def setUp(self):
-        self.switch = Switch(Path(self.enterContext(tempfile.TemporaryDirectory()), "switch"))
+        super().setUp()
         self.enterContext(mock.patch.dict(os.environ, {VARIABLE: str(self.switch.path)}))
 
     def transferred(self, *kv_transfers):
@@ -272,12 +267,12 @@ class TestFaultyTransfer(unittest.TestCase):
         sock = socket.create_server(("127.0.0.1", 0))
         port = sock.getsockname()[1]
         await sender.start(sock)
+
+        def accept(got):
+            state.check(config, got.prompt_tokens, got.tensors, got.counts)
+
         arrived = []
         for kv_transfer in kv_transfers:
-
-            def accept(got):
-                state.check(config, got.prompt_tokens, got.tensors, got.counts)
-
             await sender.open(kv_transfer.room)
             fetching = asyncio.create_task(receiver.fetch("127.0.0.1", port, kv_transfer.room, accept))
             try:
@@ -371,11 +366,8 @@ class TestBesideKit(unittest.TestCase):
         class Case(BalancerFaultChecks, unittest.TestCase):
             lb_url = prefill_url = decode_url = model = monolithic_url = gsm8k_data_path = None
             start_decode = log_path = None
-            base_host, faulty_lb_port, switch = (
-                "127.0.0.1",
-                "1",
-                mock.Mock(turn=turned.append, met=lambda: turned[-1] is not None),
-            )
+            base_host, faulty_lb_port = "127.0.0.1", "1"
+            switch = mock.Mock(turn=turned.append, met=lambda: turned[-1] is not None)
             wait_server_ready, fault_timeout = mock.Mock(), 0
             parity_plan = lambda self: mock.Mock(rooms=(rounds["parity rooms"],))  # noqa: E731
             parameter_round = lambda self: (None, rounds["parity request parameters"])  # noqa: E731
@@ -408,9 +400,8 @@ class TestGroundTruth(unittest.TestCase):
         cls.runner = ModelRunner(load_model(RANDOM, load_format="dummy", seed=7))
         lengths = (96, 127, 142, 255, 257, 383)
         cls.runs = ground_truth.sound_runs(cls.runner, ground_truth.prompt_family(lengths, config.vocab_size))
-        faults = [
-            replace(fault, every=min(fault.every, 3), after=0) for fault in LIBRARY.values() if fault.is_of_the_transfer
-        ]
+        of_transfer = [fault for fault in LIBRARY.values() if fault.is_of_the_transfer]
+        faults = [replace(fault, every=min(fault.every, 3), after=0) for fault in of_transfer]
         cls.effects = ground_truth.effects(cls.runner, faults, cls.runs)
 
     def test_a_fault_changes_something_unless_it_says_why_not(self):

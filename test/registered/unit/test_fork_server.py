@@ -12,6 +12,7 @@ from unittest import mock
 
 import psutil
 import test_guardian
+from cases import FolderCase
 from detached import LISTEN, SLEEP, is_alive, listening, spawner
 from pdkit.core import ports, processes
 from pdkit.core.ci_register import register_cpu_ci
@@ -223,23 +224,19 @@ class TestForkedGuardian(ForkServerCase, test_guardian.TestGuardian):
         self.assert_all_end(child, guarded.pid)
 
 
-class TestWarm(unittest.TestCase):
+class TestWarm(FolderCase):
     """Whether a run forks its files."""
 
     def warm(self, **files):
         """A `Warm` over files of that content; "gpu" is registered for CUDA."""
-        root = Path(self.enterContext(tempfile.TemporaryDirectory()))
         registrations = []
         for name, text in files.items():
-            path = root / f"{name}.py"
-            path.write_text(text)
-            hw = "cuda" if name == "gpu" else "cpu"
+            path, hw = self.write(f"{name}.py", text), "cuda" if name == "gpu" else "cpu"
             registrations.append(Registration(str(path), name, hw=hw, suite="s", est_time=1))
-        warm = Warm(registrations, dict(os.environ), root / "log", Console(sys.stdout.buffer), Interruption())
-        return warm, registrations
+        return Warm(registrations, dict(os.environ), self.root / "log", Console(sys.stdout.buffer), Interruption())
 
     def is_forked(self, **files):
-        warm, _ = self.warm(**files)
+        warm = self.warm(**files)
         with mock.patch.object(warm_module, "ForkServer"):
             return warm.popen_for_a_file() is not subprocess.Popen
 
@@ -258,7 +255,7 @@ class TestWarm(unittest.TestCase):
         self.assertTrue(self.is_forked(**heavy))
 
     def test_a_process_that_cannot_import_is_done_without(self):
-        warm, _ = self.warm(a="import torch", b="import torch")
+        warm = self.warm(a="import torch", b="import torch")
         with mock.patch.object(warm_module, "PREPARE", "nowhere:f"):
             popen = warm.popen_for_a_file()
         self.addCleanup(warm.close)

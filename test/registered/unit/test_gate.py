@@ -145,9 +145,8 @@ class TestRecursion(unittest.TestCase):
 class TestSequentialPlan(unittest.TestCase):
     def test_keeps_the_promise_of_the_issue(self):
         for examples, first in itertools.product((1000, 1195, 1314), (100, 200)):
-            false_alarm, miss, expected = error_rates(
-                stats.sequential_plan(examples, **{**DEFAULT, "first": first}),
-            )
+            plan = stats.sequential_plan(examples, **{**DEFAULT, "first": first})
+            false_alarm, miss, expected = error_rates(plan)
             with self.subTest(examples=examples, first=first):
                 self.assertLessEqual(false_alarm, 0.01)
                 self.assertLessEqual(miss, 0.01)
@@ -353,14 +352,10 @@ class TestOperatingCharacteristicScript(unittest.TestCase):
     def test_prints_the_promise_beside_the_alternatives(self):
         code, out, _ = self.run_script()
         self.assertEqual(code, ExitCode.PASSED)
-        rates = {
-            name.strip(): (float(false_alarm), float(miss))
-            for name, false_alarm, miss in re.findall(r"^ *(\S.*?)  +([\d.]+)% +([\d.]+)% ", out, re.MULTILINE)
-        }
-        self.assertEqual(
-            list(rates),
-            ["> 0.95 once", "1 retry", "3 retries", "TRT-LLM n=200", "TRT-LLM n=1314", "sequential", "auto"],
-        )
+        rows = re.findall(r"^ *(\S.*?)  +([\d.]+)% +([\d.]+)% ", out, re.MULTILINE)
+        rates = {name: (float(false_alarm), float(miss)) for name, false_alarm, miss in rows}
+        policies = ["> 0.95 once", "1 retry", "3 retries", "TRT-LLM n=200", "TRT-LLM n=1314", "sequential", "auto"]
+        self.assertEqual(list(rates), policies)
         self.assertLessEqual(max(rates["auto"] + rates["sequential"]), 1.0)
         self.assertAlmostEqual(rates["> 0.95 once"][0], 100 * binom.cdf(190, 200, 0.965), places=2)
         self.assertAlmostEqual(rates["TRT-LLM n=200"][1], 100 * binom.sf(176, 200, 0.93), places=2)

@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from cases import FolderCase
 from pdkit.core import numa
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
@@ -114,14 +114,9 @@ class TestProblems(unittest.TestCase):
 
     def test_ten_gpus(self):
         wide = {"tp": 5, "attention_dp": 5}
-        self.assert_problem(
-            plan(wide, wide | {"base_gpu_id": 5}),
-            r"needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 \(8 GPUs of 141 GB\), so there is no GPU 8-9: "
-            "prefill 0-4, decode 5-9",
-        )
+        says = r"needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 \(8 GPUs of 141 GB\), so there is no GPU 8-9: "
+        self.assert_problem(plan(wide, wide | {"base_gpu_id": 5}), f"{says}prefill 0-4, decode 5-9")
         self.assertEqual(plan(wide, wide | {"base_gpu_id": 5}, runner=None).problems(), [])
-
-    def test_eight_gpus_of_which_the_runner_has_not_all(self):
         self.assert_problem(plan(decode={"base_gpu_id": 6}), "needs 8 GPUs .*there is no GPU 8-9: .*decode 6-9")
 
     def test_overlap(self):
@@ -134,23 +129,24 @@ class TestProblems(unittest.TestCase):
         third = dataclasses.replace(DECODE, name="third", ports={}, **alone | {"mem_fraction": 0.4})
         two = plan(*[alone | {"mem_fraction": 0.4}] * 2, runner=one_gpu)
         self.assertEqual(two.problems(), [])
-        self.assert_problem(
-            dataclasses.replace(two, servers=(*two.servers, third)), "prefill and decode and third use .*"
-        )
+        three = dataclasses.replace(two, servers=(*two.servers, third))
+        self.assert_problem(three, "prefill and decode and third use .*")
 
     def test_ranks_of_one_server_on_one_gpu(self):
         twice = {"pp": 2, "tp": 2, "attention_dp": 1, "gpu_id_step": 2}  # GPUs 0, 2 and 2, 4
         self.assert_problem(plan(twice, {"tp": 1, "attention_dp": 1, "base_gpu_id": 6}), "prefill puts 2 .* on GPU 2")
 
-    def test_attention_that_cannot_be_split(self):
-        self.assert_problem(plan({"attention_dp": 3}), "prefill: DP attention cannot split tp 4 into dp 3 equal groups")
-
-    def test_several_nodes(self):
-        self.assert_problem(plan({"nnodes": 2}), "prefill spans 2 nodes; a suite has one")
-
-    def test_memory_share(self):
-        for share in (0, 1, 1.5):
-            self.assert_problem(plan({"mem_fraction": share}), f"prefill: --mem-fraction-static {share} is no share .*")
+    def test_what_one_flag_of_prefill_makes_impossible(self):
+        for flag, says in (
+            ({"attention_dp": 3}, "prefill: DP attention cannot split tp 4 into dp 3 equal groups"),
+            ({"nnodes": 2}, "prefill spans 2 nodes; a suite has one"),
+            *(
+                ({"mem_fraction": share}, f"prefill: --mem-fraction-static {share} is no share .*")
+                for share in (0, 1, 1.5)
+            ),
+            *(({"ports": {"http": port, "nccl": 1}}, f"prefill http: there is no port {port}") for port in (0, 65536)),
+        ):
+            self.assert_problem(plan(flag), says)
 
     def test_nccl_port_of_replicas(self):
         replicas = {"tp": 2, "replicas": 2, "attention_dp": 1}
@@ -164,10 +160,6 @@ class TestProblems(unittest.TestCase):
         self.assert_problem(plan(others=others), "port 21100 is wanted by prefill http and load balancer http")
         derived = {"ports": {"http": 21100, "nccl": 21334, "port_base": 21334}}
         self.assert_problem(plan(derived), "port 21334 is wanted by prefill nccl and prefill port_base")
-
-    def test_port_out_of_range(self):
-        for port in (0, 65536):
-            self.assert_problem(plan({"ports": {"http": port, "nccl": 1}}), f"prefill http: there is no port {port}")
 
 
 class TestWarnings(unittest.TestCase):
@@ -209,32 +201,28 @@ class TestWarnings(unittest.TestCase):
         self.assertEqual(far.warnings({"mlx5_4": 1}, gpus), [])
 
 
-class TestSockets(unittest.TestCase):
+class TestSockets(FolderCase):
     def test_sysfs(self):
-        sysfs = Path(self.enterContext(tempfile.TemporaryDirectory()))
         for name, node in (("mlx5_0", "0"), ("mlx5_1", "1"), ("mlx5_2", "-1")):
-            device = sysfs / "class" / "infiniband" / name / "device"
-            device.mkdir(parents=True)
-            (device / "numa_node").write_text(f"{node}\n")
-        (sysfs / "class" / "infiniband" / "mlx5_3").mkdir()
-        self.assertEqual(numa.nic_sockets(sysfs), {"mlx5_0": 0, "mlx5_1": 1})
-        self.assertEqual(numa.nic_sockets(sysfs / "nothing"), {})
+            self.write(f"class/infiniband/{name}/device/numa_node", f"{node}\n")
+        (self.root / "class/infiniband/mlx5_3").mkdir()
+        self.assertEqual(numa.nic_sockets(self.root), {"mlx5_0": 0, "mlx5_1": 1})
+        self.assertEqual(numa.nic_sockets(self.root / "nothing"), {})
 
     def test_pci_address(self):
         for address in ("00000000:1B:00.0", b"00000000:1B:00.0"):
             self.assertEqual(numa.pci_device(Path("/sys"), address), Path("/sys/bus/pci/devices/0000:1b:00.0"))
 
 
-class TestNics(unittest.TestCase):
+class TestNics(FolderCase):
     def test_spellings(self):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         by_gpu = '{"0": "mlx5_0,mlx5_1", "1": "mlx5_1, mlx5_2"}'
-        (folder / "nics.json").write_text(by_gpu)
+        file = self.write("nics.json", by_gpu)
         for value, nics in (
             (None, ()),
             ("mlx5_0, mlx5_4,mlx5_0", ("mlx5_0", "mlx5_4")),
             (by_gpu, ("mlx5_0", "mlx5_1", "mlx5_2")),
-            (str(folder / "nics.json"), ("mlx5_0", "mlx5_1", "mlx5_2")),
+            (str(file), ("mlx5_0", "mlx5_1", "mlx5_2")),
         ):
             self.assertEqual(gpu_plan._nics_of(value), nics)
 
@@ -290,7 +278,7 @@ def write_subclasses(path, **widths):
     return path
 
 
-class TestFromContract(unittest.TestCase):
+class TestFromContract(FolderCase):
     """The whole way: the test is asked what it launches, the installed release what its flags mean."""
 
     @classmethod
@@ -319,8 +307,7 @@ class TestFromContract(unittest.TestCase):
         json.dumps(gpu_plan.as_data(found))
 
     def test_the_same_on_2_and_4_gpus(self):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        path = write_subclasses(folder / "test_small.py", TestOn2=1, TestOn4=2)
+        path = write_subclasses(self.root / "test_small.py", TestOn2=1, TestOn4=2)
         tests = launches.ask(installed(), path).tests
         for test, width in zip(tests, (1, 2), strict=True):
             fits = gpu_plan.of_test(test, Runner(f"{2 * width}-gpu-h200", 2 * width, 141))
@@ -367,8 +354,7 @@ class TestFromContract(unittest.TestCase):
         self.assertEqual((code, errors), (ExitCode.PASSED, []))
         self.assertIn("8 GPUs used", out)
 
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        ten = write_subclasses(folder / "test_ten.py", TestTen=5)
+        ten = write_subclasses(self.root / "test_ten.py", TestTen=5)
         code, _, (error,) = run(str(ten))
         self.assertEqual(code, ExitCode.NOT_READY)
         self.assertRegex(error, r"^pdkit plan: error: TestTen: needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 ")

@@ -95,13 +95,10 @@ class TestGuardian(GuardianCase):
             self.assert_all_end(*pids)
 
     def test_a_runner_that_is_gone_before_the_start(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "pdkit.runner.guardian", *command("print('started')")],
-            env=os.environ | {guardian.GUARDIAN_VARIABLE: "token"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        late = [sys.executable, "-m", "pdkit.runner.guardian", *command("print('started')")]
+        environment = os.environ | {guardian.GUARDIAN_VARIABLE: "token"}
+        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        done = subprocess.run(late, env=environment, **options)
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
 
     def test_a_bystander_with_the_same_command_line_stays(self):
@@ -114,10 +111,9 @@ class TestGuardian(GuardianCase):
         self.addCleanup(os.kill, twin, signal.SIGKILL)
         guarded = self.start(source)
         orphan = self.read_number(guarded)
+        of_twin = psutil.Process(twin).cmdline()
         # between fork and exec it has none yet
-        self.assertTrue(
-            processes.wait_until(lambda: psutil.Process(orphan).cmdline() == psutil.Process(twin).cmdline(), 30)
-        )
+        self.assertTrue(processes.wait_until(lambda: psutil.Process(orphan).cmdline() == of_twin, 30))
         guarded.end()
         self.assertFalse(is_alive(orphan))
         self.assertTrue(is_alive(twin))

@@ -4,12 +4,11 @@ import ctypes
 import os
 import signal
 import subprocess
-import tempfile
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import psutil
+from cases import FolderCase
 from detached import SLEEP, command, is_alive
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.events import Events, append
@@ -25,11 +24,8 @@ PTRACE_SEIZE = 0x4206
 class TestStacks(unittest.TestCase):
     def start(self, source, **options):
         environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
-        process = self.enterContext(
-            subprocess.Popen(
-                command(source), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-            )
-        )
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = self.enterContext(subprocess.Popen(command(source), env=environment, **options))
         self.addCleanup(process.kill)
         self.assertEqual(process.stdout.readline(), "up\n")
         return psutil.Process(process.pid), process
@@ -85,10 +81,10 @@ class TestStacks(unittest.TestCase):
             self.assertEqual(list(hang_report.stacks([found], hang_report.py_spy())), [])
 
 
-class TestDiagnose(unittest.TestCase):
+class TestDiagnose(FolderCase):
     def setUp(self):
-        self.log = Path(self.enterContext(tempfile.TemporaryDirectory()), "001-test_x.1.log")
-        self.log.write_text("start\n[phase] a server prints that begins\nwaiting\n")
+        super().setUp()
+        self.log = self.write("001-test_x.1.log", "start\n[phase] a server prints that begins\nwaiting\n")
         self.directory = evidence.directory_of(self.log)
         self.directory.mkdir()
 

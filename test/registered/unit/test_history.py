@@ -1,22 +1,18 @@
 """The history of runs: records survive each other and broken lines, patches apply."""
 
-import contextlib
-import io
 import itertools
 import json
 import os
 import random
 import subprocess
 import sys
-import tempfile
-import threading
 import unittest
 import unittest.mock
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from types import SimpleNamespace
 
-from pdkit.cli.main import main
+from cases import FolderCase, pdkit
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.registry import Registration, collect
@@ -58,28 +54,27 @@ def record(number=0, correct=197, seconds=(100.0,), gsm8k=11.0, accepted=None, *
     return Record(**{**values, **changes})
 
 
-class HistoryCase(unittest.TestCase):
+class HistoryCase(FolderCase):
     def setUp(self):
-        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         self.file = self.root / "history.jsonl"
 
-    def write(self, *records):
+    def add(self, *records):
         for each in records:
             store.append(self.file, each)
 
     def history(self, *words):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            self.assertEqual(main(["history", *map(str, words)]), ExitCode.PASSED)
-        return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+        shown = pdkit("history", *words)
+        self.assertEqual(shown.returned, ExitCode.PASSED)
+        return shown
 
     def shown(self, *words):
-        return {series["name"]: series for series in json.loads(self.history(self.file, "--json", *words).stdout)}
+        return {series["name"]: series for series in json.loads(self.history(self.file, "--json", *words).out)}
 
 
 class TestStore(HistoryCase):
     def test_a_record_comes_back_as_it_was(self):
-        self.write(record(1, accepted=1.5), record(0))
+        self.add(record(1, accepted=1.5), record(0))
         self.assertEqual(store.read([self.file]).records, (record(0), record(1, accepted=1.5)))
 
     def test_a_record_that_calls_the_target_by_its_older_name(self):
@@ -87,26 +82,23 @@ class TestStore(HistoryCase):
         self.assertEqual(store.read([self.file]), store.History((record(0),), ()))
 
     def test_writers_do_not_break_each_other(self):
-        writers = [threading.Thread(target=lambda n=n: self.write(*map(record, range(n, n + 20)))) for n in (0, 20, 40)]
-        for writer in writers:
-            writer.start()
-        for writer in writers:
-            writer.join()
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda n: self.add(*map(record, range(n, n + 20))), (0, 20, 40)))
         history = store.read([self.file])
         self.assertEqual((len(history.records), history.skipped), (60, ()))
 
     def test_a_torn_line_costs_itself_only(self):
-        self.write(record(0))
+        self.add(record(0))
         whole = self.file.read_bytes()
         self.file.write_bytes(whole + whole[:300])
-        self.write(record(1))
+        self.add(record(1))
         history = store.read([self.file])
         self.assertEqual(history.records, (record(0), record(1)))
         self.assertEqual(len(history.skipped), 1)
         self.assertIn(f"{self.file}:2: skipped, no record: Invalid JSON", history.skipped[0])
 
     def test_nothing_is_left_of_a_line_that_does_not_fit(self):
-        self.write(record(0))
+        self.add(record(0))
         before = self.file.read_bytes()
         limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100},) * 2)\n"
@@ -117,7 +109,7 @@ class TestStore(HistoryCase):
         self.assertEqual(self.file.read_bytes(), before)
 
     def test_each_line_that_is_no_record_is_told(self):
-        self.write(record(0))
+        self.add(record(0))
         good = json.loads(self.file.read_text())
         broken = {
             "not json": "Invalid JSON",
@@ -143,8 +135,7 @@ class TestEstTime(HistoryCase):
         "positional": 'register_cpu_ci(90, "stage-a-test-cpu")',
         "float": 'register_cpu_ci(suite="stage-a-test-cpu", est_time=90.5)  # est_time=90',
         "lines": 'register_cpu_ci(\n    suite="stage-a-test-cpu",\n    est_time=90,  # é: 90\n)',
-        "two": 'register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-large")\nregister_cpu_ci(est_time=90, '
-        'suite="stage-a-test-cpu")',
+        "two": 'register_cuda_ci(est_time=90, suite="s-1-gpu-large")\nregister_cpu_ci(est_time=90, suite="stage-a-test-cpu")',
         "pair": 'register_cpu_ci(est_time=90, stage="stage-a", runner_config="cpu")',
         "é": 'X = "é"; register_cpu_ci(est_time=90, suite="stage-a-test-cpu")',
     }
@@ -155,7 +146,8 @@ class TestEstTime(HistoryCase):
             source = source_of(registration=registration)
             source = source.replace("\n", "\r\n") if end == "\r\n" else source
             files[f"test_{name}.py"] = source if end else source.rstrip("\n")
-        root = write_tree(self.root / "test", {}) if (self.root / "test").mkdir() is None else None
+        (self.root / "test").mkdir()
+        root = write_tree(self.root / "test", {})
         for name, source in files.items():
             (root / name).write_bytes(source.encode())
         return root, files
@@ -164,10 +156,10 @@ class TestEstTime(HistoryCase):
         root, files = self.tree()
         subprocess.run(["git", "init", "-q", str(self.root)], check=True)
         passed = [FileRecord(f"test/registered/{name}", "cpu", SUITE, "passed", 41.0, 90, 1) for name in files]
-        self.write(*(record(n, files=tuple(passed)) for n in range(5)))
+        self.add(*(record(n, files=tuple(passed)) for n in range(5)))
         done = self.history(self.file, "--est-time", "--test-root", root)
-        self.assertEqual(done.stderr.count(" -> 45, p90 of 5 runs is 41.0 s"), len(files), done.stderr)
-        subprocess.run(["git", "-C", str(self.root), "apply", "-"], input=done.stdout, text=True, check=True)
+        self.assertEqual(done.err.count(" -> 45, p90 of 5 runs is 41.0 s"), len(files), done.err)
+        subprocess.run(["git", "-C", str(self.root), "apply", "-"], input=done.out, text=True, check=True)
         for name, source in files.items():
             was = {"float": "est_time=90.5", "positional": "(90,"}.get(name[5:-3], "est_time=90")
             new = {"float": "est_time=45.0", "positional": "(45,"}.get(name[5:-3], "est_time=45")
@@ -181,10 +173,8 @@ class TestEstTime(HistoryCase):
         night = 'register_cpu_ci(est_time={}, suite="stage-a-test-cpu", nightly=True)'
         day = night.replace(", nightly=True", "")
         source = source_of(registration=f"{day.format(90)}\n{night.format(70)}")
-        proposals = [
-            est_time.Proposal(Registration("test_x.py", "test_x.py", "cpu", SUITE, 90, nightly), seconds, seconds, 5)
-            for nightly, seconds in ((False, 40), (True, 50))
-        ]
+        both = (Registration("test_x.py", "test_x.py", "cpu", SUITE, 90, nightly) for nightly in (False, True))
+        proposals = [est_time.Proposal(each, seconds, seconds, 5) for each, seconds in zip(both, (40, 50))]
         expected = source_of(registration=f"{day.format(40)}\n{night.format(50)}")
         self.assertEqual(est_time.rewrite(source.encode(), proposals).decode(), expected)
         twice = source_of(registration=f"{day.format(90)}\n{day.format(90)}")
@@ -212,9 +202,9 @@ class TestEstTime(HistoryCase):
     def test_failed_and_retried_runs_tell_no_time(self):
         slow = FileRecord(MAIN_JOB, "cpu", SUITE, "timed out", 1200.0, 90, 1)
         again = FileRecord(MAIN_JOB, "cpu", SUITE, "passed", 500.0, 90, 2)
-        self.write(record(0), record(1, files=(slow,)), record(2, files=(again,)))
+        self.add(record(0), record(1, files=(slow,)), record(2, files=(again,)))
         done = self.history(self.file, "--estimates")
-        self.assertEqual(json.loads(done.stdout), {MAIN_JOB: 100.0})
+        self.assertEqual(json.loads(done.out), {MAIN_JOB: 100.0})
 
 
 class TestPartition(HistoryCase):
@@ -223,9 +213,9 @@ class TestPartition(HistoryCase):
         prefix = f"{self.root.name}/registered/test_"
         seconds = {"a": 100.0, "b": 10.0, "c": 20.0}
         files = tuple(FileRecord(f"{prefix}{name}.py", "cpu", SUITE, "passed", s, 5, 1) for name, s in seconds.items())
-        self.write(record(0, files=files))
+        self.add(record(0, files=files))
         estimates = self.root / "estimates.json"
-        estimates.write_text(self.history(self.file, "--estimates").stdout)
+        estimates.write_text(self.history(self.file, "--estimates").out)
         listed = {}
         for rank in "01":
             words = ["--hw", "cpu", "--suite", SUITE, "--test-root", str(root), "--partition-model-file"]
@@ -294,18 +284,18 @@ class TestScript(HistoryCase):
         noise = random.Random(0)
         for number in range(30):
             correct = 197 if number < 24 else 185
-            self.write(record(number, correct, gsm8k=round(11 + noise.random(), 1), accepted=1.8 + noise.random() / 10))
+            self.add(record(number, correct, gsm8k=round(11 + noise.random(), 1), accepted=1.8 + noise.random() / 10))
         shown = self.shown()
         self.assertEqual(set(shown), {"score", "acceptance length", "launch prefill", "gsm8k", "in all"})
         self.assertEqual(shown["score"]["times"][24], record(24).time.isoformat())
         self.assertEqual(shown["score"]["counts"][-1], [185, 200])
-        text = self.history(self.file).stdout
+        text = self.history(self.file).out
         self.assertRegex(text, r"score .*█.*▁ +0\.925 +0\.985 +0\.925")
         self.assertIn("185/200 embedded", text)
 
     def test_a_failed_run_counts_for_the_score_but_not_for_the_times(self):
         failed = FileRecord(MAIN_JOB, "cpu", SUITE, "failed", 900.0, 90, 1)
-        self.write(record(0), record(1, correct=150, gsm8k=500.0, files=(failed,)))
+        self.add(record(0), record(1, correct=150, gsm8k=500.0, files=(failed,)))
         shown = self.shown()
         self.assertEqual(shown["score"]["values"], [0.985, 0.75])
         self.assertEqual((shown["gsm8k"]["values"], shown["in all"]["values"]), ([11.0], [100.0]))
@@ -313,17 +303,15 @@ class TestScript(HistoryCase):
     def test_a_failed_run_names_its_files_and_where_its_report_is(self):
         bad = FileRecord("test/registered/unit/test_gate.py", "cpu", SUITE, "failed", 3, 3, 1)
         good = record(0)
-        for directory, way in (
-            ("/reports/1", "pdkit report /reports/1 --issue"),
-            (None, "no report: give --report-dir"),
-        ):
+        ways = {"/reports/1": "pdkit report /reports/1 --issue", None: "no report: give --report-dir"}
+        for directory, way in ways.items():
             self.file.unlink(missing_ok=True)
-            self.write(good, record(1, files=(*good.files, bad), exit_code=1, report_dir=directory))
-            self.assertIn(f"2026-10-02 03:00 failed: test_gate; {way}", self.history(self.file).stdout)
-            self.assertNotIn("2026-10-01 03:00 failed", self.history(self.file).stdout)
+            self.add(good, record(1, files=(*good.files, bad), exit_code=1, report_dir=directory))
+            self.assertIn(f"2026-10-02 03:00 failed: test_gate; {way}", self.history(self.file).out)
+            self.assertNotIn("2026-10-01 03:00 failed", self.history(self.file).out)
 
     def test_figures(self):
-        self.write(*(record(number, 200 - number % 4, accepted=1.8) for number in range(3)))
+        self.add(*(record(number, 200 - number % 4, accepted=1.8) for number in range(3)))
         for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
             figure = self.root / f"history{suffix}"
             self.history(self.file, "--out", figure)
@@ -333,10 +321,10 @@ class TestScript(HistoryCase):
             self.assertIn(f"<!-- {title} -->", text)
 
     def test_broken_lines_are_told_and_skipped(self):
-        self.write(record(0))
+        self.add(record(0))
         with self.file.open("a") as file:
             file.write("{\n")
-        self.assertIn(f"{self.file}:2: skipped, no record", self.history(self.file).stderr)
+        self.assertIn(f"{self.file}:2: skipped, no record", self.history(self.file).err)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,8 @@ class PairOfServers(StubServer):
     """
 
     def __init__(self, test, **behaviour):
-        sound = {
-            "rejected": CORRUPTED,
-            "error": "checksum mismatch",
-            "failures": 1,
-            "health": 200,
-            "rooms": 0,
-            "starts": 1,
-        }
-        sound |= {"computed": 1, "by_decode": 0, "sent_again": 1, "received": 1}
+        sound = {"rejected": CORRUPTED, "error": "checksum mismatch", "failures": 1, "health": 200, "rooms": 0}
+        sound |= {"starts": 1, "computed": 1, "by_decode": 0, "sent_again": 1, "received": 1}
         self.does = SimpleNamespace(**{**sound, **behaviour})
         self.served = self.failed = self.tokens = self.sent = 0
         self.cached, self.lock = set(), threading.Lock()

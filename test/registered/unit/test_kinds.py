@@ -134,14 +134,9 @@ class TestInvariants(unittest.TestCase):
         for name, change in messages.CONTRADICTIONS.items():
             if name in ("reason-exchanged",):
                 continue  # whether that contradicts the request, the tokens say: see the seam
-            found = [
-                contradiction(path, asked, messages.of_each(whole, change))
-                for path, asked, whole in (
-                    ("/generate", self.ASKED, self.GENERATED),
-                    ("/v1/completions", self.COMPLETION, self.COMPLETED),
-                )
-            ]
-            self.assertTrue(found[0], f"{name}: {found}")
+            found = contradiction("/generate", self.ASKED, messages.of_each(self.GENERATED, change))
+            other = contradiction("/v1/completions", self.COMPLETION, messages.of_each(self.COMPLETED, change))
+            self.assertTrue(found, f"{name}: {found}, {other}")
 
 
 class TestMemory(unittest.TestCase):
@@ -203,15 +198,13 @@ class TestLatency(unittest.TestCase):
 
 
 class TestStreams(unittest.TestCase):
-    WHOLE = {
-        "choices": [{"text": "abc", "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 3},
-    }
+    USAGE = {"prompt_tokens": 3, "completion_tokens": 3}
+    WHOLE = {"choices": [{"text": "abc", "finish_reason": "length"}], "usage": USAGE}
 
-    def events(self, pieces=("a", "b", "c"), reasons=("length",), usage=None):
-        events = [{"choices": [{"text": piece, "finish_reason": None}]} for piece in pieces]
-        events += [{"choices": [{"text": "", "finish_reason": reason}]} for reason in reasons]
-        return [*events, {"choices": [], "usage": usage or self.WHOLE["usage"]}]
+    def events(self, pieces=("a", "b", "c"), reasons=("length",), usage=USAGE):
+        said = [*((piece, None) for piece in pieces), *(("", reason) for reason in reasons)]
+        events = [{"choices": [{"text": text, "finish_reason": reason}]} for text, reason in said]
+        return [*events, {"choices": [], "usage": usage}]
 
     def test_differences(self):
         self.assertIsNone(difference(self.WHOLE, self.events()))
@@ -310,13 +303,11 @@ class TestSilentHalf(unittest.TestCase):
 
             return Handler
 
-        servers = {
-            name: StubServer(self, handler(answers)) for name, answers in (("prefill", prefill), ("decode", decode))
+        urls = {
+            name: StubServer(self, handler(answers)).url for name, answers in (("prefill", prefill), ("decode", decode))
         }
         self.addCleanup(ended.set)
-        return silent_half(
-            {name: server.url for name, server in servers.items()}, "127.0.0.1", 1, 30.0 if decode else 3.0
-        )
+        return silent_half(urls, "127.0.0.1", 1, 30.0 if decode else 3.0)
 
     def test_the_silent_half_is_named(self):
         self.assertIsNone(self.half(True, True))

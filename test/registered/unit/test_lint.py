@@ -1,13 +1,12 @@
 """Each rule of the lint, on a sound test and on the same test with one thing broken."""
 
-import os
 import subprocess
 import sys
-import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
+from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight.lint import thresholds
 from pdkit.preflight.lint.check import RULES, lint
@@ -93,21 +92,23 @@ if __name__ == "__main__":
 """
 
 MAIN = '\n\nif __name__ == "__main__":\n    unittest.main()\n'
+IMPORTS_BASE = SOUND[: SOUND.index("class TestPair")].replace("import requests", "import requests\nimport test_base")
+CHILD = """\
+class TestChild(test_base.TestPair):
+    @classmethod
+    def decode_args(cls):
+        return []
+
+    @classmethod
+    def start_decode(cls):
+        cls.process_decode = popen_launch_pd_server(1)
+"""
 
 
-class LintCase(unittest.TestCase):
-    def setUp(self):
-        self.registered = Path(self.enterContext(tempfile.TemporaryDirectory()), "registered")
-        self.registered.mkdir()
-
-    def write(self, source, name="test_it.py"):
-        path = self.registered / name
-        path.write_text(source)
-        return path
-
+class LintCase(FolderCase):
     def found(self, source, name="test_it.py"):
         """(rule, text of the line, message) of each finding."""
-        findings = lint([self.write(source, name)])
+        findings = lint([self.write(f"registered/{name}", source)])
         lines = ["", *source.splitlines()]
         return [(finding.subject, lines[finding.line].strip(), finding.what) for finding in findings]
 
@@ -157,15 +158,15 @@ class TestRegistration(LintCase):
     def test_suite_that_another_file_registers(self):
         new = self.REGISTER.replace("stage-c-test-dsv4-8-gpu-h200", "weekly")
         self.assert_breaks("suite", self.REGISTER, new, new, "unknown cuda suite 'weekly'")
-        self.write(SOUND.replace(self.REGISTER, new), "test_other.py")
+        self.write("registered/test_other.py", SOUND.replace(self.REGISTER, new))
         self.assert_sound(self.REGISTER, new)
 
     def test_main_that_hides_failures(self):
+        source = SOUND.replace("import sys\n", "import sys\n\nimport pytest\n")
         for call, says in (
             ("pytest.main([__file__])", "sys.exit(pytest"),
             ("unittest.main(exit=False)", "ends with 0"),
         ):
-            source = SOUND.replace("import sys\n", "import sys\n\nimport pytest\n")
             self.assert_breaks("silent-main", "unittest.main()", call, call, says, source)
             self.assert_sound("unittest.main()", "sys.exit(pytest.main([__file__]))", source)
 
@@ -187,15 +188,14 @@ class TestOverride(LintCase):
     PREFILL = '["--nccl-port", cls.prefill_nccl_port, *cls.rdma_devices_for(range(4))]'
     DECODE = '["--nccl-port", cls.decode_nccl_port, *cls.rdma_devices_for(range(4, 8))]'
 
-    def test_no_nccl_port(self):
+    def test_no_nccl_port_and_nics_of_the_whole_machine(self):
         for args, side in ((self.PREFILL, "prefill"), (self.DECODE, "decode")):
-            broken = "[" + args[args.index("*") :]
-            self.assert_breaks("pd-override", args, broken, f"def start_{side}", f'add ["--nccl-port", cls.{side}_nccl')
-
-    def test_nics_of_the_whole_machine(self):
-        for args, side in ((self.PREFILL, "prefill"), (self.DECODE, "decode")):
-            broken = args[: args.index("*")] + "*cls.rdma_devices]"
-            self.assert_breaks("pd-override", args, broken, f"def start_{side}", f"cls.rdma_devices_for({side} GPUs)")
+            nics = args.index("*")
+            for broken, says in (
+                (f"[{args[nics:]}", f'add ["--nccl-port", cls.{side}_nccl'),
+                (f"{args[:nics]}*cls.rdma_devices]", f"cls.rdma_devices_for({side} GPUs)"),
+            ):
+                self.assert_breaks("pd-override", args, broken, f"def start_{side}", says)
 
     def test_an_override_that_calls_the_fixture(self):
         start = "args = " + self.PREFILL
@@ -203,17 +203,8 @@ class TestOverride(LintCase):
         self.assert_sound(f"{start}\n        {server}", "super().start_prefill()")
 
     def test_an_override_beneath_a_test_in_another_file(self):
-        self.write(SOUND, "test_base.py")
-        subclass = SOUND[: SOUND.index("class TestPair")].replace(
-            "import requests", "import requests\nimport test_base"
-        )
-        subclass += (
-            "class TestChild(test_base.TestPair):\n    @classmethod\n    def decode_args(cls):\n        return []\n\n"
-        )
-        subclass += (
-            "    @classmethod\n    def start_decode(cls):\n        cls.process_decode = popen_launch_pd_server(1)\n"
-        )
-        found = self.found(subclass + MAIN, "test_child.py")
+        self.write("registered/test_base.py", SOUND)
+        found = self.found(IMPORTS_BASE + CHILD + MAIN, "test_child.py")
         self.assertEqual([(rule, line) for rule, line, _ in found], [("pd-override", "def start_decode(cls):")] * 2)
 
 
@@ -231,9 +222,8 @@ class TestThreshold(LintCase):
     def test_too_few_examples(self):
         for examples in (20, 50, 100):
             new = f"num_examples={examples}"
-            self.assert_breaks(
-                "noisy-threshold", "num_examples=200", new, "min_score = 0.95", f"over {examples} examples"
-            )
+            says = f"over {examples} examples"
+            self.assert_breaks("noisy-threshold", "num_examples=200", new, "min_score = 0.95", says)
         self.assert_sound("num_examples=200", "num_examples=1319")
         self.assert_sound("num_examples=200", "num_examples=None")
 
@@ -260,9 +250,8 @@ class TestThreshold(LintCase):
         self.assert_sound(assertion, 'self.assertGreater(metrics["latency"], 0.99)')
 
     def test_a_subclass_that_raises_the_threshold(self):
-        self.write(SOUND, "test_base.py")
-        start = SOUND[: SOUND.index("class TestPair")].replace("import requests", "import requests\nimport test_base")
-        subclass = start + "class TestChild(test_base.TestPair):\n    min_score = 0.95\n" + MAIN
+        self.write("registered/test_base.py", SOUND)
+        subclass = IMPORTS_BASE + "class TestChild(test_base.TestPair):\n    min_score = 0.95\n" + MAIN
         self.assert_sound(source=subclass)
         self.assert_breaks("noisy-threshold", "0.95", "0.98", "min_score = 0.98", "score > 0.98 over 200", subclass)
 
@@ -280,27 +269,22 @@ class TestExemption(LintCase):
         text = f"{comment}\n    {self.BROKEN}" if above else f"{self.BROKEN}  {comment}"
         return self.found(SOUND.replace("min_score = 0.95", text))
 
-    def test_with_a_reason(self):
+    def test_with_a_reason_and_without(self):
         for above in (False, True):
             self.assertEqual(self.exempted("# lint: allow noisy-threshold: measured at 1.0", above), [])
-
-    def test_without_a_reason(self):
         rules = [rule for rule, *_ in self.exempted("# lint: allow noisy-threshold")]
         self.assertEqual(rules, ["exemption", "noisy-threshold"])
 
-    def test_of_another_rule(self):
+    def test_of_another_rule_and_of_none(self):
         (stale, _, says), (rule, *_) = self.exempted("# lint: allow deprecated-eval: no")
         self.assertEqual((stale, rule), ("exemption", "noisy-threshold"))
         self.assertIn("nothing here breaks deprecated-eval", says)
-
-    def test_of_no_rule(self):
         found = self.exempted("# lint: allow noisy-treshold: no")
         self.assertIn("nearest known: noisy-threshold", found[0][2])
 
     def test_in_a_string(self):
-        found = self.found(
-            SOUND.replace("min_score = 0.95", 'min_score = 0.99; x = "# lint: allow noisy-threshold: no"')
-        )
+        in_a_string = 'min_score = 0.99; x = "# lint: allow noisy-threshold: no"'
+        found = self.found(SOUND.replace("min_score = 0.95", in_a_string))
         self.assertEqual([rule for rule, *_ in found], ["noisy-threshold"])
 
 
@@ -311,12 +295,11 @@ class TestCommand(LintCase):
         collect.assert_not_called()
 
     def run_lint(self, *words):
-        command = [*COMMAND, *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.registered, env={**os.environ})
+        return subprocess.run([*COMMAND, *words], capture_output=True, text=True, cwd=self.root / "registered")
 
     def test_findings(self):
-        self.write(SOUND.replace("0.95", "0.99"))
-        self.write(SOUND, "test_sound.py")
+        self.write("registered/test_it.py", SOUND.replace("0.95", "0.99"))
+        self.write("registered/test_sound.py", SOUND)
         done = self.run_lint("test_it.py")
         self.assertEqual((done.returncode, done.stderr), (1, ""))
         (line,) = done.stdout.splitlines()
@@ -326,6 +309,7 @@ class TestCommand(LintCase):
         self.assertEqual(len(self.run_lint(".").stdout.splitlines()), 1)
 
     def test_rules(self):
+        (self.root / "registered").mkdir()
         self.assertEqual([line.split()[0] for line in self.run_lint("--rules").stdout.splitlines()], list(RULES))
 
 

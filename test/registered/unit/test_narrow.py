@@ -1,10 +1,9 @@
 """What is run by name: FILE, `-k NAME`, `--last-failed`, `--repeat N`."""
 
 import json
-import tempfile
 import unittest
-from pathlib import Path
 
+from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import Collection, Registration
@@ -26,18 +25,15 @@ FLAKY = source_of(
 BOTH = 'register_cuda_ci(est_time=9, suite="g")\nregister_cpu_ci(est_time=5, suite="c")'
 
 
-class TestNames(unittest.TestCase):
+class TestNames(FolderCase):
     def setUp(self):
-        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         files = {"unit/test_a.py": TWO, "far/test_a.py": TWO, "unit/test_b.py": source_of(registration=BOTH)}
         files["unit/broken.py"] = "a b"
         tree = write_tree(self.root, files)
-        names = ["far/test_a.py", "unit/test_a.py"]
-        found = [Registration(str(tree / name), f"registered/{name}", "cpu", "s", 1) for name in names]
-        found += [
-            Registration(str(tree / "unit/test_b.py"), "registered/unit/test_b.py", hw, "s", 1)
-            for hw in ("cuda", "cpu")
-        ]
+        b = "unit/test_b.py"
+        names = [("far/test_a.py", "cpu"), ("unit/test_a.py", "cpu"), (b, "cuda"), (b, "cpu")]
+        found = [Registration(str(tree / name), f"registered/{name}", hw, "s", 1) for name, hw in names]
         self.collection = Collection(tuple(found), (), ("cpu", "cuda"))
 
     def names(self, *words):
@@ -58,12 +54,11 @@ class TestNames(unittest.TestCase):
                 self.assertEqual(self.names(*words), [(name, "cpu") for name in expected])
 
     def test_files_elsewhere(self):
-        with tempfile.TemporaryDirectory() as elsewhere:
-            registered, plain = Path(elsewhere, "test_x.py"), Path(elsewhere, "y.py")
-            registered.write_text(source_of(registration='register_cuda_ci(est_time=300, suite="base-c")'))
-            plain.write_text('SOURCE = """\nregister_cpu_ci(est_time=1, suite="s")\n"""\n')
-            x, y = narrow.named(self.collection, [str(registered), str(plain)])
-            self.assertEqual(narrow.named(self.collection, [elsewhere]), [x])
+        source = source_of(registration='register_cuda_ci(est_time=300, suite="base-c")')
+        registered = self.write("elsewhere/test_x.py", source)
+        plain = self.write("elsewhere/y.py", 'SOURCE = """\nregister_cpu_ci(est_time=1, suite="s")\n"""\n')
+        x, y = narrow.named(self.collection, [str(registered), str(plain)])
+        self.assertEqual(narrow.named(self.collection, [str(self.root / "elsewhere")]), [x])
         self.assertEqual((x.hw, x.suite, x.est_time, x.filename), ("cuda", "base-c", 300, str(registered)))
         self.assertEqual((y.hw, y.suite, y.filename), ("cpu", "", str(plain)))
 
@@ -80,46 +75,35 @@ class TestNames(unittest.TestCase):
 
     def test_tests_by_name(self):
         a = self.collection.registrations[0]
-        for pattern, expected in (
-            ("apple", True),
-            ("T.test_p", True),
-            ("*pear", True),
-            ("pear*", False),
-            ("Apple", False),
-            ("setUp", False),
-        ):
-            with self.subTest(pattern):
-                self.assertEqual(narrow.has_test(a, pattern), expected)
+        for pattern in ("apple", "T.test_p", "*pear"):
+            self.assertTrue(narrow.has_test(a, pattern), pattern)
+        for pattern in ("pear*", "Apple", "setUp"):
+            self.assertFalse(narrow.has_test(a, pattern), pattern)
         self.assertTrue(narrow.is_file_named(a, "test_a"))
         self.assertFalse(narrow.is_file_named(a, "apple"))
 
     def test_inherited_tests_have_names_too(self):
-        path = self.root / "registered" / "unit" / "test_c.py"
-        path.write_text("from test_a import T\n\n\nclass TestC(T):\n    pass\n")
+        path = self.write("registered/unit/test_c.py", "from test_a import T\n\n\nclass TestC(T):\n    pass\n")
         self.assertTrue(narrow.has_test(Registration(str(path), "c", "cpu", "s", 1), "TestC.test_apple"))
 
 
-class TestLastFailed(unittest.TestCase):
+class TestLastFailed(FolderCase):
     def test_what_failed_and_is_still_there(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory, "state", "last-failed.json")
-            a, b, c = (str(Path(directory, name)) for name in "abc")
-            for name in (a, b):
-                Path(name).touch()
-            narrow.keep(path, [a, b, c], [])
-            self.assertEqual(narrow.last_failed(path), [a, b])
-            narrow.keep(path, [b], [a, b])
-            self.assertEqual(narrow.last_failed(path), [b])
+        path = self.root / "state" / "last-failed.json"
+        a, b = (str(self.write(name)) for name in "ab")
+        narrow.keep(path, [a, b, str(self.root / "c")], [])
+        self.assertEqual(narrow.last_failed(path), [a, b])
+        narrow.keep(path, [b], [a, b])
+        self.assertEqual(narrow.last_failed(path), [b])
 
     def test_where_nothing_is_known(self):
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory, "x.json")
-            for given, expected in ((None, "nothing is kept"), (path, f"no run is kept in {path}")):
-                with self.assertRaisesRegex(UsageError, f"^--last-failed: {expected}"):
-                    narrow.last_failed(given)
-            path.write_text("{}")
-            with self.assertRaisesRegex(UsageError, "cannot be read: not a list"):
-                narrow.last_failed(path)
+        path = self.root / "x.json"
+        for given, expected in ((None, "nothing is kept"), (path, f"no run is kept in {path}")):
+            with self.assertRaisesRegex(UsageError, f"^--last-failed: {expected}"):
+                narrow.last_failed(given)
+        path.write_text("{}")
+        with self.assertRaisesRegex(UsageError, "cannot be read: not a list"):
+            narrow.last_failed(path)
 
 
 class TestCommand(CommandCase):
@@ -129,8 +113,7 @@ class TestCommand(CommandCase):
         return self.run_suite(self.FILES, "--history", "history.jsonl", "--jobs", "1", *words)
 
     def test_a_name_and_a_file_elsewhere(self):
-        elsewhere = self.root / "test_elsewhere.py"
-        elsewhere.write_text(source_of(registration=""))
+        self.write("test_elsewhere.py", source_of(registration=""))
         done = self.run_these("test_b", "test_elsewhere.py")
         self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
         self.assertRegex(done.stdout, "^2 files, estimated")
@@ -156,9 +139,8 @@ class TestCommand(CommandCase):
         self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
         self.assertIn("failed: registered/test_a.py", done.stdout)
         self.assertEqual(self.run_these("-k", "apple", "--last-failed").returncode, 0)
-        self.assertEqual(
-            json.loads((self.root / "last-failed.json").read_text()), [f"{self.root}/registered/test_a.py"]
-        )
+        kept = json.loads((self.root / "last-failed.json").read_text())
+        self.assertEqual(kept, [f"{self.root}/registered/test_a.py"])
         (self.root / "registered" / "test_a.py").unlink()
         self.FILES = {}
         done = self.run_these("--last-failed")
@@ -168,9 +150,8 @@ class TestCommand(CommandCase):
     def test_repeat(self):
         done = self.run_these("--repeat", "3", "--continue-on-error", "test_c", "test_b")
         self.assert_ended(done, 1, "5 passed, 1 failed, 0 skipped")
-        self.assertIn(
-            "\nregistered/test_c.py: 2 of 3 runs passed\nregistered/test_b.py: 3 of 3 runs passed\n", done.stdout
-        )
+        shares = "\nregistered/test_c.py: 2 of 3 runs passed\nregistered/test_b.py: 3 of 3 runs passed\n"
+        self.assertIn(shares, done.stdout)
         self.assertRegex(done.stdout, r"\n\[3/6\] failed: registered/test_c.py; ")
 
 

@@ -15,18 +15,14 @@ register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 def smallest(bad, places=None):
     """The smallest of Fisher's p-values, by definition."""
     count, total = len(bad), sum(bad)
-    return min(
-        hypergeom.sf(sum(bad[place:]) - 1, count, total, count - place) for place in places or range(1, count)
-    )  # fmt: skip
+    places = places or range(1, count)
+    return min(hypergeom.sf(sum(bad[place:]) - 1, count, total, count - place) for place in places)
 
 
 class TestLatestChange(unittest.TestCase):
     def test_its_p_value_is_the_share_of_all_orders_that_are_as_remarkable(self):
-        for bad, places in (
-            ((0, 0, 0, 1, 0, 0, 1, 1), None),
-            ((0, 1, 0, 0, 1, 0, 0, 1), (2, 5)),
-            ((1, 0, 0, 0, 1), None),
-        ):
+        late, even, short = (0, 0, 0, 1, 0, 0, 1, 1), (0, 1, 0, 0, 1, 0, 0, 1), (1, 0, 0, 0, 1)
+        for bad, places in ((late, None), (even, (2, 5)), (short, None)):
             orders = {order for order in itertools.permutations(bad)}
             share = np.mean([smallest(order, places) <= smallest(bad, places) * (1 + 1e-9) for order in orders])
             self.assertAlmostEqual(latest_change(bad, places).p_value, share)
@@ -47,9 +43,8 @@ class TestOrdered(unittest.TestCase):
     def test_a_decay_after_the_150th_request_fails_though_the_score_passes(self):
         bad = [False] * 150 + [index % 6 == 1 for index in range(50)]
         self.assertGreater(1 - sum(bad) / 200, 0.95)
-        with self.assertRaisesRegex(
-            AssertionError, r"FAIL, wrong answers by request number: 9 of 49 after the first 151, 0 of"
-        ):
+        decay = r"FAIL, wrong answers by request number: 9 of 49 after the first 151, 0 of"
+        with self.assertRaisesRegex(AssertionError, decay):
             by_number("wrong answers", bad).assert_passed()
 
     def test_the_same_count_spread_out_passes(self):
@@ -60,10 +55,8 @@ class TestOrdered(unittest.TestCase):
     def test_load(self):
         loads = [1, 1, 1, 4, 4, 4, 16, 16] * 12
         bad = [load == 16 for load in loads]
-        judged = by_load("wrong answers", bad, loads)
-        self.assertRegex(
-            judged.problems[0], r"^wrong answers by requests in flight: 24 of 24 after the first 72, 0 of 72"
-        )
+        problem, *_ = by_load("wrong answers", bad, loads).problems
+        self.assertRegex(problem, r"^wrong answers by requests in flight: 24 of 24 after the first 72, 0 of 72")
         self.assertEqual(by_load("wrong answers", bad, [3] * len(bad)).problems, ())
 
     def test_in_flight(self):

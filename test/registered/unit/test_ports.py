@@ -30,10 +30,9 @@ class TestClaim(unittest.TestCase):
         processes = []
         for _ in range(4):
             command = [sys.executable, "-c", CLAIM, *few]
-            processes.append(
-                self.enterContext(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-            )
-            self.addCleanup(processes[-1].kill)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            processes.append(self.enterContext(process))
+            self.addCleanup(process.kill)
         claimed = [int(port) for process in processes for port in process.stdout.readline().split()]
         self.assertEqual(len(claimed), 4 * 5 * (ports.BLOCK_SIZE - 1))
         self.assertEqual(len(set(claimed)), len(claimed))

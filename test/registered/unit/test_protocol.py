@@ -1,7 +1,5 @@
 """Clients of a load balancer, against a stub: what they put together, and how far an answer is compared."""
 
-import contextlib
-import io
 import json
 import socket
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import requests
+from cases import printed
 from pdkit.checks.http import IDLE_S, MINI_LB, Client
 from pdkit.checks.protocol.checks import ProtocolChecks
 from pdkit.checks.protocol.reference import (
@@ -125,11 +124,7 @@ class TestLogprobs(unittest.TestCase):
 
     def test_no_other(self):
         for taken in (WORSE, (BEST[0], -2.5), (WORSE[0], BEST[1])):
-            for ask in (
-                lambda taken: self.openai(taken, BEST),
-                lambda taken: self.openai(BEST, taken),
-                self.generate,
-            ):
+            for ask in (lambda taken: self.openai(taken, BEST), lambda taken: self.openai(BEST, taken), self.generate):
                 with self.assertRaisesRegex(AssertionError, "greedy takes the best"):
                     ask(taken)
 
@@ -165,10 +160,9 @@ class TestThroughEachLoadBalancer(unittest.TestCase):
                 if client.name in skipping:
                     self.skipTest(f"not {client.name}")
 
-        result, printed = unittest.TestResult(), io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            Case("test_it").run(result)
-        return [reason for _, reason in result.skipped], printed.getvalue()
+        result = unittest.TestResult()
+        shown = printed(Case("test_it").run, result).out
+        return [reason for _, reason in result.skipped], shown
 
     def test_a_method_is_skipped_once_and_only_if_it_never_ran(self):
         self.assertEqual(self.ran(()), ([], ""))
@@ -193,12 +187,7 @@ class TestClient(unittest.TestCase):
             self.client.complete("", 3)
 
     def test_a_reference_is_certain_up_to_the_first_near_tie(self):
-        for margins, margin, certain in (
-            ((5, 5, 5), 2, 3),
-            ((5, 1, 5), 2, 1),
-            ((1, 5, 5), 2, 0),
-            ((5, 0.01, 5), 0, 3),
-        ):
+        for margins, margin, certain in (((5, 5, 5), 2, 3), ((5, 1, 5), 2, 1), ((1, 5, 5), 2, 0), ((5, 0.01, 5), 0, 3)):
             self.server.margins = margins
             reference = ask_reference(self.client, "8", 3, margin)
             self.assertEqual((reference.certain, reference.certain_text), (certain, "".join(TOKENS[:certain])))
@@ -238,10 +227,8 @@ class TestPrompts(unittest.TestCase):
 
 class TestRouter(unittest.TestCase):
     def test_command(self):
-        command = router_command(
-            [("http://p:1", 2)], ["http://d:3", "http://e:4"], "127.0.0.1", 5, "--policy", "random"
-        )
-        line = " ".join(command)
+        options = ("127.0.0.1", 5, "--policy", "random")
+        line = " ".join(router_command([("http://p:1", 2)], ["http://d:3", "http://e:4"], *options))
         self.assertIn("--pd-disaggregation --prefill http://p:1 2 --decode http://d:3 --decode http://e:4", line)
         self.assertTrue(line.endswith("--host 127.0.0.1 --port 5 --policy random"))
         self.assertNotIn("--mini-lb", line)

@@ -11,10 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import torch
+from cases import FolderCase
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Fate, Outcome, Query, QueryThread, token_ids
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine import test_backends as held
+from pdkit.engine.transfer import KVTransfer, TransferError, load_backend
 from stub_server import JsonHandler, StubServer
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
@@ -78,15 +81,8 @@ class TestClient(unittest.TestCase):
         self.assertFate(Fate.SERVED, self.outcome_of(STREAM, pieces=pieces))
 
     def test_anything_else_that_looks_like_success_is_wrong(self):
-        for body in (
-            answered("one two four"),
-            answered("one two"),
-            answered(""),
-            {},
-            [],
-            b"",
-            b"Internal Server Error",
-        ):
+        texts = (answered(text) for text in ("one two four", "one two", ""))
+        for body in (*texts, {}, [], b"", b"Internal Server Error"):
             with self.subTest(body=body):
                 self.assertFate(Fate.WRONG, self.outcome_of(WHOLE, whole=(200, body)))
         done = b"data: [DONE]\n\n"
@@ -136,7 +132,7 @@ class TestClient(unittest.TestCase):
         self.assertLess(outcome.seconds, 1.0)
 
 
-class TestTable(unittest.TestCase):
+class TestTable(FolderCase):
     def row(self, *fates):
         outcomes = [Outcome(fate, "", "", None, 1.0) for fate in fates]
         return table.Row.of("decode killed", "streaming", "mini LB", outcomes, range(1, len(fates) + 1))
@@ -147,18 +143,12 @@ class TestTable(unittest.TestCase):
         self.assertIsNone(self.row(Fate.SERVED).to_error)
 
     def test_shows_a_line_for_each_event_and_phase(self):
-        through = {
-            name: replace(self.row(Fate.FAILED, Fate.SERVED), router=name) for name in ("mini LB", "Rust router")
-        }
-        slow = replace(through["Rust router"], to_error=8.25, to_recovery=3.0)
-        shown = table.markdown([through["mini LB"], slow, replace(slow, event="decode frozen", wrong=1)])
-        self.assertEqual(
-            shown.splitlines()[2:],
-            [
-                "| decode killed | streaming | 2 | 2 | 0 | 1.0 s | 8.2 s | - | 3.0 s |",
-                "| decode frozen | streaming | 1 | 1 | 1 | - | 8.2 s | - | 3.0 s |",
-            ],
-        )
+        mini_lb = replace(self.row(Fate.FAILED, Fate.SERVED), router="mini LB")
+        slow = replace(mini_lb, router="Rust router", to_error=8.25, to_recovery=3.0)
+        shown = table.markdown([mini_lb, slow, replace(slow, event="decode frozen", wrong=1)])
+        killed = "| decode killed | streaming | 2 | 2 | 0 | 1.0 s | 8.2 s | - | 3.0 s |"
+        frozen = "| decode frozen | streaming | 1 | 1 | 1 | - | 8.2 s | - | 3.0 s |"
+        self.assertEqual(shown.splitlines()[2:], [killed, frozen])
 
     def test_what_was_sent_by_hand_has_a_table_of_its_own(self):
         by_hand = replace(self.row(Fate.FAILED), router=table.BY_HAND)
@@ -169,13 +159,12 @@ class TestTable(unittest.TestCase):
 
     def test_survives_its_file(self):
         rows = [self.row(Fate.FAILED), self.row(Fate.SERVED)]
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / table.FILE_NAME
-            table.save(rows, path, target="embedded")
-            self.assertEqual(table.load(path), ({"target": "embedded"}, rows))
-            path.write_text("{}")
-            with self.assertRaisesRegex(ValueError, "is no recovery_table.json"):
-                table.load(path)
+        path = self.root / table.FILE_NAME
+        table.save(rows, path, target="embedded")
+        self.assertEqual(table.load(path), ({"target": "embedded"}, rows))
+        path.write_text("{}")
+        with self.assertRaisesRegex(ValueError, "is no recovery_table.json"):
+            table.load(path)
 
     def test_stands_between_its_markers(self):
         document = f"before\n{table.BEGIN}\nold\n{table.END}\nafter"
@@ -194,9 +183,6 @@ class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
 
     async def pieces(self, length, within=5.0):
         """(data, what left while the valve was shut, what left in all)."""
-        import torch
-        from pdkit.engine.transfer import KVTransfer
-
         data, left = KVTransfer(1, length, 17, 0, {}, {"some": torch.arange(64)}).pack(), []
 
         async def send():
@@ -218,8 +204,6 @@ class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
             self.assertEqual(len(shut), int(share * len(data)), length)
 
     def test_refuses_while_it_is_told_to(self):
-        from pdkit.engine.transfer import TransferError
-
         self.valve.turn(held.Valve.REFUSE)
         with self.assertRaises(TransferError):
             self.backend.incoming("a KV transfer")
@@ -227,8 +211,6 @@ class TestHeldTransfer(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(self.backend.incoming("a KV transfer"), "a KV transfer")
 
     def test_needs_its_file(self):
-        from pdkit.engine.transfer import load_backend
-
         with mock.patch.dict(os.environ):
             os.environ.pop(held.HOLD_FILE_VARIABLE, None)
             with self.assertRaisesRegex(ValueError, held.HOLD_FILE_VARIABLE):

@@ -1,9 +1,8 @@
 """Registrations are read alike with and without an installed SGLang."""
 
-import tempfile
 import unittest
-from pathlib import Path
 
+from cases import FolderCase
 from pdkit.core import ci_register, paths, registration
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.registry import collect
@@ -13,7 +12,7 @@ register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 MAIN = '\nif __name__ == "__main__":\n    unittest.main()\n'
 
 
-class TestRegistration(unittest.TestCase):
+class TestRegistration(FolderCase):
     def collected(self, root, rules):
         kept = dict(vars(rules))
         try:
@@ -51,9 +50,9 @@ class TestRegistration(unittest.TestCase):
             ("", False),
         ):
             for main in (MAIN, "", '\nif __name__ == "__main__":\n    pass\n'):
-                with self.subTest(call, main=main), tempfile.TemporaryDirectory() as folder:
-                    Path(folder, "test_x.py").write_text(f"import unittest\n{call}\n{main}")
-                    ours, theirs = (self.collected(Path(folder), each) for each in (registration, ci_register.load()))
+                with self.subTest(call, main=main):
+                    self.write("test_x.py", f"import unittest\n{call}\n{main}")
+                    ours, theirs = (self.collected(self.root, each) for each in (registration, ci_register.load()))
                     self.assertEqual(ours.registrations, theirs.registrations)
                     self.assertEqual(len(ours.errors), len(theirs.errors))
                     self.assertEqual(bool(ours.registrations), is_right and (main == MAIN or "disabled" in call))

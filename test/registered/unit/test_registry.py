@@ -2,13 +2,13 @@
 
 import ast
 import json
-import tempfile
 import unittest
 from enum import Enum
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from unittest.mock import patch
 
+from cases import FolderCase
 from pdkit.core import ci_register, top_level
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import UsageError
@@ -28,10 +28,7 @@ def fresh_rules():
     return module
 
 
-class TreeCase(unittest.TestCase):
-    def setUp(self):
-        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class TreeCase(FolderCase):
     def collect(self, files, rules=None):
         return collect(write_tree(self.root, files), rules)
 
@@ -42,10 +39,9 @@ class TestCollect(TreeCase):
         self.assertEqual(collection.errors, ())
         (found,) = collection.registrations
         self.assertEqual(found.filename, str(self.root / "registered/unit/test_a.py"))
-        self.assertEqual(
-            (found.name, found.hw, found.suite, found.est_time, found.nightly, found.disabled),
-            ("registered/unit/test_a.py", "cpu", "stage-a-test-cpu", 5.0, False, None),
-        )
+        self.assertEqual((found.name, found.hw), ("registered/unit/test_a.py", "cpu"))
+        self.assertEqual((found.suite, found.est_time), ("stage-a-test-cpu", 5.0))
+        self.assertEqual((found.nightly, found.disabled), (False, None))
 
     def test_stage_and_runner_config_make_a_suite(self):
         registration = 'register_cuda_ci(est_time=250, stage="stage-c", runner_config="dsv4-8-gpu-h200")'
@@ -72,27 +68,26 @@ class TestCollect(TreeCase):
         self.assertEqual([r.name for r in collection.registrations], ["registered/bench_b.py", "registered/test_a.py"])
 
     def test_each_rule_names_the_file(self):
+        calls = {
+            "est_time is a required constant": 'est_time=N, suite="s"',
+            "est_time must be a number": 'est_time="5", suite="s"',
+            "got stage=False, runner_config=False, suite=False": "est_time=5",
+            "got stage=True, runner_config=True, suite=True": '5, suite="s", stage="a", runner_config="b"',
+            "got stage=True, runner_config=False, suite=False": '5, stage="a"',
+            "suite must be a string": "est_time=5, suite=7",
+            "names no suite": "est_time=5, suite=None",
+            "nightly must be a boolean": 'est_time=5, suite="s", nightly=1',
+            "disabled must be a string": 'est_time=5, suite="s", disabled=1',
+            "starred arguments": "*A",
+            "**kwargs": "**K",
+            "unknown argument 'suit'": 'est_time=5, suit="s"',
+            "too many positional": '5, "s", False, None, 1',
+        }
         rules = {
             "No CI registry found": source_of(registration=""),
             "missing `if __name__": source_of(main=""),
             "missing `if __name__ ": source_of(main='\nif __name__ == "__main__":\n    pass\n'),
-            "est_time is a required constant": source_of(registration='register_cpu_ci(est_time=N, suite="s")'),
-            "est_time must be a number": source_of(registration='register_cpu_ci(est_time="5", suite="s")'),
-            "got stage=False, runner_config=False, suite=False": source_of(registration="register_cpu_ci(est_time=5)"),
-            "got stage=True, runner_config=True, suite=True": source_of(
-                registration='register_cpu_ci(est_time=5, suite="s", stage="a", runner_config="b")'
-            ),
-            "got stage=True, runner_config=False, suite=False": source_of(
-                registration='register_cpu_ci(est_time=5, stage="a")'
-            ),
-            "suite must be a string": source_of(registration="register_cpu_ci(est_time=5, suite=7)"),
-            "names no suite": source_of(registration="register_cpu_ci(est_time=5, suite=None)"),
-            "nightly must be a boolean": source_of(registration='register_cpu_ci(est_time=5, suite="s", nightly=1)'),
-            "disabled must be a string": source_of(registration='register_cpu_ci(est_time=5, suite="s", disabled=1)'),
-            "starred arguments": source_of(registration="register_cpu_ci(*A)"),
-            "**kwargs": source_of(registration="register_cpu_ci(**K)"),
-            "unknown argument 'suit'": source_of(registration='register_cpu_ci(est_time=5, suit="s")'),
-            "too many positional": source_of(registration='register_cpu_ci(5, "s", False, None, 1)'),
+            **{rule: source_of(registration=f"register_cpu_ci({arguments})") for rule, arguments in calls.items()},
             "not valid Python": f"{IMPORTS}{CPU}\ndef broken(:\n{MAIN}",
         }
         files = {f"test_{number:02d}.py": source for number, source in enumerate(rules.values())}
@@ -222,13 +217,10 @@ class TestSelect(TreeCase):
     def test_only_disabled_registrations(self):
         self.assertIn("all 1 registrations are disabled", self.select({"test_x.py": self.DISABLED}).why_empty)
 
-    def test_suites_of_the_project_are_known_without_a_file(self):
-        selection = self.select({}, "cuda", "stage-c-test-dsv4-8-gpu-h200")
-        self.assertEqual((selection.enabled, selection.why_empty), ((), "no file is registered"))
-
-    def test_suites_of_the_installed_release_are_known_without_a_file(self):
-        selection = self.select({}, "cuda", "base-c-test-deepep-8-gpu-h200")
-        self.assertEqual((selection.enabled, selection.why_empty), ((), "no file is registered"))
+    def test_suites_of_the_project_and_of_the_installed_release_are_known_without_a_file(self):
+        for suite in ("stage-c-test-dsv4-8-gpu-h200", "base-c-test-deepep-8-gpu-h200"):
+            selection = self.select({}, "cuda", suite)
+            self.assertEqual((selection.enabled, selection.why_empty), ((), "no file is registered"))
         with self.assertRaisesRegex(UsageError, "not for hardware 'cpu' but for: cuda"):
             self.select({}, "cpu", "base-c-test-deepep-8-gpu-h200")
         with self.assertRaisesRegex(UsageError, "nearest known: base-c-test-deepep-8-gpu-h200"):

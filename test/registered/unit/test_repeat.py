@@ -1,15 +1,10 @@
 """`pdkit run --repeat` counts what failed, goes on where it was stopped, and ends what it started."""
 
-import contextlib
-import io
 import sys
-import tempfile
-import textwrap
 import unittest
-from pathlib import Path
 from unittest.mock import patch
 
-from pdkit.cli.main import main
+from cases import FolderCase, pdkit
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.runner import repeat
@@ -29,22 +24,16 @@ sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
 """
 
 
-class TestRepeat(unittest.TestCase):
-    def setUp(self):
-        self.out = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        (self.out / "fake.py").write_text(textwrap.dedent(RUN))
-
+class TestRepeat(FolderCase):
     def repeat(self, *words):
-        printed = io.StringIO()
-        command = (sys.executable, str(self.out / "fake.py"))
-        with patch.object(repeat, "COMMAND", command), contextlib.redirect_stdout(printed):
-            code = main(["run", "--on", "embedded", "--report-dir", str(self.out), *words])
-        self.printed = printed.getvalue()
+        command = (sys.executable, str(self.write("fake.py", RUN)))
+        with patch.object(repeat, "COMMAND", command):
+            code, self.printed, self.errors = pdkit("run", "--on", "embedded", "--report-dir", self.root, *words)
         return code
 
     @property
     def started(self):
-        return (self.out / "started").read_text().split()
+        return (self.root / "started").read_text().split()
 
     def test_clean_runs(self):
         self.assertEqual(self.repeat("--repeat", "4", "--jobs", "2"), ExitCode.PASSED)
@@ -59,27 +48,21 @@ class TestRepeat(unittest.TestCase):
         self.assertIn("3 runs, 0 failures", self.printed)
 
     def test_a_failure_is_named_and_ends_it(self):
-        (self.out / "bad").touch()
+        (self.root / "bad").touch()
         self.assertEqual(self.repeat("--repeat", "4"), ExitCode.FAILED)
-        self.assertIn(f"failed: run 2, exit code 1: {self.out}/run-002\n", self.printed)
+        self.assertIn(f"failed: run 2, exit code 1: {self.root}/run-002\n", self.printed)
         self.assertNotIn("run-004", self.started)
         self.assertEqual(self.repeat("--repeat", "4", "--keep-going"), ExitCode.FAILED)
         self.assertIn("4 runs, 1 failures\n", self.printed)
 
     def test_runs_of_a_test_file(self):
-        for code, content in (
-            (ExitCode.PASSED, "import sys; assert sys.argv[1:] == ['-f']"),
-            (ExitCode.FAILED, "1 / 0"),
-        ):
-            file = self.out / f"test_{code}.py"
-            file.write_text(content)
-            self.assertEqual(
-                self.repeat("--repeat", "2", "--file", str(file), "--report-dir", str(self.out / str(code))), code
-            )
-        self.assertIn("ZeroDivisionError", (self.out / "1" / "run-001" / "output.log").read_text())
-        with contextlib.redirect_stderr(io.StringIO()) as told:
-            self.assertEqual(self.repeat("--repeat", "2", "--file", "nowhere.py"), ExitCode.BAD_USAGE)
-        self.assertIn("no such file", told.getvalue())
+        contents = {ExitCode.PASSED: "import sys; assert sys.argv[1:] == ['-f']", ExitCode.FAILED: "1 / 0"}
+        for code, content in contents.items():
+            words = ("--file", self.write(f"test_{code}.py", content), "--report-dir", self.root / str(code))
+            self.assertEqual(self.repeat("--repeat", "2", *words), code)
+        self.assertIn("ZeroDivisionError", (self.root / "1" / "run-001" / "output.log").read_text())
+        self.assertEqual(self.repeat("--repeat", "2", "--file", "nowhere.py"), ExitCode.BAD_USAGE)
+        self.assertIn("no such file", self.errors)
 
 
 if __name__ == "__main__":

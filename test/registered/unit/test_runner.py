@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unittest
 from dataclasses import replace
@@ -14,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+from cases import FolderCase
 from detached import SLEEP, is_alive, orphaner, spawner
 from pdkit.core import ci_register
 from pdkit.core.ci_register import register_cpu_ci
@@ -34,12 +34,8 @@ register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 NO_PID = 2**22 + 1  # more than Linux has
 
 
-TESTS = Events(
-    [
-        {"kind": "test", "id": "T.test_it", "state": "passed", "seconds": 0.1, "message": "", "details": ""},
-        {"kind": "run", "tests": 1, "successful": True},
-    ]
-)
+TEST = {"kind": "test", "id": "T.test_it", "state": "passed", "seconds": 0.1, "message": "", "details": ""}
+TESTS = Events([TEST, {"kind": "run", "tests": 1, "successful": True}])
 
 
 def counts_of(output, happened=TESTS[:0], **options):
@@ -51,13 +47,12 @@ class TestReadOutput(unittest.TestCase):
         def harm(what, passed):
             return {"kind": "verdict", "check": f"harm: {what}", "passed": passed, "message": ""}
 
-        passed = [{"kind": "test", "id": "t", "state": "passed", "seconds": 1.0}, {"kind": "run", "successful": True}]
         for done, unmet in (
             ((), ()),
             ((harm("kill decode", True), harm("fault x", False), harm("fault x", True)), ()),
             ((harm("kill decode", True), harm("fault x", False)), ("fault x",)),
         ):
-            output = read_output([], Events([*passed, *done]))
+            output = read_output([], Events([*TESTS, *done]))
             self.assertEqual(output.unmet, unmet)
             state, reason = Attempt("log", 1.0, 0, output).verdict
             self.assertIs(state, FileState.FAILED if unmet else FileState.PASSED, reason)
@@ -65,6 +60,7 @@ class TestReadOutput(unittest.TestCase):
 
     def test_events_count_before_what_is_printed(self):
         self.assertEqual(counts_of("1 failed in 0.1s", happened=TESTS), TestCounts(executed=1))
+        self.assertEqual(counts_of("", happened=Events([{**TESTS[1], "successful": False}])), TestCounts(failed=1))
 
     def test_unittest_that_did_not_come_to_its_end(self):
         for happened, is_whole in ((TESTS, True), (TESTS.of("test"), False), (Events(), True)):
@@ -78,9 +74,6 @@ class TestReadOutput(unittest.TestCase):
         state, reason = Attempt("x.log", 1.0, 0, output).verdict
         self.assertEqual((state, reason), (FileState.FAILED, "exit code 0, but decode exited with code -9 (Killed)"))
 
-    def test_a_run_that_says_that_it_was_not_successful(self):
-        self.assertEqual(counts_of("", happened=Events([{**TESTS[1], "successful": False}])), TestCounts(failed=1))
-
     def test_pytest(self):
         for closing, expected in (
             ("===== 3 passed in 0.12s =====", TestCounts(executed=3)),
@@ -91,6 +84,7 @@ class TestReadOutput(unittest.TestCase):
             ("== 1 xfailed in 0.01s ==", TestCounts(executed=1)),
             ("== no tests ran in 0.01s ==", TestCounts()),
             ("== 2 deselected in 0.01s ==", TestCounts()),
+            ("9 passed in 0.1s\n1 skipped in 0.1s", TestCounts(skipped=1)),  # the last one counts
         ):
             with self.subTest(closing):
                 self.assertEqual(counts_of("noise\n" + closing), expected)
@@ -99,9 +93,6 @@ class TestReadOutput(unittest.TestCase):
         for line in ("", "OK", "all 3 tests passed", "200 requests in 12.3s", "Ran 3 tests in 1.0s\n\nOK", "3 passed"):
             with self.subTest(line):
                 self.assertIsNone(counts_of(line))
-
-    def test_the_last_closing_counts(self):
-        self.assertEqual(counts_of("9 passed in 0.1s\n1 skipped in 0.1s"), TestCounts(skipped=1))
 
     def test_retries_of_methods(self):
         retry = "retry() failed once (0th try, maximum 1 retries). Will delay 2.00s and retry. Error: 0.94\n"
@@ -184,16 +175,8 @@ class TestStates(unittest.TestCase):
                 self.assertIs(exit_code_of(states), expected)
 
     def test_exit_codes_are_documented_numbers(self):
-        numbers = {
-            "PASSED": 0,
-            "FAILED": 1,
-            "BAD_USAGE": 2,
-            "NOT_READY": 3,
-            "NOTHING_RAN": 4,
-            "UNCONFIRMED": 5,
-            "DRIFTED": 6,
-            "INTERRUPTED": 130,
-        }
+        names = ("PASSED", "FAILED", "BAD_USAGE", "NOT_READY", "NOTHING_RAN", "UNCONFIRMED", "DRIFTED")
+        numbers = {name: number for number, name in enumerate(names)} | {"INTERRUPTED": 130}
         self.assertEqual({code.name: int(code) for code in ExitCode}, numbers)
 
     def test_tally_counts_every_file_once(self):
@@ -212,12 +195,9 @@ class TestOptions(unittest.TestCase):
         self.assertFalse(options.continue_on_error or options.nightly)
 
     def test_the_flags_of_sglang(self):
-        options = self.parse(
-            *"--nightly --timeout-per-file 90 --continue-on-error".split(),
-            *"--auto-partition-id 1 --auto-partition-size 4".split(),
-            *"--enable-retry --max-attempts 3 --retry-wait-seconds 5 --retry-timeout-increase 7".split(),
-            *"--partition-model-file f.json".split(),
-        )
+        words = "--nightly --timeout-per-file 90 --continue-on-error --auto-partition-id 1 --auto-partition-size 4 "
+        words += "--enable-retry --max-attempts 3 --retry-wait-seconds 5 --retry-timeout-increase 7 "
+        options = self.parse(*words.split(), "--partition-model-file", "f.json")
         self.assertTrue(options.nightly and options.continue_on_error)
         self.assertEqual((options.partition_id, options.partition_size), (1, 4))
         self.assertEqual((options.attempts, options.retry_wait_seconds), (3, 5))
@@ -266,14 +246,9 @@ class TestOptions(unittest.TestCase):
         self.assertTrue(parse_options(["--list"], Path("/")).list_only)
 
 
-class ProcessCase(unittest.TestCase):
-    def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.directory = Path(directory.name)
-
+class ProcessCase(FolderCase):
     def run_python(self, source, timeout=30.0, interruption=None):
-        log = self.directory / "log"
+        log = self.root / "log"
         command = (sys.executable, "-c", source)
         console, interruption = Console(io.BytesIO()), interruption or Interruption()
         attempt = run_attempt(command, dict(os.environ), log, timeout, console, interruption)
@@ -290,7 +265,6 @@ class TestRunAttempt(ProcessCase):
         self.assertEqual(sorted(log.split()), ["err", "out"])
 
     def test_own_session_and_no_input(self):
-        null = os.stat(os.devnull)
         source = "import os, sys; print(os.getsid(0) == os.getpid(), os.fstat(0).st_rdev)"
         real = os.dup(0)
         self.addCleanup(os.close, real)
@@ -302,7 +276,7 @@ class TestRunAttempt(ProcessCase):
             os.dup2(real, 0)
             os.close(reader)
             os.close(writer)
-        self.assertEqual(log, f"True {null.st_rdev}\n")
+        self.assertEqual(log, f"True {os.stat(os.devnull).st_rdev}\n")
 
     def test_what_a_file_leaves_behind_is_ended_and_named(self):
         for what, options in {
@@ -353,26 +327,24 @@ class TestChildEnvironment(ProcessCase):
     def test_python3_of_the_children(self):
         with mock.patch.dict(os.environ):
             os.environ.pop("PYTHONPATH", None)
-            found = python3_directory(sys.executable, self.directory)
-            environment = child_environment(Options(self.directory, "cpu", "s"), found)
+            found = python3_directory(sys.executable, self.root)
+            environment = child_environment(Options(self.root, "cpu", "s"), found)
         source = "import pdkit.runner.suite, sys; print(sys.prefix)"
         out = subprocess.run(["python3", "-c", source], env=environment, capture_output=True, text=True, check=True)
         self.assertEqual(out.stdout.strip(), sys.prefix)
 
     def test_a_wrapper_where_python3_beside_it_is_another(self):
-        interpreter = self.directory / "bin" / "python3.11"
-        interpreter.parent.mkdir()
-        interpreter.write_text('#!/bin/sh\necho "right $@"\n')
+        interpreter = self.write("bin/python3.11", '#!/bin/sh\necho "right $@"\n')
         interpreter.chmod(0o755)
-        (interpreter.parent / "python3").write_text("#!/bin/sh\necho wrong\n")
-        found = python3_directory(str(interpreter), self.directory)
+        self.write("bin/python3", "#!/bin/sh\necho wrong\n")
+        found = python3_directory(str(interpreter), self.root)
         out = subprocess.run([f"{found}/python3", "-c", "x y"], capture_output=True, text=True, check=True)
         self.assertEqual(out.stdout, "right -c x y\n")
 
     def test_the_target_is_the_runner_s_to_name(self):
         with mock.patch.dict(os.environ, {TARGET_VARIABLE: "of an outer run"}):
             for target in (None, "embedded"):
-                environment = child_environment(Options(self.directory, "cpu", "s", target=target), "/bin")
+                environment = child_environment(Options(self.root, "cpu", "s", target=target), "/bin")
                 self.assertEqual(environment[TARGET_VARIABLE], target or "")
 
 

@@ -1,6 +1,5 @@
 """The scaffold: what it writes passes lint, contract and plan at once; what would not is not written."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
+from cases import without
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import collect
@@ -38,8 +38,7 @@ class ScaffoldCase(unittest.TestCase):
 
     def run_scaffold(self, *words):
         command = [*COMMAND, *words, "--directory", self.directory]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
-        return subprocess.run(command, capture_output=True, text=True, env=environ)
+        return subprocess.run(command, capture_output=True, text=True, env=without("SGLANG_"))
 
     def written(self):
         return [path for path in sorted(self.directory.iterdir()) if path not in self.before]
@@ -158,10 +157,6 @@ class TestBadInput(ScaffoldCase):
             self.assertIn(says, str(caught.exception))
             self.assertNotIn("\n", str(caught.exception))
 
-    def test_ten_gpus(self):
-        (line,) = self.refused(*self.QWEN, "--gpus", "5+5")
-        self.assertIn("needs 10 GPUs (0-9), the runner is 8-gpu-h200", line)
-
     def test_what_lint_and_sglang_refuse(self):
         flags = ["--flags", "--tpp 5 --mem-fraction-static x"]
         threshold, unknown, value = self.refused(*self.QWEN, "--gpus", "4+4", "--min-score", "0.99", *flags)
@@ -169,13 +164,15 @@ class TestBadInput(ScaffoldCase):
         self.assertIn("--tpp: no such flag", unknown)
         self.assertIn("--mem-fraction-static: invalid float value: 'x'", value)
 
-    def test_what_the_embedded_engine_refuses(self):
-        (line,) = self.refused("Q", "--suite", CPU, "--flags", "--disable-radix-cach")
-        self.assertIn("unrecognized arguments: --disable-radix-cach", line)
-
-    def test_a_file_that_is_there(self):
-        (line,) = self.refused("dsv4", "--suite", CPU)
-        self.assertIn("test_disaggregation_dsv4.py exists; choose another name", line)
+    def test_one_thing_that_is_wrong(self):
+        for words, says in (
+            ((*self.QWEN, "--gpus", "5+5"), "needs 10 GPUs (0-9), the runner is 8-gpu-h200"),
+            (("Q", "--suite", CPU, "--flags", "--disable-radix-cach"), "unrecognized arguments: --disable-radix-cach"),
+            (("dsv4", "--suite", CPU), "test_disaggregation_dsv4.py exists; choose another name"),
+        ):
+            with self.subTest(says):
+                (line,) = self.refused(*words)
+                self.assertIn(says, line)
 
 
 if __name__ == "__main__":

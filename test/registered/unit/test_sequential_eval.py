@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import tempfile
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pdkit
+from cases import FolderCase
 from pdkit.checks.accuracy.gate import GateOptions, Verdict
 from pdkit.checks.accuracy.gsm8k import (
     DatasetError,
@@ -26,14 +26,15 @@ register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 NANO = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
 
 
-class DataSetTest(unittest.TestCase):
+class DataSetTest(FolderCase):
     def setUp(self):
-        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "test.jsonl"
-        self.write(1000)
+        super().setUp()
+        self.write_rows(1000)
 
-    def write(self, scored, shots=5):
+    def write_rows(self, scored, shots=5):
         rows = [{"question": f"row {i}\u2028", "answer": f"#### {i}"} for i in range(-shots, scored)]
-        self.path.write_text("# a comment\n" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.path = self.write("test.jsonl", f"# a comment\n{lines}")
 
     def args(self, **more):
         return SimpleNamespace(gsm8k_data_path=str(self.path), num_threads=128, **more)
@@ -105,7 +106,7 @@ class TestGate(DataSetTest):
         self.assertFalse(Path(settings.gsm8k_data_path).exists(), "the slice's file is left behind")
 
     def test_number_of_shots_is_followed(self):
-        self.write(1000, shots=8)
+        self.write_rows(1000, shots=8)
         engine = Engine()
         gsm8k_gate(self.args(num_shots=8), run=engine, progress=quiet)
         self.assertEqual((engine.shots, engine.asked), ([list(range(-8, 0))], [list(range(200))]))
@@ -115,7 +116,7 @@ class TestGate(DataSetTest):
             (300, GateOptions(), "861 can"),
             (150, GateOptions(policy="first-look"), "150 scored examples, the first look needs 200"),
         ):
-            self.write(scored)
+            self.write_rows(scored)
             engine = Engine()
             with self.assertRaisesRegex(ValueError, message):
                 gsm8k_gate(self.args(), options, run=engine)
@@ -154,9 +155,8 @@ class TestPaired(DataSetTest):
         self.assertEqual(sum(engine.asked, []), list(range(paired.examples)), "an example scored twice")
         self.assertLess(paired.examples, 200)
         self.assertEqual((paired.lost, paired.gained), (len(range(0, paired.examples, 25)), 1))
-        with self.assertRaisesRegex(
-            AssertionError, f"FAIL after {paired.examples} examples.*{paired.lost} right with the baseline only"
-        ):
+        report = f"FAIL after {paired.examples} examples.*{paired.lost} right with the baseline only"
+        with self.assertRaisesRegex(AssertionError, report):
             paired.assert_passed()
 
     def test_engines_that_agree_pass_on_132_examples(self):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import types
 import unittest
@@ -12,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from cases import FolderCase
 from pdkit.checks import acceptance
 from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.core.ci_register import register_cpu_ci
@@ -92,9 +92,8 @@ class FakeAgent:
         """Runs of a strided list one by one."""
         if len(rows[0]) == 3:
             return rows
-        return np.array(
-            [(a + at * stride, size, d) for a, size, d, stride, count in rows.tolist() for at in range(count)]
-        )
+        strided = ((row, at) for row in rows.tolist() for at in range(row[-1]))
+        return np.array([(first + at * stride, size, device) for (first, size, device, stride, _), at in strided])
 
     def initialize_xfer(self, operation, local, remote, peer, notif_msg=b""):
         assert len(local.rows), "NIXL refuses an empty list"
@@ -114,10 +113,10 @@ class FakeAgent:
         self.heard.append(message)
 
 
-class ShimTest(unittest.TestCase):
+class ShimTest(FolderCase):
     def setUp(self):
-        folder = self.enterContext(tempfile.TemporaryDirectory())
-        self.switch = Switch(Path(folder, "switch"), LIBRARY)
+        super().setUp()
+        self.switch = Switch(self.root / "switch", LIBRARY)
         self.ram = FakeEngine.ram = FakeAgent.ram = Ram()
 
     def tap(self):
@@ -259,9 +258,8 @@ class TestBlocks(unittest.TestCase):
         """SGLang 0.5.23 puts its buffers around the target's and around the draft's states, none around the 128x."""
         plain, guarded = pieces_of(RATIOS), pieces_of(RATIOS, canary=True)
         self.assertEqual(guarded[0], plain[0])
-        self.assertEqual(
-            guarded[1], ("canary", *plain[1][:-2], "canary", plain[1][-2], "canary", plain[1][-1], "canary")
-        )
+        *states, buffers, draft = plain[1]
+        self.assertEqual(guarded[1], ("canary", *states, "canary", buffers, "canary", draft, "canary"))
 
     def test_without_a_draft_all_are_named_that_one_call_registers(self):
         pools, states = pieces_of(RATIOS)
@@ -290,12 +288,12 @@ class TestBlocks(unittest.TestCase):
         self.assertEqual([block.source for block in from_before("a")(later, memory)], [1, 9])
 
 
-class TestKit(unittest.TestCase):
+class TestKit(FolderCase):
     """The mixin over a stub that stands for pair and monolithic server, and errs as the switch says."""
 
     def setUp(self):
-        folder = self.enterContext(tempfile.TemporaryDirectory())
-        self.switch = switch = Switch(Path(folder, "switch"), LIBRARY)
+        super().setUp()
+        self.switch = switch = Switch(self.root / "switch", LIBRARY)
         self.does, self.flushed = {}, 0
         test = self
 
@@ -314,20 +312,14 @@ class TestKit(unittest.TestCase):
                 count = body["sampling_params"]["max_new_tokens"]
                 logprob = -9.0 if "errs" in test.does.get(fault, "") else -0.1
                 meta = {"finish_reason": {"type": "length"}, "prompt_tokens": len(ids), "completion_tokens": count}
-                meta |= {
-                    "output_token_logprobs": [[logprob, ids[-1], None]] * count,
-                    "output_top_logprobs": [[[logprob, ids[-1], None]]] * count,
-                }
+                row = [logprob, ids[-1], None]
+                meta |= {"output_token_logprobs": [row] * count, "output_top_logprobs": [[row]] * count}
                 self.answer(200, {"text": "", "output_ids": [ids[-1]] * count, "meta_info": meta})
 
         self.pair, self.alone = StubServer(self, Handler), StubServer(self, Handler)
         probes = tuple(generate_probe(f"p{i}", (i + 1, i + 2), 4) for i in range(6))
-        plan = {
-            "alone": (Round("alone", probes),),
-            "rooms": (Round("rooms", probes, 3),),
-            "indexed": (Round("i", probes),),
-        }
-        plan = types.SimpleNamespace(**plan)
+        alone, rooms, indexed = Round("alone", probes), Round("rooms", probes, 3), Round("i", probes)
+        plan = types.SimpleNamespace(alone=(alone,), rooms=(rooms,), indexed=(indexed,))
         score = lambda *_: {"score": 0.5 if self.on("forgets") else 1.0}  # noqa: E731
         self.enterContext(mock.patch.object(checks, "gsm8k_metrics", score))
         self.enterContext(mock.patch.object(acceptance, "measure", self.accepted))
@@ -371,14 +363,10 @@ class TestKit(unittest.TestCase):
             transfer_slow="nothing", window_lost="errs", pages_halved="forgets", buffers_lost="drafts",
             polls_fail="fails", first_draft_lost="starts",
         )  # fmt: skip
-        self.assertEqual(seen["no fault"], [])
-        self.assertEqual(seen["transfer-slow"], [])
         parity = ["parity alone", "parity rooms", "parity indexed"]
-        self.assertEqual(seen["window-lost"], parity)
-        self.assertEqual(seen["pages-halved"], ["accuracy"])
-        self.assertEqual(seen["buffers-lost"], ["acceptance", "first drafts"])
-        self.assertEqual(seen["first-draft-lost"], ["first drafts"])
-        self.assertEqual(seen["polls-fail"], [*parity, "accounting"])
+        wanted = {"no fault": [], "transfer-slow": [], "window-lost": parity, "pages-halved": ["accuracy"]}
+        wanted |= {"buffers-lost": ["acceptance", "first drafts"], "first-draft-lost": ["first drafts"]}
+        self.assertEqual(seen, wanted | {"polls-fail": [*parity, "accounting"]})
 
     def test_before_each_fault_decode_holds_as_much_else_as_any_check_asks_for_at_once(self):
         with mock.patch.object(checks, "collect") as collect:
@@ -394,45 +382,41 @@ class TestKit(unittest.TestCase):
         self.assertEqual(self.flushed, 2 * (1 + 6) + sent_alone, "prefill and decode; decode before each prompt alone")
 
     def test_what_it_fails_for(self):
-        for name, what in (
-            ("window_lost", "nothing"),
-            ("transfer_slow", "errs"),
-            ("window_lost", "errs unmet"),
-            ("first_draft_lost", "nothing"),
-        ):
+        nothing = (("window_lost", "nothing"), ("first_draft_lost", "nothing"))
+        for name, what in (*nothing, ("transfer_slow", "errs"), ("window_lost", "errs unmet")):
             with self.subTest(fault=name, does=what), self.assertRaisesRegex(AssertionError, name.replace("_", "-")):
                 self.seen(**{name: what})
 
 
-class TestServer(unittest.TestCase):
+LAUNCH_SERVER = """
+import multiprocessing
+
+def report():
+    from mooncake.engine import TransferEngine
+    print("engine of", TransferEngine.__module__, flush=True)
+
+if __name__ == "__main__":
+    from sglang.launch_server import report
+    report()
+    process = multiprocessing.get_context("spawn").Process(target=report)
+    process.start()
+    process.join()
+"""
+
+
+class TestServer(FolderCase):
     def test_each_process_of_a_server_has_the_wrapped_backend(self):
-        with tempfile.TemporaryDirectory() as folder:
-            for package, text in {
-                "mooncake/engine.py": "class TransferEngine: pass\n",
-                "sglang/launch_server.py": (
-                    "import multiprocessing\n"
-                    "def report():\n"
-                    "    from mooncake.engine import TransferEngine\n"
-                    "    print('engine of', TransferEngine.__module__, flush=True)\n"
-                    "if __name__ == '__main__':\n"
-                    "    from sglang.launch_server import report\n"
-                    "    report()\n"
-                    "    process = multiprocessing.get_context('spawn').Process(target=report)\n"
-                    "    process.start()\n"
-                    "    process.join()\n"
-                ),
-            }.items():
-                path = Path(folder, package)
-                path.parent.mkdir()
-                path.with_name("__init__.py").touch()
-                path.write_text(text)
-            environ = os.environ | {
-                "PYTHONPATH": os.pathsep.join([folder, str(Path(backends.__file__).parents[3])]),
-                backends.SWITCH_VARIABLE: str(Path(folder, "switch")),
-                backends.PIECES_VARIABLE: json.dumps([POOLS, STATES]),
-            }
-            command = [sys.executable, "-m", "pdkit.faults.real_engine.server"]
-            run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
+        self.write("mooncake/engine.py", "class TransferEngine: pass\n")
+        self.write("sglang/launch_server.py", LAUNCH_SERVER)
+        for package in ("mooncake", "sglang"):
+            self.write(f"{package}/__init__.py")
+        environ = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(self.root), str(Path(backends.__file__).parents[3])]),
+            backends.SWITCH_VARIABLE: str(self.root / "switch"),
+            backends.PIECES_VARIABLE: json.dumps([POOLS, STATES]),
+        }
+        command = [sys.executable, "-m", "pdkit.faults.real_engine.server"]
+        run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
         self.assertEqual(run.stdout, "engine of pdkit.faults.real_engine.backends\n" * 2, run.stderr[-2000:])
 
 
