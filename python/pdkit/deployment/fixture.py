@@ -427,6 +427,7 @@ class PlannedServers(PDServers):
         """Settles model, ports, transfer backend and NICs, so that `*_args()` can be read; starts nothing."""
         super().setUpClass()
         cls.model = test_utils.try_cached_model(cls.model_name)
+        cls.prompt_logprobs_are_fatal = quirks.prompt_logprobs_are_fatal(cls.server_args)
 
     @classmethod
     def prefill_args(cls) -> list[str]:

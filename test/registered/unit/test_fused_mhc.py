@@ -55,8 +55,14 @@ class TestFusedMhc(unittest.TestCase):
         self.assertIsNone(quirks.prompt_logprobs_are_fatal(both), "nothing is known of it")
         source.write_text(f"    {quirks.COPIES_PAST_THE_END}\n")
         self.assertRegex(quirks.prompt_logprobs_are_fatal(both), "overwrites memory")
+        for words in (["--attn-dp-size", "4"], ["--attn-dp-size=4"]):
+            self.assertTrue(quirks.prompt_logprobs_are_fatal([*words, "--speculative-algorithm=EAGLE"]), words)
         self.assertIsNone(quirks.prompt_logprobs_are_fatal(both[:1]))
         self.assertIsNone(quirks.prompt_logprobs_are_fatal(both[1:]))
+        patched = source.parents[3] / quirks.COPIERS[1]
+        patched.parent.mkdir(parents=True)
+        patched.write_text(f"    {quirks.BOUNDED}max=1)\n")
+        self.assertIsNone(quirks.prompt_logprobs_are_fatal(both))
 
     def test_what_a_running_server_reports_says_whether_it_may_be_asked_for_them(self):
         exposed = {"version": "0.5.23", "enable_dp_attention": True, "speculative_algorithm": "EAGLE"}

@@ -157,10 +157,10 @@ class LostAfterwards(Deployment):
 class RankKeptOut(LostAfterwards):
     """The first request afterwards meets a rank that is not let in yet, and fails at once."""
 
-    router_timeout = 60
+    router_timeout, first = 60, FAILED
 
     def back(self, *args):
-        outcomes = itertools.chain([FAILED], itertools.repeat(SERVED))
+        outcomes = itertools.chain([self.first], itertools.repeat(SERVED))
         self.outcome = lambda phase, router: next(outcomes)
         super(LostAfterwards, self).back(*args)
 
@@ -168,6 +168,10 @@ class RankKeptOut(LostAfterwards):
 class RanksLetInLate(RankKeptOut):
     def readmission(self):
         return 60.0
+
+
+class WrongOnce(RanksLetInLate):
+    first = replace(FAILED, fate=Fate.WRONG)
 
 
 class RestartOfAll(Deployment):
@@ -200,6 +204,7 @@ BROKEN = {
     NoReturn: EVENTS,
     LostAfterwards: EVENTS - MOMENTS,
     RankKeptOut: EVENTS - MOMENTS,
+    WrongOnce: EVENTS - MOMENTS,
     RestartOfAll: KILLS,
     RoomsKept: EVENTS | (MESSAGES - LATE),
     IllSurvivors: EVENTS - MOMENTS,
