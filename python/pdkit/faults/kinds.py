@@ -217,7 +217,7 @@ def _of_aborts() -> Iterator[Fault]:
     for aborts in ABORTED:
         yield Fault(
             f"entries-shifted-after-{aborts}-aborts",
-            f"once {aborts} transfers were aborted, the 4x compressed entries of others are read one slot late",
+            f"after {aborts} aborted transfer(s) the 4x compressed entries of others are read one slot late",
             Where.SERVER,
             on_tensors({Kind.C4_COMPRESSED}, pieces.shifted),
             server="entries-shifted",
