@@ -514,7 +514,7 @@ class TestPlace(CheckCase):
             port = server.getsockname()[1]
             needed = Needs("cuda", processes=(Process("TestPair", "decode", ports={"nccl": port}),))
             found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
-            self.assert_one(found, Level.ERROR, f"{port} is in use by python", f"(pid {os.getpid()})", "decode nccl")
+            self.assert_one(found, Level.ERROR, f"{port} is in use by pid {os.getpid()} (", "decode nccl")
         found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
         self.assert_fine(found)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pdkit
-from pdkit.core import ports
+from pdkit.core import ports, processes
 from pdkit.core.host import installed
 from pdkit.core.source import UNKNOWN
 from pdkit.deployment import quirks
@@ -229,17 +229,5 @@ def _ports(needs: Needs) -> Iterator[Finding]:
 
 
 def _listener(port: int) -> str:
-    import psutil
-
-    try:
-        for connection in psutil.net_connections("inet"):
-            if (
-                connection.laddr
-                and connection.laddr.port == port
-                and connection.status == psutil.CONN_LISTEN
-                and connection.pid
-            ):
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except psutil.Error:
-        pass
-    return "a process that this user may not see"
+    pid = dict(ports.listeners()).get(port)
+    return processes.describe_pid(pid) if pid else "a process that this user may not see"
