@@ -32,7 +32,7 @@ class TestToken(unittest.TestCase):
         self.living = new_token({})
 
     def test_the_owner(self):
-        token = new_token({})
+        token = self.living
         owner = Owner.parse(token)
         self.assertEqual(owner.pid, os.getpid())
         self.assertFalse(owner.is_known_dead)
@@ -88,8 +88,7 @@ class TestEndEarlierRuns(unittest.TestCase):
     """
 
     def setUp(self):
-        environment = {**os.environ, TOKEN_VARIABLE: new_token(os.environ)}
-        self.enterContext(mock.patch.dict(os.environ, environment))
+        self.enterContext(mock.patch.dict(os.environ, {TOKEN_VARIABLE: new_token(os.environ)}))
 
     def start_runner(self, source):
         runner = RUNNER.format(python=command(source)[0], source=source)

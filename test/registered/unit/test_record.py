@@ -1,10 +1,10 @@
 """What is recorded in test/data is still so: test/record.py says what that is, and records an intended change."""
 
 import sys
-import tempfile
 import unittest
 from pathlib import Path
 
+from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
@@ -64,12 +64,11 @@ class TestNormalising(unittest.TestCase):
         self.assertEqual(lines, ["word", "--a 1 -2", "--b", "--c '{ }'"])
 
 
-class TestUndeclared(unittest.TestCase):
+class TestUndeclared(FolderCase):
     def count(self, **files):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         for name, text in files.items():
-            (folder / f"{name}.py").write_text(text)
-        return undeclared.undeclared(folder)
+            self.write(f"{name}.py", text)
+        return undeclared.undeclared(self.root)
 
     def test_no_mixin_takes_more_than_before(self):
         found = undeclared.undeclared()
