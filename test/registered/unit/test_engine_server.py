@@ -584,7 +584,7 @@ class TestConnections(EngineTestCase):
 
 
 class TestCommandLine(EngineTestCase):
-    """One line and a named exit code."""
+    """One line and a named exit code; of flags in test_robustness."""
 
     def assertEnds(self, code, pattern, *arguments, **environment):
         command = [sys.executable, "-m", "pdkit.engine", *arguments]
@@ -593,22 +593,6 @@ class TestCommandLine(EngineTestCase):
         self.assertRegex(process.stderr, pattern)
         self.assertEqual(len(process.stderr.splitlines()), 1, process.stderr)
         self.assertEqual(process.stdout, "")
-
-    def test_wrong_flags(self):
-        model = ("--model-path", str(RANDOM))
-        for arguments, pattern in (
-            ((), "--model-path"),
-            ((*model, "--no-such-flag"), "--no-such-flag"),
-            ((*model, "--port", "99999"), "--port.*99999"),
-            ((*model, "--port", "http"), "--port.*http"),
-            ((*model, "--context-length", "0"), "--context-length.*0"),
-            ((*model, "--disaggregation-mode", "both"), "--disaggregation-mode.*both.*prefill"),
-        ):
-            with self.subTest(arguments=arguments):
-                self.assertEnds(2, pattern, *arguments)
-        for seconds in ("soon", "-1", "0.5"):
-            pattern = f"WAITING_TIMEOUT='{seconds}' is not a positive whole number"
-            self.assertEnds(2, pattern, *model, SGLANG_DISAGGREGATION_WAITING_TIMEOUT=seconds)
 
     def test_busy_ports(self):
         for arguments, port in (

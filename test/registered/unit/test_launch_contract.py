@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 import unittest
 from pathlib import Path
@@ -279,8 +278,8 @@ class TestSmallRelease(FolderCase):
             self.assertTrue(line.endswith(error), line)
 
     def test_file_without_pd_test(self):
-        other = self.root / "test_other.py"
-        other.write_text("import unittest\n\n\nclass TestOther(unittest.TestCase):\n    def test_it(self): pass\n")
+        source = "import unittest\n\n\nclass TestOther(unittest.TestCase):\n    def test_it(self): pass\n"
+        other = self.write("test_other.py", source)
         self.ask()
         code, _, (error,) = self.main(other, "--sglang-wheel", self.root / "sglang.whl")
         self.assertEqual(code, ExitCode.BAD_USAGE)
@@ -291,40 +290,34 @@ class TestSmallRelease(FolderCase):
             self.assertEqual(self.main(DSV4)[0], ExitCode.NOT_READY)
 
 
-class TestMatrix(unittest.TestCase):
-    COMMAND = (sys.executable, "-m", "pdkit", "contract")
+class TestMatrix(FolderCase):
+    def run_contract(self, *words):
+        command = [sys.executable, "-m", "pdkit", "contract", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
 
     def test_releases_that_differ(self):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        test = folder / "test_pd.py"
-        test.write_text(source_of(LAUNCHES))
+        test = self.write("test_pd.py", source_of(LAUNCHES))
         flag = '        add("--cuda-graph-max-bs", type=int)'
         old = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
-        write_wheel(folder / "sglang-0.5.18.whl", old, "0.5.18")
-        write_wheel(folder / "sglang-0.5.100.whl", None, "0.5.100")
-        arguments = [test, "--wheels", folder, "--flags", "--cuda-graph-max-bs 128"]
+        write_wheel(self.root / "sglang-0.5.18.whl", old, "0.5.18")
+        write_wheel(self.root / "sglang-0.5.100.whl", None, "0.5.100")
+        arguments = [test, "--wheels", self.root, "--flags", "--cuda-graph-max-bs 128"]
         for more, versions in (([], ["0.5.18", "0.5.100"]), (["--newest"], ["0.5.100"])):
-            command = [*self.COMMAND, *arguments, "--json", *more]
-            run = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            run = self.run_contract(*arguments, "--json", *more)
             found = json.loads(run.stdout)
             self.assertEqual([release["release"] for release in found["releases"]], versions)
             self.assertEqual(found["releases"][-1]["errors"][0].split(": ")[2], "--cuda-graph-max-bs")
             self.assertFalse(len(versions) > 1 and found["releases"][0]["errors"])
             self.assertEqual(run.returncode, ExitCode.BAD_USAGE)
             self.assertRegex(run.stderr, "^pdkit contract: error: sglang 0.5.100: TestPD: .*ambiguous")
-        command = [*self.COMMAND, *arguments, "--flags=--old-switch"]
-        table = subprocess.run(
-            [*map(str, command)], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}
-        )
+        table = self.run_contract(*arguments, "--flags=--old-switch")
         rows = [line.split() for line in table.stdout.splitlines()]
         for version, names in (("0.5.18", "14"), ("0.5.100", "15")):
             (row,) = (row for row in rows if row[:1] == [version])
             self.assertEqual(row[3:], [names, "yes", "no", "no", "--old-switch", "(deprecated)", "taken"], table.stdout)
         self.assertNotEqual(*(row[1] for row in rows if row[:1] in (["0.5.18"], ["0.5.100"])))
-        only_newer = (
-            "sglang.test.server_fixtures.disaggregation_fixture.terminate_and_kill_process_tree (from 0.5.100 on)"
-        )
-        self.assertIn(f"  {only_newer}\n", table.stdout)
+        only_newer = "disaggregation_fixture.terminate_and_kill_process_tree (from 0.5.100 on)"
+        self.assertIn(f"  sglang.test.server_fixtures.{only_newer}\n", table.stdout)
 
 
 class TestInstalledRelease(unittest.TestCase):

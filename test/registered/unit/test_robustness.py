@@ -72,6 +72,7 @@ NO_IPV4 = (
     'unshare -n bash -c \'ip link set lo up && ip address del 127.0.0.1/8 dev lo; exec "$@"\' bash "$@"'  # ::1 is left
 )
 NO_HOME = 'unshare -U --map-user=4242 env -u HOME "$@"'  # a user who is not in passwd
+WAITING = "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"
 BEGUN = {"BEGUN": "{root}/soak/begun"}
 HUNG_UP = '"$@" & until [ -e {root}/soak/begun ] || ! kill -0 $!; do sleep 0.1; done; kill -HUP $!; wait $!'
 CLOSED = '"$@" <&- >&- 2>&-; code=$?; cat {root}/soak/closed/results.json; exit $code'
@@ -211,8 +212,11 @@ ROWS = (
     pdkit("run --repeat 2 --report-dir {text}", "--report-dir {text}: File exists"),
     pdkit("run --repeat 0 --report-dir {root}/soak", "--repeat and --jobs: at least 1"),
     pdkit("preflight --suite x", "unknown suite 'x'"),
+    pdkit("preflight --suite stage-c-test-dsv4-8-gpu-h100", "nearest known: stage-c-test-dsv4-8-gpu-h200"),
+    pdkit("preflight --suite stage-b-test-1-gpu-large --test-root {empty}", "no file is registered"),
+    pdkit("preflight --hw cude", "unknown hardware 'cude'; nearest known: cuda"),
     pdkit("preflight --machine {absent}", "{absent}: No such file or directory"),
-    pdkit("preflight --machine {text}", "error: "),
+    pdkit("preflight --machine {text}", "not a recorded machine"),
     pdkit("preflight --machine {binary}", "error: "),
     pdkit("lint {absent}", "{absent}: No such file or directory"),
     pdkit("lint --rule", "unknown option --rule; nearest known: --rules"),
@@ -237,7 +241,15 @@ ROWS = (
     pdkit("report {absent}", "{absent}: no results.json of a run with --report-dir"),
     pdkit("report", "name one report directory, or two by --compare A B"),
     Row("engine", "", "the following arguments are required: --model-path"),
+    Row("engine", "--model-path x --no-such-flag", "--no-such-flag"),
     Row("engine", "--model-path x --port 70000", "70000 is not a port (1-65535)"),
+    Row("engine", "--model-path x --port http", "--port: invalid port value: 'http'"),
+    Row("engine", "--model-path x --context-length 0", "--context-length: 0 is not positive"),
+    Row("engine", "--model-path x --disaggregation-mode both", "--disaggregation-mode: invalid choice: 'both'"),
+    *(
+        Row("engine", "--model-path x", f"='{seconds}' is not a positive whole number", environ={WAITING: seconds})
+        for seconds in ("soon", "-1", "0.5")
+    ),
     Row("engine", "--model-path x --chunked-prefill-size 0", "0 is not positive"),
     Row("engine", "--model-path x --load-format gguf", "invalid choice: 'gguf'"),
 )

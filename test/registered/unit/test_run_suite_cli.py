@@ -163,9 +163,8 @@ class TestPrograms(CommandCase):
     def test_who_swallows_the_exit_has_failed_all_the_same(self):
         for main in ("unittest.main(exit=False)", "try: unittest.main()\n    except SystemExit: pass"):
             swallows = f'\nif __name__ == "__main__":\n    {main}\n'
-            done = self.run_to_end(
-                1, "0 passed, 1 failed, 0 skipped", source_of("def test_it(self): self.fail()", main=swallows)
-            )
+            source = source_of("def test_it(self): self.fail()", main=swallows)
+            done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", source)
             self.assertIn("exit code 0, but tests of it failed", done.stdout)
 
     def test_who_leaves_before_its_tests_have_ended_has_failed(self):
@@ -240,10 +239,8 @@ class TestReport(CommandCase):
                 self.assertEqual([entry["state"] for entry in results["files"]], ["passed"])
             """
         )
-        environment = {"PEEK": str(self.root / "report/results.json")}
-        self.run_to_end(
-            0, "2 passed, 0 failed, 0 skipped", PASS, peek, words=["--report-dir", "report"], environment=environment
-        )
+        options = {"words": ["--report-dir", "report"], "environment": {"PEEK": str(self.root / "report/results.json")}}
+        self.run_to_end(0, "2 passed, 0 failed, 0 skipped", PASS, peek, **options)
 
     def test_what_cannot_be_kept_is_said_and_changes_no_verdict(self):
         report = self.root / "report"
@@ -289,8 +286,7 @@ class TestInterrupt(CommandCase):
         environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}
         command = self.command({"test_0.py": HANG}, *SUITE, "-v")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
+        self.enterContext(process)
         self.addCleanup(process.kill)
         for line in process.stdout:
             if line.startswith(b"sleeper"):

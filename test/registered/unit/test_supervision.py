@@ -271,7 +271,7 @@ class TestWhatCannotHideADeath(Supervised):
             "input(); worker.stdin.close(); input()"
         )
         worker = (
-            f"import setproctitle; setproctitle.setproctitle({WORKER!r}); print('named', flush=True)\nopen(0).read()"
+            f"import setproctitle; setproctitle.setproctitle({WORKER!r})\nprint('named', flush=True)\nopen(0).read()"
         )
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         parent = self.enterContext(subprocess.Popen([sys.executable, "-c", reaps, worker], **pipes))
