@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,8 +55,9 @@ class Supervised(FolderCase):
         return messages_of(fake_pair(self.log_dir, **pair))
 
     def worker_of(self, name):
-        words = Path(self.log_dir, f"{name}.log").read_text().split()
-        return int(words[words.index("worker") + 1])
+        found = lambda: re.search(r"^worker (\d+)$", Path(self.log_dir, f"{name}.log").read_text(), re.M)  # noqa: E731
+        self.assertTrue(processes.wait_until(found, NEVER))
+        return int(found()[1])
 
     def strike(self, pid, number):
         self.struck_at = time.time()
@@ -528,7 +530,7 @@ class TestWhatIsLeft(Supervised):
                 """Has been started beside prefill."""
 
         with mock.patch.object(ports, "require_free", lambda test: time.sleep(0.5)):
-            self.assertEqual(self.run_pair(test=self.note_servers, mixins=(Threads,)), [])
+            self.assertEqual(self.run_pair(test=lambda case: self.note_servers(case), mixins=(Threads,)), [])
         self.assert_all_ended()
 
     def test_servers_are_asked_to_end_all_at_once(self):
@@ -562,7 +564,7 @@ class TestWhatIsLeft(Supervised):
         deadly = mock.Mock()
         self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, deadly))
         with mock.patch.object(Server, "stop", stop), contextlib.suppress(KeyboardInterrupt):
-            self.run_pair(test=self.note_servers)
+            self.run_pair(test=lambda case: self.note_servers(case))
         deadly.assert_not_called()
         self.assertTrue(processes.wait_until(lambda: not any(map(processes.is_pid_alive, self.pids)), 5))
 
