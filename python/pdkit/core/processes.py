@@ -1,6 +1,7 @@
 """Processes: who is alive, what is theirs, and how a set of them is ended."""
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pdkit.core.secrets import cleaned
 GRACE_S = 10.0
 KILL_S = 10.0
 POLL_S = 0.05
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,13 @@ class Ended:
     processes: tuple[str, ...] = ()
     ports: tuple[int, ...] = ()
     survivors: tuple[str, ...] = ()
+
+
+def become_subreaper() -> None:
+    """Makes this process the parent of its descendants' orphans. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def is_alive(process: psutil.Process) -> bool:

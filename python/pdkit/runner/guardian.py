@@ -6,7 +6,6 @@ guardian was told to end it, all of that is ended. What tells it is the end of i
 the runner holds: closed on purpose, or by the kernel after a SIGKILL of the runner.
 """
 
-import ctypes
 import json
 import os
 import resource
@@ -27,7 +26,6 @@ from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE
 SETTLE_S = 0.5
 PORTS_S = 10.0
 LIMIT_S = SETTLE_S + processes.GRACE_S + processes.KILL_S + PORTS_S + 10.0
-PR_SET_CHILD_SUBREAPER = 36
 Popen = Callable[..., subprocess.Popen[Any]]
 TOLD_BY = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -142,13 +140,6 @@ def _say(**what: Any) -> None:
         pass
 
 
-def become_subreaper() -> None:
-    """Makes this process the parent of its descendants' orphans. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
 def _bell() -> int:
     """A file descriptor from which the number of a signal can be read once it came."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -198,7 +189,7 @@ def guard(command: list[str], environment: dict[str, str]) -> Ending:
 
 
 def main(command: list[str]) -> None:
-    become_subreaper()
+    processes.become_subreaper()
     token = os.environ.pop(GUARDIAN_VARIABLE)
     if not select.select([sys.stdin], [], [], 0)[0]:  # or else the runner is gone already
         _say(**asdict(guard(command, os.environ | {TOKEN_VARIABLE: token})))

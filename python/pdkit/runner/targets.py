@@ -48,6 +48,7 @@ class Target:
 
     exercises   names of PARTS that its main job runs through
     beside      test files that ask more of the same servers: what -> name below DISTRIBUTED
+    requires    "module:function" that raises NotReady with a line for each thing that the machine lacks, or None
     prepares    "module:function" that is called before it runs, with a working tree of SGLang to test, or None
     takes_questions  whether it scores the file that SGLANG_PD_GSM8K names
     """
@@ -61,6 +62,7 @@ class Target:
     capability: tuple[int, int] = (0, 0)
     exercises: tuple[str, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)
+    requires: str | None = None
     prepares: str | None = None
     takes_questions: bool = False
 
@@ -73,8 +75,8 @@ class Target:
     def lacks(self) -> tuple[str, ...]:
         """What this machine lacks for it beside GPUs, a line for each thing."""
         try:
-            if self.prepares:
-                pkgutil.resolve_name(self.prepares)(None)
+            if self.requires:
+                pkgutil.resolve_name(self.requires)()
         except NotReady as reason:
             return tuple(str(reason).splitlines())
         return ()
@@ -127,6 +129,7 @@ TARGETS = (
         needs="no GPU, 5 GiB of memory, Mooncake and NIXL",
         exercises=(SCHEDULER, TRANSFER),
         beside=_beside("sglang_cpu_protocol", "sglang_cpu_recovery"),
+        requires="pdkit.deployment.cpu.requirements:require_machine",
         prepares="pdkit.runner.sglang_cpu:prepare",
     ),
     Target(

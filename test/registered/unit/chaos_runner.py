@@ -29,7 +29,8 @@ from pdkit.core import ports, processes
 from pdkit.core.command import Parser, natural, run_command
 from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode, UsageError
-from pdkit.runner.guardian import Children, become_subreaper
+from pdkit.core.processes import become_subreaper
+from pdkit.runner.guardian import Children
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
 from pdkit.runner.targets import TARGETS
 

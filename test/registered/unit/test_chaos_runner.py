@@ -12,7 +12,7 @@ from pathlib import Path
 
 from detached import LISTEN, command, orphaner
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.runner.guardian import become_subreaper
+from pdkit.core.processes import become_subreaper
 
 register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 

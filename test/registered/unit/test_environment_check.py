@@ -347,6 +347,15 @@ class TestPackages(CheckCase):
         for release in ("0.5.13", "0.5.14", "0.5.18", "0.5.23", None):
             self.assertEqual(told(release, **{switch: "1"}), [])
 
+    def test_a_release_whose_memory_logprobs_of_prompts_overwrite(self):
+        flags = "--enable-dp-attention", "--speculative-algorithm", "EAGLE"
+        for has_it, argv, count in ((True, flags, 1), (True, flags[:1], 0), (False, flags, 0)):
+            server = Process("T", "prefill", (0,), argv=argv)
+            with mock.patch.object(quirks, "source_says", return_value=has_it):
+                found = checks.of_place(Needs("cuda", processes=(server,)), {})
+                lines = [str(each) for each in found if "overwrites memory" in str(each)]
+            self.assertEqual(len(lines), count, (has_it, argv))
+
     def test_flash_mla_of_a_release(self):
         for source, modules in (
             ("from flash_mla.flash_mla_interface import FlashMLASchedMeta", ("flash_mla",)),
@@ -505,7 +514,7 @@ class TestPlace(CheckCase):
             port = server.getsockname()[1]
             needed = Needs("cuda", processes=(Process("TestPair", "decode", ports={"nccl": port}),))
             found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
-            self.assert_one(found, Level.ERROR, f"{port} is in use by python", f"(pid {os.getpid()})", "decode nccl")
+            self.assert_one(found, Level.ERROR, f"{port} is in use by pid {os.getpid()} (", "decode nccl")
         found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
         self.assert_fine(found)
 

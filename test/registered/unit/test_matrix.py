@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import unittest
 from dataclasses import replace
 from functools import partial
@@ -13,11 +14,13 @@ from cases import FolderCase, pdkit
 from pdkit.checks.accounting.checks import OWN_RESULT
 from pdkit.checks.accounting.invariants import CLIENT, SERVERS
 from pdkit.checks.accounting.ledger import OK, HttpAttempt
+from pdkit.core import processes
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
 from pdkit.faults import LIBRARY
 from pdkit.faults.matrix import report, truth
+from pdkit.faults.matrix import session as session_module
 from pdkit.faults.matrix.results import Results, ResultsError, Run, planned
 from pdkit.faults.matrix.run import QUICK_FAULTS, chosen_faults, subjects_of
 from pdkit.faults.matrix.session import Session, Subject, WorkerFailed
@@ -329,6 +332,20 @@ class TestSession(FolderCase):
     def test_only_the_tests_named_are_run(self):
         with self.session("test_rooms") as session:
             self.assertEqual(session.run("window-zeroed").caught_by, [])
+
+    def test_servers_of_a_worker_that_had_to_be_killed_are_ended(self):
+        """A server has a session of its own; the worker is killed, or ended for lack of time by us."""
+        server = "process_lb = subprocess.Popen(['sleep', '300'], start_new_session=True); print('pid', process_lb.pid, flush=True)"
+        hangs = 'print("servers stopped", flush=True); import time; time.sleep(300)'
+        source = self.source.replace("    starts = 0\n", f"    starts = 0\n    {server}\n")
+        self.file.write_text(source.replace('print("servers stopped", flush=True)', hangs))
+        for how in ("killed", "hangs"):
+            with self.subTest(how), mock.patch.object(session_module, "STOP_TIMEOUT", 1.0), self.session() as session:
+                pid = int(re.findall(r"pid (\d+)", self.log())[-1])
+                self.assertTrue(processes.is_pid_alive(pid))
+                if how == "killed":
+                    session.workers[0].process.kill()
+            self.assertFalse(processes.is_pid_alive(pid), how)
 
     def test_a_worker_that_does_not_start_is_named(self):
         self.file.write_text("raise RuntimeError('no')")

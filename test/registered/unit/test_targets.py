@@ -38,7 +38,7 @@ class TestLeftOut(unittest.TestCase):
 def machine(lacks: str | None = None):
     """A machine that lacks what SGLang on CPU needs, or nothing."""
     effect = {"side_effect": NotReady(lacks)} if lacks else {"return_value": None}
-    return mock.patch("pdkit.runner.sglang_cpu.prepare", **effect)
+    return mock.patch("pdkit.deployment.cpu.requirements.require_machine", **effect)
 
 
 class TestChoose(unittest.TestCase):
@@ -61,6 +61,11 @@ class TestChoose(unittest.TestCase):
             self.assertIs(choose(()), BOTTOM)
             self.assertEqual(why(BOTTOM, ()).splitlines()[-2:], ["no library", "no memory"])
             self.assertIs(choose((), wanted="sglang-cpu"), SGLANG_CPU)
+
+    def test_looking_for_a_target_reports_nothing_of_a_working_tree(self):
+        with machine(), mock.patch("pdkit.runner.sglang_cpu.prepare", side_effect=AssertionError):
+            self.assertIs(choose(()), SGLANG_CPU)
+            self.assertEqual(SGLANG_CPU.lacks(), ())
 
     def test_a_target_can_be_asked_for(self):
         self.assertIs(choose([H200] * 8, wanted="embedded"), BOTTOM)

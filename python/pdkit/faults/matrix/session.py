@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pdkit.core import forked
+import psutil
+
+from pdkit.core import forked, processes
 from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.results import Run
 from pdkit.faults.matrix.verdicts import CheckVerdict, merged
@@ -89,7 +91,7 @@ class Worker:
 
 
 class Session:
-    """Use as a context manager. `progress(text)` is told what happens meanwhile."""
+    """Use as a context manager: what was started within is ended after. `progress(text)` gets what happens meanwhile."""
 
     def __init__(
         self, subjects: Sequence[Subject], log_dir: Path, progress: Callable[[str], None] = lambda text: None
@@ -100,6 +102,8 @@ class Session:
         self._events: queue.Queue[Any] = queue.Queue()
 
     def __enter__(self) -> "Session":
+        processes.become_subreaper()
+        self._not_ours = {*processes.descendants(psutil.Process())}
         try:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             for subject in self.subjects:
@@ -119,6 +123,13 @@ class Session:
             thread.start()
         for thread in stopping:
             thread.join()
+        left = processes.end(self._left, lambda: not self._left())
+        if left.processes:
+            self.progress(f"ended what workers had left: {', '.join(left.processes)}")
+
+    def _left(self) -> list[psutil.Process]:
+        """Servers of workers that were killed or ended on their own: they have sessions of their own and live on."""
+        return [each for each in processes.descendants(psutil.Process()) if each not in self._not_ours]
 
     def _next(self) -> Any:
         worker, event = self._events.get()
