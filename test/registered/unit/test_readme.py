@@ -34,9 +34,8 @@ class TestReadme(unittest.TestCase):
     def test_files_named_exist(self):
         for page in (REPO / "README.md", *DOCS):
             with self.subTest(page.name):
-                paths = set(
-                    re.findall(r"\b((?:test|scripts|studies|python|docs|\.github)/[\w./-]+\.\w+)", page.read_text())
-                )
+                below = r"\b((?:test|scripts|studies|python|docs|\.github)/[\w./-]+\.\w+)"
+                paths = set(re.findall(below, page.read_text()))
                 missing = [path for path in sorted(paths) if not (REPO / path).exists() and Path(path).name != EXAMPLE]
                 self.assertEqual(missing, [])
 
