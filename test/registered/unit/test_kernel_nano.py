@@ -33,7 +33,7 @@ register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
 ONE_GPU = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4_1gpu.py"
 
 
-class TestConfig(unittest.TestCase):
+class TestConfig(FolderCase):
     def test_what_the_kernels_fix(self):
         self.assertEqual((FIELDS["num_attention_heads"], FIELDS["head_dim"], FIELDS["qk_rope_head_dim"]), (64, 512, 64))
         self.assertEqual((FIELDS["index_head_dim"], FIELDS["sliding_window"], FIELDS["hc_mult"]), (128, 128, 4))
@@ -59,11 +59,10 @@ class TestConfig(unittest.TestCase):
         self.assertIn(FEW_HEADS["index_n_heads"], (32, 64))
         self.assertGreaterEqual(FEW_HEADS["vocab_size"], len(kernel_tokenizer()))
         model = KernelNano(of=FEW_HEADS)
-        with tempfile.TemporaryDirectory() as folder:
-            path = checkpoint.save(model, folder)
-            self.assertLess((path / store.WEIGHTS).stat().st_size, 10e6)
-            self.assertEqual(json.loads((path / "config.json").read_text()), FEW_HEADS)
-            read = checkpoint.load(path)
+        path = checkpoint.save(model, self.root)
+        self.assertLess((path / store.WEIGHTS).stat().st_size, 10e6)
+        self.assertEqual(json.loads((path / "config.json").read_text()), FEW_HEADS)
+        read = checkpoint.load(path)
         for name, before in model.state_dict().items():
             torch.testing.assert_close(read.state_dict()[name], before, rtol=2**-8, atol=0, msg=name)
 
@@ -108,7 +107,7 @@ class TestFp8(unittest.TestCase):
         self.assertEqual(round_groups(x.bfloat16()).dtype, torch.bfloat16)
 
 
-class TestModel(unittest.TestCase):
+class TestModel(FolderCase):
     @classmethod
     def setUpClass(cls):
         folder = cls.enterClassContext(tempfile.TemporaryDirectory())
@@ -129,9 +128,8 @@ class TestModel(unittest.TestCase):
         self.assertEqual(checkpoint.tensors_of(self.read)["layers.0.attn.wq_b.weight"].dtype, torch.float8_e4m3fn)
 
     def test_names_are_those_that_transformers_gives_a_checkpoint(self):
-        with tempfile.TemporaryDirectory() as folder:
-            self.read.main.save_pretrained(folder)
-            saved = load_file(Path(folder, "model.safetensors"))
+        self.read.main.save_pretrained(self.root)
+        saved = load_file(self.root / "model.safetensors")
         theirs = {}
         for name, tensor in saved.items():  # three names that transformers 5 does not turn back
             name = name.removeprefix("model.").replace("hc_head.hc_", "hc_head_").replace("embed_tokens.", "embed.")
@@ -160,10 +158,10 @@ class TestModel(unittest.TestCase):
             (stored | {"more": torch.ones(1)}, "more is unknown"),
             (stored | {"embed.weight": torch.ones(1024, 256)}, "embed.weight is missing or of another shape"),
         ):
-            with self.subTest(reason), tempfile.TemporaryDirectory() as folder:
-                save_file(tensors, Path(folder, store.WEIGHTS))
+            with self.subTest(reason):
+                save_file(tensors, self.root / store.WEIGHTS)
                 with self.assertRaisesRegex(ModelError, reason) as caught:
-                    checkpoint.load(folder)
+                    checkpoint.load(self.root)
                 self.assertNotIn("\n", str(caught.exception))
 
     def test_logits_are_those_of_transformers(self):

@@ -7,13 +7,13 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import unittest
 from itertools import islice
 from pathlib import Path
 
 import pdkit
 import torch
+from cases import FolderCase
 from pdkit.core import forked
 from pdkit.core.errors import ExitCode
 from pdkit.models.cpu.config import nano_config
@@ -112,7 +112,7 @@ def _logits(model, length=140):
         return model(ids, use_cache=False).logits
 
 
-class TestRandomModel(unittest.TestCase):
+class TestRandomModel(FolderCase):
     def test_is_ready_to_serve(self):
         model = load_model(RANDOM, load_format="dummy")
         self.assertFalse(model.training)
@@ -152,34 +152,33 @@ class TestRandomModel(unittest.TestCase):
     def test_survives_a_checkpoint(self):
         model = load_model(RANDOM, load_format="dummy", seed=3)
         before = _logits(model)
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(model, folder)
-            self.assertTrue(torch.equal(_logits(load_model(folder)), before))
+        save_model(model, self.root)
+        self.assertTrue(torch.equal(_logits(load_model(self.root)), before))
         self.assertTrue(torch.equal(_logits(model), before))
 
 
-class TestModelErrors(unittest.TestCase):
+class TestModelErrors(FolderCase):
     def setUp(self):
-        self.path = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        shutil.copy(RANDOM / "config.json", self.path)
+        super().setUp()
+        shutil.copy(RANDOM / "config.json", self.root)
 
     def _refused(self, *words, path=None):
         with self.assertRaises(ModelError) as caught:
-            load_model(path or self.path)
+            load_model(path or self.root)
         message = str(caught.exception)
         self.assertNotIn("\n", message)
         for word in words:
             self.assertIn(word, message)
 
     def _edit_config(self, **fields):
-        file = self.path / "config.json"
+        file = self.root / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
     def _write_weights(self):
-        save_model(load_model(self.path, load_format="dummy"), self.path)
+        save_model(load_model(self.root, load_format="dummy"), self.root)
 
     def test_what_is_wrong_is_named(self):
-        config, weights = self.path / "config.json", self.path / "model.safetensors"
+        config, weights = self.root / "config.json", self.root / "model.safetensors"
         sink = "model.layers.2.attn.attn_sink"
 
         def edit_weights(edit):
@@ -187,7 +186,7 @@ class TestModelErrors(unittest.TestCase):
             edit(tensors)
             save_file(tensors, weights, metadata={"format": "pt"})
 
-        self._refused("config.json", path=self.path / "nowhere")
+        self._refused("config.json", path=self.root / "nowhere")
         self._refused("model.safetensors", "--load-format dummy")
         self._write_weights()
         for spoil, *words in (
@@ -208,7 +207,7 @@ class TestModelErrors(unittest.TestCase):
                 weights.write_bytes(whole[1])
 
 
-class TestProblems(unittest.TestCase):
+class TestProblems(FolderCase):
     def test_answers_are_worked_correctly(self):
         operators = {"+": operator.add, "-": operator.sub, "*": operator.mul}
         for problem in islice(stream(1), 2000):
@@ -236,7 +235,7 @@ class TestProblems(unittest.TestCase):
         self.assertNotEqual(list(islice(stream(1), 50)), list(islice(stream(2), 50)))
 
     def test_committed_data_set_is_what_the_generator_writes(self):
-        file = Path(self.enterContext(tempfile.TemporaryDirectory()), "data.jsonl")
+        file = self.root / "data.jsonl"
         write_jsonl(evaluation_set(EVALUATION_ROWS), file)
         self.assertEqual(file.read_bytes(), (ASSETS / "gsm8k_nano.jsonl").read_bytes())
 
