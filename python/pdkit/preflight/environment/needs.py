@@ -25,7 +25,7 @@ class Process:
     model  what it loads (draft model included), a directory or a repository; `weights` False for dummy ones
     a2a    its MoE all-to-all backend; `backend` what transfers the state; `nics` the RDMA devices it is given
     ports  those it listens on, by what they are for
-    env    variables that the test sets for it, `argv` its command line
+    env    variables that the test sets for it
     """
 
     test: str
@@ -39,7 +39,6 @@ class Process:
     nics: tuple[str, ...] = ()
     ports: Mapping[str, int] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
-    argv: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,5 +166,4 @@ def _processes(test: TestContract, plan: GpuPlan) -> Iterator[Process]:
             nics=server.nics,
             ports=process.ports,
             env=process.env,
-            argv=tuple(argv),
         )
