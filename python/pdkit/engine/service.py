@@ -1,6 +1,7 @@
 """From a parsed HTTP request to results: tokenization, limits, and the roles of prefill and decode."""
 
 import asyncio
+import concurrent.futures
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -56,7 +57,7 @@ class Service:
 
     async def on_torch_thread(self, action: Callable[[], Any]) -> Any:
         """The result of action(), run between two steps of the model."""
-        future, deliver = _future_of_another_thread()
+        future, deliver = _result_of_another_thread()
         self.scheduler.call(action, deliver)
         return await future
 
@@ -225,7 +226,7 @@ class Service:
 
     async def _compute_transfer(self, request: Request, room: int) -> KVTransfer | None:
         """The KVTransfer, or None if the request was aborted meanwhile."""
-        future, deliver = _future_of_another_thread()
+        future, deliver = _result_of_another_thread()
         self.scheduler.prefill(request, lambda _, cache: deliver(cache))
         cache = await future
         if cache is None:
@@ -291,19 +292,11 @@ class Service:
         self.scheduler.decode(request, state.restore(self.config, kv_transfer.tensors, kv_transfer.counts))
 
 
-def _future_of_another_thread() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:
-    """A future of this loop, and what another thread calls to give it its result."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def set_result(value: Any) -> None:
-        if not future.cancelled():
-            future.set_result(value)
-
-    def deliver(value: Any) -> None:
-        loop.call_soon_threadsafe(set_result, value)
-
-    return future, deliver
+def _result_of_another_thread() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:
+    """A future of this loop, and what another thread calls to give it its result: also where nobody waits any more."""
+    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    result.set_running_or_notify_cancel()
+    return asyncio.wrap_future(result), result.set_result
 
 
 def _eos_ids(config: Any, tokenizer: Any) -> frozenset[int]:
