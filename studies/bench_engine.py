@@ -5,7 +5,7 @@ Result: of the main job alone, 568 output tokens/s on 2 shared cores (2026-11-25
 
     scripts/env.sh python3 studies/bench_engine.py
 
-starts a monolithic engine and the prefill/decode pair (two engines and the router), drives each with SGLang's own
+starts a monolithic engine and the prefill/decode pair (two engines and the load balancer), drives each with SGLang's own
 run_eval (GSM8K completions, 5-shot, 200 examples, 128 threads) and then with single prompts, and ends all of them.
 Throughputs are to be compared within one run: machines are noisy.
 """
@@ -18,7 +18,6 @@ import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -26,8 +25,9 @@ from types import SimpleNamespace
 
 import pdkit
 import requests
-from guarded_server import start_all
-from pdkit.core import ports
+from pdkit.deployment.embedded import RANDOM_WEIGHTS, EmbeddedServers
+from pdkit.deployment.monolithic import MonolithicBeside
+from served import served
 
 ASSETS = Path(pdkit.__file__).parent / "assets"
 GOAL_TOKENS_PER_S, GOAL_GIB = 250, 6
@@ -40,23 +40,6 @@ def peak_bytes(pid):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def start(logs, model, load, stack):
-    """(monolithic, prefill, decode, router), ready; `stack` ends them."""
-    block = ports.claim()
-    stack.callback(block.release)
-    one, two, three, four, bootstrap, *_ = block.ports
-    engine = ("pdkit.engine", "--model-path", str(model), "--log-level", "warning", *load)
-    room = ("--disaggregation-bootstrap-port", str(bootstrap))
-    commands = (
-        ("monolithic", one, *engine),
-        ("prefill", two, *engine, "--disaggregation-mode", "prefill", *room),
-        ("decode", three, *engine, "--disaggregation-mode", "decode", *room),
-        ("router", four, "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb",
-         "--prefill", f"http://127.0.0.1:{two}", "--decode", f"http://127.0.0.1:{three}"),
-    )  # fmt: skip
-    return start_all(logs, commands, stack)
 
 
 def evaluate(url, examples, threads):
@@ -80,7 +63,7 @@ def one_token(url, ids):
     return time.perf_counter() - begin
 
 
-def kv_transfers(monolithic, prefill, router, lengths, repeats):
+def kv_transfers(servers, lengths, repeats):
     """(tokens, bytes of the state, seconds of its KV transfer, seconds to one token monolithic and through the pair).
 
     By prompt length; medians. The KV transfer is what prefill sees: from ready, packing included, to acknowledged.
@@ -88,16 +71,16 @@ def kv_transfers(monolithic, prefill, router, lengths, repeats):
     rng = random.Random(0)
 
     def transfer():
-        found = requests.get(prefill.url + "/server_info", timeout=30).json()["transfer"]
+        found = requests.get(servers.prefill_url + "/server_info", timeout=30).json()["transfer"]
         return found["bytes"], found["seconds"]
 
     for length in lengths:
         rows = []
         for _ in range(repeats):
             ids = [rng.randrange(10, 500) for _ in range(length)]
-            alone = one_token(monolithic.url, ids)
+            alone = one_token(servers.monolithic_url, ids)
             before = transfer()
-            through = one_token(router.url, ids)
+            through = one_token(servers.lb_url, ids)
             rows.append([*(after - since for after, since in zip(transfer(), before)), alone, through])
         yield length, *map(statistics.median, zip(*rows))
 
@@ -119,21 +102,23 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
-    load = () if (args.model_path / "model.safetensors").is_file() else ("--load-format", "dummy")
-    with contextlib.ExitStack() as stack:
-        logs = args.log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_engine_")))
-        logs.mkdir(parents=True, exist_ok=True)
-        begin = time.monotonic()
-        print("starting a monolithic engine, prefill, decode and the router ...", flush=True)
-        monolithic, prefill, decode, router = start(logs, args.model_path, load, stack)
-        print(f"ready after {time.monotonic() - begin:.0f} s\n", flush=True)
+    weights = [] if (args.model_path / "model.safetensors").is_file() else RANDOM_WEIGHTS
 
-        found = {monolithic.name: [], "prefill/decode": []}
+    class Pair(MonolithicBeside, EmbeddedServers):
+        model_name = str(args.model_path)
+        server_args = ["--log-level", "warning", *weights]
+
+    begin = time.monotonic()
+    print("starting a monolithic engine, prefill, decode and the load balancer ...", flush=True)
+    with served(Pair, args.log_dir) as servers:
+        print(f"ready after {time.monotonic() - begin:.0f} s\n", flush=True)
+        urls = {"monolithic": servers.monolithic_url, "prefill/decode": servers.lb_url}
+        found = {name: [] for name in urls}
         for number in range(args.rounds):
-            for name, server in ((monolithic.name, monolithic), ("prefill/decode", router)):
-                for cached in (monolithic, prefill):
-                    requests.post(cached.url + "/flush_cache?timeout=30", timeout=60).raise_for_status()
-                metrics = evaluate(server.url, args.examples, args.threads)
+            for name, url in urls.items():
+                for cached in (servers.monolithic_url, servers.prefill_url):
+                    requests.post(cached + "/flush_cache?timeout=30", timeout=60).raise_for_status()
+                metrics = evaluate(url, args.examples, args.threads)
                 found[name].append(metrics["output_throughput"])
                 print(
                     f"round {number + 1}  {name:<14}  {metrics['output_throughput']:7.1f} output tokens/s  "
@@ -146,18 +131,19 @@ def main(argv=None):
         )
 
         print("prompt tokens  state bytes  KV transfer    one token: monolithic  through the pair", flush=True)
-        for length, size, seconds, alone, through in kv_transfers(monolithic, prefill, router, LENGTHS, args.repeats):
+        for length, size, seconds, alone, through in kv_transfers(servers, LENGTHS, args.repeats):
             print(
                 f"{length:13}  {size:11,.0f}  {seconds * 1e3:6.1f} ms  {alone * 1e3:18.1f} ms  "
                 f"{through * 1e3:13.1f} ms", flush=True,
             )  # fmt: skip
 
         print("\npeak memory (resident; pages that processes share count in each)")
-        peaks = {server.name: peak_bytes(server.guarded.pid) for server in (monolithic, prefill, decode, router)}
+        names = ("monolithic", "prefill", "decode", "lb")
+        peaks = {name: peak_bytes(getattr(servers, f"process_{name}").pid) for name in names}
         peaks["eval client"] = peak_bytes(os.getpid())
         for name, peak in peaks.items():
             print(f"{name:<14}  {peak / 2**30:5.2f} GiB")
-        pair = sum(peaks.values()) - peaks[monolithic.name]
+        pair = sum(peaks.values()) - peaks["monolithic"]
         print(f"{'whole pair':<14}  {pair / 2**30:5.2f} GiB without the monolithic engine (goal: under {GOAL_GIB} GiB)")
 
 

@@ -12,12 +12,11 @@ monolithic server once more, for how often it differs from itself. From the repo
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import served as servers
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
 
@@ -40,24 +39,10 @@ def trained(target: str) -> type:
 @contextmanager
 def served(target: str) -> Iterator[tuple[str, str, str]]:
     """(load balancer, monolithic server, data set) of servers with a trained model."""
-    with tempfile.TemporaryDirectory(prefix="flip-rate-") as logs:
-        os.environ.setdefault("SGLANG_PD_LOG_DIR", logs)
-        from pdkit.deployment.monolithic import MonolithicBeside
+    from pdkit.deployment.monolithic import MonolithicBeside
 
-        class Servers(MonolithicBeside, trained(target)):  # type: ignore[misc]
-            @classmethod
-            def take_references(cls) -> None:
-                """None: all questions are asked here."""
-
-            def runTest(self) -> None:
-                """Nothing: only what the class starts is used."""
-
-        Servers.setUpClass()
-        try:
-            yield Servers.lb_url, Servers.monolithic_url, Servers.gsm8k_data_path
-        finally:
-            Servers.tearDownClass()
-            Servers.doClassCleanups()
+    with servers.served(type("Servers", (MonolithicBeside, trained(target)), {})) as pair:
+        yield pair.lb_url, pair.monolithic_url, pair.gsm8k_data_path
 
 
 def outcomes(url: str, data: str, count: int, in_flight: int) -> tuple[bool, ...]:

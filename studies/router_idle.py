@@ -12,48 +12,31 @@ prefill's half of it went to a connection that was just being closed, and decode
 """
 
 import contextlib
-import os
 import random
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import pdkit
 import psutil
 import requests
-from guarded_server import start_all
-from pdkit.core import ports
 from pdkit.core.command import Parser, natural, run_command, seconds
 from pdkit.core.errors import ExitCode
-from pdkit.core.processes import wait_until
-from pdkit.deployment.router import is_ready, kept_alive, metrics_at
+from pdkit.deployment.embedded import EmbeddedServers
+from pdkit.deployment.router import RustRouterBeside, kept_alive
+from served import served
 
-NANO = Path(pdkit.__file__).parent / "assets" / "nano-dsv4"
 PROMPT = "Question: David buys 5 eggs. How many eggs?\nAnswer:"
 QUESTION = {"model": "nano", "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
-READY_S = 120
 
 
-def start(logs, stack):
-    """(prefill, router), ready; `stack` ends them and decode."""
-    block = ports.claim()
-    stack.callback(block.release)
-    one, two, three, bootstrap, metrics, *_ = block.ports
-    engine = ("pdkit.engine", "--model-path", str(NANO), "--log-level", "warning")
-    room = ("--disaggregation-bootstrap-port", str(bootstrap))
-    commands = (
-        ("prefill", one, *engine, "--disaggregation-mode", "prefill", *room),
-        ("decode", two, *engine, "--disaggregation-mode", "decode", *room),
-        ("router", three, "sglang_router.launch_router", "--pd-disaggregation", "--policy", "round_robin",
-         "--prefill", f"http://127.0.0.1:{one}", str(bootstrap), "--decode", f"http://127.0.0.1:{two}",
-         "--log-level", "warn", *metrics_at("127.0.0.1", metrics)),
-    )  # fmt: skip
-    prefill, _, router = start_all(logs, commands, stack)
-    if not wait_until(lambda: is_ready(router.url), READY_S):
-        sys.exit(f"the router found no pair in {READY_S} s")
-    return prefill, router
+class Pair(RustRouterBeside, EmbeddedServers):
+    server_args = ["--log-level", "warning"]
+    keep_alive: int
+
+    @classmethod
+    def configure(cls):
+        super().configure()
+        cls.server_env = {**cls.server_env, **kept_alive(cls.keep_alive)}
 
 
 def answered(url, timeout):
@@ -63,18 +46,18 @@ def answered(url, timeout):
     return False
 
 
-def open_connections(prefill):
+def open_connections(prefill_url):
     """How many connections to prefill are open."""
-    port = int(prefill.url.rpartition(":")[2])
+    port = int(prefill_url.rpartition(":")[2])
     remote = [each.raddr.port for each in psutil.net_connections("tcp") if each.raddr and each.status == "ESTABLISHED"]
     return remote.count(port)
 
 
-def watch(prefill, duration):
+def watch(prefill_url, duration):
     """Says when idle connections are closed."""
-    began, before = time.monotonic(), open_connections(prefill)
+    began, before = time.monotonic(), open_connections(prefill_url)
     while before and (idle := time.monotonic() - began) < duration:
-        if (now := open_connections(prefill)) < before:
+        if (now := open_connections(prefill_url)) < before:
             print(f"{'':11}{before - now} of {before} connections were closed after {idle:.0f} s", flush=True)
             before = now
         time.sleep(1)
@@ -83,18 +66,15 @@ def watch(prefill, duration):
 def lost_requests(keep_alive, options):
     """How many requests a pair that keeps connections for `keep_alive` seconds has lost."""
     lost, jitter = 0, random.Random(0)
-    with contextlib.ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="router_idle_")))
-        os.environ.update(kept_alive(keep_alive))
-        prefill, router = start(logs, stack)
-        pool = stack.enter_context(ThreadPoolExecutor(options.clients))
+    servers_that_close = type("Pair", (Pair,), {"keep_alive": keep_alive})
+    with served(servers_that_close) as servers, ThreadPoolExecutor(options.clients) as pool:
         for number in range(options.rounds):
-            found = list(pool.map(lambda _: answered(router.url, options.timeout), range(options.clients)))
+            found = list(pool.map(lambda _: answered(servers.router_url, options.timeout), range(options.clients)))
             lost += found.count(False)
             print(f"\r{keep_alive:5} s    burst {number + 1} of {options.rounds}: {lost} lost", end="", flush=True)
             time.sleep(max(0, options.pause + jitter.uniform(-0.6, 0.1)))
         print(flush=True)
-        watch(prefill, options.watch)
+        watch(servers.prefill_url, options.watch)
     return lost
 
 

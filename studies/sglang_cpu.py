@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
+from served import served
 
 TOKENS, PROMPT, REQUESTS = 40, 128, 16
 
@@ -103,36 +103,19 @@ def main(argv: Sequence[str]) -> ExitCode:
     )
     parser.add_argument("--spawned", action="store_true", help="servers start as in production, none is forked")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="sglang-cpu-") as logs:
-        os.environ.setdefault("SGLANG_PD_LOG_DIR", logs)
-        from pdkit.deployment.cpu import plan, requirements
-        from pdkit.deployment.cpu.servers import SglangCpuServers
-        from pdkit.deployment.monolithic import MonolithicBeside
+    from pdkit.deployment.cpu import plan
+    from pdkit.deployment.cpu.servers import SglangCpuServers
+    from pdkit.deployment.monolithic import MonolithicBeside
 
-        requirements.require_machine()
+    class Three(MonolithicBeside, SglangCpuServers):
+        cpu_model = {"dsv4": plan.DSV4, "dsv4-trained": plan.TRAINED_DSV4, "llama": plan.LLAMA}[args.model]
+        backend = args.backend
+        forked = not args.spawned
 
-        class Servers(MonolithicBeside, SglangCpuServers):
-            cpu_model = {"dsv4": plan.DSV4, "dsv4-trained": plan.TRAINED_DSV4, "llama": plan.LLAMA}[args.model]
-            backend = args.backend
-            forked = not args.spawned
-
-            @classmethod
-            def take_references(cls) -> None:
-                """Nothing is compared."""
-
-            def runTest(self) -> None:
-                """Nothing: only what the class starts is used."""
-
-        load = os.getloadavg()[0]
-        began = time.monotonic()
-        Servers.setUpClass()
-        try:
-            every = everything_started()
-            started = {"seconds": time.monotonic() - began, "cpu": cpu_seconds(every)}
-            rows = [("load average before", f"{load:.1f} on {os.cpu_count()} cores"), *rows_of(Servers, started)]
-        finally:
-            Servers.tearDownClass()
-            Servers.doClassCleanups()
+    load, began = os.getloadavg()[0], time.monotonic()
+    with served(Three) as servers:
+        started = {"seconds": time.monotonic() - began, "cpu": cpu_seconds(everything_started())}
+        rows = [("load average before", f"{load:.1f} on {os.cpu_count()} cores"), *rows_of(servers, started)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}", flush=True)

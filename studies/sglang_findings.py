@@ -156,10 +156,11 @@ def shares_overlap() -> tuple[bool, str]:
 def copies_past_the_end() -> tuple[bool, str]:
     """The copy that gathers and scatters rows of DP attention's ranks is not bounded by the tensors."""
     import torch
-    from sglang.kernels.ops.memory.memcpy_triton import memcpy_triton
+    from sglang.srt.layers import dp_attention
 
     rows, size = torch.zeros(4, 8), torch.tensor(4)
-    memcpy_triton(rows[:1], torch.ones(4, 8), 0, torch.tensor(0), size, True)
+    with mock.patch.object(dp_attention, "memcpy_func", dp_attention.memcpy_triton):
+        dp_attention.memcpy(rows[:1], torch.ones(4, 8), 0, torch.tensor(0), size, True)
     behind = int(rows[1:].any(dim=1).sum())
     return behind > 0, f"a copy of {size} rows to a tensor of 1 overwrites the {behind} rows behind it"
 

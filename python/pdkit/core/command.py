@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.suggest import nearest, unknown
+
+N = TypeVar("N", int, float)
 
 
 def run_command(name: str, main: Callable[[Sequence[str]], ExitCode], argv: Sequence[str]) -> ExitCode:
@@ -113,28 +115,22 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the options)")
 
 
-def seconds(text: str) -> float:
-    """For argparse: a number of seconds, not negative. Raises ValueError."""
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(text)
-    return value
+def _number(name: str, read: Callable[[str], N], fits: Callable[[N], bool]) -> Callable[[str], N]:
+    """For argparse: reads a number that `fits`, or raises ValueError; a refusal calls it by its name."""
+
+    def number(text: str) -> N:
+        value = read(text)
+        if not fits(value):
+            raise ValueError(text)
+        return value
+
+    number.__name__ = name
+    return number
 
 
-def natural(text: str) -> int:
-    """For argparse: a whole number, not negative. Raises ValueError."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-def positive(text: str) -> float:
-    """For argparse: a finite number, greater than 0. Raises ValueError."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
+seconds = _number("number of seconds", float, lambda value: 0 <= value < math.inf)
+natural = _number("number", int, lambda value: value >= 0)
+positive = _number("positive number", float, lambda value: 0 < value < math.inf)
 
 
 def text_path(text: str) -> Path:
@@ -145,12 +141,3 @@ def text_path(text: str) -> Path:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{ascii(text)} is not text in this locale; choose another name") from None
     return path
-
-
-seconds.__name__ = "number of seconds"
-
-
-natural.__name__ = "number"
-
-
-positive.__name__ = "positive number"

@@ -66,13 +66,6 @@ class Request:
         return json.dumps(asdict(self)).encode()
 
 
-class _Become(BaseException):
-    """Unwinds the stack of a process that was forked to run another program than its parent's."""
-
-    def __init__(self, request: Request):
-        self.request = request
-
-
 @dataclass
 class _Server:
     """What a child has to know of the fork server that it comes from."""
@@ -146,8 +139,18 @@ def _begin(request: Request, streams: Sequence[int]) -> None:
         _server.in_child()
 
 
-def _run(request: Request) -> Request | None:
-    """Runs a program to its end; in a process that was forked meanwhile, returns what that is to run."""
+def _become(request: Request, streams: Sequence[int]) -> NoReturn:
+    """Runs a program to its end in a process that was just forked, as the interpreter runs one."""
+    error = None
+    try:
+        _begin(request, streams)
+        _run(request)
+    except BaseException as raised:
+        error = raised
+    _end(error)
+
+
+def _run(request: Request) -> None:
     if request.has_fork_server:
         global beside
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -155,16 +158,14 @@ def _run(request: Request) -> Request | None:
         if pid == 0:
             ours.close()
             _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # who asks it to fork may end by os._exit
-            return serve(theirs) if os.getppid() == parent else os._exit(0)
+            if os.getppid() == parent:
+                serve(theirs)
+            os._exit(0)
         theirs.close()
         beside = ours, pid
         atexit.register(_end_beside)
     sys.argv[:] = request.argv[1:]
-    try:
-        runpy.run_module(request.argv[1], run_name="__main__", alter_sys=True)
-    except _Become as other:
-        return other.request
-    return None
+    runpy.run_module(request.argv[1], run_name="__main__", alter_sys=True)
 
 
 def _end(error: BaseException | None) -> NoReturn:
@@ -211,14 +212,11 @@ def start_here(command: Sequence[str], environ: Mapping[str, str], streams: Sequ
     if _server is None or argv is None or threading.active_count() > 1:
         return None
     request = Request(argv, dict(environ), os.getcwd(), has_fork_server=True)
-    if pid := os.fork():
-        return pid
-    _begin(request, streams)
-    raise _Become(request)
+    return os.fork() or _become(request, streams)
 
 
-def serve(connection: socket.socket) -> Request:
-    """Forks on request until the other end is closed. Returns in children alone: what each is to run."""
+def serve(connection: socket.socket) -> NoReturn:
+    """Forks on request until the other end is closed."""
     ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -244,9 +242,7 @@ def serve(connection: socket.socket) -> Request:
                 if pid == 0:
                     selector.close()
                     connection.close()
-                    request = Request.parse(message)
-                    _begin(request, streams)
-                    return request
+                    _become(Request.parse(message), streams)
                 for stream in streams:
                     os.close(stream)
                 children.add(pid)
@@ -287,8 +283,7 @@ def _open_descriptors() -> frozenset[int]:
     return frozenset(number for number in listed if os.path.lexists(f"/proc/self/fd/{number}"))
 
 
-def main(argv: Sequence[str]) -> None:
-    """Serves; in a child, runs what was requested, as the interpreter runs a program."""
+def main(argv: Sequence[str]) -> NoReturn:
     global _server
     connection = socket.socket(fileno=int(argv[0]))
     connection.set_inheritable(False)
@@ -296,14 +291,7 @@ def main(argv: Sequence[str]) -> None:
     threads = len(os.listdir("/proc/self/task"))
     print(f"fork server: {argv[1]} is done, {threads} thread(s) of the kernel", flush=True)
     connection.send(json.dumps({"ready": threads}).encode())
-    request: Request | None = serve(connection)
-    error = None
-    try:
-        while request:
-            request = _run(request)
-    except BaseException as raised:
-        error = raised
-    _end(error)
+    serve(connection)
 
 
 if __name__ == "__main__":

@@ -386,6 +386,7 @@ class PlannedServers(PDServers):
     prefill_gpus, decode_gpus  indices of the GPUs that each server uses
     gpu_memory_gb   that each of them must have
     server_args     flags of both servers, in the words of the newest release
+    prompt_logprobs_are_fatal  set by `configure`: why logprobs of a prompt must not be asked for, or None
     """
 
     target = "8xH200"
@@ -397,6 +398,7 @@ class PlannedServers(PDServers):
     gpu_memory_gb = 80
     server_args: Sequence[str] = ()
     monolithic_nccl_port: str | None = None
+    prompt_logprobs_are_fatal: str | None
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -427,6 +429,7 @@ class PlannedServers(PDServers):
         """Settles model, ports, transfer backend and NICs, so that `*_args()` can be read; starts nothing."""
         super().setUpClass()
         cls.model = test_utils.try_cached_model(cls.model_name)
+        cls.prompt_logprobs_are_fatal = quirks.prompt_logprobs_are_fatal(cls.server_args)
 
     @classmethod
     def prefill_args(cls) -> list[str]:

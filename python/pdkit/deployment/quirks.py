@@ -39,6 +39,7 @@ RENAMED_FLAGS = {"cuda_graph_max_bs_decode": ("--cuda-graph-max-bs-decode", "--c
 
 COPIES_PAST_THE_END = "mask = start_index + offs < sz"
 COPIERS = "kernels/ops/memory/memcpy_triton.py", "srt/layers/dp_attention.py"
+BOUNDED = "sz = sz.clamp("  # the finding's patch, in the latter
 LAST_THAT_OVERWRITES = "0.5.23"
 LETS_EMPTY_TEXT_PASS = "(isinstance(texts, list) and len(texts) == 0)"
 
@@ -115,14 +116,16 @@ def prompt_logprobs_are_fatal(args: Sequence[str]) -> str | None:
     With DP attention, the draft model's pass over a prompt copies as many rows of logits as logprobs were asked for,
     and has one (`EagleWorkerV2._draft_extend_for_prefill`, `memcpy_triton`): what lies behind it is overwritten.
     """
-    exposed = {"--enable-dp-attention", "--speculative-algorithm"} <= {*args}
-    if exposed and any(source_says(path, COPIES_PAST_THE_END) for path in COPIERS):
+    given = {word.partition("=")[0] for word in args}
+    exposed = "--speculative-algorithm" in given and given & {"--enable-dp-attention", "--attn-dp-size"}
+    copies = any(source_says(path, COPIES_PAST_THE_END) for path in COPIERS)
+    if exposed and copies and not source_says(COPIERS[1], BOUNDED):
         return "it overwrites memory in this release of SGLang (docs/findings/prompt-logprobs-overwrite-memory.md)"
     return None
 
 
 def overwritten_by_prompt_logprobs(info: Mapping[str, object]) -> bool:
-    """The same of a running server, by what its /server_info reports; newer releases than we have read are believed."""
-    exposed = info.get("enable_dp_attention") and info.get("speculative_algorithm")
+    """The same of a running server, by its /server_info; releases after LAST_THAT_OVERWRITES are taken to be fixed."""
     version = str(info.get("version") or "")
+    exposed = info.get("enable_dp_attention") and info.get("speculative_algorithm")
     return bool(exposed and re.match(r"\d", version) and is_since(LAST_THAT_OVERWRITES, version))

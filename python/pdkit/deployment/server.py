@@ -44,6 +44,8 @@ class Server(subprocess.Popen[str]):
     copies: further text streams that receive its output.
     """
 
+    reaches_console = True
+
     def __init__(
         self,
         name: str,
@@ -83,7 +85,8 @@ class Server(subprocess.Popen[str]):
                     with contextlib.suppress(OSError, ValueError):
                         copy.write(line)
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"[{self.name}] {line}", end="", flush=True)
+                    if self.reaches_console:
+                        print(f"[{self.name}] {line}", end="", flush=True)
                 if self.fatal_at == math.inf and FATAL.search(line):
                     self.fatal_line, self.fatal_at = number, time.monotonic()
 

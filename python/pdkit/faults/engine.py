@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
+
+import numpy as np
 
 from pdkit.engine import state
 from pdkit.engine.options import EngineOptions
@@ -15,7 +18,7 @@ from pdkit.engine.scheduler import Scheduler
 from pdkit.engine.sequences import ROOMS
 from pdkit.engine.service import Service
 from pdkit.engine.transfer import DecodeReceiver, PrefillSender, TransferError
-from pdkit.faults.fault import Injection, Where
+from pdkit.faults.fault import Context, Injection, Where
 from pdkit.faults.switch import Switch
 
 CHUNK = EngineOptions.chunked_prefill_size
@@ -99,10 +102,19 @@ class FaultyServer:
                 await asyncio.sleep(0.1)
             raise TransferError("the fault that held this sample is over")
         self.fetching += 1
+        shifts = self._injection("entries-shifted")
         try:
-            return await original(receiver, *args)
+            kv_transfer = await original(receiver, *args)
+        except asyncio.CancelledError:
+            if shifts:
+                shifts.is_met()  # what it counts are aborts
+            raise
         finally:
             self.fetching -= 1
+        if shifts and shifts.met and shifts.fault.change:
+            self.switch.record()
+            return shifts.fault.change(kv_transfer, Context(deque(), np.random.default_rng(0)))
+        return kv_transfer
 
     def _close(
         self, original: Callable[..., Any], sender: PrefillSender, room_id: int, reason: str, opened: Any = None

@@ -8,7 +8,16 @@ import torch
 
 from pdkit.engine.transfer import KVTransfer
 from pdkit.faults import pieces
-from pdkit.faults.fault import Change, Context, Fault, Where, newest_tokens, overlaid_kinds, same_beginning
+from pdkit.faults.fault import (
+    Change,
+    Context,
+    Fault,
+    Where,
+    newest_tokens,
+    on_tensors,
+    overlaid_kinds,
+    same_beginning,
+)
 from pdkit.faults.pieces import COMPRESSED, Kind
 
 AGES = (20, 150, 400)  # requests
@@ -21,6 +30,7 @@ STREAMS = (20, 100)  # one in so many
 RETRIED = (10, 33)  # one request in so many
 RACES_S = (0.05, 0.5)
 SAMPLES_LATE_AT = (4, 16)  # transfers in flight
+ABORTED = (1, 40)  # transfers
 
 
 def _of_age() -> Iterator[Fault]:
@@ -203,6 +213,20 @@ def _of_races() -> Iterator[Fault]:
         )
 
 
+def _of_aborts() -> Iterator[Fault]:
+    for aborts in ABORTED:
+        yield Fault(
+            f"entries-shifted-after-{aborts}-aborts",
+            f"after {aborts} aborted transfer(s) the 4x compressed entries of others are read one slot late",
+            Where.SERVER,
+            on_tensors({Kind.C4_COMPRESSED}, pieces.shifted),
+            server="entries-shifted",
+            after=aborts - 1,
+            says="races: pages of aborted requests",
+            resembles="SGLang 24527, 31471",
+        )
+
+
 def _of_samples() -> Iterator[Fault]:
     for transfers in SAMPLES_LATE_AT:
         yield Fault(
@@ -263,6 +287,7 @@ FAMILIES: Mapping[str, tuple[Callable[[], Iterator[Fault]], tuple[str, ...]]] = 
     "latency": (_of_latency, ("test_no_second_mode_of_latency",)),
     "load_balancer": (_of_the_load_balancer, ("test_corrupted_handover_is_rejected",)),
     "races": (_of_races, ("test_shared_prefix_in_flight",)),
+    "aborts": (_of_aborts, ("test_pages_of_aborted_requests",)),
     "samples": (_of_samples, ("test_parallel_samples_in_flight",)),
     "crossed_parameters": (_of_crossed_parameters, ("test_parity_crossed_parameters",)),
     "work": (_of_work, ("test_answers_need_their_transfer", "test_decode_answers_no_failed_receive")),

@@ -8,7 +8,6 @@ import unittest
 import test_disaggregation_dsv4_1gpu as one_gpu
 from pdkit.checks.accuracy.checks import GSM8KChecks
 from pdkit.checks.gpu_pair import GpuPairChecks
-from pdkit.deployment import quirks
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.multi_gpu import TwoGpuServers
 from sglang.test.ci.ci_register import register_cuda_ci
@@ -19,7 +18,6 @@ register_cuda_ci(est_time=520, suite="stage-b-test-2-gpu-large")
 class TestDisaggregationDSV4TwoGpus(GpuPairChecks, GSM8KChecks, MonolithicBeside, TwoGpuServers):
     parity_options = one_gpu.TestDisaggregationDSV4OneGpu.parity_options
     acceptance_length_prompts = 32
-    prompt_logprobs_are_fatal = quirks.prompt_logprobs_are_fatal(TwoGpuServers.server_args)
 
     def test_gsm8k(self):
         self.require_training()

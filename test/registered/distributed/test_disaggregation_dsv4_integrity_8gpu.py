@@ -4,7 +4,6 @@ import unittest
 
 from pdkit.checks.gpu_pair import GpuPairChecks
 from pdkit.checks.integrity import IntegrityChecks
-from pdkit.deployment import quirks
 from pdkit.deployment.monolithic import MonolithicFirst
 from pdkit.deployment.multi_gpu import EightGpuServers
 from sglang.test.ci.ci_register import register_cuda_ci
@@ -13,8 +12,6 @@ register_cuda_ci(est_time=900, suite="stage-c-test-dsv4-8-gpu-h200")
 
 
 class TestDisaggregationDSV4Integrity8GPU(GpuPairChecks, IntegrityChecks, MonolithicFirst, EightGpuServers):
-    prompt_logprobs_are_fatal = quirks.prompt_logprobs_are_fatal(EightGpuServers.server_args)
-
     @classmethod
     def take_references(cls):
         super().take_references()

@@ -80,6 +80,9 @@ class TestDisaggregationDSV4Kinds(unittest.TestCase):
     def test_races(self):
         self.assert_caught("races")
 
+    def test_aborts(self):
+        self.assert_caught("aborts")
+
     def test_samples(self):
         self.assert_caught("samples")
 

@@ -14,7 +14,6 @@ register_cuda_ci(est_time=900, suite="stage-c-test-dsv4-8-gpu-h200")
 
 class TestDisaggregationDSV4Protocol8GPU(ProtocolChecks, RustRouterBeside, EightGpuServers):
     prefix_cache_tokens = None  # the next request may meet another data-parallel rank, with a cache of its own
-    prompt_logprobs_are_fatal = quirks.prompt_logprobs_are_fatal(EightGpuServers.server_args)
     if EightGpuServers.gsm8k_data_path:  # a small model: it writes blanks for ever, and nothing stands before its texts
         server_args = [*EightGpuServers.server_args, "--constrained-json-disable-any-whitespace"]
         unending_tokens = 7000

@@ -23,6 +23,9 @@ class TestDisaggregationDSV4Recovery8GPU(RecoveryChecks, BootstrapMessageChecks,
     bootstrap_timeout = waiting_timeout = 60
     settling = 60
     returning = 1200
+    # How long a decode rank stays blacklisted by a prefill rank after it is back: 30 to 300 s by default.
+    probes = {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "2", "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "8"}
+    server_env = EightGpuServers.server_env | probes
     if EightGpuServers.gsm8k_data_path:  # a small model answers soon, and its long prompts are to take their time
         router_timeout, bootstrap_timeout, waiting_timeout = 30, 15, 15
         server_args = [*EightGpuServers.server_args, "--chunked-prefill-size", "2048", "--disable-radix-cache"]

@@ -10,8 +10,10 @@ import http.server, os, subprocess, sys, threading, time
 port, healthy_after, dies_after, code, answers = int(sys.argv[1]), *map(float, sys.argv[2:6])
 print("orphan", subprocess.Popen(["sleep", "120"]).pid, flush=True)
 if sys.argv[6] == "True":
-    worker = "import setproctitle, time; setproctitle.setproctitle('sglang::scheduler_TP0'); time.sleep(120)"
-    print("worker", subprocess.Popen([sys.executable, "-c", worker]).pid, flush=True)
+    title = "import setproctitle, time; setproctitle.setproctitle('sglang::scheduler_TP0'); print(flush=True)"
+    worker = subprocess.Popen([sys.executable, "-c", f"{title}; time.sleep(120)"], stdout=subprocess.PIPE)
+    worker.stdout.readline()  # it has its title
+    print("worker", worker.pid, flush=True)
 start = time.monotonic()
 
 def die():

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import tempfile
 import unittest
 from pathlib import Path
 
 import yaml
+from cases import FolderCase
 from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
 
@@ -22,30 +22,27 @@ exit $STUB_CODE
 """
 
 
-class TestAction(unittest.TestCase):
+class TestAction(FolderCase):
     def setUp(self):
-        self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        stub = self.directory / "pdkit" / "bin" / "pdkit"
-        stub.parent.mkdir(parents=True)
-        stub.write_text(STUB)
-        stub.chmod(0o755)
+        super().setUp()
+        self.write("pdkit/bin/pdkit", STUB).chmod(0o755)
 
     def run_step(self, code, **inputs):
         """(exit code, outputs, summary) of the step `Run`, as a runner would start it."""
         values = {name: spec.get("default", "") for name, spec in ACTION["inputs"].items()} | inputs
-        environ = {**os.environ, "RUNNER_TEMP": str(self.directory), "STUB_CODE": str(code)}
+        environ = {**os.environ, "RUNNER_TEMP": str(self.root), "STUB_CODE": str(code)}
         for variable in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"):
-            environ[variable] = str(self.directory / variable)
+            environ[variable] = str(self.root / variable)
             Path(environ[variable]).write_text("")
         for variable, expression in STEPS["Run"]["env"].items():
             name = expression.removeprefix("${{ inputs.").removesuffix(" }}")
             environ[variable] = values[name]  # KeyError: no such input
-        script = self.directory / "script.sh"
+        script = self.root / "script.sh"
         script.write_text(STEPS["Run"]["run"])
         command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
         run = subprocess.run(command, env=environ, capture_output=True, text=True)
-        outputs = (self.directory / "GITHUB_OUTPUT").read_text()
-        return run.returncode, outputs, (self.directory / "GITHUB_STEP_SUMMARY").read_text()
+        outputs = (self.root / "GITHUB_OUTPUT").read_text()
+        return run.returncode, outputs, (self.root / "GITHUB_STEP_SUMMARY").read_text()
 
     def test_a_check(self):
         inputs = {"url": "http://lb:1", "baseline": "http://one:2", "options": "--quick --exact", "api-key": "k"}

@@ -86,9 +86,9 @@ class TestNeeds(unittest.TestCase):
             def check(self):
                 self.own = self.declared, self.monolithic_url
                 self.assertTrue(self.url)
-                return self.own
+                return lambda: self.own, self.later
 
-        self.assertEqual(sorted(undeclared(Careless)), ["port", "start", "url"])
+        self.assertEqual(sorted(undeclared(Careless)), ["later", "port", "start", "url"])
 
 
 def checks() -> list[type[Checks]]:

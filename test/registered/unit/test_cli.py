@@ -1,18 +1,16 @@
 """The command `pdkit`: its sub-commands, what each imports, and what is said where one is mistyped."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import unittest
 from pathlib import Path
 from unittest.mock import patch
 
-from pdkit.cli.main import COMMANDS, main
+from cases import FolderCase, pdkit
+from pdkit.cli.main import COMMANDS
 from pdkit.core.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
@@ -32,22 +30,10 @@ print(json.dumps(found))
 """
 
 
-def pdkit(*words: str) -> tuple[int, str, str]:
-    """(Exit code, standard output, standard error) of a command line, run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        patch.dict("os.environ", COLUMNS=str(SCREEN_COLUMNS)),
-    ):
-        try:
-            code = main(words)
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
-
-
 class TestCommands(unittest.TestCase):
+    def setUp(self):
+        self.enterContext(patch.dict("os.environ", COLUMNS=str(SCREEN_COLUMNS)))
+
     def test_each_is_explained_on_one_screen(self):
         for words in ([], *([name] for name in COMMANDS)):
             with self.subTest(*words):
@@ -79,16 +65,13 @@ class TestCommands(unittest.TestCase):
     def test_what_a_shell_completes(self):
         for typed, expected in (("pdkit li", "list"), ("pdkit list --targ", "--targets"), ("pdkit run --rep", "--rep")):
             with self.subTest(typed):
-                with subprocess.Popen(
-                    ["bash", "-c", f'"{sys.executable}" -m pdkit 8>&1 9>/dev/null'],
-                    env={**os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed))},
-                    stdout=subprocess.PIPE,
-                    text=True,
-                ) as shell:
-                    self.assertIn(expected, shell.communicate()[0])
+                command = ["bash", "-c", f'"{sys.executable}" -m pdkit 8>&1 9>/dev/null']
+                asked = {"_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed))}
+                done = subprocess.run(command, env={**os.environ, **asked}, stdout=subprocess.PIPE, text=True)
+                self.assertIn(expected, done.stdout)
 
 
-class TestImports(unittest.TestCase):
+class TestImports(FolderCase):
     def imported(self, *commands: list[str], first: str = "") -> dict[str, list[str]]:
         """Top-level modules that are there after each of `commands`, one after the other in one process."""
         command = [sys.executable, "-c", first + IMPORTED, json.dumps(commands)]
@@ -97,24 +80,12 @@ class TestImports(unittest.TestCase):
         return json.loads(done.stdout)
 
     def test_what_needs_none_of_them_imports_none_of_them(self):
-        helps = ([name, "--help"] for name in COMMANDS)
-        with tempfile.TemporaryDirectory() as folder:
-            with tarfile.open(RECORDED_RUN) as archive:
-                archive.extractall(folder, filter="data")
-            (run,) = {path.parent for path in Path(folder).rglob("results.json")}
-            history = Path(folder, "history.jsonl")
-            history.touch()
-            found = self.imported(
-                ["--help"],
-                *helps,
-                ["list"],
-                ["list", "--targets"],
-                ["plan"],
-                ["lint"],
-                ["preflight", "--record"],
-                ["report", str(run)],
-                ["history", str(history)],
-            )
+        with tarfile.open(RECORDED_RUN) as archive:
+            archive.extractall(self.root, filter="data")
+        (run,) = {path.parent for path in self.root.rglob("results.json")}
+        helps = (["--help"], *([name, "--help"] for name in COMMANDS))
+        lists = (["list"], ["list", "--targets"], ["plan"], ["lint"], ["preflight", "--record"])
+        found = self.imported(*helps, *lists, ["report", str(run)], ["history", str(self.write("history.jsonl"))])
         self.assertGreater(len(found), len(COMMANDS))
         for words, modules in found.items():
             self.assertEqual(HEAVY & set(modules), set(), words)

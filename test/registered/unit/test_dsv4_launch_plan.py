@@ -20,6 +20,7 @@ from unittest import mock
 
 import psutil
 import requests
+from cases import FolderCase, printed
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit.checks.integrity import kv_checksum_args
 from pdkit.checks.parity import checks as parity
@@ -53,19 +54,27 @@ def parse(args):
     """The namespace that the installed SGLang makes of `args`; its parser must know each flag by its full name."""
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    abbreviated = {arg for arg in quirks.as_installed(args, ServerArgs) if arg.startswith("--")} - set(
-        parser._option_string_actions
-    )
+    installed = quirks.as_installed(args, ServerArgs)
+    abbreviated = {arg for arg in installed if arg.startswith("--")} - set(parser._option_string_actions)
     assert abbreviated <= {"--tp", "--dp"}, abbreviated  # these two as SGLang's own tests abbreviate them
-    return parser.parse_args(["--model-path", "x", *quirks.as_installed(args, ServerArgs)])
+    return parser.parse_args(["--model-path", "x", *installed])
+
+
+def launched_at_ports(cls, **ports):
+    """A class like `cls` whose fixture has drawn its ports, and its (prefill, decode, monolithic) arguments."""
+    drawn = {"bootstrap_port": "1", "lb_port": "2", "base_host": "127.0.0.1", "prefill_port": "3", "decode_port": "4"}
+    plan = type("Plan", (cls,), drawn | ports)
+    drawing = disaggregation_fixture.PDDisaggregationServerBase
+    with mock.patch.object(drawing, "setUpClass", classmethod(lambda cls: None)):
+        plan.configure()
+    return plan, (plan.prefill_args(), plan.decode_args(), plan.monolithic_args())
 
 
 class TestLaunchPlan(unittest.TestCase):
     plan = EightGpuServers
 
     def setUp(self):
-        environ = {"SGLANG_IS_IN_CI": "false"}
-        self.enterContext(mock.patch.dict(os.environ, environ))
+        self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false"))
         with contextlib.redirect_stdout(io.StringIO()), self.assertWarnsRegex(UserWarning, "No RDMA devices"):
             self.plan.configure()
 
@@ -115,10 +124,8 @@ class TestLaunchPlan(unittest.TestCase):
 
     def test_registration(self):
         registries, has_main = ut_parse_one_file(dsv4.__file__)
-        self.assertEqual(
-            [(r.backend.name, r.est_time, r.suite) for r in registries],
-            [("CUDA", 250, "stage-c-test-dsv4-8-gpu-h200")],
-        )
+        found = [(r.backend.name, r.est_time, r.suite) for r in registries]
+        self.assertEqual(found, [("CUDA", 250, "stage-c-test-dsv4-8-gpu-h200")])
         self.assertTrue(has_main)
 
     def test_targets_are_those_that_can_be_run(self):
@@ -144,8 +151,7 @@ class TestMachine(unittest.TestCase):
 
     def require(self, plan=EightGpuServers):
         """What the check raised, and what it printed."""
-        stdout = io.StringIO()
-        with contextlib.redirect_stdout(stdout), self.assertRaises(Exception) as caught:
+        with contextlib.redirect_stdout(io.StringIO()) as stdout, self.assertRaises(Exception) as caught:
             plan.require_gpus()
         return caught.exception, stdout.getvalue()
 
@@ -179,36 +185,22 @@ class TestMachine(unittest.TestCase):
     def test_ci_does_not_skip(self):
         self.machine(self.H200)
         with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
-            failure, _ = self.require()
-        self.assertIsInstance(failure, AssertionError)
+            self.assertIsInstance(self.require()[0], AssertionError)
 
 
 class TestOneGpu(unittest.TestCase):
     def test_an_nccl_port_for_each_server_whether_the_fixture_pins_them_or_not(self):
-        fixture = disaggregation_fixture.PDDisaggregationServerBase
-        for pins in (True, False):
-            with self.subTest(pins), mock.patch.object(fixture, "setUpClass", classmethod(lambda cls: None)):
-                plan = type("Plan", (one_gpu.TestDisaggregationDSV4OneGpu,), {})
-                plan.bootstrap_port, plan.lb_port, plan.base_host = "1", "2", "127.0.0.1"
-                plan.prefill_port, plan.decode_port = "3", "4"
-                if pins:
-                    plan.prefill_nccl_port, plan.decode_nccl_port = "5", "6"
-                plan.configure()
+        for pinned in ({"prefill_nccl_port": "5", "decode_nccl_port": "6"}, {}):
+            with self.subTest(pinned):
+                plan, args = launched_at_ports(one_gpu.TestDisaggregationDSV4OneGpu, **pinned)
                 self.addCleanup(plan.doClassCleanups)
-                args = plan.prefill_args(), plan.decode_args(), plan.monolithic_args()
                 drawn = {port for each in args if (port := parse(each).nccl_port)}
                 self.assertEqual(len(drawn), 3)
                 self.assertTrue(all(22000 < port < 32000 for port in drawn), drawn)
 
     def test_with_dp_attention_each_server_meets_its_ranks_at_a_port_of_its_own(self):
-        fixture = disaggregation_fixture.PDDisaggregationServerBase
-        with mock.patch.object(fixture, "setUpClass", classmethod(lambda cls: None)):
-            plan = type("Plan", (two_gpus.TestDisaggregationDSV4TwoGpus,), {})
-            plan.bootstrap_port, plan.lb_port, plan.base_host = "1", "2", "127.0.0.1"
-            plan.prefill_port, plan.decode_port = "3", "4"
-            plan.configure()
-            self.addCleanup(plan.doClassCleanups)
-            args = plan.prefill_args(), plan.decode_args(), plan.monolithic_args()
+        plan, args = launched_at_ports(two_gpus.TestDisaggregationDSV4TwoGpus)
+        self.addCleanup(plan.doClassCleanups)
         met = {int(each[each.index("--dist-init-addr") + 1].removeprefix("127.0.0.1:")) for each in args}
         ports = {int(getattr(plan, name)) for name in dir(plan) if name.endswith("_port")}
         self.assertEqual(len(met), 3)
@@ -218,9 +210,8 @@ class TestOneGpu(unittest.TestCase):
         case = one_gpu.TestDisaggregationDSV4OneGpu("test_parity_rooms")
         probes = completion_probe("text", "a text", 4), generate_probe("short", range(257), 4)
         cold = SimpleNamespace(cached_tokens=0)
-        self.assertEqual(
-            case.check_cached(Round("test", probes, cached=frozenset({"text", "short"})), [cold, cold]), []
-        )
+        round_ = Round("test", probes, cached=frozenset({"text", "short"}))
+        self.assertEqual(case.check_cached(round_, [cold, cold]), [])
         long = generate_probe("long", range(513), 4)
         (missing,) = case.check_cached(Round("test", (long,), cached=frozenset({"long"})), [cold])
         self.assertEqual(missing, "test: 0 of 513 tokens of long came from prefill's cache")
@@ -242,30 +233,35 @@ class TestOneGpu(unittest.TestCase):
         ):
             case = type("Asked", (one_gpu.TestDisaggregationDSV4OneGpu,), asked)("test_parity_rooms")  # it asks once
             arm = [SimpleNamespace(cached_tokens=512 if number < cached else 0) for number in range(4)]
+            lacks_pages = self.assertRaisesRegex(AssertionError, "0 of 513 tokens of long")
             with (
                 self.subTest(more=more, cached=cached),
                 mock.patch.object(parity, "read_server_info", return_value={**one, **more}),
                 mock.patch.object(parity, "collect", return_value=arm),
                 mock.patch.object(parity.Parity, "pool"),
-                contextlib.nullcontext()
-                if passes
-                else self.assertRaisesRegex(AssertionError, "0 of 513 tokens of long"),
+                contextlib.nullcontext() if passes else lacks_pages,
             ):
                 case.check_parity([round_])
 
 
-class TestSupervision(unittest.TestCase):
+class LogCase(FolderCase):
+    """The directory of logs is that of the events too."""
+
     def setUp(self):
-        self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
-        self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false", SGLANG_TEST_MAX_RETRY="0"))
+        super().setUp()
+        self.log_dir = str(self.root)
         self.enterContext(mock.patch.dict(os.environ, {events.VARIABLE: self.log_dir}))
+
+
+class TestSupervision(LogCase):
+    def setUp(self):
+        super().setUp()
+        self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false", SGLANG_TEST_MAX_RETRY="0"))
 
     def run_pair(self, **pair):
         before = set(psutil.Process().children(recursive=True))
-        case = fake_pair(self.log_dir, **pair)
-        with contextlib.redirect_stdout(io.StringIO()) as self.stdout, contextlib.redirect_stderr(io.StringIO()):
-            result = unittest.TestResult()
-            unittest.TestSuite([case("test_gsm8k")]).run(result)
+        case, result = fake_pair(self.log_dir, **pair), unittest.TestResult()
+        self.stdout = printed(unittest.TestSuite([case("test_gsm8k")]).run, result).out
         self.assertEqual(set(psutil.Process().children(recursive=True)), before)
         self.assert_no_orphan()
         self.assertEqual(signal.getsignal(signal.SIGUSR1), signal.SIG_DFL)
@@ -310,8 +306,7 @@ class TestSupervision(unittest.TestCase):
         self.assertIn("first request failed", self.phases())
 
     def test_prefill_dies_while_both_load(self):
-        pair = dict(prefill=Fate(healthy=NEVER, dies=1, code=7), decode=Fate(healthy=NEVER))
-        (message,) = self.run_pair(**pair)
+        (message,) = self.run_pair(prefill=Fate(healthy=NEVER, dies=1, code=7), decode=Fate(healthy=NEVER))
         self.assert_names(message, "prefill", 7)
         self.assert_death("prefill", 7)
         self.assertEqual(self.phases()[:2], ["launch prefill begins", "launch prefill failed"])
@@ -325,25 +320,17 @@ class TestSupervision(unittest.TestCase):
         self.assert_names(message, "load balancer", 7)
         self.assertIn("start load balancer failed", self.phases())
 
-    def check_monolithic(self, mixin, still_there):
-        asked = []
-
+    def test_a_monolithic_server_is_asked_before_the_pair_is_launched_or_beside_it(self):
         class Asking:
             @classmethod
             def take_references(cls):
                 asked.append((cls.process_prefill is not None, requests.get(cls.monolithic_url).status_code))
 
-        def test(case):
-            self.assertEqual(case.process_monolithic is not None, still_there)
-
-        self.assertEqual(self.run_pair(mixins=(mixin, Asking), test=test), [])
-        self.assertEqual(asked, [(still_there, 200)])
-
-    def test_a_monolithic_server_is_asked_before_the_pair_is_launched(self):
-        self.check_monolithic(MonolithicFirst, still_there=False)
-
-    def test_a_monolithic_server_is_asked_beside_the_pair(self):
-        self.check_monolithic(MonolithicBeside, still_there=True)
+        for mixin, beside in ((MonolithicFirst, False), (MonolithicBeside, True)):
+            asked, kept = [], []
+            test = lambda case, kept=kept: kept.append(case.process_monolithic is not None)  # noqa: E731
+            self.assertEqual(self.run_pair(mixins=(mixin, Asking), test=test), [])
+            self.assertEqual((asked, kept), ([(beside, 200)], [beside]))
 
     def test_a_monolithic_server_dies_while_it_is_asked(self):
         balancer_is_up = threading.Event()
@@ -378,9 +365,8 @@ class TestSupervision(unittest.TestCase):
 
     def ask(self, *answers):
         """Questions whose right `answers` these are, behind 5 shots."""
-        questions = Path(self.log_dir, "questions.jsonl")
         rows = [{"question": "1+1?", "answer": f"#### {answer}"} for answer in [2] * 5 + [*answers]]
-        questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        questions = self.write("questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.enterContext(mock.patch.object(EmbeddedServers, "gsm8k_data_path", str(questions)))
 
     def test_transcript_of_the_eval(self):
@@ -399,13 +385,13 @@ class TestSupervision(unittest.TestCase):
         progress = events.read(self.log_dir).of("progress")
         self.assertEqual([(event["done"], event["total"]) for event in progress], [(1, 3), (2, 3), (3, 3)])
         self.assertAlmostEqual(progress[-1]["score"], 2 / 3)
-        self.assertIn("\n[progress] 3/3, score so far 0.667\n", self.stdout.getvalue())
+        self.assertIn("\n[progress] 3/3, score so far 0.667\n", self.stdout)
 
     def test_decode_dies_while_the_eval_client_retries_in_silence(self):
         self.ask(*[2] * 5)
         (message,) = self.run_pair(decode=Fate(dies=5, code=7))
         self.assert_names(message, "decode", 7)
-        self.assertNotIn("All retry attempts exhausted", self.stdout.getvalue())
+        self.assertNotIn("All retry attempts exhausted", self.stdout)
 
     def test_neither_client_errors_nor_retries_hide_a_death(self):
         def test(case):
@@ -459,21 +445,24 @@ class TestSupervision(unittest.TestCase):
                 os._exit(code)
 
 
-class TestVerdict(unittest.TestCase):
+class TestVerdict(LogCase):
     """What `test_gsm8k` concludes from a score and from what the two embedded engines say that they did."""
 
     def setUp(self):
-        self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
+        super().setUp()
         self.enterContext(mock.patch.object(EmbeddedServers, "log_dir", self.log_dir))
-        self.enterContext(mock.patch.dict(os.environ, {events.VARIABLE: self.log_dir}))
 
     def verdict(self, score=1.0, prefill=None, decode=None):
         infos = {
-            "prefill": {"engine": {"requests": 200, "prefill_tokens": 9000, "decode_tokens": 0}},
-            "decode": {"engine": {"requests": 200, "prefill_tokens": 0, "decode_tokens": 5000}},
+            "prefill": {
+                "engine": {"requests": 200, "prefill_tokens": 9000, "decode_tokens": 0},
+                "transfer": {"sent": 200, "received": 0, "failed": 0},
+            },
+            "decode": {
+                "engine": {"requests": 200, "prefill_tokens": 0, "decode_tokens": 5000},
+                "transfer": {"sent": 0, "received": 200, "failed": 0},
+            },
         }
-        infos["prefill"]["transfer"] = {"sent": 200, "received": 0, "failed": 0}
-        infos["decode"]["transfer"] = {"sent": 0, "received": 200, "failed": 0}
         for side, change in (("prefill", prefill), ("decode", decode)):
             for section, values in (change or {}).items():
                 infos[side][section].update(values)
@@ -527,9 +516,13 @@ class TestVerdict(unittest.TestCase):
 
 
 class TestBeforeLaunch(unittest.TestCase):
-    def test_busy_port(self):
+    def claimed(self):
         block = ports.claim()
         self.addCleanup(block.release)
+        return block
+
+    def test_busy_port(self):
+        block = self.claimed()
         first, second, third, *_ = block.ports
         plan = SimpleNamespace(lb_port=str(first), prefill_port=str(second), decode_port=str(third))
         deployment_ports.require_free(plan)
@@ -538,8 +531,7 @@ class TestBeforeLaunch(unittest.TestCase):
                 deployment_ports.require_free(plan)
 
     def test_two_runs_with_the_same_ports(self):
-        block = ports.claim()
-        self.addCleanup(block.release)
+        block = self.claimed()
         plan, elsewhere = (SimpleNamespace(lb_port=str(port)) for port in block.ports[:2])
         with deployment_ports.lock(plan) as lock, deployment_ports.lock(elsewhere):
             address = lock.getsockname().decode()
@@ -556,15 +548,12 @@ class TestBeforeLaunch(unittest.TestCase):
         deployment_ports.lock(plan).close()
 
     def test_two_runs_of_the_embedded_target_do_not_meet(self):
-        class Other(embedded.TestDisaggregationDSV4Embedded):
-            pass
-
-        claimed = []
-        for plan in (embedded.TestDisaggregationDSV4Embedded, Other):
+        claimed, one = [], embedded.TestDisaggregationDSV4Embedded
+        for plan in (one, type("Other", (one,), {})):
             self.addCleanup(plan.doClassCleanups)
-            with mock.patch.dict(os.environ), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            with mock.patch.dict(os.environ), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                plan.configure()
+                printed(plan.configure)
             self.addCleanup(deployment_ports.lock(plan).close)
             deployment_ports.require_free(plan)
             claimed += [getattr(plan, name) for name in dir(plan) if name.endswith("_port")]

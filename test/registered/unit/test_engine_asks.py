@@ -42,10 +42,8 @@ class TestFanOut(unittest.TestCase):
             (["a"], 2, {"top_logprobs_num": [1]}),
             (["a"], 1, {"extra_key": ["k"]}),
         ):
-            with (
-                self.subTest(fields=fields),
-                self.assertRaisesRegex(BadRequest, f"{next(iter(fields))} must be one value"),
-            ):
+            (name,) = fields
+            with self.subTest(fields=fields), self.assertRaisesRegex(BadRequest, f"{name} must be one value"):
                 rooms(prompts, 7, n, **fields)
         with self.assertRaisesRegex(BadRequest, "bootstrap_room has 3 entries for 1 prompts"):
             rooms(["a"], [1, 2, 3], n=2)

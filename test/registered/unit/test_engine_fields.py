@@ -217,9 +217,8 @@ class TestMore(unittest.TestCase):
         page = (Path(__file__).parents[3] / "docs" / "embedded-engine.md").read_text()
         rows = [line.split("|")[2:4] for line in page.splitlines() if line.startswith("| ") and "`" in line]
         for media in (False, True):
-            told = {
-                name for names, where in rows if ("none" in where) == media for name in re.findall(r"`(\w+)`", names)
-            }
+            of_target = (names for names, where in rows if ("none" in where) == media)
+            told = {name for names in of_target for name in re.findall(r"`(\w+)`", names)}
             refused = {name for model in MODELS for name in model.table.neutral if (name in model.table.media) == media}
             self.assertEqual(told, refused)
 

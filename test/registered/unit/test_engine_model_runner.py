@@ -85,9 +85,8 @@ class TestAgainstTransformers(EngineTestCase):
         for length in (1, 4, 33, 129, 260):
             with self.subTest(length=length):
                 ids = prompt(length)
-                generated = model.generate(
-                    torch.tensor([ids]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
-                )
+                greedy = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+                generated = model.generate(torch.tensor([ids]), **greedy)
                 logits, cache = prefill(ids)
                 tokens = [int(logits[-1].argmax())]
                 while len(tokens) < 40:
@@ -253,10 +252,8 @@ class TestScheduler(EngineTestCase):
     def test_a_failure_on_the_torch_thread_ends_the_process(self):
         ended = threading.Event()
         broken = SimpleNamespace(config=model.config, prefill_step=None)
-        with (
-            mock.patch("os._exit", side_effect=lambda code: ended.set()) as leave,
-            contextlib.redirect_stderr(io.StringIO()) as log,
-        ):
+        leaving = mock.patch("os._exit", side_effect=lambda code: ended.set())
+        with leaving as leave, contextlib.redirect_stderr(io.StringIO()) as log:
             scheduler = Scheduler(broken)
             scheduler.generate(self.request(prompt(3)))
             scheduler.start()
@@ -305,9 +302,8 @@ class TestScheduler(EngineTestCase):
                 request = self.request(ids, tokens=1, logprob_start_len=start)
                 self.serve([request])
                 self.assertEqual([token for _, token in request.input_logprobs], ids[start:])
-                for (logprob, _), (expected, _) in zip(
-                    request.input_logprobs[1:], everything.input_logprobs[start + 1 :]
-                ):
+                pairs = zip(request.input_logprobs[1:], everything.input_logprobs[start + 1 :])
+                for (logprob, _), (expected, _) in pairs:
                     self.assertAlmostEqual(logprob, expected, places=3)
 
 

@@ -104,14 +104,12 @@ class TestNative(EngineTestCase):
         self.assertEqual((meta["id"], meta["finish_reason"]), ("my-id", {"type": "length", "length": 12}))
         self.assertEqual((meta["completion_tokens"], len(result["output_ids"])), (12, 12))
         self.assertEqual(meta["output_token_logprobs_length"], 12)
-        for (logprob, token, text), top, output in zip(
-            meta["output_token_logprobs"], meta["output_top_logprobs"], result["output_ids"]
-        ):
+        rows = zip(meta["output_token_logprobs"], meta["output_top_logprobs"], result["output_ids"])
+        for (logprob, token, text), top, output in rows:
             self.assertEqual((token, text, len(top)), (output, None, 2))
             self.assertEqual(top[0], [logprob, token, None])
         self.assertEqual(meta["input_token_logprobs"], [])
-        plain = lb.generate("12 plus 5")["meta_info"]
-        self.assertNotIn("output_token_logprobs", plain)
+        self.assertNotIn("output_token_logprobs", lb.generate("12 plus 5")["meta_info"])
 
     def test_put_will_do(self):
         response = requests.put(mono.url + "/generate", json={"text": "1", "sampling_params": GREEDY}, timeout=30)
@@ -136,9 +134,8 @@ class TestNative(EngineTestCase):
             sizes = [len(result["output_ids"]) for result in server.generate(texts, sampling_params=params)]
             self.assertEqual(sizes, [1, 2, 3])
             self.assertEqual(len(server.generate(["1"])), 1)
-            chunks = events(
-                server.post("/generate", {"text": texts, "sampling_params": GREEDY, "stream": True}, stream=True)
-            )
+            body = {"text": texts, "sampling_params": GREEDY, "stream": True}
+            chunks = events(server.post("/generate", body, stream=True))
             last = {chunk["index"]: chunk["output_ids"] for chunk in chunks}
             self.assertEqual([last[index] for index in range(3)], alone)
 
@@ -194,11 +191,10 @@ class TestNative(EngineTestCase):
 
 class TestOpenAI(EngineTestCase):
     def setUp(self):
-        self.clients = [
-            openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) for server in (mono, lb)
-        ]
-        for client in self.clients:
-            self.addCleanup(client.close)
+        self.clients = []
+        for server in (mono, lb):
+            self.clients.append(openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0))
+            self.addCleanup(self.clients[-1].close)
 
     def test_completions_streamed_and_not(self):
         for client in self.clients:
@@ -213,14 +209,10 @@ class TestOpenAI(EngineTestCase):
             self.assertEqual({len(top) for top in choice.logprobs.top_logprobs}, {2})
             chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
             self.assertEqual("".join(chunk.choices[0].text for chunk in chunks[:-1]), choice.text)
-            tokens = [
-                token
-                for chunk in chunks[:-1]
-                if chunk.choices[0].logprobs
-                for token in chunk.choices[0].logprobs.tokens
-            ]
+            logprobs = [chunk.choices[0].logprobs for chunk in chunks[:-1]]
+            tokens = [token for each in logprobs if each for token in each.tokens]
             self.assertEqual(tokens, choice.logprobs.tokens)
-            self.assertEqual([chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1], "length")
+            self.assertEqual(chunks[-2].choices[0].finish_reason, "length")
             self.assertEqual((chunks[-1].choices, chunks[-1].usage.completion_tokens), ([], 12))
             self.assertEqual(chunks[-1].usage.prompt_tokens, whole.usage.prompt_tokens)
 
@@ -235,10 +227,8 @@ class TestOpenAI(EngineTestCase):
             self.assertEqual(both.usage.completion_tokens, 24)
             echo = client.completions.create(prompt=prompts[1], echo=True, **ask)
             self.assertEqual(echo.choices[0].text, prompts[1] + alone[1])
-            streamed = "".join(
-                c.choices[0].text for c in client.completions.create(prompt=prompts[1], echo=True, stream=True, **ask)
-            )
-            self.assertEqual(streamed, echo.choices[0].text)
+            streamed = client.completions.create(prompt=prompts[1], echo=True, stream=True, **ask)
+            self.assertEqual("".join(chunk.choices[0].text for chunk in streamed), echo.choices[0].text)
             ids = client.completions.create(prompt=prompt(5), **ask)
             self.assertEqual(ids.usage.prompt_tokens, 5)
 
@@ -248,17 +238,15 @@ class TestOpenAI(EngineTestCase):
                    "temperature": 0, "logprobs": True, "top_logprobs": 2}  # fmt: skip
             whole = client.chat.completions.create(**ask)
             choice = whole.choices[0]
-            self.assertEqual(
-                (whole.object, choice.message.role, choice.finish_reason), ("chat.completion", "assistant", "length")
-            )
+            self.assertEqual(whole.object, "chat.completion")
+            self.assertEqual((choice.message.role, choice.finish_reason), ("assistant", "length"))
             self.assertEqual((len(choice.logprobs.content), whole.usage.completion_tokens), (12, 12))
             self.assertEqual({len(token.top_logprobs) for token in choice.logprobs.content}, {2})
             chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
             self.assertEqual(chunks[0].object, "chat.completion.chunk")
             self.assertEqual(chunks[0].choices[0].delta.role, "assistant")
-            self.assertEqual(
-                "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]), choice.message.content
-            )
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+            self.assertEqual(streamed, choice.message.content)
             self.assertEqual(sum(bool(chunk.choices[0].delta.role) for chunk in chunks[:-1]), 1)
             self.assertEqual(chunks[-1].usage.completion_tokens, 12)
 
@@ -305,24 +293,17 @@ class TestOpenAI(EngineTestCase):
 
     def test_stop(self):
         for client in self.clients:
-            text = (
-                client.completions.create(model="random", prompt="12 plus 5", max_tokens=30, temperature=0)
-                .choices[0]
-                .text
-            )
+            ask = {"model": "random", "prompt": "12 plus 5", "max_tokens": 30, "temperature": 0}
+            text = client.completions.create(**ask).choices[0].text
             stop = text[9:13]
-            ask = {"model": "random", "prompt": "12 plus 5", "max_tokens": 30, "temperature": 0, "stop": [stop]}
-            choice = client.completions.create(**ask).choices[0]
+            choice = client.completions.create(**ask, stop=[stop]).choices[0]
             self.assertEqual((choice.text, choice.finish_reason), (text.split(stop)[0], "stop"))
             self.assertEqual(choice.matched_stop, stop)
-            self.assertEqual(
-                "".join(c.choices[0].text for c in client.completions.create(**ask, stream=True)), choice.text
-            )
+            streamed = client.completions.create(**ask, stop=[stop], stream=True)
+            self.assertEqual("".join(chunk.choices[0].text for chunk in streamed), choice.text)
 
     def test_the_id_aborts(self):
-        client = openai.OpenAI(base_url=lb.url + "/v1", api_key="none", max_retries=0)
-        self.addCleanup(client.close)
-        stream = client.completions.create(
+        stream = self.clients[1].completions.create(
             model="random", prompt="1", max_tokens=3000, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
         first = next(stream)
@@ -356,9 +337,8 @@ class TestBadRequests(EngineTestCase):
         for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
             for server in (mono, prefill, decode):
                 for data in (b"", b"{", b"[]", b"5", b"null", b"\xff", b'{"text": "1"'):
-                    response = requests.post(
-                        server.url + path, data=data, headers={"Content-Type": "application/json"}, timeout=30
-                    )
+                    headers = {"Content-Type": "application/json"}
+                    response = requests.post(server.url + path, data=data, headers=headers, timeout=30)
                     self.assertRefused(response, 400, "body")
         self.assertRefused(requests.post(mono.url + "/v1/completions", data="{}", timeout=30), 400, "body")
 
@@ -422,6 +402,7 @@ class TestBadRequests(EngineTestCase):
         chat = {"model": "random", "messages": [{"role": "user", "content": "1"}]}
         completion = {"model": "random", "prompt": "1"}
         schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+        image = {"role": "user", "content": [{"type": "image_url"}]}
         for server in (mono, lb):
             for path, body, pattern in (
                 ("completions", {"model": "random"}, "prompt"),
@@ -441,11 +422,7 @@ class TestBadRequests(EngineTestCase):
                 ("chat/completions", chat | {"messages": [{}]}, "role|content"),
                 ("chat/completions", chat | {"messages": [{"role": "user"}]}, "content"),
                 ("chat/completions", chat | {"messages": [{"role": "user", "content": 5}]}, "content"),
-                (
-                    "chat/completions",
-                    chat | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-                    "content",
-                ),
+                ("chat/completions", chat | {"messages": [image]}, "content"),
                 ("chat/completions", chat | {"response_format": schema}, "response_format"),
                 ("chat/completions", chat | {"stop": 5}, "stop"),
             ):
@@ -465,9 +442,8 @@ class TestBadRequests(EngineTestCase):
         for server in (mono, lb):
             response = server.post("/v1/completions", completion)
             error = self.assertRefused(response, 400, named)
-            del error["message"]
             wanted = {"object": "error", "type": "BadRequestError", "param": "return_hidden_states", "code": 400}
-            self.assertEqual(error, wanted)
+            self.assertEqual(error, wanted | {"message": error["message"]})
         error = self.assertRefused(mono.post("/generate", {"text": "1", "return_hidden_states": True}), 400, named)
         self.assertEqual((list(error), list(error["error"])), (["error"], ["message"]))
         streamed = mono.post("/generate", {"text": "1", "return_hidden_states": True, "stream": True}, stream=True)
@@ -505,9 +481,8 @@ class TestFailures(EngineTestCase):
     def test_decode_whose_prefill_is_gone(self):
         start = time.monotonic()
         response = decode.post("/generate", self.ask(1, free_port))
-        error = self.assertRefused(
-            response, 500, f"room 1 from 127.0.0.1:{free_port} failed.*refused|Connect call failed"
-        )
+        failed = f"room 1 from 127.0.0.1:{free_port} failed.*refused|Connect call failed"
+        error = self.assertRefused(response, 500, failed)
         self.assertEqual((error["object"], error["code"]), ("error", 500))
         self.assertLess(time.monotonic() - start, 2)
         chunks = events(decode.post("/generate", self.ask(1, free_port, stream=True), stream=True))
@@ -541,9 +516,8 @@ class TestFailures(EngineTestCase):
     def test_the_prompts_differ(self):
         with ThreadPoolExecutor(1) as pool:
             sending = pool.submit(prefill.post, "/generate", self.ask(4))
-            self.assertRefused(
-                decode.post("/generate", self.ask(4, text="1")), 500, "prompt of .* tokens, this one has 1"
-            )
+            response = decode.post("/generate", self.ask(4, text="1"))
+            self.assertRefused(response, 500, "prompt of .* tokens, this one has 1")
             self.assertRefused(sending.result(), 500, "decode refused bootstrap room 4")
 
     def test_prefill_is_aborted_before_decode_comes(self):
@@ -610,7 +584,7 @@ class TestConnections(EngineTestCase):
 
 
 class TestCommandLine(EngineTestCase):
-    """One line and a named exit code."""
+    """One line and a named exit code; of flags in test_robustness."""
 
     def assertEnds(self, code, pattern, *arguments, **environment):
         command = [sys.executable, "-m", "pdkit.engine", *arguments]
@@ -620,22 +594,6 @@ class TestCommandLine(EngineTestCase):
         self.assertEqual(len(process.stderr.splitlines()), 1, process.stderr)
         self.assertEqual(process.stdout, "")
 
-    def test_wrong_flags(self):
-        model = ("--model-path", str(RANDOM))
-        for arguments, pattern in (
-            ((), "--model-path"),
-            ((*model, "--no-such-flag"), "--no-such-flag"),
-            ((*model, "--port", "99999"), "--port.*99999"),
-            ((*model, "--port", "http"), "--port.*http"),
-            ((*model, "--context-length", "0"), "--context-length.*0"),
-            ((*model, "--disaggregation-mode", "both"), "--disaggregation-mode.*both.*prefill"),
-        ):
-            with self.subTest(arguments=arguments):
-                self.assertEnds(2, pattern, *arguments)
-        for seconds in ("soon", "-1", "0.5"):
-            pattern = f"WAITING_TIMEOUT='{seconds}' is not a positive whole number"
-            self.assertEnds(2, pattern, *model, SGLANG_DISAGGREGATION_WAITING_TIMEOUT=seconds)
-
     def test_busy_ports(self):
         for arguments, port in (
             (("--port", str(mono.port)), mono.port),
@@ -643,9 +601,8 @@ class TestCommandLine(EngineTestCase):
               "--disaggregation-bootstrap-port", str(bootstrap_port)), bootstrap_port),
         ):  # fmt: skip
             self.assertEnds(3, f"127.0.0.1:{port}.*in use.*choose another", "--model-path", str(RANDOM), *arguments)
-        self.assertEnds(
-            3, "cannot be bound", "--model-path", str(RANDOM), "--host", "192.0.2.1", "--port", str(free_port)
-        )
+        elsewhere = ("--host", "192.0.2.1", "--port", str(free_port))
+        self.assertEnds(3, "cannot be bound", "--model-path", str(RANDOM), *elsewhere)
 
     def test_two_that_bind_one_port_before_either_listens(self):
         first, second = (bind("127.0.0.1", free_port, "--port") for _ in range(2))
@@ -660,12 +617,11 @@ class TestCommandLine(EngineTestCase):
     def test_wrong_models(self):
         with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(2) as pool:
             jobs = [
-                pool.submit(
-                    self.assertEnds, 2, "config.json is missing", "--model-path", empty, "--port", str(free_port)
-                ),
-                pool.submit(
-                    self.assertEnds, 2, "model.safetensors", "--model-path", str(RANDOM), "--port", str(other_free_port)
-                ),
+                pool.submit(self.assertEnds, 2, says, "--model-path", path, "--port", str(port))
+                for says, path, port in (
+                    ("config.json is missing", empty, free_port),
+                    ("model.safetensors", str(RANDOM), other_free_port),
+                )
             ]
             for job in jobs:
                 job.result()

@@ -180,8 +180,10 @@ class TestOrder(TransferTestCase):
                 self.assertGreater(sender.counters.seconds, 0.01 if order[-1] == "fetch" else 0)
 
     async def test_many_rooms_at_once_each_get_their_own(self):
-        sender, rooms = await self.sender(), [2**63 - 1 - index for index in range(40)]
-        fetches = [asyncio.ensure_future(self.fetch(room)) for room in rooms]
+        patient = {"bootstrap_timeout": 60.0, "transfer_timeout": 60.0}
+        sender, rooms = await self.sender(**patient), [2**63 - 1 - index for index in range(40)]
+        receiver = DecodeReceiver(TransferBackend(), timeout=60.0)
+        fetches = [asyncio.ensure_future(self.fetch(room, receiver)) for room in rooms]
         for room in rooms:
             await sender.open(room)
         await asyncio.gather(*(sender.deliver(kv_transfer(room, size=room % 7919)) for room in reversed(rooms)))

@@ -347,15 +347,6 @@ class TestPackages(CheckCase):
         for release in ("0.5.13", "0.5.14", "0.5.18", "0.5.23", None):
             self.assertEqual(told(release, **{switch: "1"}), [])
 
-    def test_a_release_whose_memory_logprobs_of_prompts_overwrite(self):
-        flags = "--enable-dp-attention", "--speculative-algorithm", "EAGLE"
-        for has_it, argv, count in ((True, flags, 1), (True, flags[:1], 0), (False, flags, 0)):
-            server = Process("T", "prefill", (0,), argv=argv)
-            with mock.patch.object(quirks, "source_says", return_value=has_it):
-                found = checks.of_place(Needs("cuda", processes=(server,)), {})
-                lines = [str(each) for each in found if "overwrites memory" in str(each)]
-            self.assertEqual(len(lines), count, (has_it, argv))
-
     def test_flash_mla_of_a_release(self):
         for source, modules in (
             ("from flash_mla.flash_mla_interface import FlashMLASchedMeta", ("flash_mla",)),
@@ -514,7 +505,7 @@ class TestPlace(CheckCase):
             port = server.getsockname()[1]
             needed = Needs("cuda", processes=(Process("TestPair", "decode", ports={"nccl": port}),))
             found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
-            self.assert_one(found, Level.ERROR, f"{port} is in use by python", f"(pid {os.getpid()})", "decode nccl")
+            self.assert_one(found, Level.ERROR, f"{port} is in use by pid {os.getpid()} (", "decode nccl")
         found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
         self.assert_fine(found)
 
@@ -728,23 +719,6 @@ class TestCommands(CheckCase):
         done = self.run_command(*COMMAND, "--record")
         self.assertEqual(done.returncode, 0)
         self.assertGreater(Machine.from_json(done.stdout).memory_bytes, 0)
-
-    def test_bad_input(self):
-        for words, says in (
-            (["--suite", "stage-c-test-dsv4-8-gpu-h100"], "nearest known: stage-c-test-dsv4-8-gpu-h200"),
-            (["--hw", "cude"], "unknown hardware 'cude'; nearest known: cuda"),
-            (["--machine", "/no/such.json"], "/no/such.json: No such file or directory"),
-            (["--machine", __file__], "not a recorded machine"),
-            (
-                ["--suite", "stage-b-test-1-gpu-large", "--test-root", str(Path(__file__).parent)],
-                "no file is registered",
-            ),
-        ):
-            with self.subTest(words):
-                done = self.run_command(*COMMAND, *words)
-                self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
-                self.assertEqual(len(done.stderr.splitlines()), 1)
-                self.assertIn(says, done.stderr)
 
     def test_run_suite_starts_no_file_on_a_machine_that_cannot(self):
         source = (

@@ -21,7 +21,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.gsm8k import read_dataset
 from pdkit.deployment import external
-from pdkit.deployment.external import Deployment
+from pdkit.deployment.external import Deployment, Servers
 from pdkit.preflight.environment.dataset import default_url
 from stub_server import JsonHandler, StubServer
 
@@ -392,6 +392,12 @@ class TestComparison(unittest.TestCase):
             row = checks.answers_equal(SimpleNamespace(deployment=deployment))
         self.assertIs(row.state, State.NOT_CHECKED)
         self.assertRegex(row.sentence, "overwrites memory .* without --speculative-algorithm")
+
+    def test_only_servers_that_are_known_are_asked_for_logprobs_of_prompts(self):
+        sound = {"version": "0.5.23", "enable_dp_attention": False}
+        exposed = {"version": "0.5.23", "enable_dp_attention": True, "speculative_algorithm": "EAGLE"}
+        for infos, asked in (((sound,), True), ((sound, exposed), False), ((sound, {}), False), ((), False)):
+            self.assertIs(checks._may_be_asked_for_prompt_logprobs(Servers(None, prefill=infos)), asked, infos)
 
     def test_what_long_prompts_lose(self):
         for exact in (True, False):

@@ -43,9 +43,8 @@ class TestDraws(unittest.TestCase):
             run = clean_run(noise)
             for name, drawn in false_alarms.DRAWN.items():
                 with self.subTest(name, noise=noise):
-                    self.assertEqual(
-                        [false_alarms.failing(drawn, run, planted, 2) for planted in (False, True)], [0, 2]
-                    )
+                    failing = [false_alarms.failing(drawn, run, planted, 2) for planted in (False, True)]
+                    self.assertEqual(failing, [0, 2])
 
     def test_a_clean_run_that_is_not_clean(self):
         """Draws are of what was recorded: a pair that is off in the record fails in nearly all of them."""

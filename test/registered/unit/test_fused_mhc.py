@@ -1,11 +1,10 @@
 """What the source of the installed SGLang shows: at which hidden sizes the fused mHC kernel counts positions twice, and more."""
 
-import tempfile
 import unittest
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from unittest import mock
 
+from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.deployment import fused_mhc, quirks
 
@@ -25,7 +24,7 @@ def counted(hidden_size, splits):
     return times
 
 
-class TestFusedMhc(unittest.TestCase):
+class TestFusedMhc(FolderCase):
     def test_sizes_at_which_shares_overlap(self):
         for hidden_size in (128, 512, 1024, 1536, 2048, 4096, 5120, 7168):
             used = [splits for splits in fused_mhc.SPLITS if splits == 4 or hidden_size <= 4096]
@@ -34,10 +33,9 @@ class TestFusedMhc(unittest.TestCase):
 
     def installed(self, path):
         """A folder in the place of the installed SGLang, and `path` in it, which is not there yet."""
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        source = folder / path
+        source = self.root / path
         source.parent.mkdir(parents=True)
-        spec = ModuleSpec("sglang", None, origin=str(folder / "__init__.py"))
+        spec = ModuleSpec("sglang", None, origin=str(self.root / "__init__.py"))
         self.enterContext(mock.patch.object(quirks.PathFinder, "find_spec", lambda name, path: spec))
         return source
 
@@ -55,8 +53,14 @@ class TestFusedMhc(unittest.TestCase):
         self.assertIsNone(quirks.prompt_logprobs_are_fatal(both), "nothing is known of it")
         source.write_text(f"    {quirks.COPIES_PAST_THE_END}\n")
         self.assertRegex(quirks.prompt_logprobs_are_fatal(both), "overwrites memory")
+        for words in (["--attn-dp-size", "4"], ["--attn-dp-size=4"]):
+            self.assertTrue(quirks.prompt_logprobs_are_fatal([*words, "--speculative-algorithm=EAGLE"]), words)
         self.assertIsNone(quirks.prompt_logprobs_are_fatal(both[:1]))
         self.assertIsNone(quirks.prompt_logprobs_are_fatal(both[1:]))
+        patched = source.parents[3] / quirks.COPIERS[1]
+        patched.parent.mkdir(parents=True)
+        patched.write_text(f"    {quirks.BOUNDED}max=1)\n")
+        self.assertIsNone(quirks.prompt_logprobs_are_fatal(both))
 
     def test_what_a_running_server_reports_says_whether_it_may_be_asked_for_them(self):
         exposed = {"version": "0.5.23", "enable_dp_attention": True, "speculative_algorithm": "EAGLE"}

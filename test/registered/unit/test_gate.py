@@ -254,19 +254,15 @@ def gate_after(*correct, options=None):
 
 
 class TestAccuracyGate(unittest.TestCase):
-    def test_first_look_alone_is_strict(self):
-        options = GateOptions(policy=Policy.FIRST_LOOK)
-        for correct, verdict in ((190, Verdict.FAIL), (191, Verdict.PASS)):
-            gate = gate_after(correct, options=options)
+    def test_first_look_alone_is_strict_and_its_threshold_an_option(self):
+        for threshold, correct, verdict in (
+            (0.95, 191, Verdict.PASS),
+            (0.95, 190, Verdict.FAIL),
+            (0.9, 181, Verdict.PASS),
+            (0.9, 180, Verdict.FAIL),
+        ):
+            gate = gate_after(correct, options=GateOptions(policy=Policy.FIRST_LOOK, threshold=threshold))
             self.assertEqual((gate.verdict, gate.next_examples), (verdict, 0))
-        gate_after(191, options=options).assert_passed()
-        with self.assertRaises(AssertionError):
-            gate_after(190, options=options).assert_passed()
-
-    def test_threshold_of_the_first_look_is_an_option(self):
-        options = GateOptions(policy=Policy.FIRST_LOOK, threshold=0.9)
-        self.assertEqual(gate_after(181, options=options).verdict, Verdict.PASS)
-        self.assertEqual(gate_after(180, options=options).verdict, Verdict.FAIL)
 
     def test_a_clear_first_look_decides_and_an_unclear_one_does_not(self):
         at_most, at_least = GateOptions().plan(1314).pass_at_most[0], GateOptions().plan(1314).fail_at_least[0]

@@ -1,8 +1,6 @@
 """The gate's checks as a test uses them: the real `run_eval` client against a server that answers by the book."""
 
 import ast
-import contextlib
-import io
 import json
 import os
 import tempfile
@@ -12,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from cases import FolderCase, printed
 from pdkit.checks.acceptance import AcceptanceLengthChecks, FirstDraftsChecks
 from pdkit.checks.accuracy.checks import FIRST_LOOK, AccuracyGateChecks, GSM8KChecks
 from pdkit.checks.accuracy.gsm8k import few_shot_prompts, gsm8k_args
@@ -26,11 +25,6 @@ register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
 MAIN_TEST = Path(__file__).resolve().parents[1] / "distributed" / "test_disaggregation_dsv4.py"
 ROWS = 1205
-
-
-def write_gsm8k(path):
-    rows = [{"question": f"What is {i} plus 0?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class BookServer(StubServer):
@@ -69,10 +63,11 @@ class BookServer(StubServer):
         super().__init__(test, Handler)
 
 
-class KitTest(unittest.TestCase):
+class KitTest(FolderCase):
     def setUp(self):
-        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "test.jsonl"
-        write_gsm8k(self.path)
+        super().setUp()
+        rows = [{"question": f"What is {i} plus 0?", "answer": f"It is {i}.\n#### {i}"} for i in range(ROWS)]
+        self.path = self.write("test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def serve(self, **kwargs):
         return BookServer(self, self.path, **kwargs)
@@ -82,13 +77,12 @@ class KitTest(unittest.TestCase):
         settings = {"lb_url": server.url, "decode_url": server.url, "model": "book", "gsm8k_data_path": str(self.path)}
         settings |= {"monolithic_url": None}
         kind = type("TestOfBookServer", (check, unittest.TestCase), {**settings, **attributes})
-        printed = io.StringIO()
-        self.channel = Path(tempfile.mkdtemp(dir=self.path.parent))
-        channel = mock.patch.dict(os.environ, {events.VARIABLE: str(self.channel)})
-        with channel, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            result = unittest.defaultTestLoader.loadTestsFromTestCase(kind).run(unittest.TestResult())
+        self.channel = Path(tempfile.mkdtemp(dir=self.root))
+        with mock.patch.dict(os.environ, {events.VARIABLE: str(self.channel)}):
+            suite = unittest.defaultTestLoader.loadTestsFromTestCase(kind)
+            result, out, _ = printed(suite.run, unittest.TestResult())
         self.assertEqual((result.testsRun, result.errors), (1, []))
-        return result, printed.getvalue()
+        return result, out
 
     def message(self, result):
         ((_, traceback),) = result.failures
@@ -98,15 +92,15 @@ class KitTest(unittest.TestCase):
 class TestAccuracyGate(KitTest):
     def test_a_good_engine_passes_at_the_first_look(self):
         server = self.serve(wrong={7})
-        result, printed = self.run_kit(AccuracyGateChecks, server)
+        result, shown = self.run_kit(AccuracyGateChecks, server)
         self.assertTrue(result.wasSuccessful())
-        self.assertIn("PASS at look 1 of 11, 199 of 200 correct", printed)
+        self.assertIn("PASS at look 1 of 11, 199 of 200 correct", shown)
         self.assertEqual(sorted(server.prompts), sorted(few_shot_prompts(self.path, 200)))
 
     def test_an_unclear_engine_is_scored_on_and_the_failure_is_the_report(self):
         server = self.serve(wrong=range(0, 1200, 14))
-        result, printed = self.run_kit(AccuracyGateChecks, server)
-        self.assertIn("UNDECIDED, scoring 100 more", printed)
+        result, shown = self.run_kit(AccuracyGateChecks, server)
+        self.assertIn("UNDECIDED, scoring 100 more", shown)
         self.assertIn("accuracy gate: FAIL at look", self.message(result))
         scored = len(server.prompts)
         self.assertEqual(sorted(server.prompts), sorted(few_shot_prompts(self.path, scored)), "an example scored twice")
@@ -123,9 +117,8 @@ class TestAccuracyGate(KitTest):
             self.run_kit(AccuracyGateChecks, self.serve(wrong=range(wrong)), gsm8k_gate_policy=policy)
             (verdict,) = events.read(self.channel).of("verdict")
             self.assertEqual((verdict["check"], verdict["passed"]), (FIRST_LOOK, passed))
-            self.assertIn(
-                f"the first look alone (200 examples, score > 0.95): {1 - wrong / 200:.4f}", verdict["message"]
-            )
+            scored = f"the first look alone (200 examples, score > 0.95): {1 - wrong / 200:.4f}"
+            self.assertIn(scored, verdict["message"])
 
     def test_the_threshold_is_that_of_the_test(self):
         attributes = {"gsm8k_gate_policy": "first-look", "min_score": 0.9}
@@ -136,30 +129,25 @@ class TestAccuracyGate(KitTest):
         spread, late = range(3, 200, 22), range(151, 200, 6)
         self.assertEqual((len(spread), len(late)), (9, 9))
         for wrong, passes in ((spread, True), (late, False)):
-            result, printed = self.run_kit(AccuracyGateChecks, self.serve(wrong=wrong), gsm8k_gate_policy="first-look")
-            self.assertRegex(printed, r"accuracy gate: PASS|the first look alone .* PASS")
+            result, shown = self.run_kit(AccuracyGateChecks, self.serve(wrong=wrong), gsm8k_gate_policy="first-look")
+            self.assertRegex(shown, r"accuracy gate: PASS|the first look alone .* PASS")
             self.assertEqual(result.wasSuccessful(), passes)
-        self.assertIn(
-            "wrong answers by request number: 9 of 49 after the first 151, 0 of 151 before", self.message(result)
-        )
+        decay = "wrong answers by request number: 9 of 49 after the first 151, 0 of 151 before"
+        self.assertIn(decay, self.message(result))
 
     def test_a_baseline_is_asked_the_same_and_compared(self):
         for wrong, passes in ((0, True), (3, False)):
             baseline, engine = self.serve(), self.serve(wrong=range(30, 30 + wrong))
-            result, printed = self.run_kit(AccuracyGateChecks, engine, monolithic_url=baseline.url)
-            self.assertRegex(printed, f"paired gate: .* {wrong} right with the baseline only, 0 right")
+            result, shown = self.run_kit(AccuracyGateChecks, engine, monolithic_url=baseline.url)
+            self.assertRegex(shown, f"paired gate: .* {wrong} right with the baseline only, 0 right")
             self.assertEqual(result.wasSuccessful(), passes)
             self.assertEqual(sorted(engine.prompts), sorted(baseline.prompts))
             self.assertEqual(len(engine.prompts), 132 if passes else 44)
 
     def test_asks_run_eval_for_what_the_main_test_asks(self):
         gate = type("TestKit", (AccuracyGateChecks,), {"model": "m", "gsm8k_data_path": None})().gsm8k_args("url")
-        tree = ast.parse(MAIN_TEST.read_text())
-        (call,) = [
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and "eval_name" in {keyword.arg for keyword in node.keywords}
-        ]
+        calls = [node for node in ast.walk(ast.parse(MAIN_TEST.read_text())) if isinstance(node, ast.Call)]
+        (call,) = [each for each in calls if "eval_name" in {keyword.arg for keyword in each.keywords}]
         literal = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
         once = gsm8k_args("url", "m", None, GSM8KChecks.gsm8k_examples)
         self.assertEqual({name: getattr(once, name) for name in literal}, literal)
@@ -168,7 +156,7 @@ class TestAccuracyGate(KitTest):
         self.assertEqual({name: getattr(gate, name) for name in literal}, literal)
 
 
-class TestLost(unittest.TestCase):
+class TestLost(FolderCase):
     """An eval whose gate is out of reach ends, whatever else is still being answered."""
 
     def run_eval(self, wrong, gate, answered):
@@ -182,14 +170,12 @@ class TestLost(unittest.TestCase):
             convo = [{"content": "a prompt"}, {"content": "an answer"}]
             return SimpleNamespace(score=float(example >= wrong), convo=convo, html="")
 
-        with tempfile.TemporaryDirectory() as directory:
-            with Transcript(os.path.join(directory, "gsm8k.jsonl"), gate=gate).open() as self.transcript:
-                return simple_eval_common.map_with_progress(score, range(200), 128)
+        with Transcript(str(self.root / "gsm8k.jsonl"), gate=gate).open() as self.transcript:
+            return simple_eval_common.map_with_progress(score, range(200), 128)
 
     def test_it_stops_once_it_is_lost(self):
-        with self.assertRaisesRegex(
-            EvalLost, "^score at most 0.900 of 200 examples, must be greater than 0.9: stopped"
-        ):
+        lost = "^score at most 0.900 of 200 examples, must be greater than 0.9: stopped"
+        with self.assertRaisesRegex(EvalLost, lost):
             self.run_eval(wrong=20, gate=0.9, answered=20)
 
     def test_it_goes_on_while_it_can_be_won(self):
@@ -210,10 +196,10 @@ class TestAcceptanceLength(KitTest):
     def test_against_a_reference(self):
         for acceptance, passes in ((1.8, True), (1.8 * 0.96, True), (1.6, False), (1.0, False)):
             server = self.serve(acceptance=acceptance)
-            result, printed = self.run_kit(AcceptanceLengthChecks, server, acceptance_length_reference=1.8)
+            result, shown = self.run_kit(AcceptanceLengthChecks, server, acceptance_length_reference=1.8)
             with self.subTest(acceptance=acceptance):
                 self.assertEqual(result.wasSuccessful(), passes)
-                self.assertIn(f"{acceptance:.4f} (meta_info of 64 requests", printed)
+                self.assertIn(f"{acceptance:.4f} (meta_info of 64 requests", shown)
                 self.assertAlmostEqual(acceptance_length_of(events.read(self.channel)), acceptance, 3)
 
     def test_against_a_baseline(self):
@@ -234,10 +220,10 @@ class TestFirstDrafts(KitTest):
         baseline = self.serve(acceptance=2.0)
         for steps, passes in ((10, True), (9, True), (11, False)):
             server = self.serve(acceptance=20 / steps, steps=steps)
-            result, printed = self.run_kit(FirstDraftsChecks, server, monolithic_url=baseline.url)
+            result, shown = self.run_kit(FirstDraftsChecks, server, monolithic_url=baseline.url)
             with self.subTest(steps=steps):
                 self.assertEqual(result.wasSuccessful(), passes)
-                self.assertIn(f"{0 if passes else 64} of 64 answers took more steps", printed)
+                self.assertIn(f"{0 if passes else 64} of 64 answers took more steps", shown)
 
     def test_no_speculation_is_a_skip_and_a_baseline_without_is_a_failure(self):
         result, _ = self.run_kit(FirstDraftsChecks, self.serve(), monolithic_url=self.serve().url)

@@ -104,8 +104,7 @@ class TestGuardian(GuardianCase):
     def test_a_bystander_with_the_same_command_line_stays(self):
         source = orphaner(SLEEP, SLEEP)
         bystander = subprocess.Popen(command(source), start_new_session=True, stderr=subprocess.PIPE)
-        self.addCleanup(bystander.stderr.close)
-        self.addCleanup(bystander.wait)
+        self.enterContext(bystander)
         self.addCleanup(bystander.kill)
         twin = int(bystander.stderr.readline())
         self.addCleanup(os.kill, twin, signal.SIGKILL)

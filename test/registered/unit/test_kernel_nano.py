@@ -1,7 +1,6 @@
 """The kernel-sized model: configuration, fp8 checkpoint and back, MTP, training's losses, truth, the one-GPU plan."""
 
 import contextlib
-import io
 import json
 import os
 import tempfile
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from cases import FolderCase, printed
 from pdkit.checks.reference.truth import LogprobTruth, fp8_rounding, logprobs
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import NotReady
@@ -23,6 +23,9 @@ from pdkit.models.cuda.model import KernelNano, randomize, reference_config, res
 from pdkit.models.cuda.tokenizer import kernel_tokenizer
 from pdkit.models.problems import evaluation_set, few_shot
 from pdkit.models.tokenizer import nano_tokenizer
+from pdkit.preflight.contract.launches import ask, ask_each
+from pdkit.preflight.contract.release import installed
+from pdkit.preflight.plan import of_contract
 from safetensors.torch import load_file, save_file
 
 register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
@@ -30,7 +33,7 @@ register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
 ONE_GPU = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4_1gpu.py"
 
 
-class TestConfig(unittest.TestCase):
+class TestConfig(FolderCase):
     def test_what_the_kernels_fix(self):
         self.assertEqual((FIELDS["num_attention_heads"], FIELDS["head_dim"], FIELDS["qk_rope_head_dim"]), (64, 512, 64))
         self.assertEqual((FIELDS["index_head_dim"], FIELDS["sliding_window"], FIELDS["hc_mult"]), (128, 128, 4))
@@ -56,11 +59,10 @@ class TestConfig(unittest.TestCase):
         self.assertIn(FEW_HEADS["index_n_heads"], (32, 64))
         self.assertGreaterEqual(FEW_HEADS["vocab_size"], len(kernel_tokenizer()))
         model = KernelNano(of=FEW_HEADS)
-        with tempfile.TemporaryDirectory() as folder:
-            path = checkpoint.save(model, folder)
-            self.assertLess((path / store.WEIGHTS).stat().st_size, 10e6)
-            self.assertEqual(json.loads((path / "config.json").read_text()), FEW_HEADS)
-            read = checkpoint.load(path)
+        path = checkpoint.save(model, self.root)
+        self.assertLess((path / store.WEIGHTS).stat().st_size, 10e6)
+        self.assertEqual(json.loads((path / "config.json").read_text()), FEW_HEADS)
+        read = checkpoint.load(path)
         for name, before in model.state_dict().items():
             torch.testing.assert_close(read.state_dict()[name], before, rtol=2**-8, atol=0, msg=name)
 
@@ -105,14 +107,13 @@ class TestFp8(unittest.TestCase):
         self.assertEqual(round_groups(x.bfloat16()).dtype, torch.bfloat16)
 
 
-class TestModel(unittest.TestCase):
+class TestModel(FolderCase):
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.model = KernelNano()
         randomize(cls.model, seed=3)
-        cls.path = checkpoint.save(cls.model, Path(cls.folder.name, "random"))
+        cls.path = checkpoint.save(cls.model, Path(folder, "random"))
         cls.read = checkpoint.load(cls.path)
         text = few_shot(evaluation_set(4))
         cls.ids = training.tokenizer()(text).input_ids[:128]
@@ -127,9 +128,8 @@ class TestModel(unittest.TestCase):
         self.assertEqual(checkpoint.tensors_of(self.read)["layers.0.attn.wq_b.weight"].dtype, torch.float8_e4m3fn)
 
     def test_names_are_those_that_transformers_gives_a_checkpoint(self):
-        with tempfile.TemporaryDirectory() as folder:
-            self.read.main.save_pretrained(folder)
-            saved = load_file(Path(folder, "model.safetensors"))
+        self.read.main.save_pretrained(self.root)
+        saved = load_file(self.root / "model.safetensors")
         theirs = {}
         for name, tensor in saved.items():  # three names that transformers 5 does not turn back
             name = name.removeprefix("model.").replace("hc_head.hc_", "hc_head_").replace("embed_tokens.", "embed.")
@@ -158,10 +158,10 @@ class TestModel(unittest.TestCase):
             (stored | {"more": torch.ones(1)}, "more is unknown"),
             (stored | {"embed.weight": torch.ones(1024, 256)}, "embed.weight is missing or of another shape"),
         ):
-            with self.subTest(reason), tempfile.TemporaryDirectory() as folder:
-                save_file(tensors, Path(folder, store.WEIGHTS))
+            with self.subTest(reason):
+                save_file(tensors, self.root / store.WEIGHTS)
                 with self.assertRaisesRegex(ModelError, reason) as caught:
-                    checkpoint.load(folder)
+                    checkpoint.load(self.root)
                 self.assertNotIn("\n", str(caught.exception))
 
     def test_logits_are_those_of_transformers(self):
@@ -226,20 +226,12 @@ class TestTokenizer(unittest.TestCase):
             from sglang.srt.entrypoints.openai import chat_encoding_adapters as adapters
         except ImportError:
             self.skipTest("this release makes chats by the checkpoint's template")
-        nothing = dict.fromkeys(
-            ("thinking_requested", "tool_call_parsing_active", "history_tool_calls_count", "tool_call_id")
-        )
+        hooks = "thinking_requested", "tool_call_parsing_active", "history_tool_calls_count", "tool_call_id"
         for tokenizer in (self.tokenizer, self.nano):
             context = adapters.ChatEncodingAdapterContext(
-                chat_encoding_spec="dsv4",
-                tokenizer=tokenizer,
-                reasoning_parser=None,
-                tool_call_parser=None,
-                chat_hooks=adapters.ChatOutputHooks(**nothing),
-                hf_config=None,
-                model_path="",
-                revision=None,
-            )
+                chat_encoding_spec="dsv4", tokenizer=tokenizer, chat_hooks=adapters.ChatOutputHooks(**dict.fromkeys(hooks)),
+                model_path="", **dict.fromkeys(("reasoning_parser", "tool_call_parser", "hf_config", "revision")),
+            )  # fmt: skip
             if tokenizer is self.tokenizer:
                 self.assertIsNotNone(adapters.build_chat_encoding_adapter(context))
             else:
@@ -278,38 +270,33 @@ class TestTraining(unittest.TestCase):
         self.assertTrue(evaluated - {problem.key for problem in problems})
 
 
-class TestFitting(unittest.TestCase):
+class TestFitting(FolderCase):
     """All but the arithmetic: what is kept, shown and recorded."""
 
     def fit(self, *seconds):
         """Trains as if steps ended at these times, saving each 30 s; what was printed."""
-        self.out = Path(self.enterContext(tempfile.TemporaryDirectory()), "trained")
-        self.out.mkdir()
-        (self.out / store.RECORD).write_text("{}")
+        self.out = self.write(f"trained/{store.RECORD}", "{}").parent
         stage = training.STAGES[0]
         steps = [training.TimedProgress(stage, at, 100, time, 1, 1, 1, 1) for at, time in enumerate(seconds, 1)]
         options = SimpleNamespace(
             device="cpu", seconds=60, save_every=30, seed=0, hidden_size=128, few_heads=False, workers=1, score_rows=1,
             out=self.out,
         )  # fmt: skip
-        printed = io.StringIO()
         with (
             mock.patch.object(fitting, "train", lambda *_: iter(steps)),
             mock.patch.object(fitting, "score", lambda *_: training.DraftScore(1, 0.5, 0.75)),
             mock.patch.object(fitting, "BatchQueue"),
             mock.patch.object(fitting.checkpoint, "save", wraps=checkpoint.save) as self.save,
-            contextlib.redirect_stdout(printed),
         ):
-            fitting.run(options)
-        return printed.getvalue()
+            return printed(fitting.run, options).out
 
     def test_what_is_recorded_is_what_was_read_back(self):
-        printed = self.fit(1.0, 12.0, 15.0, 40.0)
+        shown = self.fit(1.0, 12.0, 15.0, 40.0)
         record = json.loads((self.out / store.RECORD).read_text())
         self.assertEqual((record["steps"], record["solved"], record["drafts right"]), (4, 0.5, 0.75))
         self.assertTrue(store.is_trained(self.out))
         self.assertEqual(self.save.call_count, 2, "after 30 s, and at the end")
-        self.assertEqual(printed.count("held out, 5 shots: solved 0.50"), 3, "at first, and then each 10 s")
+        self.assertEqual(shown.count("held out, 5 shots: solved 0.50"), 3, "at first, and then each 10 s")
 
     def test_a_machine_without_gpu(self):
         with mock.patch.object(torch.cuda, "is_available", lambda: False), self.assertRaises(NotReady):
@@ -321,10 +308,10 @@ class TestFitting(unittest.TestCase):
         self.assertFalse(store.is_trained(self.out))
 
 
-class TestCache(unittest.TestCase):
+class TestCache(FolderCase):
     def setUp(self):
-        self.folder = self.enterContext(tempfile.TemporaryDirectory())
-        self.enterContext(mock.patch.dict(os.environ, PDKIT_CACHE_DIR=self.folder))
+        super().setUp()
+        self.enterContext(mock.patch.dict(os.environ, PDKIT_CACHE_DIR=str(self.root)))
         self.path = store.cached("trained")
         self.path.mkdir(parents=True)
         (self.path / "config.json").write_text("{}")
@@ -352,19 +339,14 @@ class TestCache(unittest.TestCase):
             store.provide("/somewhere/else")
             run.assert_not_called()
             store.provide(store.cached("random"))
-            self.assertEqual(
-                run.call_args.args[0][1:], ["-m", "pdkit", "model", "kernel-random", "--hidden-size", "128"]
-            )
+            words = ["-m", "pdkit", "model", "kernel-random", "--hidden-size", "128"]
+            self.assertEqual(run.call_args.args[0][1:], words)
             store.provide(store.cached("random", DEEPEP_HIDDEN))
         self.assertEqual(run.call_args.args[0][-1], "2048")
 
 
 class TestGpuPlans(unittest.TestCase):
     def test_each_file_for_gpus_can_be_asked_before_it_runs(self):
-        from pdkit.preflight.contract.launches import ask_each
-        from pdkit.preflight.contract.release import installed
-        from pdkit.preflight.plan import of_contract
-
         paths = sorted(ONE_GPU.parent.glob("*[1248]gpu*.py"))
         for path, contract in zip(paths, ask_each(installed(), paths), strict=True):
             with self.subTest(file=path.name):
@@ -373,10 +355,6 @@ class TestGpuPlans(unittest.TestCase):
                 self.assertEqual(problems, [[]] * len(contract.tests))
 
     def test_the_pool_of_the_one_gpu_test_holds_all_requests(self):
-        from pdkit.preflight.contract.launches import ask
-        from pdkit.preflight.contract.release import installed
-        from pdkit.preflight.plan import of_contract
-
         contract = ask(installed(), ONE_GPU)
         self.assertEqual([plan.warnings() for plan in of_contract(contract)], [[]])
         for process in contract.tests[0].processes:

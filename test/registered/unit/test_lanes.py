@@ -95,15 +95,9 @@ class TestLanes(CommandCase):
                 with self.subTest(fails=fails, ends_first=first):
                     for name in ("a", "b", "ended"):
                         (self.root / "registered" / name).unlink(missing_ok=True)
-                    then = {
-                        name: f"{end if name == first else wait}; {fail if name == fails else 'pass'}" for name in "ab"
-                    }
-                    done = self.run_lanes(
-                        "--continue-on-error",
-                        test_a=meets("a", "b", then["a"], seconds=7),
-                        test_b=meets("b", "a", then["b"]),
-                        test_c=PASS,
-                    )
+                    a, b = (f"{end if it == first else wait}; {fail if it == fails else 'pass'}" for it in "ab")
+                    meeting = {"test_a": meets("a", "b", a, seconds=7), "test_b": meets("b", "a", b)}
+                    done = self.run_lanes("--continue-on-error", **meeting, test_c=PASS)
                     self.assert_ended(done, 1, "2 passed, 1 failed, 0 skipped")
                     self.assertRegex(done.stdout, rf"\n\[\d/3\] failed: registered/test_{fails}.py; ")
                     self.assertIn("a reason", done.stdout)
@@ -127,17 +121,13 @@ class TestLanes(CommandCase):
         done = self.run_lanes("--report-dir", "report", **files)
         self.assert_ended(done, 0, "5 passed, 0 failed, 0 skipped")
         self.assertEqual([entry["file"][-4] for entry in self.results()], [*"43210"])
-        self.assertEqual(
-            [entry["attempts"][0]["log"][:3] for entry in self.results()], ["001", "002", "003", "004", "005"]
-        )
+        logs = [entry["attempts"][0]["log"] for entry in self.results()]
+        self.assertEqual([log[:3] for log in logs], ["001", "002", "003", "004", "005"])
 
     def test_what_files_print_is_not_mixed(self):
         prints = "for _ in range(50): print('{0}' * 70, flush=True)"
-        done = self.run_lanes(
-            "--continue-on-error",
-            test_a=meets("a", "b", prints.format("#") + "; self.fail()"),
-            test_b=meets("b", "a", prints.format("@") + "; self.fail()"),
-        )
+        a, b = (f"{prints.format(mark)}; self.fail()" for mark in "#@")
+        done = self.run_lanes("--continue-on-error", test_a=meets("a", "b", a), test_b=meets("b", "a", b))
         lines = [line.strip() for line in done.stdout.splitlines()]
         blocks = [mark for mark, _ in itertools.groupby(line for line in lines if line in ("#" * 70, "@" * 70))]
         self.assertEqual(sorted(blocks), ["#" * 70, "@" * 70])
@@ -179,10 +169,8 @@ class TestLanes(CommandCase):
         return found
 
     def test_nohup_stays_nohup(self):
-        command = self.command(
-            {"test_a.py": source_of("def test_it(self):\n    import os\n    os.kill(int(os.environ['RUNNER']), 1)")},
-            *SUITE,
-        )
+        source = source_of("def test_it(self):\n    import os\n    os.kill(int(os.environ['RUNNER']), 1)")
+        command = self.command({"test_a.py": source}, *SUITE)
         nohup = ["bash", "-c", 'trap "" HUP; export RUNNER=$$; exec "$@"', "bash", *command]
         done = subprocess.run(nohup, capture_output=True, text=True, timeout=60)
         self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
@@ -192,10 +180,8 @@ class TestLanes(CommandCase):
         files = [registration("a", 1), registration("b", 1)]
         selection = suite.Selection(tuple(files), (), {})
         run = SuiteRun(selection, Options(Path("/t"), "cpu", "s", jobs=2), self.root, self.root, suite.Interruption())
-        with (
-            mock.patch.object(SuiteRun, "_run_file", side_effect=ZeroDivisionError),
-            self.assertRaises(ZeroDivisionError),
-        ):
+        breaks = mock.patch.object(SuiteRun, "_run_file", side_effect=ZeroDivisionError)
+        with breaks, self.assertRaises(ZeroDivisionError):
             run.run()
 
 
@@ -234,16 +220,8 @@ class TestQuiet(CommandCase):
         self.assertLess(rule, 2 * 8 + 8 + 6)
         self.assertLess(len(lines) - rule, 100)
         causes = next(number for number, line in enumerate(lines) if line.startswith("failed: registered/test_6.py; "))
-        self.assertEqual(
-            lines[causes + 1 : causes + 6],
-            [
-                "  in phase gsm8k",
-                "  died first: decode exited with code 7",
-                "  failed: __main__.T.test_it",
-                "  no answer",
-                "  within 300 s",
-            ],
-        )
+        cause = ["  in phase gsm8k", "  died first: decode exited with code 7", "  failed: __main__.T.test_it"]
+        self.assertEqual(lines[causes + 1 : causes + 6], [*cause, "  no answer", "  within 300 s"])
         self.assertRegex(lines[causes + 7], "^failed: registered/test_7.py; .*exit code 1$")
         self.assertEqual(lines[causes + 8 : causes + 10], ["  failed: __main__.T.test_it", "  a reason"])
         self.assertRegex(lines[-2], r"^failed in [\d.]+ s$")

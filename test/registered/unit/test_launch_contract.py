@@ -1,19 +1,16 @@
 """The contract on a small release made for the purpose, rule by rule, and on the installed one."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 import unittest
 from pathlib import Path
 from unittest import mock
 
-from pdkit.cli.main import main
+from cases import FolderCase, pdkit
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.preflight.contract import launches
@@ -56,15 +53,11 @@ def source_of(body):
     return TEST.replace("BODY", textwrap.dedent(body).replace("\n", "\n    "))
 
 
-class TestSmallRelease(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class TestSmallRelease(FolderCase):
     def ask(self, *argv, env=None, body=LAUNCHES, changes=None):
         """The contract of a test whose servers get `argv` and `env` on top."""
-        test = self.folder / "test_pd.py"
-        test.write_text(source_of(body))
-        with unpacked(write_wheel(self.folder / "sglang.whl", changes)) as release:
+        test = self.write("test_pd.py", source_of(body))
+        with unpacked(write_wheel(self.root / "sglang.whl", changes)) as release:
             return launches.ask(release, test, argv, env)
 
     def line(self, *argv, level="error", **kwargs):
@@ -124,9 +117,7 @@ class TestSmallRelease(unittest.TestCase):
         ):  # fmt: skip
             with self.subTest(name):
                 self.assertRegex(self.line(env={name: value}, level=level), f"^{name}: {pattern}")
-
-    def test_variables_of_others_are_not_judged(self):
-        self.assertEqual(self.ask(env={"NCCL_DEBUG": "INFO"}).errors, [])
+        self.assertEqual(self.ask(env={"NCCL_DEBUG": "INFO"}).errors, [], "those of others are not judged")
 
     def test_variables_that_a_test_sets(self):
         body = f"{LAUNCHES}\nos.environ['SGLANG_MODULE_LEVEL'] = '1'\nserve = classmethod(lambda cls, *argv: "
@@ -174,21 +165,18 @@ class TestSmallRelease(unittest.TestCase):
         knowing = lacking | {"srt/disaggregation/checksum.py": "DeepSeekV4TokenToKVPool = 1\n"}
         dsv4 = ["--model-path", "sgl-project/DeepSeek-V4-Flash-FP8"]
         line = self.line(flag, *dsv4, changes=lacking)
-        self.assertEqual(
-            line,
-            f"{flag}: not for DeepSeek-V4: checksum.py knows no DeepSeekV4TokenToKVPool; prefill's first request ends it",
-        )
+        why = "checksum.py knows no DeepSeekV4TokenToKVPool; prefill's first request ends it"
+        self.assertEqual(line, f"{flag}: not for DeepSeek-V4: {why}")
         self.assertEqual(self.ask(flag, changes=lacking).errors, [], "another model")
         self.assertEqual(self.ask(*dsv4, changes=lacking).errors, [])
         self.assertEqual(self.ask(flag, *dsv4, changes=knowing).errors, [])
 
     def test_facts_of_the_fixture(self):
-        self.assertEqual(
-            self.ask().fixture, {"pins NCCL ports": True, "NICs by GPU": False, "watches processes": False}
-        )
+        facts = {"pins NCCL ports": True, "NICs by GPU": False, "watches processes": False}
+        self.assertEqual(self.ask().fixture, facts)
 
     def test_nothing_is_started(self):
-        witness = self.folder / "started"
+        witness = self.root / "started"
         program = f"open({str(witness)!r}, 'w')"
         body = f"""
             @classmethod
@@ -219,18 +207,16 @@ class TestSmallRelease(unittest.TestCase):
         self.assertEqual(prefill.settings["tp_size"], 2)
 
     def test_classes_that_are_not_tests_of_the_file(self):
-        (self.folder / "test_elsewhere.py").write_text(source_of(LAUNCHES))
-        test = self.folder / "test_pd.py"
+        self.write("test_elsewhere.py", source_of(LAUNCHES))
         base = "class Base(PDDisaggregationServerBase):\n    pass\n"
-        test.write_text(f"{source_of(LAUNCHES)}\n\nfrom test_elsewhere import TestPD as Elsewhere\n{base}")
-        with unpacked(write_wheel(self.folder / "sglang.whl")) as release:
+        source = f"{source_of(LAUNCHES)}\n\nfrom test_elsewhere import TestPD as Elsewhere\n{base}"
+        test = self.write("test_pd.py", source)
+        with unpacked(write_wheel(self.root / "sglang.whl")) as release:
             self.assertEqual([plan.test for plan in launches.ask(release, test).tests], ["TestPD"])
 
     def test_a_test_that_looks_for_sglang_first(self):
-        body = (
-            f"{LAUNCHES}\nimport importlib.util\nassert importlib.util.find_spec('sglang').submodule_search_locations"
-        )
-        self.assertEqual(self.ask(body=body).errors, [])
+        looks = "import importlib.util\nassert importlib.util.find_spec('sglang').submodule_search_locations"
+        self.assertEqual(self.ask(body=f"{LAUNCHES}\n{looks}").errors, [])
 
     def test_tests_that_do_not_launch(self):
         bodies = {
@@ -249,14 +235,9 @@ class TestSmallRelease(unittest.TestCase):
         self.assertRegex(self.ask(body=body.format("another.module") + ")").errors[0], "raises .* 'speak_to_it'")
 
     def test_what_cannot_be_read(self):
-        broken = {
-            "srt/server_args.py": "raise OSError('no')",
-            "srt/environ.py": "raise OSError('no')",
-            "test/server_fixtures/disaggregation_fixture.py": "raise OSError('no')",
-        }
-        for source, text in broken.items():
+        for source in ("srt/server_args.py", "srt/environ.py", "test/server_fixtures/disaggregation_fixture.py"):
             with self.subTest(source), self.assertRaisesRegex(launches.ContractUnreadable, "OSError: no"):
-                self.ask(changes={source: text})
+                self.ask(changes={source: "raise OSError('no')"})
         with self.assertRaisesRegex(launches.ContractUnreadable, "test_pd.py: cannot be imported: NameError"):
             self.ask(body="x = undefined")
 
@@ -271,14 +252,12 @@ class TestSmallRelease(unittest.TestCase):
                 self.ask(changes=changes)
 
     def main(self, *argv):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(["contract", *map(str, argv)])
-        return code, out.getvalue(), err.getvalue().splitlines()
+        code, out, err = pdkit("contract", *argv)
+        return code, out, err.splitlines()
 
     def test_command(self):
         self.ask()
-        test, wheel = self.folder / "test_pd.py", self.folder / "sglang.whl"
+        test, wheel = self.root / "test_pd.py", self.root / "sglang.whl"
         code, out, errors = self.main(test, "--sglang-wheel", wheel)
         self.assertEqual((code, errors), (ExitCode.PASSED, []))
         self.assertIn("prefill         3 flags, 0 variables, 0 refused", out)
@@ -289,20 +268,20 @@ class TestSmallRelease(unittest.TestCase):
         self.assertEqual(json.loads(out)["errors"], ["TestPD: prefill, decode: --tp-size: invalid int value: 'four'"])
 
         for arguments, error in (
-            ([self.folder / "none.py", "--sglang-wheel", wheel], "none.py: no such file"),
-            ([test, "--sglang-wheel", self.folder / "none.whl"], "none.whl: No such file or directory"),
+            ([self.root / "none.py", "--sglang-wheel", wheel], "none.py: no such file"),
+            ([test, "--sglang-wheel", self.root / "none.whl"], "none.whl: No such file or directory"),
             ([test, "--sglang-wheel", test], "test_pd.py: not a wheel"),
-            ([test, "--sglang-wheel", write_wheel(self.folder / "x.whl", name="x")], ": a wheel of x, not of sglang"),
+            ([test, "--sglang-wheel", write_wheel(self.root / "x.whl", name="x")], ": a wheel of x, not of sglang"),
         ):
             code, out, (line,) = self.main(*arguments)
             self.assertEqual((code, out), (ExitCode.BAD_USAGE, ""))
             self.assertTrue(line.endswith(error), line)
 
     def test_file_without_pd_test(self):
-        other = self.folder / "test_other.py"
-        other.write_text("import unittest\n\n\nclass TestOther(unittest.TestCase):\n    def test_it(self): pass\n")
+        source = "import unittest\n\n\nclass TestOther(unittest.TestCase):\n    def test_it(self): pass\n"
+        other = self.write("test_other.py", source)
         self.ask()
-        code, _, (error,) = self.main(other, "--sglang-wheel", self.folder / "sglang.whl")
+        code, _, (error,) = self.main(other, "--sglang-wheel", self.root / "sglang.whl")
         self.assertEqual(code, ExitCode.BAD_USAGE)
         self.assertIn("test_other.py has no test class on top of SGLang's PDDisaggregationServerBase", error)
 
@@ -311,40 +290,34 @@ class TestSmallRelease(unittest.TestCase):
             self.assertEqual(self.main(DSV4)[0], ExitCode.NOT_READY)
 
 
-class TestMatrix(unittest.TestCase):
-    COMMAND = (sys.executable, "-m", "pdkit", "contract")
+class TestMatrix(FolderCase):
+    def run_contract(self, *words):
+        command = [sys.executable, "-m", "pdkit", "contract", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
 
     def test_releases_that_differ(self):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        test = folder / "test_pd.py"
-        test.write_text(source_of(LAUNCHES))
+        test = self.write("test_pd.py", source_of(LAUNCHES))
         flag = '        add("--cuda-graph-max-bs", type=int)'
         old = {"srt/server_args.py": SERVER_ARGS.replace("EXTRA_FLAG", flag)}
-        write_wheel(folder / "sglang-0.5.18.whl", old, "0.5.18")
-        write_wheel(folder / "sglang-0.5.100.whl", None, "0.5.100")
-        arguments = [test, "--wheels", folder, "--flags", "--cuda-graph-max-bs 128"]
+        write_wheel(self.root / "sglang-0.5.18.whl", old, "0.5.18")
+        write_wheel(self.root / "sglang-0.5.100.whl", None, "0.5.100")
+        arguments = [test, "--wheels", self.root, "--flags", "--cuda-graph-max-bs 128"]
         for more, versions in (([], ["0.5.18", "0.5.100"]), (["--newest"], ["0.5.100"])):
-            command = [*self.COMMAND, *arguments, "--json", *more]
-            run = subprocess.run([*map(str, command)], capture_output=True, text=True)
+            run = self.run_contract(*arguments, "--json", *more)
             found = json.loads(run.stdout)
             self.assertEqual([release["release"] for release in found["releases"]], versions)
             self.assertEqual(found["releases"][-1]["errors"][0].split(": ")[2], "--cuda-graph-max-bs")
             self.assertFalse(len(versions) > 1 and found["releases"][0]["errors"])
             self.assertEqual(run.returncode, ExitCode.BAD_USAGE)
             self.assertRegex(run.stderr, "^pdkit contract: error: sglang 0.5.100: TestPD: .*ambiguous")
-        command = [*self.COMMAND, *arguments, "--flags=--old-switch"]
-        table = subprocess.run(
-            [*map(str, command)], capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"}
-        )
+        table = self.run_contract(*arguments, "--flags=--old-switch")
         rows = [line.split() for line in table.stdout.splitlines()]
         for version, names in (("0.5.18", "14"), ("0.5.100", "15")):
             (row,) = (row for row in rows if row[:1] == [version])
             self.assertEqual(row[3:], [names, "yes", "no", "no", "--old-switch", "(deprecated)", "taken"], table.stdout)
         self.assertNotEqual(*(row[1] for row in rows if row[:1] in (["0.5.18"], ["0.5.100"])))
-        only_newer = (
-            "sglang.test.server_fixtures.disaggregation_fixture.terminate_and_kill_process_tree (from 0.5.100 on)"
-        )
-        self.assertIn(f"  {only_newer}\n", table.stdout)
+        only_newer = "disaggregation_fixture.terminate_and_kill_process_tree (from 0.5.100 on)"
+        self.assertIn(f"  sglang.test.server_fixtures.{only_newer}\n", table.stdout)
 
 
 class TestInstalledRelease(unittest.TestCase):

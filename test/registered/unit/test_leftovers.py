@@ -32,7 +32,7 @@ class TestToken(unittest.TestCase):
         self.living = new_token({})
 
     def test_the_owner(self):
-        token = new_token({})
+        token = self.living
         owner = Owner.parse(token)
         self.assertEqual(owner.pid, os.getpid())
         self.assertFalse(owner.is_known_dead)
@@ -88,14 +88,11 @@ class TestEndEarlierRuns(unittest.TestCase):
     """
 
     def setUp(self):
-        environment = {**os.environ, TOKEN_VARIABLE: new_token(os.environ)}
-        self.enterContext(mock.patch.dict(os.environ, environment))
+        self.enterContext(mock.patch.dict(os.environ, {TOKEN_VARIABLE: new_token(os.environ)}))
 
     def start_runner(self, source):
         runner = RUNNER.format(python=command(source)[0], source=source)
-        process = subprocess.Popen(command(runner), stdout=subprocess.PIPE)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
+        process = self.enterContext(subprocess.Popen(command(runner), stdout=subprocess.PIPE))
         self.addCleanup(process.kill)
         guardian, child = map(int, process.stdout.readline().split())
         self.addCleanup(self.kill, child)
@@ -153,8 +150,7 @@ class TestEndEarlierRuns(unittest.TestCase):
     def test_what_no_runner_marked_is_left_alone(self):
         process, guardian, child = self.start_runner(spawner(SLEEP, True, SLEEP))
         cleared = {name: value for name, value in os.environ.items() if name not in (TOKEN_VARIABLE, GUARDIAN_VARIABLE)}
-        bystander = subprocess.Popen(command(SLEEP), env=cleared, start_new_session=True)
-        self.addCleanup(bystander.wait)
+        bystander = self.enterContext(subprocess.Popen(command(SLEEP), env=cleared, start_new_session=True))
         self.addCleanup(bystander.kill)
         self.kill_with_guardian(process, guardian)
         list(orphans.end_earlier_runs())
@@ -173,12 +169,12 @@ class TestEndCarriers(unittest.TestCase):
     def test_by_token(self):
         token = new_token(os.environ)
         source = spawner(SLEEP, True, SLEEP)
-        marked = subprocess.Popen(command(source), env=os.environ | {TOKEN_VARIABLE: token}, stdout=subprocess.PIPE)
-        twin = subprocess.Popen(command(source), stdout=subprocess.PIPE)
+        marked, twin = (
+            self.enterContext(subprocess.Popen(command(source), env=os.environ | more, stdout=subprocess.PIPE))
+            for more in ({TOKEN_VARIABLE: token}, {})
+        )
         pids = []
         for process in (marked, twin):
-            self.addCleanup(process.stdout.close)
-            self.addCleanup(process.wait)
             self.addCleanup(process.kill)
             pids.append(int(process.stdout.readline()))
             self.addCleanup(TestEndEarlierRuns.kill, pids[-1])

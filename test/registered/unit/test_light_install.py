@@ -82,9 +82,8 @@ class TestLightInstall(unittest.TestCase):
         self.pdkit("lint", Path(__file__))
 
     def test_plan_says_what_it_needs(self):
-        self.assertIn(
-            "sglang is not installed here: pip install sglang, or --sglang-wheel FILE", self.pdkit("plan", code=3)
-        )
+        needs = "sglang is not installed here: pip install sglang, or --sglang-wheel FILE"
+        self.assertIn(needs, self.pdkit("plan", code=3))
 
     def test_report(self):
         directory = self.root / "report"

@@ -13,6 +13,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+from cases import FolderCase
 from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady
@@ -70,12 +71,8 @@ class TestSummary(unittest.TestCase):
 
     def test_a_failure_begins_with_why_and_where_to_look(self):
         requests = [[f"r-{n}", n, 1, 3, 0, None, 1 if n > 127 else None, 0.1] for n in (5, 127, 128, 129)]
-        compared = {
-            "kind": "compared",
-            "condition": "alone",
-            "boundaries": {"128x compressor": 128},
-            "requests": requests,
-        }
+        compared = {"kind": "compared", "condition": "alone", "requests": requests}
+        compared["boundaries"] = {"128x compressor": 128}
         test = {
             "kind": "test",
             "id": "m.TestX.test_x",
@@ -85,9 +82,8 @@ class TestSummary(unittest.TestCase):
         }
         lines = summary(EMBEDDED, happened(compared, test), ExitCode.FAILED, 9).splitlines()
         self.assertEqual(lines[1].split(None, 1), ["failed", "TestX.test_x: 2 of 4 differ"])
-        self.assertEqual(
-            lines[2].split(None, 1), ["hint", "only prompts of 128 tokens and more differ: look at the 128x compressor"]
-        )
+        where = "only prompts of 128 tokens and more differ: look at the 128x compressor"
+        self.assertEqual(lines[2].split(None, 1), ["hint", where])
 
     def test_a_phase_that_failed_is_named(self):
         launch = (phase("launch prefill", "begins"), phase("launch prefill", "failed", 1.0))
@@ -119,21 +115,18 @@ def write_test(test_dir, body, file=EMBEDDED.test_file):
     path.write_text(source.replace("from sglang.test.ci.ci_register", "from pdkit.core.ci_register"))
 
 
-class TestMain(unittest.TestCase):
-    def setUp(self):
-        self.test_dir = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
+class TestMain(FolderCase):
     def write_test(self, *events, then=""):
         emits = ["from pdkit.core.events import emit", *(f"emit(**{event!r})" for event in events)]
-        write_test(self.test_dir, "\n".join([*emits, then]))
+        write_test(self.root, "\n".join([*emits, then]))
 
     def main(self, *argv, gpus=()):
         self.out, self.err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
         with ExitStack() as patches:
-            patches.enter_context(patch.object(run, "TEST_DIR", self.test_dir))
+            patches.enter_context(patch.object(run, "TEST_DIR", self.root))
             patches.enter_context(patch("pdkit.core.gpus.visible_gpus", lambda: gpus))
             patches.enter_context(patch("pdkit.runner.sglang_cpu.prepare", side_effect=NotReady("no Mooncake")))
-            patches.enter_context(patch.object(tempfile, "tempdir", str(self.test_dir)))
+            patches.enter_context(patch.object(tempfile, "tempdir", str(self.root)))
             patches.enter_context(patch.dict("os.environ", PDKIT_HISTORY=""))
             patches.enter_context(redirect_stdout(self.out))
             patches.enter_context(redirect_stderr(self.err))
@@ -145,22 +138,19 @@ class TestMain(unittest.TestCase):
     def test_a_scored_run_passes_and_says_where_it_ran(self):
         self.write_test(*RUN)
         self.assertEqual(self.main(), ExitCode.PASSED)
-        first = self.printed.splitlines()[:2]
-        self.assertEqual(first[0], f"main job on embedded: {EMBEDDED.engine}")
-        self.assertEqual(first[1], "  8xH200 needs 8 Hopper GPUs of 141 GB; found no GPU")
+        first = [f"main job on embedded: {EMBEDDED.engine}", "  8xH200 needs 8 Hopper GPUs of 141 GB; found no GPU"]
+        self.assertEqual(self.printed.splitlines()[:2], first)
         self.assertIn("\nmain job on embedded: PASSED\n", self.printed)
 
-    def test_a_failed_run_fails_though_it_was_scored(self):
-        self.write_test(*RUN, then="self.fail()")
-        self.assertEqual(self.main(), ExitCode.FAILED)
-
-    def test_a_skip_is_no_pass(self):
-        self.write_test(then="self.skipTest('no GPU')")
-        self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
-
-    def test_the_score_of_another_target_is_no_pass(self):
-        self.write_test(score("8xH200"))
-        self.assertEqual(self.main(), ExitCode.NOTHING_RAN)
+    def test_what_is_no_pass(self):
+        for why, events, then, code in (
+            ("it failed, though it was scored", RUN, "self.fail()", ExitCode.FAILED),
+            ("a skip", [], "self.skipTest('no GPU')", ExitCode.NOTHING_RAN),
+            ("the score of another target", [score("8xH200")], "", ExitCode.NOTHING_RAN),
+        ):
+            with self.subTest(why):
+                self.write_test(*events, then=then)
+                self.assertEqual(self.main(), code)
 
     def test_a_score_that_is_only_printed_is_no_pass(self):
         self.write_test(RUN[0], then=f"print({PRINTED!r})")
@@ -175,8 +165,8 @@ class TestMain(unittest.TestCase):
 
     def test_a_run_is_recorded(self):
         self.write_test(*RUN)
-        self.main("--history", str(self.test_dir / "history.jsonl"))
-        (line,) = (self.test_dir / "history.jsonl").read_text().splitlines()
+        self.main("--history", str(self.root / "history.jsonl"))
+        (line,) = (self.root / "history.jsonl").read_text().splitlines()
         self.assertEqual(json.loads(line)["measurements"][0]["correct"], 197)
 
     def test_unavailable_target_runs_nothing(self):
@@ -186,37 +176,37 @@ class TestMain(unittest.TestCase):
 
     def test_a_machine_that_lacks_something_starts_nothing(self):
         self.write_test(*RUN)
-        path = self.test_dir / EMBEDDED.test_file
+        path = self.root / EMBEDDED.test_file
         pair = "\n\nclass TestPair(PDDisaggregationServerBase):\n    def test_it(self): pass\n\n\nif __name__"
         path.write_text(path.read_text().replace("\n\nif __name__", pair))
-        with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
+        with patch("pdkit.preflight.environment.check.ASSETS", self.root):
             self.assertEqual(self.main(), ExitCode.NOT_READY)
         first, second = self.err.getvalue().splitlines()
-        self.assertRegex(first, f"^pdkit run: error: model: {self.test_dir}/nano-dsv4: no such directory; ")
-        self.assertRegex(second, f"^pdkit run: error: data: {self.test_dir}/gsm8k_nano.jsonl: No such file .*; ")
+        self.assertRegex(first, f"^pdkit run: error: model: {self.root}/nano-dsv4: no such directory; ")
+        self.assertRegex(second, f"^pdkit run: error: data: {self.root}/gsm8k_nano.jsonl: No such file .*; ")
         self.assertEqual(len(self.printed.splitlines()), len(TARGETS), self.printed)
-        with patch("pdkit.preflight.environment.check.ASSETS", self.test_dir):
+        with patch("pdkit.preflight.environment.check.ASSETS", self.root):
             self.assertEqual(self.main("--skip-environment-check"), ExitCode.FAILED)
         self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)
 
     def test_a_tree_without_the_test(self):
-        write_test(self.test_dir, "pass", file="registered/test_other.py")
+        write_test(self.root, "pass", file="registered/test_other.py")
         self.assertEqual(self.main(), ExitCode.NOT_READY)
-        self.assertIn(f"no registered test at {self.test_dir / EMBEDDED.test_file}", self.err.getvalue())
+        self.assertIn(f"no registered test at {self.root / EMBEDDED.test_file}", self.err.getvalue())
 
     def test_log_and_results_are_kept_on_request(self):
         self.write_test(*RUN)
-        self.assertEqual(self.main("--report-dir", str(self.test_dir / "report")), ExitCode.PASSED)
-        (log,) = (self.test_dir / "report").glob("*.log")
+        self.assertEqual(self.main("--report-dir", str(self.root / "report")), ExitCode.PASSED)
+        (log,) = (self.root / "report").glob("*.log")
         self.assertIn("Ran 1 test", log.read_text())
-        self.assertTrue((self.test_dir / "report" / "results.json").exists())
+        self.assertTrue((self.root / "report" / "results.json").exists())
 
     def test_server_logs_go_there_too_unless_told_otherwise(self):
-        write_test(self.test_dir, "import os; print('server logs:', os.environ['SGLANG_PD_LOG_DIR'])")
+        write_test(self.root, "import os; print('server logs:', os.environ['SGLANG_PD_LOG_DIR'])")
         with patch.dict("os.environ"):
             os.environ.pop("SGLANG_PD_LOG_DIR", None)
-            self.main("-v", "--report-dir", str(self.test_dir))
-        self.assertRegex(self.printed, rf"server logs: {self.test_dir}/001-\w+\.1\n")
+            self.main("-v", "--report-dir", str(self.root))
+        self.assertRegex(self.printed, rf"server logs: {self.root}/001-\w+\.1\n")
         with patch.dict("os.environ", SGLANG_PD_LOG_DIR="/mine"):
             self.main("-v")
         self.assertIn("server logs: /mine\n", self.printed)
@@ -229,9 +219,8 @@ class TestMain(unittest.TestCase):
 
     def test_targets(self):
         self.assertEqual(self.main("list", "--targets", gpus=[Gpu("NVIDIA H200", 143_771, (9, 0))]), ExitCode.PASSED)
-        self.assertRegex(
-            self.printed, r"8xH200 +8 Hopper GPUs of 141 GB +not here\n(.*\n)*embedded +no GPU +runs here\n"
-        )
+        rows = r"8xH200 +8 Hopper GPUs of 141 GB +not here\n(.*\n)*embedded +no GPU +runs here\n"
+        self.assertRegex(self.printed, rows)
         self.assertIn("this machine has 1 GPU (NVIDIA H200, 140 GiB)", self.printed)
 
 

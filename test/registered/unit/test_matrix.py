@@ -2,22 +2,18 @@
 
 import contextlib
 import csv
-import io
 import json
 import os
 import re
-import tempfile
-import textwrap
 import unittest
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
+from cases import FolderCase, pdkit
 from pdkit.checks.accounting.checks import OWN_RESULT
 from pdkit.checks.accounting.invariants import CLIENT, SERVERS
 from pdkit.checks.accounting.ledger import OK, HttpAttempt
-from pdkit.cli.main import main
 from pdkit.core import processes
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
@@ -46,11 +42,9 @@ def run_of(fault, index=0, caught=(), **more):
 def happened(test=None, **verdicts):
     """The events of a test that failed with the text `test`, or passed; of each check None if it passed, or its text."""
     names = {"client": CLIENT, "servers": SERVERS, "own": OWN_RESULT, "first_look": FIRST_LOOK}
-    told = [
-        {"kind": "verdict", "check": names[name], "passed": message is None, "message": message or ""}
-        for name, message in verdicts.items()
-    ]
-    return Events([*told, {"kind": "test", "state": "failed" if test else "passed", "message": test or ""}])
+    told = [{"check": names[name], "passed": text is None, "message": text or ""} for name, text in verdicts.items()]
+    ended = {"kind": "test", "state": "failed" if test else "passed", "message": test or ""}
+    return Events([*({"kind": "verdict", **each} for each in told), ended])
 
 
 def caught(found):
@@ -105,9 +99,8 @@ class TestVerdicts(unittest.TestCase):
     def test_a_check_that_several_tests_hold(self):
         passed, caught = CheckVerdict(False, 2.0), CheckVerdict(True, 3.0, "first")
         self.assertEqual(merged(passed, caught), CheckVerdict(True, 5.0, "first"))
-        self.assertEqual(
-            merged(merged(passed, caught), CheckVerdict(True, 9.0, "second")), CheckVerdict(True, 5.0, "first")
-        )
+        again = merged(merged(passed, caught), CheckVerdict(True, 9.0, "second"))
+        self.assertEqual(again, CheckVerdict(True, 5.0, "first"))
 
 
 class TestPatientLedger(unittest.TestCase):
@@ -120,9 +113,10 @@ class TestPatientLedger(unittest.TestCase):
         self.assertGreater(ledger.give_up_after, 30)
 
 
-class TestResults(unittest.TestCase):
+class TestResults(FolderCase):
     def setUp(self):
-        self.path = Path(self.enterContext(tempfile.TemporaryDirectory()), "results.jsonl")
+        super().setUp()
+        self.path = self.root / "results.jsonl"
         self.results = Results.open(self.path, resume=False)
         self.results.set_checks(CHECKS)
 
@@ -137,11 +131,9 @@ class TestResults(unittest.TestCase):
         return [problem.why for problem in self.results.problems([run.key for run in runs])]
 
     def test_come_back_as_they_were_written(self):
-        self.fill(
-            run_of(None), run_of("window-zeroed", caught=[FIRST_LOOK], first_caught=1.5, restarted="decode exited")
-        )
-        again = Results.open(self.path, resume=True)
-        self.assertEqual(again, self.results)
+        caught = run_of("window-zeroed", caught=[FIRST_LOOK], first_caught=1.5, restarted="decode exited")
+        self.fill(run_of(None), caught)
+        self.assertEqual(Results.open(self.path, resume=True), self.results)
 
     def test_are_not_overwritten(self):
         with self.assertRaisesRegex(ResultsError, "--resume"):
@@ -171,17 +163,14 @@ class TestResults(unittest.TestCase):
         self.assertEqual(self.goal_of(run_of("prefill-late"), changes=False), [])
 
     def test_the_goal_is_missed(self):
+        late = run_of("prefill-late", caught=["parity alone"])
         for why, run, changes in (
             ("changes something and was not caught", run_of("window-zeroed"), True),
             ("failed: parity alone", run_of(None, caught=["parity alone"]), True),
             ("failed: decode exited", run_of(None, restarted="decode exited"), True),
             ("it met no request", replace(run_of("window-zeroed", caught=[CLIENT]), met=0), True),
             ("changes nothing, and nobody has said why", run_of("window-zeroed"), False),
-            (
-                "should change nothing, yet parity alone saw a difference",
-                run_of("prefill-late", caught=["parity alone"]),
-                False,
-            ),
+            ("should change nothing, yet parity alone saw a difference", late, False),
         ):
             self.assertEqual(self.goal_of(run, changes=changes), [why])
 
@@ -289,18 +278,19 @@ class Healthy(JsonHandler):
     do_POST = do_GET
 
 
-class TestSession(unittest.TestCase):
+class TestSession(FolderCase):
     """Real workers, whose servers are one that only answers to health checks."""
 
     def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.directory = Path(directory.name)
-        self.file = self.directory / "subjects.py"
-        self.file.write_text(textwrap.dedent(SUBJECT).replace("{url}", StubServer(self, Healthy).url))
+        super().setUp()
+        self.source = SUBJECT.replace("{url}", StubServer(self, Healthy).url)
+        self.file, self.logs = self.write("subjects.py", self.source), self.root / "logs"
 
-    def session(self, *tests):
-        return Session([Subject("one", self.file, "Tests", tests)], self.directory / "logs")
+    def session(self, *tests, **options):
+        return Session([Subject("one", self.file, "Tests", tests, **options)], self.logs)
+
+    def log(self):
+        return (self.logs / "one.log").read_text()
 
     def test_runs_fault_after_fault_on_the_same_servers(self):
         with self.session() as session:
@@ -311,18 +301,14 @@ class TestSession(unittest.TestCase):
         self.assertIsNone(clean.first_caught)
         self.assertLessEqual(faulty.first_caught, faulty.seconds)
         self.assertEqual((faulty.met, faulty.restarted), (3, ""))
-        log = (self.directory / "logs" / "one.log").read_text()
-        self.assertEqual((log.count("servers started"), log.count("servers stopped")), (1, 1))
+        self.assertEqual([self.log().count(f"servers {what}") for what in ("started", "stopped")], [1, 1])
 
     def test_what_is_printed_is_no_verdict(self):
-        self.file.write_text(
-            self.file.read_text().replace(
-                "    def test_rooms(self):", "    def test_rooms(self):\n        print('client: FAIL, 9 attempts')"
-            )
-        )
+        begins = "    def test_rooms(self):\n"
+        self.file.write_text(self.source.replace(begins, f"{begins}        print('client: FAIL, 9 attempts')\n"))
         with self.session("test_rooms") as session:
             self.assertEqual(session.run(None).verdicts.keys(), {"rooms"})
-        self.assertIn("client: FAIL, 9 attempts", (self.directory / "logs" / "one.log").read_text())
+        self.assertIn("client: FAIL, 9 attempts", self.log())
 
     def test_a_sub_test_and_an_exit_are_caught(self):
         with self.session("test_rooms") as session:
@@ -335,11 +321,10 @@ class TestSession(unittest.TestCase):
         self.assertEqual(dead.restarted, "decode exited with code 1")
         self.assertEqual(dead.verdicts.keys(), {"parity alone"}, "what comes after it did not run")
         self.assertEqual((after.caught_by, after.restarted), ([], ""))
-        self.assertIn("servers started 2", (self.directory / "logs" / "one.log").read_text())
+        self.assertIn("servers started 2", self.log())
 
     def test_a_fault_that_has_a_test_of_its_own_meets_no_other(self):
-        subject = Subject("one", self.file, "Tests", test_of={"window-zeroed": "test_rooms"})
-        with Session([subject], self.directory / "logs") as session:
+        with self.session(test_of={"window-zeroed": "test_rooms"}) as session:
             faulty, clean = (session.run(fault) for fault in ("window-zeroed", None))
         self.assertEqual((faulty.verdicts.keys(), faulty.caught_by), ({"rooms"}, []))
         self.assertEqual(clean.verdicts.keys(), {"parity alone", "rooms"})
@@ -352,11 +337,11 @@ class TestSession(unittest.TestCase):
         """A server has a session of its own; the worker is killed, or ended for lack of time by us."""
         server = "process_lb = subprocess.Popen(['sleep', '300'], start_new_session=True); print('pid', process_lb.pid, flush=True)"
         hangs = 'print("servers stopped", flush=True); import time; time.sleep(300)'
-        source = self.file.read_text().replace("    starts = 0\n", f"    starts = 0\n    {server}\n")
+        source = self.source.replace("    starts = 0\n", f"    starts = 0\n    {server}\n")
         self.file.write_text(source.replace('print("servers stopped", flush=True)', hangs))
         for how in ("killed", "hangs"):
             with self.subTest(how), mock.patch.object(session_module, "STOP_TIMEOUT", 1.0), self.session() as session:
-                pid = int(re.findall(r"pid (\d+)", (self.directory / "logs" / "one.log").read_text())[-1])
+                pid = int(re.findall(r"pid (\d+)", self.log())[-1])
                 self.assertTrue(processes.is_pid_alive(pid))
                 if how == "killed":
                     session.workers[0].process.kill()
@@ -364,26 +349,15 @@ class TestSession(unittest.TestCase):
 
     def test_a_worker_that_does_not_start_is_named(self):
         self.file.write_text("raise RuntimeError('no')")
-        with (
-            self.assertRaisesRegex(WorkerFailed, "the worker of one ended on its own; its log: .*one.log"),
-            self.session(),
-        ):
-            pass
+        with self.assertRaisesRegex(WorkerFailed, "the worker of one ended on its own; its log: .*one.log"):
+            self.session().__enter__()
 
 
-class TestCommand(unittest.TestCase):
-    def setUp(self):
-        self.out = Path(self.enterContext(tempfile.TemporaryDirectory()), "out")
-
+class TestCommand(FolderCase):
     def command(self, *args):
         """(exit code, what it printed)."""
-        printed = io.StringIO()
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            try:
-                code = main(["matrix", *args])
-            except SystemExit as error:
-                code = error.code
-        return code, printed.getvalue()
+        ran = pdkit("matrix", *args)
+        return ran.returned, ran.out + ran.err
 
     def test_lists_the_library(self):
         code, text = self.command("--list")
@@ -391,13 +365,12 @@ class TestCommand(unittest.TestCase):
         self.assertEqual(len(text.splitlines()), len(LIBRARY))
 
     def test_bad_usage_is_one_line(self):
-        self.out.mkdir()
-        (self.out / "results.jsonl").write_text("")
+        self.write("results.jsonl")
         for args, message in (
             (["--faults", "window"], "unknown fault 'window'; nearest known: window-"),
             (["--clean-runs", "-1"], "--clean-runs: invalid number value: '-1'"),
             (["--resume"], "--resume needs --out"),
-            (["--out", str(self.out)], "holds results of an earlier matrix; go on with --resume"),
+            (["--out", str(self.root)], "holds results of an earlier matrix; go on with --resume"),
             (["--out", "/proc/nothing"], "choose another --out"),
         ):
             code, text = self.command(*args)
@@ -419,7 +392,7 @@ class TestCommand(unittest.TestCase):
                 ran.append((fault, index))
                 return Run(fault, index, 1, 1.0, "", {"parity alone": CheckVerdict(fault is not None, 1.0)}, 1.0)
 
-        args = ["--out", str(self.out), "--faults", "seed-lost,top-p-lost", "--clean-runs", "2"]
+        args = ["--out", str(self.root), "--faults", "seed-lost,top-p-lost", "--clean-runs", "2"]
         with mock.patch("pdkit.faults.matrix.run.Session", OneByOne):
             code, text = self.command(*args)
             self.assertEqual(code, ExitCode.INTERRUPTED, text)
@@ -428,8 +401,8 @@ class TestCommand(unittest.TestCase):
         self.assertEqual(code, ExitCode.PASSED, text)
         self.assertEqual(sorted(map(str, first + ran)), sorted(map(str, planned(["seed-lost", "top-p-lost"], 2))))
         self.assertIn("goal met", text)
-        self.assertTrue((self.out / "matrix.md").read_text().startswith("# Detection matrix"))
-        records = [json.loads(line)["kind"] for line in (self.out / "results.jsonl").read_text().splitlines()]
+        self.assertTrue((self.root / "matrix.md").read_text().startswith("# Detection matrix"))
+        records = [json.loads(line)["kind"] for line in (self.root / "results.jsonl").read_text().splitlines()]
         self.assertEqual(sorted(records), ["checks"] + ["run"] * 4 + ["truth"] * 2)
 
     def test_subjects_are_there(self):
@@ -451,17 +424,15 @@ class TestCommand(unittest.TestCase):
                     self.assertEqual(args[last + 1], "pdkit.faults:FaultyTransfer", subject.name)
 
     def test_only_subjects_that_faults_are_put_before_are_started(self):
-        kind = next(name for name, fault in LIBRARY.items() if fault.asks)
+        kinds = [fault.name for fault in LIBRARY.values() if fault.asks]
+        self.assertEqual(chosen_faults("kinds", quick=False), kinds)
+        kind = kinds[0]
         for faults, expected in (
             ((kind,), ["kinds"]),
             (("seed-lost",), ["trained", "random"]),
             ((kind, "seed-lost"), ["trained", "random", "kinds"]),
         ):
             self.assertEqual([subject.name for subject in subjects_of(False, faults)], expected)
-
-    def test_all_families_have_one_name(self):
-        chosen = chosen_faults("kinds", quick=False)
-        self.assertEqual(chosen, [fault.name for fault in LIBRARY.values() if fault.asks])
 
     def test_a_client_s_backoff_is_cut_short_and_a_check_s_own_wait_is_not(self):
         slept = []

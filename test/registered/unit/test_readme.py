@@ -3,11 +3,11 @@
 import re
 import subprocess
 import sys
-import tempfile
 import textwrap
 import unittest
 from pathlib import Path
 
+from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.registry import collect
@@ -21,7 +21,7 @@ DOCS = sorted((REPO / "docs").glob("*.md"))
 EXAMPLE = "test_disaggregation_dsv4_no_prefix_cache.py"
 
 
-class TestReadme(unittest.TestCase):
+class TestReadme(FolderCase):
     def test_targets_of_a_machine_without_gpu(self):
         shown = "$ scripts/pdkit list --targets\n" + overview(())
         self.assertIn(textwrap.indent(shown, "    "), README)
@@ -34,9 +34,8 @@ class TestReadme(unittest.TestCase):
     def test_files_named_exist(self):
         for page in (REPO / "README.md", *DOCS):
             with self.subTest(page.name):
-                paths = set(
-                    re.findall(r"\b((?:test|scripts|studies|python|docs|\.github)/[\w./-]+\.\w+)", page.read_text())
-                )
+                below = r"\b((?:test|scripts|studies|python|docs|\.github)/[\w./-]+\.\w+)"
+                paths = set(re.findall(below, page.read_text()))
                 missing = [path for path in sorted(paths) if not (REPO / path).exists() and Path(path).name != EXAMPLE]
                 self.assertEqual(missing, [])
 
@@ -46,16 +45,14 @@ class TestReadme(unittest.TestCase):
     def test_the_site_is_built_and_each_link_leads_somewhere(self):
         tool = Path(sys.executable).with_name("mkdocs")
         self.assertTrue(tool.exists(), f"mkdocs is not beside {sys.executable}: pip install -r requirements-dev.lock")
-        with tempfile.TemporaryDirectory() as site:
-            run = subprocess.run([tool, "build", "-q", "-d", site], cwd=REPO, capture_output=True, text=True)
-            self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
-            self.assertTrue((Path(site) / "index.html").is_file())
+        run = subprocess.run([tool, "build", "-q", "-d", self.root], cwd=REPO, capture_output=True, text=True)
+        self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
+        self.assertTrue((self.root / "index.html").is_file())
 
     def test_the_next_test_is_a_registered_one(self):
         (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-        with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / EXAMPLE).write_text(code)
-            collection = collect(Path(directory))
+        self.write(EXAMPLE, code)
+        collection = collect(self.root)
         self.assertEqual(collection.errors, ())
         self.assertEqual([(r.hw, r.suite) for r in collection.registrations], [("cpu", "stage-a-test-cpu")])
 

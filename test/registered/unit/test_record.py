@@ -1,7 +1,6 @@
 """What is recorded in test/data is still so: test/record.py says what that is, and records an intended change."""
 
 import sys
-import tempfile
 import unittest
 from pathlib import Path
 
@@ -12,9 +11,6 @@ register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
 TEST = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TEST))
 import record  # noqa: E402
-import undeclared  # noqa: E402
-
-UNDECLARED_AT_MOST = 0
 
 
 class TestRecords(unittest.TestCase):
@@ -62,29 +58,6 @@ class TestNormalising(unittest.TestCase):
     def test_flags_and_their_values(self):
         lines = record.flag_lines(["word", "--a", "1", "-2", "--b", "--c", "{ }"])
         self.assertEqual(lines, ["word", "--a 1 -2", "--b", "--c '{ }'"])
-
-
-class TestUndeclared(unittest.TestCase):
-    def count(self, **files):
-        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name, text in files.items():
-            (folder / f"{name}.py").write_text(text)
-        return undeclared.undeclared(folder)
-
-    def test_no_mixin_takes_more_than_before(self):
-        found = undeclared.undeclared()
-        self.assertGreater(len(found), 0)
-        total = sum(map(len, found.values()))
-        self.assertLessEqual(total, UNDECLARED_AT_MOST, f"declare them, for example in `needs`: {found}")
-
-    def test_what_is_undeclared(self):
-        base = "class Base:\n    inherited = 1\n    noted: str\n    needs = ('needed',)\n    def __init__(self): self.kept = 1\n"
-        mixin = "import base\nclass AMixin(base.Base):\n    own = 1\n    def method(self):\n"
-        mixin += "        self.inherited, self.noted, self.needed, self.kept, self.own, self.method, self.assertEqual\n"
-        self.assertEqual(self.count(base=base, mixin=mixin), {"AMixin": []})
-        taken = mixin + "        self.missing, super().above()\n"
-        taken += "    @classmethod\n    def other(cls):\n        return lambda: cls.later\n"
-        self.assertEqual(self.count(base=base, mixin=taken), {"AMixin": ["above", "later", "missing"]})
 
 
 if __name__ == "__main__":

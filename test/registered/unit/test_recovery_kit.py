@@ -27,6 +27,7 @@ register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 ROUTERS = {"mini LB": "http://mini", "Rust router": "http://rust"}
 SERVED = Outcome(Fate.SERVED, "right", "", 200, 0.1)
 FAILED = Outcome(Fate.FAILED, "", "500: no room", 500, 0.1)
+WORDLESS, HUNG = replace(FAILED, error="500: ", status=400), replace(FAILED, fate=Fate.HUNG)
 
 
 @dataclass
@@ -45,6 +46,7 @@ class LateClient:
 class Deployment:
     """`down`: parts that are dead or frozen. Subclasses are broken in one way each."""
 
+    failed = FAILED
     router_timeout = slack = settling = returning = 1
     bootstrap_timeout, waiting_timeout = 6, 10
     prefill_url = decode_url = base_host = bootstrap_port = target = engine = log_dir = configure = fleet = None
@@ -79,7 +81,7 @@ class Deployment:
         self.processes[name] = SimpleNamespace(poll=lambda: None)
 
     def outcome(self, phase, router):
-        return FAILED if self.down and not (phase == STREAMING and self.down == {"prefill"}) else SERVED
+        return self.failed if self.down and not (phase == STREAMING and self.down == {"prefill"}) else SERVED
 
     def send(self, phase, patience=None):
         return {name: LateClient(lambda name=name: self.outcome(phase, name)) for name in ROUTERS}
@@ -122,9 +124,7 @@ class AnswersOfOthers(Deployment):
 
 
 class WordlessErrors(Deployment):
-    def outcome(self, phase, router):
-        outcome = super().outcome(phase, router)
-        return replace(outcome, error="500: ", status=400) if outcome.fate is Fate.FAILED else outcome
+    failed = WORDLESS
 
     def timed_post(self, side, ask, room):
         fate, error, seconds = super().timed_post(side, ask, room)
@@ -132,9 +132,7 @@ class WordlessErrors(Deployment):
 
 
 class HangingClients(Deployment):
-    def outcome(self, phase, router):
-        outcome = super().outcome(phase, router)
-        return replace(outcome, fate=Fate.HUNG) if outcome.fate is Fate.FAILED else outcome
+    failed = HUNG
 
     def timed_post(self, side, ask, room):
         fate, error, seconds = super().timed_post(side, ask, room)
@@ -157,10 +155,10 @@ class LostAfterwards(Deployment):
 class RankKeptOut(LostAfterwards):
     """The first request afterwards meets a rank that is not let in yet, and fails at once."""
 
-    router_timeout = 60
+    router_timeout, first = 60, FAILED
 
     def back(self, *args):
-        outcomes = itertools.chain([FAILED], itertools.repeat(SERVED))
+        outcomes = itertools.chain([self.first], itertools.repeat(SERVED))
         self.outcome = lambda phase, router: next(outcomes)
         super(LostAfterwards, self).back(*args)
 
@@ -168,6 +166,10 @@ class RankKeptOut(LostAfterwards):
 class RanksLetInLate(RankKeptOut):
     def readmission(self):
         return 60.0
+
+
+class WrongOnce(RanksLetInLate):
+    first = replace(FAILED, fate=Fate.WRONG)
 
 
 class RestartOfAll(Deployment):
@@ -200,6 +202,7 @@ BROKEN = {
     NoReturn: EVENTS,
     LostAfterwards: EVENTS - MOMENTS,
     RankKeptOut: EVENTS - MOMENTS,
+    WrongOnce: EVENTS - MOMENTS,
     RestartOfAll: KILLS,
     RoomsKept: EVENTS | (MESSAGES - LATE),
     IllSurvivors: EVENTS - MOMENTS,
@@ -246,6 +249,7 @@ class Pairs:
     `down`: the second pair is dead, or its decode server refuses.
     """
 
+    failed = FAILED
     router_timeout = slack = settling = returning = 0
     prefill_url = decode_url = base_host = bootstrap_port = router_url = prefills = decodes = None
     asks = [Query((number,), 1, right="right") for number in range(8)]
@@ -284,7 +288,7 @@ class Pairs:
         if dead and url == ROUTERS["Rust router"] and self.known[url] >= len(self.asks) and "decode 2" in self.down:
             dead = False
         self.known[url] += 1
-        return FAILED if dead else SERVED
+        return self.failed if dead else SERVED
 
     def client(self, url, ask, bound):
         outcome = self.outcome(url, ask.prompt[0])
@@ -310,15 +314,11 @@ class PairsMixUp(Pairs):
 
 
 class PairsHang(Pairs):
-    def outcome(self, url, number):
-        outcome = super().outcome(url, number)
-        return replace(outcome, fate=Fate.HUNG) if outcome.fate is Fate.FAILED else outcome
+    failed = HUNG
 
 
 class PairsFailWithoutAWord(Pairs):
-    def outcome(self, url, number):
-        outcome = super().outcome(url, number)
-        return replace(outcome, error="500: ", status=400) if outcome.fate is Fate.FAILED else outcome
+    failed = WORDLESS
 
 
 class PairsFailTogether(Pairs):

@@ -4,7 +4,6 @@
 made later, of what it printed.
 """
 
-import io
 import json
 import os
 import re
@@ -14,16 +13,15 @@ import sys
 import tarfile
 import tempfile
 import unittest
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+from cases import pdkit, without
 from junitparser import JUnitXml
 from pdkit.checks.hints import ComparedRequest, Evidence
-from pdkit.cli.main import main
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.events import append
@@ -76,11 +74,13 @@ if __name__ == "__main__":
 """
 
 
-def recorded(directory):
-    """The recorded report directory, unpacked."""
+def recorded(test):
+    """The recorded report directory, unpacked until `test` ends: a test, or a class in its setUpClass."""
+    enter = test.enterClassContext if isinstance(test, type) else test.enterContext
+    directory = enter(tempfile.TemporaryDirectory())
     with tarfile.open(RECORDED) as archive:
         archive.extractall(directory, filter="data")
-    return directory / "report"
+    return Path(directory, "report")
 
 
 def run_suite(directory, source, *options):
@@ -89,8 +89,7 @@ def run_suite(directory, source, *options):
     (directory / "tests" / "test_x.py").write_text(source)
     command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "s", "--skip-environment-check"]
     command += [*options, "--test-root", str(directory / "tests"), "--report-dir", str(directory / "report")]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "PDKIT_"))}
-    environ |= {STEP_SUMMARY_VARIABLE: str(directory / "step.md")}
+    environ = without("SGLANG_", "PDKIT_") | {STEP_SUMMARY_VARIABLE: str(directory / "step.md")}
     run = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return directory / "report", run
 
@@ -118,15 +117,14 @@ class Balanced(HTMLParser):
 class TestRecorded(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.directory = recorded(Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
+        cls.directory = recorded(cls)
         cls.report = read_directory(cls.directory)
         (cls.run_,) = cls.report.files
 
     def test_score(self):
         score = self.run_.score
-        self.assertEqual(
-            (score.target, score.engine, score.correct, score.examples), ("embedded", "pdkit.engine", 188, 200)
-        )
+        self.assertEqual((score.target, score.engine), ("embedded", "pdkit.engine"))
+        self.assertEqual((score.correct, score.examples), (188, 200))
         self.assertEqual((score.value, score.threshold, score.passed), (0.94, 0.95, False))
         low, high = score.interval
         self.assertTrue(0.89 < low < 0.94 < high < 0.97)
@@ -223,9 +221,8 @@ class TestDeath(unittest.TestCase):
         self.assertLess(tail, at)
 
     def test_a_phase_that_did_not_end(self):
-        self.assertEqual(
-            [(p.name, p.state) for p in self.run_.phases], [("launch prefill", "failed"), ("teardown", "unfinished")]
-        )
+        states = [(phase.name, phase.state) for phase in self.run_.phases]
+        self.assertEqual(states, [("launch prefill", "failed"), ("teardown", "unfinished")])
 
     def test_the_lines_that_show_why_are_shown_instead_of_the_last_ones(self):
         path = self.directory / "001-test_x.1" / events.FILE
@@ -242,11 +239,10 @@ class TestDeath(unittest.TestCase):
         text = (self.directory / "report.html").read_text()
         self.assertIn("&lt;b&gt;CUDA out of memory&lt;/b&gt; </pre>", text)
         self.assertNotIn("<b>CUDA", text)
-        (case,) = JUnitXml.fromstring((self.directory / "junit.xml").read_bytes()).__iter__().__next__()
+        ((case,),) = JUnitXml.fromstring((self.directory / "junit.xml").read_bytes())
         self.assertEqual(case.result[0].message, "failed in phase launch decode: decode exited with code 7 ?")
-        first, second = case.result[0].text.splitlines()[:2]
-        self.assertEqual(first, "failed: __main__.TestX.test_x")
-        self.assertEqual(second, "decode exited with code 7 ? ? \u2713")
+        shown = case.result[0].text.splitlines()[:2]
+        self.assertEqual(shown, ["failed: __main__.TestX.test_x", "decode exited with code 7 ? ? \u2713"])
         self.assertEqual((self.root / "step.md").read_text(), (self.directory / "summary.md").read_text())
         self.assertIn(f"report: {self.directory / 'report.html'}\n", self.suite.stdout)
         self.assertEqual(self.suite.returncode, 1)
@@ -344,10 +340,9 @@ class TestRows(unittest.TestCase):
         root = Path(self.enterContext(tempfile.TemporaryDirectory()))
         directory, _ = run_suite(root, CHECKS)
         (run,) = read_directory(directory).files
-        states = [(row.name, row.state) for row in run.rows if row.sentence.startswith("not run")]
-        self.assertEqual(
-            states, [("TestX.test_d_parts", "SKIP"), ("TestX.test_e_accounted", "SKIP"), ("TestY.test_y", "SKIP")]
-        )
+        left = [(row.name, row.state) for row in run.rows if row.sentence.startswith("not run")]
+        names = ("TestX.test_d_parts", "TestX.test_e_accounted", "TestY.test_y")
+        self.assertEqual(left, [(name, "SKIP") for name in names])
 
     def test_console(self):
         for name, state, sentence in ROWS:
@@ -364,9 +359,8 @@ class TestRows(unittest.TestCase):
 
     def test_step_summary(self):
         text = (self.directory / "summary.md").read_text()
-        self.assertIn(
-            "| ✅ PASS | TestX.test_a_gate | score 0.500 of 10 examples, must be greater than 0.25; parity", text
-        )
+        scored = "score 0.500 of 10 examples, must be greater than 0.25; parity"
+        self.assertIn(f"| ✅ PASS | TestX.test_a_gate | {scored}", text)
         self.assertIn("| ❌ FAIL | TestX.test_d_parts | 1 != 0 : is not zero |", text)
         self.assertIn("### Not exercised on embedded\n", text)
 
@@ -398,8 +392,7 @@ class TestTwoRuns(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        cls.directory = recorded(root)
+        cls.directory = recorded(cls)
         cls.run_ = read_directory(cls.directory)
 
     def cells(self, text, name):
@@ -435,13 +428,10 @@ class TestTwoRuns(unittest.TestCase):
             self.assertEqual(self.cells(text, name)[1:], ["data incomplete"])
 
     def test_the_command(self):
-        printed = io.StringIO()
-        with redirect_stdout(printed):
-            code = main(["report", "--compare", str(self.directory), str(self.directory)])
-        self.assertEqual(code, 0)
-        self.assertIn("they overlap", printed.getvalue())
-        with redirect_stderr(io.StringIO()):
-            self.assertEqual(main(["report"]), 2)
+        shown = pdkit("report", "--compare", self.directory, self.directory)
+        self.assertEqual(shown.returned, 0)
+        self.assertIn("they overlap", shown.out)
+        self.assertEqual(pdkit("report").returned, 2)
 
 
 class TestRejudge(unittest.TestCase):
@@ -449,7 +439,7 @@ class TestRejudge(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.directory = recorded(Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
+        cls.directory = recorded(cls)
         cls.run_ = read_directory(cls.directory)
         (cls.file,) = cls.run_.files
 
@@ -496,21 +486,17 @@ class TestRejudge(unittest.TestCase):
 
     def test_what_was_recorded_is_read_from_the_files(self):
         requests = (ComparedRequest("r0", 10, 1, 3), ComparedRequest("r1", 11, 1, 3, 0, 1, 1, 0.5))
-        with tempfile.TemporaryDirectory() as folder:
-            directory = recorded(Path(folder))
-            (log,) = directory.glob("*.log")
-            append(log.with_suffix(""), "compared", **Evidence("alone", requests, {}).as_event(), further=())
-            (file,) = read_directory(directory).files
-            self.assertEqual(file.compared, (ComparedRound(Evidence("alone", requests, {}), ()),))
+        directory = recorded(self)
+        (log,) = directory.glob("*.log")
+        append(log.with_suffix(""), "compared", **Evidence("alone", requests, {}).as_event(), further=())
+        (file,) = read_directory(directory).files
+        self.assertEqual(file.compared, (ComparedRound(Evidence("alone", requests, {}), ()),))
 
     def test_the_command(self):
-        printed = io.StringIO()
-        with redirect_stdout(printed):
-            code = main(["report", str(self.directory), "--rejudge"])
-        self.assertEqual(code, 1)
-        self.assertIn("judged again: 1 passed, 1 failed, 1 data incomplete", printed.getvalue())
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            self.assertEqual(main(["report", str(self.directory), "--rejudge", "--issue"]), 2)
+        shown = pdkit("report", self.directory, "--rejudge")
+        self.assertEqual(shown.returned, 1)
+        self.assertIn("judged again: 1 passed, 1 failed, 1 data incomplete", shown.out)
+        self.assertEqual(pdkit("report", self.directory, "--rejudge", "--issue").returned, 2)
         self.assertEqual(rejudged(replace(self.run_, files=()))[1], 4)
 
 
@@ -518,8 +504,7 @@ class TestIssue(unittest.TestCase):
     """`pdkit report DIR --issue`."""
 
     def test_what_is_pasted(self):
-        directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
-        report = read_directory(directory)
+        report = read_directory(recorded(self))
         (run,) = report.files
         failure = run.failure.replace("0.95\n", "0.95\n  hint: only at 8 or more\n", 1)
         report = replace(report, files=(replace(run, hint="only at 8 or more", failure=failure),))
@@ -537,15 +522,14 @@ class TestIssue(unittest.TestCase):
         self.assertNotIn("Traceback", text.partition("<details>")[0])
 
     def test_nothing_failed(self):
-        directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
-        report = read_directory(directory)
+        report = read_directory(recorded(self))
         passed = replace(report, result="passed", files=(replace(report.files[0], state="passed"),))
         self.assertIn("no file failed", issue(passed))
 
 
 class TestBroken(unittest.TestCase):
     def setUp(self):
-        self.directory = recorded(Path(self.enterContext(tempfile.TemporaryDirectory())))
+        self.directory = recorded(self)
         self.evidence = next(path for path in self.directory.iterdir() if path.is_dir())
 
     def test_no_run(self):
@@ -576,9 +560,8 @@ class TestBroken(unittest.TestCase):
         append("x.jsonl", example | {"seconds": float("nan")}, example | {"seconds": "1"})
         report = read_directory(self.directory)
         self.assertEqual((len(report.files[0].examples), len(report.files[0].tables)), (200, 1))
-        self.assertEqual(
-            [note.partition(": ")[2] for note in report.notes], [f"{n} lines cannot be read" for n in (4, 2)]
-        )
+        notes = [note.partition(": ")[2] for note in report.notes]
+        self.assertEqual(notes, ["4 lines cannot be read", "2 lines cannot be read"])
         page(report)
 
     def test_only_results(self):
@@ -601,9 +584,8 @@ class TestBroken(unittest.TestCase):
 
     def test_gpu_plan(self):
         server = gpu_plan.Server("decode", tp=4, attention_dp=4, base_gpu_id=4, ports={"http": 21200})
-        plan = gpu_plan.GpuPlan(
-            "TestX", (server,), {"load balancer": {"http": 21000}}, gpu_plan.Runner("8-gpu", 8, None)
-        )
+        others, runner = {"load balancer": {"http": 21000}}, gpu_plan.Runner("8-gpu", 8, None)
+        plan = gpu_plan.GpuPlan("TestX", (server,), others, runner)
         (self.directory / "gpu_plan.json").write_text(json.dumps([gpu_plan.as_data(plan)]))
         text = page(read_directory(self.directory))
         self.assertIn("4 of 8 GPUs used, runner 8-gpu.", text)
@@ -636,9 +618,8 @@ class TestModel(unittest.TestCase):
         self.assertEqual((score.passed, score.gate, score.where), (True, "no gate", "target unknown"))
 
     def test_a_phase_that_passed_is_not_bad(self):
-        self.assertEqual(
-            [Phase("x", state, 0, 1).is_bad for state in ("passed", "failed", "unfinished")], [False, True, True]
-        )
+        bad = [Phase("x", state, 0, 1).is_bad for state in ("passed", "failed", "unfinished")]
+        self.assertEqual(bad, [False, True, True])
 
 
 def browser():
@@ -659,7 +640,7 @@ class TestInBrowser(unittest.TestCase):
             raise unittest.SkipTest(reason)
         from playwright.sync_api import sync_playwright
 
-        cls.directory = recorded(Path(cls.enterClassContext(tempfile.TemporaryDirectory())))
+        cls.directory = recorded(cls)
         with mock.patch.dict(os.environ):
             os.environ.pop(STEP_SUMMARY_VARIABLE, None)
             write(cls.directory)
@@ -682,16 +663,11 @@ class TestInBrowser(unittest.TestCase):
         for width in (1280, 390):
             page = self.visit(width)
             self.assertEqual(page.title(), "main job on embedded: failed")
-            figures = [
-                "0.940",
-                "188 of 200 right",
-                "gate 0.95",
-                "Failed in phase: gate",
-                "12 of 200",
-                "must be greater than 0.95",
-            ]
-            figures += ["output tokens/s", "launch prefill", "Latency of a request", "Token rate of a request"]
-            figures += ["No acceptance length", "No test of this run uses a GPU", "SIGKILL prefill", "is right"]
+            figures = (
+                "0.940", "188 of 200 right", "gate 0.95", "Failed in phase: gate", "12 of 200", "launch prefill",
+                "must be greater than 0.95", "output tokens/s", "Latency of a request", "Token rate of a request",
+                "No acceptance length", "No test of this run uses a GPU", "SIGKILL prefill", "is right",
+            )  # fmt: skip
             for figure in figures:
                 with self.subTest(figure, width=width):
                     box = page.get_by_text(figure).first.bounding_box()

@@ -140,13 +140,8 @@ class TestSecrets(FolderCase):
             self.assertFalse(is_secret(name), name)
 
     def test_values(self):
-        environ = {
-            "A_KEY": SECRET,
-            "OPENAI_API_KEY": "EMPTY",
-            "B_TOKEN": "abc",
-            "C": "x",
-            "URL": "https://user:pa55@h/",
-        }
+        environ = {"A_KEY": SECRET, "OPENAI_API_KEY": "EMPTY", "B_TOKEN": "abc", "C": "x"}
+        environ |= {"URL": "https://user:pa55@h/"}
         self.assertEqual(secret_values(environ), (SECRET, "user:pa55"))
         self.assertEqual(redacted(environ)["URL"], "https://(removed)@h/")
         environ = {"URL": "https://user:hunter@22@h/a@b"}

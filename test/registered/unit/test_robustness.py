@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+from cases import without
 from pdkit.core import forked
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.loopback import past_proxies
@@ -71,7 +72,11 @@ NO_IPV4 = (
     'unshare -n bash -c \'ip link set lo up && ip address del 127.0.0.1/8 dev lo; exec "$@"\' bash "$@"'  # ::1 is left
 )
 NO_HOME = 'unshare -U --map-user=4242 env -u HOME "$@"'  # a user who is not in passwd
+WAITING = "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"
+BEGUN = {"BEGUN": "{root}/soak/begun"}
 HUNG_UP = '"$@" & until [ -e {root}/soak/begun ] || ! kill -0 $!; do sleep 0.1; done; kill -HUP $!; wait $!'
+CLOSED = '"$@" <&- >&- 2>&-; code=$?; cat {root}/soak/closed/results.json; exit $code'
+NO_H200 = "target 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --on "
 ASKS_ITSELF = """
     def test_it(self):
         import http.server, threading, requests, httpx
@@ -87,8 +92,6 @@ LOUD = """
         for _ in range(4000):
             print("#" * 70, flush=True)
 """
-
-
 WAITS = """
     def test_it(self):
         import os, time
@@ -99,6 +102,12 @@ WAITS = """
 
 def gsm8k(name):
     return {"SGLANG_PD_GSM8K": f"{{{name}}}"}
+
+
+def of_tree(tree, report, line, shell):
+    """A run of a tree of test files that passes and says `line`."""
+    words = f"{CPU} --test-root {{{tree}}} --report-dir {{root}}/{report}"
+    return Row("run_suite.py", words, line, 0, where="stdout", shell=shell)
 
 
 suite, pdkit = partial(Row, "run_suite.py"), partial(Row, "pdkit")
@@ -136,28 +145,9 @@ ROWS = (
     suite(f"{CPU} --report-dir {{root}}/r\udcff", "/r\\udcff' is not text in this locale; choose another"),
     suite(f"{CPU} --report-dir {{root}}/\u00fc", "is not text in this locale", environ=ASCII),
     pdkit("run --report-dir {root}/r\udcff", "is not text in this locale; choose another name"),
-    suite(
-        f"{CPU} --test-root {{passing}} --report-dir {{root}}/soak/closed",
-        '"result": "passed"',
-        0,
-        where="stdout",
-        shell='"$@" <&- >&- 2>&-; code=$?; cat {root}/soak/closed/results.json; exit $code',
-    ),
-    suite(
-        f"{CPU} --test-root {{loud}} --report-dir {{root}}/soak",
-        "report incomplete: No space left on device",
-        0,
-        where="stdout",
-        shell=FULL_DISK,
-    ),
-    suite(
-        f"{CPU} --test-root {{waits}}",
-        "interrupted by SIGHUP",
-        130,
-        {"BEGUN": "{root}/soak/begun"},
-        "stdout",
-        shell=HUNG_UP,
-    ),
+    of_tree("passing", "soak/closed", '"result": "passed"', shell=CLOSED),
+    of_tree("loud", "soak", "report incomplete: No space left on device", shell=FULL_DISK),
+    suite(f"{CPU} --test-root {{waits}}", "interrupted by SIGHUP", 130, BEGUN, "stdout", shell=HUNG_UP),
     suite(f"{CPU} --test-root {{passing}}", "has no home directory, and SGLang needs one: set HOME", 3, shell=NO_HOME),
     pdkit("preflight", "has no home directory, and SGLang needs one: set HOME", 3, shell=NO_HOME),
     suite(f"{CPU} --test-root {{passing}}", "1 passed, 0 failed", 0, where="stdout", shell='env -u HOME "$@"'),
@@ -168,11 +158,7 @@ ROWS = (
     pdkit("--report", "the following arguments are required: COMMAND"),
     pdkit("run --onn", "unknown option --onn; nearest known: --on"),
     pdkit("run --on 8xH100", "unknown target '8xH100'; nearest known: "),
-    pdkit(
-        "run --on 8xH200",
-        "target 8xH200 needs 8 Hopper GPUs of 141 GB; this machine has no GPU and can run --on ",
-        3,
-    ),
+    pdkit("run --on 8xH200", NO_H200, 3),
     pdkit("run --on embedded --history {absent}/x", "--history {absent}/x: its directory does not exist"),
     pdkit("check --model x", "the following arguments are required: URL"),
     # a deployment that is no such thing
@@ -226,8 +212,11 @@ ROWS = (
     pdkit("run --repeat 2 --report-dir {text}", "--report-dir {text}: File exists"),
     pdkit("run --repeat 0 --report-dir {root}/soak", "--repeat and --jobs: at least 1"),
     pdkit("preflight --suite x", "unknown suite 'x'"),
+    pdkit("preflight --suite stage-c-test-dsv4-8-gpu-h100", "nearest known: stage-c-test-dsv4-8-gpu-h200"),
+    pdkit("preflight --suite stage-b-test-1-gpu-large --test-root {empty}", "no file is registered"),
+    pdkit("preflight --hw cude", "unknown hardware 'cude'; nearest known: cuda"),
     pdkit("preflight --machine {absent}", "{absent}: No such file or directory"),
-    pdkit("preflight --machine {text}", "error: "),
+    pdkit("preflight --machine {text}", "not a recorded machine"),
     pdkit("preflight --machine {binary}", "error: "),
     pdkit("lint {absent}", "{absent}: No such file or directory"),
     pdkit("lint --rule", "unknown option --rule; nearest known: --rules"),
@@ -252,7 +241,15 @@ ROWS = (
     pdkit("report {absent}", "{absent}: no results.json of a run with --report-dir"),
     pdkit("report", "name one report directory, or two by --compare A B"),
     Row("engine", "", "the following arguments are required: --model-path"),
+    Row("engine", "--model-path x --no-such-flag", "--no-such-flag"),
     Row("engine", "--model-path x --port 70000", "70000 is not a port (1-65535)"),
+    Row("engine", "--model-path x --port http", "--port: invalid port value: 'http'"),
+    Row("engine", "--model-path x --context-length 0", "--context-length: 0 is not positive"),
+    Row("engine", "--model-path x --disaggregation-mode both", "--disaggregation-mode: invalid choice: 'both'"),
+    *(
+        Row("engine", "--model-path x", f"='{seconds}' is not a positive whole number", environ={WAITING: seconds})
+        for seconds in ("soon", "-1", "0.5")
+    ),
     Row("engine", "--model-path x --chunked-prefill-size 0", "0 is not positive"),
     Row("engine", "--model-path x --load-format gguf", "invalid choice: 'gguf'"),
 )
@@ -320,14 +317,8 @@ class TestBadInput(unittest.TestCase):
         for name, content in contents.items():
             cls.names[name] = root / name
             cls.names[name].write_bytes(content)
-        trees = {
-            "nan_score": source_of(NAN),
-            "passing": source_of(),
-            "asks_itself": source_of(ASKS_ITSELF),
-            "loud": source_of(LOUD),
-            "waits": source_of(WAITS),
-            "empty": None,
-        }
+        trees = {"nan_score": source_of(NAN), "asks_itself": source_of(ASKS_ITSELF), "loud": source_of(LOUD)}
+        trees |= {"passing": source_of(), "waits": source_of(WAITS), "empty": None}
         for name, source in trees.items():
             (root / "trees" / name).mkdir(parents=True)
             cls.names[name] = write_tree(root / "trees" / name, {"test_x.py": source} if source else {})
@@ -356,8 +347,7 @@ class TestBadInput(unittest.TestCase):
     @classmethod
     def run_row(cls, row):
         hidden = ("SGLANG_PD_", "PDKIT_HISTORY", "CUDA_VISIBLE_DEVICES")
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-        environ |= {"CUDA_VISIBLE_DEVICES": "", "XDG_STATE_HOME": str(cls.names["root"])}
+        environ = without(*hidden) | {"CUDA_VISIBLE_DEVICES": "", "XDG_STATE_HOME": str(cls.names["root"])}
         environ |= {name: cls.fill(value) for name, value in row.environ.items()}
         words = [cls.fill(word) for word in row.words.split()]
         path, *rest = COMMANDS[row.command]

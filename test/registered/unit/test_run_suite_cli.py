@@ -39,20 +39,17 @@ SECOND_TIME_LUCKY = source_of(
 
 class TestRun(CommandCase):
     def test_pass(self):
-        done = self.run_files(PASS, PASS)
-        self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
+        done = self.run_to_end(0, "2 passed, 0 failed, 0 skipped", PASS, PASS)
         self.assertRegex(done.stdout.splitlines()[0], "^suite stage-a-test-cpu on cpu: 2 files, estimated 10 s")
         self.assertEqual(len(re.findall(r"^\[\d/2\] passed: registered/test_\d.py", done.stdout, re.MULTILINE)), 2)
         self.assertNotIn("Ran 1 test in", done.stdout)
         self.assertEqual([path.name for path in self.root.iterdir()], ["registered"])
 
     def test_what_files_print_is_shown_on_request(self):
-        done = self.run_files(PASS, PASS, words=["-v"])
-        self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
+        done = self.run_to_end(0, "2 passed, 0 failed, 0 skipped", PASS, PASS, words=["-v"])
         self.assertEqual(done.stdout.count("\nRan 1 test in"), 2)
-        self.assertRegex(
-            done.stdout, rf"(?m)^\$ {sys.executable} -m pdkit.core.recording {self.root}/registered/test_0.py -f$"
-        )
+        command = rf"(?m)^\$ {sys.executable} -m pdkit.core.recording {self.root}/registered/test_0.py -f$"
+        self.assertRegex(done.stdout, command)
 
     def test_timings_block(self):
         lines = self.run_files(PASS, FAIL).stdout.splitlines()
@@ -63,11 +60,10 @@ class TestRun(CommandCase):
         self.assertEqual(records[0]["file"], f"{self.root.name}/registered/test_0.py")
 
     def test_the_first_failure_stops_the_suite(self):
-        self.assert_ended(self.run_files(FAIL, PASS), 1, "0 passed, 1 failed, 1 skipped")
+        self.run_to_end(1, "0 passed, 1 failed, 1 skipped", FAIL, PASS)
 
     def test_continue_on_error(self):
-        done = self.run_files(FAIL, PASS, words=["--continue-on-error"])
-        self.assert_ended(done, 1, "1 passed, 1 failed, 0 skipped")
+        self.run_to_end(1, "1 passed, 1 failed, 0 skipped", FAIL, PASS, words=["--continue-on-error"])
 
     def test_failfast_within_a_file(self):
         two = source_of("def test_a(self): self.fail()\ndef test_b(self): self.fail()")
@@ -93,21 +89,22 @@ class TestRun(CommandCase):
         self.assertIn("nothing ran: no file is registered", done.stdout)
 
     def test_a_failure_outweighs_a_skip(self):
-        self.assert_ended(self.run_files(SKIP, FAIL), 1, "0 passed, 1 failed, 1 skipped")
+        self.run_to_end(1, "0 passed, 1 failed, 1 skipped", SKIP, FAIL)
 
     def test_disabled_files_are_listed_with_their_reason(self):
-        done = self.run_files(PASS, DISABLED)
-        self.assert_ended(done, 0, "1 passed, 0 failed, 1 skipped")
+        done = self.run_to_end(0, "1 passed, 0 failed, 1 skipped", PASS, DISABLED)
         self.assertIn("disabled: registered/test_1.py; see #7", done.stdout)
 
     def test_death_by_signal(self):
-        done = self.run_files(source_of("def test_it(self):\n    import os\n    os.kill(os.getpid(), 9)"))
-        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        done = self.run_to_end(
+            1,
+            "0 passed, 1 failed, 0 skipped",
+            source_of("def test_it(self):\n    import os\n    os.kill(os.getpid(), 9)"),
+        )
         self.assertIn("killed by SIGKILL", done.stdout)
 
     def test_timeout(self):
-        done = self.run_files(HANG, words=["--timeout-per-file", "10"])
-        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", HANG, words=["--timeout-per-file", "10"])
         why = r"after \d+ s in phase first request; its processes were ended"
         self.assertRegex(done.stdout, rf"timed out: registered/test_0\.py; .*{why}")
         self.assertIn("\n  hangs in phase first request\n", done.stdout)
@@ -161,22 +158,19 @@ class TestPrograms(CommandCase):
                 self.assertEqual(self.run_files(self.printing(closing)).returncode, code)
 
     def test_who_prints_what_unittest_prints_has_run_nothing(self):
-        done = self.run_files(self.printing(f".\n{'-' * 70}\nRan 1 test in 0.001s\n\nOK"))
-        self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+        self.run_to_end(4, "0 passed, 0 failed, 1 skipped", self.printing(f".\n{'-' * 70}\nRan 1 test in 0.001s\n\nOK"))
 
     def test_who_swallows_the_exit_has_failed_all_the_same(self):
         for main in ("unittest.main(exit=False)", "try: unittest.main()\n    except SystemExit: pass"):
             swallows = f'\nif __name__ == "__main__":\n    {main}\n'
-            done = self.run_files(source_of("def test_it(self): self.fail()", main=swallows))
-            self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+            source = source_of("def test_it(self): self.fail()", main=swallows)
+            done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", source)
             self.assertIn("exit code 0, but tests of it failed", done.stdout)
 
     def test_who_leaves_before_its_tests_have_ended_has_failed(self):
-        done = self.run_files(source_of("def test_it(self): import os; os._exit(0)"))
-        self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+        self.run_to_end(4, "0 passed, 0 failed, 1 skipped", source_of("def test_it(self): import os; os._exit(0)"))
         two = source_of("def test_1(self): pass\ndef test_2(self): import os; os._exit(0)")
-        done = self.run_files(two)
-        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", two)
         self.assertIn("exit code 0, but it ended before unittest did", done.stdout)
 
 
@@ -184,29 +178,25 @@ class TestRetry(CommandCase):
     RETRY = ("--enable-retry", "--retry-wait-seconds", "0")
 
     def test_off_by_default(self):
-        self.assert_ended(self.run_files(SECOND_TIME_LUCKY), 1, "0 passed, 1 failed, 0 skipped")
+        self.run_to_end(1, "0 passed, 1 failed, 0 skipped", SECOND_TIME_LUCKY)
 
     def test_a_retried_pass_is_shown_as_such(self):
-        done = self.run_files(SECOND_TIME_LUCKY, words=self.RETRY)
-        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        done = self.run_to_end(0, "1 passed, 0 failed, 0 skipped", SECOND_TIME_LUCKY, words=self.RETRY)
         self.assertIn("passed on retry: registered/test_0.py", done.stdout)
         self.assertIn("2 attempts; first attempt: failed", done.stdout)
         self.assertNotIn("passed: ", done.stdout)
 
     def test_attempts_are_bounded(self):
-        done = self.run_files(FAIL, words=[*self.RETRY, "--max-attempts", "3"])
-        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", FAIL, words=[*self.RETRY, "--max-attempts", "3"])
         self.assertIn("3 attempts", done.stdout)
 
     def test_errors_in_the_code_are_not_retried(self):
-        done = self.run_files(CODE_ERROR, words=self.RETRY)
-        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", CODE_ERROR, words=self.RETRY)
         self.assertNotIn("attempts", done.stdout)
 
     def test_a_timeout_is_retried(self):
         words = [*self.RETRY, "--timeout-per-file", "0.5", "--retry-timeout-increase", "0"]
-        done = self.run_files(HANG, words=words)
-        self.assert_ended(done, 1, "0 passed, 1 failed, 0 skipped")
+        done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", HANG, words=words)
         self.assertIn("2 attempts", done.stdout)
 
     def test_a_retried_method_is_shown_as_such(self):
@@ -216,8 +206,7 @@ class TestRetry(CommandCase):
                 print("retry() failed once (0th try, maximum 1 retries). Will delay 2.00s and retry. Error: x")
             """
         )
-        done = self.run_files(source, words=["--test-max-retry", "1"])
-        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        done = self.run_to_end(0, "1 passed, 0 failed, 0 skipped", source, words=["--test-max-retry", "1"])
         self.assertIn("passed on retry: registered/test_0.py", done.stdout)
         self.assertNotIn("passed: ", done.stdout)
 
@@ -234,10 +223,8 @@ class TestReport(CommandCase):
         self.assertEqual(states, ["passed", "failed", "all skipped", "disabled"])
         entry = results["files"][1]
         self.assertEqual(entry["tests"], {"executed": 1, "skipped": 0, "failed": 1, "retried": 0})
-        self.assertEqual(
-            entry["command"],
-            [sys.executable, "-m", "pdkit.core.recording", str(self.root / "registered/test_1.py"), "-f"],
-        )
+        command = [sys.executable, "-m", "pdkit.core.recording", str(self.root / "registered/test_1.py"), "-f"]
+        self.assertEqual(entry["command"], command)
         self.assertEqual((entry["exit_code"], len(entry["attempts"])), (1, 1))
         self.assertIn("FAILED (failures=1)", (report / entry["attempts"][0]["log"]).read_text())
 
@@ -252,15 +239,13 @@ class TestReport(CommandCase):
                 self.assertEqual([entry["state"] for entry in results["files"]], ["passed"])
             """
         )
-        environment = {"PEEK": str(self.root / "report/results.json")}
-        done = self.run_files(PASS, peek, words=["--report-dir", "report"], environment=environment)
-        self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
+        options = {"words": ["--report-dir", "report"], "environment": {"PEEK": str(self.root / "report/results.json")}}
+        self.run_to_end(0, "2 passed, 0 failed, 0 skipped", PASS, peek, **options)
 
     def test_what_cannot_be_kept_is_said_and_changes_no_verdict(self):
         report = self.root / "report"
         (report / "results.json").mkdir(parents=True)
-        done = self.run_files(PASS, words=["--report-dir", str(report)])
-        self.assert_ended(done, 0, "1 passed, 0 failed, 0 skipped")
+        done = self.run_to_end(0, "1 passed, 0 failed, 0 skipped", PASS, words=["--report-dir", str(report)])
         self.assertRegex(done.stdout, rf"(?m)^cannot be kept: {report}/.*: Is a directory$")
 
     def test_a_test_that_removes_the_channel_of_its_events_has_not_passed(self):
@@ -272,8 +257,7 @@ class TestReport(CommandCase):
             """
         )
         for words in ([], ["--report-dir", str(self.root / "report")]):
-            done = self.run_files(removes, words=words)
-            self.assert_ended(done, 4, "0 passed, 0 failed, 1 skipped")
+            done = self.run_to_end(4, "0 passed, 0 failed, 1 skipped", removes, words=words)
             lost = r"(?m)^  .*\[events\] test is lost, /.*/001-test_0.1: No such file or directory$"
             self.assertRegex(done.stdout, lost)
 
@@ -302,8 +286,7 @@ class TestInterrupt(CommandCase):
         environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}
         command = self.command({"test_0.py": HANG}, *SUITE, "-v")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
+        self.enterContext(process)
         self.addCleanup(process.kill)
         for line in process.stdout:
             if line.startswith(b"sleeper"):

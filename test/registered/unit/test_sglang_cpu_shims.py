@@ -1,8 +1,6 @@
 """The CPU shims compute what SGLang's kernels do, and are installed only where they fit."""
 
 import ast
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -15,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from cases import FolderCase, pdkit
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.deployment.cpu import checkpoints, drift, listing, plan, plugin, registry, requirements, working_tree
 from pdkit.deployment.cpu.shims import checksum
@@ -32,9 +31,8 @@ def server_environment(**more):
 class TestTruth(unittest.TestCase):
     def test_shims_compute_what_sglangs_kernels_do(self):
         command = [sys.executable, "-W", "ignore", "-m", "pdkit.deployment.cpu.truth"]
-        run = subprocess.run(
-            command, env=server_environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=300
-        )
+        env = server_environment(TRITON_INTERPRET="1")
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         self.assertEqual(run.returncode, 0, run.stderr[-2000:])
         rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
         self.assertGreater(len(rows), 55)
@@ -121,11 +119,9 @@ class TestDrift(unittest.TestCase):
         with mock.patch.dict(os.environ, {plan.SOURCE_VARIABLE: str(self.directory)}):
             drift.require_fit()
 
-    def test_an_absent_name_is_named(self):
+    def test_an_absent_name_and_another_kernel_are_named(self):
         reason = self.reason("kernels/ops/layernorm/mhc.py", "def mhc_combine(", "def mhc_combine_streams(")
         self.assertIn("mhc_combine of kernels/ops/layernorm/mhc.py is absent", reason)
-
-    def test_another_kernel_is_named(self):
         reason = self.reason("kernels/jit/csrc/deepseek_v4/c_plan.cuh", "seq_len - 1", "seq_len - 2")
         self.assertIn("c_plan.cuh is another", reason)
 
@@ -148,12 +144,8 @@ class TestDrift(unittest.TestCase):
         self.assertIn("needs SGLang 0.5.23, found 0.5.24", str(refused.exception))
 
     def test_the_command_exits_with_3(self):
-        run = subprocess.run(
-            [sys.executable, "-m", "pdkit.deployment.cpu.drift"],
-            env={**os.environ, plan.SOURCE_VARIABLE: "/nonexistent"},
-            capture_output=True,
-            text=True,
-        )
+        command, env = [sys.executable, "-m", "pdkit.deployment.cpu.drift"], {plan.SOURCE_VARIABLE: "/nonexistent"}
+        run = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
         self.assertEqual((run.returncode, run.stderr.count("\n")), (ExitCode.NOT_READY, 1), run.stderr)
 
 
@@ -168,10 +160,8 @@ class TestRegistry(unittest.TestCase):
             registry.replaces(registry.REPLACEMENTS[0].target)(test_replacement)
 
     def test_nothing_is_replaced_where_there_is_a_gpu(self):
-        with (
-            mock.patch("torch.cuda.is_available", return_value=True),
-            mock.patch.object(registry, "install") as install,
-        ):
+        is_available = mock.patch("torch.cuda.is_available", return_value=True)
+        with is_available, mock.patch.object(registry, "install") as install:
             plugin.activate()
         install.assert_not_called()
 
@@ -183,9 +173,8 @@ class TestRegistry(unittest.TestCase):
             "registry.replaces('json:dumps_all')(len)\n"
             "plugin.activate(); print('lives')"
         )
-        run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True
-        )
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
         self.assertEqual((run.returncode, run.stdout), (plugin.FAILED, ""), run.stderr[-500:])
         self.assertIn("json has no dumps_all", run.stderr)
 
@@ -225,17 +214,10 @@ class TestCommand(unittest.TestCase):
 
     def refusal(self, *words, command="run"):
         """(exit code, lines on standard error)"""
-        from pdkit.cli.main import main
-
-        errors = io.StringIO()
-        with (
-            mock.patch.dict(os.environ),
-            mock.patch("pdkit.runner.suite.run_suite", side_effect=AssertionError("it was started")),
-            contextlib.redirect_stderr(errors),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            code = main([command, "--on", "sglang-cpu", "--no-history", *words])
-        return code, errors.getvalue().splitlines()
+        started = mock.patch("pdkit.runner.suite.run_suite", side_effect=AssertionError("it was started"))
+        with mock.patch.dict(os.environ), started:
+            refused = pdkit(command, "--on", "sglang-cpu", "--no-history", *words)
+        return refused.returned, refused.err.splitlines()
 
     def setUp(self):
         try:
@@ -244,17 +226,13 @@ class TestCommand(unittest.TestCase):
             self.skipTest(str(reason))
 
     def test_what_the_machine_lacks_is_one_line_and_status_3(self):
-        def memory():
-            return mock.Mock(available=1.24 * 2**30)
-
+        memory = mock.Mock(return_value=mock.Mock(available=1.24 * 2**30))
+        no_memory = mock.patch.object(requirements.psutil, "virtual_memory", memory)
         no_ports = mock.patch("pdkit.core.ports.claim", side_effect=RuntimeError("no 10 free ports in a row"))
         for lacks, says in (
             (mock.patch.dict(requirements.LIBRARIES, {"libabsent.so.1": "libabsent1"}), "apt-get install libabsent1"),
             (mock.patch.dict(requirements.PACKAGES, {"pdkit_absent": "absent"}), "needs the package absent"),
-            (
-                mock.patch.object(requirements.psutil, "virtual_memory", memory),
-                "needs 5 GiB of memory, 1.2 GiB are free",
-            ),
+            (no_memory, "needs 5 GiB of memory, 1.2 GiB are free"),
             (no_ports, "no 10 free ports in a row"),
             (mock.patch.object(drift, "RELEASE", "0.5.22"), "needs SGLang 0.5.22, found"),
         ):
@@ -270,16 +248,13 @@ class TestCommand(unittest.TestCase):
             self.assertIn("/nonexistent has no package sglang", lines[0])
 
 
-class TestWorkingTree(unittest.TestCase):
+class TestWorkingTree(FolderCase):
     def setUp(self):
-        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        super().setUp()
         self.release = self.root / "release"
-        for name, text in (
-            ("srt/disaggregation/prefill.py", "A = 1\n\n\nclass Scheduler:\n    def send(self):\n        return 1\n"),
-            ("lang/api.py", "def gen():\n    pass\n"),
-        ):
-            (self.release / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.release / name).write_text(text)
+        scheduler = "A = 1\n\n\nclass Scheduler:\n    def send(self):\n        return 1\n"
+        self.write("release/srt/disaggregation/prefill.py", scheduler)
+        self.write("release/lang/api.py", "def gen():\n    pass\n")
         self.package = working_tree.copy(self.release, self.root / "tree")
 
     def test_a_copy_is_as_the_release(self):
@@ -288,10 +263,8 @@ class TestWorkingTree(unittest.TestCase):
     def test_a_planted_bug_is_named_and_the_release_stays_as_it_is(self):
         working_tree.Bug("off by one", "srt/disaggregation/prefill.py", "return 1", "return 2").plant(self.package)
         working_tree.Bug("another", "lang/api.py", "pass", "return 1").plant(self.package)
-        self.assertEqual(
-            working_tree.changed(self.package, self.release),
-            ["srt/disaggregation/prefill.py: Scheduler.send", "lang/api.py: gen"],
-        )
+        changed = working_tree.changed(self.package, self.release)
+        self.assertEqual(changed, ["srt/disaggregation/prefill.py: Scheduler.send", "lang/api.py: gen"])
         self.assertIn("return 1", (self.release / "srt/disaggregation/prefill.py").read_text())
 
     def test_what_does_not_parse_and_what_is_new(self):
@@ -301,14 +274,11 @@ class TestWorkingTree(unittest.TestCase):
         self.assertEqual(found, ["lang/api.py: line 1: invalid syntax", "lang/new.py: a new file"])
 
     def test_what_python_compiles_of_a_planted_bug_stays_with_the_copy(self):
-        cache = self.release / "lang/__pycache__"
-        cache.mkdir()
-        (cache / "api.pyc").write_text("the release's")
+        compiled = self.write("release/lang/__pycache__/api.pyc", "the release's")
         package = working_tree.copy(self.release, self.root / "another")
         working_tree.Bug("another", "lang/api.py", "pass", "return 1").plant(package)
-        (self.root / "written").write_text("the copy's")
-        (self.root / "written").replace(package / "lang/__pycache__/api.pyc")
-        self.assertEqual((cache / "api.pyc").read_text(), "the release's")
+        self.write("written", "the copy's").replace(package / "lang/__pycache__/api.pyc")
+        self.assertEqual(compiled.read_text(), "the release's")
 
     def test_a_bug_that_fits_nowhere_is_an_error(self):
         with self.assertRaisesRegex(ValueError, "0 places like 'return 7'"):

@@ -1,13 +1,13 @@
 """the stress check: which rounds are sent, and that a failure names round, server and the log of who died."""
 
 import sys
-import tempfile
 import threading
 import unittest
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+from cases import FolderCase
 from pdkit.checks import stress as stress_kit
 from pdkit.checks.stress import FILLED_ROWS, StressChecks, rounds
 from pdkit.core.ci_register import register_cpu_ci
@@ -59,7 +59,7 @@ class TestRounds(unittest.TestCase):
         self.assertIn([64, 64], full, "two prompts of 64 tokens ended prefill of SGLang 0.5.17")
 
 
-class TestKit(unittest.TestCase):
+class TestKit(FolderCase):
     def run_kit(self, name="test_short_rounds_to_the_pair", settle=0.0, **servers):
         class Stressed(StressChecks, unittest.TestCase):
             lb_url: str
@@ -69,9 +69,8 @@ class TestKit(unittest.TestCase):
 
         for each in ("lb", "monolithic"):
             setattr(Stressed, f"{each}_url", servers.get(each, Server(self)).url)
-        logs = Path(self.enterContext(tempfile.TemporaryDirectory()))
-        (logs / "decode.log").write_text("scheduler: illegal memory access\n")
-        Stressed.log_path = staticmethod(lambda server: logs / f"{server}.log")
+        self.write("decode.log", "scheduler: illegal memory access\n")
+        Stressed.log_path = staticmethod(lambda server: self.root / f"{server}.log")
         result = unittest.TestResult()
         with mock.patch.object(stress_kit, "DEATH_SECONDS", settle), mock.patch.object(sys, "stdout", mock.Mock()):
             Stressed(name).run(result)

@@ -5,10 +5,10 @@ import contextlib
 import inspect
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unittest
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import requests
+from cases import FolderCase, printed
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit.core import events, processes
 from pdkit.deployment import attach, evals, fixture, ports, supervisor
@@ -34,23 +35,29 @@ register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 WORKER = "sglang::scheduler_TP0"
 
 
-class Supervised(unittest.TestCase):
+def messages_of(case):
+    """Of the errors and failures of a run of a fake pair."""
+    result = unittest.TestResult()
+    printed(unittest.TestSuite([case("test_gsm8k")]).run, result)
+    return [message for _, message in result.errors + result.failures]
+
+
+class Supervised(FolderCase):
     def setUp(self):
-        self.log_dir = self.enterContext(tempfile.TemporaryDirectory())
+        super().setUp()
+        self.log_dir = str(self.root)
         environ = {"SGLANG_IS_IN_CI": "false", "SGLANG_TEST_MAX_RETRY": "1", events.VARIABLE: self.log_dir}
         self.enterContext(mock.patch.dict(os.environ, environ))
         self.struck_at = None
 
     def run_pair(self, **pair):
         """The messages of a run of a fake pair."""
-        case, result = fake_pair(self.log_dir, **pair), unittest.TestResult()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            unittest.TestSuite([case("test_gsm8k")]).run(result)
-        return [message for _, message in result.errors + result.failures]
+        return messages_of(fake_pair(self.log_dir, **pair))
 
     def worker_of(self, name):
-        words = Path(self.log_dir, f"{name}.log").read_text().split()
-        return int(words[words.index("worker") + 1])
+        found = lambda: re.search(r"^worker (\d+)$", Path(self.log_dir, f"{name}.log").read_text(), re.M)  # noqa: E731
+        self.assertTrue(processes.wait_until(found, NEVER))
+        return int(found()[1])
 
     def strike(self, pid, number):
         self.struck_at = time.time()
@@ -168,9 +175,8 @@ class TestDeathInEachPhase(Supervised):
                     self.assertIn(death["excerpt"].splitlines()[0], message)
                     seconds = death["ts"] - self.struck_at, time.time() - self.struck_at
                     rows.append([victim, phase.__name__, *(f"{each:.2f}" for each in seconds)])
-        print(
-            "what died, phase, seconds to the report, to the end of the run:", *map(tuple, rows), sep="\n  ", flush=True
-        )
+        head = "what died, phase, seconds to the report, to the end of the run:"
+        print(head, *map(tuple, rows), sep="\n  ", flush=True)
 
 
 class TestWhatCannotHideADeath(Supervised):
@@ -201,10 +207,7 @@ class TestWhatCannotHideADeath(Supervised):
 
         case = fake_pair(self.log_dir, test=test)
         case.log_path = classmethod(lambda cls, name, kind="log": f"/nowhere/{name}.{kind}")
-        result = unittest.TestResult()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            unittest.TestSuite([case("test_gsm8k")]).run(result)
-        self.assertEqual([message for _, message in result.errors + result.failures], [])
+        self.assertEqual(messages_of(case), [])
 
     def test_a_fatal_error_in_the_log_of_a_process_that_goes_on(self):
         def test(case):
@@ -232,27 +235,22 @@ class TestWhatCannotHideADeath(Supervised):
 
         self.assertEqual(self.run_pair(test=test), [])
 
-    def test_a_death_while_a_test_is_set_up(self):
-        class Waits:
+    def test_a_death_while_a_test_is_set_up_or_torn_down(self):
+        def waits(case):
+            self.strike(case.process_decode.pid, signal.SIGKILL)
+            time.sleep(20)
+
+        class InSetUp:
+            setUp = waits
+
+        class InTearDown:
+            tearDown = waits
+
+        class InCleanUp:
             def setUp(case):
-                self.strike(case.process_decode.pid, signal.SIGKILL)
-                time.sleep(20)
+                case.addCleanup(waits, case)
 
-        (message,) = self.run_pair(mixins=(Waits,), test=lambda case: None)
-        self.assertIn("decode exited with code -9 (Killed)", message)
-        self.assertLess(time.time() - self.struck_at, 10)
-
-    def test_a_death_while_a_test_is_torn_down(self):
-        class Waits:
-            def tearDown(case):
-                self.strike(case.process_decode.pid, signal.SIGKILL)
-                time.sleep(20)
-
-        class Cleans:
-            def setUp(case):
-                case.addCleanup(Waits.tearDown, case)
-
-        for mixin in (Waits, Cleans):
+        for mixin in (InSetUp, InTearDown, InCleanUp):
             with self.subTest(mixin.__name__):
                 (message,) = self.run_pair(mixins=(mixin,), test=lambda case: None)
                 self.assertIn("decode exited with code -9 (Killed)", message)
@@ -275,7 +273,7 @@ class TestWhatCannotHideADeath(Supervised):
             "input(); worker.stdin.close(); input()"
         )
         worker = (
-            f"import setproctitle; setproctitle.setproctitle({WORKER!r}); print('named', flush=True); open(0).read()"
+            f"import setproctitle; setproctitle.setproctitle({WORKER!r})\nprint('named', flush=True)\nopen(0).read()"
         )
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         parent = self.enterContext(subprocess.Popen([sys.executable, "-c", reaps, worker], **pipes))
@@ -313,9 +311,8 @@ class TestWhatIsNoDeath(Supervised):
         self.assertEqual(self.run_pair(test=test), [])
 
     def test_a_server_that_is_ended_while_its_workers_are_looked_at(self):
-        process = SimpleNamespace(
-            pid=os.getpid(), expects_exit=False, poll=lambda: -9 if process.expects_exit else None
-        )
+        process = SimpleNamespace(pid=os.getpid(), expects_exit=False)
+        process.poll = lambda: -9 if process.expects_exit else None
         looks = SimpleNamespace(ended=lambda parent_of: setattr(process, "expects_exit", True))
         with mock.patch.object(supervisor, "Workers", return_value=looks), supervised() as watch:
             watch.watch("decode", process)
@@ -436,20 +433,8 @@ class TestReadiness(unittest.TestCase):
     def test_a_server_is_asked_often_at_first_and_then_once_a_second(self):
         """SGLang's own wait follows: it has the last word."""
         pauses = []
-        answers = iter(
-            [
-                requests.ConnectionError(),
-                *[SimpleNamespace(status_code=503)] * 28,
-                *[SimpleNamespace(status_code=200)] * 9,
-            ]
-        )
-
-        def get(*_, **__):
-            answer = next(answers)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
+        busy, ready = (SimpleNamespace(status_code=code) for code in (503, 200))
+        get = mock.Mock(side_effect=[requests.ConnectionError(), *[busy] * 28, *[ready] * 9])
         self.enterContext(mock.patch.object(requests, "get", get))
         self.enterContext(mock.patch.object(fixture.time, "sleep", pauses.append))
         self.assertGreater(fixture.ask_until_ready("http://x/health", 600), 500)
@@ -464,6 +449,9 @@ class TestWhatIsLeft(Supervised):
     def setUp(self):
         super().setUp()
         self.pids = []
+
+    def note_servers(self, case):
+        self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
 
     def assert_all_ended(self):
         self.assertTrue(self.pids)
@@ -515,16 +503,15 @@ class TestWhatIsLeft(Supervised):
 
             with self.subTest(number), self.assertRaises(KeyboardInterrupt):
                 self.run_pair(mixins=(self.interrupted_launch(strike),))
-            with contextlib.redirect_stdout(io.StringIO()):
-                classes[0].tearDownClass()  # at exit
+            printed(classes[0].tearDownClass)  # at exit
             self.assert_all_ended()
 
     def test_after_a_class_that_is_set_up_again_in_a_test(self):
         def test(case):
-            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
+            self.note_servers(case)
             case.tearDownClass()
             case.setUpClass()
-            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
+            self.note_servers(case)
 
         self.assertEqual(self.run_pair(test=test), [])
         self.assertEqual(len(self.pids), 6)
@@ -542,17 +529,12 @@ class TestWhatIsLeft(Supervised):
             def start_decode(cls):
                 """Has been started beside prefill."""
 
-        def test(case):
-            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
-
-        slow = mock.patch.object(ports, "require_free", lambda test: time.sleep(0.5))
-        with slow:
-            self.assertEqual(self.run_pair(test=test, mixins=(Threads,)), [])
+        with mock.patch.object(ports, "require_free", lambda test: time.sleep(0.5)):
+            self.assertEqual(self.run_pair(test=lambda case: self.note_servers(case), mixins=(Threads,)), [])
         self.assert_all_ended()
 
     def test_servers_are_asked_to_end_all_at_once(self):
         """Each of two that end only when both were asked."""
-        directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
         ends = (
             "import pathlib, signal, sys, time\n"
             "here, me, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]\n"
@@ -568,16 +550,13 @@ class TestWhatIsLeft(Supervised):
 
         def test(case):
             for me, other in (("a", "b"), ("b", "a")):
-                case.launch(me, [sys.executable, "-c", ends, str(directory), me, other])
-                self.assertTrue(processes.wait_until((directory / f"{me} up").exists, 30))
+                case.launch(me, [sys.executable, "-c", ends, self.log_dir, me, other])
+                self.assertTrue(processes.wait_until((self.root / f"{me} up").exists, 30))
 
         self.assertEqual(self.run_pair(test=test), [])
-        self.assertEqual(sorted(path.name for path in directory.glob("* met")), ["a met", "b met"])
+        self.assertEqual(sorted(path.name for path in self.root.glob("* met")), ["a met", "b met"])
 
     def test_after_sigterm_while_servers_are_stopped(self):
-        def test(case):
-            self.pids += [process.pid for process in (case.process_prefill, case.process_decode, case.process_lb)]
-
         def stop(server):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
@@ -585,7 +564,7 @@ class TestWhatIsLeft(Supervised):
         deadly = mock.Mock()
         self.addCleanup(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, deadly))
         with mock.patch.object(Server, "stop", stop), contextlib.suppress(KeyboardInterrupt):
-            self.run_pair(test=test)
+            self.run_pair(test=lambda case: self.note_servers(case))
         deadly.assert_not_called()
         self.assertTrue(processes.wait_until(lambda: not any(map(processes.is_pid_alive, self.pids)), 5))
 

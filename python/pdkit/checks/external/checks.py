@@ -195,6 +195,12 @@ def wrong_requests_are_refused(target: CheckedDeployment) -> str:
     return "yes"
 
 
+def _may_be_asked_for_prompt_logprobs(servers: Servers) -> bool:
+    """Whether each prefill server is known, and none overwrites its memory by it."""
+    infos = servers.prefill
+    return bool(infos) and all(info and not overwritten_by_prompt_logprobs(info) for info in infos)
+
+
 def answers_equal(target: CheckedDeployment) -> str | CheckRow:
     """The baseline's answers to the same requests: alone, together, with shared prefixes, with other parameters."""
     check, baseline = "answers equal the baseline", target.deployment.baseline_url
@@ -214,7 +220,7 @@ def answers_equal(target: CheckedDeployment) -> str | CheckRow:
         options=parity.QUICK if target.quick else parity.OPTIONS,
         exact=target.exact,
         batches=not target.servers.is_rust_router,
-        prompt_logprobs=not any(map(overwritten_by_prompt_logprobs, target.servers.prefill)),
+        prompt_logprobs=_may_be_asked_for_prompt_logprobs(target.servers),
         timeout=target.timeout,
     )
     found = comparison.run()

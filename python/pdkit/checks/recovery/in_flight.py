@@ -211,10 +211,11 @@ class RequestsInFlight(Checks, Fleet):
         self.fail(f"{url} does not serve {self.returning} s after the return: {outcome}")
 
     def readmission(self) -> float:
-        """Seconds after the first right answer within which all ranks must serve: 0 where there is one rank.
+        """Seconds after the first right answer within which all ranks must serve; 0 where there is one.
 
-        A rank of prefill to which transfers failed keeps out that rank of decode until a probe of its own succeeds, one
-        probe a second at first (`MooncakeKVManager`, `failed_session_probes`): another rank may still be kept out.
+        A rank of prefill blacklists the session of a decode rank to which a transfer failed, until a probe of its own
+        succeeds (`MooncakeKVManager.failed_session_probes`; the first after SGLANG_FAILED_SESSION_PROBE_INTERVAL_S, 30 s,
+        then after twice as long each time): the first right answer is of ranks that are not blacklisted.
         """
         return self.settling if data_parallel_ranks(read_server_info(self.prefill_url, self.settling)) > 1 else 0
 

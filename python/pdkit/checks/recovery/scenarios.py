@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pdkit.checks.http import status_of
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Fate
-from pdkit.checks.recovery.in_flight import ATTEMPTS, BEFORE, DURING, IDLE, STREAMING, RequestsInFlight
+from pdkit.checks.recovery.in_flight import ATTEMPTS, BEFORE, DURING, IDLE, RETURN_POLL_S, STREAMING, RequestsInFlight
 
 GONE, FROZEN = "sent while it is gone", "sent while it is frozen"
 IN_FLIGHT = (BEFORE, DURING, STREAMING)
@@ -147,14 +147,16 @@ class RecoveryChecks(RequestsInFlight):
         self.assertEqual(restarted, [], "had to be restarted, too")
         self.wait_idle(self.servers())
         with self.subTest("all is as before"):
-            readmitted = time.monotonic() + self.readmission()
+            all_serve_by = time.monotonic() + self.readmission()
             for attempt in itertools.count(1):
                 clients = [client for phase in self.right_asks for client in self.send(phase).values()]
                 unserved = [outcome for client in clients if (outcome := client.result()).fate is not Fate.SERVED]
-                given_up = attempt < ATTEMPTS and all(each.seconds >= self.router_timeout - 1 for each in unserved)
-                if not unserved or (time.monotonic() > readmitted and not given_up):
+                starved = attempt < ATTEMPTS and all(each.seconds >= self.router_timeout - 1 for each in unserved)
+                refused = time.monotonic() < all_serve_by and all(each.fate is Fate.FAILED for each in unserved)
+                if not unserved or not (starved or refused):
                     break
-                print(f"{rows[0].event}, asked again: not served yet, or on a starved machine: {unserved}", flush=True)
+                print(f"{rows[0].event}, asked again: {'given up' if starved else 'refused'}: {unserved}", flush=True)
+                time.sleep(RETURN_POLL_S)
             self.assertEqual(unserved, [])
 
     def survivors_serve(self, victims: Sequence[str]) -> None:

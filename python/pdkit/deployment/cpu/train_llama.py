@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from pdkit.deployment.cpu.checkpoints import new_llama, save_llama
 from pdkit.models.cpu.evaluation import machine, prompt
 from pdkit.models.cpu.training import Batches, cosine, learn, optimizer_of, weighted_loss
+from pdkit.models.cuda.training import TimedStage
 from pdkit.models.problems import evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
 
@@ -30,16 +31,11 @@ WARMUP_STEPS = 100
 SHOTS = 5
 
 
-@dataclass(frozen=True)
-class LlamaStage:
-    """A `share` of the tokens in batches of `batch` sequences of `length` tokens."""
-
-    share: float
-    length: int
-    batch: int
-
-
-STAGES = (LlamaStage(0.5, 128, 32), LlamaStage(0.3, 512, 8), LlamaStage(0.2, 1024, 4))
+STAGES = (
+    TimedStage("single examples", 0.5, length=128, batch=32),
+    TimedStage("few-shot", 0.3, length=512, batch=8),
+    TimedStage("long", 0.2, length=1024, batch=4),
+)
 
 
 def train(model: Any, batches: Batches, total: int) -> Iterator[tuple[int, float]]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from pdkit.core.errors import NotReady
 from pdkit.deployment.cpu.shims import (
@@ -42,7 +43,7 @@ PAGE = 256  # tokens
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 TOLERANCES = {F32: 1e-5, BF16: 2**-7}  # relative to the largest value, a few roundings; nothing of other types
 FP8_TOLERANCE = 2**-4  # of what was rounded to e4m3 by one of the two only
-Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, float]
+Result: TypeAlias = Tensor | tuple[Tensor, float]
 Results = dict[str, Result]
 
 
@@ -67,7 +68,7 @@ class Arm:
         """Of activations: as served, or as precise as the reference."""
         return F32 if self.is_reference else BF16
 
-    def there(self, *tensors: torch.Tensor) -> Any:
+    def there(self, *tensors: Tensor) -> Any:
         """Copies on the device."""
         moved = [each.detach().clone().to(self.device) for each in tensors]
         return moved[0] if len(moved) == 1 else moved
@@ -106,7 +107,7 @@ def case(on: str = "gpu, reference", **named: tuple[Any, ...]) -> Callable[[Call
     return register
 
 
-def value_of(result: Result) -> torch.Tensor:
+def value_of(result: Result) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -115,7 +116,7 @@ def tolerance_of(result: Result) -> float:
     return result[1] if isinstance(result, tuple) else TOLERANCES.get(result.dtype, 0.0)
 
 
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference over the largest value; infinite if shape or dtype differ."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return math.inf
@@ -138,14 +139,14 @@ def pool_bytes(page_size: int) -> int:
     return -(-page_size * (pages.TOKEN + pages.SCALES) // pages.TOKEN) * pages.TOKEN
 
 
-def attention_view(cache: torch.Tensor, page_size: int) -> torch.Tensor:
+def attention_view(cache: Tensor, page_size: int) -> Tensor:
     """A pool [pages, bytes] as attention gets it."""
     size = pages.TOKEN + pages.SCALES
     cache = cache.view(arithmetic.FP8)  # as the pool is kept
     return cache[:, : page_size * size].view(cache.shape[0], page_size, 1, size)
 
 
-def read(cache: torch.Tensor, where: torch.Tensor, page_size: int) -> torch.Tensor:
+def read(cache: Tensor, where: Tensor, page_size: int) -> Tensor:
     """float32 [n, 512] or, of an indexer's pool, [n, 128]: what slots `where` [n] of a pool hold."""
     cache, where = cache.cpu(), where.long()
     if cache.shape[1] != page_size * 132:
@@ -155,17 +156,17 @@ def read(cache: torch.Tensor, where: torch.Tensor, page_size: int) -> torch.Tens
     return values * cache[:, page_size * 128 :].contiguous().view(F32)[page, at][:, None]
 
 
-def freqs(length: int) -> torch.Tensor:
+def freqs(length: int) -> Tensor:
     """complex64 [length, 32]"""
     steps = torch.arange(length).float()[:, None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
     return torch.polar(torch.ones_like(steps), steps)
 
 
-def flat(table: torch.Tensor) -> torch.Tensor:
+def flat(table: Tensor) -> Tensor:
     return torch.view_as_real(table).flatten(-2)
 
 
-def rows(n: int, width: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+def rows(n: int, width: int, dtype: torch.dtype = BF16) -> Tensor:
     """Of sizes from 0.01 to 400: [n, width]."""
     sizes = torch.tensor([0.01, 0.1, 1, 3, 10, 100, 400])
     return (torch.randn(n, width) * sizes[torch.arange(n) % len(sizes), None]).to(dtype)
@@ -176,7 +177,7 @@ def rotary_embedding(arm: Arm) -> Iterator[Results]:
     table, positions = freqs(3000), torch.tensor([0, 1, 7, 128, 2999])
     q, k = torch.randn(5, arm.heads, 64).to(arm.real), torch.randn(5, 1, 64).to(arm.real)
 
-    def rotated(rotate: Callable[..., Any], put: Callable[[torch.Tensor], torch.Tensor]) -> Results:
+    def rotated(rotate: Callable[..., Any], put: Callable[[Tensor], Tensor]) -> Results:
         found: Results = {}
         for inverse in (False, True):
             a, b = put(q), put(k)
@@ -233,7 +234,7 @@ def keys_norm_rope_store(arm: Arm) -> Iterator[Results]:
     yield {"pages": other, "read": read(other, where, PAGE)}
 
 
-def hadamard(x: torch.Tensor) -> torch.Tensor:
+def hadamard(x: Tensor) -> Tensor:
     """The transform of the last 128 values, by its matrix."""
     from scipy.linalg import hadamard as sylvester
 
@@ -262,7 +263,7 @@ def indexer_queries(arm: Arm) -> Iterator[Results]:
     yield {"q": q_fp8, "weights": weights}
 
 
-def misrounded(scaled: torch.Tensor) -> torch.Tensor:
+def misrounded(scaled: Tensor) -> Tensor:
     """Where Triton's interpreter does not round `scaled` to e4m3 as a GPU does: it loses the carry into the exponent
 
     (124.2 becomes 64, not 128), and rounds ties away from zero. Asserts that at most 15 % are: bfloat16 values are often ties.
@@ -313,7 +314,7 @@ def two_requests(ratio: compression.Ratio, own_ring: bool) -> compression.Slots:
     return compression.Slots(ratio, table, full_to_state, PAGE, 128 if ratio == 128 else 8, own_ring)
 
 
-def plan_of(tensor: torch.Tensor, pooled: bool) -> torch.Tensor:
+def plan_of(tensor: Tensor, pooled: bool) -> Tensor:
     """A plan of either side as int64 [n, 5], [n, 2] or [n, 4], in the order of rows, without what is void."""
     plan = tensor.cpu()
     if plan.dtype == torch.uint8:
@@ -329,7 +330,7 @@ def plan_of(tensor: torch.Tensor, pooled: bool) -> torch.Tensor:
     return words
 
 
-def in_rows(plan: torch.Tensor, column: int) -> torch.Tensor:
+def in_rows(plan: Tensor, column: int) -> Tensor:
     return plan[plan[:, column].argsort()]
 
 
@@ -337,10 +338,10 @@ class Grown(NamedTuple):
     """A step of two requests: their lengths after it, by how much they grew, their new keys and where entries go."""
 
     name: str
-    lengths: torch.Tensor
-    extend: torch.Tensor
-    kv: torch.Tensor
-    where: torch.Tensor
+    lengths: Tensor
+    extend: Tensor
+    kv: Tensor
+    where: Tensor
 
     @property
     def is_decode(self) -> bool:
@@ -514,7 +515,7 @@ def draft_tree(arm: Arm) -> Iterator[Results]:
     target = torch.tensor([[5, 9, 7, 2, 2], [6, 8, 10, 2, 2]])
     integer = I64 if arm.is_reference else I32
 
-    def run(build: Callable[..., Any], verify: Callable[..., Any], put: Callable[[torch.Tensor], Any]) -> Results:
+    def run(build: Callable[..., Any], verify: Callable[..., Any], put: Callable[[Tensor], Any]) -> Results:
         mask = put(torch.ones(int(lengths.sum()) * n + n * n * 2, dtype=torch.bool))
         positions = put(torch.zeros(2 * n, dtype=I64))
         found = [put(torch.full((2, n), fill, dtype=I64)) for fill in (0, -1, -1)]
@@ -547,7 +548,7 @@ def cache_locations(arm: Arm) -> Iterator[Results]:
     accepted, stored_at, entered = torch.tensor([3, -1, 0, -1, 4, 5]), torch.arange(10, 16), torch.zeros_like(table)
     sizes = {"contiguous": 6, "extended": int((ends - lengths).sum()), "bonus": 2, "accepted": 6}
 
-    def empty() -> dict[str, torch.Tensor]:
+    def empty() -> dict[str, Tensor]:
         return {name: torch.zeros(size, dtype=I64, device=arm.device) for name, size in sizes.items()}
 
     ours = {name: each.cpu() for name, each in empty().items()}
@@ -642,7 +643,7 @@ def windowed(extra_page: int, width: int, arm: Arm) -> Iterator[Results]:
         where = torch.where(torch.arange(width) < counts[:, None, None], where, -1).to(I32)
     options = {"head_dim_v": 512, "softmax_scale": 512**-0.5, "is_fp8_kvcache": True}
 
-    def pools(put: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+    def pools(put: Callable[[Tensor], Any]) -> dict[str, Any]:
         found = {"q": put(q), "k_cache": attention_view(put(cache), PAGE), "indices": put(window)}
         found |= {"topk_length": put(lengths), "attn_sink": put(sink)}
         if extra is not None:
@@ -772,7 +773,7 @@ def output_projection(arm: Arm) -> Iterator[Results]:
     yield {"float32": wanted, "bfloat16": (wanted, TOLERANCES[BF16])}
 
 
-def attended(q: torch.Tensor, keys: torch.Tensor, sink: torch.Tensor, scale: float) -> torch.Tensor:
+def attended(q: Tensor, keys: Tensor, sink: Tensor, scale: float) -> Tensor:
     """[heads, 512] of one query [heads, 512] over keys [k, 512], written down as it is defined."""
     scores = torch.cat((q.double() @ keys.double().T * scale, sink.double()[:, None]), 1)
     return torch.softmax(scores, 1)[:, :-1] @ keys.double()
@@ -803,7 +804,7 @@ def sparse_attention(arm: Arm) -> Iterator[Results]:
     yield from found
 
 
-def entries(kv: torch.Tensor, ape: torch.Tensor, ratio: compression.Ratio) -> torch.Tensor:
+def entries(kv: Tensor, ape: Tensor, ratio: compression.Ratio) -> Tensor:
     """All finished entries of one sequence `kv` [tokens, elements], from the whole of it: what compression is for."""
     found = []
     for end in range(ratio, len(kv) + 1, ratio):
@@ -828,7 +829,7 @@ def compressors(ratio: compression.Ratio, own_ring: bool, elements: int, arm: Ar
     kv_of = [torch.randn(tokens, elements) for _ in range(2)]
     slots = two_requests(ratio, own_ring)
     buffer = torch.zeros(4 * max(1, slots.ring // ratio), ratio, elements)
-    found: list[list[torch.Tensor]] = [[], []]
+    found: list[list[Tensor]] = [[], []]
     at = [0, 0]
     for chunk in ((37, 5), (91, 3), (1, 122), (64, 64), (3, 2)):
         kv = torch.cat([kv_of[i][at[i] : at[i] + n] for i, n in enumerate(chunk)])

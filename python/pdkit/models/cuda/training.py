@@ -41,7 +41,7 @@ WINDOW = 128
 
 @dataclass(frozen=True)
 class TimedStage:
-    """A `share` of the time on batches of `batch` sequences of `length` tokens."""
+    """A `share` of the training, by the clock or by tokens, on batches of `batch` sequences of `length` tokens."""
 
     name: str
     share: float

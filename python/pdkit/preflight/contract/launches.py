@@ -193,18 +193,10 @@ def _contract(release: Release, test_file: Path | None, found: Mapping[str, Any]
 
 
 def _test_contract(plan: Mapping[str, Any]) -> TestContract:
-    processes = (
-        ProcessContract(
-            module=p["module"],
-            argv=tuple(p["argv"]),
-            env=p["env"],
-            checked=p["checked"],
-            findings=tuple(Finding(Level(f["level"]), f["subject"], f["message"]) for f in p["findings"]),
-            settings=p["settings"],
-            ports=p["ports"],
-        )
-        for p in plan["processes"]
-    )
+    processes = []
+    for process in plan["processes"]:
+        findings = (Finding(Level(f["level"]), f["subject"], f["message"]) for f in process["findings"])
+        processes.append(ProcessContract(**process | {"argv": tuple(process["argv"]), "findings": tuple(findings)}))
     return TestContract(plan["test"], plan["problem"], tuple(processes))
 
 

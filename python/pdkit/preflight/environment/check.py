@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pdkit
-from pdkit.core import ports
+from pdkit.core import ports, processes
 from pdkit.core.host import installed
 from pdkit.core.source import UNKNOWN
 from pdkit.deployment import quirks
@@ -199,11 +199,6 @@ def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Itera
         what = f"{installed('sglang')} lets the indexer's kernel read past what is mapped"
         why = "a batch of 128 tokens can end a server by an illegal memory access"
         yield warning("sglang", what, why, f"export {quirks.INDEXER_SWITCH}=0, or take 0.5.18 or newer")
-    if any(quirks.prompt_logprobs_are_fatal(process.argv) for process in needs.processes if process.gpus):
-        what = f"{installed('sglang')} overwrites memory where DP attention meets speculative decoding"
-        why = "a request for logprobs of a prompt gets wrong tokens or ends a rank"
-        do = "ask for none, or apply the patch of docs/findings/prompt-logprobs-overwrite-memory.md"
-        yield warning("sglang", what, why, do)
     yield from map(packages.installed, wanted)
     if has_gpus:
         yield from packages.importable(wanted)
@@ -229,17 +224,5 @@ def _ports(needs: Needs) -> Iterator[Finding]:
 
 
 def _listener(port: int) -> str:
-    import psutil
-
-    try:
-        for connection in psutil.net_connections("inet"):
-            if (
-                connection.laddr
-                and connection.laddr.port == port
-                and connection.status == psutil.CONN_LISTEN
-                and connection.pid
-            ):
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except psutil.Error:
-        pass
-    return "a process that this user may not see"
+    pid = dict(ports.listeners()).get(port)
+    return processes.describe_pid(pid) if pid else "a process that this user may not see"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import remakes, replaces
 from pdkit.deployment.cpu.shims.pages import NOPE, ROPE, load_flashmla
@@ -15,11 +16,11 @@ BACKEND = "sglang.srt.layers.attention.deepseek_v4_backend"
 AT_ONCE = 256  # queries
 SHARED = 4  # slots that are named so often each are read once for all queries
 
-Keys = tuple[torch.Tensor, torch.Tensor]  # keys, and which of them each query attends to
-Named = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a pool, the slots that each query names, which of them count
+Keys = tuple[Tensor, Tensor]  # keys, and which of them each query attends to
+Named = tuple[Tensor, Tensor, Tensor]  # a pool, the slots that each query names, which of them count
 
 
-def _valid(indices: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+def _valid(indices: Tensor, lengths: Tensor | None) -> Tensor:
     valid = indices >= 0
     if lengths is not None:
         valid &= torch.arange(indices.shape[1]) < lengths.reshape(-1, 1)
@@ -73,7 +74,7 @@ def _of_each(pools: Sequence[Named]) -> Keys:
     return keys, torch.cat([valid for _, _, valid, _ in cut], 1)
 
 
-def _attend(q: torch.Tensor, found: Keys, sink: torch.Tensor, scale: float, width: int) -> torch.Tensor:
+def _attend(q: Tensor, found: Keys, sink: Tensor, scale: float, width: int) -> Tensor:
     """Output [n, heads, width] float32 of `q` [n, heads, 512] over keys of all pools together."""
     keys, valid = found
     scores = torch.matmul(q, keys.transpose(-1, -2)) * scale
@@ -84,23 +85,23 @@ def _attend(q: torch.Tensor, found: Keys, sink: torch.Tensor, scale: float, widt
 
 @replaces(f"{INTERFACE}:flash_mla_with_kvcache", why="attention over selected slots of fp8 pages, with a sink")
 def flash_mla_with_kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    block_table: torch.Tensor | None = None,
-    cache_seqlens: torch.Tensor | None = None,
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
     head_dim_v: int = 512,
     tile_scheduler_metadata: Any = None,
     num_splits: Any = None,
     softmax_scale: float | None = None,
     *,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None = None,
-    attn_sink: torch.Tensor,
-    extra_k_cache: torch.Tensor | None = None,
-    extra_indices_in_kvcache: torch.Tensor | None = None,
-    extra_topk_length: torch.Tensor | None = None,
+    indices: Tensor,
+    topk_length: Tensor | None = None,
+    attn_sink: Tensor,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """(output [n, 1, heads, head_dim_v] in the dtype of `q`, None): each query attends to the slots that it names.
 
     q                 [n, 1, heads, 512]

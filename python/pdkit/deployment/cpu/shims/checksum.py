@@ -6,7 +6,7 @@ import ctypes
 import zlib
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import replaces
 
@@ -16,7 +16,7 @@ from pdkit.deployment.cpu.registry import replaces
     family="any",
     imitates=("kernels/ops/memory/adler32.py",),
 )
-def compute(self: Any, kv_page_indices_gpu: torch.Tensor, state_indices_gpu: torch.Tensor | None = None) -> int:
+def compute(self: Any, kv_page_indices_gpu: Tensor, state_indices_gpu: Tensor | None = None) -> int:
     """the checksum is a CUDA kernel's
 
     Adler-32 of all items as one text: of each buffer of KV pages those of `kv_page_indices_gpu` [pages], then of each

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import replaces
 from pdkit.deployment.cpu.shims.arithmetic import hadamard, rms_norm, rope_tail
@@ -32,34 +33,26 @@ class Slots:
     """
 
     def __init__(
-        self,
-        ratio: Ratio,
-        req_to_token: torch.Tensor,
-        full_to_state: torch.Tensor,
-        swa_page: int,
-        ring: int,
-        use_req_ring: bool,
+        self, ratio: Ratio, req_to_token: Tensor, full_to_state: Tensor, swa_page: int, ring: int, use_req_ring: bool
     ) -> None:
         self.ratio, self.swa_page, self.ring = ratio, swa_page, ring
         self.own = ratio == 128 or use_req_ring
         self.req_to_token, self.full_to_state = req_to_token, full_to_state
 
-    def at(self, requests: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def at(self, requests: Tensor, positions: Tensor) -> Tensor:
         """int64 [n]; `requests`, `positions` [n] int64."""
         if self.own:
             return requests * self.ring + positions % self.ring
         where = self.full_to_state[self.req_to_token[requests, positions].long()]
         return where // self.swa_page * self.ring + where % self.ring
 
-    def pages(self, requests: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def pages(self, requests: Tensor, positions: Tensor) -> Tensor:
         """[n, 2] pages of `ratio` slots: of the token `ratio` before, and of this one."""
         before = (positions - self.ratio).clamp_min(0)
         return torch.stack((self.at(requests, before), self.at(requests, positions)), 1) // self.ratio
 
 
-def plan_prefill(
-    slots: Slots, requests: torch.Tensor, seq_lens: torch.Tensor, extend_lens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def plan_prefill(slots: Slots, requests: Tensor, seq_lens: Tensor, extend_lens: Tensor) -> tuple[Tensor, Tensor]:
     """(what is pooled, what is kept) of a batch whose sequences grow by `extend_lens` to `seq_lens`, each [batch].
 
     Pooled: int32 [n, 5], for each finished entry its end, the row of its last token in the batch, how many tokens of
@@ -91,7 +84,7 @@ def plan_prefill(
     return pooled.int(), kept.int()
 
 
-def plan_decode(slots: Slots, requests: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+def plan_decode(slots: Slots, requests: Tensor, seq_lens: Tensor) -> Tensor:
     """int32 [batch, 4]: length, slot of the last token, the ring's two pages; plan_compress_decode_kernel."""
     requests, position = requests.long(), (seq_lens.long() - 1).clamp_min(0)
     here = slots.at(requests, position)
@@ -100,7 +93,7 @@ def plan_decode(slots: Slots, requests: torch.Tensor, seq_lens: torch.Tensor) ->
     return torch.stack((seq_lens.long(), here, before, here // slots.ratio), 1).int()
 
 
-def pool(rows: torch.Tensor, ape: torch.Tensor, ends: torch.Tensor, ratio: Ratio) -> torch.Tensor:
+def pool(rows: Tensor, ape: Tensor, ends: Tensor, ratio: Ratio) -> Tensor:
     """Entries [n, d] float32 of the tokens in their windows: a softmax over the window in each dimension.
 
     rows  [n, 128, 2d] (key and score) or [n, 8, 4d] (key and score as one of the first four, then as one of the last)
@@ -119,13 +112,7 @@ def pool(rows: torch.Tensor, ape: torch.Tensor, ends: torch.Tensor, ratio: Ratio
 
 
 def compress_prefill(
-    buffer: torch.Tensor,
-    kv_in: torch.Tensor,
-    out: torch.Tensor,
-    ape: torch.Tensor,
-    pooled: torch.Tensor,
-    kept: torch.Tensor,
-    ratio: Ratio,
+    buffer: Tensor, kv_in: Tensor, out: Tensor, ape: Tensor, pooled: Tensor, kept: Tensor, ratio: Ratio
 ) -> None:
     """`out`[i] = entry i of the plan; then the rows of `kv_in` that the plan keeps go into the ring.
 
@@ -145,9 +132,7 @@ def compress_prefill(
     buffer.view(-1, buffer.shape[-1])[kept[:, 1].long()] = kv_in[kept[:, 0].long()].to(buffer.dtype)
 
 
-def compress_decode(
-    buffer: torch.Tensor, kv_in: torch.Tensor, out: torch.Tensor, ape: torch.Tensor, plan: torch.Tensor, ratio: Ratio
-) -> None:
+def compress_decode(buffer: Tensor, kv_in: Tensor, out: Tensor, ape: Tensor, plan: Tensor, ratio: Ratio) -> None:
     """The rows of `kv_in` [batch, elements] go into the ring; `out`[i] = the entry, where sequence i finished one."""
     length, here, page0, page1 = plan.long().unbind(1)
     buffer.view(-1, buffer.shape[-1])[here] = kv_in.to(buffer.dtype)
@@ -158,13 +143,13 @@ def compress_decode(
 
 
 def norm_rope_store(
-    kv: torch.Tensor,
-    plan: torch.Tensor,
-    weight: torch.Tensor,
+    kv: Tensor,
+    plan: Tensor,
+    weight: Tensor,
     eps: float,
-    freqs: torch.Tensor,
-    out_loc: torch.Tensor,
-    cache: torch.Tensor,
+    freqs: Tensor,
+    out_loc: Tensor,
+    cache: Tensor,
     is_decode: bool,
     ratio: Ratio,
     page_size: int,
@@ -207,11 +192,11 @@ def compress_norm_rope_module(
 @replaces(f"{COMPRESS}:CompressorPrefillPlan.generate", imitates=PLAN)
 def generate_prefill(
     compress_ratio: Ratio,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    extend_lens: torch.Tensor,
-    req_to_token: torch.Tensor,
-    full_to_state: torch.Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    extend_lens: Tensor,
+    req_to_token: Tensor,
+    full_to_state: Tensor,
     swa_page_size: int,
     ring_size: int,
     num_q_tokens: int,
@@ -227,10 +212,10 @@ def generate_prefill(
 @replaces(f"{COMPRESS}:CompressorDecodePlan.generate", imitates=PLAN)
 def generate_decode(
     compress_ratio: Ratio,
-    req_pool_indices: torch.Tensor,
-    req_to_token: torch.Tensor,
-    full_to_state: torch.Tensor,
-    seq_lens: torch.Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    full_to_state: Tensor,
+    seq_lens: Tensor,
     swa_page_size: int,
     ring_size: int,
     use_req_ring: bool = False,

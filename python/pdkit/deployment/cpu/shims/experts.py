@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import remakes, replaces
 
 
-def silu_and_mul_clamp(x: torch.Tensor, out: torch.Tensor, limit: float) -> None:
+def silu_and_mul_clamp(x: Tensor, out: Tensor, limit: float) -> None:
     """`out` [n, d] = silu(min(gate, limit)) * clamp(up, -limit, limit) of `x` [n, 2d], gate first."""
     gate, up = x.float().chunk(2, -1)
     out.copy_(F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit))
@@ -27,7 +28,7 @@ def silu_and_mul_clamp_module(dtype: torch.dtype) -> SimpleNamespace:
 
 
 @replaces("sglang.srt.layers.moe.fused_moe_native:moe_forward_native")
-def moe_forward_native(layer: Any, x: torch.Tensor, topk_output: Any, moe_runner_config: Any) -> torch.Tensor:
+def moe_forward_native(layer: Any, x: Tensor, topk_output: Any, moe_runner_config: Any) -> Tensor:
     """routed experts; SGLang's torch version ignores swiglu_limit
 
     layer.w13_weight [experts, 2 * width, hidden], layer.w2_weight [experts, hidden, width]; x [n, hidden];
@@ -56,7 +57,7 @@ def moe_forward_native(layer: Any, x: torch.Tensor, topk_output: Any, moe_runner
 def wo_a_matmul(original: Any) -> Any:
     """the grouped projection, where activations are float32 and the weight is not"""
 
-    def apply(o: torch.Tensor, wo_a: torch.Tensor, **options: Any) -> torch.Tensor:
+    def apply(o: Tensor, wo_a: Tensor, **options: Any) -> Tensor:
         if o.dtype == wo_a.dtype == torch.bfloat16:
             return original(o, wo_a, **options)
         return torch.einsum("tgd,grd->tgr", o.float(), wo_a.float()).to(o.dtype)

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import remakes, replaces
 
@@ -14,13 +15,8 @@ MHC = "sglang.kernels.ops.layernorm.mhc"
 
 @replaces(f"{MHC}:hc_split_sinkhorn", imitates=("kernels/ops/layernorm/mhc.py",))
 def hc_split_sinkhorn(
-    mixes: torch.Tensor,
-    hc_scale: torch.Tensor,
-    hc_base: torch.Tensor,
-    hc_mult: int = 4,
-    sinkhorn_iters: int = 20,
-    eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mixes: Tensor, hc_scale: Tensor, hc_base: Tensor, hc_mult: int = 4, sinkhorn_iters: int = 20, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
     """how streams are mixed: weights before, after, and among each other
 
     mixes [..., (2 + hc) * hc] float32, hc_scale [3], hc_base [(2 + hc) * hc] -> pre [..., hc], post [..., hc] and
@@ -38,7 +34,7 @@ def hc_split_sinkhorn(
 
 
 @replaces(f"{MHC}:mhc_combine", imitates=("kernels/ops/layernorm/mhc.py",))
-def mhc_combine(x_flat: torch.Tensor, pre: torch.Tensor, hc: int, out_dtype: torch.dtype) -> torch.Tensor:
+def mhc_combine(x_flat: Tensor, pre: Tensor, hc: int, out_dtype: torch.dtype) -> Tensor:
     """streams `x_flat` [n, hc * d] summed with weights `pre` [n, hc]: [n, d]"""
     return (pre[..., None].float() * x_flat.unflatten(-1, (hc, -1)).float()).sum(1).to(out_dtype)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import replaces
 from pdkit.deployment.cpu.shims.arithmetic import from_fp8
@@ -16,15 +17,15 @@ PAGE = 64
 
 @replaces("sglang.srt.layers.attention.dsv4.indexer:fp8_paged_mqa_logits_torch")
 def fp8_paged_mqa_logits_torch(
-    q_fp8: torch.Tensor,
-    kvcache_fp8: torch.Tensor,
-    weight: torch.Tensor,
-    seq_lens: torch.Tensor,
-    page_table: torch.Tensor,
+    q_fp8: Tensor,
+    kvcache_fp8: Tensor,
+    weight: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor,
     deep_gemm_metadata: Any,
     max_seq_len: int,
     clean_logits: bool = False,
-) -> torch.Tensor:
+) -> Tensor:
     """for speed: the same sums as SGLang's torch version, each page converted once, and no page that nobody reads
 
     q_fp8 [n, 1, heads, 128]; kvcache_fp8 [pages, 64, 1, 132] bytes (see `pages`); weight [n, heads] float32; seq_lens

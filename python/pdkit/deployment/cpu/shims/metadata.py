@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import remakes, replaces
 from pdkit.deployment.cpu.shims.attention import BACKEND
@@ -16,13 +17,13 @@ ENTRIES = 128  # tokens of an entry of the sparsest layers
 
 @replaces(f"{BACKEND}:_init_compression_metadata_triton", imitates=(METADATA,))
 def init_compression_metadata(
-    seq_lens: torch.Tensor,
-    positions: torch.Tensor,
-    raw_out_loc: torch.Tensor,
-    page_table: torch.Tensor | None = None,
+    seq_lens: Tensor,
+    positions: Tensor,
+    raw_out_loc: Tensor,
+    page_table: Tensor | None = None,
     page_size: int = 0,
     compute_page_indices: bool = True,
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:
     """where compressed entries are stored, how many there are, and the slots of those of 128 tokens
 
     seq_lens, positions [n] int32; raw_out_loc [n] slots of the whole pool; page_table [n, pages] int32. For 4 and for
@@ -30,7 +31,7 @@ def init_compression_metadata(
     the same but at least 1. Then the slots [n, pages * page_size / 128] int32 of entries of 128 tokens, or None.
     """
     n = raw_out_loc.shape[0]
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
     for ratio in (4, ENTRIES):
         count = (seq_lens // ratio).to(torch.int32)
         loc = torch.where(seq_lens[:n] % ratio == 0, raw_out_loc // ratio, 0).to(torch.int64)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import replaces
 from pdkit.deployment.cpu.shims.arithmetic import amax_scale, hadamard, rms_norm, rope, rope_tail, to_fp8
@@ -20,45 +21,34 @@ CSRC = "kernels/jit/csrc/deepseek_v4"
 MAIN, STORE = (f"{CSRC}/main_norm_rope.cuh",), (f"{CSRC}/store.cuh",)
 
 
-def fused_rope(
-    q: torch.Tensor, k: torch.Tensor | None, freqs: torch.Tensor, positions: torch.Tensor, inverse: bool
-) -> None:
+def fused_rope(q: Tensor, k: Tensor | None, freqs: Tensor, positions: Tensor, inverse: bool) -> None:
     """In place: `q` [n, heads, rope] and, if given, `k` [n, heads, rope], both of one dtype."""
     for x in (q, k):
         if x is not None:
             x.copy_(rope(x, freqs, positions, inverse))
 
 
-def q_norm_rope(
-    q_in: torch.Tensor, q_out: torch.Tensor, freqs: torch.Tensor, positions: torch.Tensor, eps: float, norm: bool
-) -> None:
+def q_norm_rope(q_in: Tensor, q_out: Tensor, freqs: Tensor, positions: Tensor, eps: float, norm: bool) -> None:
     """`q_out` = `q_in` [n, heads, 512], normed without a weight if `norm`, its last dimensions rotated."""
     x = rms_norm(q_in, None, eps).to(q_in.dtype) if norm else q_in
     q_out.copy_(rope_tail(x.float(), freqs, positions))
 
 
 def k_norm_rope_store(
-    kv: torch.Tensor,
-    weight: torch.Tensor,
-    freqs: torch.Tensor,
-    positions: torch.Tensor,
-    loc: torch.Tensor,
-    cache: torch.Tensor,
-    eps: float,
-    page_size: int,
+    kv: Tensor, weight: Tensor, freqs: Tensor, positions: Tensor, loc: Tensor, cache: Tensor, eps: float, page_size: int
 ) -> None:
     """`kv` [n, 512], normed with `weight` [512], its last dimensions rotated, to slots `loc` [n] of the FlashMLA pool."""
     store_flashmla(rope_tail(rms_norm(kv, weight, eps), freqs, positions), cache, loc, page_size)
 
 
 def q_indexer(
-    q_in: torch.Tensor,
-    q_fp8: torch.Tensor,
-    weight: torch.Tensor,
-    weights_out: torch.Tensor,
+    q_in: Tensor,
+    q_fp8: Tensor,
+    weight: Tensor,
+    weights_out: Tensor,
     weight_scale: float,
-    freqs: torch.Tensor,
-    positions: torch.Tensor,
+    freqs: Tensor,
+    positions: Tensor,
 ) -> None:
     """The indexer's queries [n, heads, 128]: rotated, Hadamard transformed, in `q_fp8`; their scales go into weights.
 

@@ -12,6 +12,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pdkit.deployment.cpu.shims.arithmetic import FP8_MAX, SMALLEST, amax_scale, halves, to_fp8
 
@@ -23,18 +24,18 @@ WORD = 8
 
 
 @functools.cache
-def _steps(count: int) -> torch.Tensor:
+def _steps(count: int) -> Tensor:
     return torch.arange(count)
 
 
-def _offsets(loc: torch.Tensor, page_size: int, stride: int, base: int, size: int) -> torch.Tensor:
+def _offsets(loc: Tensor, page_size: int, stride: int, base: int, size: int) -> Tensor:
     """Byte offsets [..., size] of what each token slot `loc` [...] has from `base` on in its page."""
     loc = loc.long()
     page = torch.div(loc, page_size, rounding_mode="floor")
     return (page * stride + base + (loc - page * page_size) * size)[..., None]
 
 
-def store_flashmla(rows: torch.Tensor, cache: torch.Tensor, loc: torch.Tensor, page_size: int) -> None:
+def store_flashmla(rows: Tensor, cache: Tensor, loc: Tensor, page_size: int) -> None:
     """Write `rows` [n, 512] float32, normed and rotated, into token slots `loc` [n] of `cache` [pages, bytes] uint8."""
     if not rows.shape[0]:
         return
@@ -49,7 +50,7 @@ def store_flashmla(rows: torch.Tensor, cache: torch.Tensor, loc: torch.Tensor, p
     flat[_offsets(loc, page_size, stride, page_size * TOKEN, SCALES) + _steps(SCALES)] = scales
 
 
-def load_flashmla(cache: torch.Tensor, loc: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def load_flashmla(cache: Tensor, loc: Tensor, out: Tensor | None = None) -> Tensor:
     """float32 [..., 512] of token slots `loc` [...] (>= 0), in `out` if it is given.
 
     cache: the pool as attention sees it, [pages, page_size, 1, 584], one byte an element, whose stride(0) is the size of
@@ -77,7 +78,7 @@ def load_flashmla(cache: torch.Tensor, loc: torch.Tensor, out: torch.Tensor | No
     return row
 
 
-def store_indexer(rows: torch.Tensor, cache: torch.Tensor, loc: torch.Tensor, page_size: int) -> None:
+def store_indexer(rows: Tensor, cache: Tensor, loc: Tensor, page_size: int) -> None:
     """Write `rows` [n, 128] float32 into token slots `loc` [n] of `cache` [pages, bytes] uint8."""
     if not rows.shape[0]:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import remakes, replaces
 
@@ -79,7 +80,7 @@ def load_model(original: Any) -> Any:
 def all_reduce(_: Any) -> Any:
     """the custom operator is registered for CUDA only"""
 
-    def inplace_all_reduce(tensor: torch.Tensor, group_name: str) -> None:
+    def inplace_all_reduce(tensor: Tensor, group_name: str) -> None:
         from sglang.srt.distributed import parallel_state
 
         parallel_state._groups[group_name]()._all_reduce_in_place(tensor)

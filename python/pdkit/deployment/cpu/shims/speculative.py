@@ -7,6 +7,7 @@ kernels/ops/speculative/{spec_tree,eagle,cache_locs}.py; results go into tensors
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pdkit.deployment.cpu.registry import replaces
 
@@ -19,10 +20,10 @@ FULL_MASK, DRAFT_MASK = 0, 1  # of TreeMaskMode: over all tokens, and over the d
     imitates=("kernels/ops/kvcache/dsv4_c128_cleanup.py",),
 )
 def clear_unaccepted_c128_draft_states(
-    state: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    accept_lens: torch.Tensor,
+    state: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    accept_lens: Tensor,
     *,
     ring_size: int,
     num_draft_tokens: int,
@@ -41,14 +42,14 @@ def clear_unaccepted_c128_draft_states(
 
 
 def build_tree_kernel_efficient_cpu(
-    parent_list: torch.Tensor,
-    selected_index: torch.Tensor,
-    verified_seq_len: torch.Tensor,
-    tree_mask: torch.Tensor,
-    positions: torch.Tensor,
-    retrieve_index: torch.Tensor,
-    retrieve_next_token: torch.Tensor,
-    retrieve_next_sibling: torch.Tensor,
+    parent_list: Tensor,
+    selected_index: Tensor,
+    verified_seq_len: Tensor,
+    tree_mask: Tensor,
+    positions: Tensor,
+    retrieve_index: Tensor,
+    retrieve_next_token: Tensor,
+    retrieve_next_sibling: Tensor,
     topk: int,
     depth: int,
     draft_token_num: int,
@@ -95,14 +96,14 @@ def build_tree_kernel_efficient_cpu(
 
 
 def verify_tree_greedy_cpu(
-    predicts: torch.Tensor,
-    accept_index: torch.Tensor,
-    accept_token_num: torch.Tensor,
-    candidates: torch.Tensor,
-    retrive_index: torch.Tensor,
-    retrive_next_token: torch.Tensor,
-    retrive_next_sibling: torch.Tensor,
-    target_predict: torch.Tensor,
+    predicts: Tensor,
+    accept_index: Tensor,
+    accept_token_num: Tensor,
+    candidates: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    target_predict: Tensor,
 ) -> None:
     """Which draft tokens the model itself would have taken; candidates, retrive_*, target_predict [batch, drafts]."""
     target = target_predict.flatten()
@@ -123,17 +124,13 @@ def verify_tree_greedy_cpu(
         predicts[last] = target[last].to(predicts.dtype)
 
 
-def fill_bonus_tokens_cpu(
-    accept_tokens: torch.Tensor, accept_lens: torch.Tensor, bonus_tokens: torch.Tensor, stride: int
-) -> None:
+def fill_bonus_tokens_cpu(accept_tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, stride: int) -> None:
     """The last accepted token of each sequence: accept_tokens [batch * stride], accept_lens [batch]."""
     rows = torch.arange(accept_lens.shape[0])
     bonus_tokens.copy_(accept_tokens.flatten()[rows * stride + accept_lens.long() - 1])
 
 
-def fill_accept_out_cache_loc_cpu(
-    accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accept_out_cache_loc: torch.Tensor
-) -> None:
+def fill_accept_out_cache_loc_cpu(accept_index: Tensor, out_cache_loc: Tensor, accept_out_cache_loc: Tensor) -> None:
     """Slots of the accepted tokens, in order; accept_index: positions of them, -1 for none."""
     kept = accept_index.flatten()
     kept = kept[kept > -1].long()
@@ -141,10 +138,10 @@ def fill_accept_out_cache_loc_cpu(
 
 
 def assign_draft_cache_locs_contiguous_cpu(
-    req_pool_indices: torch.Tensor,
-    req_to_token: torch.Tensor,
-    seq_lens: torch.Tensor,
-    out_cache_loc: torch.Tensor,
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    seq_lens: Tensor,
+    out_cache_loc: Tensor,
     _pool_len: int,
     topk: int,
     steps: int,
@@ -155,12 +152,7 @@ def assign_draft_cache_locs_contiguous_cpu(
 
 
 def assign_extend_cache_locs_cpu(
-    req_pool_indices: torch.Tensor,
-    req_to_token: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    out_cache_loc: torch.Tensor,
-    _pool_len: int,
+    req_pool_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, out_cache_loc: Tensor, _pool_len: int
 ) -> None:
     """Slots of positions `start` to `end` of each sequence, one sequence after the other."""
     parts = [req_to_token[int(r), int(a) : int(b)] for r, a, b in zip(req_pool_indices, start, end)]
@@ -170,12 +162,7 @@ def assign_extend_cache_locs_cpu(
 
 
 def assign_req_to_token_pool_cpu(
-    req_pool_indices: torch.Tensor,
-    req_to_token: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    out_cache_loc: torch.Tensor,
-    _pool_len: int,
+    req_pool_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, out_cache_loc: Tensor, _pool_len: int
 ) -> None:
     """The reverse of `assign_extend_cache_locs_cpu`: slots are entered for positions `start` to `end`."""
     at = 0

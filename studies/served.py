@@ -1,0 +1,36 @@
+"""The servers of a test class, for a study that asks them: started without its tests, and ended with the study."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def served(cls: Any, logs: Path | None = None) -> Iterator[Any]:
+    """A subclass of `cls` whose servers are up: its URLs and processes. Their logs are kept in `logs`, if it is given.
+
+    Raises what the class does where they do not start, NotReady where the machine lacks what they need.
+    """
+
+    class Servers(cls):
+        @classmethod
+        def server_class(cls, name: str, environment: Mapping[str, str]) -> Any:
+            return type("Quiet", (super().server_class(name, environment),), {"reaches_console": False})
+
+        @classmethod
+        def take_references(cls) -> None:
+            """Nothing is compared."""
+
+        def runTest(self) -> None:
+            """Nothing: only what the class starts is used."""
+
+    with ExitStack() as stack:
+        folder = logs or stack.enter_context(tempfile.TemporaryDirectory(prefix="study-"))
+        Servers.log_dir = os.getenv("SGLANG_PD_LOG_DIR") or str(folder)
+        stack.callback(Servers.doClassCleanups)
+        Servers.setUpClass()
+        stack.callback(Servers.tearDownClass)
+        yield Servers
