@@ -122,16 +122,6 @@ def _data(cls: TestClass, environ: Mapping[str, str]) -> list[object]:
     return [None] if any(value == "gsm8k" for value in constants) else []
 
 
-@dataclass(frozen=True)
-class _Launched:
-    """What one file launches, and what contract and plan say to it."""
-
-    processes: tuple[Process, ...] = ()
-    errors: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    deprecations: tuple[str, ...] = ()
-
-
 def _contracts(paths: list[Path]) -> Sequence[Contract | ContractUnreadable | ReleaseNotFound]:
     try:
         return ask_each(installed(), paths)
@@ -139,12 +129,14 @@ def _contracts(paths: list[Path]) -> Sequence[Contract | ContractUnreadable | Re
         return [error]
 
 
-def _launched(contract: Contract | ContractUnreadable | ReleaseNotFound, suite: str, sysfs: Path) -> _Launched:
+def _launched(contract: Contract | ContractUnreadable | ReleaseNotFound, suite: str, sysfs: Path) -> Needs:
+    """What one file launches, and what contract and plan say to it."""
     if not isinstance(contract, Contract):
-        return _Launched(errors=(str(contract),))
+        return Needs("cuda", errors=(str(contract),))
     plans = of_contract(contract, suite)
     sockets = nic_sockets(sysfs), gpu_sockets(sysfs)
-    return _Launched(
+    return Needs(
+        "cuda",
         processes=tuple(process for test, plan in zip(contract.tests, plans) for process in _processes(test, plan)),
         errors=(*contract.errors, *(line for plan in plans for line in plan.problems())),
         warnings=tuple(line for plan in plans for line in plan.warnings(*sockets)),
