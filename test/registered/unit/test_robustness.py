@@ -377,6 +377,8 @@ class TestBadInput(unittest.TestCase):
                 self.assertTrue(said, "nothing is said")
                 if row.where == "stderr":
                     self.assertIn(self.fill(row.line), said[-1])
+                    if row.code == 2 and not row.words.startswith("run "):  # that says on what it runs
+                        self.assertEqual(done.stdout, "", "nothing runs after bad usage")
                     if row.lines is not None:
                         self.assertEqual(len(said), row.lines, done.stderr)
                 else:
