@@ -87,7 +87,7 @@ def draws_of(runner: ModelRunner, faults: Sequence[Fault], runs: Sequence[Sound]
 
 def cell(numbers: Sequence[int]) -> str:
     """Median and worst."""
-    return shown(median(numbers), max(numbers))
+    return shown((median(numbers), max(numbers)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from pdkit.faults import LIBRARY
 from pdkit.faults.kinds import FAMILIES, families
 from pdkit.faults.matrix.session import Session, Subject
 
-register_cpu_ci(est_time=1200, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=1800, suite="stage-a-test-cpu", nightly=True)
 
 SUBJECTS = Path(pdkit.__file__).parent / "faults" / "matrix" / "subjects.py"
 

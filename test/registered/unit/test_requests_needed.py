@@ -39,6 +39,20 @@ class TestRequestsNeeded(unittest.TestCase):
         self.assertNotIn("newest-1-lost-after-20", found, "it begins later")
         self.assertRegex(found["**not seen**"]["random, logprobs"], r"^0 of \d\d$")
 
+    def test_the_table_of_sglang_cpu(self):
+        head, *rows = self.script.sglang_cpu_table(self.script.SGLANG_CPU.read_text(encoding="utf-8"))
+        self.assertEqual(head, ["fault", "random, tokens", "random, logprobs"])
+        found = {row[0]: row[1:] for row in rows}
+        self.assertEqual(found["indexer-compressed-lost"], [self.cell(1), self.cell(1)], "the last prompt alone")
+        self.assertEqual(found["buffers-lost"], [self.cell(0), self.cell(9)], "4 alone, 4 rooms, 1 indexed, all named")
+        self.assertEqual(found["polls-fail"], [self.cell(3), self.cell(3)], "the first of each round failed")
+        self.assertNotIn("transfer-slow", found)
+        with self.assertRaisesRegex(ValueError, "without a fault"):
+            self.script.sglang_cpu_table("  no fault   seen, met by 0 requests\n      alone: random-127: text is 'a'\n")
+
+    def cell(self, seen):
+        return self.script.shown(self.script.until_first(seen, 14))
+
 
 if __name__ == "__main__":
     unittest.main()
