@@ -6,19 +6,21 @@ Result: docs/decisions/requests-needed.md.
 It reads docs/detection-matrix.md, which holds for each fault of the transfer whether the accuracy gate saw it and in how many
 of 12 prompts a status, a token or a logit changed, on the trained and on the random model. From so many of 12 the median and
 the worst number of requests follow, if the prompts come in any order; "-" stands for a fault that none of them shows. Of
-SGLang's own engine on CPU it reads what test_disaggregation_sglang_cpu_faults.py printed, which docs/results keeps. From the
-repository root:
+SGLang's own engine on CPU the same counts are in docs/results, as studies/sglang_cpu_faults.py took them. From the repository
+root:
 
     scripts/env.sh python3 studies/requests_needed.py
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from math import comb
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode
@@ -26,8 +28,7 @@ from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.truth import PROMPTS_PER_FAULT
 
 MATRIX = Path(__file__).resolve().parents[1] / "docs" / "detection-matrix.md"
-SGLANG_CPU = MATRIX.with_name("results") / "sglang-cpu-faults-2026-11-27.txt"
-SENT = {"alone": 9, "rooms": 4, "indexed": 1}  # prompts of each round of test_disaggregation_sglang_cpu_faults.py
+SGLANG_CPU = MATRIX.with_name("results") / "sglang-cpu-faults-0.5.23.json"
 FIRST_LOOK = 200  # examples of the accuracy gate's first look, the fewest that it fails on
 NEVER = 10**6
 
@@ -86,39 +87,33 @@ def recorded_table(text: str) -> list[list[str]]:
     return table(found)
 
 
-def sglang_cpu_table(text: str) -> list[list[str]]:
-    """The same of the table that test_disaggregation_sglang_cpu_faults.py prints, at most: its messages are cut.
-
-    Each names in order the requests whose answers were not the monolithic server's, as far as there is room. ValueError
-    where something was seen without a fault.
-    """
-    prompts, found = sum(SENT.values()), {}
-    for name, messages in re.findall(
-        r"(?m)^  ([\w ]+?(?:-[\w-]+)?) +(?:not )?seen, met by \d+ requests\n((?:      .*\n?)*)", text
-    ):
-        named = re.findall(rf"(?:(?:{'|'.join(SENT)}): |; |the first: )([a-z]+-\d+): (token \d+ is)?", messages)
-        failed = len(re.findall(rf"(?m)^ +(?:{'|'.join(SENT)}): RequestFailed", messages))
-        if named and name == "no fault":
-            raise ValueError(f"seen without a fault: {messages}")
-        if named:
-            tokens = failed + sum(bool(token) for _, token in named)
-            found[name] = {
-                "random, tokens": until_first(tokens, prompts),
-                "random, logprobs": until_first(len(named), prompts),
-            }
+def sglang_cpu_table(recorded: Mapping[str, Any]) -> list[list[str]]:
+    """The same of what studies/sglang_cpu_faults.py counted. ValueError where answers differed without a fault."""
+    if any(recorded["none"][model]["logprobs"] for model in MODELS) or recorded["none"]["gate"]["sees"]:
+        raise ValueError(f"seen without a fault: {recorded['none']}")
+    found: dict[str, Cells] = {}
+    for name, each in recorded.items():
+        if name == "none":
+            continue
+        met = [model for model in MODELS if each[model]["met"]]
+        cells = {KINDS[0]: gate_cell(each["gate"]["sees"])} if "trained" in met else {}
+        for model in met:
+            for what in ("tokens", "logprobs"):
+                cells[f"{model}, {what}"] = until_first(each[model][what], each[model]["prompts"])
+        found[name] = cells
     return table(found)
 
 
 def shown(cell: tuple[float, float] | None) -> str:
-    """Median and worst; "not run" of None."""
-    return "not run" if cell is None else " / ".join("-" if number >= NEVER else f"{number:g}" for number in cell)
+    """Median and worst; "not met" of None."""
+    return "not met" if cell is None else " / ".join("-" if number >= NEVER else f"{number:g}" for number in cell)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args(argv)
-    recorded = SGLANG_CPU.read_text(encoding="utf-8")
+    recorded = json.loads(SGLANG_CPU.read_text(encoding="utf-8"))
     embedded = recorded_table(MATRIX.read_text(encoding="utf-8"))
     for target, rows in (("embedded", embedded), ("sglang-cpu", sglang_cpu_table(recorded))):
         if args.markdown:

@@ -23,6 +23,7 @@ from pdkit.faults.pieces import COMPRESSED, Kind
 AGES = (20, 150, 400)  # requests
 SILENT_AFTER = (5, 60)  # requests
 KEPT = (64 << 10, 1 << 20)  # bytes of each request
+KEPT_OF_ABORTED = 256 << 10, 1 << 20  # one request in eight is aborted while it decodes
 TRUNCATED_FROM = (1500, 3000)  # tokens
 OWN_WORK_FROM = (1, 120, 500)  # tokens
 SEAM = (1, 2, 3)  # output tokens
@@ -70,7 +71,7 @@ def _of_memory() -> Iterator[Fault]:
             size=size,
             says=r"memory of decode grows by \d+ KiB a request",
         )
-    for size in KEPT:
+    for size in KEPT_OF_ABORTED:
         yield Fault(
             f"aborted-kept-{size >> 10}-kib",
             f"decode keeps {size >> 10} KiB of each request that is aborted while it answers it",

@@ -40,18 +40,21 @@ class TestRequestsNeeded(unittest.TestCase):
         self.assertRegex(found["**not seen**"]["random, logprobs"], r"^0 of \d\d$")
 
     def test_the_table_of_sglang_cpu(self):
-        head, *rows = self.script.sglang_cpu_table(self.script.SGLANG_CPU.read_text(encoding="utf-8"))
-        self.assertEqual(head, ["fault", "random, tokens", "random, logprobs"])
-        found = {row[0]: row[1:] for row in rows}
-        self.assertEqual(found["indexer-compressed-lost"], [self.cell(1), self.cell(1)], "the last prompt alone")
-        self.assertEqual(found["buffers-lost"], [self.cell(0), self.cell(9)], "4 alone, 4 rooms, 1 indexed, all named")
-        self.assertEqual(found["polls-fail"], [self.cell(3), self.cell(3)], "the first of each round failed")
-        self.assertNotIn("transfer-slow", found)
+        nothing = {"prompts": 12, "tokens": 0, "logprobs": 0, "met": 12}
+        none = {"trained": nothing, "random": nothing, "gate": {"asked": 200, "right": 200, "sees": False}}
+        lost = {
+            "trained": nothing | {"logprobs": 6},
+            "random": nothing | {"tokens": 1, "logprobs": 12},
+            "gate": none["gate"],
+        }
+        head, row, total, unseen = self.script.sglang_cpu_table({"none": none, "lost": lost})
+        self.assertEqual(row, ["lost", "- / -", "- / -", "1 / 7", "6 / 12", "1 / 1"])
+        self.assertEqual((total[3], unseen[1:3]), ("1 / 7", ["1 of 1", "1 of 1"]))
+        unmet = lost | {"trained": nothing | {"met": 0}}
+        _, row, *_ = self.script.sglang_cpu_table({"none": none, "lost": lost, "unmet": unmet})[1:]
+        self.assertEqual(row, ["unmet", "not met", "not met", "not met", "6 / 12", "1 / 1"])
         with self.assertRaisesRegex(ValueError, "without a fault"):
-            self.script.sglang_cpu_table("  no fault   seen, met by 0 requests\n      alone: random-127: text is 'a'\n")
-
-    def cell(self, seen):
-        return self.script.shown(self.script.until_first(seen, 14))
+            self.script.sglang_cpu_table({"none": none | {"random": lost["random"]}})
 
 
 if __name__ == "__main__":
