@@ -125,7 +125,9 @@ class TestMain(FolderCase):
         with ExitStack() as patches:
             patches.enter_context(patch.object(run, "TEST_DIR", self.root))
             patches.enter_context(patch("pdkit.core.gpus.visible_gpus", lambda: gpus))
-            patches.enter_context(patch("pdkit.runner.sglang_cpu.prepare", side_effect=NotReady("no Mooncake")))
+            patches.enter_context(
+                patch("pdkit.deployment.cpu.requirements.require_machine", side_effect=NotReady("no Mooncake"))
+            )
             patches.enter_context(patch.object(tempfile, "tempdir", str(self.root)))
             patches.enter_context(patch.dict("os.environ", PDKIT_HISTORY=""))
             patches.enter_context(redirect_stdout(self.out))
