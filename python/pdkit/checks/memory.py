@@ -86,7 +86,8 @@ class MemoryChecks(Checks):
 
     A server's memory rises while its pools and caches fill, and then stops; what is kept for each request goes on. So
     the newest `memory_rounds` are judged after each round, and the first time that they do not rise is a pass of that
-    server.
+    server. What a server has free in its heap, from earlier and larger load, hides growth until it is filled: ask it
+    of servers that have done little.
 
     memory_rounds     identical rounds that are judged together, after as many as `memory_warm_up`
     memory_patience   rounds after which memory that still rises is a failure
