@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How often the checks of Step "fewest requests that decide" fail a sound pair: simulations of a recorded clean run.
+"""How often the checks that need few requests fail a sound pair: simulations of a recorded clean run.
 
 Results: docs/decisions/requests-needed.md.
 

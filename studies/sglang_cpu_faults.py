@@ -16,9 +16,7 @@ are wrong. From the repository root, each some minutes on a core:
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
+from served import served
 
 EXAMPLES, SLICE, MOST_WRONG = 200, 16, 10  # 10 wrong of 200 are a score of 0.95, which fails
 
@@ -75,6 +74,12 @@ def gate(case: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> ExitCode:
     """Raises NotReady where the machine lacks what the target needs."""
+    from pdkit.checks.parity.exact import ExactParityArms
+    from pdkit.checks.parity.plan import PlanOptions
+    from pdkit.deployment.cpu import checkpoints, plan, requirements
+    from pdkit.deployment.cpu.servers import SglangCpuServers
+    from pdkit.deployment.monolithic import MonolithicBeside
+    from pdkit.faults.real_engine.checks import TransferFaults
     from pdkit.faults.real_engine.library import LIBRARY
 
     names = [name for name, fault in LIBRARY.items() if not fault.harmless and "draft" not in name]
@@ -84,52 +89,32 @@ def main(argv: Sequence[str]) -> ExitCode:
     parser.add_argument("--out", type=Path, required=True, help="JSON file that gets the counts, beside what it holds")
     args = parser.parse_args(argv)
     faults = args.faults.split(",") if args.faults else names
-    with tempfile.TemporaryDirectory(prefix="sglang-cpu-faults-") as logs:
-        os.environ.setdefault("SGLANG_PD_LOG_DIR", logs)
-        from pdkit.checks.parity.exact import ExactParityArms
-        from pdkit.checks.parity.plan import PlanOptions
-        from pdkit.deployment.cpu import checkpoints, plan, requirements
-        from pdkit.deployment.cpu.servers import SglangCpuServers
-        from pdkit.deployment.monolithic import MonolithicBeside
-        from pdkit.faults.real_engine.checks import TransferFaults
+    requirements.require_machine()
+    model = {"random": plan.DSV4, "trained": plan.TRAINED_DSV4}[args.model]
+    config = json.loads((checkpoints.provide(model.checkpoint) / "config.json").read_text(encoding="utf-8"))
 
-        requirements.require_machine()
-        model = {"random": plan.DSV4, "trained": plan.TRAINED_DSV4}[args.model]
-        config = json.loads((checkpoints.provide(model.checkpoint) / "config.json").read_text(encoding="utf-8"))
+    class Pair(TransferFaults, ExactParityArms, MonolithicBeside, SglangCpuServers):
+        cpu_model = model
+        compress_ratios = config["compress_ratios"][: config["num_hidden_layers"]]
+        parity_options = PlanOptions(longest=300, extra_lengths=(300,), indexed=1)
+        transfer_timeout, fault_timeout = 60, 120
+        first_drafts_prompts = 4
 
-        class Servers(TransferFaults, ExactParityArms, MonolithicBeside, SglangCpuServers):
-            cpu_model = model
-            compress_ratios = config["compress_ratios"][: config["num_hidden_layers"]]
-            parity_options = PlanOptions(longest=300, extra_lengths=(300,), indexed=1)
-            transfer_timeout, fault_timeout = 60, 120
-            first_drafts_prompts = 4
-
-            @classmethod
-            def take_references(cls) -> None:
-                """Asked where they are compared with."""
-
-            def runTest(self) -> None:
-                """Nothing: only what the class starts is used."""
-
-        Servers.setUpClass()
-        try:
-            case = Servers()
-            for name in (None, *faults):
-                case.overwrite()
-                case.transfer_switch.turn(name)
-                found: dict[str, Any] = {args.model: shown(case)}
-                if args.model == "trained":
-                    found["gate"] = gate(case)
-                found[args.model]["met"] = case.transfer_switch.met()
-                case.transfer_switch.turn(None)
-                case.until_served()
-                print(f"fault of the transfer: {name or 'none'}: {found}", flush=True)
-                recorded = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-                recorded.setdefault(name or "none", {}).update(found)
-                args.out.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
-        finally:
-            Servers.tearDownClass()
-            Servers.doClassCleanups()
+    with served(Pair) as servers:
+        case = servers()
+        for name in (None, *faults):
+            case.overwrite()
+            case.transfer_switch.turn(name)
+            found: dict[str, Any] = {args.model: shown(case)}
+            if args.model == "trained":
+                found["gate"] = gate(case)
+            found[args.model]["met"] = case.transfer_switch.met()
+            case.transfer_switch.turn(None)
+            case.until_served()
+            print(f"fault of the transfer: {name or 'none'}: {found}", flush=True)
+            recorded = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+            recorded.setdefault(name or "none", {}).update(found)
+            args.out.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     return ExitCode.PASSED
 
 

@@ -117,9 +117,9 @@ def prompt_logprobs_are_fatal(args: Sequence[str]) -> str | None:
     and has one (`EagleWorkerV2._draft_extend_for_prefill`, `memcpy_triton`): what lies behind it is overwritten.
     """
     given = {word.partition("=")[0] for word in args}
-    exposed = "--speculative-algorithm" in given and given & {"--enable-dp-attention", "--attn-dp-size"}
-    copies = any(source_says(path, COPIES_PAST_THE_END) for path in COPIERS)
-    if exposed and copies and not source_says(COPIERS[1], BOUNDED):
+    if "--speculative-algorithm" not in given or not given & {"--enable-dp-attention", "--attn-dp-size"}:
+        return None
+    if any(source_says(path, COPIES_PAST_THE_END) for path in COPIERS) and not source_says(COPIERS[1], BOUNDED):
         return "it overwrites memory in this release of SGLang (docs/findings/prompt-logprobs-overwrite-memory.md)"
     return None
 

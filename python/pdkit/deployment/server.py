@@ -42,6 +42,7 @@ class Server(subprocess.Popen[str]):
 
     stop: the signal that asks it to end; SIGKILL where there is nothing to put in order.
     copies: further text streams that receive its output.
+    reaches_console: False where its output goes to the log and the copies alone.
     """
 
     reaches_console = True

@@ -132,7 +132,7 @@ class Comparison:
         probes = plan.generate_probe("greedy", ids, size), plan.completion_probe("completion", text, size)
         greedy, completion = (self.references.answer(self.baseline_url, self._named(probe)) for probe in probes)
         variations = (
-            *plan.generate_variations(ids, size, greedy, False, self.prompt_logprobs),
+            *plan.generate_variations(ids, size, greedy, seeded=False, prompt_logprobs=self.prompt_logprobs),
             *plan.completion_variations(text, size, completion, seeded=False),
         )
         return Round("request parameters", tuple(self._named(each.probe) for each in variations), len(variations))

@@ -354,7 +354,6 @@ def generate_variations(
         return generate_probe(name, ids, tokens, options, **sampling)
 
     middle = [greedy.tokens[len(greedy.tokens) // 2]]
-    of_prompt = [with_("logprob_start_len", {"logprob_start_len": 0})] if prompt_logprobs else []
     base = with_("greedy")
     stopping = with_("stop_token_ids", ignore_eos=False, stop_token_ids=middle)
     hot = with_("temperature", temperature=1.0, sampling_seed=1)
@@ -363,7 +362,7 @@ def generate_variations(
         Variation(with_("max_new_tokens 1", max_new_tokens=1), base),
         Variation(stopping, base),
         Variation(with_("ignore_eos", stop_token_ids=middle), stopping),
-        *(Variation(probe, base) for probe in of_prompt),
+        *([Variation(with_("logprob_start_len", {"logprob_start_len": 0}), base)] if prompt_logprobs else []),
         Variation(with_("return_logprob", {"return_logprob": False, "top_logprobs_num": 0}), base),
         Variation(with_("stream", {"return_logprob": False, "top_logprobs_num": 0, "stream": True}), base),
         Variation(with_("top_k 1", temperature=1.0, top_k=1), hot),
