@@ -16,10 +16,9 @@ import torch
 from cases import FolderCase
 from pdkit.core import forked
 from pdkit.core.errors import ExitCode
-from pdkit.models.cpu.config import nano_config
 from pdkit.models.cpu.evaluation import accuracy, complete, last_number, prompt
 from pdkit.models.cpu.experts import NAME, dense_experts_forward
-from pdkit.models.cpu.model import ModelError, load_model, save_model
+from pdkit.models.cpu.model import ModelError, load_config, load_model, save_model
 from pdkit.models.cpu.training import (
     ALL_ENTRIES,
     Batches,
@@ -304,7 +303,7 @@ class TestTraining(unittest.TestCase):
         cls.tokenizer = AutoTokenizer.from_pretrained(RANDOM, local_files_only=True)
 
     def _model(self):
-        return new_model(nano_config(index_topk=8, initializer_range=0.05), seed=0)
+        return new_model(load_config(TRAINED), seed=0)
 
     def _random_model(self, index_topk):
         model = load_model(RANDOM, load_format="dummy").requires_grad_(True)
@@ -416,12 +415,10 @@ class TestTrainedModel(unittest.TestCase):
         self.assertLess(config["index_topk"], entries / 2)
 
     def test_configs_are_what_the_generators_write(self):
-        for path, topk in ((TRAINED, 8), (RANDOM, 16)):
-            committed = json.loads((path / "config.json").read_text())
-            spread = committed["initializer_range"]
-            expected = json.loads(nano_config(index_topk=topk, initializer_range=spread).to_json_string())
-            del committed["transformers_version"], expected["transformers_version"]
-            self.assertEqual(committed, expected)
+        """`pdkit model train` starts from the one and changes index_topk."""
+        trained, random = (json.loads((path / "config.json").read_text()) for path in (TRAINED, RANDOM))
+        differing = {name for name in trained | random if trained.get(name) != random.get(name)}
+        self.assertLessEqual(differing, {"index_topk", "initializer_range", "transformers_version"})
 
 
 if __name__ == "__main__":

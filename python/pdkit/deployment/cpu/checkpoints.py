@@ -19,10 +19,10 @@ from typing import Any
 
 from pdkit.core import paths
 from pdkit.core.errors import NotReady
+from pdkit.core.paths import ASSETS
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FEW_HEADS
 
-ASSETS = Path(__file__).parents[2] / "assets"
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 VOCAB_SIZE = 520
 DSV4_FIELDS: dict[str, Any] = {

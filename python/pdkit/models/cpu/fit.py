@@ -18,10 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import DeepseekV4ForCausalLM, PreTrainedTokenizerBase
 
 from pdkit.core.errors import NotReady
-from pdkit.models.cpu.config import nano_config
+from pdkit.core.paths import ASSETS
 from pdkit.models.cpu.evaluation import accuracy, machine, prompt
-from pdkit.models.cpu.model import WEIGHTS, load_model, save_model
-from pdkit.models.cpu.training import INITIALIZER_RANGE, Batches, new_model, recipe, set_index_topk, train
+from pdkit.models.cpu.model import WEIGHTS, load_config, load_model, save_model
+from pdkit.models.cpu.training import Batches, new_model, recipe, set_index_topk, train
 from pdkit.models.problems import EVALUATION_ROWS, Problem, evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
 
@@ -55,7 +55,8 @@ class Validation:
 
 def fit(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, console: Console) -> DeepseekV4ForCausalLM:
     """Train a new model by the recipe, showing progress."""
-    config = nano_config(index_topk=options.index_topk, initializer_range=INITIALIZER_RANGE)
+    config = load_config(ASSETS / "nano-dsv4")
+    config.index_topk = options.index_topk
     model = new_model(config, options.seed).to(options.device).train()
     validation = Validation(tokenizer, options.seed)
     stages = recipe(options.index_topk, options.scale)
