@@ -216,9 +216,10 @@ def set_index_topk(model: DeepseekV4ForCausalLM, index_topk: int) -> None:
         attention.compressor.indexer.index_topk = index_topk
 
 
-def new_model(config: DeepseekV4Config, seed: int) -> DeepseekV4ForCausalLM:
-    """An untrained model in float32; the hash layers' routes are drawn from `seed`."""
-    torch.manual_seed(seed)
+def new_model(config: DeepseekV4Config, seed: int | None) -> DeepseekV4ForCausalLM:
+    """An untrained model in float32, from `seed` or torch's random state; the hash layers' routes are drawn from `seed`."""
+    if seed is not None:
+        torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM._from_config(
         config, dtype=torch.float32, attn_implementation="eager", experts_implementation=DENSE_EXPERTS
     )
