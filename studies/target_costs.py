@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """What a target without a GPU costs: start, output tokens/s at 1 and at 16 requests, memory, KV transfer by length.
 
-Results: of `sglang-cpu` in docs/sglang-cpu.md. `embedded`, main job alone: 568 output tokens/s on 2 shared cores (2026-11-25).
+Results: of `sglang-cpu` in docs/sglang-cpu.md. `embedded` on 2 cores (load 8 before it, 2026-11-27): up in 38 s, 23 s of CPU;
+70 output tokens/s one at a time and 312 at 16, monolithic 78 and 352; 0.5 GiB each process; the state of 1024 tokens, 121,376
+bytes, in 5 ms.
 
     scripts/env.sh python3 studies/target_costs.py embedded|sglang-cpu
         [--model dsv4|dsv4-trained|llama] [--backend mooncake_tcp|nixl] [--spawned]

@@ -384,6 +384,7 @@ class PlannedServers(PDServers):
     prefill_gpus, decode_gpus  indices of the GPUs that each server uses
     gpu_memory_gb   that each of them must have
     server_args     flags of both servers, in the words of the newest release
+    backend         what carries the state over TCP; None: what the fixture chooses, with the NICs of this machine
     prompt_logprobs_are_fatal  set by `configure`: why logprobs of a prompt must not be asked for, or None
     """
 
@@ -395,6 +396,7 @@ class PlannedServers(PDServers):
     decode_gpus: Sequence[int] = ()
     gpu_memory_gb = 80
     server_args: Sequence[str] = ()
+    backend: str | None = None
     monolithic_nccl_port: str | None = None
     prompt_logprobs_are_fatal: str | None
 
@@ -428,6 +430,8 @@ class PlannedServers(PDServers):
         super().setUpClass()
         cls.model = test_utils.try_cached_model(cls.model_name)
         cls.prompt_logprobs_are_fatal = quirks.prompt_logprobs_are_fatal(cls.server_args)
+        if cls.backend is not None:
+            cls.transfer_backend, cls.rdma_devices = ["--disaggregation-transfer-backend", cls.backend], []
 
     @classmethod
     def prefill_args(cls) -> list[str]:
@@ -436,7 +440,7 @@ class PlannedServers(PDServers):
 
     @classmethod
     def decode_args(cls) -> list[str]:
-        first = ["--base-gpu-id", str(cls.decode_gpus[0])]
+        first = ["--base-gpu-id", str(cls.decode_gpus[0])] if cls.decode_gpus else []
         own = cls.disaggregation_args("decode", cls.decode_gpus)
         return [*cls.server_args, *first, *own, *cls.extra_decode_args, *cls.rendezvous()]
 

@@ -231,9 +231,7 @@ def new_model(config: DeepseekV4Config, seed: int | None) -> DeepseekV4ForCausal
     return model
 
 
-def train(
-    model: DeepseekV4ForCausalLM, batches: Batches, stages: tuple[Stage, ...], *, peak_lr: float = PEAK_LR
-) -> Iterator[Progress]:
+def train(model: DeepseekV4ForCausalLM, batches: Batches, stages: tuple[Stage, ...]) -> Iterator[Progress]:
     """Train `model` in place, stage by stage, yielding after every step.
 
     AdamW; the learning rate warms up linearly, then falls to zero along a cosine over all
@@ -246,7 +244,7 @@ def train(
     for stage in stages:
         for _ in range(stage.steps):
             began = time.perf_counter()
-            lr = peak_lr * _schedule(seen / total)
+            lr = PEAK_LR * _schedule(seen / total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             set_index_topk(model, stage.index_topk)

@@ -112,11 +112,14 @@ def rescale(model: KernelNano) -> None:
             weight.mul_((narrow / weight.shape[-1]) ** 0.5)
 
 
+BRANCH = 0.12
+
+
 @torch.no_grad()
-def randomize(model: KernelNano, seed: int, branch: float = 0.12) -> None:
+def randomize(model: KernelNano, seed: int) -> None:
     """Fill `model` with well-conditioned noise from `seed`, in place.
 
-    What attention and experts add to the streams is scaled by `branch`: with 0.12 the MTP layer, close to the identity
+    What attention and experts add to the streams is scaled by BRANCH: so the MTP layer, close to the identity
     on the next token's embedding, agrees with the main model for a good part of the tokens, so that drafts are accepted
     and rejected.
     """
@@ -140,12 +143,12 @@ def randomize(model: KernelNano, seed: int, branch: float = 0.12) -> None:
         elif name.endswith("lm_head.weight"):
             values = 3 * fan_in * values
         elif name.endswith(("o_b_proj.weight", "down_proj", "down_proj.weight")):
-            values = branch * fan_in * values
+            values = BRANCH * fan_in * values
         elif not name.endswith("embed_tokens.weight"):
             values = fan_in * values
         tensor.copy_(values)
     mtp = model.mtp
     mtp.e_proj.weight.copy_(torch.eye(len(mtp.e_proj.weight)))
-    mtp.h_proj.weight.mul_(0.02 * branch)
+    mtp.h_proj.weight.mul_(0.02 * BRANCH)
     mtp.enorm.weight.fill_(1)
     mtp.norm.weight.copy_(model.main.model.norm.weight)
