@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pdkit
-from pdkit.core.command import Parser, natural, positive
+from pdkit.core.command import Parser, count, natural, positive
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import HIDDEN
@@ -43,9 +43,9 @@ def _add_train(parser: Parser) -> None:
     add(
         "--scale", type=positive, default=1.0, metavar="F", help="length of training; 0.01 for a smoke run (default: 1)"
     )
-    add("--index-topk", type=natural, default=8, metavar="N", help="compressed entries a query selects (default: 8)")
-    add("--threads", type=natural, default=os.cpu_count(), metavar="N", help="CPU threads (default: all)")
-    add("--score-rows", type=natural, default=200, metavar="N", help="to score at the end, at most 1314 (default: 200)")
+    add("--index-topk", type=count, default=8, metavar="N", help="compressed entries a query selects (default: 8)")
+    add("--threads", type=count, default=os.cpu_count(), metavar="N", help="CPU threads (default: all)")
+    add("--score-rows", type=count, default=200, metavar="N", help="to score at the end, at most 1314 (default: 200)")
 
 
 def _add_kernel_train(parser: Parser) -> None:
@@ -57,8 +57,8 @@ def _add_kernel_train(parser: Parser) -> None:
     add("--seconds", type=positive, default=240, help="for training (default: %(default)s)")
     add("--save-every", type=positive, default=60, help="seconds (default: %(default)s)")
     add("--seed", type=natural, default=0, help="of weights and data (default: %(default)s)")
-    add("--workers", type=natural, default=4, help="processes that draw batches (default: %(default)s)")
-    add("--score-rows", type=natural, default=200, help="of the evaluation file (default: %(default)s)")
+    add("--workers", type=count, default=4, help="processes that draw batches (default: %(default)s)")
+    add("--score-rows", type=count, default=200, help="of the evaluation file (default: %(default)s)")
 
 
 def main(args: Namespace) -> ExitCode:
@@ -82,8 +82,6 @@ def _data(args: Namespace) -> None:
 
 
 def _train(args: Namespace) -> None:
-    if not (args.index_topk and args.threads and args.score_rows):
-        raise UsageError("--index-topk, --threads and --score-rows: at least 1")
     from pdkit.models.cpu import fit  # imports torch and transformers, which takes seconds
 
     _interruptible(fit.run, args, "nothing was written")
@@ -102,8 +100,6 @@ def _kernel_random(args: Namespace) -> None:
 
 
 def _kernel_train(args: Namespace) -> None:
-    if not (args.workers and args.score_rows):
-        raise UsageError("--workers and --score-rows: at least 1")
     if args.few_heads and args.hidden_size != HIDDEN:
         raise UsageError("--few-heads is for the narrow model: leave --hidden-size out")
     args.out = args.out or store.cached(store.FEW_HEADS if args.few_heads else "trained", args.hidden_size)
