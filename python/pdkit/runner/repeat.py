@@ -137,8 +137,6 @@ def repeat(
 
     Raises UsageError where `out` cannot be a directory.
     """
-    if not times or not jobs:
-        raise UsageError("--repeat and --jobs: at least 1")
     if file and not file.is_file():
         raise UsageError(f"--file {file}: no such file")
     try:

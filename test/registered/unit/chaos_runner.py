@@ -26,15 +26,15 @@ from pathlib import Path
 
 import psutil
 from pdkit.core import ports, processes
-from pdkit.core.command import Parser, natural, run_command
+from pdkit.core.command import Parser, count, run_command
 from pdkit.core.console import columns
-from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.errors import ExitCode
 from pdkit.core.processes import become_subreaper
 from pdkit.runner.guardian import Children
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
 from pdkit.runner.targets import TARGETS
+from suite_trees import RUN_SUITE, source_of, write_tree
 
-RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
 PATIENCE_S = 120.0
 
 SERVER = """
@@ -56,43 +56,18 @@ time.sleep(600)
 KINDS = ("child", "session", "orphan", "bare orphan")
 
 TEST = """
-import os, subprocess, sys, tempfile, time, unittest
-from pdkit.core.ci_register import register_cpu_ci
-
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
-
-
-class T(unittest.TestCase):
-    def test_it(self):
-        with tempfile.TemporaryDirectory() as directory:
-            servers = []
-            for number, kind in enumerate({kinds!r}):
-                command = [sys.executable, "-IS", {server!r}, kind, os.path.join(directory, str(number))]
-                servers.append(subprocess.Popen(command, start_new_session=kind != "child"))
-            while len(os.listdir(directory)) < len(servers):
-                time.sleep(0.05)
-            time.sleep(0.3)
-            servers[0].kill()
-            servers[0].wait()
-
-
-if __name__ == "__main__":
-    unittest.main()
-"""
-PASS = """
-import unittest
-from pdkit.core.ci_register import register_cpu_ci
-
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
-
-
-class T(unittest.TestCase):
-    def test_it(self):
-        pass
-
-
-if __name__ == "__main__":
-    unittest.main()
+def test_it(self):
+    import os, subprocess, sys, tempfile, time
+    with tempfile.TemporaryDirectory() as directory:
+        servers = []
+        for number, kind in enumerate({kinds!r}):
+            command = [sys.executable, "-IS", {server!r}, kind, os.path.join(directory, str(number))]
+            servers.append(subprocess.Popen(command, start_new_session=kind != "child"))
+        while len(os.listdir(directory)) < len(servers):
+            time.sleep(0.05)
+        time.sleep(0.3)
+        servers[0].kill()
+        servers[0].wait()
 """
 
 
@@ -141,16 +116,14 @@ class Chaos:
         server = directory / "server.py"
         server.write_text(SERVER)
         for attack in ATTACKS.values():
-            self.tree(attack.kinds, *[TEST.format(kinds=attack.kinds, server=str(server))] * 2)
-        self.tree((), PASS)
+            self.tree(attack.kinds, *[source_of(TEST.format(kinds=attack.kinds, server=str(server)))] * 2)
+        self.tree((), source_of())
 
     def tree(self, kinds: Sequence[str], *sources: str) -> Path:
         """A tree of test files, named by the kinds of servers that they start."""
-        root = self.directory / ("-".join(kinds).replace(" ", "_") or "next") / "registered"
-        root.mkdir(parents=True, exist_ok=True)
-        for number, source in enumerate(sources):
-            (root / f"test_{number}.py").write_text(source)
-        return root
+        root = self.directory / ("-".join(kinds).replace(" ", "_") or "next")
+        root.mkdir(exist_ok=True)
+        return write_tree(root, {f"test_{number}.py": source for number, source in enumerate(sources)})
 
     def command(self, kinds: Sequence[str]) -> list[str]:
         if kinds and self.target:
@@ -231,7 +204,7 @@ def table(rounds: dict[Attack, list[Round]]) -> str:
 
 def main(argv: Sequence[str]) -> ExitCode:
     parser = Parser(prog="chaos_runner.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=natural, default=20, help="of each attack (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=20, help="of each attack (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME",
                         help=f"default: {' '.join(ATTACKS)}")  # fmt: skip
     parser.add_argument(
@@ -239,8 +212,6 @@ def main(argv: Sequence[str]) -> ExitCode:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not args.rounds:
-        raise UsageError("--rounds: at least 1")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.INTERRUPTED))
     become_subreaper()

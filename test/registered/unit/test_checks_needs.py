@@ -1,10 +1,11 @@
 """Checks declare what they need, test classes stay small, and private names stay at home."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
-import textwrap
+import sys
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,8 @@ from pdkit.faults.real_engine import checks as transfer_kit
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 PACKAGE = Path(pdkit.checks.__file__).parents[1]
-REGISTERED = Path(__file__).resolve().parents[1]
-DISTRIBUTED = REGISTERED / "distributed"
+UNIT = Path(__file__).resolve().parent
+REGISTERED = UNIT.parent
 ALL_CHECKS = [
     *(importlib.import_module(m.name) for m in pkgutil.walk_packages(pdkit.checks.__path__, "pdkit.checks.")),
     *(lb_faults, planted_bugs, servers, transfer_kit),
@@ -104,55 +105,60 @@ def checks() -> list[type[Checks]]:
 
 def undeclared(check: type[Checks]) -> set[str]:
     """Names that the methods of `check` take of self, cls and super(), and that nobody below TestCase has or declares."""
-    needs = {name for base in check.__mro__ for name in vars(base).get("needs", ())}
-    known = needs | set(dir(unittest.TestCase())) | {name for name, _ in names(check, ast.Store)}
-    inherited = {name for base in check.__mro__[1:] for name in dir(base)}
-    inherited |= {name for base in check.__mro__[1:-1] for name, _ in names(base, ast.Store)}
+    inherited = {name for base in check.__mro__[1:] for name in dir(base)} | set(dir(unittest.TestCase()))
+    inherited |= {name for base in check.__mro__ for name in vars(base).get("needs", ())}
+    inherited |= {name for base in check.__mro__[:-1] for name, context, _ in names(base) if context is ast.Store}
     return {
         name
-        for name, of_super in names(check, ast.Load)
-        if name not in known | inherited and (of_super or name not in dir(check))
+        for name, context, of_super in names(check)
+        if context is ast.Load and name not in inherited and (of_super or name not in dir(check))
     }
 
 
-def names(check: type, context: type[ast.expr_context]) -> Iterator[tuple[str, bool]]:
-    """(name, whether it is taken of super()) of the attributes of self, cls and super() in the source of a class."""
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(check)))):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, context):
-            owner = node.value
-            if isinstance(owner, ast.Name) and owner.id in ("self", "cls"):
-                yield node.attr, False
-            elif isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super":
-                yield node.attr, True
+@functools.cache
+def names(check: type) -> set[tuple[str, type[ast.expr_context], bool]]:
+    """(name, context, whether it is taken of super()) of the attributes of self, cls and super() in a class's source."""
+    found = set()
+    classes = (node for node in ast.walk(tree_of(check.__module__)) if isinstance(node, ast.ClassDef))
+    for node in ast.walk(next(node for node in classes if node.name == check.__name__)):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                found.add((node.attr, type(node.ctx), False))
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super"))):
+                found.add((node.attr, type(node.ctx), True))
+    return found
 
 
-def sources(*folders: Path) -> dict[Path, ast.Module]:
-    return {path: ast.parse(path.read_text()) for folder in folders for path in sorted(folder.rglob("*.py"))}
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(inspect.getsource(sys.modules[module]))
 
 
 class TestShape(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        paths = (path for folder in (REGISTERED, PACKAGE) for path in sorted(folder.rglob("*.py")))
+        cls.trees = {path: ast.parse(path.read_text()) for path in paths}
+        nodes = ((path, node) for path, tree in cls.trees.items() for node in ast.walk(tree))
+        cls.classes = [(path, node) for path, node in nodes if isinstance(node, ast.ClassDef)]
+
     def test_no_test_class_has_more_than_five_bases(self):
-        many = [
-            f"{path.name}: {node.name} has {len(node.bases)}"
-            for path, tree in sources(REGISTERED, PACKAGE).items()
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef) and len(node.bases) > MOST_BASES
-        ]
+        many = [f"{path.name}: {node.name}" for path, node in self.classes if len(node.bases) > MOST_BASES]
         self.assertEqual(many, [])
 
     def test_no_class_takes_a_test_away(self):
-        found = {}
-        for path, tree in sources(REGISTERED, PACKAGE).items():
-            for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
-                for node in cls.body:
-                    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and not node.value.value:
-                        names = [n.id for n in node.targets if isinstance(n, ast.Name) and n.id.startswith("test_")]
-                        if names and node.value.value is None:
-                            found[path] = found.get(path, 0) + len(names)
-        self.assertEqual(found, {})
+        taken = [
+            f"{path.name}: {cls.name}.{target.id}"
+            for path, cls in self.classes
+            for node in cls.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and node.value.value is None
+            for target in node.targets
+            if isinstance(target, ast.Name) and target.id.startswith("test_")
+        ]
+        self.assertEqual(taken, [])
 
     def test_no_module_uses_a_private_name_of_another(self):
-        trees = sources(PACKAGE, DISTRIBUTED)
+        trees = {path: tree for path, tree in self.trees.items() if path.parent != UNIT}
         own = {path: set(private_names(tree)) for path, tree in trees.items()}
         everywhere = set().union(*own.values())
         uses = [

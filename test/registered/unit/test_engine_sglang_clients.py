@@ -119,8 +119,11 @@ class TestShapes(unittest.TestCase):
     def test_completions(self):
         for more in ({}, {"logprobs": 2}, {"logprobs": 0}, {"n": 2}, {"echo": True, "logprobs": 1}, {"stop": "a"}):
             with self.subTest(more=more):
-                self.assertWritten(protocol.CompletionResponse, self.post("/v1/completions", COMPLETION | more))
+                whole = self.post("/v1/completions", COMPLETION | more)
+                self.assertWritten(protocol.CompletionResponse, whole)
+                self.assertEqual((whole["object"], whole["model"]), ("text_completion", "random"))
                 chunks, last = self.stream("/v1/completions", COMPLETION | more)
+                self.assertEqual(last["choices"], [])
                 for chunk in chunks:
                     self.assertWritten(protocol.CompletionStreamResponse, chunk)
                 self.assertWritten(protocol.CompletionStreamResponse, last, exclude_none=True)
@@ -128,8 +131,12 @@ class TestShapes(unittest.TestCase):
     def test_chat(self):
         for more in ({}, {"logprobs": True, "top_logprobs": 2}, {"logprobs": True}, {"n": 2}):
             with self.subTest(more=more):
-                self.assertWritten(protocol.ChatCompletionResponse, self.post("/v1/chat/completions", CHAT | more))
+                whole = self.post("/v1/chat/completions", CHAT | more)
+                self.assertWritten(protocol.ChatCompletionResponse, whole)
+                said = whole["object"], whole["choices"][0]["message"]["role"]
+                self.assertEqual(said, ("chat.completion", "assistant"))
                 chunks, last = self.stream("/v1/chat/completions", CHAT | more)
+                self.assertEqual({chunk["object"] for chunk in chunks}, {"chat.completion.chunk"})
                 for chunk in chunks:
                     written = msgspec.json.encode(msgspec.convert(chunk, sse_utils.StreamChunk))
                     self.assertEqual(json.loads(written), chunk)

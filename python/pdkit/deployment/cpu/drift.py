@@ -16,13 +16,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pdkit
 from pdkit.core.errors import ExitCode, NotReady
+from pdkit.core.paths import ASSETS
 from pdkit.deployment.cpu import plan
 from pdkit.deployment.cpu.registry import REPLACEMENTS
 
 RELEASE = "0.5.23"
-RECORD = Path(pdkit.__file__).parent / "assets" / "sglang-cpu-drift.txt"
+RECORD = ASSETS / "sglang-cpu-drift.txt"
 WHOLE = "-"
 ABSENT, PRESENT = "absent", "present"
 

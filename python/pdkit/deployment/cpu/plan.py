@@ -11,7 +11,7 @@ import pdkit
 from pdkit.core import paths
 from pdkit.deployment.cpu import plugin
 
-SITE = Path(pdkit.__file__).parent / "assets" / "sglang-cpu-site"
+SITE = paths.ASSETS / "sglang-cpu-site"
 SOURCE_VARIABLE = "PDKIT_SGLANG_SOURCE"
 BACKENDS = "mooncake_tcp", "nixl"
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pdkit
 from pdkit.core.forked import ForkServer
+from pdkit.core.paths import ASSETS
 from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
@@ -46,7 +46,7 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
     backend = plan.BACKENDS[0]
     forked = not os.getenv(SPAWN_VARIABLE)
 
-    gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
+    gsm8k_data_path = str(ASSETS / "gsm8k_nano.jsonl")
     prefill_gpus = decode_gpus = range(0)
     server_env: Mapping[str, str] = {}
     more_server_args: ClassVar[Sequence[str]] = ()
