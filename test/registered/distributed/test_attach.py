@@ -136,11 +136,9 @@ class TestWhatIsAttached(Attached):
         """Plain unittest, without this package, of which it imports nothing."""
         roots = {name.partition(".")[0] for name in read(CENTRAL).imports.values()}
         self.assertEqual(roots - set(sys.stdlib_module_names), {"sglang"})
-        done = forked.run(
-            [sys.executable, "-m", "unittest", "-v", CENTRAL.stem],
-            cwd=str(CENTRAL.parent),
-            env=without("PYTHONPATH", events.VARIABLE) | {"SGLANG_IS_IN_CI": "false"},
-        )
+        environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", events.VARIABLE)}
+        command = [sys.executable, "-m", "unittest", "-v", CENTRAL.stem]
+        done = forked.run(command, cwd=str(CENTRAL.parent), env={**environ, "SGLANG_IS_IN_CI": "false"})
         self.assertEqual(done.returncode, 0, done.stderr)
         (line,) = [line for line in done.stderr.splitlines() if "skipped" in line and "test_gsm8k" in line]
         self.assertIn("on this machine the same test runs as: scripts/run.sh", line)
