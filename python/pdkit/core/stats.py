@@ -250,7 +250,8 @@ class Signs:
 def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> Signs:
     """Exact sign test of paired values (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566).
 
-    Raises ValueError when the two do not pair up.
+    Of outcomes, True or False, it is the exact McNemar test (Q. McNemar, Psychometrika 12 (1947) 153-157, with the
+    binomial distribution in place of chi squared). Raises ValueError when the two do not pair up.
     """
     pairs = list(zip(ours, theirs, strict=True))
     return sign_test_of(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
@@ -261,28 +262,3 @@ def sign_test_of(larger: int, smaller: int) -> Signs:
     differing = larger + smaller
     p_value = scipy.stats.binomtest(larger, differing, 0.5, alternative="greater").pvalue if differing else 1.0
     return Signs(larger, smaller, float(p_value))
-
-
-@dataclass(frozen=True)
-class Discordance:
-    """Answers to the same examples by a baseline and a candidate, where they differ in being correct.
-
-    `p_value` is one-sided: how likely at least so many losses among the differing answers are, if neither is better.
-    """
-
-    examples: int
-    lost: int
-    gained: int
-    p_value: float
-
-
-def mcnemar(baseline: Sequence[bool], candidate: Sequence[bool]) -> Discordance:
-    """Exact McNemar test of paired outcomes (sequences of booleans, equal length).
-
-    Q. McNemar, Psychometrika 12 (1947) 153-157, with the binomial distribution in place of chi squared.
-    Raises ValueError when the two do not pair up.
-    """
-    if len(baseline) != len(candidate) or not len(baseline):
-        raise ValueError(f"paired outcomes must pair up: {len(baseline)} of the baseline, {len(candidate)} to compare")
-    signs = sign_test([bool(outcome) for outcome in baseline], [bool(outcome) for outcome in candidate])
-    return Discordance(len(baseline), lost=signs.larger, gained=signs.smaller, p_value=signs.p_value)
