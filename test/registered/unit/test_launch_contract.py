@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import textwrap
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from cases import FolderCase, pdkit
@@ -333,7 +335,8 @@ class TestInstalledRelease(unittest.TestCase):
             return forked.run(command, **options)  # from a process that may have imported what it needs
 
         quick = launches.ask(installed(), DSV4)
-        with mock.patch.object(launches.subprocess, "run", run):
+        of_fork_server = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+        with mock.patch.object(launches, "subprocess", of_fork_server):
             real = launches.ask(installed(), DSV4, real_imports=True)
         (test,) = quick.tests
         self.assertEqual([process.name for process in test.processes], ["prefill", "decode", "load balancer"])
