@@ -23,13 +23,12 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import pdkit
 import requests
+from pdkit.core.paths import ASSETS
 from pdkit.deployment.embedded import RANDOM_WEIGHTS, EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from served import served
 
-ASSETS = Path(pdkit.__file__).parent / "assets"
 GOAL_TOKENS_PER_S, GOAL_GIB = 250, 6
 LENGTHS = (1, 32, 128, 512, 1024, 2048, 4000)
 

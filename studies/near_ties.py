@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 from pdkit.core.errors import ExitCode
-from pdkit.deployment.embedded import ASSETS
+from pdkit.core.paths import ASSETS
 from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
 from pdkit.faults import ground_truth

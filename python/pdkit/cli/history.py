@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdkit.core import paths
-from pdkit.core.command import Parser, natural, seconds
+from pdkit.core.command import Parser, count, seconds
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.runner.options import HISTORY_VARIABLE, default_history
 
@@ -36,8 +36,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--test-root", type=Path, default=paths.registered_tests(), metavar="DIR", help="tree to propose est_time for"
     )
-    parser.add_argument("--last", type=natural, default=20, metavar="N", help="runs of a file that its times are from")
-    parser.add_argument("--min-runs", type=natural, default=5, metavar="N", help="no est_time from fewer (%(default)s)")
+    parser.add_argument("--last", type=count, default=20, metavar="N", help="runs of a file that its times are from")
+    parser.add_argument("--min-runs", type=count, default=5, metavar="N", help="no est_time from fewer (%(default)s)")
     parser.add_argument("--tolerance", type=seconds, default=0.1, metavar="SHARE", help="leave est_time if as close")
 
 
@@ -85,8 +85,6 @@ def main(args: argparse.Namespace) -> ExitCode:
     if not args.files and default_history() is None:
         raise UsageError(f"no history: {HISTORY_VARIABLE} is empty; name a FILE")
     args.files = args.files or [default_history()]
-    if args.last == 0 or args.min_runs == 0:
-        raise UsageError("--last and --min-runs: at least one run is needed")
     history = store.read(args.files)
     for line in history.skipped:
         print(f"pdkit history: {line}", file=sys.stderr)

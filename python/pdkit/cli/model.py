@@ -9,18 +9,16 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import pdkit
-from pdkit.core.command import Parser, natural, positive
+from pdkit.core.command import Parser, count, natural, positive
 from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.paths import ASSETS
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import HIDDEN
-
-ASSETS = Path(pdkit.__file__).parent / "assets"
 
 
 def add_arguments(parser: Parser) -> None:
     models = parser.add_subparsers(title="what is made", metavar="NAME", dest="model", required=True)
-    data = models.add_parser("data", help="data set and tokenizer of the nano models, config of the random one")
+    data = models.add_parser("data", help="data set and tokenizer of the nano models")
     data.add_argument("--out", type=Path, default=ASSETS, metavar="DIR", help="default: the package's assets")
     _add_train(models.add_parser("train", help="the nano model of the embedded engine, trained and scored"))
     random = models.add_parser(
@@ -43,9 +41,9 @@ def _add_train(parser: Parser) -> None:
     add(
         "--scale", type=positive, default=1.0, metavar="F", help="length of training; 0.01 for a smoke run (default: 1)"
     )
-    add("--index-topk", type=natural, default=8, metavar="N", help="compressed entries a query selects (default: 8)")
-    add("--threads", type=natural, default=os.cpu_count(), metavar="N", help="CPU threads (default: all)")
-    add("--score-rows", type=natural, default=200, metavar="N", help="to score at the end, at most 1314 (default: 200)")
+    add("--index-topk", type=count, default=8, metavar="N", help="compressed entries a query selects (default: 8)")
+    add("--threads", type=count, default=os.cpu_count(), metavar="N", help="CPU threads (default: all)")
+    add("--score-rows", type=count, default=200, metavar="N", help="to score at the end, at most 1314 (default: 200)")
 
 
 def _add_kernel_train(parser: Parser) -> None:
@@ -57,8 +55,8 @@ def _add_kernel_train(parser: Parser) -> None:
     add("--seconds", type=positive, default=240, help="for training (default: %(default)s)")
     add("--save-every", type=positive, default=60, help="seconds (default: %(default)s)")
     add("--seed", type=natural, default=0, help="of weights and data (default: %(default)s)")
-    add("--workers", type=natural, default=4, help="processes that draw batches (default: %(default)s)")
-    add("--score-rows", type=natural, default=200, help="of the evaluation file (default: %(default)s)")
+    add("--workers", type=count, default=4, help="processes that draw batches (default: %(default)s)")
+    add("--score-rows", type=count, default=200, help="of the evaluation file (default: %(default)s)")
 
 
 def main(args: Namespace) -> ExitCode:
@@ -68,7 +66,6 @@ def main(args: Namespace) -> ExitCode:
 
 
 def _data(args: Namespace) -> None:
-    from pdkit.models.cpu.config import nano_config
     from pdkit.models.problems import EVALUATION_ROWS, evaluation_set, write_jsonl
     from pdkit.models.tokenizer import nano_tokenizer
 
@@ -77,13 +74,10 @@ def _data(args: Namespace) -> None:
     tokenizer = nano_tokenizer()
     for model in ("nano-dsv4", "random-dsv4"):
         tokenizer.save_pretrained(args.out / model)
-    nano_config(index_topk=16, initializer_range=0.2).save_pretrained(args.out / "random-dsv4")
     print(f"wrote {EVALUATION_ROWS} problems and a tokenizer of {len(tokenizer)} tokens below {args.out}")
 
 
 def _train(args: Namespace) -> None:
-    if not (args.index_topk and args.threads and args.score_rows):
-        raise UsageError("--index-topk, --threads and --score-rows: at least 1")
     from pdkit.models.cpu import fit  # imports torch and transformers, which takes seconds
 
     _interruptible(fit.run, args, "nothing was written")
@@ -102,8 +96,6 @@ def _kernel_random(args: Namespace) -> None:
 
 
 def _kernel_train(args: Namespace) -> None:
-    if not (args.workers and args.score_rows):
-        raise UsageError("--workers and --score-rows: at least 1")
     if args.few_heads and args.hidden_size != HIDDEN:
         raise UsageError("--few-heads is for the narrow model: leave --hidden-size out")
     args.out = args.out or store.cached(store.FEW_HEADS if args.few_heads else "trained", args.hidden_size)

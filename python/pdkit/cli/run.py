@@ -5,7 +5,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from pdkit.core.command import Parser, natural, text_path
+from pdkit.core.command import Parser, count, text_path
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.gpus import visible_gpus
 from pdkit.runner import run
@@ -25,9 +25,9 @@ def add_arguments(parser: Parser) -> None:
         action="store_false",
         help="start even if this machine lacks what the target needs",
     )
-    parser.add_argument("--repeat", type=natural, metavar="N", help="run it N times, a table at the end; resumable")
+    parser.add_argument("--repeat", type=count, metavar="N", help="run it N times, a table at the end; resumable")
     parser.add_argument("--file", type=Path, metavar="TEST_FILE", help="... this test file instead of the main job")
-    parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="... N at a time (default: 1)")
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help="... N at a time (default: 1)")
     parser.add_argument("--keep-going", action="store_true", help="... in spite of a failure")
     parser.add_argument(
         "--sglang-source", metavar="DIR", help="test this checkout of SGLang, or its python/, in place of the release"

@@ -130,6 +130,7 @@ def _number(name: str, read: Callable[[str], N], fits: Callable[[N], bool]) -> C
 
 seconds = _number("number of seconds", float, lambda value: 0 <= value < math.inf)
 natural = _number("number", int, lambda value: value >= 0)
+count = _number("number of at least 1", int, lambda value: value >= 1)
 positive = _number("positive number", float, lambda value: 0 < value < math.inf)
 
 

@@ -22,11 +22,11 @@ class CIRegistry:
     backend: HWBackend
     filename: str
     est_time: float
-    suite: str | None
-    nightly: bool
-    disabled: str | None
-    stage: str | None
-    runner_config: str | None
+    suite: str | None = None
+    nightly: bool = False
+    disabled: str | None = None
+    stage: str | None = None
+    runner_config: str | None = None
 
     @property
     def effective_suite(self) -> str | None:
@@ -70,38 +70,29 @@ class RegistryVisitor:
     visit = visit_Module
 
     def _read(self, name: str, call: ast.Call) -> CIRegistry:
-        where = f"{self.filename}: "
-        if any(isinstance(arg, ast.Starred) for arg in call.args) or any(word.arg is None for word in call.keywords):
-            raise ValueError(f"{where}starred arguments are not supported in {name}()")
-        given = [_constant(arg) for arg in call.args]
         try:
-            bound = signature(register_cpu_ci).bind(*given, **{str(w.arg): _constant(w.value) for w in call.keywords})
+            values = _values(call)
         except TypeError as error:
-            raise ValueError(f"{where}{error} in {name}()") from None
-        values = {word: value for word, value in bound.arguments.items() if value is not _COMPUTED}
-        if not isinstance(values.get("est_time"), (int, float)):
-            raise ValueError(f"{where}est_time is a required constant in {name}()")
-        for word, kind in (
-            ("suite", str),
-            ("stage", str),
-            ("runner_config", str),
-            ("nightly", bool),
-            ("disabled", str),
-        ):
-            if not isinstance(values.get(word), (kind, type(None))):
-                raise ValueError(f"{where}{word} must be a {kind.__name__} in {name}()")
-        if {"suite", "stage", "runner_config"} & values.keys() not in ({"suite"}, {"stage", "runner_config"}):
-            raise ValueError(f"{where}{name}() must specify exactly one of (stage, runner_config) pair or suite")
-        return CIRegistry(
-            backend=HWBackend[name.split("_")[1].upper()],
-            filename=self.filename,
-            est_time=float(values["est_time"]),
-            suite=values.get("suite"),
-            nightly=bool(values.get("nightly")),
-            disabled=values.get("disabled"),
-            stage=values.get("stage"),
-            runner_config=values.get("runner_config"),
-        )
+            raise ValueError(f"{self.filename}: {error} in {name}()") from None
+        return CIRegistry(HWBackend[name.split("_")[1].upper()], self.filename, **values)
+
+
+def _values(call: ast.Call) -> dict[str, Any]:
+    """Its arguments by name, those that are computed left out. Raises TypeError."""
+    if any(isinstance(arg, ast.Starred) for arg in call.args) or any(word.arg is None for word in call.keywords):
+        raise TypeError("starred arguments are not supported")
+    given = signature(register_cpu_ci).bind(
+        *map(_constant, call.args), **{str(word.arg): _constant(word.value) for word in call.keywords}
+    )
+    values = {word: value for word, value in given.arguments.items() if value is not _COMPUTED}
+    if not isinstance(values.get("est_time"), (int, float)):
+        raise TypeError("est_time is a required constant")
+    for word in values.keys() - {"est_time"}:
+        if not isinstance(values[word], bool if word == "nightly" else (str, type(None))):
+            raise TypeError(f"{word} must not be {values[word]!r}")
+    if {"suite", "stage", "runner_config"} & values.keys() not in ({"suite"}, {"stage", "runner_config"}):
+        raise TypeError("neither a suite nor a pair of stage and runner_config")
+    return values | {"est_time": float(values["est_time"])}
 
 
 def _constant(node: ast.expr) -> object:

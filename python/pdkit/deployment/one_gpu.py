@@ -2,9 +2,8 @@
 
 import os
 import unittest
-from pathlib import Path
 
-import pdkit
+from pdkit.core.paths import ASSETS
 from pdkit.deployment import fused_mhc, quirks
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
@@ -36,7 +35,7 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
     backend = "mooncake_tcp"
 
     model_name = os.getenv("SGLANG_PD_KERNEL_NANO") or str(store.best())
-    gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
+    gsm8k_data_path = str(ASSETS / "gsm8k_nano.jsonl")
 
     prefill_gpus = decode_gpus = range(1)
 

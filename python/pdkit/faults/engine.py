@@ -67,7 +67,7 @@ class FaultyServer:
 
     def _injection(self, trick: str) -> Injection | None:
         injection = self.switch.injection(Where.SERVER)
-        return injection if injection and injection.fault.server == trick else None
+        return injection if injection and injection.fault.trick == trick else None
 
     def _met(self, trick: str) -> Injection | None:
         """The run of the fault, where this request is one that it meets."""

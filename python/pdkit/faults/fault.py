@@ -50,8 +50,7 @@ class Fault:
 
     change    of KV transfers: the changed one, None if it is never sent; may raise TransferError
     wire      of bytes
-    balancer  the name of what a faulty load balancer does, see `pdkit.faults.load_balancer`
-    server    the name of what a faulty server does, see `pdkit.faults.engine`
+    trick     the name of what a load balancer (`pdkit.faults.load_balancer`) or a server (`pdkit.faults.engine`) does
     size      its parameter: how much, from how many tokens on, at which place
     every     it meets one in so many requests
     after     it begins after so many requests
@@ -67,8 +66,7 @@ class Fault:
     where: Where
     change: Change | None = None
     wire: Callable[[bytes], bytes] | None = None
-    balancer: str | None = None
-    server: str | None = None
+    trick: str = ""
     size: float = 0
     every: int = 1
     after: int = 0
@@ -79,11 +77,7 @@ class Fault:
     harmless: str = ""
 
     def __post_init__(self) -> None:
-        acts = {
-            Where.WIRE: self.wire is not None,
-            Where.LB: self.balancer is not None,
-            Where.SERVER: self.server is not None,
-        }.get(self.where, self.change is not None)
+        acts = {Where.WIRE: self.wire, Where.LB: self.trick, Where.SERVER: self.trick}.get(self.where, self.change)
         assert acts and self.every >= 1 and self.after >= 0, self.name
 
     @property
@@ -119,18 +113,19 @@ class Injection:
             self.earlier.append(kv_transfer)
 
 
+def changed(
+    kv_transfer: KVTransfer, kinds: Collection[Kind], operation: Callable[[str, Kind, torch.Tensor], torch.Tensor]
+) -> KVTransfer:
+    """`kv_transfer` with operation(name, kind, tensor) in place of each tensor of `kinds`."""
+    names = kv_transfer.tensors
+    of_kind = ((name, pieces.kind_of(name, names)) for name in names)
+    new = {name: operation(name, kind, names[name]) for name, kind in of_kind if kind in kinds}
+    return replace(kv_transfer, tensors={**names, **new})
+
+
 def on_tensors(kinds: Collection[Kind], operation: Callable[..., Any]) -> Change:
     """operation(tensor) on each tensor of `kinds`."""
-
-    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
-        names = kv_transfer.tensors
-        changed = {
-            name: operation(tensor) if pieces.kind_of(name, names) in kinds and tensor.shape[-2] else tensor
-            for name, tensor in names.items()
-        }
-        return replace(kv_transfer, tensors=changed)
-
-    return change
+    return lambda kv_transfer, context: changed(kv_transfer, kinds, lambda name, kind, tensor: operation(tensor))
 
 
 def on_counts(kinds: Collection[Kind], operation: Callable[..., Any]) -> Change:
@@ -149,15 +144,11 @@ def on_counts(kinds: Collection[Kind], operation: Callable[..., Any]) -> Change:
 
 def at_random(operation: Callable[..., Any]) -> Change:
     """operation(tensor, rng) on every tensor that has elements."""
-
-    def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
-        changed = {
-            name: operation(tensor, context.rng) if tensor.numel() else tensor
-            for name, tensor in kv_transfer.tensors.items()
-        }
-        return replace(kv_transfer, tensors=changed)
-
-    return change
+    return lambda kv_transfer, context: changed(
+        kv_transfer,
+        pieces.TENSORS,
+        lambda name, kind, tensor: operation(tensor, context.rng) if tensor.numel() else tensor,
+    )
 
 
 def missing(kind: Kind) -> Change:
@@ -179,14 +170,10 @@ def newest_tokens(tokens: int, operation: Callable[..., Any], kinds: Collection[
     """operation(tensor, rows) with the number of newest rows that the newest `tokens` tokens touch."""
 
     def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
-        names = kv_transfer.tensors
+        def without_newest(name: str, kind: Kind, tensor: torch.Tensor) -> torch.Tensor:
+            return operation(tensor, pieces.rows_of_newest(kind, kv_transfer.prompt_tokens, tokens))
 
-        def changed(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            kind = pieces.kind_of(name, names)
-            rows = pieces.rows_of_newest(kind, kv_transfer.prompt_tokens, tokens) if kind in kinds else 0
-            return operation(tensor, rows) if rows and tensor.shape[-2] else tensor
-
-        return replace(kv_transfer, tensors={name: changed(name, tensor) for name, tensor in names.items()})
+        return changed(kv_transfer, kinds, without_newest)
 
     return change
 
@@ -196,34 +183,24 @@ def left_over(kinds: Collection[Kind]) -> Change:
 
     def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
         before = context.earlier[-1].tensors if context.earlier else {}
-        names = kv_transfer.tensors
-        changed = {
-            name: pieces.overlaid(before.get(name), pieces.zeroed(tensor))
-            if pieces.kind_of(name, names) in kinds
-            else tensor
-            for name, tensor in names.items()
-        }
-        return replace(kv_transfer, tensors=changed)
+        return changed(
+            kv_transfer, kinds, lambda name, kind, tensor: pieces.overlaid(before.get(name), pieces.zeroed(tensor))
+        )
 
     return change
 
 
-def overlaid_kinds(kinds: frozenset[Kind], source: KVTransfer, onto: KVTransfer) -> KVTransfer:
-    """`onto` with the rows of `source` in its tensors of `kinds`."""
-    names = onto.tensors
-    changed = {
-        name: pieces.overlaid(source.tensors.get(name), tensor) if pieces.kind_of(name, names) in kinds else tensor
-        for name, tensor in names.items()
-    }
-    return replace(onto, tensors=changed)
-
-
-def from_same_beginning(kinds: frozenset[Kind]) -> Change:
+def from_same_beginning(
+    kinds: Collection[Kind],
+    among: Callable[[KVTransfer, Context], Sequence[KVTransfer]] = lambda _, context: context.earlier,
+) -> Change:
     """The tensors of `kinds` hold the rows of the earlier request that shares the longest beginning with this one."""
 
     def change(kv_transfer: KVTransfer, context: Context) -> KVTransfer | None:
-        other = same_beginning(kv_transfer, context.earlier)
-        return kv_transfer if other is None else overlaid_kinds(kinds, other, kv_transfer)
+        other = same_beginning(kv_transfer, among(kv_transfer, context))
+        if other is None:
+            return kv_transfer
+        return changed(kv_transfer, kinds, lambda name, kind, tensor: pieces.overlaid(other.tensors.get(name), tensor))
 
     return change
 

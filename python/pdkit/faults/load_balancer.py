@@ -105,12 +105,12 @@ class FaultySession:
         if injection is None:
             return None
         injection.is_met()
-        pair = 2 if "swapped" in (injection.fault.balancer or "") else 1
+        pair = 2 if "swapped" in injection.fault.trick else 1
         begun = injection.seen - 1 - injection.fault.after
         if begun < 0 or begun % (pair * injection.fault.every) >= pair:
             return None
         self.switch.record()
-        return injection.fault.balancer
+        return injection.fault.trick
 
     async def _request(self, side: str, url: str, body: Any) -> Any:
         if side == "prefill":

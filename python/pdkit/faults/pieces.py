@@ -33,6 +33,10 @@ class Kind(Enum):
     C128_COUNT = "128x count"
 
     @property
+    def slug(self) -> str:
+        return self.value.replace(" ", "-")
+
+    @property
     def ratio(self) -> int:
         """Tokens an entry; 1 where each token has a row of its own."""
         owner, _, piece = self.value.partition(" ")
@@ -108,7 +112,7 @@ def rows_of_newest(kind: Kind, length: int, tokens: int) -> int:
     return length // kind.ratio - rest // kind.ratio
 
 
-def bits_flipped(tensor: torch.Tensor, rate: float, rng: np.random.Generator, bits: int = ALL_BITS) -> torch.Tensor:
+def bits_flipped(tensor: torch.Tensor, rng: np.random.Generator, rate: float, bits: int = ALL_BITS) -> torch.Tensor:
     """Each of the low `bits` bits of each float32 flipped with probability `rate`."""
     result = tensor.clone(memory_format=torch.contiguous_format)
     words = result.numpy().reshape(-1).view(np.uint32)
@@ -126,10 +130,8 @@ def rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (tensor / scale).to(dtype).to(tensor.dtype) * scale
 
 
-def noisy(tensor: torch.Tensor, level: float, rng: np.random.Generator) -> torch.Tensor:
+def noisy(tensor: torch.Tensor, rng: np.random.Generator, level: float) -> torch.Tensor:
     """With normal noise of `level` times the root mean square of the tensor."""
-    if not tensor.numel():
-        return tensor
     noise = torch.from_numpy(rng.standard_normal(tuple(tensor.shape), dtype=np.float32))
     return tensor + level * tensor.square().mean().sqrt() * noise
 

@@ -228,7 +228,7 @@ class BrokenRouter(ThreadingHTTPServer):
             answer, other["answer"] = other["answer"], answer
             other["met"].set()
             return answer
-        if not mine["met"].wait(5):
+        if not mine["met"].wait(1):
             with self.lock:
                 if mine in self.waiting:
                     self.waiting.remove(mine)

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import psutil
 from pdkit.core import ports, processes
-from pdkit.core.command import Parser, natural, run_command
+from pdkit.core.command import Parser, count, run_command
 from pdkit.core.console import columns
-from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.errors import ExitCode
 from pdkit.core.processes import become_subreaper
 from pdkit.runner.guardian import Children
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, new_token
@@ -204,7 +204,7 @@ def table(rounds: dict[Attack, list[Round]]) -> str:
 
 def main(argv: Sequence[str]) -> ExitCode:
     parser = Parser(prog="chaos_runner.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=natural, default=20, help="of each attack (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=20, help="of each attack (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME",
                         help=f"default: {' '.join(ATTACKS)}")  # fmt: skip
     parser.add_argument(
@@ -212,8 +212,6 @@ def main(argv: Sequence[str]) -> ExitCode:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not args.rounds:
-        raise UsageError("--rounds: at least 1")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.INTERRUPTED))
     become_subreaper()

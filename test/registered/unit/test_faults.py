@@ -63,7 +63,6 @@ def changed_kinds(one, other):
 
 
 class TestLibrary(unittest.TestCase):
-
     def test_names_real_bugs(self):
         for number in ("24878", "35494"):
             self.assertTrue([fault.name for fault in LIBRARY.values() if number in fault.resembles], number)
@@ -115,7 +114,7 @@ class TestOperations(unittest.TestCase):
     def test_bits_are_flipped_at_the_rate_named(self):
         tensor = torch.randn(1, 500, 64, generator=torch.Generator().manual_seed(0))
         for rate, bits in ((1e-3, 32), (1e-2, 32), (1e-3, 23)):
-            flipped = pieces.bits_flipped(tensor, rate, np.random.default_rng(0), bits)
+            flipped = pieces.bits_flipped(tensor, np.random.default_rng(0), rate, bits)
             xor = tensor.numpy().view(np.uint32) ^ flipped.numpy().view(np.uint32)
             share = np.unpackbits(xor.view(np.uint8)).sum() / (tensor.numel() * bits)
             self.assertAlmostEqual(share / rate, 1, delta=0.1)

@@ -224,11 +224,11 @@ class TestOptions(unittest.TestCase):
         """More of it, by the command itself, in test_robustness."""
         for words, expected in (
             ("--auto-partition-size 2", "needs --auto-partition-id"),
-            ("--auto-partition-size 0 --auto-partition-id 0", "at least one partition"),
+            ("--auto-partition-size 0 --auto-partition-id 0", "--auto-partition-size: invalid number of at least 1"),
             ("--timeout 3", "unknown option --timeout; nearest known: --timeout-per-file"),
             ("test_a.py --last-failed", "both name files"),
-            ("--repeat 0", "run at least once"),
-            ("--jobs 0", "at least one file"),
+            ("--repeat 0", "--repeat: invalid number of at least 1"),
+            ("--jobs 0", "--jobs: invalid number of at least 1"),
         ):
             with self.subTest(words), self.assertRaises(UsageError) as raised:
                 self.parse(*words.split())

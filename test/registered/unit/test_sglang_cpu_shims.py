@@ -92,7 +92,7 @@ class TestDrift(unittest.TestCase):
         cls.directory = Path(tempfile.mkdtemp(prefix="sglang-tree-"))
         cls.addClassCleanup(shutil.rmtree, cls.directory)
         package = drift.installed_package()
-        for file, _ in drift.entries():
+        for file, _ in drift.recorded():
             if (package / file).is_file():
                 (cls.directory / "sglang" / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(package / file, cls.directory / "sglang" / file)
@@ -118,6 +118,11 @@ class TestDrift(unittest.TestCase):
         drift.require_fit()
         with mock.patch.dict(os.environ, {plan.SOURCE_VARIABLE: str(self.directory)}):
             drift.require_fit()
+
+    def test_the_record_is_of_what_the_shims_replace_and_imitate(self):
+        """Renewed by `python3 -m pdkit.deployment.cpu.drift record`."""
+        recorded = {place: value == drift.PRESENT for place, value in drift.recorded().items()}
+        self.assertEqual(recorded, drift.entries())
 
     def test_an_absent_name_and_another_kernel_are_named(self):
         reason = self.reason("kernels/ops/layernorm/mhc.py", "def mhc_combine(", "def mhc_combine_streams(")

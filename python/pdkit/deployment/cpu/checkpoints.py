@@ -19,18 +19,17 @@ from typing import Any
 
 from pdkit.core import paths
 from pdkit.core.errors import NotReady
+from pdkit.core.paths import ASSETS
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FEW_HEADS
 
-ASSETS = Path(__file__).parents[2] / "assets"
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-VOCAB_SIZE = 520
 DSV4_FIELDS: dict[str, Any] = {
     **FEW_HEADS,
     "num_hidden_layers": 4,
     "compress_ratios": [0, 4, 128, 4, 0],
     "index_n_heads": 8,
-    "vocab_size": VOCAB_SIZE,
+    "vocab_size": 520,
 }
 """config.json, in DeepSeek's own names; what is not named here is as in pdkit.models.cuda.config.
 
@@ -75,42 +74,6 @@ def _version() -> str:
 
     content = Path(__file__).read_bytes() + json.dumps(DSV4_FIELDS).encode() + transformers.__version__.encode()
     return hashlib.sha256(content).hexdigest()[:10]
-
-
-def _write_tokenizer(path: Path) -> None:
-    path.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
-
-
-def new_llama(initializer_range: float) -> Any:
-    """An untrained LlamaForCausalLM, float32, from torch's random state."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-        initializer_range=initializer_range,
-    )
-    return LlamaForCausalLM(config).float()
-
-
-def save_llama(model: Any, path: Path) -> None:
-    """Write the model, whose values bfloat16 can hold, to the new directory `path`."""
-    import torch
-
-    _write_tokenizer(path)
-    model.to(torch.bfloat16).save_pretrained(path)
 
 
 def _untrained_dsv4(*, mtp: bool) -> Any:
@@ -184,7 +147,9 @@ def make_dsv4(path: Path, seed: int = 5) -> None:
 
     from pdkit.models.cuda.checkpoint import stored
 
-    _write_tokenizer(path)
+    path.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
     main = dsv4_reference(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)

@@ -41,64 +41,34 @@ class TransferFault:
 SKIPPED = "SGLang 24878: one backend skipped it"
 WITH_CANARY = "window-skipped", "window-of-the-request-before"  # need servers with --kv-canary
 
+WINDOW = Kind.WINDOW.value
+
 LIBRARY: dict[str, TransferFault] = {
     fault.name: fault
     for fault in (
-        TransferFault(
-            "transfer-slow",
-            f"each transfer begins {SLOW_S * 1000:.0f} ms later",
-            delay=SLOW_S,
-            harmless="decode waits for it, for much longer than that",
-        ),
-        TransferFault("window-lost", "the window is never written", lost(Kind.WINDOW.value), resembles=SKIPPED),
+        TransferFault("transfer-slow", f"each transfer begins {SLOW_S * 1000:.0f} ms later", delay=SLOW_S,
+                      harmless="decode waits for it, for much longer than that"),
+        TransferFault("window-lost", "the window is never written", lost(WINDOW), resembles=SKIPPED),
         *(
-            TransferFault(
-                f"{kind.value.replace(' ', '-')}-lost",
-                f"{kind.value}: never written",
-                lost(kind.value),
-                resembles=SKIPPED,
-            )
+            TransferFault(f"{kind.slug}-lost", f"{kind.value}: never written", lost(kind.value), resembles=SKIPPED)
             for kind in COMPRESSED
         ),
-        TransferFault(
-            "window-skipped",
-            "neither the window nor what the canary keeps of it is written",
-            lost(Kind.WINDOW.value, DRAFT_WINDOW, CANARY),
-            resembles=SKIPPED,
-        ),
-        TransferFault(
-            "window-of-the-request-before",
-            "window and canary are read where the request before had its own",
-            from_before(Kind.WINDOW.value, DRAFT_WINDOW, CANARY),
-        ),
+        TransferFault("window-skipped", "neither the window nor what the canary keeps of it is written",
+                      lost(WINDOW, DRAFT_WINDOW, CANARY), resembles=SKIPPED),
+        TransferFault("window-of-the-request-before", "window and canary are read where the request before had its own",
+                      from_before(WINDOW, DRAFT_WINDOW, CANARY)),
         TransferFault("buffers-lost", "what compressors hold of unfinished entries is never written", lost(*BUFFERS)),
         TransferFault("draft-window-lost", "the window of the draft is never written", lost(DRAFT_WINDOW)),
         TransferFault("first-draft-lost", "decode verifies the first draft of another request", lost(*FIRST_DRAFT)),
-        TransferFault(
-            "first-token-lost", "decode goes on after the first token of another request", lost("first token")
-        ),
+        TransferFault("first-token-lost", "decode goes on after the first token of another request",
+                      lost("first token")),
         TransferFault("pages-halved", "the second half of each page of compressed entries is lost", half(*POOLS)),
-        TransferFault(
-            "pages-swapped",
-            "the first two pages of all compressed entries change places",
-            swapped(*POOLS),
-        ),
-        TransferFault(
-            "pages-of-the-request-before",
-            "compressed entries are read where the request before had its own",
-            from_before(*POOLS),
-            resembles="SGLang 35494",
-        ),
-        TransferFault(
-            "reported-early",
-            f"done is said {LATE_S * 1000:.0f} ms before pages and states are written",
-            delay=LATE_S,
-            early=True,
-        ),
-        TransferFault(
-            "polls-fail",
-            f"a poll of a transfer fails with probability {FAILING_POLLS}",
-            environment={"SGLANG_TEST_DISAGG_FAILURE_PROB": FAILING_POLLS},
-        ),
+        TransferFault("pages-swapped", "the first two pages of all compressed entries change places", swapped(*POOLS)),
+        TransferFault("pages-of-the-request-before", "compressed entries are read where the request before had its own",
+                      from_before(*POOLS), resembles="SGLang 35494"),
+        TransferFault("reported-early", f"done is said {LATE_S * 1000:.0f} ms before pages and states are written",
+                      delay=LATE_S, early=True),
+        TransferFault("polls-fail", f"a poll of a transfer fails with probability {FAILING_POLLS}",
+                      environment={"SGLANG_TEST_DISAGG_FAILURE_PROB": FAILING_POLLS}),
     )
-}
+}  # fmt: skip

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pdkit.models.cpu.evaluation import prompt
 from pdkit.models.cpu.training import (
     INDEXER_WEIGHT,
     WEIGHT_DECAY,
@@ -29,14 +28,11 @@ from pdkit.models.cpu.training import (
     weighted_loss,
 )
 from pdkit.models.cuda.model import KernelNano
-from pdkit.models.problems import Problem, evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
 
 PEAK_LR = 2e-3
 WARMUP_STEPS = 50
-SHOTS = 5
 EARLY_SINKHORN = 4
-WINDOW = 128
 
 
 @dataclass(frozen=True)
@@ -172,43 +168,3 @@ def train(
                 stage, step, tokens, time.monotonic() - began, loss.item(), mtp_loss.item(), index_loss.item(), lr
             )
     set_sinkhorn(model, None)
-
-
-@dataclass(frozen=True)
-class DraftScore:
-    """Shares: of problems whose every answer token is the most likely one, and of drafts that are the token after."""
-
-    problems: int
-    solved: float
-    drafted: float
-
-
-@torch.no_grad()
-def score(model: KernelNano, problems: Sequence[Problem], shots: Sequence[Problem], batch: int = 8) -> DraftScore:
-    """What greedy decoding would give, without decoding: the data's answers follow from the question.
-
-    If at each position of the right answer its next token is the most likely one, decoding writes that answer; `solved`
-    is therefore at most the score of an eval. `drafted` is among positions of answers.
-    """
-    solved = drafts = right = 0
-    for start in range(0, len(problems), batch):
-        rows = []
-        for problem in problems[start : start + batch]:
-            question = tokenizer()(prompt(shots, problem)).input_ids
-            rows.append((len(question), question + tokenizer()(f" {problem.answer}\n\n").input_ids))
-        length = -(-max(len(ids) for _, ids in rows) // WINDOW) * WINDOW
-        padded = torch.tensor([ids + [tokenizer().pad_token_id] * (length - len(ids)) for _, ids in rows])
-        logits, mtp = model(padded.to(model.device))
-        best, draft = logits.argmax(-1).cpu(), mtp.argmax(-1).cpu()
-        for row, (first, ids) in enumerate(rows):
-            answer = torch.tensor(ids[first:])
-            solved += torch.equal(best[row, first - 1 : len(ids) - 1], answer)
-            right += (draft[row, first - 1 : len(ids) - 2] == answer[1:]).sum().item()
-            drafts += len(answer) - 1
-    return DraftScore(len(problems), solved / len(problems), right / drafts)
-
-
-def validation(count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Problems that are neither trained on nor in the evaluation file, and shots for them."""
-    drawn = evaluation_set(count + SHOTS, seed=f"validation-{seed}")
-    return drawn[SHOTS:], drawn[:SHOTS]
