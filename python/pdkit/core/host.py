@@ -32,7 +32,7 @@ def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     return {
         "command": command_line(),
         "directory": os.getcwd(),
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -51,15 +51,17 @@ def _gpus(environ: Mapping[str, str]) -> list[str]:
     return [f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in visible_gpus(environ)]
 
 
-def _commit() -> str | None:
-    """Of the checkout that this file is in; `+` after it where tracked files were changed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+def commit(directory: Path) -> str | None:
+    """Of the checkout that a directory is in; `+` after it where tracked files were changed."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(directory), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
         return None
-    return commit + "+" * bool(changes.stdout.strip())
 
 
 def installed(distribution: str) -> str | None:

@@ -20,10 +20,6 @@ from pdkit.runner.targets import Target, left_out
 TEST_DIR = paths.TEST
 
 
-class TestNotFound(NotReady):
-    """The test of a target is not in this tree; the message is one line that says where it was looked for."""
-
-
 def verdict(code: ExitCode, happened: Events, target: Target) -> ExitCode:
     """A run passes only if it was scored, and on the target that was meant."""
     targets = {event.get("target") for event in facts.scores_of(happened)}
@@ -55,12 +51,12 @@ def summary(target: Target, happened: Events, code: ExitCode, seconds: float) ->
 
 
 def registration_of(target: Target) -> Registration:
-    """Raises TestNotFound, also where the package is installed without its tests."""
+    """Raises NotReady where this tree has no such test, as where the package is installed without its tests."""
     path = TEST_DIR / target.test_file
     for registration in collect(TEST_DIR / "registered").registrations:
         if Path(registration.filename) == path:
             return registration
-    raise TestNotFound(f"no registered test at {path}; run it in a clone of the repository")
+    raise NotReady(f"no registered test at {path}; run it in a clone of the repository")
 
 
 def run(
@@ -73,8 +69,7 @@ def run(
 ) -> ExitCode:
     """Runs the test of `target` as `test/run_suite.py` would, and ends with the summary.
 
-    Raises TestNotFound, NotReady where this machine lacks what the test needs, UsageError where it takes no
-    `sglang_source`.
+    Raises NotReady where this machine lacks what the test needs, UsageError where it takes no `sglang_source`.
     """
     # psutil and more: listing the targets does without
     from pdkit.preflight.environment.require import require

@@ -22,8 +22,8 @@ from pdkit.deployment.server import Server
 
 SPAWN_VARIABLE = "PDKIT_CPU_SPAWN"
 
-# By tree, model and environment; those that the next class can use outlive the one that started them.
-_fork_servers: dict[tuple[Path | None, str, tuple[tuple[str, str], ...]], ForkServer] = {}
+# By tree and environment; those that the next class can use outlive the one that started them.
+_fork_servers: dict[tuple[Path | None, tuple[tuple[str, str], ...]], ForkServer] = {}
 
 
 @atexit.register  # at import, so that classes stop their servers before
@@ -98,8 +98,8 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         return _fork_servers[key].based_on(Server)
 
     @classmethod
-    def _fork_key(cls, tree: Path | None) -> tuple[Path | None, str, tuple[tuple[str, str], ...]]:
-        return tree, cls.cpu_model.name, tuple(sorted(cls.server_env.items()))
+    def _fork_key(cls, tree: Path | None) -> tuple[Path | None, tuple[tuple[str, str], ...]]:
+        return tree, tuple(sorted(cls.server_env.items()))
 
     @classmethod
     def close_fork_servers_but(cls, tree: Path | None) -> None:
