@@ -64,7 +64,7 @@ def _files(ours: FileRun | None, theirs: FileRun | None) -> Iterator[Row]:
     yield _row("state", (run.state if run else None for run in both))
     if any(run and run.score for run in both):
         scores = [run.score if run else None for run in both]
-        shown = (each and f"{each.value:.3f} of {each.examples} ({each.gate})" for each in scores)
+        shown = (f"{each.value:.3f} of {each.examples} ({each.gate})" if each else None for each in scores)
         yield _row("score", shown, is_measured=True)
         intervals = [each.interval for each in scores if each]
         if len(intervals) == 2:
