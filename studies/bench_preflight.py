@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
-import pdkit
 from pdkit.core.errors import ExitCode
+from pdkit.core.paths import ASSETS
 from safetensors.numpy import save_file
 
 REPO = Path(__file__).resolve().parents[1]
 DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"
-NANO = Path(pdkit.__file__).parent / "assets"
 CHECK = ("-m", "pdkit", "preflight")
 _ERROR, _NUMBER = re.compile(r"error |\w+(\.py)?: error: "), re.compile(r"[\d.]+")
 SUITE = ("--hw", "cuda", "--suite", "stage-c-test-dsv4-8-gpu-h200")
@@ -116,7 +115,7 @@ def main() -> ExitCode:
     untold, slowest = 0, 0.0
     with tempfile.TemporaryDirectory(prefix="bench-preflight-") as name:
         folder = Path(name)
-        sane = {"SGLANG_PD_MODEL": model(folder / "whole"), "SGLANG_PD_GSM8K": str(NANO / "gsm8k_nano.jsonl")}
+        sane = {"SGLANG_PD_MODEL": model(folder / "whole"), "SGLANG_PD_GSM8K": str(ASSETS / "gsm8k_nano.jsonl")}
         suite = (str(REPO / "test" / "run_suite.py"), *SUITE, "--test-root")
         path = tree(folder / "sane", ())
         usual = {"suite": run((*suite, str(path.parents[1])), sane), "check": run(CHECK, sane)}

@@ -59,7 +59,7 @@ def outcomes(url: str, data: str, count: int, in_flight: int) -> tuple[bool, ...
 def compared(urls: Sequence[str], data: str, examples: int | None, in_flight: int) -> None:
     """Asks all, and prints lost and gained pairs of the first server with each of the others. Raises RequestFailed."""
     from pdkit.core.gsm8k import read_dataset
-    from pdkit.core.stats import exact_interval, mcnemar
+    from pdkit.core.stats import exact_interval, sign_test
 
     count = min(examples or 10**9, len(read_dataset(data).rows))
     found = []
@@ -67,11 +67,11 @@ def compared(urls: Sequence[str], data: str, examples: int | None, in_flight: in
         found.append(outcomes(url, data, count, in_flight))
         print(f"{url}: {sum(found[-1])} of {count} right", flush=True)
     for what, first, second in (("pair and monolithic", 0, 1), ("monolithic, asked twice", 1, 2)):
-        pairs = mcnemar(found[first], found[second])
-        flips = pairs.lost + pairs.gained
+        pairs = sign_test(found[first], found[second])
+        flips = pairs.larger + pairs.smaller
         _, largest = exact_interval(flips, count, 0.90)  # its upper limit is one-sided 95 %
         print(
-            f"{what}: {flips} flips of {count} ({pairs.lost} and {pairs.gained}), at most {largest:.3%} (95 %)",
+            f"{what}: {flips} flips of {count} ({pairs.larger} and {pairs.smaller}), at most {largest:.3%} (95 %)",
             flush=True,
         )
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import fisher_exact
+import scipy
 
 from pdkit.checks.accounting.checks import SETTLE_SECONDS, unaccounted
 from pdkit.checks.accounting.counters import read_pair
@@ -49,7 +49,7 @@ class SecondMode(Judgement):
     def p_value(self) -> float:
         """Probability of so many slow ones through the load balancer, or more, given how many there are in all."""
         rows = [[self.slow(each), len(each) - self.slow(each)] for each in (self.through, self.past)]
-        return float(fisher_exact(rows, alternative="greater").pvalue)
+        return float(scipy.stats.fisher_exact(rows, alternative="greater").pvalue)
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import requests
-from scipy.stats import kendalltau, theilslopes
+import scipy
 
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.accounting.counters import still_held
@@ -54,14 +54,14 @@ class Growth(Judgement):
     @property
     def slope(self) -> float:
         """Bytes that each request leaves behind: the median of the slopes between any two rounds."""
-        return float(theilslopes(self.resident, range(len(self.resident))).slope) / self.requests
+        return float(scipy.stats.theilslopes(self.resident, range(len(self.resident))).slope) / self.requests
 
     @property
     def p_value(self) -> float:
         """Probability of such an order of the rounds, or a clearer one, where memory does not rise."""
         if len(set(self.resident)) == 1:
             return 1.0
-        found = kendalltau(range(len(self.resident)), self.resident, alternative="greater")
+        found = scipy.stats.kendalltau(range(len(self.resident)), self.resident, alternative="greater")
         return float(found.pvalue)
 
     @property

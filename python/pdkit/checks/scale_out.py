@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from scipy.stats import binomtest
+import scipy
 
 from pdkit.checks.accounting.counters import still_held
 from pdkit.checks.base import Checks
@@ -105,7 +105,7 @@ class ScaleOutChecks(Checks, TwoPairs):
             for role, share in shares.items():
                 self.assertEqual(sum(share.values()), len(clients), f"{role} started a request twice, or not: {router}")
                 for server, got in share.items():
-                    p_value = binomtest(got, len(clients), 1 / len(share)).pvalue
+                    p_value = scipy.stats.binomtest(got, len(clients), 1 / len(share)).pvalue
                     self.assertGreater(p_value, UNFAIR, f"{router}: {got} of {len(clients)} requests went to {server}")
         if before is None:
             print("this engine does not count KV transfers: only the answers are compared", flush=True)

@@ -9,18 +9,16 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import pdkit
 from pdkit.core.command import Parser, count, natural, positive
 from pdkit.core.errors import ExitCode, UsageError
+from pdkit.core.paths import ASSETS
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import HIDDEN
-
-ASSETS = Path(pdkit.__file__).parent / "assets"
 
 
 def add_arguments(parser: Parser) -> None:
     models = parser.add_subparsers(title="what is made", metavar="NAME", dest="model", required=True)
-    data = models.add_parser("data", help="data set and tokenizer of the nano models, config of the random one")
+    data = models.add_parser("data", help="data set and tokenizer of the nano models")
     data.add_argument("--out", type=Path, default=ASSETS, metavar="DIR", help="default: the package's assets")
     _add_train(models.add_parser("train", help="the nano model of the embedded engine, trained and scored"))
     random = models.add_parser(
@@ -68,7 +66,6 @@ def main(args: Namespace) -> ExitCode:
 
 
 def _data(args: Namespace) -> None:
-    from pdkit.models.cpu.config import nano_config
     from pdkit.models.problems import EVALUATION_ROWS, evaluation_set, write_jsonl
     from pdkit.models.tokenizer import nano_tokenizer
 
@@ -77,7 +74,6 @@ def _data(args: Namespace) -> None:
     tokenizer = nano_tokenizer()
     for model in ("nano-dsv4", "random-dsv4"):
         tokenizer.save_pretrained(args.out / model)
-    nano_config(index_topk=16, initializer_range=0.2).save_pretrained(args.out / "random-dsv4")
     print(f"wrote {EVALUATION_ROWS} problems and a tokenizer of {len(tokenizer)} tokens below {args.out}")
 
 

@@ -74,30 +74,25 @@ def emit(kind: str, **fields: Any) -> None:
 
 def emit_into(directory: str | None, kind: str, **fields: Any) -> None:
     """The same into a directory that need not be the environment's; nothing if there is none."""
-    if directory:
-        try:
-            append(Path(directory), kind, **fields)
-        except OSError as error:
-            with contextlib.suppress(OSError, ValueError):
-                is_kept = error.errno in FULL and _append_elsewhere(Path(directory), kind, **fields)
-                where = "kept elsewhere" if is_kept else "lost"
-                print(f"[events] {kind} is {where}, {directory}: {error.strerror}", file=sys.stderr, flush=True)
+    if not directory:
+        return
+    path, where = Path(directory), "lost"
+    try:
+        append(path, kind, **fields)
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):
+            if error.errno in FULL:
+                with contextlib.suppress(OSError):
+                    spare_of(path).mkdir(mode=0o700, exist_ok=True)
+                    append(spare_of(path), kind, **fields)
+                    where = "kept elsewhere"
+            print(f"[events] {kind} is {where}, {directory}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def spare_of(directory: Path) -> Path:
     """Where events go that do not fit into a directory: verdicts stand although its disk is full."""
     name = hashlib.sha256(os.fsencode(directory.absolute())).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"pdkit-events-{os.getuid()}-{name}")
-
-
-def _append_elsewhere(directory: Path, kind: str, **fields: Any) -> bool:
-    """Whether that worked."""
-    try:
-        spare_of(directory).mkdir(mode=0o700, exist_ok=True)
-        append(spare_of(directory), kind, **fields)
-    except OSError:
-        return False
-    return True
 
 
 def append(directory: Path, kind: str, **fields: Any) -> None:

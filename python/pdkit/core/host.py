@@ -32,12 +32,12 @@ def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     return {
         "command": command_line(),
         "directory": os.getcwd(),
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": _gpus(environ),
+        "gpus": [*map(str, visible_gpus(environ))],
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "environment": redacted(environ),
     }
@@ -47,19 +47,17 @@ def command_line() -> list[str]:
     return [sys.executable, *map(cleaned, sys.argv)]
 
 
-def _gpus(environ: Mapping[str, str]) -> list[str]:
-    return [f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in visible_gpus(environ)]
+def commit(directory: Path) -> str | None:
+    """Of the checkout that a directory is in; `+` after it where tracked files were changed."""
 
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(directory), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
-def _commit() -> str | None:
-    """Of the checkout that this file is in; `+` after it where tracked files were changed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
         return None
-    return commit + "+" * bool(changes.stdout.strip())
 
 
 def installed(distribution: str) -> str | None:

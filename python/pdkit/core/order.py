@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import hypergeom
+import scipy
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ def latest_change(bad: Sequence[bool], places: Sequence[int] | None = None) -> C
     if not total or not allowed:
         return None
     seen = np.concatenate([[0], np.cumsum(np.asarray(bad, dtype=bool))])
-    tails = {place: hypergeom.sf(np.arange(total + 1) - 1, count, total, count - place) for place in allowed}
+    tails = {
+        place: scipy.stats.hypergeom.sf(np.arange(total + 1) - 1, count, total, count - place) for place in allowed
+    }
     smallest, after = min((float(tails[place][total - seen[place]]), place) for place in allowed)
     alive, hit = np.zeros(total + 1), 0.0  # by bad ones so far
     alive[0] = 1.0

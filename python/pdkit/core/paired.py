@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import scipy
 from scipy.special import logsumexp
-from scipy.stats import binom
 
 from pdkit.core.stats import UnattainableError, at_least, look_sizes, sign_test_of, wald_thresholds
 
@@ -98,14 +98,14 @@ def _statistic(examples: int, loss: float, flips: float) -> tuple[Table, Table]:
     """(log ratio, whether there are more flips than planned) of each state after so many examples."""
     lost, gained = np.arange(MOST_LOST + 1)[:, None], np.arange(MOST_GAINED + 1)[None, :]
     ratio = log_ratio(examples, lost, gained, loss, flips)
-    more = binom.sf(np.arange(MOST_GAINED + 1) - 1, examples, flips / 2) <= UNEXPECTED
+    more = scipy.stats.binom.sf(np.arange(MOST_GAINED + 1) - 1, examples, flips / 2) <= UNEXPECTED
     return ratio, np.broadcast_to(more, ratio.shape)
 
 
 @lru_cache(maxsize=32)
 def _mcnemar_passes(level: float) -> Table:
     lost, gained = np.arange(MOST_LOST + 1)[:, None], np.arange(MOST_GAINED + 1)[None, :]
-    return binom.sf(lost - 1, lost + gained, 0.5) > level
+    return scipy.stats.binom.sf(lost - 1, lost + gained, 0.5) > level
 
 
 @lru_cache(maxsize=64)
@@ -114,7 +114,9 @@ def _increments(examples: int, lost_rate: float, gained_rate: float) -> Table:
     lost = np.arange(min(examples, MOST_LOST) + 1)[:, None]
     gained = np.arange(min(examples, MOST_GAINED) + 1)[None, :]
     rest = np.maximum(examples - lost, 0)
-    found = binom.pmf(lost, examples, lost_rate) * binom.pmf(gained, rest, gained_rate / (1 - lost_rate))
+    found = scipy.stats.binom.pmf(lost, examples, lost_rate) * scipy.stats.binom.pmf(
+        gained, rest, gained_rate / (1 - lost_rate)
+    )
     kept = found >= _TINY
     rows, columns = (int(np.flatnonzero(np.any(kept, axis=axis))[-1]) + 1 for axis in (1, 0))
     return np.where(kept, found, 0.0)[:rows, :columns]

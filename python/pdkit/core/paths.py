@@ -1,9 +1,10 @@
-"""Where this clone keeps what is not part of the package, of which an installed package has none; and the cache."""
+"""Data of the package; what is in this clone alone, of which an installed package has none; and the cache."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+ASSETS = Path(__file__).parents[1] / "assets"
 REPOSITORY = Path(__file__).resolve().parents[3]
 TEST = REPOSITORY / "test"
 

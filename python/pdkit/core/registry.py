@@ -70,11 +70,6 @@ class Collection:
         return {r.suite for r in self.registrations if r.hw == hw and r.suite} | defined_suites(hw)
 
 
-def takes_pairs() -> bool:
-    """Whether the installed SGLang registers by `stage=` and `runner_config=`. Raises CIRegisterNotFound."""
-    return "runner_config" in signature(ci_register.load().register_cuda_ci).parameters
-
-
 def pair_of(suite: str) -> tuple[str, str] | None:
     """(stage, runner_config) of a suite of that form; None for one that has a single name."""
     stage, separator, runner_config = suite.partition("-test-")
@@ -85,7 +80,8 @@ def pair_of(suite: str) -> tuple[str, str] | None:
 def defined_suites(hw: str) -> set[str]:
     """Suites that exist though no file is registered in them: this project's, and those of the installed SGLang."""
     pairs = [f"{stage}-test-{config}" for stage in STAGES for config in RUNNER_CONFIGS.get(hw, ())]
-    return {*PROJECT_SUITES.get(hw, ()), *(pairs if takes_pairs() else ())}
+    takes_pairs = "runner_config" in signature(ci_register.load().register_cuda_ci).parameters
+    return {*PROJECT_SUITES.get(hw, ()), *(pairs if takes_pairs else ())}
 
 
 def _parse_top_level(rules: ModuleType, filename: str) -> tuple[list[Any], bool]:

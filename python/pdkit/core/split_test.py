@@ -9,7 +9,7 @@ from itertools import combinations
 from math import comb
 
 import numpy as np
-from scipy.stats import binom, rankdata
+import scipy
 
 
 @lru_cache(maxsize=16)
@@ -32,7 +32,7 @@ def split_ranks(before: np.ndarray, after: np.ndarray) -> tuple[int, np.ndarray]
     scale = sizes.max()
     if scale > 0:
         sizes = np.round(sizes / scale, 9)  # equal ones may be summed otherwise
-    ranks = np.round(2 * rankdata(sizes)).astype(int)
+    ranks = np.round(2 * scipy.stats.rankdata(sizes)).astype(int)
     return int(ranks[-1]), ranks  # combinations end with the last rows: those of `after`
 
 
@@ -56,5 +56,5 @@ def split_test(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Order statistics that hold the median with at least this probability (W. R. Thompson, Ann. Math. Statist. 7 (1936))."""
     ordered, count = sorted(values), len(values)
-    below = max(int(binom.ppf((1 - confidence) / 2, count, 0.5)) - 1, 0)
+    below = max(int(scipy.stats.binom.ppf((1 - confidence) / 2, count, 0.5)) - 1, 0)
     return ordered[below], ordered[count - 1 - below]

@@ -1,7 +1,8 @@
 """Exact binomial maths of the accuracy gate: intervals, truncated sequential tests, paired comparison.
 
 Counts are of wrong answers, because the thresholds are few wrong answers among many right ones. Every probability is
-computed, none simulated. `scipy.stats` supplies the distributions and exact tests; the recursion over looks is ours,
+computed, none simulated. `scipy.stats` supplies the distributions and exact tests (it is imported where it is first
+used: that takes half a second); the recursion over looks is ours,
 because neither scipy nor statsmodels has a sequential test of a proportion.
 """
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binom, binomtest, norm
+import scipy
 
 _FACTORS = np.arange(50, 401) / 100
 
@@ -58,13 +59,13 @@ def exact_interval(correct: int, examples: int, confidence: float = 0.95) -> tup
 
     C. J. Clopper, E. S. Pearson, Biometrika 26 (1934) 404-413.
     """
-    interval = binomtest(correct, examples).proportion_ci(confidence, method="exact")
+    interval = scipy.stats.binomtest(correct, examples).proportion_ci(confidence, method="exact")
     return float(interval.low), float(interval.high)
 
 
 def at_least(count: int, examples: int, share: float) -> float:
     """P(at least `count` of `examples`), where each is one with probability `share`, independently."""
-    return float(binom.sf(count - 1, examples, share))
+    return float(scipy.stats.binom.sf(count - 1, examples, share))
 
 
 def fixed_plan(examples: int, above: float) -> Plan:
@@ -102,7 +103,7 @@ def sprt_bounds(
 
 @lru_cache(maxsize=256)
 def _pmf(examples: int, accuracy: float) -> np.ndarray:
-    return binom.pmf(np.arange(examples + 1), examples, 1 - accuracy)
+    return scipy.stats.binom.pmf(np.arange(examples + 1), examples, 1 - accuracy)
 
 
 def stopping(
@@ -155,8 +156,8 @@ def _final_cut(
 
 def _one_look_suffices(examples: np.ndarray, good: float, bad: float, alpha: float, beta: float) -> np.ndarray:
     """Whether a cut on the count of exactly so many examples keeps both error rates (the best test: Neyman-Pearson)."""
-    cut = binom.ppf(1 - alpha, examples, 1 - good)
-    return binom.cdf(cut, examples, 1 - bad) <= beta
+    cut = scipy.stats.binom.ppf(1 - alpha, examples, 1 - good)
+    return scipy.stats.binom.cdf(cut, examples, 1 - bad) <= beta
 
 
 def examples_needed(good: float, bad: float, alpha: float, beta: float, at_least: int = 1) -> int | None:
@@ -224,12 +225,14 @@ def hypothesis_threshold(reference: float, examples: int, *, alpha: float = 0.05
     or wrong answer can have, and what its GSM8K task uses). Its beta (0.2) only says which loss the test would notice,
     see `detectable_loss`. Source of both: tests/integration/defs/accuracy/accuracy_core.py of TensorRT-LLM.
     """
-    return float(reference - norm.ppf(1 - alpha) * math.sqrt(2 * sigma**2 / examples))
+    return float(reference - scipy.stats.norm.ppf(1 - alpha) * math.sqrt(2 * sigma**2 / examples))
 
 
 def detectable_loss(examples: int, *, alpha: float = 0.05, beta: float = 0.2, sigma: float = 0.5) -> float:
     """Loss of accuracy that `hypothesis_threshold` notices with probability 1 - beta."""
-    return float((norm.ppf(1 - alpha) + norm.ppf(1 - beta)) * math.sqrt(2 * sigma**2 / examples))
+    return float(
+        (scipy.stats.norm.ppf(1 - alpha) + scipy.stats.norm.ppf(1 - beta)) * math.sqrt(2 * sigma**2 / examples)
+    )
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,8 @@ class Signs:
 def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> Signs:
     """Exact sign test of paired values (W. J. Dixon, A. M. Mood, J. Am. Stat. Assoc. 41 (1946) 557-566).
 
-    Raises ValueError when the two do not pair up.
+    Of outcomes, True or False, it is the exact McNemar test (Q. McNemar, Psychometrika 12 (1947) 153-157, with the
+    binomial distribution in place of chi squared). Raises ValueError when the two do not pair up.
     """
     pairs = list(zip(ours, theirs, strict=True))
     return sign_test_of(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
@@ -256,30 +260,5 @@ def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> Signs:
 def sign_test_of(larger: int, smaller: int) -> Signs:
     """The same of counts."""
     differing = larger + smaller
-    p_value = binomtest(larger, differing, 0.5, alternative="greater").pvalue if differing else 1.0
+    p_value = scipy.stats.binomtest(larger, differing, 0.5, alternative="greater").pvalue if differing else 1.0
     return Signs(larger, smaller, float(p_value))
-
-
-@dataclass(frozen=True)
-class Discordance:
-    """Answers to the same examples by a baseline and a candidate, where they differ in being correct.
-
-    `p_value` is one-sided: how likely at least so many losses among the differing answers are, if neither is better.
-    """
-
-    examples: int
-    lost: int
-    gained: int
-    p_value: float
-
-
-def mcnemar(baseline: Sequence[bool], candidate: Sequence[bool]) -> Discordance:
-    """Exact McNemar test of paired outcomes (sequences of booleans, equal length).
-
-    Q. McNemar, Psychometrika 12 (1947) 153-157, with the binomial distribution in place of chi squared.
-    Raises ValueError when the two do not pair up.
-    """
-    if len(baseline) != len(candidate) or not len(baseline):
-        raise ValueError(f"paired outcomes must pair up: {len(baseline)} of the baseline, {len(candidate)} to compare")
-    signs = sign_test([bool(outcome) for outcome in baseline], [bool(outcome) for outcome in candidate])
-    return Discordance(len(baseline), lost=signs.larger, gained=signs.smaller, p_value=signs.p_value)

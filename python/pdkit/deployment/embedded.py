@@ -1,12 +1,9 @@
 """Targets on a machine without a GPU: two embedded engines that serve a nano DeepSeek-V4."""
 
-from pathlib import Path
-
-import pdkit
+from pdkit.core.paths import ASSETS
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
 
-ASSETS = Path(pdkit.__file__).parent / "assets"
 RANDOM_WEIGHTS = ["--load-format", "dummy", "--random-seed", "1"]
 
 

@@ -2,9 +2,8 @@
 
 import os
 import unittest
-from pathlib import Path
 
-import pdkit
+from pdkit.core.paths import ASSETS
 from pdkit.deployment import fused_mhc, quirks
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
@@ -30,13 +29,13 @@ NANO_ENV = {"SGLANG_DSV4_FP4_EXPERTS": "0", **quirks.indexer_environment()}
 
 
 class OneGpuServers(ClaimedPorts, PlannedServers):
-    """The model is as small as the kernels allow. `backend`: the transfer backend."""
+    """The model is as small as the kernels allow."""
 
     target = "1xHopper"
     backend = "mooncake_tcp"
 
     model_name = os.getenv("SGLANG_PD_KERNEL_NANO") or str(store.best())
-    gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
+    gsm8k_data_path = str(ASSETS / "gsm8k_nano.jsonl")
 
     prefill_gpus = decode_gpus = range(1)
 
@@ -56,12 +55,6 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
         cls.require_gpus()
         store.provide(cls.model_name)
         super().setUpClass()
-
-    @classmethod
-    def configure(cls) -> None:
-        super().configure()
-        cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
-        cls.rdma_devices = []
 
     @classmethod
     def require_training(cls) -> None:

@@ -13,9 +13,17 @@ from torch.nn.functional import linear
 from transformers.cache_utils import DynamicCache
 
 
-def _scale(x: Tensor, eps: float) -> Tensor:
+def _number(value: float) -> Tensor:
+    """`value` in float32: torch makes one of a Python number each time, which takes longer than what it is used for."""
+    return torch.tensor(value, dtype=torch.float32)
+
+
+_WIDTHS = {2**power: _number(2**power) for power in range(16)}
+
+
+def _scale(x: Tensor, eps: Tensor) -> Tensor:
     """[..., 1]: what a row of x is multiplied with to have a mean square of one. A fifth of rms_norm's operations."""
-    return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return x.square().sum(-1, keepdim=True).div_(_WIDTHS[x.shape[-1]]).add_(eps).rsqrt_()
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
@@ -35,7 +43,8 @@ class _Compressor:
 
     def __init__(self, module: Any, name: str) -> None:
         self.name, self.rate, self.width = name, module.compress_rate, module.head_dim
-        self.bias, self.norm, self.eps = module.position_bias, module.kv_norm.weight, module.kv_norm.variance_epsilon
+        self.bias, self.norm = module.position_bias, module.kv_norm.weight
+        self.eps = _number(module.kv_norm.variance_epsilon)
         self.overlaps = self.bias.shape[1] == 2 * self.width
         self.projections = [module.kv_proj.weight, module.gate_proj.weight]
 
@@ -76,7 +85,8 @@ class _Attention:
     def __init__(self, module: Any, norm: Any, turns: dict[str, Tensor]) -> None:
         self.turns = turns[module.rope_layer_type]
         self.heads, self.width, self.window = module.num_heads, module.head_dim, module.sliding_window
-        self.scaling, self.sinks, self.eps = module.scaling, module.sinks.view(-1, 1), module.q_b_norm.eps
+        self.scaling, self.eps = _number(module.scaling), _number(module.q_b_norm.eps)
+        self.sinks = module.sinks.view(-1, 1)
         self.norms = torch.ones(self.heads + 1, self.width)
         self.norms[-1] = module.kv_norm.weight
         projections, queries = [module.q_a_proj.weight, module.kv_proj.weight], [module.q_b_proj.weight]
@@ -153,6 +163,7 @@ class _Experts:
         self.inner = (len(self.projections) - routed.num_experts) // 2
         self.down = torch.cat([*routed.down_proj, shared.down_proj.weight], dim=1)
         self.limit, self.activation, self.fixed = routed.limit, routed.act_fn, getattr(self.router, "tid2eid", None)
+        self.tiny, self.scaling = _number(1e-20), _number(self.router.routed_scaling_factor)
 
     def __call__(self, x: Tensor, tokens: Tensor) -> Tensor:
         experts, width = self.routed
@@ -163,7 +174,7 @@ class _Experts:
         else:
             chosen = self.fixed[tokens].long()
         weights = scores.gather(1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * router.routed_scaling_factor
+        weights = weights / (weights.sum(-1, keepdim=True) + self.tiny) * self.scaling
         mix = torch.zeros_like(scores).scatter_add(1, chosen, weights)
         inner = self.activation(gates.clamp(max=self.limit)) * ups.clamp(-self.limit, self.limit)
         inner[:, : experts * width].view(-1, experts, width).mul_(mix.unsqueeze(2))
@@ -174,10 +185,11 @@ class _Streams:
     """Hyper-connections around a block: what it reads of the streams, and how its output goes back to them."""
 
     def __init__(self, module: Any, norm: Any) -> None:
-        self.count, self.eps, self.rounds = module.hc_mult, module.hc_eps, module.hc_sinkhorn_iters
+        self.count, self.eps, self.rounds = module.hc_mult, _number(module.hc_eps), module.hc_sinkhorn_iters
         scales = module.scale.repeat_interleave(torch.tensor([self.count, self.count, self.count**2]))
         self.weight, self.base = module.fn * scales.unsqueeze(1), module.base
-        self.flat_eps, self.norm_eps = module.input_norm.eps, norm.variance_epsilon
+        self.flat_eps, self.norm_eps = _number(module.input_norm.eps), _number(norm.variance_epsilon)
+        self.two = _number(2.0)
 
     def __call__(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """streams [B, n, hidden] -> (the block's input [B, hidden], shares of its output [B, n, 1], mix [B, n, n]).
@@ -191,7 +203,7 @@ class _Streams:
         for dim in (-2, *(-1, -2) * (self.rounds - 1)):
             mix.div_(mix.sum(dim, keepdim=True).add_(eps))
         x = torch.bmm((gates[:, :count] + eps).unsqueeze(1), streams).squeeze(1)
-        return x * _scale(x, self.norm_eps), (2 * gates[:, count:]).unsqueeze(2), mix.transpose(1, 2)
+        return x * _scale(x, self.norm_eps), (self.two * gates[:, count:]).unsqueeze(2), mix.transpose(1, 2)
 
 
 class Forward:

@@ -106,13 +106,6 @@ def _ending(guarded: Guarded, token: str, seconds: float) -> Ending:
     return ending
 
 
-def start(
-    command: tuple[str, ...], environment: dict[str, str], token: str, popen: Popen = subprocess.Popen
-) -> Guarded:
-    """Starts the process of a test file below a guardian of its own: the one place where one is started."""
-    return Guarded(command, environment, token, popen=popen)
-
-
 def run_attempt(
     command: tuple[str, ...],
     environment: dict[str, str],
@@ -132,7 +125,7 @@ def run_attempt(
     """
     memory = gpu_memory.unaccounted()
     token, tic = new_token(environment), time.monotonic()
-    guarded = start(command, environment, token, popen)
+    guarded = Guarded(command, environment, token, popen=popen)
     pump = threading.Thread(target=_pump, args=(guarded.output, log, console, is_shown), daemon=True)
     pump.start()
     forced = _wait(guarded, timeout, interruption)

@@ -3,17 +3,11 @@
 import json
 
 from pdkit.core.console import columns
-from pdkit.core.registry import Registration
 from pdkit.runner.options import Options
 from pdkit.runner.select import Selection
 
 HEADER = ("FILE", "SUITE", "HW", "EST", "NIGHTLY", "PARTITION", "DISABLED")
 NUMERIC = (HEADER.index("EST"), HEADER.index("PARTITION"))
-
-
-def _partition(registration: Registration, selection: Selection, options: Options) -> str:
-    rank = selection.partition.get(registration)
-    return "-" if rank is None else f"{rank}/{options.partition_size}"
 
 
 def table(selection: Selection, options: Options) -> str:
@@ -22,7 +16,8 @@ def table(selection: Selection, options: Options) -> str:
     for r in selection.enabled + selection.disabled:
         nightly = "yes" if r.nightly else "no"
         why = "-" if r.is_enabled else r.disabled or "no reason given"
-        rows.append((r.name, r.suite, r.hw, f"{r.est_time:g} s", nightly, _partition(r, selection, options), why))
+        part = f"{selection.partition[r]}/{options.partition_size}" if r in selection.partition else "-"
+        rows.append((r.name, r.suite, r.hw, f"{r.est_time:g} s", nightly, part, why))
     return f"{columns(rows, right=NUMERIC)}\n{totals(selection)}"
 
 

@@ -15,14 +15,6 @@ QUESTIONS_VARIABLE = "SGLANG_PD_GSM8K"
 DISTRIBUTED = Path("registered", "distributed")
 
 
-class TargetUnavailable(NotReady):
-    """This machine cannot run the target asked for; the message is one line that says why."""
-
-
-class UnknownTarget(UsageError):
-    """No target has the name asked for; the message is one line that names the nearest."""
-
-
 TOPICS = {
     "protocol": "what clients meet",
     "recovery": "servers that die or freeze",
@@ -159,17 +151,17 @@ def left_out(name: str | None) -> tuple[str, ...]:
 def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
     """The target `wanted`, or else the first that this machine with `gpus` can run.
 
-    Raises UnknownTarget where `wanted` is not a target, TargetUnavailable where it needs more than there is.
+    Raises UsageError where `wanted` is not a target, NotReady where it needs more than there is.
     """
     if wanted is None:
         return next(target for target in TARGETS if target.runs_on(gpus) and not target.lacks())
     by_name = {target.name: target for target in TARGETS}
     if wanted not in by_name:
-        raise UnknownTarget(unknown("target", wanted, by_name))
+        raise UsageError(unknown("target", wanted, by_name))
     target = by_name[wanted]
     if not target.runs_on(gpus):
         has = f"this machine has {found(gpus)} and can run --on {choose(gpus).name}"
-        raise TargetUnavailable(f"target {target.name} needs {target.needs}; {has}")
+        raise NotReady(f"target {target.name} needs {target.needs}; {has}")
     return target
 
 

@@ -68,8 +68,9 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
         return question_prompts(cls.gsm8k_data_path, count)
 
     def test_each_scenario_can_fail(self):
-        self.settle_seconds, self.sustained_seconds, self.idle_seconds = 2, 2, 1.5
+        self.sustained_seconds, self.idle_seconds, settle_seconds = 1, 1.5, self.settle_seconds
         for name, breakage, pattern in BREAKAGES:
+            self.settle_seconds = 0.5
             with self.subTest(scenario=name), BrokenRouter(self.lb_url, breakage) as router:
                 client = Client(replace(MINI_LB, tells_of_leaving=True), router.url, self.model, self.request_timeout)
                 self.clients, self.lone_router_url = [client], router.url
@@ -80,6 +81,7 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
             client.close()
             for url in (self.prefill_url, self.decode_url):
                 requests.post(f"{url}/abort_request", json={"abort_all": True}, timeout=self.request_timeout)
+            self.settle_seconds = settle_seconds
             self.assertIdle()
 
 

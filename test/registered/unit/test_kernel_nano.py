@@ -14,6 +14,7 @@ from cases import FolderCase, printed
 from pdkit.checks.reference.truth import LogprobTruth, fp8_rounding, logprobs
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import NotReady
+from pdkit.models.cpu.evaluation import WINDOW, Score, validation
 from pdkit.models.cpu.model import ModelError
 from pdkit.models.cuda import checkpoint, store, training
 from pdkit.models.cuda import fit as fitting
@@ -254,7 +255,7 @@ class TestTraining(unittest.TestCase):
         self.assertAlmostEqual(sum(stage.share for stage in training.STAGES), 1)
         self.assertIsNone(training.STAGES[-1].sinkhorn)
         for stage in training.STAGES:
-            self.assertEqual(stage.length % training.WINDOW, 0)
+            self.assertEqual(stage.length % WINDOW, 0)
 
     def test_only_wide_matrices_learn_slowly(self):
         model = torch.nn.Module()
@@ -264,7 +265,7 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(scales, {(8, 4096): 128 / 4096, (8, 128): 1.0, (8,): 1.0})
 
     def test_validation_is_neither_trained_on_nor_evaluated(self):
-        problems, shots = training.validation(8, 0)
+        problems, shots = validation(8, 0)
         evaluated = {problem.key for problem in evaluation_set(8)}
         self.assertEqual((len(problems), len(shots)), (8, 5))
         self.assertTrue(evaluated - {problem.key for problem in problems})
@@ -284,7 +285,7 @@ class TestFitting(FolderCase):
         )  # fmt: skip
         with (
             mock.patch.object(fitting, "train", lambda *_: iter(steps)),
-            mock.patch.object(fitting, "score", lambda *_: training.DraftScore(1, 0.5, 0.75)),
+            mock.patch.object(fitting, "score", lambda *_: Score(1, 0.5, 0.75)),
             mock.patch.object(fitting, "BatchQueue"),
             mock.patch.object(fitting.checkpoint, "save", wraps=checkpoint.save) as self.save,
         ):

@@ -24,6 +24,7 @@ from junitparser import JUnitXml
 from pdkit.checks.hints import ComparedRequest, Evidence
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import UsageError
 from pdkit.core.events import append
 from pdkit.preflight import plan as gpu_plan
 from pdkit.runner.report.compare import compared
@@ -32,7 +33,7 @@ from pdkit.runner.report.issue import issue
 from pdkit.runner.report.junit import junit
 from pdkit.runner.report.markdown import markdown
 from pdkit.runner.report.model import ComparedRound, Distribution, Phase, Score
-from pdkit.runner.report.read import NoReport, read_directory
+from pdkit.runner.report.read import read_directory
 from pdkit.runner.report.rejudge import judged, rejudged
 from pdkit.runner.report.terminal import cause, log_tails, rows, scores
 from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
@@ -177,7 +178,7 @@ class TestRecorded(unittest.TestCase):
     def test_markdown(self):
         text = markdown(self.report)
         self.assertIn("## main job on embedded: failed\n", text)
-        self.assertIn("**Score 0.940** (188 of 200), exact 95 % interval ", text)
+        self.assertIn("**score 0.940 (188 of 200), exact 95 % interval ", text)
         self.assertIn("| SIGKILL prefill | ", text)
         self.assertIn("failed in phase gate", text)
         self.assertIn("End of 001-test_recorded.1.log:\n", text)
@@ -535,7 +536,7 @@ class TestBroken(unittest.TestCase):
     def test_no_run(self):
         for spoil in ("", "[]", "{", '{"files": 1}', '{"files": [1]}'):
             (self.directory / "results.json").write_text(spoil)
-            with self.subTest(spoil), self.assertRaisesRegex(NoReport, "no results.json of a run"):
+            with self.subTest(spoil), self.assertRaisesRegex(UsageError, "no results.json of a run"):
                 read_directory(self.directory)
 
     def test_lines_that_were_cut(self):

@@ -8,7 +8,7 @@ from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import NotReady, UsageError
 from pdkit.core.gpus import Gpu, found
-from pdkit.runner.targets import DISTRIBUTED, PARTS, TARGETS, TargetUnavailable, choose, left_out, why
+from pdkit.runner.targets import DISTRIBUTED, PARTS, TARGETS, choose, left_out, why
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
@@ -81,7 +81,7 @@ class TestChoose(unittest.TestCase):
 
     def test_a_target_out_of_reach_is_refused_and_never_replaced(self):
         reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
-        with machine(), self.assertRaisesRegex(TargetUnavailable, reason):
+        with machine(), self.assertRaisesRegex(NotReady, reason):
             choose([H200] * 2, wanted="8xH200")
 
     def test_why_not_higher(self):

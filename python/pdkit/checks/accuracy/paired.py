@@ -109,7 +109,7 @@ class PairedGate(Judgement):
         options, plan = self.options, self.plan
         if not self.examples:
             return f"paired gate: {Verdict.UNDECIDED.value}, nothing scored of {self.available} examples"
-        pairs = stats.mcnemar(self.baseline, self.candidate)
+        pairs = stats.sign_test_of(self.lost, self.gained)
         right = " and ".join(str(sum(each)) for each in (self.candidate, self.baseline))
         alarm, miss = paired.error_rates(plan)
         lines = [

@@ -15,7 +15,6 @@ from unittest import mock
 
 import requests
 
-import pdkit
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
 from pdkit.checks.external.checks import MIN_SCORE, CheckedDeployment, CheckRow, State, check_all, check_record
 from pdkit.checks.external.record import Fingerprint, record_of
@@ -24,10 +23,11 @@ from pdkit.core.command import Parser, positive
 from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.gsm8k import Dataset, DatasetError, read_dataset
 from pdkit.core.loopback import past_proxies
+from pdkit.core.paths import ASSETS
 from pdkit.deployment.external import KEY_VARIABLE, Deployment, discover, is_monolithic, key_sent, probe
 
 DATA_VARIABLE = "SGLANG_PD_GSM8K"
-NANO_QUESTIONS = Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl"
+NANO_QUESTIONS = ASSETS / "gsm8k_nano.jsonl"
 EVIDENCE_SHOWN = 10
 NO_QUESTIONS = "not asked: the record is compared alone"
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.stats import norm
+import scipy
 
 from pdkit.checks import http
 from pdkit.checks.base import Checks
@@ -86,7 +86,7 @@ class Forced(Judgement):
         (z_(1-alpha) + z_0.9) * sigma * sqrt(2 / tokens), of a comparison of two means.
         """
         tokens = [token for row in self.control for token in row]
-        factor = norm.ppf(1 - LEVEL / len(self.MEASURES)) + norm.ppf(0.9)
+        factor = scipy.stats.norm.ppf(1 - LEVEL / len(self.MEASURES)) + scipy.stats.norm.ppf(0.9)
         return float(factor * np.std(tokens) * math.sqrt(2 / len(tokens)))
 
     def report(self) -> str:

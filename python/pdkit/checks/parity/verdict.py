@@ -17,7 +17,7 @@ from pdkit.checks.order import Ordered, by_load, by_number
 from pdkit.checks.parity.answers import Answer, Arm
 from pdkit.checks.parity.plan import Probe, Round
 from pdkit.core.quantile import quantile
-from pdkit.core.stats import mcnemar, sign_test_of
+from pdkit.core.stats import sign_test, sign_test_of
 
 # What another order of summation does to a float32 logprob of a nano model: about 1e-6; a KV transfer without its last
 # token does 1e-2. Used only on a machine where batching was seen to change bits without any KV transfer.
@@ -290,10 +290,10 @@ class Parity(Judgement):
     def _beyond_control(self, answers: Arm, control: Differences) -> tuple[str, ...]:
         candidate = self.candidate_distribution
         found = []
-        tokens = mcnemar(control.same_tokens, candidate.same_tokens)
+        tokens = sign_test(control.same_tokens, candidate.same_tokens)
         if tokens.p_value <= LEVEL / 2:
             found.append(
-                f"tokens: {tokens.lost} requests keep their tokens with the control only, {tokens.gained} with the "
+                f"tokens: {tokens.larger} requests keep their tokens with the control only, {tokens.smaller} with the "
                 f"candidate only; exact McNemar p = {tokens.p_value:.2g} <= {LEVEL / 2:g}"
             )
         further = sign_test_of(self.further.count(1), self.further.count(-1))

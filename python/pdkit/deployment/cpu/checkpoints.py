@@ -19,18 +19,18 @@ from typing import Any
 
 from pdkit.core import paths
 from pdkit.core.errors import NotReady
+from pdkit.core.paths import ASSETS
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FEW_HEADS
 
-ASSETS = Path(__file__).parents[2] / "assets"
+SEED = 5
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-VOCAB_SIZE = 520
 DSV4_FIELDS: dict[str, Any] = {
     **FEW_HEADS,
     "num_hidden_layers": 4,
     "compress_ratios": [0, 4, 128, 4, 0],
     "index_n_heads": 8,
-    "vocab_size": VOCAB_SIZE,
+    "vocab_size": 520,
 }
 """config.json, in DeepSeek's own names; what is not named here is as in pdkit.models.cuda.config.
 
@@ -41,13 +41,14 @@ Linear layers are bfloat16: the fp8 ones need a GPU.
 def provide(kind: str) -> Path:
     """The directory of a model; the random one is made if it is not there, or was made by other code.
 
-    Raises NotReady where the trained DeepSeek-V4 is absent.
+    Raises NotReady where the trained DeepSeek-V4 is absent, store.DamagedCheckpoint where it is not that of its record.
     """
     if kind == "llama":
         return ASSETS / "nano-llama"
     if kind == "dsv4-trained":
-        if path := trained_dsv4():
-            return path
+        for path in (ASSETS / "few-heads-dsv4", store.cached(store.FEW_HEADS)):
+            if store.is_trained(path):
+                return path
         raise NotReady(f"no trained DeepSeek-V4 in {ASSETS}: pdkit model kernel-train --few-heads makes one on a GPU")
     assert kind == "dsv4", kind
     path = paths.cache() / "sglang-cpu" / f"dsv4-{_version()}"
@@ -62,12 +63,6 @@ def provide(kind: str) -> Path:
     return path
 
 
-def trained_dsv4() -> Path | None:
-    """Where the trained DeepSeek-V4 is, if it is. Raises store.DamagedCheckpoint where it is not that of its record."""
-    both = ASSETS / "few-heads-dsv4", store.cached(store.FEW_HEADS)
-    return next((path for path in both if store.is_trained(path)), None)
-
-
 def _version() -> str:
     import hashlib
 
@@ -75,42 +70,6 @@ def _version() -> str:
 
     content = Path(__file__).read_bytes() + json.dumps(DSV4_FIELDS).encode() + transformers.__version__.encode()
     return hashlib.sha256(content).hexdigest()[:10]
-
-
-def _write_tokenizer(path: Path) -> None:
-    path.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
-
-
-def new_llama(initializer_range: float) -> Any:
-    """An untrained LlamaForCausalLM, float32, from torch's random state."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-        initializer_range=initializer_range,
-    )
-    return LlamaForCausalLM(config).float()
-
-
-def save_llama(model: Any, path: Path) -> None:
-    """Write the model, whose values bfloat16 can hold, to the new directory `path`."""
-    import torch
-
-    _write_tokenizer(path)
-    model.to(torch.bfloat16).save_pretrained(path)
 
 
 def _untrained_dsv4(*, mtp: bool) -> Any:
@@ -125,12 +84,12 @@ def _untrained_dsv4(*, mtp: bool) -> Any:
     return model
 
 
-def dsv4_reference(seed: int = 5) -> Any:
+def dsv4_reference() -> Any:
     """The DeepSeek-V4 without its MTP layer as transformers has it, float32; values that bfloat16 can hold."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         return _untrained_dsv4(mtp=False).eval()
 
 
@@ -177,17 +136,19 @@ def _mtp_tensors(main: Any) -> dict[str, Any]:
     }
 
 
-def make_dsv4(path: Path, seed: int = 5) -> None:
+def make_dsv4(path: Path) -> None:
     """Write the DeepSeek-V4 to the new directory `path`."""
     import torch
     from safetensors.torch import save_file
 
     from pdkit.models.cuda.checkpoint import stored
 
-    _write_tokenizer(path)
-    main = dsv4_reference(seed)
+    path.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
+    main = dsv4_reference()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
+        torch.manual_seed(SEED + 1)
         mtp = _mtp_tensors(main)
     named = {f"main.{name}": tensor for name, tensor in main.state_dict().items()}
     named |= {f"mtp.{name}": tensor for name, tensor in mtp.items()}

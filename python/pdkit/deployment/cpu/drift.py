@@ -16,19 +16,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pdkit
 from pdkit.core.errors import ExitCode, NotReady
-from pdkit.deployment.cpu import plan, shims  # noqa: F401  registers
+from pdkit.core.paths import ASSETS
+from pdkit.deployment.cpu import plan
 from pdkit.deployment.cpu.registry import REPLACEMENTS
 
 RELEASE = "0.5.23"
-RECORD = Path(pdkit.__file__).parent / "assets" / "sglang-cpu-drift.txt"
+RECORD = ASSETS / "sglang-cpu-drift.txt"
 WHOLE = "-"
 ABSENT, PRESENT = "absent", "present"
 
 
 def entries() -> dict[tuple[str, str], bool]:
-    """(file relative to SGLang's package, name in it or WHOLE) of all that is recorded -> whether any code will do."""
+    """(file relative to SGLang's package, name in it or WHOLE) of all that is to be recorded -> whether any code will do."""
+    from pdkit.deployment.cpu import shims  # noqa: F401  registers; torch: only who records it pays for it
+
     found = {}
     for each in REPLACEMENTS:
         if each.module.startswith("sglang."):
@@ -87,10 +89,10 @@ def recorded() -> dict[tuple[str, str], str]:
 
 def differences(package: Path) -> list[str]:
     """One phrase for each name or file that is not as in RELEASE."""
-    known, found = recorded(), []
-    for (file, name), any_code in entries().items():
-        now = digest(package, file, name, any_code)
-        if now != known.get((file, name)):
+    found = []
+    for (file, name), then in recorded().items():
+        now = digest(package, file, name, any_code=then == PRESENT)
+        if now != then:
             what = file if name == WHOLE else f"{name} of {file}"
             found.append(f"{what} is absent" if now == ABSENT else f"{what} is another")
     return found
@@ -139,7 +141,7 @@ def main() -> int:
     except NotReady as reason:
         print(f"sglang-cpu: {reason}", file=sys.stderr)
         return ExitCode.NOT_READY
-    print(f"the CPU shims fit: {len(entries())} names and files are as in SGLang {RELEASE}")
+    print(f"the CPU shims fit: {len(recorded())} names and files are as in SGLang {RELEASE}")
     return ExitCode.PASSED
 
 

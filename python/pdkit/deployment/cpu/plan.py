@@ -11,7 +11,7 @@ import pdkit
 from pdkit.core import paths
 from pdkit.deployment.cpu import plugin
 
-SITE = Path(pdkit.__file__).parent / "assets" / "sglang-cpu-site"
+SITE = paths.ASSETS / "sglang-cpu-site"
 SOURCE_VARIABLE = "PDKIT_SGLANG_SOURCE"
 BACKENDS = "mooncake_tcp", "nixl"
 
@@ -35,48 +35,41 @@ ENVIRONMENT = {
     # libnccl of the CUDA wheels loads without a GPU; without it tensor-parallel groups use gloo.
     "SGLANG_NCCL_SO_PATH": "/nonexistent",
     "UCX_TLS": "tcp,self",
+    # To the paths of DeepSeek-V4 that the shims cover. Other models read none of these, and all have one fork server.
+    "SGLANG_DSV4_FP4_EXPERTS": "0",
+    "SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "1",
+    "SGLANG_OPT_USE_TILELANG_MHC_PRE": "0",
+    "SGLANG_OPT_USE_TILELANG_MHC_POST": "0",
+    "SGLANG_OPT_DEEPGEMM_HC_PRENORM": "0",
+    "SGLANG_OPT_FUSE_MHC_POST_PRE": "0",
+    "SGLANG_OPT_FLASHMLA_SPARSE_PREFILL": "0",
+    "SGLANG_OPT_USE_FUSED_HASH_TOPK": "0",
+    "SGLANG_OPT_USE_MULTI_STREAM_OVERLAP": "0",
+    "SGLANG_OPT_DSV4_NONPAGED_INDEXER": "0",
+    "SGLANG_OPT_USE_TOPK_V2": "0",
+    "SGLANG_OPT_USE_JIT_INDEXER_METADATA": "0",
 }
 
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of model: its flags, and the environment that takes SGLang to the paths which the shims cover.
+    """A kind of model, and its flags.
 
     name: which kernels it needs. checkpoint: its weights, see `checkpoints.provide`
     """
 
     name: str
     flags: tuple[str, ...]
-    environment: Mapping[str, str]
     checkpoint: str
 
 
-LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), {}, "llama")
+LLAMA = Model("llama", ("--dtype", "float32", "--attention-backend", "torch_native"), "llama")
 DSV4 = Model(
     "dsv4",
     (
         *("--dtype", "bfloat16", "--kv-cache-dtype", "fp8_e4m3"),
         *("--swa-full-tokens-ratio", "1.0", "--dsa-topk-backend", "torch"),
     ),
-    {
-        "SGLANG_DSV4_FP4_EXPERTS": "0",
-        "SGLANG_FP8_PAGED_MQA_LOGITS_TORCH": "1",
-        **dict.fromkeys(
-            (
-                "SGLANG_OPT_USE_TILELANG_MHC_PRE",
-                "SGLANG_OPT_USE_TILELANG_MHC_POST",
-                "SGLANG_OPT_DEEPGEMM_HC_PRENORM",
-                "SGLANG_OPT_FUSE_MHC_POST_PRE",
-                "SGLANG_OPT_FLASHMLA_SPARSE_PREFILL",
-                "SGLANG_OPT_USE_FUSED_HASH_TOPK",
-                "SGLANG_OPT_USE_MULTI_STREAM_OVERLAP",
-                "SGLANG_OPT_DSV4_NONPAGED_INDEXER",
-                "SGLANG_OPT_USE_TOPK_V2",
-                "SGLANG_OPT_USE_JIT_INDEXER_METADATA",
-            ),
-            "0",
-        ),
-    },
     "dsv4",
 )
 TRAINED_DSV4 = replace(DSV4, checkpoint="dsv4-trained")
@@ -113,7 +106,6 @@ def environment(model: Model, tree: Path | None = None, environ: Mapping[str, st
     """What a server of `model` is started with, beside what it inherits; `tree`: see `python_path`."""
     return {
         **ENVIRONMENT,
-        **model.environment,
         plugin.FAMILY_VARIABLE: model.name,
         "PYTHONPATH": python_path(tree, environ),
         "LD_LIBRARY_PATH": library_path(environ),

@@ -13,7 +13,8 @@ import traceback
 
 from pdkit.deployment.cpu import registry
 
-FAMILY_VARIABLE = "PDKIT_CPU_MODEL"  # "llama" or "dsv4": which kernels are needed
+FAMILY_VARIABLE = "PDKIT_CPU_MODEL"  # "llama" or "dsv4": which kernels are needed; COMMON: what all models need
+COMMON = "any"
 FAILED = 97
 ACTIVE = "pdkit: SGLang's GPU kernels are replaced by torch"
 
@@ -29,7 +30,7 @@ def families(model: str, nixl: bool) -> set[registry.Family]:
 
 
 def activate() -> None:
-    """Install the replacements, unless there is a GPU. Ends the process if that fails."""
+    """Install the replacements that are not yet, unless there is a GPU. Ends the process if that fails."""
     import torch
 
     if torch.cuda.is_available():
@@ -43,10 +44,4 @@ def activate() -> None:
         traceback.print_exc()
         print("pdkit: the CPU shims could not be installed (above)", file=sys.stderr, flush=True)
         os._exit(FAILED)
-    announce(model, len(installed))
-
-
-def announce(model: str, count: int | None = None) -> None:
-    """The line that `ACTIVE` begins; `count` names, None in a process that was forked after they were replaced."""
-    how = "before it was forked" if count is None else f"{count} names"
-    print(f"{ACTIVE}: {model}, {how}, process {os.getpid()}", file=sys.stderr, flush=True)
+    print(f"{ACTIVE}: {model}, {len(installed)} names, process {os.getpid()}", file=sys.stderr, flush=True)

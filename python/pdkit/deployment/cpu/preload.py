@@ -6,13 +6,14 @@ What only the spawned start of SGLang can show is not seen.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
-from pdkit.deployment.cpu import plugin
+from pdkit.deployment.cpu import plugin, registry
 
 MODULES = """
     sglang.launch_server sglang.srt.entrypoints.http_server sglang.srt.managers.detokenizer_manager
@@ -21,7 +22,7 @@ MODULES = """
 
 
 def prepare() -> Callable[[], None]:
-    """Imports, also the plugins that servers load. Returns what each child calls first."""
+    """Imports what any model needs, also the plugins that servers load. Returns what each child calls first."""
     import torch
 
     assert not torch.cuda.is_available(), "with a GPU servers cannot be forked"
@@ -29,14 +30,18 @@ def prepare() -> Callable[[], None]:
         importlib.import_module(name)
     from sglang.srt.plugins import load_plugins
 
+    os.environ[plugin.FAMILY_VARIABLE] = plugin.COMMON
     load_plugins()
+    for replacement in registry.REPLACEMENTS:
+        with contextlib.suppress(ImportError):  # of what is not installed; who needs it sees that when it is replaced
+            importlib.import_module(replacement.module)
     multiprocessing.set_start_method("fork", force=True)
     for owner, name, ours in (
         (BaseProcess, "run", named_by_their_work(BaseProcess.run)),
         (multiprocessing, "set_start_method", lambda method, force=False: None),  # SGLang asks for spawn
     ):
         setattr(owner, name, ours)
-    return lambda: plugin.announce(os.environ[plugin.FAMILY_VARIABLE])
+    return plugin.activate
 
 
 def named_by_their_work(run: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:

@@ -63,6 +63,7 @@ class Replacement:
 
 
 REPLACEMENTS: list[Replacement] = []
+_installed: set[str] = set()  # the targets
 
 
 def replaces(
@@ -105,8 +106,10 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 
 def install(families: Collection[str]) -> list[Replacement]:
-    """Install what belongs to `families`, in the order of registration; returns what was. Raises SglangChanged."""
+    """Install what belongs to `families`, in the order of registration; returns what is now. Raises SglangChanged."""
     chosen = [each for each in REPLACEMENTS if each.family in families]
     for each in chosen:
-        each.install()
+        if each.target not in _installed:
+            each.install()
+            _installed.add(each.target)
     return chosen

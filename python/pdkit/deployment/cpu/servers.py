@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pdkit
 from pdkit.core.forked import ForkServer
+from pdkit.core.paths import ASSETS
 from pdkit.deployment.cpu import checkpoints, drift, plan, requirements, working_tree
 from pdkit.deployment.fixture import PlannedServers
 from pdkit.deployment.ports import ClaimedPorts
@@ -22,8 +22,8 @@ from pdkit.deployment.server import Server
 
 SPAWN_VARIABLE = "PDKIT_CPU_SPAWN"
 
-# By tree, model and environment; those that the next class can use outlive the one that started them.
-_fork_servers: dict[tuple[Path | None, str, tuple[tuple[str, str], ...]], ForkServer] = {}
+# By tree and environment; those that the next class can use outlive the one that started them.
+_fork_servers: dict[tuple[Path | None, tuple[tuple[str, str], ...]], ForkServer] = {}
 
 
 @atexit.register  # at import, so that classes stop their servers before
@@ -46,7 +46,7 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
     backend = plan.BACKENDS[0]
     forked = not os.getenv(SPAWN_VARIABLE)
 
-    gsm8k_data_path = str(Path(pdkit.__file__).parent / "assets" / "gsm8k_nano.jsonl")
+    gsm8k_data_path = str(ASSETS / "gsm8k_nano.jsonl")
     prefill_gpus = decode_gpus = range(0)
     server_env: Mapping[str, str] = {}
     more_server_args: ClassVar[Sequence[str]] = ()
@@ -62,8 +62,6 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
     def configure(cls) -> None:
         cls.model_name = str(checkpoints.provide(cls.cpu_model.checkpoint))
         super().configure()
-        cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
-        cls.rdma_devices = []
         cls.server_args = [*plan.FLAGS, *cls.cpu_model.flags, *cls.more_server_args]
 
     @classmethod
@@ -72,14 +70,8 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         super().launch_all()
 
     @classmethod
-    def prefill_args(cls) -> list[str]:
-        own = cls.disaggregation_args("prefill", cls.prefill_gpus)
-        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_prefill_args]
-
-    @classmethod
-    def decode_args(cls) -> list[str]:
-        own = cls.disaggregation_args("decode", cls.decode_gpus)
-        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_decode_args]
+    def disaggregation_args(cls, side: str, gpus: Sequence[int]) -> list[str]:
+        return [*plan.PD_FLAGS, *super().disaggregation_args(side, gpus)]
 
     @classmethod
     def launch(
@@ -106,8 +98,8 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         return _fork_servers[key].based_on(Server)
 
     @classmethod
-    def _fork_key(cls, tree: Path | None) -> tuple[Path | None, str, tuple[tuple[str, str], ...]]:
-        return tree, cls.cpu_model.name, tuple(sorted(cls.server_env.items()))
+    def _fork_key(cls, tree: Path | None) -> tuple[Path | None, tuple[tuple[str, str], ...]]:
+        return tree, tuple(sorted(cls.server_env.items()))
 
     @classmethod
     def close_fork_servers_but(cls, tree: Path | None) -> None:

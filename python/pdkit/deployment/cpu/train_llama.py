@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pdkit.deployment.cpu.checkpoints import new_llama, save_llama
-from pdkit.models.cpu.evaluation import machine, prompt
+from pdkit.core.paths import ASSETS
+from pdkit.models.cpu.evaluation import rows_of, score, validation, write_record
 from pdkit.models.cpu.training import Batches, cosine, learn, optimizer_of, weighted_loss
 from pdkit.models.cuda.training import TimedStage
-from pdkit.models.problems import evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
 
 PEAK_LR = 3e-3
 WARMUP_STEPS = 100
-SHOTS = 5
-
-
+VALIDATION_PROBLEMS = 400
 STAGES = (
     TimedStage("single examples", 0.5, length=128, batch=32),
     TimedStage("few-shot", 0.3, length=512, batch=8),
@@ -55,20 +50,6 @@ def train(model: Any, batches: Batches, total: int) -> Iterator[tuple[int, float
             yield seen, loss.item()
 
 
-@torch.no_grad()
-def solved(model: Any, count: int, seed: str) -> float:
-    """Share of problems whose every answer token is the most likely one; at most the score of greedy decoding."""
-    tokenizer = nano_tokenizer()
-    drawn = evaluation_set(count + SHOTS, seed=seed)
-    good = 0
-    for problem in drawn[SHOTS:]:
-        question = tokenizer(prompt(drawn[:SHOTS], problem)).input_ids
-        answer = tokenizer(f" {problem.answer}\n\n").input_ids
-        best = model(torch.tensor([question + answer])).logits[0].argmax(-1).tolist()
-        good += best[len(question) - 1 : len(question) + len(answer) - 1] == answer
-    return good / count
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -77,30 +58,32 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
-    model = new_llama(initializer_range=0.05)
+    tokenizer = nano_tokenizer()
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(ASSETS / "nano-llama")).float()
     began = time.process_time()
-    for step, (seen, loss) in enumerate(train(model, Batches(nano_tokenizer(), options.seed), options.tokens), 1):
+    for step, (seen, loss) in enumerate(train(model, Batches(tokenizer, options.seed), options.tokens), 1):
         if step % 50 == 0:
-            print(
-                f"{seen} tokens, {seen / (time.process_time() - began):.0f} a second of CPU, loss {loss:.4f}",
-                flush=True,
-            )
+            rate = seen / (time.process_time() - began)
+            print(f"{seen} tokens, {rate:.0f} a second of CPU, loss {loss:.4f}", flush=True)
     seconds = time.process_time() - began
     model = model.bfloat16().float().eval()
-    record = {
-        "command": shlex.join(["python3", "-m", "pdkit.deployment.cpu.train_llama", *sys.argv[1:]]),
-        "seed": options.seed,
-        "parameters": sum(each.numel() for each in model.parameters()),
-        "tokens": options.tokens,
-        "stages": [asdict(stage) for stage in STAGES],
-        "cpu_seconds": round(seconds),
-        "machine": {**machine("cpu"), "threads": 1},
-        "scores": {"validation, 5 shots, 400 problems": solved(model, 400, "validation-0")},
-    }
-    save_llama(model, options.out)
-    record["sha256"] = hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest()
-    (options.out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record["scores"]))
+    rows = rows_of(*validation(VALIDATION_PROBLEMS, options.seed))
+    found = score(lambda ids: (model(ids).logits,), tokenizer, rows)
+    options.out.mkdir(parents=True)
+    tokenizer.save_pretrained(options.out)
+    model.bfloat16().save_pretrained(options.out)
+    write_record(
+        options.out,
+        "cpu",
+        seed=options.seed,
+        parameters=sum(each.numel() for each in model.parameters()),
+        tokens=options.tokens,
+        stages=[asdict(stage) for stage in STAGES],
+        cpu_seconds=round(seconds),
+        scores={f"validation, 5 shots, {found.problems} problems": found.solved},
+        sha256=hashlib.sha256((options.out / "model.safetensors").read_bytes()).hexdigest(),
+    )
+    print(f"solved {found.solved}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import pdkit
 from pdkit.core.errors import ExitCode
+from pdkit.core.paths import ASSETS
 from pdkit.faults import LIBRARY
 from pdkit.faults.kinds import families
 from pdkit.faults.matrix import report
@@ -17,7 +17,6 @@ from pdkit.faults.matrix.truth import TriedModel, truths_of
 from pdkit.faults.matrix.verdicts import checks_of
 from pdkit.faults.switch import find
 
-ASSETS = Path(pdkit.__file__).parent / "assets"
 SUBJECTS = Path(__file__).with_name("subjects.py")
 
 KINDS = "kinds"

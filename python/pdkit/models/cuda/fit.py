@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
 from pdkit.core.errors import NotReady
-from pdkit.models.cpu.evaluation import machine
+from pdkit.models.cpu.evaluation import SHOTS, Row, Score, rows_of, score, validation, write_record
 from pdkit.models.cuda import checkpoint, store
 from pdkit.models.cuda.config import FEW_HEADS
 from pdkit.models.cuda.model import KernelNano, rescale
-from pdkit.models.cuda.training import SHOTS, BatchQueue, score, train, validation
+from pdkit.models.cuda.training import BatchQueue, tokenizer, train
 from pdkit.models.problems import EVALUATION_ROWS, evaluation_set
 
 REPORT_EVERY = 10.0
@@ -37,26 +35,29 @@ def run(options: argparse.Namespace) -> None:
     checkpoint.save(model, options.out)
     evaluation = evaluation_set(EVALUATION_ROWS)
     shots, rows = evaluation[:SHOTS], evaluation[SHOTS : SHOTS + options.score_rows]
-    found = score(checkpoint.load(options.out).to(options.device), rows, shots)
-    record = {
-        "sha256": store.digest(options.out),
-        "command": shlex.join(["python3", *sys.argv]),
-        "seed": options.seed,
-        "steps": steps,
-        "tokens": tokens,
-        "training_seconds": round(took),
-        "machine": machine(options.device),
-        "evaluation rows": found.problems,
-        "solved": found.solved,
-        "drafts right": found.drafted,
-    }
-    (options.out / store.RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    found = scored(checkpoint.load(options.out).to(options.device), rows_of(rows, shots))
+    digest = store.digest(options.out)
+    write_record(
+        options.out,
+        options.device,
+        sha256=digest,
+        seed=options.seed,
+        steps=steps,
+        tokens=tokens,
+        training_seconds=round(took),
+        **{"evaluation rows": found.problems, "solved": found.solved, "drafts right": found.drafted},
+    )
     print(
         f"read back, {found.problems} evaluation rows, {SHOTS} shots: solved {found.solved:.4f}, "
         f"drafts right {found.drafted:.4f}\n"
-        f"wrote {options.out} (hash {record['sha256']}) after {took:.0f} s, {steps} steps",
+        f"wrote {options.out} (hash {digest}) after {took:.0f} s, {steps} steps",
         flush=True,
     )
+
+
+def scored(model: KernelNano, rows: Sequence[Row]) -> Score:
+    """What the model and its MTP layer answer."""
+    return score(lambda ids: model(ids.to(model.device)), tokenizer(), rows)
 
 
 def fit(options: argparse.Namespace) -> tuple[KernelNano, int, int]:
@@ -64,14 +65,14 @@ def fit(options: argparse.Namespace) -> tuple[KernelNano, int, int]:
     model = KernelNano(options.seed, options.hidden_size, FEW_HEADS if options.few_heads else None)
     rescale(model)
     model.to(options.device).train()
-    problems, shots = validation(VALIDATION_PROBLEMS, options.seed)
+    rows = rows_of(*validation(VALIDATION_PROBLEMS, options.seed))
     batches = BatchQueue(options.seed, options.workers)
     reported = saved = 0.0
     try:
         for at in train(model, batches, options.seconds):
             if at.seconds - reported >= REPORT_EVERY or at.step == 1:
                 reported = at.seconds
-                found = score(model, problems, shots)
+                found = scored(model, rows)
                 print(
                     f"{at.seconds:6.1f} s  step {at.step:5}  {at.stage.name:<15}  loss {at.loss:.4f}  "
                     f"mtp {at.mtp_loss:.4f}  indexer {at.index_loss:.3f}  lr {at.lr:.1e}  {at.rate:7,.0f} tokens/s  "

@@ -11,14 +11,13 @@ import functools
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pdkit.models.cpu.evaluation import prompt
 from pdkit.models.cpu.training import (
     INDEXER_WEIGHT,
     WEIGHT_DECAY,
@@ -29,14 +28,12 @@ from pdkit.models.cpu.training import (
     weighted_loss,
 )
 from pdkit.models.cuda.model import KernelNano
-from pdkit.models.problems import Problem, evaluation_set
 from pdkit.models.tokenizer import nano_tokenizer
 
 PEAK_LR = 2e-3
 WARMUP_STEPS = 50
-SHOTS = 5
+AHEAD = 16  # batches
 EARLY_SINKHORN = 4
-WINDOW = 128
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ def _draw(seed: str, batch: int, length: int) -> list[list]:
 class BatchQueue:
     """Batches drawn ahead by `workers` processes; which ones does not depend on how many there are."""
 
-    def __init__(self, seed: int, workers: int, ahead: int = 16):
-        self._seed, self._drawn, self._ahead = seed, 0, ahead
+    def __init__(self, seed: int, workers: int):
+        self._seed, self._drawn = seed, 0
         self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         self._waiting: deque = deque()
         self._shape: tuple[int, int] | None = None
@@ -100,7 +97,7 @@ class BatchQueue:
         if self._shape != (batch, length):
             self._waiting.clear()
             self._shape = batch, length
-        while len(self._waiting) < self._ahead:
+        while len(self._waiting) < AHEAD:
             self._waiting.append(self._pool.submit(_draw, f"{self._seed}-{self._drawn}", batch, length))
             self._drawn += 1
         ids, weights = self._waiting.popleft().result()
@@ -143,23 +140,16 @@ def set_sinkhorn(model: KernelNano, iterations: int | None) -> None:
             module.hc_sinkhorn_iters = iterations or served
 
 
-def train(
-    model: KernelNano,
-    batches: BatchQueue,
-    seconds: float,
-    *,
-    stages: Sequence[TimedStage] = STAGES,
-    peak_lr: float = PEAK_LR,
-) -> Iterator[TimedProgress]:
+def train(model: KernelNano, batches: BatchQueue, seconds: float) -> Iterator[TimedProgress]:
     """Train `model` in place for `seconds`, yielding after every step; the caller's time counts, too."""
     records, optimizer = IndexerRecords(model.main), optimizer_of(model)
     kind = model.device.type
     began, step, tokens, end = time.monotonic(), 0, 0, 0.0
-    for stage in stages:
+    for stage in STAGES:
         end += stage.share * seconds
         set_sinkhorn(model, stage.sinkhorn)
         while (elapsed := time.monotonic() - began) < end:
-            lr = peak_lr * cosine(elapsed / seconds) * min(1.0, (step + 1) / WARMUP_STEPS)
+            lr = PEAK_LR * cosine(elapsed / seconds) * min(1.0, (step + 1) / WARMUP_STEPS)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             ids, weights = (each.to(model.device) for each in batches.draw(stage.batch, stage.length))
@@ -172,43 +162,3 @@ def train(
                 stage, step, tokens, time.monotonic() - began, loss.item(), mtp_loss.item(), index_loss.item(), lr
             )
     set_sinkhorn(model, None)
-
-
-@dataclass(frozen=True)
-class DraftScore:
-    """Shares: of problems whose every answer token is the most likely one, and of drafts that are the token after."""
-
-    problems: int
-    solved: float
-    drafted: float
-
-
-@torch.no_grad()
-def score(model: KernelNano, problems: Sequence[Problem], shots: Sequence[Problem], batch: int = 8) -> DraftScore:
-    """What greedy decoding would give, without decoding: the data's answers follow from the question.
-
-    If at each position of the right answer its next token is the most likely one, decoding writes that answer; `solved`
-    is therefore at most the score of an eval. `drafted` is among positions of answers.
-    """
-    solved = drafts = right = 0
-    for start in range(0, len(problems), batch):
-        rows = []
-        for problem in problems[start : start + batch]:
-            question = tokenizer()(prompt(shots, problem)).input_ids
-            rows.append((len(question), question + tokenizer()(f" {problem.answer}\n\n").input_ids))
-        length = -(-max(len(ids) for _, ids in rows) // WINDOW) * WINDOW
-        padded = torch.tensor([ids + [tokenizer().pad_token_id] * (length - len(ids)) for _, ids in rows])
-        logits, mtp = model(padded.to(model.device))
-        best, draft = logits.argmax(-1).cpu(), mtp.argmax(-1).cpu()
-        for row, (first, ids) in enumerate(rows):
-            answer = torch.tensor(ids[first:])
-            solved += torch.equal(best[row, first - 1 : len(ids) - 1], answer)
-            right += (draft[row, first - 1 : len(ids) - 2] == answer[1:]).sum().item()
-            drafts += len(answer) - 1
-    return DraftScore(len(problems), solved / len(problems), right / drafts)
-
-
-def validation(count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Problems that are neither trained on nor in the evaluation file, and shots for them."""
-    drawn = evaluation_set(count + SHOTS, seed=f"validation-{seed}")
-    return drawn[SHOTS:], drawn[:SHOTS]

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import pdkit
 from pdkit.core import ports, processes
 from pdkit.core.host import installed
+from pdkit.core.paths import ASSETS
 from pdkit.core.source import UNKNOWN
 from pdkit.deployment import quirks
 from pdkit.preflight import dsv4
@@ -19,7 +19,6 @@ from pdkit.preflight.environment.needs import Needs, Process
 from pdkit.preflight.finding import Finding, error, ok, warning
 
 GIB, MIB = 2**30, 2**20
-ASSETS = Path(pdkit.__file__).parent / "assets"
 RDMA_BACKENDS = ("mooncake", "mori")
 SERVER_FILES = 65535  # what SGLang's servers raise their limit to
 PAIR_FILES = 1024

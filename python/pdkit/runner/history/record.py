@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -12,7 +11,7 @@ from pathlib import Path
 from pdkit.core import events
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
-from pdkit.core.host import installed
+from pdkit.core.host import commit, installed
 from pdkit.runner.options import Options
 from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
@@ -96,14 +95,6 @@ class Record:
         return json.dumps({**asdict(self), "time": self.time.isoformat(timespec="seconds")}, allow_nan=False)
 
 
-def _git(directory: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(directory), *words], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def measurement_of(file: str, happened: Events) -> Measurement | None:
     """What the events of a test file tell; None if there is no phase that ended, and no score."""
     score, phases = facts.score_of(happened), facts.phases_of(happened)
@@ -158,11 +149,12 @@ def of_run(
         for result in results
         if result.attempts
     )
+    revision = commit(options.test_root) or ""
     return Record(
         version=VERSION,
         time=began,
-        commit=_git(options.test_root, "rev-parse", "HEAD"),
-        modified=bool(_git(options.test_root, "status", "--porcelain", "--untracked-files=no")),
+        commit=revision.removesuffix("+") or None,
+        modified=revision.endswith("+"),
         sglang=installed("sglang"),
         python=platform.python_version(),
         host=platform.node(),

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pdkit.runner.report.model import Distribution, FileRun, Phase, Report, Score
-from pdkit.runner.report.terminal import ROWS, words_of
+from pdkit.runner.report.model import ROWS, Distribution, FileRun, Phase, Report, Score
+from pdkit.runner.report.terminal import words_of
 
 WRONG_SHOWN = 30
 _ENVIRONMENT = Environment(

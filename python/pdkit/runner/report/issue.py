@@ -19,9 +19,8 @@ def issue(report: Report) -> str:
 
 
 def _block(report: Report, run: FileRun) -> Iterator[str]:
-    where = f" in phase {run.failed_phase}" if run.failed_phase else ""
     on = f" on target {report.target}" if report.target else ""
-    yield from (f"**{run.file} {run.state}{where}{on}** ({run.reason})", "")
+    yield from (f"**{run.file} {run.state}{run.in_phase}{on}** ({run.reason})", "")
     if run.death:
         yield from (f"Died first: {run.death.cause}", "")
     if run.failure:

@@ -31,11 +31,7 @@ def _suite(report: Report, run: FileRun) -> TestSuite:
     elif first_bad is not None:
         first_bad.result = [_outcome(run, Failure)]
     if run.score:
-        low, high = run.score.interval
-        cases[0].system_out = (
-            f"score {run.score.value:.3f} ({run.score.correct} of {run.score.examples}), "
-            f"exact 95 % interval {low:.3f} to {high:.3f}, {run.score.gate}"
-        )
+        cases[0].system_out = str(run.score)
     suite.add_testcases(cases)
     return suite
 
@@ -63,8 +59,7 @@ def _whole(run: FileRun) -> TestCase:
 
 
 def _outcome(run: FileRun, kind: type[Failure] | type[Error]) -> Failure | Error:
-    where = f" in phase {run.failed_phase}" if run.failed_phase else ""
-    outcome = kind(_printable(f"{run.state}{where}: {run.death.cause if run.death else run.reason}"), run.state)
+    outcome = kind(_printable(f"{run.state}{run.in_phase}: {run.death.cause if run.death else run.reason}"), run.state)
     outcome.text = _printable(run.failure + (f"\nhint: {run.hint}" if run.hint else ""))
     return outcome
 

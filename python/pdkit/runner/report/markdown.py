@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from pdkit.runner.report.model import FAIL, PASS, SKIP, FileRun, Report
-from pdkit.runner.report.terminal import ROWS, words_of
+from pdkit.runner.report.terminal import words_of
 
 _MARKS = {"passed": "✅", "passed on retry": "✅", "failed": "❌", "timed out": "❌", "interrupted": "❌"}
 _ROW_MARKS = {PASS: "✅", FAIL: "❌", SKIP: "–"}
@@ -31,12 +31,7 @@ def markdown(report: Report) -> str:
 def _details(run: FileRun) -> list[str]:
     lines = []
     if run.score:
-        low, high = run.score.interval
-        lines += [
-            f"**Score {run.score.value:.3f}** ({run.score.correct} of {run.score.examples}), exact 95 % interval "
-            f"{low:.3f} to {high:.3f}, {run.score.gate}, {run.score.where}",
-            "",
-        ]
+        lines += [f"**{run.score}**, {run.score.where}", ""]
     if run.phases:
         phases = (f"{p.name} {p.seconds:.1f} s" + f" **{p.state}**" * p.is_bad for p in run.phases)
         lines += ["Phases: " + ", ".join(phases), ""]
@@ -44,8 +39,7 @@ def _details(run: FileRun) -> list[str]:
         lines += [f"### {table.title}", "", _row(table.columns), _row("---" for _ in table.columns)]
         lines += [*map(_row, table.rows), "", *([table.note, ""] if table.note else [])]
     if run.is_bad:
-        where = f" in phase {run.failed_phase}" if run.failed_phase else ""
-        lines += [f"### {run.file} {run.state}{where}", ""]
+        lines += [f"### {run.file} {run.state}{run.in_phase}", ""]
         lines += [run.death.cause, ""] if run.death else []
         lines += ["~~~text", *words_of(run), "~~~", ""] if run.failure else []
         lines += [f"Hint: {run.hint}", ""] if run.hint else []
@@ -56,12 +50,11 @@ def _details(run: FileRun) -> list[str]:
 
 def _rows(run: FileRun, is_whole: bool) -> list[str]:
     """All of a file that has a few, otherwise, or where `is_whole` is False, those that did not pass."""
-    shown = [row for row in run.rows if (is_whole and len(run.rows) <= ROWS) or row.state != PASS]
+    shown, passed = run.shown(is_whole)
     if not shown:
         return []
     lines = [f"### {run.file}", "", "| | check | what was found |", "| --- | --- | --- |"]
     lines += [_row((f"{_ROW_MARKS[row.state]} {row.state}", row.name, row.sentence)) for row in shown]
-    passed = len(run.rows) - len(shown)
     return [*lines, *([_row(("✅ PASS", f"{passed} more", ""))] if passed else []), ""]
 
 

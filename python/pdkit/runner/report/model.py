@@ -10,6 +10,7 @@ from pdkit.runner.targets import left_out
 
 PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
+ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ class Score:
     @property
     def gate(self) -> str:
         return "no gate" if self.threshold is None else f"gate >{self.threshold:g}"
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        share = f"score {self.value:.3f} ({self.correct} of {self.examples})"
+        return f"{share}, exact 95 % interval {low:.3f} to {high:.3f}, {self.gate}"
 
     @property
     def where(self) -> str:
@@ -192,6 +198,11 @@ class FileRun:
         return tuple(example for example in self.examples if not example.is_right)
 
     @property
+    def in_phase(self) -> str:
+        """` in phase launch decode`, if it failed in one."""
+        return f" in phase {self.failed_phase}" if self.failed_phase else ""
+
+    @property
     def failed_phase(self) -> str | None:
         """Where it went wrong. Both servers load at once: one that died while they did failed in its own launch."""
         bad = next((phase.name for phase in self.phases if phase.is_bad), None)
@@ -199,6 +210,11 @@ class FileRun:
         if bad and bad.startswith("launch ") and victim in ("prefill", "decode"):
             return f"launch {victim}"
         return bad
+
+    def shown(self, is_whole: bool) -> tuple[list[ReportRow], int]:
+        """(rows, how many others passed): all of a few, but of many, or where `is_whole` is False, what did not pass."""
+        rows = [row for row in self.rows if (is_whole and len(self.rows) <= ROWS) or row.state != PASS]
+        return rows, len(self.rows) - len(rows)
 
     @property
     def first_failure(self) -> str:

@@ -25,10 +25,6 @@ _ACCEPTANCE = re.compile(r"\baccept len: (?P<length>[\d.]+)")
 _DECODE_RATE = re.compile(r"\bgen throughput \(token/s\): (?P<rate>[\d.]+)")
 
 
-class NoReport(UsageError):
-    """There is no run to report on; the message is one line."""
-
-
 @dataclass
 class _Reader:
     """Reads files below `root`; remembers what could not be read."""
@@ -80,12 +76,14 @@ class _Reader:
 
 
 def read_directory(root: Path) -> model.Report:
-    """The run that left `root`. Raises NoReport where there is no results.json in it."""
+    """The run that left `root`. Raises UsageError where there is no results.json in it."""
     reader = _Reader(root)
     results = reader.json("results.json", None)
     entries = results.get("files", []) if isinstance(results, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise NoReport(f"{root}: no results.json of a run with --report-dir" + "".join(f"; {n}" for n in reader.notes))
+        raise UsageError(
+            f"{root}: no results.json of a run with --report-dir" + "".join(f"; {n}" for n in reader.notes)
+        )
     return _report(reader, results)
 
 

@@ -4,34 +4,25 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pdkit.runner.report.model import PASS, FileRun, Log, Report
+from pdkit.runner.report.model import FileRun, Log, Report
 
 TAIL_LINES = 20
 GROUP_LINES = 300
 CAUSE_LINES = 12
 SENTENCE = 160
-ROWS = 40
 TEST, HUNG = "test", "where it hung"
 
 
 def scores(report: Report) -> list[str]:
     """One line per score."""
-    return [
-        f"{run.file}: score {run.score.value:.3f} ({run.score.correct} of {run.score.examples}), "
-        f"exact 95 % interval {run.score.interval[0]:.3f} to {run.score.interval[1]:.3f}, {run.score.gate}"
-        for run in report.files
-        if run.score
-    ]
+    return [f"{run.file}: {run.score}" for run in report.scored]
 
 
 def rows(run: FileRun, is_whole: bool = True) -> list[str]:
     """One line per row; of many, or where `is_whole` is False, those that did not pass, and how many did."""
-    shown = [row for row in run.rows if (is_whole and len(run.rows) <= ROWS) or row.state != PASS]
-    if not run.rows:
-        return []
+    shown, passed = run.shown(is_whole)
     width = max((len(row.name) for row in shown), default=0)
     lines = [f"  {row.state}  {row.name:<{width}}  {_cut(row.sentence)}".rstrip() for row in shown]
-    passed = len(run.rows) - len(shown)
     return [*lines, f"  PASS  {passed} more"] if passed else lines
 
 

@@ -15,7 +15,7 @@ STEP_SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 def write(directory: Path) -> list[str]:
     """Writes report.html, junit.xml and summary.md into `directory`; returns lines for the terminal.
 
-    Within a GitHub workflow the summary also goes into that of its step. Raises NoReport, or OSError.
+    Within a GitHub workflow the summary also goes into that of its step. Raises UsageError, or OSError.
     """
     report = read_directory(directory)
     (directory / "report.html").write_text(page(report))
