@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import requests
 IDLE_S = 1.0
 
 ERROR_LIMIT = 300
+ABORT_AGAIN_S = 0.2
 
 # SGLang's router reads an answer's numbers and writes them anew: the last digit of a logprob may differ, by 4e-15.
 REWRITTEN = 1e-12
@@ -66,6 +68,14 @@ def generate(url: str, body: Mapping[str, Any], timeout: float, session: request
         return post_or_fail(url, "/generate", body, timeout, session).json()
     except ValueError as error:
         raise RequestFailed(f"{type(error).__name__}: {error}") from None
+
+
+def abort_until_ended(asked: Future[Any], urls: Sequence[str], rid: str, timeout: float) -> None:
+    """Aborts the request `rid` until it has ended, again and again: an abort may overtake its request."""
+    while not asked.done():
+        for url in urls:
+            post(url, "/abort_request", {"rid": rid}, timeout)
+        wait([asked], ABORT_AGAIN_S)
 
 
 def status_of(url: str, timeout: float) -> int:
