@@ -23,6 +23,7 @@ from pdkit.runner import run
 from pdkit.runner.report import evidence
 from pdkit.runner.run import summary
 from pdkit.runner.targets import TARGETS
+from suite_trees import source_of, write_tree
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
 
@@ -91,28 +92,10 @@ class TestSummary(unittest.TestCase):
         self.assertIn("\n  launch prefill        1.0 s, FAILED\n  teardown              2.0 s\n", text)
 
 
-TEST_FILE = """
-import time
-import unittest
-from sglang.test.ci.ci_register import register_cpu_ci
-
-register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
-
-class TestFake(unittest.TestCase):
-    def test_fake(self):
-{body}
-
-if __name__ == "__main__":
-    unittest.main()
-"""
-
-
 def write_test(test_dir, body, file=EMBEDDED.test_file):
     """A registered test below `test_dir` whose only method does `body`."""
-    path = test_dir / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = TEST_FILE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8))
-    path.write_text(source.replace("from sglang.test.ci.ci_register", "from pdkit.core.ci_register"))
+    method = "def test_it(self):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    write_tree(test_dir, {file.relative_to("registered"): source_of(method)})
 
 
 class TestMain(FolderCase):
@@ -189,7 +172,7 @@ class TestMain(FolderCase):
         self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)
 
     def test_a_tree_without_the_test(self):
-        write_test(self.root, "pass", file="registered/test_other.py")
+        write_test(self.root, "pass", file=Path("registered/test_other.py"))
         self.assertEqual(self.main(), ExitCode.NOT_READY)
         self.assertIn(f"no registered test at {self.root / EMBEDDED.test_file}", self.err.getvalue())
 
@@ -225,7 +208,7 @@ class TestInterrupt(unittest.TestCase):
     """A test that stops its servers when it is told to end is waited for, and the command says 130."""
 
     TEST = """
-        import signal
+        import signal, time
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         from pdkit.core import events
         try:
