@@ -4,9 +4,7 @@ That a pair answers as the monolithic server does is asked by test_disaggregatio
 clients meet behind both load balancers by test_disaggregation_dsv4_protocol.py.
 """
 
-import contextlib
 import http.client
-import io
 import random
 import select
 import signal
@@ -23,6 +21,7 @@ import requests
 from engine_servers import BOOTSTRAP_TIMEOUT, ENVIRONMENT, GREEDY, RANDOM, Server, engine, events, keep_logs
 from pdkit.core import forked, ports, processes
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import NotReady
 from pdkit.engine.__main__ import bind, listen
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
@@ -127,20 +126,12 @@ class TestNative(EngineTestCase):
             sizes = [len(result["output_ids"]) for result in server.generate(texts, sampling_params=params)]
             self.assertEqual(sizes, [1, 2, 3])
             self.assertEqual(len(server.generate(["1"])), 1)
+            twice = server.generate(texts, sampling_params=GREEDY | {"n": 2})
+            self.assertEqual([result["output_ids"] for result in twice], [ids for ids in alone for _ in range(2)])
             body = {"text": texts, "sampling_params": GREEDY, "stream": True}
             chunks = events(server.post("/generate", body, stream=True))
             last = {chunk["index"]: chunk["output_ids"] for chunk in chunks}
             self.assertEqual([last[index] for index in range(3)], alone)
-
-    def test_several_samples_of_each_prompt(self):
-        texts = ["1", "12 plus 5"]
-        for server in (mono, lb):
-            alone = [server.generate(text)["output_ids"] for text in texts]
-            two = server.generate(texts[1], sampling_params=GREEDY | {"n": 2})
-            self.assertEqual([result["output_ids"] for result in two], [alone[1]] * 2)
-            four = server.generate(texts, sampling_params=GREEDY | {"n": 2})
-            self.assertEqual([result["output_ids"] for result in four], [alone[0], alone[0], alone[1], alone[1]])
-        self.assertIdle()
 
     def test_flush_cache(self):
         ids = prompt(300, seed="flush")
@@ -292,9 +283,9 @@ class TestBadRequests(EngineTestCase):
             ({"text": 5}, "text"),
             ({"text": "1", "sampling_params": []}, "sampling_params"),
             ({"text": "1", "sampling_params": "x"}, "sampling_params"),
-            ({"text": "1", "sampling_params": {"temperature": "hot"}}, "temperature must be"),
-            ({"text": "1", "sampling_params": {"top_k": 2.5}}, "top_k must be"),
-            ({"text": "1", "sampling_params": {"stop_token_ids": ["a"]}}, "stop_token_ids must be"),
+            ({"text": "1", "sampling_params": {"temperature": "hot"}}, "temperature: .* got .hot."),
+            ({"text": "1", "sampling_params": {"top_k": 2.5}}, "top_k: .*got 2.5"),
+            ({"text": "1", "sampling_params": {"stop_token_ids": ["a"]}}, "stop_token_ids: "),
             ({"text": "1", "sampling_params": {"json_schema": "{}"}}, "does not support.*json_schema"),
             ({"text": "1", "sampling_params": {"max_tokens": 5}}, "unknown sampling parameter 'max_tokens'"),
             ({"text": "1", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
@@ -348,9 +339,9 @@ class TestBadRequests(EngineTestCase):
                 ("completions", completion | {"max_tokens": 0}, "max_tokens"),
                 ("completions", completion | {"max_tokens": -1}, "max_tokens"),
                 ("completions", completion | {"max_tokens": CONTEXT}, "context length"),
-                ("completions", completion | {"temperature": -1}, "temperature must be"),
+                ("completions", completion | {"temperature": -1}, "temperature: .*got -1"),
                 ("completions", completion | {"logprobs": -1}, "top_logprobs_num"),
-                ("completions", completion | {"n": 0}, "n must be"),
+                ("completions", completion | {"n": 0}, "n: .*got 0"),
                 ("completions", completion | {"response_format": schema}, "response_format"),
                 ("completions", completion | {"json_schema": "{}"}, "json_schema"),
                 ("chat/completions", {"model": "random"}, "messages"),
@@ -545,10 +536,8 @@ class TestCommandLine(EngineTestCase):
         self.addCleanup(first.close)
         self.addCleanup(second.close)
         listen(first)
-        with contextlib.redirect_stderr(io.StringIO()) as log, self.assertRaises(SystemExit) as caught:
+        with self.assertRaisesRegex(NotReady, f"127.0.0.1:{free_port} was taken meanwhile.*choose another port"):
             listen(second)
-        self.assertEqual(caught.exception.code, 3)
-        self.assertRegex(log.getvalue(), rf"\A.*127.0.0.1:{free_port} was taken meanwhile.*choose another port\n\Z")
 
     def test_wrong_models(self):
         with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(2) as pool:
