@@ -166,7 +166,10 @@ class TestBadInput(ScaffoldCase):
     def test_one_thing_that_is_wrong(self):
         for words, says in (
             ((*self.QWEN, "--gpus", "5+5"), "needs 10 GPUs (0-9), the runner is 8-gpu-h200"),
-            (("Q", "--suite", CPU, "--flags", "--disable-radix-cach"), "unrecognized arguments: --disable-radix-cach"),
+            (
+                ("Q", "--suite", CPU, "--flags", "--disable-radix-cach"),
+                "unknown option --disable-radix-cach; nearest known: --disable-radix-cache",
+            ),
             (("dsv4", "--suite", CPU), "test_disaggregation_dsv4.py exists; choose another name"),
         ):
             with self.subTest(says):
