@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
+from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode
 from pdkit.core.paths import ASSETS
 from pdkit.engine import state
@@ -113,14 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     found[name].setdefault(f"{label}, tokens, {kind}", []).append(draw.tokens)
                     found[name].setdefault(f"{label}, logprobs, {kind}", []).append(draw.logprobs)
             print(f"{label}, {kind}: done", file=sys.stderr, flush=True)
-    columns = sorted(next(iter(found.values())))
-    rows = [["fault", *columns], *([name, *(cell(each[column]) for column in columns)] for name, each in found.items())]
-    every = {column: [number for each in found.values() for number in each[column]] for column in columns}
-    seen = {column: [number for number in numbers if number < NEVER] for column, numbers in every.items()}
-    rows.append(["all: median / worst of those seen", *(cell(seen[column]) for column in columns)])
-    rows.append(
-        ["all: not seen", *(f"{len(every[column]) - len(seen[column])} of {len(every[column])}" for column in columns)]
-    )
+    kinds = sorted(next(iter(found.values())))
+    rows = [["fault", *kinds], *([name, *(cell(each[kind]) for kind in kinds)] for name, each in found.items())]
+    every = {kind: [number for each in found.values() for number in each[kind]] for kind in kinds}
+    seen = {kind: [number for number in numbers if number < NEVER] for kind, numbers in every.items()}
+    rows.append(["all: median / worst of those seen", *(cell(seen[kind]) for kind in kinds)])
+    rows.append(["all: not seen", *(f"{len(every[kind]) - len(seen[kind])} of {len(every[kind])}" for kind in kinds)])
     print(columns(rows))
     return ExitCode.PASSED
 

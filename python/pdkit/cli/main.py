@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from types import ModuleType
 
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
@@ -33,11 +32,6 @@ EPILOG = "pdkit COMMAND --help lists the options of one.\nExit codes: " + ", ".j
 )
 
 
-def _module(name: str) -> ModuleType:
-    """`add_arguments(parser)` and `main(args)` of a sub-command; its docstring is its description."""
-    return import_module(f"pdkit.cli.{name}")
-
-
 def _parser(command: str | None) -> Parser:
     """The parser of `pdkit`, with the options of `command` alone: no other sub-command is imported."""
     parser = Parser(prog="pdkit", description=__doc__, epilog=EPILOG)
@@ -46,7 +40,7 @@ def _parser(command: str | None) -> Parser:
         if name != command:
             commands.add_parser(name, help=summary, add_help=False)
             continue
-        module = _module(name)
+        module = import_module(f"pdkit.cli.{name}")
         chosen = commands.add_parser(
             name, help=summary, description=module.__doc__, epilog=getattr(module, "EPILOG", None)
         )
@@ -73,7 +67,7 @@ def _main(command: str | None, argv: Sequence[str]) -> ExitCode:
     if command not in COMMANDS:
         parser.parse_args(argv)  # leaves for --help, and raises where no command is named or none has that name
     assert command, "the parser has refused it"
-    module = _module(command)
+    module = import_module(f"pdkit.cli.{command}")
     args: Namespace = parser.parse_args(_joined(argv, getattr(module, "TAKE_FLAGS", ())))
     return module.main(args)
 

@@ -131,6 +131,7 @@ def _number(name: str, read: Callable[[str], N], fits: Callable[[N], bool]) -> C
 seconds = _number("number of seconds", float, lambda value: 0 <= value < math.inf)
 natural = _number("number", int, lambda value: value >= 0)
 count = _number("number of at least 1", int, lambda value: value >= 1)
+port = _number("port (1-65535)", int, lambda value: 0 < value < 65536)
 positive = _number("positive number", float, lambda value: 0 < value < math.inf)
 
 

@@ -67,6 +67,9 @@ class Gpu:
     free_mib: int = 0
     processes: tuple[GpuProcess, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.name}, {self.memory_mib / 1024:.0f} GiB"
+
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves of those that NVML finds, without their processes; none where there is
@@ -83,7 +86,7 @@ def found(gpus: Sequence[Gpu]) -> str:
     """What the machine has, in a few words: `no GPU`, `2 GPUs (NVIDIA H200, 140 GiB)`."""
     if not gpus:
         return "no GPU"
-    kinds = sorted({f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in gpus})
+    kinds = sorted(set(map(str, gpus)))
     return f"{len(gpus)} GPU{'s' if len(gpus) > 1 else ''} ({'; '.join(kinds)})"
 
 
@@ -93,19 +96,16 @@ def observe(environ: Mapping[str, str]) -> dict[str, Any]:
 
     try:
         with visible_handles(environ) as handles:
-            cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+            cuda, count = pynvml.nvmlSystemGetCudaDriverVersion_v2(), pynvml.nvmlDeviceGetCount()
+            why = f"CUDA_VISIBLE_DEVICES={environ.get(VISIBLE)} hides all {count}" if count else "the driver finds none"
             return {
                 "gpus": tuple(replace(_gpu(handle), processes=_processes(handle)) for handle in handles),
-                "gpu_problem": None if handles else _none_visible(pynvml.nvmlDeviceGetCount(), environ),
+                "gpu_problem": None if handles else why,
                 "driver": pynvml.nvmlSystemGetDriverVersion(),
                 "driver_cuda": (cuda // 1000, cuda % 1000 // 10),
             }
     except NoDriver as problem:
         return {"gpu_problem": str(problem)}
-
-
-def _none_visible(count: int, environ: Mapping[str, str]) -> str:
-    return f"CUDA_VISIBLE_DEVICES={environ.get(VISIBLE)} hides all {count}" if count else "the driver finds none"
 
 
 def _gpu(handle: Any) -> Gpu:

@@ -37,7 +37,7 @@ def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": _gpus(environ),
+        "gpus": [*map(str, visible_gpus(environ))],
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "environment": redacted(environ),
     }
@@ -45,10 +45,6 @@ def describe(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
 
 def command_line() -> list[str]:
     return [sys.executable, *map(cleaned, sys.argv)]
-
-
-def _gpus(environ: Mapping[str, str]) -> list[str]:
-    return [f"{gpu.name}, {gpu.memory_mib / 1024:.0f} GiB" for gpu in visible_gpus(environ)]
 
 
 def commit(directory: Path) -> str | None:

@@ -41,9 +41,8 @@ class Source:
         for node in _statements(self.tree):
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    names[alias.asname or alias.name.split(".")[0]] = (
-                        alias.name if alias.asname else alias.name.split(".")[0]
-                    )
+                    top = alias.name.split(".")[0]
+                    names[alias.asname or top] = alias.name if alias.asname else top
             elif isinstance(node, ast.ImportFrom):
                 module = "." * node.level + (node.module or "")
                 names.update({alias.asname or alias.name: f"{module}.{alias.name}" for alias in node.names})

@@ -7,7 +7,6 @@ variants of this suite stand on `PlannedServers`, which knows what it launches.
 
 import atexit
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,7 +17,6 @@ import time
 import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import IO, Any
 from unittest import mock
@@ -273,16 +271,16 @@ class PDServers(PDDisaggregationServerBase):
         On GPUs `warm_up` with as many as `threads` requests follows.
         """
         base_url, model = base_url or cls.lb_url, model or getattr(cls, "model", "default")
-        headers = {"Content-Type": "application/json", **warm_up.key_header()}
         body = {"model": model, "prompt": "Question: What is 1 + 1?\nAnswer:", "max_tokens": 16, "temperature": 0}
-        connection = HTTPConnection(urlparse(base_url).netloc, timeout=test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH)
-        with events.phase("first request"), cls.failing_with_a_death(), contextlib.closing(connection):
-            connection.request("POST", "/v1/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            answer = response.read().decode(errors="replace")
-            assert response.status == 200, f"first request: {base_url} answered {response.status}: {answer[:1000]}"
+        patience = test_utils.DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH
+        with events.phase("first request"), cls.failing_with_a_death():
+            answer = requests.post(
+                f"{base_url}/v1/completions", json=body, headers=warm_up.key_header(), timeout=patience
+            )
+            status = answer.status_code
+            assert status == 200, f"first request: {base_url} answered {status}: {answer.text[:1000]}"
         cls.answering.add(base_url)
-        print(f"first answer: {json.loads(answer)['choices'][0]['text']!r}", flush=True)
+        print(f"first answer: {answer.json()['choices'][0]['text']!r}", flush=True)
         if cls.compiles_kernels and visible_gpus():
             cls.warm_up(base_url, model, threads)
 
@@ -386,6 +384,7 @@ class PlannedServers(PDServers):
     prefill_gpus, decode_gpus  indices of the GPUs that each server uses
     gpu_memory_gb   that each of them must have
     server_args     flags of both servers, in the words of the newest release
+    backend         what carries the state over TCP; None: what the fixture chooses, with the NICs of this machine
     prompt_logprobs_are_fatal  set by `configure`: why logprobs of a prompt must not be asked for, or None
     """
 
@@ -397,6 +396,7 @@ class PlannedServers(PDServers):
     decode_gpus: Sequence[int] = ()
     gpu_memory_gb = 80
     server_args: Sequence[str] = ()
+    backend: str | None = None
     monolithic_nccl_port: str | None = None
     prompt_logprobs_are_fatal: str | None
 
@@ -430,6 +430,8 @@ class PlannedServers(PDServers):
         super().setUpClass()
         cls.model = test_utils.try_cached_model(cls.model_name)
         cls.prompt_logprobs_are_fatal = quirks.prompt_logprobs_are_fatal(cls.server_args)
+        if cls.backend is not None:
+            cls.transfer_backend, cls.rdma_devices = ["--disaggregation-transfer-backend", cls.backend], []
 
     @classmethod
     def prefill_args(cls) -> list[str]:
@@ -438,7 +440,7 @@ class PlannedServers(PDServers):
 
     @classmethod
     def decode_args(cls) -> list[str]:
-        first = ["--base-gpu-id", str(cls.decode_gpus[0])]
+        first = ["--base-gpu-id", str(cls.decode_gpus[0])] if cls.decode_gpus else []
         own = cls.disaggregation_args("decode", cls.decode_gpus)
         return [*cls.server_args, *first, *own, *cls.extra_decode_args, *cls.rendezvous()]
 

@@ -29,7 +29,7 @@ NANO_ENV = {"SGLANG_DSV4_FP4_EXPERTS": "0", **quirks.indexer_environment()}
 
 
 class OneGpuServers(ClaimedPorts, PlannedServers):
-    """The model is as small as the kernels allow. `backend`: the transfer backend."""
+    """The model is as small as the kernels allow."""
 
     target = "1xHopper"
     backend = "mooncake_tcp"
@@ -55,12 +55,6 @@ class OneGpuServers(ClaimedPorts, PlannedServers):
         cls.require_gpus()
         store.provide(cls.model_name)
         super().setUpClass()
-
-    @classmethod
-    def configure(cls) -> None:
-        super().configure()
-        cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
-        cls.rdma_devices = []
 
     @classmethod
     def require_training(cls) -> None:

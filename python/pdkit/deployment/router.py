@@ -78,17 +78,17 @@ class RustRouterBeside(BeforePlannedServers):
         cls.wait_server_ready(f"{cls.router_url}/readiness", cls.router_ready_seconds)
 
 
-def healthy_workers(router_url: str, timeout: float = 10) -> int:
+def healthy_workers(router_url: str) -> int:
     """How many servers a Rust router sends to; 0 while it has no pair."""
     try:
-        return requests.get(f"{router_url}/readiness", timeout=timeout).json().get("healthy_workers", 0)
+        return requests.get(f"{router_url}/readiness", timeout=10).json().get("healthy_workers", 0)
     except (requests.RequestException, ValueError):
         return 0
 
 
-def is_ready(router_url: str, timeout: float = 10) -> bool:
+def is_ready(router_url: str) -> bool:
     """Whether a Rust router says that it has a prefill and a decode server. False also while it does not listen."""
     try:
-        return requests.get(f"{router_url}/readiness", timeout=timeout).status_code == 200
+        return requests.get(f"{router_url}/readiness", timeout=10).status_code == 200
     except requests.RequestException:
         return False

@@ -7,9 +7,10 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from pdkit.core.errors import ExitCode
+from pdkit.core.command import run_command
+from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.engine import options as engine_options
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def bind(host: str, port: int, flag: str) -> socket.socket:
-    """A bound socket that does not listen yet, so that clients are refused while the model loads."""
+    """A bound socket that does not listen yet, so that clients are refused while the model loads. Raises NotReady."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         with socket.create_server((host, port), family=sock.family):
@@ -26,25 +27,18 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        fail(ExitCode.NOT_READY, f"{host}:{port} cannot be bound: {reason}; choose another with {flag}")
+        raise NotReady(f"{host}:{port} cannot be bound: {reason}; choose another with {flag}") from None
     return sock
 
 
 def listen(sock: socket.socket) -> None:
-    """Another server may have bound the same port while the model loaded; the first to listen has it."""
+    """Another server may have bound the same port while the model loaded; the first to listen has it. Raises NotReady."""
     try:
         sock.listen()
     except OSError as error:
         host, port = sock.getsockname()[:2]
-        fail(
-            ExitCode.NOT_READY,
-            f"{host}:{port} was taken meanwhile: {os.strerror(error.errno or 0)}; choose another port",
-        )
-
-
-def fail(code: ExitCode, message: str) -> NoReturn:
-    print(f"pdkit.engine: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+        reason = os.strerror(error.errno or 0)
+        raise NotReady(f"{host}:{port} was taken meanwhile: {reason}; choose another port") from None
 
 
 async def serve(
@@ -69,7 +63,13 @@ async def serve(
     await uvicorn.Server(config).serve(sockets=[sock])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> ExitCode:
+    """Serve until SIGTERM; what a user has to put right is one line on standard error."""
+    return run_command("pdkit.engine", run, sys.argv[1:] if argv is None else argv)
+
+
+def run(argv: Sequence[str]) -> ExitCode:
+    """Serve. Raises UsageError, and NotReady where a port is taken."""
     options = engine_options.parse(argv)
     sock = bind(options.host, options.port, "--port")
     bootstrap_socket = None
@@ -89,9 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.model_path, local_files_only=True)
         service = Service(options, model, tokenizer)
     except (ModelError, OSError, ValueError) as error:
-        fail(ExitCode.BAD_USAGE, " ".join(str(error).split()))
+        raise UsageError(" ".join(str(error).split())) from None
     asyncio.run(serve(options, service, sock, bootstrap_socket))
+    return ExitCode.PASSED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,12 @@
 """The command line of the engine: SGLang's flag names where SGLang has the flag."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NoReturn
+from typing import Literal
 
-from pdkit.core.errors import ExitCode
+from pdkit.core.command import Parser, count, port
+from pdkit.core.errors import UsageError
 
 MODES = ("null", "prefill", "decode")
 
@@ -38,35 +38,28 @@ class EngineOptions:
         return self.served_model_name or self.model_path
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(ExitCode.BAD_USAGE, f"pdkit.engine: {message} (--help lists the options)\n")
-
-
 def parse(argv: Sequence[str] | None = None) -> EngineOptions:
-    """EngineOptions from a command line; argparse ends the process with one line and code 2 if it is wrong.
+    """EngineOptions from a command line. Raises UsageError.
 
     The timeouts come from the variables that SGLang reads them from, and mean what they mean there: prefill gives up a
     request whose decode server has not asked for it in time, decode one whose state has not come in time, and each
     closes a connection that idles for longer than it is kept alive.
     """
-    parser = _Parser(
-        prog="python3 -m pdkit.engine", description="Embedded DeepSeek-V4 engine (CPU).", allow_abbrev=False
-    )
+    parser = Parser(prog="python3 -m pdkit.engine", description="Embedded DeepSeek-V4 engine (CPU).")
     add = parser.add_argument
     add("--model-path", "--model", required=True, help="directory with config.json, tokenizer and weights")
     add("--host", default=EngineOptions.host)
-    add("--port", type=_port, default=EngineOptions.port)
+    add("--port", type=port, default=EngineOptions.port)
     add("--served-model-name")
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights from --random-seed")
     add("--random-seed", type=int, default=0)
-    add("--context-length", type=_positive, help="default: max_position_embeddings of the model")
-    add("--chunked-prefill-size", type=_positive, default=EngineOptions.chunked_prefill_size,
+    add("--context-length", type=count, help="default: max_position_embeddings of the model")
+    add("--chunked-prefill-size", type=count, default=EngineOptions.chunked_prefill_size,
         help="tokens a prefill step; also the grain of the prefix cache")  # fmt: skip
     add("--disable-radix-cache", action="store_true", help="no prefix cache")
     add("--enable-cache-report", action="store_true", help="cached tokens in the usage of OpenAI's answers")
     add("--disaggregation-mode", choices=MODES, default="null")
-    add("--disaggregation-bootstrap-port", type=_port, default=EngineOptions.disaggregation_bootstrap_port)
+    add("--disaggregation-bootstrap-port", type=port, default=EngineOptions.disaggregation_bootstrap_port)
     add("--disaggregation-transfer-backend", default="tcp", metavar="tcp|MODULE:CLASS")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     given = vars(parser.parse_args(argv))
@@ -75,32 +68,9 @@ def parse(argv: Sequence[str] | None = None) -> EngineOptions:
         ("transfer_timeout", "SGLANG_DISAGGREGATION_WAITING_TIMEOUT"),
         ("keep_alive", "SGLANG_TIMEOUT_KEEP_ALIVE"),
     ):
-        given[name] = _seconds(os.environ.get(variable), getattr(EngineOptions, name))
-        if given[name] is None:
-            parser.error(f"{variable}={os.environ[variable]!r} is not a positive whole number of seconds")
+        text = os.environ.get(variable) or getattr(EngineOptions, name)
+        try:
+            given[name] = count(text)
+        except ValueError:
+            raise UsageError(f"{variable}={text!r} is not a positive whole number of seconds") from None
     return EngineOptions(**{field.name: given[field.name] for field in fields(EngineOptions)})
-
-
-def _seconds(text: str | None, default: int) -> int | None:
-    try:
-        value = int(text or default)
-    except ValueError:
-        return None
-    return value if value > 0 else None
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 < value < 65536:
-        raise argparse.ArgumentTypeError(f"{text} is not a port (1-65535)")
-    return value
-
-
-_positive.__name__, _port.__name__ = "number", "port"

@@ -4,23 +4,15 @@ import secrets
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pdkit.engine.fields import SAMPLING, BadRequest
 
 GREEDY_BELOW = 1e-6
-MOST_STOPS = 32
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_integer(value) or isinstance(value, float)
 
 
 @dataclass(frozen=True)
@@ -30,65 +22,46 @@ class SamplingParams:
     max_new_tokens None: as many as fit; temperature 0: greedy; top_k -1: the whole vocabulary.
     """
 
-    max_new_tokens: int | None = 128
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
+    max_new_tokens: Annotated[int, Field(ge=0)] | None = 128
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Literal[-1] | Annotated[int, Field(ge=1)] = -1
+    stop: Annotated[tuple[str, ...], Field(max_length=32, strict=False)] = ()
+    stop_token_ids: Annotated[frozenset[int], Field(strict=False)] = frozenset()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
-    n: int = 1
-    sampling_seed: int | None = None
+    n: Annotated[int, Field(ge=1)] = 1
+    sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> "SamplingParams":
         """From a JSON object as a client sent it; null is the default. Raises BadRequest."""
         wanted: dict[str, Any] = {}
-        known = [field.name for field in fields(cls)]
         SAMPLING.refuse(given or {})
         for name, value in (given or {}).items():
             if name in SAMPLING.neutral:
                 continue
-            if name not in known:
-                raise BadRequest(f"unknown sampling parameter {name!r}; known are {', '.join(known)}", name)
-            if value is None:
-                if name == "max_new_tokens":
-                    wanted[name] = None
+            if name not in _ADAPTERS:
+                raise BadRequest(f"unknown sampling parameter {name!r}; known are {', '.join(_ADAPTERS)}", name)
+            if value is None and name != "max_new_tokens":
                 continue
-            check, what = _CHECKS.get(name, _FLAG)
-            if not check(value):
-                raise BadRequest(f"{name} must be {what}, got {value!r}", name)
-            wanted[name] = value
-        if isinstance(wanted.get("stop"), str):
-            wanted["stop"] = [wanted["stop"]]
-        return cls(**wanted | {
-            "stop": tuple(wanted.get("stop", ())), "stop_token_ids": frozenset(wanted.get("stop_token_ids", ()))
-        })  # fmt: skip
+            given_value = [value] if name == "stop" and isinstance(value, str) else value
+            try:
+                wanted[name] = _ADAPTERS[name].validate_python(given_value)
+            except ValidationError as error:
+                raise BadRequest(f"{name}: {error.errors()[0]['msg']}, got {value!r}", name) from None
+        return cls(**wanted)
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
 
-def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(check(item) for item in value)
-
-
-_FLAG = (lambda value: isinstance(value, bool), "true or false")
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda value: _is_integer(value) and value >= 0, "an integer of at least 0"),
-    "temperature": (lambda value: _is_number(value) and 0 <= value < float("inf"), "a non-negative number"),
-    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
-    "top_k": (lambda value: _is_integer(value) and (value == -1 or value >= 1), "-1 or an integer of at least 1"),
-    "stop": (lambda value: isinstance(value, str)
-             or _is_list(value, lambda item: isinstance(item, str)) and len(value) <= MOST_STOPS,
-             f"a string or a list of at most {MOST_STOPS} strings"),
-    "stop_token_ids": (lambda value: _is_list(value, _is_integer), "a list of token ids"),
-    "n": (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1"),
-    "sampling_seed": (lambda value: _is_integer(value) and -(2**63) <= value < 2**63, "an integer of 64 bits"),
-}  # fmt: skip
+_ADAPTERS = {
+    name: TypeAdapter(hint, config=ConfigDict(strict=True))
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items()
+}
 
 
 def finish(kind: str, **detail: Any) -> dict[str, Any]:

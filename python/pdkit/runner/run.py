@@ -34,14 +34,8 @@ def summary(target: Target, happened: Events, code: ExitCode, seconds: float) ->
     rows = [("failed", f"{failed.name}: {failed.sentence}")] if failed else []
     rows += [("hint", where)] if (where := hint_of(happened)) else []
     rows += [("engine", score and score.engine or target.engine)]
-    rows += [
-        (
-            "score",
-            f"{score.value:.3f} of {score.examples} examples ({score.gate})"
-            if score
-            else "none, the test did not get that far",
-        )
-    ]
+    scored = score and f"{score.value:.3f} of {score.examples} examples ({score.gate})"
+    rows += [("score", scored or "none, the test did not get that far")]
     rows += [("throughput", f"{throughput:.0f} output tokens/s")] if throughput else []
     rows += [(phase.name, f"{phase.seconds:.1f} s{', FAILED' * phase.is_bad}") for phase in ended]
     rows += [("imports and the rest", f"{seconds - sum(phase.seconds for phase in ended):.1f} s")]
@@ -74,6 +68,7 @@ def run(
     # psutil and more: listing the targets does without
     from pdkit.preflight.environment.require import require
     from pdkit.runner.orphans import end_earlier_runs
+    from pdkit.runner.suite import run_suite
 
     registration = registration_of(target)
     target.prepare(sglang_source)
@@ -81,14 +76,6 @@ def run(
         print(line, flush=True)
     if environment_check:
         require([registration])
-    return _run(target, registration, report_dir, history, verbose)
-
-
-def _run(
-    target: Target, registration: Registration, report_dir: Path | None, history: Path | None, verbose: bool
-) -> ExitCode:
-    from pdkit.runner.suite import run_suite  # psutil, as above
-
     began = time.monotonic()
     report_dir = report_dir or Path(tempfile.mkdtemp(prefix="main_job_"))
     options = Options(
@@ -102,10 +89,8 @@ def _run(
     )
     code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
     happened = Events()
-    if logs := sorted(
-        report_dir.glob(f"001-{target.test_file.stem}.*.log")
-    ):  # whether results.json could be written or not
-        happened = events.read(directory_of(logs[-1]))
+    for log in sorted(report_dir.glob(f"001-{target.test_file.stem}.*.log")):  # also without a results.json
+        happened = events.read(directory_of(log))
     code = verdict(code, happened, target)
     print("\n" + summary(target, happened, code, time.monotonic() - began), flush=True)
     if code is ExitCode.PASSED:

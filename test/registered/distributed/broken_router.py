@@ -1,5 +1,6 @@
 """A router with one fault, and which scenario of the protocol tests must see it."""
 
+import contextlib
 import json
 import threading
 import time
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import requests
+from pdkit.faults.messages import without
 
 NEVER = 1e9
 
@@ -41,7 +43,7 @@ def _of_choices(change):
     """An answer hook that changes each choice of a body."""
 
     def answer(path, status, body):
-        for choice in body.get("choices", ()) if isinstance(body, dict) else ():
+        for choice in body.get("choices", ()):
             change(choice)
         return status, body
 
@@ -49,14 +51,7 @@ def _of_choices(change):
 
 
 def _without(*names):
-    def request(path, body):
-        inner = body.get("sampling_params")
-        body = {name: value for name, value in body.items() if name not in names}
-        if isinstance(inner, dict):
-            body["sampling_params"] = {name: value for name, value in inner.items() if name not in names}
-        return body
-
-    return request
+    return lambda path, body: without(body, names)
 
 
 def _longer(path, body):
@@ -78,9 +73,7 @@ def _with_a_prompt(path, body):
 
 
 def _as_much_as_fits(path, body):
-    if isinstance(body, dict) and body.get("max_tokens", 0) > 1000:
-        return body | {"max_tokens": 4}
-    return body
+    return body | {"max_tokens": 4} if body.get("max_tokens", 0) > 1000 else body
 
 
 def _with_a_cache_of_its_own(path, body):
@@ -88,29 +81,26 @@ def _with_a_cache_of_its_own(path, body):
 
 
 def _one_more_token(path, status, body):
-    if isinstance(body, dict) and body.get("usage"):
+    if body.get("usage"):
         body["usage"]["completion_tokens"] += 1
     return status, body
 
 
 def _without_input_logprobs(path, status, body):
-    if isinstance(body, dict) and "meta_info" in body:
+    if "meta_info" in body:
         body["meta_info"]["input_token_logprobs"] = []
     return status, body
 
 
 def _with_another_logprob(path, status, body):
-    if isinstance(body, dict) and (said := body.get("meta_info", {}).get("output_token_logprobs")):
+    if said := body.get("meta_info", {}).get("output_token_logprobs"):
         said[-1][0] -= 1e-3
     return status, body
 
 
 def _choices_turned(path, status, body):
-    if isinstance(body, dict) and len(body.get("choices", ())) > 1:
-        for index, choice in enumerate(body["choices"][::-1]):
-            choice["index"] = index
-        body["choices"].reverse()
-    return status, body
+    turned = body.get("choices", [])[::-1]
+    return status, body | {"choices": [choice | {"index": index} for index, choice in enumerate(turned)]}
 
 
 def _silently(path, status, body):
@@ -263,21 +253,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, data):
         breakage = self.server.breakage
-        try:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             data = json.dumps(breakage.request(self.path, json.loads(data))).encode()
-        except (ValueError, TypeError, AttributeError):
-            pass
         headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
         url = f"{self.server.target}{self.path}"
         with requests.post(url, data=data, headers=headers, stream=True, timeout=120) as response:
             if response.headers.get("Content-Type", "").startswith("text/event-stream"):
                 return self._stream(response)
             status, content = response.status_code, response.content
-        try:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             status, body = breakage.answer(self.path, status, json.loads(content))
             content = json.dumps(body).encode()
-        except ValueError:
-            pass
         if breakage.swaps:
             content = self.server.swap((self.path, status), data, content)
         self._send(status, content)

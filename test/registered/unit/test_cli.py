@@ -85,7 +85,8 @@ class TestImports(FolderCase):
         (run,) = {path.parent for path in self.root.rglob("results.json")}
         helps = (["--help"], *([name, "--help"] for name in COMMANDS))
         lists = (["list"], ["list", "--targets"], ["plan"], ["lint"], ["preflight", "--record"])
-        found = self.imported(*helps, *lists, ["report", str(run)], ["history", str(self.write("history.jsonl"))])
+        cpu = ["preflight", "--hw", "cpu", "--suite", "stage-a-test-cpu"]
+        found = self.imported(*helps, *lists, cpu, ["report", str(run)], ["history", str(self.write("history.jsonl"))])
         self.assertGreater(len(found), len(COMMANDS))
         for words, modules in found.items():
             self.assertEqual(HEAVY & set(modules), set(), words)

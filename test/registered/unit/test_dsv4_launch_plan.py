@@ -141,51 +141,30 @@ class TestMachine(unittest.TestCase):
 
     H200 = Gpu("NVIDIA H200", 143771, (9, 0))
     H100 = Gpu("NVIDIA H100 80GB HBM3", 81559, (9, 0))
+    B200 = Gpu("NVIDIA B200", 183359, (10, 0))
 
-    def setUp(self):
-        self.enterContext(mock.patch.dict(os.environ, SGLANG_IS_IN_CI="false"))
-        self.machine()
+    def test_says_in_one_line_what_is_missing_and_skips_but_in_ci(self):
+        for plan, gpus, says in (
+            (EightGpuServers, [self.H100] * 8, r"needs 8 Hopper GPUs of 141 GB .*, found 8 GPUs \(NVIDIA H100.*run.sh"),
+            *((EightGpuServers, gpus, "needs 8") for gpus in ([], [self.H200], [self.H200] * 7, [self.B200] * 8)),
+            (OneGpuServers, [], "^OneGpuServers needs 1 Hopper GPUs of 80 GB .*, found no GPU;"),
+        ):
+            for in_ci, raised in (("false", unittest.SkipTest), ("true", AssertionError)):
+                with (
+                    self.subTest(plan=plan.__name__, gpus=gpus, in_ci=in_ci),
+                    mock.patch.dict(os.environ, SGLANG_IS_IN_CI=in_ci),
+                    mock.patch.object(fixture, "visible_gpus", lambda gpus=gpus: gpus),
+                    contextlib.redirect_stdout(io.StringIO()) as stdout,
+                ):
+                    with self.assertRaisesRegex(raised, says) as caught:
+                        plan.require_gpus()
+                    self.assertEqual(stdout.getvalue(), f"{caught.exception}\n" if raised is unittest.SkipTest else "")
+                    self.assertNotIn("\n", str(caught.exception))
 
-    def machine(self, *gpus):
-        self.enterContext(mock.patch.object(fixture, "visible_gpus", lambda: gpus))
-
-    def require(self, plan=EightGpuServers):
-        """What the check raised, and what it printed."""
-        with contextlib.redirect_stdout(io.StringIO()) as stdout, self.assertRaises(Exception) as caught:
-            plan.require_gpus()
-        return caught.exception, stdout.getvalue()
-
-    def test_eight_h200(self):
-        self.machine(*[self.H200] * 8)
-        EightGpuServers.require_gpus()
-
-    def test_says_in_one_line_what_is_missing_and_skips(self):
-        self.machine(*[self.H100] * 8)
-        skip, printed = self.require()
-        self.assertIsInstance(skip, unittest.SkipTest)
-        self.assertEqual(printed.count("\n"), 1)
-        self.assertRegex(printed, r"needs 8 Hopper GPUs of 141 GB .*, found 8 GPUs \(NVIDIA H100.*scripts/run.sh")
-
-    def test_unsuitable(self):
-        for gpus in ([], [self.H200] * 7, [Gpu("NVIDIA B200", 183359, (10, 0))] * 8):
-            with self.subTest(gpus=gpus):
-                self.machine(*gpus)
-                self.assertIsInstance(self.require()[0], unittest.SkipTest)
-
-    def test_one_gpu(self):
-        skip, printed = self.require(OneGpuServers)
-        self.assertIsInstance(skip, unittest.SkipTest)
-        self.assertRegex(printed, r"^OneGpuServers needs 1 Hopper GPUs of 80 GB .*, found no GPU;")
-        self.assertEqual(printed.count("\n"), 1)
-        with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
-            self.assertIsInstance(self.require(OneGpuServers)[0], AssertionError)
-        self.machine(self.H100)
-        OneGpuServers.require_gpus()
-
-    def test_ci_does_not_skip(self):
-        self.machine(self.H200)
-        with mock.patch.dict(os.environ, SGLANG_IS_IN_CI="true"):
-            self.assertIsInstance(self.require()[0], AssertionError)
+    def test_those_that_do(self):
+        for plan, gpus in ((EightGpuServers, [self.H200] * 8), (OneGpuServers, [self.H100])):
+            with mock.patch.object(fixture, "visible_gpus", lambda gpus=gpus: gpus):
+                plan.require_gpus()
 
 
 class TestOneGpu(unittest.TestCase):
@@ -286,12 +265,6 @@ class TestSupervision(LogCase):
         ends = {"begins": " begins", "passed": "", "failed": " failed"}
         return [event["name"] + ends[event["state"]] for event in events.read(self.log_dir).of("phase")]
 
-    def assert_death(self, name, code):
-        (death,) = events.read(self.log_dir).of("death")
-        self.assertEqual((death["name"], death["cause"]), (name, f"{name} exited with code {code}"))
-        self.assertTrue(death["excerpt"].endswith("line 99\nCUDA out of memory\n"), death["excerpt"])
-        self.assertEqual(death["log"], f"{self.log_dir}/{name}.log")
-
     def test_healthy_pair(self):
         self.assertEqual(self.run_pair(test=lambda case: case.assertIsNone(case.process_decode.poll())), [])
         names = ("launch prefill", "launch decode", "start load balancer", "first request", "teardown")
@@ -305,20 +278,22 @@ class TestSupervision(LogCase):
         self.assertRegex(message, r"first request: http://127.0.0.1:\d+ answered 500: ")
         self.assertIn("first request failed", self.phases())
 
-    def test_prefill_dies_while_both_load(self):
-        (message,) = self.run_pair(prefill=Fate(healthy=NEVER, dies=1, code=7), decode=Fate(healthy=NEVER))
-        self.assert_names(message, "prefill", 7)
-        self.assert_death("prefill", 7)
-        self.assertEqual(self.phases()[:2], ["launch prefill begins", "launch prefill failed"])
-
-    def test_decode_ends_without_error_while_prefill_loads(self):
-        (message,) = self.run_pair(prefill=Fate(healthy=NEVER), decode=Fate(dies=1))
-        self.assert_names(message, "decode", 0)
-
-    def test_load_balancer_dies_while_it_starts(self):
-        (message,) = self.run_pair(lb=Fate(healthy=NEVER, dies=1, code=7))
-        self.assert_names(message, "load balancer", 7)
-        self.assertIn("start load balancer failed", self.phases())
+    def test_one_dies_while_both_load_or_the_load_balancer_starts(self):
+        for name, code, phase, pair in (
+            ("prefill", 7, "launch prefill", {"decode": Fate(healthy=NEVER)}),
+            ("decode", 0, "launch prefill", {"prefill": Fate(healthy=NEVER)}),
+            ("load balancer", 7, "start load balancer", {}),
+        ):
+            with self.subTest(name):
+                Path(self.log_dir, events.FILE).unlink(missing_ok=True)
+                fate = Fate(healthy=0 if name == "decode" else NEVER, dies=1, code=code)
+                (message,) = self.run_pair(**{"lb" if " " in name else name: fate}, **pair)
+                self.assertIn(f"{phase} failed", self.phases())
+                self.assert_names(message, name, code)
+                (death,) = events.read(self.log_dir).of("death")
+                self.assertEqual((death["name"], death["cause"]), (name, f"{name} exited with code {code}"))
+                self.assertTrue(death["excerpt"].endswith("line 99\nCUDA out of memory\n"), death["excerpt"])
+                self.assertEqual(death["log"], f"{self.log_dir}/{name}.log")
 
     def test_a_monolithic_server_is_asked_before_the_pair_is_launched_or_beside_it(self):
         class Asking:

@@ -344,7 +344,7 @@ class TestParse(unittest.TestCase):
         }.items():
             for value in values:
                 with self.subTest(name=name, value=value):
-                    with self.assertRaisesRegex(BadRequest, rf"\A{name} must be .*, got .*\Z"):
+                    with self.assertRaisesRegex(BadRequest, rf"\A{name}: .*, got .*\Z"):
                         SamplingParams.parse({name: value})
 
 

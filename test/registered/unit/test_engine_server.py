@@ -4,9 +4,7 @@ That a pair answers as the monolithic server does is asked by test_disaggregatio
 clients meet behind both load balancers by test_disaggregation_dsv4_protocol.py.
 """
 
-import contextlib
 import http.client
-import io
 import random
 import select
 import signal
@@ -23,6 +21,7 @@ import requests
 from engine_servers import BOOTSTRAP_TIMEOUT, ENVIRONMENT, GREEDY, RANDOM, Server, engine, events, keep_logs
 from pdkit.core import forked, ports, processes
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.errors import NotReady
 from pdkit.engine.__main__ import bind, listen
 
 register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
@@ -292,9 +291,9 @@ class TestBadRequests(EngineTestCase):
             ({"text": 5}, "text"),
             ({"text": "1", "sampling_params": []}, "sampling_params"),
             ({"text": "1", "sampling_params": "x"}, "sampling_params"),
-            ({"text": "1", "sampling_params": {"temperature": "hot"}}, "temperature must be"),
-            ({"text": "1", "sampling_params": {"top_k": 2.5}}, "top_k must be"),
-            ({"text": "1", "sampling_params": {"stop_token_ids": ["a"]}}, "stop_token_ids must be"),
+            ({"text": "1", "sampling_params": {"temperature": "hot"}}, "temperature: .* got .hot."),
+            ({"text": "1", "sampling_params": {"top_k": 2.5}}, "top_k: .*got 2.5"),
+            ({"text": "1", "sampling_params": {"stop_token_ids": ["a"]}}, "stop_token_ids: "),
             ({"text": "1", "sampling_params": {"json_schema": "{}"}}, "does not support.*json_schema"),
             ({"text": "1", "sampling_params": {"max_tokens": 5}}, "unknown sampling parameter 'max_tokens'"),
             ({"text": "1", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
@@ -348,9 +347,9 @@ class TestBadRequests(EngineTestCase):
                 ("completions", completion | {"max_tokens": 0}, "max_tokens"),
                 ("completions", completion | {"max_tokens": -1}, "max_tokens"),
                 ("completions", completion | {"max_tokens": CONTEXT}, "context length"),
-                ("completions", completion | {"temperature": -1}, "temperature must be"),
+                ("completions", completion | {"temperature": -1}, "temperature: .*got -1"),
                 ("completions", completion | {"logprobs": -1}, "top_logprobs_num"),
-                ("completions", completion | {"n": 0}, "n must be"),
+                ("completions", completion | {"n": 0}, "n: .*got 0"),
                 ("completions", completion | {"response_format": schema}, "response_format"),
                 ("completions", completion | {"json_schema": "{}"}, "json_schema"),
                 ("chat/completions", {"model": "random"}, "messages"),
@@ -545,10 +544,8 @@ class TestCommandLine(EngineTestCase):
         self.addCleanup(first.close)
         self.addCleanup(second.close)
         listen(first)
-        with contextlib.redirect_stderr(io.StringIO()) as log, self.assertRaises(SystemExit) as caught:
+        with self.assertRaisesRegex(NotReady, f"127.0.0.1:{free_port} was taken meanwhile.*choose another port"):
             listen(second)
-        self.assertEqual(caught.exception.code, 3)
-        self.assertRegex(log.getvalue(), rf"\A.*127.0.0.1:{free_port} was taken meanwhile.*choose another port\n\Z")
 
     def test_wrong_models(self):
         with tempfile.TemporaryDirectory() as empty, ThreadPoolExecutor(2) as pool:

@@ -388,28 +388,34 @@ class TestRecording(Channel):
         (run,) = happened.of("run")
         self.assertEqual((run["tests"], run["successful"], self.code), (7, False, 1))
 
-    def test_a_run_that_passes(self):
-        happened, counts = self.record("Skips", "Methods.test_passes")
-        self.assertEqual((counts, self.code), (TestCounts(executed=1, skipped=1), 0))
-        self.assertTrue(happened.of("run")[0]["successful"])
-
-    def test_sub_tests_belong_to_their_method(self):
-        happened, counts = self.record("SubTests")
-        self.assertEqual(self.states(happened), {f"SubTests.test_sub (i={i})": "failed" for i in (1, 2)})
-        self.assertEqual(counts, TestCounts(executed=1, failed=2))
-
-    def test_a_run_within_a_run_is_not_recorded(self):
-        happened, counts = self.record("Within")
-        self.assertEqual(self.states(happened), {"Within.test_runs_another": "passed"})
-        self.assertEqual((len(happened.of("run")), counts), (1, TestCounts(executed=1)))
-
-    def test_classes_that_are_skipped(self):
-        for name, skipped in (("SkippedClass", 2), ("SkippedSetUp", 1)):
-            with self.subTest(name):
-                happened, counts = self.record(name)
-                self.assertEqual(set(self.states(happened).values()), {"skipped"})
-                self.assertEqual((counts, self.code), (TestCounts(skipped=skipped), 0))
-        self.assertEqual(self.record("SkippedClass", "Methods.test_passes")[1], TestCounts(executed=1, skipped=2))
+    def test_what_is_counted_of_a_file(self):
+        """Sub-tests belong to their method, a run within a run is not recorded, a set-up that fails ran no test."""
+        two, passes = {"SkippedClass.test_1": "skipped", "SkippedClass.test_2": "skipped"}, "Methods.test_passes"
+        torn = {"BrokenTearDown.test_it": "passed", "tearDownClass (BrokenTearDown)": "failed"}
+        failed, error = {"SubTests.test_sub (i=1)": "failed", "SubTests.test_sub (i=2)": "failed"}, "OSError: no port"
+        for classes, states, messages, counts in (
+            (("Skips", passes), {"Skips.test_skips": "skipped", passes: "passed"}, [], TestCounts(1, skipped=1)),
+            (("SubTests",), failed, ["1 not found in (0, 3)", "2 not found in (0, 3)"], TestCounts(1, failed=2)),
+            (("Within",), {"Within.test_runs_another": "passed"}, [], TestCounts(1)),
+            (("SkippedClass",), two, [], TestCounts(skipped=2)),
+            (("SkippedClass", passes), {**two, passes: "passed"}, [], TestCounts(1, skipped=2)),
+            (("SkippedSetUp",), {"setUpClass (SkippedSetUp)": "skipped"}, [], TestCounts(skipped=1)),
+            (("BrokenSetUp",), {"setUpClass (BrokenSetUp)": "error"}, [error], TestCounts(failed=1)),
+            (("BrokenTearDown",), torn, ["decode died"], TestCounts(1, failed=1)),
+            (
+                ("TwiceBad",),
+                {"TwiceBad.test_it": "error"},
+                ["in the test", "OSError: in tearDown"],
+                TestCounts(1, failed=2),
+            ),
+        ):
+            with self.subTest(classes):
+                happened, found = self.record(*classes)
+                self.assertEqual((self.states(happened), found), (states, counts))
+                bad = [test["message"] for test in happened.of("test") if test["state"] in ("failed", "error")]
+                self.assertEqual(bad, messages)
+                (run,) = happened.of("run")
+                self.assertEqual((run["successful"], self.code), (not messages, bool(messages)))
 
     def test_a_module_that_is_skipped_or_fails_as_a_whole(self):
         for raised, state, expected in (
@@ -420,12 +426,6 @@ class TestRecording(Channel):
                 main = f"def setUpModule(): raise {raised}\n    unittest.main()"
                 happened, counts = self.record("Methods.test_passes", main=main)
                 self.assertEqual((self.states(happened), counts), ({"setUpModule (__main__)": state}, expected))
-
-    def test_a_set_up_that_fails_is_not_a_test_that_ran(self):
-        happened, counts = self.record("BrokenSetUp")
-        self.assertEqual(self.states(happened), {"setUpClass (BrokenSetUp)": "error"})
-        self.assertEqual(happened.of("test")[0]["message"], "OSError: no port")
-        self.assertEqual(counts, TestCounts(failed=1))
 
     def test_a_test_that_turns_its_own_events_elsewhere_is_recorded_where_its_run_is(self):
         source = """
@@ -444,14 +444,6 @@ class TestRecording(Channel):
         self.run_program(textwrap.dedent(source))
         self.assertEqual(self.states(self.happened()), {"T.test_it": "failed"})
         self.assertEqual([run["successful"] for run in self.happened().of("run")], [False])
-
-    def test_a_tear_down_that_fails(self):
-        happened, counts = self.record("BrokenTearDown")
-        expected = {"BrokenTearDown.test_it": "passed", "tearDownClass (BrokenTearDown)": "failed"}
-        self.assertEqual((self.states(happened), counts), (expected, TestCounts(executed=1, failed=1)))
-        happened, counts = self.record("TwiceBad")
-        self.assertEqual([test["message"] for test in happened.of("test")], ["in the test", "OSError: in tearDown"])
-        self.assertEqual(counts, TestCounts(executed=1, failed=2))
 
     def test_no_test_at_all(self):
         happened, counts = self.record(main="unittest.main(argv=['x', '-k', 'nothing'])")

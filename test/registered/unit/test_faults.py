@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import re
 import socket
@@ -64,18 +63,6 @@ def changed_kinds(one, other):
 
 
 class TestLibrary(unittest.TestCase):
-    def test_has_every_kind_of_fault_that_the_matrix_is_about(self):
-        self.assertGreaterEqual(len(LIBRARY), 36)
-        slugs = [kind.value.replace(" ", "-") for kind in pieces.TENSORS]
-        wanted = {f"{slug}-{how}" for slug in slugs for how in ("missing", "zeroed", "shifted")}
-        wanted |= {f"newest-{tokens}-{how}" for tokens in (1, 4, 16) for how in ("lost", "cut")}
-        wanted |= {"bits-flipped-1e-5", "bits-flipped-1e-3", "bits-flipped-1e-2", "mantissa-flipped-1e-3"}
-        wanted |= {"rounded-to-bf16", "rounded-to-fp8", "rooms-swapped", "rooms-swapped-5-percent", "stale-prefix"}
-        wanted |= {"first-token-wrong", "first-token-repeated", "compressed-aliased", "one-worker-in-four-bad"}
-        wanted |= {"transfer-fails-one-in-ten", "transfer-hangs-one-in-twenty", "transfer-slow", "prefill-late"}
-        wanted |= {"request-duplicated", "sampling-lost", "wire-corrupted"}
-        self.assertEqual(wanted - LIBRARY.keys(), set())
-
     def test_names_real_bugs(self):
         for number in ("24878", "35494"):
             self.assertTrue([fault.name for fault in LIBRARY.values() if number in fault.resembles], number)
@@ -170,12 +157,6 @@ class TestFaults(unittest.TestCase):
         for name, fault in LIBRARY.items():
             if fault.where is Where.DECODE:
                 changed = changed_by(name, kv_transfer, before)
-                state.check(config, 391, changed.tensors, changed.counts)
-
-    def test_of_missing_pieces_do_not(self):
-        for name in ("window-missing", "4x-count-missing", "newest-1-cut"):
-            changed = changed_by(name, kv_transfer_of(391))
-            with self.assertRaises(state.StateError):
                 state.check(config, 391, changed.tensors, changed.counts)
 
     def test_left_over_is_what_the_request_before_had_or_nothing(self):
@@ -305,6 +286,8 @@ class TestFaultyTransfer(SwitchCase):
         for name, error in (
             ("wire-corrupted", "checksum mismatch"),
             ("window-missing", "tensor layers.0.window is missing"),
+            ("4x-count-missing", "count layers"),
+            ("newest-1-cut", "tensor layers"),
             ("transfer-fails", "bootstrap room 0"),
         ):
             self.switch.turn(name)
@@ -417,13 +400,6 @@ class TestGroundTruth(unittest.TestCase):
         run = self.runs[0]
         logits = ground_truth._decode(self.runner, [run.kv_transfer] * 2, run.tokens, len(run.logits))
         self.assertTrue(torch.equal(logits[0], run.logits) and torch.equal(logits[1], run.logits))
-
-    def test_a_corrupted_wire_is_noticed_by_its_checksum(self):
-        data = self.runs[0].kv_transfer.pack()
-        corrupted = LIBRARY["wire-corrupted"].wire(data)
-        self.assertEqual(len(corrupted), len(data))
-        with self.assertRaisesRegex(TransferError, "checksum mismatch"):
-            DecodeReceiver.verify(corrupted, hashlib.sha256(data).hexdigest(), 0)
 
 
 if __name__ == "__main__":

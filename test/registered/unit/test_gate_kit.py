@@ -90,48 +90,42 @@ class KitTest(FolderCase):
 
 
 class TestAccuracyGate(KitTest):
+    def assert_first_look(self, passed, score):
+        """What the first look alone decides is an event."""
+        (verdict,) = events.read(self.channel).of("verdict")
+        self.assertEqual((verdict["check"], verdict["passed"]), (FIRST_LOOK, passed))
+        self.assertRegex(verdict["message"], rf"the first look alone \(200 examples, score > 0.9\d*\): {score:.4f}")
+
     def test_a_good_engine_passes_at_the_first_look(self):
         server = self.serve(wrong={7})
         result, shown = self.run_kit(AccuracyGateChecks, server)
         self.assertTrue(result.wasSuccessful())
+        self.assert_first_look(True, 0.995)
         self.assertIn("PASS at look 1 of 11, 199 of 200 correct", shown)
         self.assertEqual(sorted(server.prompts), sorted(few_shot_prompts(self.path, 200)))
 
     def test_an_unclear_engine_is_scored_on_and_the_failure_is_the_report(self):
         server = self.serve(wrong=range(0, 1200, 14))
         result, shown = self.run_kit(AccuracyGateChecks, server)
+        self.assert_first_look(False, 0.925)
         self.assertIn("UNDECIDED, scoring 100 more", shown)
         self.assertIn("accuracy gate: FAIL at look", self.message(result))
         scored = len(server.prompts)
         self.assertEqual(sorted(server.prompts), sorted(few_shot_prompts(self.path, scored)), "an example scored twice")
         self.assertIn(f"{scored - len(range(0, scored, 14))} of {scored} correct", self.message(result))
 
-    def test_the_policy_is_one_attribute(self):
-        for wrong, passes in ((9, True), (10, False)):
-            server = self.serve(wrong=range(wrong))
-            result, _ = self.run_kit(AccuracyGateChecks, server, gsm8k_gate_policy="first-look")
+    def test_the_first_look_alone_is_strict_and_policy_and_threshold_are_attributes(self):
+        for wrong, threshold, passes in ((9, 0.95, True), (10, 0.95, False), (19, 0.9, True)):
+            server = self.serve(wrong=range(3, 3 + 10 * wrong, 10))
+            attributes = {"gsm8k_gate_policy": "first-look", "min_score": threshold}
+            result, _ = self.run_kit(AccuracyGateChecks, server, **attributes)
             self.assertEqual((result.wasSuccessful(), len(server.prompts)), (passes, 200))
-
-    def test_what_the_first_look_alone_decides_is_an_event(self):
-        for wrong, policy, passed in ((1, "auto", True), (15, "auto", False), (9, "first-look", True)):
-            self.run_kit(AccuracyGateChecks, self.serve(wrong=range(wrong)), gsm8k_gate_policy=policy)
-            (verdict,) = events.read(self.channel).of("verdict")
-            self.assertEqual((verdict["check"], verdict["passed"]), (FIRST_LOOK, passed))
-            scored = f"the first look alone (200 examples, score > 0.95): {1 - wrong / 200:.4f}"
-            self.assertIn(scored, verdict["message"])
-
-    def test_the_threshold_is_that_of_the_test(self):
-        attributes = {"gsm8k_gate_policy": "first-look", "min_score": 0.9}
-        result, _ = self.run_kit(AccuracyGateChecks, self.serve(wrong=range(15)), **attributes)
-        self.assertTrue(result.wasSuccessful())
+            self.assert_first_look(passes, 1 - wrong / 200)
 
     def test_a_decay_after_the_150th_example_fails_though_the_gate_passes(self):
-        spread, late = range(3, 200, 22), range(151, 200, 6)
-        self.assertEqual((len(spread), len(late)), (9, 9))
-        for wrong, passes in ((spread, True), (late, False)):
-            result, shown = self.run_kit(AccuracyGateChecks, self.serve(wrong=wrong), gsm8k_gate_policy="first-look")
-            self.assertRegex(shown, r"accuracy gate: PASS|the first look alone .* PASS")
-            self.assertEqual(result.wasSuccessful(), passes)
+        server = self.serve(wrong=range(151, 200, 6))
+        result, shown = self.run_kit(AccuracyGateChecks, server, gsm8k_gate_policy="first-look")
+        self.assertRegex(shown, r"accuracy gate: PASS|the first look alone .* PASS")
         decay = "wrong answers by request number: 9 of 49 after the first 151, 0 of 151 before"
         self.assertIn(decay, self.message(result))
 

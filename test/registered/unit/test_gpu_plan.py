@@ -4,16 +4,13 @@ import ast
 import dataclasses
 import io
 import json
-import os
-import subprocess
-import sys
 import textwrap
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from cases import FolderCase
+from cases import FolderCase, pdkit
 from pdkit.core import numa
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
@@ -41,14 +38,6 @@ def plan(prefill=None, decode=None, runner=H200, others=None):
 
 
 class TestPlacement(unittest.TestCase):
-    def test_tp_4_and_dp_4_on_each_side_need_8_gpus(self):
-        # The dispute: "16 GPUs". Under DP attention dp is carved out of tp.
-        self.assertEqual(plan().gpus, tuple(range(8)))
-        self.assertEqual([server.gpus for server in plan().servers], [(0, 1, 2, 3), (4, 5, 6, 7)])
-        self.assertEqual([rank.attention_dp for rank in PREFILL.ranks], [0, 1, 2, 3])
-        self.assertIn("tp 4 = 4 GPUs from GPU 0: 0-3; dp 4 is carved out of tp 4 by DP attention", PREFILL.why)
-        self.assertEqual(plan().problems(), [])
-
     def test_without_dp_attention_they_need_32(self):
         outside = {"replicas": 4, "attention_dp": 1}
         both = plan(outside, outside | {"base_gpu_id": 16})
@@ -294,11 +283,14 @@ class TestFromContract(FolderCase):
         """The dispute: "tp 4 and dp 4 on each side need 16 GPUs". With DP attention dp is carved out of tp."""
         found = self.plan()
         self.assertEqual([s.name for s in found.servers], ["prefill", "decode"])
+        self.assertEqual(found.gpus, tuple(range(8)))
         self.assertEqual([s.gpus for s in found.servers], [(0, 1, 2, 3), (4, 5, 6, 7)])
         self.assertEqual([(s.tp, s.attention_dp, s.replicas) for s in found.servers], [(4, 4, 1)] * 2)
         self.assertEqual(found.runner, H200)
         self.assertEqual(found.problems(), [])
         prefill, decode = found.servers
+        self.assertEqual([rank.attention_dp for rank in prefill.ranks], [0, 1, 2, 3])
+        self.assertIn("tp 4 = 4 GPUs from GPU 0: 0-3; dp 4 is carved out of tp 4 by DP attention", prefill.why)
         self.assertEqual(prefill.mem_fraction, 0.7)
         self.assertIn("bootstrap", prefill.ports)
         self.assertNotIn("bootstrap", decode.ports)
@@ -344,25 +336,18 @@ class TestFromContract(FolderCase):
         self.assertEqual(len(found.ports), 2 * len(gpu_plan.of_test(test, H200).ports))
 
     def test_command(self):
-        def run(*argv):
-            command = [sys.executable, "-m", "pdkit", "plan", *argv]
-            env = {**os.environ, "COLUMNS": "120"}
-            done = subprocess.run(command, capture_output=True, text=True, env=env)
-            return done.returncode, done.stdout, done.stderr.splitlines()
-
-        code, out, errors = run()
-        self.assertEqual((code, errors), (ExitCode.PASSED, []))
+        code, out, err = pdkit("plan")
+        self.assertEqual((code, err), (ExitCode.PASSED, ""))
         self.assertIn("8 GPUs used", out)
 
-        ten = write_subclasses(self.root / "test_ten.py", TestTen=5)
-        code, _, (error,) = run(str(ten))
+        code, _, err = pdkit("plan", write_subclasses(self.root / "test_ten.py", TestTen=5))
         self.assertEqual(code, ExitCode.NOT_READY)
-        self.assertRegex(error, r"^pdkit plan: error: TestTen: needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 ")
+        self.assertRegex(err, r"\Apdkit plan: error: TestTen: needs 10 GPUs \(0-9\), the runner is 8-gpu-h200 .*\n\Z")
 
-        code, out, (error,) = run("--flags", "--tp-size four", "--json")
+        code, out, err = pdkit("plan", "--flags", "--tp-size four", "--json")
         self.assertEqual(code, ExitCode.BAD_USAGE)
         self.assertEqual(json.loads(out)[0]["gpus"], [*range(8)])
-        self.assertIn("--tp-size: invalid int value: 'four'", error)
+        self.assertRegex(err, r"\A.*--tp-size: invalid int value: 'four'.*\n\Z")
 
 
 if __name__ == "__main__":

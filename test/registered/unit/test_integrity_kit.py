@@ -20,15 +20,15 @@ GENERATED = {"output_ids": [5], "meta_info": {"output_token_logprobs": [[-0.5, 5
 class PairOfServers(StubServer):
     """Balancer, /prefill and /decode in one, with the counters of the embedded engine.
 
-    rejected      lengths of prompts that are rejected, with `error`
+    rejected      lengths of prompts that are rejected, with `status` and `error`; status 0: without an answer
     failures      how many of those the counters show; starts: how often each was started
     computed      share of the prompts' tokens that prefill computed, `by_decode` those that decode did
     sent_again    share of the bytes of a KV transfer that are sent when its prompt is cached; received: of those sent
     """
 
     def __init__(self, test, **behaviour):
-        sound = {"rejected": CORRUPTED, "error": "checksum mismatch", "failures": 1, "health": 200, "rooms": 0}
-        sound |= {"starts": 1, "computed": 1, "by_decode": 0, "sent_again": 1, "received": 1}
+        sound = {"rejected": CORRUPTED, "status": 500, "error": "Checksum mismatch", "failures": 1, "health": 200}
+        sound |= {"rooms": 0, "starts": 1, "computed": 1, "by_decode": 0, "sent_again": 1, "received": 1}
         self.does = SimpleNamespace(**{**sound, **behaviour})
         self.served = self.failed = self.tokens = self.sent = 0
         self.cached, self.lock = set(), threading.Lock()
@@ -44,7 +44,8 @@ class PairOfServers(StubServer):
                     return self.answer(200)
                 with self.server.lock:
                     served = self.server.serves(tuple(self.body()["input_ids"]))
-                self.answer(200, GENERATED) if served else self.answer(500, {"error": self.server.does.error})
+                if served or self.server.does.status:
+                    self.answer(*(200, GENERATED) if served else (self.server.does.status, self.server.does.error))
 
         super().__init__(test, Handler)
 
@@ -76,14 +77,14 @@ class PairOfServers(StubServer):
 
 
 class TestKit(unittest.TestCase):
-    def run_kit(self, name, lengths=CORRUPTED, **behaviour):
+    def run_kit(self, name, lengths=CORRUPTED, random=False, **behaviour):
         pair = PairOfServers(self, **behaviour)
         probes = tuple(generate_probe(f"p{length}", [length] * length, 1) for length in (1, 3, 8, 9))
 
         class Case(IntegrityChecks, unittest.TestCase):
             lb_url, prefill_url, decode_url = pair.url, f"{pair.url}/prefill", f"{pair.url}/decode"
             model = monolithic_url = gsm8k_data_path = None
-            corrupted_lengths, request_timeout = lengths, 5
+            corrupted_lengths, corruption_is_random, request_timeout = lengths, random, 5
 
             def parity_plan(self):
                 return SimpleNamespace(rooms=[Round("rooms", probes[:2])], alone=[Round("alone", probes[2:])])
@@ -107,10 +108,16 @@ class TestKit(unittest.TestCase):
         name = "test_corrupted_handover_is_rejected"
         self.assertTrue(self.run_kit(name).wasSuccessful())
         self.assertTrue(self.run_kit(name, lengths=()).skipped)
+        self.assertTrue(self.run_kit(name, lengths=(), random=True, rejected=(8, 9)).wasSuccessful())
+        no_error = "no error that names 'checksum'"
         for message, behaviour in (
             ("corrupted-7: its KV transfer was corrupted, and it was served", {"rejected": (6,)}),
             ("its KV transfer was healthy, and it was rejected", {"rejected": (3, *CORRUPTED)}),
-            ("no error that names 'checksum'", {"error": "internal error"}),
+            (f"corrupted-7: status 500, {no_error}", {"error": "internal error"}),
+            (f"corrupted-7: status 400, {no_error}", {"status": 400}),
+            (f"corrupted-7: status 0, {no_error}", {"status": 0}),
+            ("nothing was rejected", {"rejected": ()}),
+            ("nothing was served", {"rejected": range(100)}),
             ("KV transfers that failed, as prefill and decode count them", {"failures": 0}),
             ("were started again in secret: prefill started 8", {"starts": 2}),
             ("health of prefill after a corrupted KV transfer", {"health": 503}),

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 from pdkit.checks.http import RequestFailed
-from pdkit.checks.integrity import Rejections, ServedOrRejected
 from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityChecks
 from pdkit.checks.parity.plan import (
@@ -536,10 +535,6 @@ class TestMixin(unittest.TestCase):
             with self.assertRaisesRegex(AssertionError, "logprobs differ first at token 0"):
                 self.check(round_, noise=noise, rounding=rounding)
 
-    def test_an_error_fails(self):
-        with self.assertRaisesRegex(AssertionError, "status 503"):
-            self.check(rounds(), status=503)
-
     def test_a_prefix_that_did_not_come_from_the_cache_fails(self):
         cached = rounds(cached=frozenset({"p2"}))
         self.check(cached, cached=2)
@@ -597,38 +592,6 @@ class TestParallelSamples(unittest.TestCase):
         ):
             with self.assertRaisesRegex(AssertionError, message):
                 self.check(samples)
-
-
-class TestRejections(unittest.TestCase):
-    HEALTHY = ServedOrRejected("healthy", 200, "{}", False)
-    REJECTED = ServedOrRejected("bad", 500, "Checksum mismatch", True)
-
-    def problems(self, *outcomes):
-        return Rejections(outcomes).problems
-
-    def test_what_must_be_rejected_is_and_what_must_not_is_not(self):
-        self.assertEqual(self.problems(self.HEALTHY, self.REJECTED), ())
-        unknown = (replace(outcome, corrupted=None) for outcome in (self.HEALTHY, self.REJECTED))
-        self.assertEqual(self.problems(*unknown), ())
-
-    def test_each_way_to_go_wrong(self):
-        for outcome, told in (
-            (replace(self.REJECTED, status=200), "bad: its KV transfer was corrupted, and it was served"),
-            (replace(self.REJECTED, status=400), "bad: status 400, no error that names 'checksum'"),
-            (replace(self.REJECTED, status=0, text="timeout"), "bad: status 0, no error"),
-            (replace(self.REJECTED, text="internal error"), "bad: status 500, no error that names 'checksum'"),
-            (replace(self.REJECTED, name="h", corrupted=False), "h: its KV transfer was healthy, and it was rejected"),
-        ):
-            with self.subTest(told=told):
-                rejections = Rejections((self.HEALTHY, self.REJECTED, outcome))
-                with self.assertRaises(AssertionError) as caught:
-                    rejections.assert_passed()
-                self.assertIn(told, str(caught.exception))
-                self.assertEqual(len(rejections.problems), 1)
-
-    def test_nothing_rejected_or_nothing_served_is_no_pass(self):
-        self.assertEqual(self.problems(self.HEALTHY), ("nothing was rejected",))
-        self.assertEqual(self.problems(self.REJECTED), ("nothing was served",))
 
 
 class TestDistribution(unittest.TestCase):

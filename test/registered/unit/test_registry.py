@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from cases import FolderCase
-from pdkit.core import ci_register, top_level
+from pdkit.core import ci_register, paths, registration, top_level
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import Registration, collect, syntax_errors
@@ -67,42 +67,67 @@ class TestCollect(TreeCase):
         self.assertEqual(collection.errors, ())
         self.assertEqual([r.name for r in collection.registrations], ["registered/bench_b.py", "registered/test_a.py"])
 
-    def test_each_rule_names_the_file(self):
-        calls = {
-            "est_time is a required constant": 'est_time=N, suite="s"',
-            "est_time must be a number": 'est_time="5", suite="s"',
-            "got stage=False, runner_config=False, suite=False": "est_time=5",
-            "got stage=True, runner_config=True, suite=True": '5, suite="s", stage="a", runner_config="b"',
-            "got stage=True, runner_config=False, suite=False": '5, stage="a"',
-            "suite must be a string": "est_time=5, suite=7",
-            "names no suite": "est_time=5, suite=None",
-            "nightly must be a boolean": 'est_time=5, suite="s", nightly=1',
-            "disabled must be a string": 'est_time=5, suite="s", disabled=1',
-            "starred arguments": "*A",
-            "**kwargs": "**K",
-            "unknown argument 'suit'": 'est_time=5, suit="s"',
-            "too many positional": '5, "s", False, None, 1',
-        }
-        rules = {
-            "No CI registry found": source_of(registration=""),
-            "missing `if __name__": source_of(main=""),
-            "missing `if __name__ ": source_of(main='\nif __name__ == "__main__":\n    pass\n'),
-            **{rule: source_of(registration=f"register_cpu_ci({arguments})") for rule, arguments in calls.items()},
-            "not valid Python": f"{IMPORTS}{CPU}\ndef broken(:\n{MAIN}",
-        }
-        files = {f"test_{number:02d}.py": source for number, source in enumerate(rules.values())}
-        collection = self.collect(files | {"test_good.py": source_of()})
-        self.assertEqual([r.name for r in collection.registrations], ["registered/test_good.py"])
-        self.assertEqual(len(collection.errors), len(rules))
-        for line, name, rule in zip(collection.errors, files, rules, strict=True):
-            with self.subTest(rule):
-                self.assertIn(rule.strip(), line)
-                self.assertIn(f"/registered/{name}", line)
-                self.assertNotIn("\n", line)
+    def collected(self, rules):
+        """What is collected by SGLang's `rules` or ours; they stay as they are."""
+        kept = dict(vars(rules))
+        try:
+            return collect(self.root / "registered", rules)
+        finally:
+            vars(rules).update(kept)
 
-    def test_a_disabled_file_needs_no_main_block(self):
-        registration = 'register_cpu_ci(est_time=5, suite="s", disabled="later")'
-        self.assertEqual(self.collect({"test_a.py": source_of(registration=registration, main="")}).errors, ())
+    def test_what_is_right_and_which_rule_each_mistake_breaks(self):
+        """Read alike with and without an installed SGLang; each error names the file and the rule."""
+        calls = {
+            'register_cpu_ci(5, "s")': None,
+            'register_cuda_ci(est_time=5.5, suite="s", nightly=True, disabled="why")': None,
+            'register_cuda_ci(5, stage="base-c", runner_config="8-gpu-h200")': None,
+            'register_amd_ci(5, suite="")': None,
+            'register_cpu_ci(suite="s")': "est_time is a required constant",
+            'register_cpu_ci(est_time=N, suite="s")': "est_time is a required constant",
+            'register_cpu_ci(est_time=2 * 5, suite="s")': "est_time is a required constant",
+            'register_cpu_ci(est_time="5", suite="s")': "est_time must be a number",
+            "register_cpu_ci(est_time=5)": "got stage=False, runner_config=False, suite=False",
+            'register_cpu_ci(5, "s", stage="a", runner_config="b")': "got stage=True, runner_config=True, suite=True",
+            'register_cpu_ci(5, stage="a")': "got stage=True, runner_config=False, suite=False",
+            "register_cpu_ci(5, suite=7)": "suite must be a string",
+            "register_cpu_ci(5, suite=None)": "names no suite",
+            'register_cpu_ci(5, "s", nightly=1)': "nightly must be a boolean",
+            'register_cpu_ci(5, "s", disabled=1)': "disabled must be a string",
+            'register_cpu_ci(*[5, "s"])': "starred arguments",
+            'register_cpu_ci(**{"est_time": 5, "suite": "s"})': "**kwargs",
+            'register_cpu_ci(5, suit="s")': "unknown argument 'suit'",
+            'register_cpu_ci(5, "s", suite="t")': "duplicated argument 'suite'",
+            'register_cpu_ci(5, "s", False, None, 1)': "too many positional",
+            'if True:\n    register_cpu_ci(5, "s")': "No CI registry found",
+            'register_tpu_ci(5, "s")': "No CI registry found",
+            "": "No CI registry found",
+        }
+        for call, rule in calls.items():
+            for main in (MAIN, "", '\nif __name__ == "__main__":\n    pass\n'):
+                with self.subTest(call, main=main):
+                    write_tree(self.root, {"test_x.py": f"import unittest\n{call}\n{main}"})
+                    ours, theirs = (self.collected(rules) for rules in (registration, ci_register.load()))
+                    self.assertEqual(ours.registrations, theirs.registrations)
+                    errors = [not (rule is None and (main == MAIN or "disabled" in call))]
+                    self.assertEqual([bool(each.errors) for each in (ours, theirs)], errors * 2)
+                    self.assertNotEqual([bool(ours.registrations)], errors)
+                    for line in theirs.errors:
+                        is_about_main = rule is None or (rule not in line and main != MAIN)
+                        self.assertIn("missing `if __name__" if is_about_main else rule, line)
+                        self.assertRegex(line, r"^.*/registered/test_x\.py.*\Z")
+
+    def test_errors_are_of_their_files_alone(self):
+        broken = f"{IMPORTS}{CPU}\ndef broken(:\n{MAIN}"
+        collection = self.collect({"test_a.py": source_of(main=""), "test_b.py": broken, "test_good.py": source_of()})
+        self.assertEqual([r.name for r in collection.registrations], ["registered/test_good.py"])
+        for line, says in zip(collection.errors, ("test_a.py: missing `if", "not valid Python"), strict=True):
+            self.assertIn(says, line)
+
+    def test_the_tree_of_this_repository(self):
+        (self.root / "registered").symlink_to(paths.registered_tests())
+        ours, theirs = (self.collected(rules) for rules in (registration, ci_register.load()))
+        self.assertGreater(len(theirs.registrations), 50)
+        self.assertEqual(ours.registrations, theirs.registrations)
 
     def test_hardware_is_what_the_release_knows(self):
         old = fresh_rules()

@@ -242,16 +242,20 @@ ROWS = (
     pdkit("report", "name one report directory, or two by --compare A B"),
     Row("engine", "", "the following arguments are required: --model-path"),
     Row("engine", "--model-path x --no-such-flag", "--no-such-flag"),
-    Row("engine", "--model-path x --port 70000", "70000 is not a port (1-65535)"),
-    Row("engine", "--model-path x --port http", "--port: invalid port value: 'http'"),
-    Row("engine", "--model-path x --context-length 0", "--context-length: 0 is not positive"),
-    Row("engine", "--model-path x --disaggregation-mode both", "--disaggregation-mode: invalid choice: 'both'"),
+    Row("engine", "--model-path x --port 70000", "--port: invalid port (1-65535) value: '70000'"),
+    Row("engine", "--model-path x --port http", "--port: invalid port (1-65535) value: 'http'"),
+    Row("engine", "--model-path x --context-length 0", "--context-length: invalid number of at least 1 value: '0'"),
+    Row(
+        "engine",
+        "--model-path x --disaggregation-mode both",
+        "--disaggregation-mode: unknown value 'both'; nearest known: ",
+    ),
     *(
         Row("engine", "--model-path x", f"='{seconds}' is not a positive whole number", environ={WAITING: seconds})
         for seconds in ("soon", "-1", "0.5")
     ),
-    Row("engine", "--model-path x --chunked-prefill-size 0", "0 is not positive"),
-    Row("engine", "--model-path x --load-format gguf", "invalid choice: 'gguf'"),
+    Row("engine", "--model-path x --chunked-prefill-size 0", "invalid number of at least 1 value: '0'"),
+    Row("engine", "--model-path x --load-format gguf", "unknown value 'gguf'; nearest known: "),
 )
 
 

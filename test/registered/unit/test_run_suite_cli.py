@@ -1,4 +1,4 @@
-"""The command `run_suite.py` as a user meets it: real processes on small trees."""
+"""The command `run_suite.py` as a user meets it: real processes on small trees; what it prints of each is in a record."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import unittest
 
 import psutil
 from detached import is_alive
-from pdkit.core import processes
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import MEANINGS
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
@@ -25,16 +24,6 @@ CODE_ERROR = source_of("def test_it(self): raise TypeError('a score')")
 EMPTY = source_of("x = 1")
 SILENT = source_of(main='\nif __name__ == "__main__":\n    print("fine")\n')
 DISABLED = source_of(registration='register_cpu_ci(est_time=5, suite="stage-a-test-cpu", disabled="see #7")')
-SECOND_TIME_LUCKY = source_of(
-    """
-    def test_it(self):
-        from pathlib import Path
-        seen = Path(__file__ + ".seen")
-        was_seen = seen.exists()
-        seen.touch()
-        self.assertGreater(0.96 if was_seen else 0.94, 0.95)
-    """
-)
 
 
 class TestRun(CommandCase):
@@ -51,20 +40,6 @@ class TestRun(CommandCase):
         command = rf"(?m)^\$ {sys.executable} -m pdkit.core.recording {self.root}/registered/test_0.py -f$"
         self.assertRegex(done.stdout, command)
 
-    def test_timings_block(self):
-        lines = self.run_files(PASS, FAIL).stdout.splitlines()
-        begin, end = (lines.index(f"========== TIMINGS {word} ==========") for word in ("BEGIN", "END"))
-        records = [json.loads(line) for line in lines[begin + 1 : end]]
-        self.assertEqual([record["passed"] for record in records], [True, False])
-        self.assertEqual(records[0].keys(), {"file", "passed", "elapsed"})
-        self.assertEqual(records[0]["file"], f"{self.root.name}/registered/test_0.py")
-
-    def test_the_first_failure_stops_the_suite(self):
-        self.run_to_end(1, "0 passed, 1 failed, 1 skipped", FAIL, PASS)
-
-    def test_continue_on_error(self):
-        self.run_to_end(1, "1 passed, 1 failed, 0 skipped", FAIL, PASS, words=["--continue-on-error"])
-
     def test_failfast_within_a_file(self):
         two = source_of("def test_a(self): self.fail()\ndef test_b(self): self.fail()")
         self.assertIn("tests: 1 run, 0 skipped, 1 failed", self.run_files(two).stdout)
@@ -72,7 +47,6 @@ class TestRun(CommandCase):
 
     def test_what_ran_no_test_is_not_passed(self):
         for name, sources, tally in (
-            ("all skipped", [SKIP], "0 passed, 0 failed, 1 skipped"),
             ("nothing ran", [EMPTY], "0 passed, 0 failed, 1 skipped"),
             ("no closing line", [SILENT], "0 passed, 0 failed, 1 skipped"),
             ("disabled", [DISABLED], "0 passed, 0 failed, 1 skipped"),
@@ -82,18 +56,6 @@ class TestRun(CommandCase):
                 done = self.run_files(*sources)
                 self.assert_ended(done, 4, tally)
                 self.assertIn(name, done.stdout)
-
-    def test_no_registered_file(self):
-        done = self.run_suite({}, *SUITE)
-        self.assert_ended(done, 4, "0 passed, 0 failed, 0 skipped")
-        self.assertIn("nothing ran: no file is registered", done.stdout)
-
-    def test_a_failure_outweighs_a_skip(self):
-        self.run_to_end(1, "0 passed, 1 failed, 1 skipped", SKIP, FAIL)
-
-    def test_disabled_files_are_listed_with_their_reason(self):
-        done = self.run_to_end(0, "1 passed, 0 failed, 1 skipped", PASS, DISABLED)
-        self.assertIn("disabled: registered/test_1.py; see #7", done.stdout)
 
     def test_death_by_signal(self):
         done = self.run_to_end(
@@ -112,14 +74,6 @@ class TestRun(CommandCase):
         self.assertIn("\n  last lines of test:\n", done.stdout)
         self.assert_sleeper_gone(done.stdout)
 
-    def test_partitions_run_everything_once(self):
-        ran = []
-        for rank in "01":
-            done = self.run_files(PASS, PASS, PASS, words=["--auto-partition-id", rank, "--auto-partition-size", "2"])
-            self.assertEqual(done.returncode, 0)
-            ran += re.findall(r"\] passed: registered/(test_\d)", done.stdout)
-        self.assertEqual(sorted(ran), ["test_0", "test_1", "test_2"])
-
     def test_environment_of_the_files(self):
         show = source_of(
             """
@@ -137,13 +91,6 @@ class TestRun(CommandCase):
         self.assertIn(f"prefix {sys.prefix}\n", done.stdout)
         done = self.run_files(show, words=["-v", "--test-max-retry", "2"], environment=environment)
         self.assertIn("{'SGLANG_TEST_MAX_RETRY': '2', 'SGLANG_IS_IN_CI': 'true'}", done.stdout)
-
-    def test_metrics_file(self):
-        metrics = self.root / "metrics.jsonl"
-        self.run_files(PASS, FAIL, environment={"SGLANG_TEST_METRICS_FILE": str(metrics)})
-        records = [json.loads(line) for line in metrics.read_text().splitlines()]
-        self.assertEqual([r["status"] for r in records], ["pass", "fail"])
-        self.assertEqual([r["test_file"] for r in records], ["test_0.py", "test_1.py"])
 
 
 class TestPrograms(CommandCase):
@@ -176,15 +123,6 @@ class TestPrograms(CommandCase):
 
 class TestRetry(CommandCase):
     RETRY = ("--enable-retry", "--retry-wait-seconds", "0")
-
-    def test_off_by_default(self):
-        self.run_to_end(1, "0 passed, 1 failed, 0 skipped", SECOND_TIME_LUCKY)
-
-    def test_a_retried_pass_is_shown_as_such(self):
-        done = self.run_to_end(0, "1 passed, 0 failed, 0 skipped", SECOND_TIME_LUCKY, words=self.RETRY)
-        self.assertIn("passed on retry: registered/test_0.py", done.stdout)
-        self.assertIn("2 attempts; first attempt: failed", done.stdout)
-        self.assertNotIn("passed: ", done.stdout)
 
     def test_attempts_are_bounded(self):
         done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", FAIL, words=[*self.RETRY, "--max-attempts", "3"])
@@ -281,24 +219,14 @@ class TestReport(CommandCase):
 
 
 class TestInterrupt(CommandCase):
-    def start_and_hang(self):
-        """(environment, runner, sleeper): below a token of its own, so that no run beside it takes the leftovers."""
+    def test_sigkill_of_the_guardian_too(self):
+        """Below a token of its own, so that no run beside it takes the leftovers."""
         environment = os.environ | {TOKEN_VARIABLE: new_token(os.environ)}
         command = self.command({"test_0.py": HANG}, *SUITE, "-v")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         self.enterContext(process)
         self.addCleanup(process.kill)
-        for line in process.stdout:
-            if line.startswith(b"sleeper"):
-                return environment, process, int(line.split()[1])
-
-    def test_sigkill(self):
-        _, process, sleeper = self.start_and_hang()
-        process.kill()
-        self.assertTrue(processes.wait_until(lambda: not is_alive(sleeper), 20))
-
-    def test_sigkill_of_the_guardian_too(self):
-        environment, process, sleeper = self.start_and_hang()
+        sleeper = next(int(line.split()[1]) for line in process.stdout if line.startswith(b"sleeper"))
         (guardian,) = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGSTOP)
         guardian.kill()

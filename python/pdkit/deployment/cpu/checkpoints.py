@@ -23,6 +23,7 @@ from pdkit.core.paths import ASSETS
 from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FEW_HEADS
 
+SEED = 5
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 DSV4_FIELDS: dict[str, Any] = {
     **FEW_HEADS,
@@ -88,12 +89,12 @@ def _untrained_dsv4(*, mtp: bool) -> Any:
     return model
 
 
-def dsv4_reference(seed: int = 5) -> Any:
+def dsv4_reference() -> Any:
     """The DeepSeek-V4 without its MTP layer as transformers has it, float32; values that bfloat16 can hold."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         return _untrained_dsv4(mtp=False).eval()
 
 
@@ -140,7 +141,7 @@ def _mtp_tensors(main: Any) -> dict[str, Any]:
     }
 
 
-def make_dsv4(path: Path, seed: int = 5) -> None:
+def make_dsv4(path: Path) -> None:
     """Write the DeepSeek-V4 to the new directory `path`."""
     import torch
     from safetensors.torch import save_file
@@ -150,9 +151,9 @@ def make_dsv4(path: Path, seed: int = 5) -> None:
     path.mkdir(parents=True)
     for name in TOKENIZER_FILES:
         shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
-    main = dsv4_reference(seed)
+    main = dsv4_reference()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
+        torch.manual_seed(SEED + 1)
         mtp = _mtp_tensors(main)
     named = {f"main.{name}": tensor for name, tensor in main.state_dict().items()}
     named |= {f"mtp.{name}": tensor for name, tensor in mtp.items()}

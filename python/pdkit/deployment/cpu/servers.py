@@ -62,8 +62,6 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
     def configure(cls) -> None:
         cls.model_name = str(checkpoints.provide(cls.cpu_model.checkpoint))
         super().configure()
-        cls.transfer_backend = ["--disaggregation-transfer-backend", cls.backend]
-        cls.rdma_devices = []
         cls.server_args = [*plan.FLAGS, *cls.cpu_model.flags, *cls.more_server_args]
 
     @classmethod
@@ -72,14 +70,8 @@ class SglangCpuServers(ClaimedPorts, PlannedServers):
         super().launch_all()
 
     @classmethod
-    def prefill_args(cls) -> list[str]:
-        own = cls.disaggregation_args("prefill", cls.prefill_gpus)
-        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_prefill_args]
-
-    @classmethod
-    def decode_args(cls) -> list[str]:
-        own = cls.disaggregation_args("decode", cls.decode_gpus)
-        return [*cls.server_args, *plan.PD_FLAGS, *own, *cls.extra_decode_args]
+    def disaggregation_args(cls, side: str, gpus: Sequence[int]) -> list[str]:
+        return [*plan.PD_FLAGS, *super().disaggregation_args(side, gpus)]
 
     @classmethod
     def launch(

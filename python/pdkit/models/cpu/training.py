@@ -216,9 +216,10 @@ def set_index_topk(model: DeepseekV4ForCausalLM, index_topk: int) -> None:
         attention.compressor.indexer.index_topk = index_topk
 
 
-def new_model(config: DeepseekV4Config, seed: int) -> DeepseekV4ForCausalLM:
-    """An untrained model in float32; the hash layers' routes are drawn from `seed`."""
-    torch.manual_seed(seed)
+def new_model(config: DeepseekV4Config, seed: int | None) -> DeepseekV4ForCausalLM:
+    """An untrained model in float32, from `seed` or torch's random state; the hash layers' routes are drawn from `seed`."""
+    if seed is not None:
+        torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM._from_config(
         config, dtype=torch.float32, attn_implementation="eager", experts_implementation=DENSE_EXPERTS
     )
@@ -230,9 +231,7 @@ def new_model(config: DeepseekV4Config, seed: int) -> DeepseekV4ForCausalLM:
     return model
 
 
-def train(
-    model: DeepseekV4ForCausalLM, batches: Batches, stages: tuple[Stage, ...], *, peak_lr: float = PEAK_LR
-) -> Iterator[Progress]:
+def train(model: DeepseekV4ForCausalLM, batches: Batches, stages: tuple[Stage, ...]) -> Iterator[Progress]:
     """Train `model` in place, stage by stage, yielding after every step.
 
     AdamW; the learning rate warms up linearly, then falls to zero along a cosine over all
@@ -245,7 +244,7 @@ def train(
     for stage in stages:
         for _ in range(stage.steps):
             began = time.perf_counter()
-            lr = peak_lr * _schedule(seen / total)
+            lr = PEAK_LR * _schedule(seen / total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             set_index_topk(model, stage.index_topk)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+from transformers import DeepseekV4Config
 
-from pdkit.models.cpu.experts import NAME as DENSE_EXPERTS
-from pdkit.models.cpu.model import hash_routes
+from pdkit.models.cpu.training import new_model
 from pdkit.models.cpu.windowed_attention import NAME as WINDOWED_ATTENTION
 from pdkit.models.cpu.windowed_attention import residual_streams
 from pdkit.models.cuda.config import BLOCK, HIDDEN, KINDS, fields
@@ -50,15 +48,6 @@ def reference_config(
     )
 
 
-def _build(mtp: bool, of: Mapping[str, Any]) -> DeepseekV4ForCausalLM:
-    return DeepseekV4ForCausalLM._from_config(
-        reference_config(mtp=mtp, of=of),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation=DENSE_EXPERTS,
-    )
-
-
 class Mtp(nn.Module):
     """Multi-token prediction: from the streams at a token and the embedding of the next, the one after that.
 
@@ -69,7 +58,7 @@ class Mtp(nn.Module):
 
     def __init__(self, of: Mapping[str, Any]):
         super().__init__()
-        donor, hidden_size = _build(mtp=True, of=of), of["hidden_size"]
+        donor, hidden_size = new_model(reference_config(mtp=True, of=of), seed=None), of["hidden_size"]
         donor.config._attn_implementation = WINDOWED_ATTENTION
         norm = type(donor.model.norm)
         eps = donor.config.rms_norm_eps
@@ -88,14 +77,8 @@ class KernelNano(nn.Module):
 
     def __init__(self, seed: int = 0, hidden_size: int = HIDDEN, of: Mapping[str, Any] | None = None):
         super().__init__()
-        torch.manual_seed(seed)
         self.fields = dict(of or fields(hidden_size))
-        self.main, self.mtp = _build(mtp=False, of=self.fields), Mtp(self.fields)
-        routes = np.random.default_rng(seed)
-        for layer in self.main.model.layers:
-            if layer.mlp.is_hash:
-                table = layer.mlp.gate.tid2eid
-                table.copy_(torch.from_numpy(hash_routes(routes, *table.shape, self.main.config.n_routed_experts)))
+        self.main, self.mtp = new_model(reference_config(of=self.fields), seed), Mtp(self.fields)
 
     @property
     def device(self) -> torch.device:
@@ -129,11 +112,14 @@ def rescale(model: KernelNano) -> None:
             weight.mul_((narrow / weight.shape[-1]) ** 0.5)
 
 
+BRANCH = 0.12
+
+
 @torch.no_grad()
-def randomize(model: KernelNano, seed: int, branch: float = 0.12) -> None:
+def randomize(model: KernelNano, seed: int) -> None:
     """Fill `model` with well-conditioned noise from `seed`, in place.
 
-    What attention and experts add to the streams is scaled by `branch`: with 0.12 the MTP layer, close to the identity
+    What attention and experts add to the streams is scaled by BRANCH: so the MTP layer, close to the identity
     on the next token's embedding, agrees with the main model for a good part of the tokens, so that drafts are accepted
     and rejected.
     """
@@ -157,12 +143,12 @@ def randomize(model: KernelNano, seed: int, branch: float = 0.12) -> None:
         elif name.endswith("lm_head.weight"):
             values = 3 * fan_in * values
         elif name.endswith(("o_b_proj.weight", "down_proj", "down_proj.weight")):
-            values = branch * fan_in * values
+            values = BRANCH * fan_in * values
         elif not name.endswith("embed_tokens.weight"):
             values = fan_in * values
         tensor.copy_(values)
     mtp = model.mtp
     mtp.e_proj.weight.copy_(torch.eye(len(mtp.e_proj.weight)))
-    mtp.h_proj.weight.mul_(0.02 * branch)
+    mtp.h_proj.weight.mul_(0.02 * BRANCH)
     mtp.enorm.weight.fill_(1)
     mtp.norm.weight.copy_(model.main.model.norm.weight)

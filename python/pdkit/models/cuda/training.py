@@ -11,7 +11,7 @@ import functools
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ from pdkit.models.tokenizer import nano_tokenizer
 
 PEAK_LR = 2e-3
 WARMUP_STEPS = 50
+AHEAD = 16  # batches
 EARLY_SINKHORN = 4
 
 
@@ -85,8 +86,8 @@ def _draw(seed: str, batch: int, length: int) -> list[list]:
 class BatchQueue:
     """Batches drawn ahead by `workers` processes; which ones does not depend on how many there are."""
 
-    def __init__(self, seed: int, workers: int, ahead: int = 16):
-        self._seed, self._drawn, self._ahead = seed, 0, ahead
+    def __init__(self, seed: int, workers: int):
+        self._seed, self._drawn = seed, 0
         self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         self._waiting: deque = deque()
         self._shape: tuple[int, int] | None = None
@@ -96,7 +97,7 @@ class BatchQueue:
         if self._shape != (batch, length):
             self._waiting.clear()
             self._shape = batch, length
-        while len(self._waiting) < self._ahead:
+        while len(self._waiting) < AHEAD:
             self._waiting.append(self._pool.submit(_draw, f"{self._seed}-{self._drawn}", batch, length))
             self._drawn += 1
         ids, weights = self._waiting.popleft().result()
@@ -139,23 +140,16 @@ def set_sinkhorn(model: KernelNano, iterations: int | None) -> None:
             module.hc_sinkhorn_iters = iterations or served
 
 
-def train(
-    model: KernelNano,
-    batches: BatchQueue,
-    seconds: float,
-    *,
-    stages: Sequence[TimedStage] = STAGES,
-    peak_lr: float = PEAK_LR,
-) -> Iterator[TimedProgress]:
+def train(model: KernelNano, batches: BatchQueue, seconds: float) -> Iterator[TimedProgress]:
     """Train `model` in place for `seconds`, yielding after every step; the caller's time counts, too."""
     records, optimizer = IndexerRecords(model.main), optimizer_of(model)
     kind = model.device.type
     began, step, tokens, end = time.monotonic(), 0, 0, 0.0
-    for stage in stages:
+    for stage in STAGES:
         end += stage.share * seconds
         set_sinkhorn(model, stage.sinkhorn)
         while (elapsed := time.monotonic() - began) < end:
-            lr = peak_lr * cosine(elapsed / seconds) * min(1.0, (step + 1) / WARMUP_STEPS)
+            lr = PEAK_LR * cosine(elapsed / seconds) * min(1.0, (step + 1) / WARMUP_STEPS)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             ids, weights = (each.to(model.device) for each in batches.draw(stage.batch, stage.length))

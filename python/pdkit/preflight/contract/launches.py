@@ -211,13 +211,13 @@ def remark_as_data(finding: Finding) -> dict[str, str]:
 
 
 def as_data(contract: Contract) -> dict[str, Any]:
-    """The contract as plain data for JSON."""
+    """The contract as what json.dumps takes."""
     return {
         "release": contract.release.version,
         "test_file": str(contract.test_file) if contract.test_file else None,
-        "suites": list(contract.suites),
-        "fixture": dict(contract.fixture),
-        "substituted": {module: list(names) for module, names in contract.substituted.items()},
+        "suites": contract.suites,
+        "fixture": contract.fixture,
+        "substituted": contract.substituted,
         "flags_known": len(contract.flags),
         "variables_known": len(contract.variables),
         "errors": contract.errors,
@@ -229,11 +229,7 @@ def as_data(contract: Contract) -> dict[str, Any]:
                 "processes": [
                     {
                         "name": process.name,
-                        "module": process.module,
-                        "argv": list(process.argv),
-                        "env": dict(process.env),
-                        "checked": process.checked,
-                        "ports": dict(process.ports),
+                        **{name: getattr(process, name) for name in ("module", "argv", "env", "checked", "ports")},
                         "findings": [remark_as_data(finding) for finding in process.findings],
                     }
                     for process in test.processes

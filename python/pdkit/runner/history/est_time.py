@@ -2,12 +2,12 @@
 
 import ast
 import difflib
+import io
 import os
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from pdkit.core import ci_register
 from pdkit.core.errors import UsageError
@@ -40,11 +40,6 @@ def rounded(seconds: float) -> int:
     return max(1, int(-(-seconds // step)) * step)
 
 
-def p90(seconds: Sequence[float]) -> float:
-    """The least of the values that at least 90 % of them do not exceed."""
-    return quantile(seconds, QUANTILE)
-
-
 def propose(
     registrations: Iterable[Registration],
     seconds: Mapping[tuple[str, str, str], Sequence[float]],
@@ -61,10 +56,9 @@ def propose(
         values = seconds.get((os.path.join(root_name, registration.name), registration.hw, registration.suite), ())
         if len(values) < fewest:
             continue
-        at_p90 = p90(values)
+        at_p90 = quantile(values, QUANTILE)
         proposal = Proposal(registration, rounded(at_p90), at_p90, len(values))
-        apart = abs(proposal.seconds - registration.est_time) > tolerance * max(registration.est_time, 1)
-        if apart:
+        if abs(proposal.seconds - registration.est_time) > tolerance * max(registration.est_time, 1):
             proposals.append(proposal)
     return proposals
 
@@ -78,12 +72,9 @@ def _literal(source: bytes, registration: Registration) -> ast.Constant:
         for entry in visitor.registries:
             which = entry.backend.name.lower(), entry.effective_suite, entry.nightly
             if which == (registration.hw, registration.suite, registration.nightly):
-                assert isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call), (
-                    "a call that registers"
-                )
-                call = statement.value
-                named = {keyword.arg: keyword.value for keyword in call.keywords}
-                found.append(named["est_time"] if "est_time" in named else call.args[0])
+                assert isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call), "it registers"
+                named = [keyword.value for keyword in statement.value.keywords if keyword.arg == "est_time"]
+                found += named or statement.value.args[:1]
     if len(found) != 1:
         raise UsageError(f"{registration.filename} registers {len(found)} times for {registration.suite}")
     literal = found[0]
@@ -94,24 +85,15 @@ def _literal(source: bytes, registration: Registration) -> ast.Constant:
 def rewrite(source: bytes, proposals: Sequence[Proposal]) -> bytes:
     """`source` with the literals of these proposals replaced, each in its place, nothing else changed."""
     lines = source.split(b"\n")
-    starts = np.cumsum([0, *(len(line) + 1 for line in lines)])
-    edits = []
-    for proposal in proposals:
-        literal = _literal(source, proposal.registration)
-        start = starts[literal.lineno - 1] + literal.col_offset
-        stop = starts[(literal.end_lineno or 0) - 1] + (literal.end_col_offset or 0)
-        is_float = isinstance(literal.value, float)
-        edits.append((start, stop, f"{proposal.seconds}{'.0' * is_float}".encode()))
-    for start, stop, text in sorted(edits, reverse=True):
-        source = source[:start] + text + source[stop:]
-    return source
+    literals = [(_literal(source, proposal.registration), proposal.seconds) for proposal in proposals]
+    for literal, seconds in sorted(literals, key=lambda pair: (pair[0].lineno, pair[0].col_offset), reverse=True):
+        line, text = lines[literal.lineno - 1], f"{seconds}{'.0' * isinstance(literal.value, float)}"
+        lines[literal.lineno - 1] = line[: literal.col_offset] + text.encode() + line[literal.end_col_offset :]
+    return b"\n".join(lines)
 
 
 def _diff(name: str, old: bytes, new: bytes) -> str:
-    def lines(content: bytes) -> list[str]:
-        return content.decode().replace("\n", "\n\0").split("\0")
-
-    before, after = ([line for line in lines(content) if line] for content in (old, new))
+    before, after = (io.StringIO(content.decode(), newline="\n").readlines() for content in (old, new))
     diff = difflib.unified_diff(before, after, f"a/{name}", f"b/{name}")
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff)
 
@@ -132,5 +114,5 @@ def estimates(seconds: Mapping[tuple[str, str, str], Sequence[float]]) -> dict[s
     """File -> median seconds, for `--partition-model-file`; of a file in several suites, that which takes longest."""
     medians: dict[str, float] = {}
     for (file, _, _), values in sorted(seconds.items()):
-        medians[file] = max(medians.get(file, 0.0), round(float(np.median(values)), 1))
+        medians[file] = max(medians.get(file, 0.0), round(statistics.median(values), 1))
     return medians

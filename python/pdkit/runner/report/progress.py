@@ -1,11 +1,11 @@
 """Where the running test files are, from their events: in which phase, for how long, how far an eval is."""
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pdkit.core.console import Console
 from pdkit.core.events import Tail
@@ -26,13 +26,10 @@ class _Running:
 
     def read(self) -> None:
         """Reads what is new. Raises OSError."""
-        for event in self._tail.new():
-            self._read(event)
-
-    def _read(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "progress":
-            self._progress = f", {event['done']}/{event['total']}, score so far {event['score']:.3f}"
-        elif event["kind"] == "phase":
+        for event in self._tail.new().of("progress", "phase"):
+            if event["kind"] == "progress":
+                self._progress = f", {event['done']}/{event['total']}, score so far {event['score']:.3f}"
+                continue
             self._phases.pop(event["name"], None)
             if event["state"] == "begins":
                 self._phases[event["name"]] = event["ts"]
@@ -74,10 +71,8 @@ class Board:
         """Shows what is due at this moment."""
         with self._lock:
             for run in self._running.values():
-                try:
+                with contextlib.suppress(OSError):  # who reads the events at the end says that they cannot be read
                     run.read()
-                except OSError:
-                    pass  # who reads the events at the end says that they cannot be read
             self._show()
 
     def _show(self) -> None:
@@ -93,6 +88,5 @@ class Board:
 
 def environment(is_terminal: bool) -> dict[str, str]:
     """On a terminal somebody waits: the test prints more often how far it is."""
-    return (
-        {PROGRESS_VARIABLE: str(TERMINAL_LINE_EVERY_S)} if is_terminal and PROGRESS_VARIABLE not in os.environ else {}
-    )
+    is_ours = is_terminal and PROGRESS_VARIABLE not in os.environ
+    return {PROGRESS_VARIABLE: str(TERMINAL_LINE_EVERY_S)} if is_ours else {}
