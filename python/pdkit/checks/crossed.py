@@ -46,7 +46,7 @@ SAMPLING: Mapping[str, Sequence[Mapping[str, Any]]] = {
         {**_HOT, "top_p": 0.8, "top_k": 20},
     ),
     "stop": ({}, {"stop": list("eaxi")}, {"stop_token_ids": [300], "ignore_eos": False}),
-    "limit": ({}, {"new_tokens": 2}),
+    "limit": ({}, {"max_new_tokens": 2}),
 }  # fmt: skip
 BODY: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "logprobs": ({"return_logprob": False, "top_logprobs_num": 0}, {}),
@@ -60,13 +60,12 @@ def crossed_probes(ids: Sequence[int], tokens: int) -> tuple[Probe, ...]:
     factors = {**SAMPLING, **BODY}
     probes: list[Probe] = []
     for row in covering_rows([len(levels) for levels in factors.values()]):
-        sampling: dict[str, Any] = {"new_tokens": tokens}
+        sampling: dict[str, Any] = {}
         body: dict[str, Any] = {}
         for (name, levels), level in zip(factors.items(), row):
             (body if name in BODY else sampling).update(levels[level])
-        count = sampling.pop("new_tokens")
         label = " ".join(f"{name}={level}" for name, level in zip(factors, row) if level)
-        probes.append(generate_probe(f"crossed {label or 'plain'}", ids, count, body, **sampling))
+        probes.append(generate_probe(f"crossed {label or 'plain'}", ids, tokens, body, **sampling))
     return tuple(probes)
 
 

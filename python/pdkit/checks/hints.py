@@ -186,14 +186,21 @@ def _first_token(requests: Sequence[ComparedRequest]) -> str | None:
     )
 
 
+# What a compressor holds beside its entries -> whether it counts in a prompt(tokens, tokens an entry)
+_OF_AN_ENTRY: Mapping[str, Callable[[int, int], bool]] = {
+    "buffers": lambda prompt, ratio: prompt % ratio > 0,
+    "overlap": lambda prompt, ratio: prompt >= ratio,
+    "buffers, overlap and count": lambda prompt, ratio: True,
+}
+
+
 def _suspects(boundaries: Mapping[str, int]) -> Iterator[Suspect]:
     """Of several that explain the same, the first is the most specific."""
     ratios = {what: tokens for what, tokens in boundaries.items() if what.endswith("compressor")}
     for what, ratio in ratios.items():
         pattern = f"answers differ from the token on that completes an entry of {ratio} tokens, which the prompt began"
-        yield Suspect(pattern, f"the buffers of the {what}", partial(_completes, ratio, _not_multiple))
-        yield Suspect(pattern, f"the overlap of the {what}", partial(_completes, ratio, _long_enough))
-        yield Suspect(pattern, f"the buffers, overlap and count of the {what}", partial(_completes, ratio, _any_length))
+        for part, counts in _OF_AN_ENTRY.items():
+            yield Suspect(pattern, f"the {part} of the {what}", partial(_completes, ratio, counts))
     for what, ratio in ratios.items():
         for least in (ratio, 2 * ratio):
             pattern = f"only prompts of {least} tokens and more differ"
@@ -208,18 +215,6 @@ def _suspects(boundaries: Mapping[str, int]) -> Iterator[Suspect]:
 
 def _from(least: int, request: ComparedRequest) -> bool:
     return (request.prompt or 0) >= least
-
-
-def _not_multiple(prompt: int, ratio: int) -> bool:
-    return prompt % ratio > 0
-
-
-def _long_enough(prompt: int, ratio: int) -> bool:
-    return prompt >= ratio
-
-
-def _any_length(prompt: int, ratio: int) -> bool:
-    return True
 
 
 def _completes(ratio: int, counts: Callable[[int, int], bool], request: ComparedRequest) -> bool:

@@ -1,7 +1,9 @@
 """Requests to servers and load balancers, and clients as users have them."""
 
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +15,7 @@ import requests
 IDLE_S = 1.0
 
 ERROR_LIMIT = 300
+ABORT_AGAIN_S = 0.2
 
 # SGLang's router reads an answer's numbers and writes them anew: the last digit of a logprob may differ, by 4e-15.
 REWRITTEN = 1e-12
@@ -20,6 +23,11 @@ REWRITTEN = 1e-12
 
 class RequestFailed(AssertionError):
     """A request got no answer that can be used; the message says which, and why, in one line."""
+
+
+def bootstrap(host: str, port: int | str, room: int | None = None) -> dict[str, Any]:
+    """What a load balancer adds to a request that goes to prefill and decode; the room is a new one by default."""
+    return {"bootstrap_host": host, "bootstrap_port": int(port), "bootstrap_room": room or random.getrandbits(62)}
 
 
 def greedy(new_tokens: int, **more: Any) -> dict[str, Any]:
@@ -66,6 +74,14 @@ def generate(url: str, body: Mapping[str, Any], timeout: float, session: request
         return post_or_fail(url, "/generate", body, timeout, session).json()
     except ValueError as error:
         raise RequestFailed(f"{type(error).__name__}: {error}") from None
+
+
+def abort_until_ended(asked: Future[Any], urls: Sequence[str], rid: str, timeout: float) -> None:
+    """Aborts the request `rid` until it has ended, again and again: an abort may overtake its request."""
+    while not asked.done():
+        for url in urls:
+            post(url, "/abort_request", {"rid": rid}, timeout)
+        wait([asked], ABORT_AGAIN_S)
 
 
 def status_of(url: str, timeout: float) -> int:

@@ -30,7 +30,8 @@ class Judgement:
         return head.replace(": PASS, ", ": ").replace(": FAIL, ", ": ").replace(": PASS at ", ": decided at ")
 
     def assert_passed(self) -> None:
-        """Records what was found. Raises AssertionError, whose message is the report, where something is wrong."""
+        """Prints the report, records what was found. Raises AssertionError with the report where something is wrong."""
+        print(self.report(), flush=True)
         events.finding(self.sentence, self.passed)
         if not self.passed:
             raise AssertionError(self.report())

@@ -14,13 +14,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import scipy
 
 from pdkit.checks.accounting.checks import SETTLE_SECONDS, unaccounted
 from pdkit.checks.accounting.counters import read_pair
 from pdkit.checks.base import Checks
-from pdkit.checks.http import greedy, post_or_fail
+from pdkit.checks.http import bootstrap, greedy, post_or_fail
 from pdkit.checks.judgement import Judgement
 
 LEVEL = 1e-4
@@ -95,7 +96,6 @@ class LatencyChecks(Checks):
         with ThreadPoolExecutor(self.latency_in_flight) as pool:
             seconds = list(pool.map(self._seconds, ways))
         found = SecondMode(*([s for way, s in zip(ways, seconds) if way == each] for each in ("through", "past")))
-        print(found.report(), flush=True)
         after = read_pair([self.prefill_url], [self.decode_url], SETTLE_SECONDS)
         if before is not None and after is not None:
             did = after.since(before)
@@ -106,19 +106,15 @@ class LatencyChecks(Checks):
 
     def _seconds(self, way: str) -> float:
         ids = [10 + index % 200 for index in range(self.latency_length)]
-        body = {"input_ids": ids, "sampling_params": greedy(self.latency_tokens)}
+        body: dict[str, Any] = {"input_ids": ids, "sampling_params": greedy(self.latency_tokens)}
         began = time.perf_counter()
         if way == "through":
             post_or_fail(self.lb_url, "/generate", body, self.latency_timeout)
             return time.perf_counter() - began
-        room = {
-            "bootstrap_host": self.base_host,
-            "bootstrap_port": int(self.bootstrap_port),
-            "bootstrap_room": random.getrandbits(62),
-        }
+        body |= bootstrap(self.base_host, self.bootstrap_port)
         with ThreadPoolExecutor(2) as pool:
             halves = [
-                pool.submit(post_or_fail, url, "/generate", {**body, **room}, self.latency_timeout)
+                pool.submit(post_or_fail, url, "/generate", body, self.latency_timeout)
                 for url in (self.prefill_url, self.decode_url)
             ]
             for half in halves:

@@ -18,11 +18,10 @@ import requests
 import scipy
 
 from pdkit.checks.accounting.checks import unaccounted
-from pdkit.checks.accounting.counters import counters_of
+from pdkit.checks.accounting.counters import still_held
 from pdkit.checks.base import Checks
-from pdkit.checks.http import greedy, post
+from pdkit.checks.http import abort_until_ended, bootstrap, greedy, post
 from pdkit.checks.judgement import Judgement
-from pdkit.checks.server_info import read_server_info
 
 LEVEL = 1e-3
 LEAST_BYTES = 8 << 10  # of a request; what grows more slowly is not told from an allocator's habits
@@ -199,27 +198,14 @@ class MemoryChecks(Checks):
 
     def _abandon(self, computed_s: float, number: int) -> None:
         rid = f"abandoned-{time.monotonic_ns()}-{number}"
-        body = {
-            **self._abandoned_body(number),
-            "rid": rid,
-            "bootstrap_host": self.base_host,
-            "bootstrap_port": int(self.bootstrap_port),
-            "bootstrap_room": time.monotonic_ns(),
-        }
+        body = {**self._abandoned_body(number), "rid": rid, **bootstrap(self.base_host, self.bootstrap_port)}
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, self.prefill_url, "/generate", body, self.memory_timeout)
             wait([asked], computed_s)
-            while not asked.done():  # an abort may overtake its request
-                post(self.prefill_url, "/abort_request", {"rid": rid}, self.memory_timeout)
-                wait([asked], 0.2)
+            abort_until_ended(asked, [self.prefill_url], rid, self.memory_timeout)
             asked.result()
 
     def _wait_idle(self) -> None:
         """Until no server holds a request, where that is counted."""
-        deadline = time.monotonic() + self.memory_settling
-        while time.monotonic() < deadline:
-            counters = [counters_of(read_server_info(url)) for url in (self.prefill_url, self.decode_url)]
-            if all(each is None or each.is_idle for each in counters):
-                return
-            time.sleep(0.05)
-        self.fail(f"memory: requests or rooms are still held {self.memory_settling:g} s after a round: {counters}")
+        if held := still_held((self.prefill_url, self.decode_url), self.memory_settling):
+            self.fail(f"memory: (rooms, requests) are still held {self.memory_settling:g} s after a round: {held}")

@@ -8,20 +8,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 import requests
 
 from pdkit.checks.accounting.checks import unaccounted
-from pdkit.checks.http import RequestFailed, generate, greedy, post
+from pdkit.checks.http import RequestFailed, abort_until_ended, generate, greedy, post
 from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
 from pdkit.checks.parity.references import ask
-
-ABORT_AGAIN_S = 0.2
 
 
 def race_ids(length: int, seed: int) -> list[int]:
@@ -122,10 +120,7 @@ class RaceChecks(ParityArms):
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, self.lb_url, "/generate", body, self.request_timeout)
             time.sleep(delay)
-            while not asked.done():  # an abort may overtake its request
-                for url in (self.prefill_url, self.decode_url):
-                    post(url, "/abort_request", {"rid": rid}, self.request_timeout)
-                wait([asked], ABORT_AGAIN_S)
+            abort_until_ended(asked, (self.prefill_url, self.decode_url), rid, self.request_timeout)
             with contextlib.suppress(requests.RequestException):
                 asked.result()
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import scipy
 
+from pdkit.checks.accounting.counters import still_held
 from pdkit.checks.base import Checks
-from pdkit.checks.http import flush_caches
+from pdkit.checks.http import bootstrap, flush_caches
 from pdkit.checks.recovery.clients import Fate, Outcome, Query, QueryThread, token_ids
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events, processes
@@ -80,8 +81,7 @@ class ScaleOutChecks(Checks, TwoPairs):
 
     @classmethod
     def answer_by_hand(cls, ask: Query, room: int) -> Outcome:
-        bootstrap = {"bootstrap_host": cls.base_host, "bootstrap_port": int(cls.bootstrap_port), "bootstrap_room": room}
-        ask = replace(ask, more=bootstrap)
+        ask = replace(ask, more=bootstrap(cls.base_host, cls.bootstrap_port, room))
         clients = [QueryThread(url, ask, cls.returning) for url in (cls.prefill_url, cls.decode_url)]
         return [client.result() for client in clients][-1]
 
@@ -221,17 +221,11 @@ class ScaleOutChecks(Checks, TwoPairs):
         }
 
     def wait_idle(self) -> None:
-        deadline, urls = time.monotonic() + self.settling, [*(url for url, _ in self.prefills()), *self.decodes()]
+        urls = [*(url for url, _ in self.prefills()), *self.decodes()]
         if "rooms" not in self.info(self.prefill_url):
             flush_caches(urls, self.settling)  # SGLang refuses while a request is queued, running or being transferred
-            return
-        while True:
-            infos = [self.info(url) for url in urls]
-            held = [(each["rooms"], each["internal_states"][0]["running_requests"]) for each in infos]
-            if not any(any(counts) for counts in held):
-                return
-            self.assertLess(time.monotonic(), deadline, f"(rooms, requests) still held: {held}")
-            time.sleep(POLL_S)
+        elif held := still_held(urls, self.settling):
+            self.fail(f"(rooms, requests) still held: {held}")
 
     def info(self, url: str) -> Mapping[str, Any]:
         return read_server_info(url, self.settling)

@@ -13,8 +13,6 @@ from pdkit.checks.parity.answers import Answer
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
 
-ENDS = "max_new_tokens", "stop_token_ids", "stop"
-
 
 def cut_probes(ids: Sequence[int], answer: Answer, texts: Sequence[str], positions: int) -> list[Probe]:
     """Requests that end the greedy `answer` to the prompt `ids` at each of its first `positions` tokens.
@@ -31,14 +29,8 @@ def cut_probes(ids: Sequence[int], answer: Answer, texts: Sequence[str], positio
         if len(text) > 0 and text.isprintable() and (before + text).find(text) == len(before):
             ways["stop"] = {"stop": [text]}
         for way, sampling in ways.items():
-            probes.append(generate_probe(f"{way} at token {place}", ids, **{"new_tokens": most, **_named(sampling)}))
+            probes.append(generate_probe(f"{way} at token {place}", ids, most, **sampling))
     return probes
-
-
-def _named(sampling: dict[str, Any]) -> dict[str, Any]:
-    """`generate_probe` has a name of its own for the limit."""
-    most = sampling.get("max_new_tokens")
-    return sampling if most is None else {"new_tokens": most}
 
 
 class SeamChecks(ParityArms):

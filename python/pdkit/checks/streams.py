@@ -17,6 +17,8 @@ from pdkit.checks.judgement import Judgement
 
 PATH = "/v1/completions"
 CONFIDENCE = 0.95
+COUNTS = "prompt_tokens", "completion_tokens", "total_tokens"
+NO_USAGE = "it has no usage"
 
 
 def rate_bound(count: int, confidence: float = CONFIDENCE) -> float:
@@ -62,12 +64,20 @@ def difference(whole: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) ->
         return f"its text is {said[:60]!r}, the whole answer's {wanted['text'][:60]!r}"
     if reasons != [wanted["finish_reason"]]:
         return f"finish reasons {reasons}, expected one: {wanted['finish_reason']}"
-    counts = [
-        [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] for usage in (*usages[-1:], whole["usage"])
-    ]
+    counts = [[usage.get(name) for name in COUNTS] for usage in (*usages[-1:], whole["usage"])]
     if counts[0] != counts[-1]:
         return f"its usage is {counts[0]}, the whole answer's {counts[-1]}"
-    return None if usages else "it has no usage"
+    return None if usages else NO_USAGE
+
+
+def stream_difference(url: str, body: Mapping[str, Any], whole: Mapping[str, Any], timeout: float) -> str | None:
+    """The same of the stream that a server sends for `body`. Raises RequestFailed, ValueError or KeyError."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    with post_or_fail(url, PATH, {**body, **options}, timeout, stream=True) as answer:
+        *events, end = events_of(answer)
+    if end != b"[DONE]":
+        return f"its last event is {end[:60]!r}"
+    return difference(whole, [json.loads(event) for event in events])
 
 
 class StreamChecks(Checks):
@@ -100,17 +110,10 @@ class StreamChecks(Checks):
         self.assertTrue(any(each["choices"][0]["text"] for each in whole), "the answers have no text to compare")
         asked = list(islice(cycle(zip(bodies, whole)), self.stream_count))
         with ThreadPoolExecutor(self.stream_in_flight) as pool:
-            streams = Streams(tuple(pool.map(lambda each: self._stream(*each), asked)))
-        print(streams.report(), flush=True)
-        streams.assert_passed()
+            Streams(tuple(pool.map(lambda each: self._stream(*each), asked))).assert_passed()
 
     def _stream(self, body: Mapping[str, Any], whole: Mapping[str, Any]) -> str | None:
-        options = {"stream": True, "stream_options": {"include_usage": True}}
         try:
-            with post_or_fail(self.lb_url, PATH, {**body, **options}, self.stream_timeout, stream=True) as answer:
-                *events, end = events_of(answer)
-            if end != b"[DONE]":
-                return f"its last event is {end[:60]!r}"
-            return difference(whole, [json.loads(event) for event in events])
+            return stream_difference(self.lb_url, body, whole, self.stream_timeout)
         except (RequestFailed, requests.RequestException, ValueError, KeyError) as error:
             return f"{type(error).__name__}: {error}"

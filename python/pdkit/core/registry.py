@@ -56,6 +56,11 @@ class Registration:
     def is_enabled(self) -> bool:
         return self.disabled is None
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        names = {"file": self.name, "path": self.filename, "hw": self.hw, "suite": self.suite}
+        return names | {"est_time": self.est_time}
+
 
 @dataclass(frozen=True)
 class Collection:

@@ -140,14 +140,11 @@ def _get(url: str, key: str | None) -> tuple[int, Any]:
 
 
 def _root(error: BaseException) -> str:
-    while isinstance(inner := error.__cause__ or error.__context__ or _reason(error), BaseException):
-        error = inner
+    """Where it began; urllib3 keeps causes as `reason` or among the arguments, too."""
+    causes = (error.__cause__, error.__context__, getattr(error, "reason", None), *error.args)
+    if cause := next((each for each in causes if isinstance(each, BaseException)), None):
+        return _root(cause)
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
-
-
-def _reason(error: BaseException) -> Any:
-    """urllib3 keeps causes as `reason` or among the arguments."""
-    return getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, BaseException)), None)
 
 
 def ask(url: str, key: str | None = None) -> Served:

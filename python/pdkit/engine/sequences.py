@@ -60,7 +60,9 @@ def fan_out(
         return _spread(name, value[:count] if per_sequence else value, count)
 
     columns = {name: of_prompts(name, value) for name, value in fields.items()}
-    first_rooms = of_prompts("bootstrap_room", _consecutive(bootstrap_room, count))
+    if isinstance(bootstrap_room, int):  # prefill and decode derive the same ones from it
+        bootstrap_room = [bootstrap_room + index for index in range(count)]
+    first_rooms = of_prompts("bootstrap_room", bootstrap_room)
     rids = _rids(rid, count, samples, is_batch)
     rooms = [None if room is None else room + sample * ROOMS for room in first_rooms for sample in range(samples)]
     asks = []
@@ -87,8 +89,3 @@ def _rids(rid: str | list[str] | None, count: int, samples: int, is_batch: bool)
     if rid is not None and len(set(rids)) < count:
         raise BadRequest(f"rid names one id twice: {rid}")
     return rids if samples == 1 else [None] * (count * samples)
-
-
-def _consecutive(room: Any, count: int) -> Any:
-    """Prefill and decode derive the same rooms, from one number a prompt or from one for all."""
-    return [room + index for index in range(count)] if isinstance(room, int) else room

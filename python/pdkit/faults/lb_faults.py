@@ -98,6 +98,5 @@ class BalancerFaultChecks(ParityArms):
             candidate = collect(url, round_, self.fault_timeout)
         except RequestFailed as failure:
             return " ".join(str(failure).split())[:200]
-        names = tuple(probe.name for probe in round_.probes)
-        problems = Parity(round_.condition, names, reference, candidate, control).problems
+        problems = Parity.of(round_, reference, candidate, control).problems
         return " ".join(problems[0].split())[:200] if problems else None

@@ -92,7 +92,7 @@ class FaultySession:
         if side == "prefill" or self._trick is None:
             return response
         if self._trick == "failed-retried" and response.status >= 500:
-            return await self._once_more(url, body, headers)
+            return (await self._again(self._session, url, body, headers))[1]
         if self._trick == "stream-piece-lost" and body.get("stream"):
             return StreamWithoutPiece(response)
         if self._trick in CHANGES and not body.get("stream"):
@@ -136,21 +136,19 @@ class FaultySession:
         return body
 
     async def _duplicate(self, decode_url: str, body: Any) -> None:
-        room = body["bootstrap_room"]
         body = {name: value for name, value in body.items() if name not in ("rid", "stream")}
-        body["bootstrap_room"] = [each ^ 1 for each in room] if isinstance(room, list) else room ^ 1
-        endpoint = next(decode_url.removeprefix(url) for url in mini_lb.lb.decode_urls if decode_url.startswith(url))
         async with aiohttp.ClientSession() as session:
-            posts = (session.post(url, json=body) for url in (mini_lb.lb.prefill_urls[0] + endpoint, decode_url))
-            for response in await asyncio.gather(*posts):
+            for response in await self._again(session, decode_url, body):
                 await response.read()
 
-    async def _once_more(self, decode_url: str, body: Any, headers: Any) -> Any:
-        """Decode's answer to the same request in another room."""
-        again = {**body, "bootstrap_room": body["bootstrap_room"] ^ 1}
-        prefill_url = mini_lb.lb.prefill_urls[0] + decode_url.removeprefix(mini_lb.lb.decode_urls[0])
-        posts = (self._session.post(each, json=again, headers=headers) for each in (prefill_url, decode_url))
-        return (await asyncio.gather(*posts))[1]
+    @staticmethod
+    async def _again(session: aiohttp.ClientSession, decode_url: str, body: Any, headers: Any = None) -> list[Any]:
+        """What prefill and decode answer to the same request in another room."""
+        room = body["bootstrap_room"]
+        body = body | {"bootstrap_room": [each ^ 1 for each in room] if isinstance(room, list) else room ^ 1}
+        endpoint = next(decode_url.removeprefix(url) for url in mini_lb.lb.decode_urls if decode_url.startswith(url))
+        urls = mini_lb.lb.prefill_urls[0] + endpoint, decode_url
+        return await asyncio.gather(*(session.post(url, json=body, headers=headers) for url in urls))
 
     async def _answer(self, result: Any) -> Any:
         if self._trick == "answers-swapped":

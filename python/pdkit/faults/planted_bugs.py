@@ -18,7 +18,6 @@ from pdkit.checks.http import RequestFailed, post, status_of
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.exact import ExactParityArms
 from pdkit.checks.parity.plan import Round, generate_probe
-from pdkit.checks.parity.references import collect
 from pdkit.checks.parity.verdict import Parity
 from pdkit.core import events
 from pdkit.deployment.cpu import drift, working_tree
@@ -133,6 +132,7 @@ class PlantedBugChecks(ExactParityArms, SglangCpuServers):
     retracted = 10
     retracted_tokens = 220
     aborted_tokens = 1200
+    rounding_together = 1e-3
 
     @classmethod
     def checks(cls) -> dict[str, Callable[[PlantedBugChecks], None]]:
@@ -222,21 +222,15 @@ class PlantedBugChecks(ExactParityArms, SglangCpuServers):
 
     def ask(self, round_: Round) -> tuple[Arm, Arm]:
         """(answers of the release, of the pair)"""
-        if round_.flush:
-            self.empty_prefix_caches()
-        return self.reference_alone(round_), collect(self.lb_url, round_, self.request_timeout)
+        return self.reference_alone(round_), self.answers_to(round_)
 
     def same_as_released(self, round_: Round) -> None:
         """To the bit."""
-        names = tuple(probe.name for probe in round_.probes)
-        Parity(round_.condition, names, *self.ask(round_)).assert_passed()
+        Parity.of(round_, *self.ask(round_)).assert_passed()
 
     def same_tokens(self, round_: Round) -> None:
         """The tokens, where rounding depends on who else is served; nearly equal logprobs."""
-        names = tuple(probe.name for probe in round_.probes)
-        Parity(round_.condition, names, *self.ask(round_), rounding=self.rounding_together).assert_passed()
-
-    rounding_together = 1e-3
+        Parity.of(round_, *self.ask(round_), rounding=self.rounding_together).assert_passed()
 
     def cached_prefixes(self) -> None:
         for round_ in self.parity_plan().shared_prefix:

@@ -87,7 +87,7 @@ def run(
         target=target.name,
         verbose=verbose,
     )
-    code = run_suite(Selection(enabled=(registration,), disabled=(), partition={}), options)
+    code = run_suite(Selection((registration,)), options)
     happened = Events()
     for log in sorted(report_dir.glob(f"001-{target.test_file.stem}.*.log")):  # also without a results.json
         happened = events.read(directory_of(log))

@@ -1,7 +1,7 @@
 """Which registrations a command line selects, in which order, and how a suite is partitioned."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pdkit.core import ci_register
@@ -21,8 +21,8 @@ class Selection:
     """
 
     enabled: tuple[Registration, ...]
-    disabled: tuple[Registration, ...]
-    partition: dict[Registration, int]
+    disabled: tuple[Registration, ...] = ()
+    partition: dict[Registration, int] = field(default_factory=dict)
     why_empty: str = ""
     measured: str = ""
 

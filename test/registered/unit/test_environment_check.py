@@ -28,12 +28,12 @@ from pdkit.preflight.environment.machine import Machine
 from pdkit.preflight.environment.needs import Needs, Process
 from pdkit.preflight.finding import Level
 from safetensors.numpy import save
+from suite_trees import RUN_SUITE, source_of, write_tree
 
 register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = ("-m", "pdkit", "preflight")
-RUN_SUITE = REPO / "test" / "run_suite.py"
 DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"
 GPU_SUITE = "stage-c-test-dsv4-8-gpu-h200"
 GIB = 2**30
@@ -694,14 +694,9 @@ class TestCommands(CheckCase):
         self.assertGreater(Machine.from_json(done.stdout).memory_bytes, 0)
 
     def test_run_suite_starts_no_file_on_a_machine_that_cannot(self):
-        source = (
-            "import unittest\nfrom pdkit.core.ci_register import register_cuda_ci\n"
-            'register_cuda_ci(1, "stage-b-test-64-gpu-large")\n'
-            "class T(unittest.TestCase):\n    def test_it(self): print('started')\n"
-            'if __name__ == "__main__":\n    unittest.main()\n'
-        )
-        self.write("registered/test_it.py", source)
-        words = ["--test-root", str(self.root / "registered"), "--hw", "cuda", "--suite", "stage-b-test-64-gpu-large"]
+        source = source_of(registration='register_cuda_ci(1, "stage-b-test-64-gpu-large")')
+        tree = write_tree(self.root, {"test_it.py": source})
+        words = ["--test-root", str(tree), "--hw", "cuda", "--suite", "stage-b-test-64-gpu-large"]
         done = self.run_command(RUN_SUITE, *words)
         self.assertEqual((done.returncode, done.stdout), (3, ""))
         self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)

@@ -3,14 +3,14 @@
 It shows what no client can see: a request that was served twice, a KV transfer that failed.
 """
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from pdkit.checks.accounting.ledger import ClientAccount
 from pdkit.checks.judgement import Judgement
 from pdkit.checks.server_info import read_server_info
+from pdkit.core.processes import wait_until
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class ServerCounters:
         return self.rooms == self.running == 0
 
 
+def running_of(info: Mapping[str, Any]) -> int:
+    """Requests that a server has, by what it answers to `/server_info`."""
+    return sum(state.get("running_requests", 0) for state in info.get("internal_states", ()))
+
+
 def counters_of(info: Mapping[str, Any]) -> ServerCounters | None:
     """The counters in what a server answers to `/server_info`; None where the engine does not offer them."""
     if not {"engine", "transfer", "rooms"} <= info.keys():
@@ -53,25 +58,31 @@ def counters_of(info: Mapping[str, Any]) -> ServerCounters | None:
         requests=info["engine"]["requests"],
         prefill_tokens=info["engine"]["prefill_tokens"],
         rooms=info["rooms"],
-        running=sum(state.get("running_requests", 0) for state in info.get("internal_states", ())),
+        running=running_of(info),
         **{name: info["transfer"][name] for name in ("sent", "received", "failed", "bytes")},
     )
 
 
 def total_of(infos: Iterable[Mapping[str, Any]]) -> ServerCounters | None:
-    """Sum over servers, by what each answers to `/server_info`; None where one does not offer counters."""
-    total = ServerCounters()
-    for info in infos:
-        counters = counters_of(info)
-        if counters is None:
-            return None
-        total += counters
-    return total
+    """Sum over servers, by what each answers to `/server_info`; None where one does not offer counters, or none is."""
+    each = [counters_of(info) for info in infos]
+    known = [counters for counters in each if counters]
+    return sum(known, ServerCounters()) if known and len(known) == len(each) else None
 
 
-def read_counters(urls: Sequence[str], timeout: float = 10) -> ServerCounters | None:
-    """The same over the servers at `urls`. Raises ServerInfoError."""
-    return total_of(read_server_info(url, timeout) for url in urls)
+def still_held(urls: Iterable[str], seconds: float) -> dict[str, tuple[int, int]]:
+    """(rooms, running requests) by URL that servers hold after `seconds`; nothing once all are idle, or do not count.
+
+    Raises ServerInfoError.
+    """
+    held: dict[str, tuple[int, int]] = {}
+
+    def are_idle() -> bool:
+        infos = {url: read_server_info(url) for url in urls}
+        held.update({url: (info["rooms"], running_of(info)) for url, info in infos.items() if "rooms" in info})
+        return not any(map(any, held.values()))
+
+    return {} if wait_until(are_idle, seconds) else held
 
 
 @dataclass(frozen=True)
@@ -89,20 +100,27 @@ class PairCounters:
         return self.prefill.is_idle and self.decode.is_idle
 
 
+def settled(infos: Callable[[], Iterable[Iterable[Mapping[str, Any]]]], settle: float) -> PairCounters | None:
+    """The counters in what `infos()` says of all prefill and all decode servers; see `read_pair`."""
+    found: list[PairCounters | None] = []
+
+    def at_rest() -> bool:
+        prefill, decode = map(total_of, infos())
+        found.append(PairCounters(prefill, decode) if prefill and decode else None)
+        return found[-1] is None or found[-1].is_idle
+
+    wait_until(at_rest, settle)
+    return found[-1]
+
+
 def read_pair(prefill_urls: Sequence[str], decode_urls: Sequence[str], settle: float = 0.0) -> PairCounters | None:
     """The counters once nothing runs any more, after `settle` seconds at the latest; None where not offered.
 
     A request that was sent twice, or that its client left, may run on after the last answer.
     """
-    deadline = time.monotonic() + settle
-    while True:
-        prefill, decode = read_counters(prefill_urls), read_counters(decode_urls)
-        if prefill is None or decode is None:
-            return None
-        pair = PairCounters(prefill, decode)
-        if pair.is_idle or time.monotonic() >= deadline:
-            return pair
-        time.sleep(0.05)
+    return settled(
+        lambda: [[read_server_info(url, 10) for url in urls] for urls in (prefill_urls, decode_urls)], settle
+    )
 
 
 @dataclass(frozen=True)

@@ -60,21 +60,12 @@ def _of_generate(body: Mapping[str, Any], params: Mapping[str, Any], answer: Map
     reason = meta.get("finish_reason") or {}
     yield from _ending(reason.get("type"), completion, params.get("max_new_tokens"))
     matched = reason.get("matched")
-    if (
-        reason.get("type") == "stop"
-        and ids
-        and isinstance(matched, int)
-        and matched in ids[:-1]
-        and not _goes_on(params)
-    ):
-        yield f"output_ids goes on after token {matched}, which ended the answer"
-    if reason.get("type") == "stop" and ids and isinstance(matched, int) and ids[-1] != matched:
-        yield f"the last of output_ids is {ids[-1]}, the answer was ended by {matched}"
+    if reason.get("type") == "stop" and ids and isinstance(matched, int):
+        if matched in ids[:-1] and not params.get("ignore_eos"):
+            yield f"output_ids goes on after token {matched}, which ended the answer"
+        if ids[-1] != matched:
+            yield f"the last of output_ids is {ids[-1]}, the answer was ended by {matched}"
     yield from _after_a_stop(answer.get("text"), params.get("stop"), params.get("no_stop_trim"))
-
-
-def _goes_on(params: Mapping[str, Any]) -> bool:
-    return bool(params.get("ignore_eos"))
 
 
 def _counts(prompt: int | None, cached: int | None) -> Iterator[str]:

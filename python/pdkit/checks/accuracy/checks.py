@@ -29,7 +29,6 @@ class GSM8KChecks(Checks):
         with events.phase("gate"):
             self.assertGreater(metrics["score"], self.min_score)
             for judged in of_answers(metrics.get("answered", ())):
-                print(judged.report(), flush=True)
                 judged.assert_passed()
 
 
@@ -59,11 +58,9 @@ class AccuracyGateChecks(Checks):
         if monolithic_url and options.policy is Policy.AUTO:
             arguments = self.gsm8k_args(self.lb_url), self.gsm8k_args(monolithic_url)
             paired = paired_gate(*arguments, PairedOptions(flips=self.gsm8k_flips), run=run_eval_with_outcomes)
-            print(paired.report(), flush=True)
             paired.assert_passed()
             return self.assert_no_decay("right answers lost", paired.lost_in_order)
         gate = gsm8k_gate(self.gsm8k_args(self.lb_url), options, run=run_eval_with_outcomes)
-        print(gate.report(), flush=True)
         if gate.first_look_passed is not None:
             events.verdict(FIRST_LOOK, gate.first_look_passed, gate.first_look_alone())
         gate.assert_passed()
@@ -72,6 +69,4 @@ class AccuracyGateChecks(Checks):
     @staticmethod
     def assert_no_decay(what: str, bad: Sequence[bool]) -> None:
         """Raises AssertionError where `bad` ones of the examples, in their order, come late."""
-        judged = by_number(what, bad)
-        print(judged.report(), flush=True)
-        judged.assert_passed()
+        by_number(what, bad).assert_passed()

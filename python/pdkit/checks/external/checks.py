@@ -1,6 +1,5 @@
 """What a deployment is asked, check by check; each answers with a row in plain words."""
 
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import requests
 
 from pdkit.checks import acceptance, http
-from pdkit.checks.accounting.counters import PairCounters, TransferAccount, total_of
+from pdkit.checks.accounting.counters import PairCounters, TransferAccount, settled
 from pdkit.checks.accounting.ledger import ClientAccount, Ledger
 from pdkit.checks.accuracy import client
 from pdkit.checks.accuracy.gate import GateOptions, Policy, Verdict
@@ -22,9 +21,9 @@ from pdkit.checks.accuracy.paired import FEW_FLIPS, MANY_FLIPS, PairedOptions
 from pdkit.checks.external import parity
 from pdkit.checks.external.record import Fingerprint, track
 from pdkit.checks.http import RequestFailed, post, post_or_fail
+from pdkit.checks.streams import NO_USAGE, stream_difference
 from pdkit.core import stats
 from pdkit.core.gsm8k import Dataset, prompts_of, running_text
-from pdkit.core.processes import wait_until
 from pdkit.deployment.external import Deployment, Served, Servers, discover, geometry_config, server_info
 from pdkit.deployment.quirks import overwritten_by_prompt_logprobs
 
@@ -102,29 +101,14 @@ class CheckedDeployment:
 
     def complete(self, prompt: str = PROMPT, **options: Any) -> Mapping[str, Any]:
         """A greedy completion of TOKENS tokens. Raises RequestFailed."""
-        return post_or_fail(self.url, "/v1/completions", self._body(prompt, **options), self.timeout).json()
-
-    def streamed(self) -> tuple[str, list[str], Mapping[str, Any] | None]:
-        """(text, finish reasons, usage) of the same as a stream. Raises RequestFailed."""
-        body = self._body(PROMPT, stream=True, stream_options={"include_usage": True})
-        response = post_or_fail(self.url, "/v1/completions", body, self.timeout, stream=True)
-        text, reasons, usage = "", [], None
-        for data in http.events_of(response):
-            if data == b"[DONE]":
-                break
-            chunk = json.loads(data)
-            usage = chunk.get("usage") or usage
-            for choice in chunk["choices"]:
-                text += choice["text"] or ""
-                reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
-        return text, reasons, usage
+        return post_or_fail(self.url, "/v1/completions", self.body(prompt, **options), self.timeout).json()
 
     def generate(self, prompt: str = PROMPT) -> Mapping[str, Any]:
         """The same through /generate. Raises RequestFailed."""
         body = {"text": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS}}
         return http.generate(self.url, body, self.timeout)
 
-    def _body(self, prompt: str, **options: Any) -> dict[str, Any]:
+    def body(self, prompt: str, **options: Any) -> dict[str, Any]:
         return {"model": self.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, **options}
 
 
@@ -146,16 +130,9 @@ def usage_adds_up(target: CheckedDeployment) -> str:
 
 def streaming_equals_whole(target: CheckedDeployment) -> str:
     """A stream has the text, the finish reason and the usage of the whole answer."""
-    whole = target.complete()
-    text, reasons, usage = target.streamed()
-    choice = whole["choices"][0]
-    if text != choice["text"]:
-        raise Mismatch(f"the stream says {text!r}, the whole answer {choice['text']!r}")
-    if reasons != [choice["finish_reason"]]:
-        raise Mismatch(f"the stream ends by {reasons}, the whole answer by {choice['finish_reason']!r}")
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    if usage is not None and any(usage[name] != whole["usage"][name] for name in names):
-        raise Mismatch(f"usage is {usage} in the stream, {whole['usage']} in the whole answer")
+    wrong = stream_difference(target.url, target.body(PROMPT), target.complete(), target.timeout)
+    if wrong not in (None, NO_USAGE):
+        raise Mismatch(wrong)
     return "yes"
 
 
@@ -313,10 +290,9 @@ def _accepted(target: CheckedDeployment, url: str) -> acceptance.Acceptance | No
             )
         )
     metas = [answer["meta_info"] for answer in answers]
-    if not any(meta.get("spec_verify_ct") for meta in metas):
-        return None
-    accepted = acceptance.from_meta_info("speculation", metas)
-    return accepted if isinstance(accepted, acceptance.Acceptance) else None
+    return acceptance.from_meta_info(
+        "speculation" if any(meta.get("spec_verify_ct") for meta in metas) else None, metas
+    )
 
 
 Check = Callable[[CheckedDeployment], str | CheckRow]
@@ -363,17 +339,11 @@ def roles(target: CheckedDeployment) -> CheckRow:
 def pair_counters(deployment: Deployment, settle: float = 0.0) -> PairCounters | None:
     """What the servers have counted, once nothing runs or after `settle` seconds; None where they have no counters."""
 
-    found: list[PairCounters | None] = []
-
-    def at_rest() -> bool:
+    def infos() -> tuple[tuple[Mapping[str, Any], ...], ...]:
         servers = discover(deployment)
-        prefill, decode = total_of(servers.prefill), total_of(servers.decode)
-        known = servers.prefill and servers.decode
-        found.append(PairCounters(prefill, decode) if known and prefill and decode else None)
-        return found[-1] is None or found[-1].is_idle
+        return servers.prefill, servers.decode
 
-    wait_until(at_rest, settle)
-    return found[-1]
+    return settled(infos, settle)
 
 
 def accounting(account: ClientAccount) -> CheckRow:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -80,7 +80,8 @@ def main(args: Namespace) -> ExitCode:
     record = _record_of(args)
     questions = args.data or os.environ.get(DATA_VARIABLE)
     given = _questions(questions) if questions else None
-    with _loopback_without_proxy(), key_sent(deployment):
+    # servers of this machine are not asked through a proxy, whatever the environment says
+    with mock.patch.dict(os.environ, past_proxies(os.environ)), key_sent(deployment):
         served = probe(deployment)
         servers = discover(deployment)
         if servers.problem:
@@ -160,13 +161,6 @@ def _print(row: CheckRow) -> None:
     if len(row.evidence) > EVIDENCE_SHOWN:
         shown.append(f"    and {len(row.evidence) - EVIDENCE_SHOWN} more: --json has them all")
     print(row.line(), *shown, sep="\n", flush=True)
-
-
-@contextlib.contextmanager
-def _loopback_without_proxy() -> Iterator[None]:
-    """Servers of this machine are not asked through a proxy, whatever the environment says."""
-    with mock.patch.dict(os.environ, past_proxies(os.environ)):
-        yield
 
 
 def _shown(name: str) -> AbstractContextManager[object]:

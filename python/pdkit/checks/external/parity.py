@@ -16,7 +16,6 @@ OPTIONS = PlanOptions(tokens=12, rooms=16, in_flight=16, indexed=0)
 QUICK = replace(OPTIONS, longest=600, tokens=4, rooms=8, extra_lengths=())
 TEXT_TOKENS = 3000  # of the natural text that is asked for
 PIECE = 1500  # characters of it in one request
-PARAMETER_TOKENS, PARAMETER_PROMPT = 24, 64
 # DeepSeek-V4's, for a model whose config.json cannot be read here
 WINDOW, RATIOS = 128, (4, 128)
 # natural text where there are no questions
@@ -86,7 +85,7 @@ class Comparison:
         self.references = References(bitwise=False, timeout=timeout)
         self.boundaries = geometry.edges
         prompts = prompts_of(baseline_url, text, timeout)
-        self.parameter_ids = prompts.random_ids(PARAMETER_PROMPT)
+        self.parameter_ids = prompts.random_ids(plan.PARAMETER_PROMPT)
         made = plan.make_plan(geometry, prompts, options)
         rounds = (*made.alone, *made.rooms, *made.shared_prefix, *made.concurrent)
         self.rounds = [_whatever_is_cached(each) for each in rounds if batches or not each.batch]
@@ -124,18 +123,14 @@ class Comparison:
 
     def _compare(self, round_: Round) -> Parity:
         reference, control = self.references.take(self.baseline_url, round_)
-        candidate = collect(self.lb_url, round_, self.timeout)
-        return Parity(round_.condition, tuple(p.name for p in round_.probes), reference, candidate, control)
+        return Parity.of(round_, reference, collect(self.lb_url, round_, self.timeout), control)
 
     def _parameters(self) -> Round:
-        ids, text, size = self.parameter_ids, self.text[:200], PARAMETER_TOKENS
-        probes = plan.generate_probe("greedy", ids, size), plan.completion_probe("completion", text, size)
-        greedy, completion = (self.references.answer(self.baseline_url, self._named(probe)) for probe in probes)
-        variations = (
-            *plan.generate_variations(ids, size, greedy, seeded=False, prompt_logprobs=self.prompt_logprobs),
-            *plan.completion_variations(text, size, completion, seeded=False),
-        )
-        return Round("request parameters", tuple(self._named(each.probe) for each in variations), len(variations))
+        _, round_ = plan.parameter_round(
+            self.parameter_ids, self.text, lambda probe: self.references.answer(self.baseline_url, self._named(probe)),
+            seeded=False, prompt_logprobs=self.prompt_logprobs,
+        )  # fmt: skip
+        return replace(round_, probes=tuple(map(self._named, round_.probes)))
 
     def _named(self, probe: Probe) -> Probe:
         """The same for the model that the deployment serves; a router may ask for its name."""

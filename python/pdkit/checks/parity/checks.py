@@ -8,6 +8,8 @@ The monolithic server of the same model is launched by one of the bases: see `pd
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
@@ -17,26 +19,21 @@ from pdkit.checks.http import flush_caches
 from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.plan import (
+    PARAMETER_PROMPT,
     Geometry,
     ParityPlan,
     PlanOptions,
     Prompts,
     Round,
     Variation,
-    completion_probe,
-    completion_variations,
-    generate_probe,
-    generate_variations,
     make_plan,
+    parameter_round,
 )
 from pdkit.checks.parity.references import References, collect
 from pdkit.checks.parity.verdict import Parity
 from pdkit.checks.server_info import data_parallel_ranks, read_server_info
 from pdkit.core import events
 from pdkit.core.gsm8k import read_dataset, running_text
-
-PARAMETER_TOKENS = 24
-PARAMETER_PROMPT = 64
 
 
 class ParityArms(Checks):
@@ -116,18 +113,11 @@ class ParityArms(Checks):
         """Variations of request parameters, and the round that sends them."""
         if cls._parameter_rounds is None:
             cls.parity_plan()
-            ids, text = cls._parameter_ids, cls._natural_text()[:200]
-            size, seeded = PARAMETER_TOKENS, cls.bitwise
-            probes = generate_probe("greedy", ids, size), completion_probe("completion", text, size)
-            greedy, completion = (cls.known_references().answer(cls.monolithic_url, probe) for probe in probes)
             if cls.prompt_logprobs_are_fatal:
                 print(f"no logprobs of prompts are compared: {cls.prompt_logprobs_are_fatal}", flush=True)
-            variations = (
-                *generate_variations(ids, size, greedy, seeded, not cls.prompt_logprobs_are_fatal),
-                *completion_variations(text, size, completion, seeded),
-            )
-            round_ = Round("request parameters", tuple(each.probe for each in variations), len(variations))
-            cls._parameter_rounds = variations, round_
+            answer = partial(cls.known_references().answer, cls.monolithic_url)
+            ids, may = cls._parameter_ids, not cls.prompt_logprobs_are_fatal
+            cls._parameter_rounds = parameter_round(ids, cls._natural_text(), answer, cls.bitwise, may)
         return cls._parameter_rounds
 
     @classmethod
@@ -157,9 +147,7 @@ class ParityArms(Checks):
         lost: list[str] = []
         for round_ in rounds:
             reference, control = self.references_of(round_)
-            if round_.flush:
-                self.empty_prefix_caches()
-            candidate = collect(self.lb_url, round_, self.request_timeout)
+            candidate = self.answers_to(round_)
             together = round_.in_flight > 1 or round_.batch
             rounding = self.known_references().rounding if together else 0.0
             parities.append(self.compared(round_, reference, candidate, control, rounding))
@@ -172,14 +160,20 @@ class ParityArms(Checks):
         if not self.bitwise:
             self.assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
 
+    def answers_to(self, round_: Round) -> Arm:
+        """The pair's. Raises RequestFailed."""
+        if round_.flush:
+            self.empty_prefix_caches()
+        return collect(self.lb_url, round_, self.request_timeout)
+
     @classmethod
     def compared(
         cls, round_: Round, reference: Arm, candidate: Arm, control: Arm | None = None, rounding: float = 0.0
     ) -> Parity:
         """Of one round; what it showed is kept for the hint, and recorded."""
-        names = tuple(probe.name for probe in round_.probes)
-        loads = (len(names) if round_.batch else round_.in_flight,) * len(names)
-        parity = Parity(round_.condition, names, reference, candidate, control, rounding, loads)
+        count = len(round_.probes)
+        loads = (count if round_.batch else round_.in_flight,) * count
+        parity = replace(Parity.of(round_, reference, candidate, control, rounding), loads=loads)
         evidence = parity.evidence(round_, cls._geometry.edges if cls._geometry else {})
         cls.evidence = [*cls.evidence, evidence]
         cls.from_cache += sum(answer.cached_tokens > 0 for answer in candidate)
@@ -194,7 +188,6 @@ class ParityArms(Checks):
     @classmethod
     def assert_parity(cls, parity: Judgement) -> None:
         """Its failure says which servers were compared, and where to look by all that was compared so far."""
-        print(parity.report(), flush=True)
         try:
             parity.assert_passed()
         except AssertionError as failure:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.checks import AloneParityChecks, IndexerParityChecks, ParityArms, ParityChecks
 from pdkit.checks.parity.plan import Round
-from pdkit.checks.parity.references import collect
 
 
 class ExactParityArms(ParityArms):
@@ -33,10 +32,7 @@ class ExactParityArms(ParityArms):
         rounds = list(rounds)
         alone = [round_ for round_ in rounds if round_.in_flight == 1 and not round_.batch]
         for round_ in alone:
-            reference = self.reference_alone(round_)
-            if round_.flush:
-                self.empty_prefix_caches()
-            candidate = collect(self.lb_url, round_, self.request_timeout)
+            reference, candidate = self.reference_alone(round_), self.answers_to(round_)
             self.assert_parity(
                 replace(self.compared(round_, reference, candidate), condition=f"{round_.condition}, one at a time")
             )

@@ -177,6 +177,4 @@ class ForcedParityChecks(Checks):
         return Forced(candidate, differences(self.monolithic_url, self.monolithic_url, prompts, tokens, timeout))
 
     def test_parity_teacher_forced(self) -> None:
-        forced = self.forced_parity()
-        print(forced.report(), flush=True)
-        forced.assert_passed()
+        self.forced_parity().assert_passed()

@@ -4,7 +4,7 @@ Pure: a model's geometry and a few random numbers in, requests out.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from pdkit.checks.parity.answers import Answer
 
 TOP_LOGPROBS = 8
+PARAMETER_TOKENS, PARAMETER_PROMPT, PARAMETER_TEXT = 24, 64, 200  # new tokens; tokens of a prompt, characters of one
 SHARED_TOKENS = 32  # where a page of the prefix cache is smaller, down to one token, prefixes are as if it were this
 
 
@@ -394,3 +395,16 @@ def completion_variations(prompt: str, tokens: int, greedy: Answer, seeded: bool
             Variation(completion_probe("completion top_p", prompt, tokens, temperature=1.0, seed=1, top_p=0.5), hot),
         ]
     return tuple(found)
+
+
+def parameter_round(
+    ids: Sequence[int], text: str, answer: Callable[[Probe], Answer], seeded: bool, prompt_logprobs: bool
+) -> tuple[tuple[Variation, ...], Round]:
+    """All variations of request parameters, and the round that sends them; `answer`: a monolithic server's to a probe."""
+    text, size = text[:PARAMETER_TEXT], PARAMETER_TOKENS
+    greedy, completion = generate_probe("greedy", ids, size), completion_probe("completion", text, size)
+    variations = (
+        *generate_variations(ids, size, answer(greedy), seeded, prompt_logprobs),
+        *completion_variations(text, size, answer(completion), seeded),
+    )
+    return variations, Round("request parameters", tuple(each.probe for each in variations), len(variations))

@@ -99,7 +99,7 @@ class References:
     def take(self, url: str, round_: Round) -> tuple[Arm, Arm | None]:
         """(reference, control or None) of a round; asked of the server at `url` if not known yet."""
         if self.bitwise:
-            return self._take_bitwise(url, round_), None
+            return self._known(url, replace(round_, flush=False, batch=False)), None
         if round_ not in self._arms:
             self._arms[round_] = self.take_alone(url, round_), self._arm(self.control_url or url, round_)
         return self._arms[round_]
@@ -119,27 +119,18 @@ class References:
 
     def take_alone(self, url: str, round_: Round) -> Arm:
         """The answers to a round, each request sent alone; asked of the server at `url` if not known yet."""
-        unknown = {probe.key: probe for probe in round_.probes if probe.key not in self._answers}
-        if unknown:
-            self._require(url, round_)
-            alone = replace(round_, probes=tuple(unknown.values()), in_flight=1, batch=False)
-            self._answers.update(zip(unknown, self._arm(url, alone)))
-        return [self._answers[probe.key] for probe in round_.probes]
+        return self._known(url, replace(round_, in_flight=1, batch=False))
 
     def _arm(self, url: str, round_: Round) -> Arm:
         if round_.flush:
             http.flush_caches([url], self.timeout)
         return collect(url, round_, self.timeout)
 
-    def _take_bitwise(self, url: str, round_: Round) -> Arm:
+    def _known(self, url: str, round_: Round) -> Arm:
+        """The answers to a round, of which only what is not known yet is asked, and kept."""
         unknown = {probe.key: probe for probe in round_.probes if probe.key not in self._answers}
-        if unknown:
-            self._require(url, round_)
-            answers = collect(url, Round(round_.condition, tuple(unknown.values()), round_.in_flight), self.timeout)
-            self._answers.update(zip(unknown, answers))
-        return [self._answers[probe.key] for probe in round_.probes]
-
-    @staticmethod
-    def _require(url: str, round_: Round) -> None:
-        if not url:
+        if unknown and not url:
             raise RequestFailed(f"{round_.condition}: no monolithic answers were taken and no monolithic server is up")
+        if unknown:
+            self._answers.update(zip(unknown, self._arm(url, replace(round_, probes=tuple(unknown.values())))))
+        return [self._answers[probe.key] for probe in round_.probes]

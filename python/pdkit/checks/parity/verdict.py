@@ -192,6 +192,15 @@ class Parity(Judgement):
             raise ValueError(f"parity of {self.condition}: {len(self.names)} requests, {counts} answers")
 
     @classmethod
+    def of(
+        cls, round_: Round, reference: Arm, candidate: Arm, control: Arm | None = None, rounding: float = 0.0
+    ) -> "Parity":
+        """Of the answers to one round; nothing is said of loads."""
+        return cls(
+            round_.condition, tuple(probe.name for probe in round_.probes), reference, candidate, control, rounding
+        )
+
+    @classmethod
     def pool(cls, condition: str, parities: Sequence["Parity"]) -> "Parity":
         """Several rounds with control arms as one, since few requests prove little."""
         return cls(

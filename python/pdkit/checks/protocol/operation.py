@@ -6,6 +6,7 @@ from itertools import islice
 from pdkit.checks.http import RUST_ROUTER, Client, status_of
 from pdkit.checks.protocol.reference import LoadBalancerChecks, through_each_load_balancer
 from pdkit.core import ports
+from pdkit.core.processes import wait_until
 from pdkit.deployment.relay import Relay
 from pdkit.deployment.router import is_ready
 
@@ -67,8 +68,6 @@ class OperationChecks(LoadBalancerChecks):
         self.assertEqual(refusal.status_code, 503, refusal.text)
         host, port = self.decode_url.removeprefix("http://").split(":")
         with Relay(self.late_decode, (host, int(port))):
-            deadline = time.monotonic() + self.request_timeout
-            while not is_ready(lone.url):
-                self.assertLess(time.monotonic(), deadline, "decode appeared, and the router is not ready")
-                time.sleep(0.2)
+            ready = wait_until(lambda: is_ready(lone.url), self.request_timeout)
+            self.assertTrue(ready, "decode appeared, and the router is not ready")
             self.assertServes(lone)

@@ -5,11 +5,10 @@ each test both servers must be idle, which SGLang's /flush_cache tells: it refus
 or being transferred.
 """
 
-import time
 import unittest
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import requests
@@ -17,6 +16,7 @@ import requests
 from pdkit.checks.base import Checks
 from pdkit.checks.http import MINI_LB, REWRITTEN, RUST_ROUTER, Client, greedy, post
 from pdkit.core.gsm8k import question_text, read_lines
+from pdkit.core.processes import wait_until
 
 Taken = Sequence[Any]  # logprob in nats, token id or text
 
@@ -166,16 +166,16 @@ class LoadBalancerChecks(Checks):
 
     def assertIdle(self) -> None:
         """Prefill and decode have let go of every request, and of what they kept for it."""
-        begin = time.monotonic()
         for name, url in (("prefill", self.prefill_url), ("decode", self.decode_url)):
-            while (status := self.flush(url)) != 200:
-                waited = time.monotonic() - begin
-                self.assertLess(
-                    waited, self.settle_seconds, f"{name} still holds a request: /flush_cache says {status}"
-                )
-                time.sleep(0.1)
+            self.assertTrue(
+                wait_until(partial(self.is_idle, url), self.settle_seconds),
+                f"{name} still holds a request: its /flush_cache refuses",
+            )
         info = requests.get(f"{self.prefill_url}/get_server_info", timeout=self.request_timeout).json()
         self.assertEqual(info.get("rooms", 0), 0, "bootstrap rooms that prefill still holds")
+
+    def is_idle(self, url: str) -> bool:
+        return self.flush(url) == 200
 
     def assertServes(self, client: Client) -> None:
         """The load balancer of `client` serves, and rightly."""

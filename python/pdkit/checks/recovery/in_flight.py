@@ -11,16 +11,18 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import requests
 
+from pdkit.checks.accounting.counters import still_held
 from pdkit.checks.base import Checks
-from pdkit.checks.http import post
+from pdkit.checks.http import bootstrap, post
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Fate, Query, QueryThread, judge_answer, token_ids
 from pdkit.checks.server_info import data_parallel_ranks, read_server_info
 from pdkit.core import events
+from pdkit.core.processes import wait_until
 from pdkit.engine import test_backends
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ else:
     Fleet = object
 
 BEFORE, DURING, STREAMING, IDLE = "before the KV transfer", "during it", "streaming", "idle"
-POLL_S, RETURN_POLL_S = 0.02, 0.3
+RETURN_POLL_S = 0.3
 REACH_S = 0.1
 BLINK_S = 0.5
 ATTEMPTS = 3
@@ -150,14 +152,13 @@ class RequestsInFlight(Checks, Fleet):
 
     def wait_in_phase(self, clients: Mapping[str, Mapping[str, QueryThread]]) -> bool:
         """True once prefill holds a room for each, and those of DURING are half sent; False if that does not come."""
-        deadline = time.monotonic() + self.waiting_timeout
-        rooms, sending = sum(map(len, clients.values())), len(clients[DURING])
-        while time.monotonic() < deadline:
+        wanted = sum(map(len, clients.values())), len(clients[DURING])
+
+        def are_staged() -> bool:
             info = read_server_info(self.prefill_url, self.settling)
-            if (info["rooms"], info["sending"]) == (rooms, sending):
-                return True
-            time.sleep(POLL_S)
-        return False
+            return (info["rooms"], info["sending"]) == wanted
+
+        return wait_until(are_staged, self.waiting_timeout)
 
     def account(
         self,
@@ -219,9 +220,9 @@ class RequestsInFlight(Checks, Fleet):
         """
         return self.settling if data_parallel_ranks(read_server_info(self.prefill_url, self.settling)) > 1 else 0
 
-    def pair_by_hand(self, ask: Query, room: int | None = None) -> tuple[Fate, str, str]:
+    def pair_by_hand(self, ask: Query) -> tuple[Fate, str, str]:
         """(fate, text, error) of what decode says to a request that goes to prefill and decode as a router sends it."""
-        ask = replace(ask, more=self.bootstrap(room or time.monotonic_ns()))
+        ask = replace(ask, more=bootstrap(self.base_host, self.bootstrap_port))
         with ThreadPoolExecutor(2) as pool:
             prefill, decode = (pool.submit(self.post, url, ask) for url in self.servers().values())
             prefill.result()
@@ -231,25 +232,10 @@ class RequestsInFlight(Checks, Fleet):
     def post(self, url: str, ask: Query) -> requests.Response:
         return post(url, "/generate", ask.generate_body(), self.waiting_timeout + self.slack)
 
-    def bootstrap(self, room: int) -> dict[str, Any]:
-        host, port = self.base_host, int(self.bootstrap_port)
-        return {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": room}
-
     def wait_idle(self, servers: Mapping[str, str]) -> None:
         """Until none of `servers` (name -> url) holds a room or a request; only where an engine tells."""
-        deadline, held_now = time.monotonic() + self.settling, {}
-        while time.monotonic() < deadline:
-            held_now = {name: self.held_by(url) for name, url in servers.items()}
-            if not any(any(counts) for counts in held_now.values()):
-                return
-            time.sleep(POLL_S)
-        self.fail(f"{self.settling} s later, (rooms, requests) are still held: {held_now}")
-
-    def held_by(self, url: str) -> tuple[int, ...]:
-        info = read_server_info(url, self.settling)
-        if "rooms" not in info:
-            return ()
-        return info["rooms"], sum(state.get("running_requests", 0) for state in info.get("internal_states", ()))
+        if held := still_held(servers.values(), self.settling):
+            self.fail(f"{self.settling} s later, (rooms, requests) are still held: {held}")
 
     @classmethod
     def servers(cls) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pdkit.checks.recovery.in_flight import ATTEMPTS, BEFORE, DURING, IDLE, RETU
 
 GONE, FROZEN = "sent while it is gone", "sent while it is frozen"
 IN_FLIGHT = (BEFORE, DURING, STREAMING)
+ROUTERS = "load balancer", "router"
 
 
 class RecoveryChecks(RequestsInFlight):
@@ -38,34 +39,34 @@ class RecoveryChecks(RequestsInFlight):
         self.kill(["prefill"], served=(STREAMING,))
 
     def test_routers_are_killed(self) -> None:
-        self.kill(["load balancer", "router"], served=())
+        self.kill(ROUTERS, served=())
 
     def test_decode_is_killed_while_idle(self) -> None:
-        self.kill_idle(["decode"])
+        self.kill(["decode"])
 
     def test_prefill_is_killed_while_idle(self) -> None:
-        self.kill_idle(["prefill"])
+        self.kill(["prefill"])
 
     def test_routers_are_killed_while_idle(self) -> None:
-        self.kill_idle(["load balancer", "router"])
+        self.kill(ROUTERS)
 
     def test_decode_freezes(self) -> None:
         self.freeze_longer(["decode"], served=())
 
     def test_decode_freezes_while_idle(self) -> None:
-        self.freeze_idle(["decode"])
+        self.freeze_longer(["decode"])
 
     def test_prefill_freezes(self) -> None:
         self.freeze_longer(["prefill"], served=(STREAMING,))
 
     def test_prefill_freezes_while_idle(self) -> None:
-        self.freeze_idle(["prefill"])
+        self.freeze_longer(["prefill"])
 
     def test_routers_freeze(self) -> None:
-        self.freeze_longer(["load balancer", "router"], served=(), patience=self.impatience)
+        self.freeze_longer(ROUTERS, served=(), patience=self.impatience)
 
     def test_routers_freeze_while_idle(self) -> None:
-        self.freeze_idle(["load balancer", "router"], patience=self.impatience)
+        self.freeze_longer(ROUTERS, patience=self.impatience)
 
     def test_decode_freezes_for_a_moment(self) -> None:
         self.freeze_shortly(["decode"])
@@ -74,43 +75,34 @@ class RecoveryChecks(RequestsInFlight):
         self.freeze_shortly(["prefill"])
 
     def test_routers_freeze_for_a_moment(self) -> None:
-        self.freeze_shortly(["load balancer", "router"])
+        self.freeze_shortly(ROUTERS)
 
-    def kill(self, victims: Sequence[str], served: Sequence[str]) -> None:
+    def kill(self, victims: Sequence[str], served: Sequence[str] | None = None) -> None:
+        """While requests are in flight, of which the phases `served` must be served; None: while nothing is."""
         event = f"{self.title(victims)} killed"
-        clients = self.in_flight()
+        self.wait_idle(self.servers())
+        clients = {} if served is None else self.in_flight()
         struck = time.monotonic()
         for victim in victims:
             self.end(victim)
         self.turn_valve(None)
-        rows = self.account(event, clients, struck, served)
-        rows += self.while_away(event, GONE, victims)
+        rows = self.account(event, clients, struck, served or ())
+        rows += self.while_away(event, GONE if clients else IDLE, victims)
         self.back(victims, rows, self.start_again)
 
-    def kill_idle(self, victims: Sequence[str]) -> None:
-        event = f"{self.title(victims)} killed"
+    def freeze_longer(
+        self, victims: Sequence[str], served: Sequence[str] | None = None, patience: float | None = None
+    ) -> None:
+        """As `kill`; clients wait for `patience` seconds, by default as long as the routers do."""
+        event, may_hang = f"{self.title(victims)} frozen", patience is not None
         self.wait_idle(self.servers())
-        for victim in victims:
-            self.end(victim)
-        self.back(victims, self.while_away(event, IDLE, victims), self.start_again)
-
-    def freeze_longer(self, victims: Sequence[str], served: Sequence[str], patience: float | None = None) -> None:
-        event = f"{self.title(victims)} frozen"
-        clients = self.in_flight(patience)
+        clients = {} if served is None else self.in_flight(patience)
         struck = time.monotonic()
         self.freeze_all(victims)
         self.turn_valve(None)
-        late = self.send(IDLE, patience)
-        rows = self.account(event, clients, struck, served, may_hang=patience is not None)
-        rows += self.account(event, {FROZEN: late}, None, (), may_hang=patience is not None)
-        self.survivors_serve(victims)
-        self.back(victims, rows, self.thaw)
-
-    def freeze_idle(self, victims: Sequence[str], patience: float | None = None) -> None:
-        event = f"{self.title(victims)} frozen"
-        self.wait_idle(self.servers())
-        self.freeze_all(victims)
-        rows = self.account(event, {IDLE: self.send(IDLE, patience)}, None, (), may_hang=patience is not None)
+        late = {FROZEN if clients else IDLE: self.send(IDLE, patience)}
+        rows = self.account(event, clients, struck, served or (), may_hang)
+        rows += self.account(event, late, None, (), may_hang)
         self.survivors_serve(victims)
         self.back(victims, rows, self.thaw)
 

@@ -41,13 +41,14 @@ Linear layers are bfloat16: the fp8 ones need a GPU.
 def provide(kind: str) -> Path:
     """The directory of a model; the random one is made if it is not there, or was made by other code.
 
-    Raises NotReady where the trained DeepSeek-V4 is absent.
+    Raises NotReady where the trained DeepSeek-V4 is absent, store.DamagedCheckpoint where it is not that of its record.
     """
     if kind == "llama":
         return ASSETS / "nano-llama"
     if kind == "dsv4-trained":
-        if path := trained_dsv4():
-            return path
+        for path in (ASSETS / "few-heads-dsv4", store.cached(store.FEW_HEADS)):
+            if store.is_trained(path):
+                return path
         raise NotReady(f"no trained DeepSeek-V4 in {ASSETS}: pdkit model kernel-train --few-heads makes one on a GPU")
     assert kind == "dsv4", kind
     path = paths.cache() / "sglang-cpu" / f"dsv4-{_version()}"
@@ -60,12 +61,6 @@ def provide(kind: str) -> Path:
         except OSError:  # another process was faster
             shutil.rmtree(unfinished)
     return path
-
-
-def trained_dsv4() -> Path | None:
-    """Where the trained DeepSeek-V4 is, if it is. Raises store.DamagedCheckpoint where it is not that of its record."""
-    both = ASSETS / "few-heads-dsv4", store.cached(store.FEW_HEADS)
-    return next((path for path in both if store.is_trained(path)), None)
 
 
 def _version() -> str:
@@ -83,19 +78,10 @@ def _untrained_dsv4(*, mtp: bool) -> Any:
 
     from pdkit.models.cuda.model import reference_config
 
-    config = reference_config(mtp=mtp, of=DSV4_FIELDS, initializer_range=0.08)
+    config = reference_config(DSV4_FIELDS, mtp=mtp, initializer_range=0.08)
     model = DeepseekV4ForCausalLM(config).float()
     _randomize(model)
     return model
-
-
-def dsv4_reference() -> Any:
-    """The DeepSeek-V4 without its MTP layer as transformers has it, float32; values that bfloat16 can hold."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        return _untrained_dsv4(mtp=False).eval()
 
 
 def _randomize(module: Any) -> None:
@@ -151,8 +137,9 @@ def make_dsv4(path: Path) -> None:
     path.mkdir(parents=True)
     for name in TOKENIZER_FILES:
         shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
-    main = dsv4_reference()
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        main = _untrained_dsv4(mtp=False)
         torch.manual_seed(SEED + 1)
         mtp = _mtp_tensors(main)
     named = {f"main.{name}": tensor for name, tensor in main.state_dict().items()}

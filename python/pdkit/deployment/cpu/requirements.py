@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import psutil
 
@@ -26,31 +27,34 @@ PACKAGES = {"mooncake": "mooncake-transfer-engine-non-cuda", "nixl": "nixl", "sg
 
 def require_machine() -> None:
     """Raises NotReady with one line for each thing that is missing."""
-    problems = [
-        *missing_packages(),
-        *missing_libraries(),
-        *too_little_memory(psutil.virtual_memory().available / 2**30),
-        *too_few_ports(),
-    ]
+    if missing := list(_problems()):
+        raise NotReady("\n".join(missing))
+
+
+def _problems() -> Iterator[str]:
+    for module, package in PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            yield f"target sglang-cpu needs the package {package}: pip install -r requirements-cpu.lock"
+    if packages := [LIBRARIES[name] for name in _missing_libraries()]:
+        yield (
+            f"target sglang-cpu needs Debian's {', '.join(packages)} for the transfer backends: "
+            f"apt-get install {' '.join(packages)}, or without root scripts/transfer_libraries.sh"
+        )
+    free = psutil.virtual_memory().available / 2**30
+    if free < MEMORY_GIB:
+        yield f"target sglang-cpu needs {MEMORY_GIB} GiB of memory, {free:.1f} GiB are free: end other programs"
+    try:
+        ports.claim().release()
+    except RuntimeError as problem:
+        remedy = getattr(problem, "remedy", "end what listens there")
+        yield f"target sglang-cpu needs ports for its servers, and there are {problem}: {remedy}"
     try:
         drift.require_fit()
     except NotReady as reason:
-        problems.append(str(reason))
-    if problems:
-        raise NotReady("\n".join(problems))
+        yield str(reason)
 
 
-def missing_packages() -> list[str]:
-    """One line for each Python package that is not installed."""
-    return [
-        f"target sglang-cpu needs the package {package}: pip install -r requirements-cpu.lock"
-        for module, package in PACKAGES.items()
-        if importlib.util.find_spec(module) is None
-    ]
-
-
-def missing_libraries() -> list[str]:
-    """One line that names the Debian packages which are missing, or none."""
+def _missing_libraries() -> list[str]:
     code = (
         "import ctypes, sys\nfor name in sys.argv[1:]:\n    try: ctypes.CDLL(name)\n    except OSError: print(name)\n"
     )
@@ -61,27 +65,4 @@ def missing_libraries() -> list[str]:
         text=True,
         check=True,
     )
-    missing = [LIBRARIES[name] for name in looked.stdout.split()]
-    if not missing:
-        return []
-    return [
-        f"target sglang-cpu needs Debian's {', '.join(missing)} for the transfer backends: "
-        f"apt-get install {' '.join(missing)}, or without root scripts/transfer_libraries.sh"
-    ]
-
-
-def too_little_memory(available_gib: float) -> list[str]:
-    """One line if less than MEMORY_GIB is free."""
-    if available_gib >= MEMORY_GIB:
-        return []
-    return [f"target sglang-cpu needs {MEMORY_GIB} GiB of memory, {available_gib:.1f} GiB are free: end other programs"]
-
-
-def too_few_ports() -> list[str]:
-    """One line if there is no block of free ports for servers and routers."""
-    try:
-        ports.claim().release()
-    except RuntimeError as problem:
-        remedy = getattr(problem, "remedy", "end what listens there")
-        return [f"target sglang-cpu needs ports for its servers, and there are {problem}: {remedy}"]
-    return []
+    return looked.stdout.split()

@@ -102,13 +102,6 @@ def write_csv(results: Results, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["fault", "index", "check", "caught", "seconds", "message"])
         for run in [*results.clean, *results.faulty]:
-            for check, verdict in run.verdicts.items():
-                row = [
-                    run.fault or "",
-                    run.index,
-                    check,
-                    int(verdict.caught),
-                    f"{verdict.seconds:.2f}",
-                    verdict.message,
-                ]
-                writer.writerow(row)
+            for check, told in run.verdicts.items():
+                cells = run.fault or "", run.index, check, int(told.caught), f"{told.seconds:.2f}", told.message
+                writer.writerow(cells)

@@ -71,9 +71,7 @@ class TransferFaults(acceptance.DraftMeasures, ParityArms):
     def parity_of(self, round_: Round) -> str | None:
         """What is wrong with the answers to a round; None if nothing is."""
         reference, control = self.references_of(round_)
-        candidate = self.answers(round_)
-        names = tuple(probe.name for probe in round_.probes)
-        parity = Parity(round_.condition, names, reference, candidate, control)
+        parity = Parity.of(round_, reference, self.answers(round_), control)
         print(f"    {round_.condition}: {parity.candidate_distribution.report()}", flush=True)
         if parity.control_distribution:
             print(f"      control: {parity.control_distribution.report()}", flush=True)

@@ -96,8 +96,11 @@ def _remarks(parser: FlagParser, segment: Sequence[str]) -> list[Finding]:
     if successor := _successor(action):
         remarks.append(Finding(Level.WARNING, flag, successor))
     for value in [attached] * bool(attached) + list(segment[1:]):
-        if value.startswith(("{", "[")) and not _is_json(value):
-            remarks.append(Finding(Level.ERROR, flag, f"not valid JSON: {value}"))
+        if value.startswith(("{", "[")):
+            try:
+                json.loads(value)
+            except ValueError:
+                remarks.append(Finding(Level.ERROR, flag, f"not valid JSON: {value}"))
     return remarks
 
 
@@ -110,14 +113,6 @@ def _successor(action: argparse.Action) -> str | None:
     if type(action).__name__.startswith("Deprecated") or _DEPRECATED.match(text):
         return text if "deprecated" in text.lower() else f"deprecated: {text}"
     return None
-
-
-def _is_json(value: str) -> bool:
-    try:
-        json.loads(value)
-    except ValueError:
-        return False
-    return True
 
 
 def describe(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:

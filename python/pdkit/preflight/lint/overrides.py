@@ -34,12 +34,6 @@ def _reach(cls: TestClass, start: tuple[TestClass, Function]) -> tuple[list[tupl
     return reached, outside
 
 
-def _starts(source: Source, function: Function) -> bool:
-    """Whether a function starts a process itself."""
-    calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
-    return any(STARTERS.fullmatch(source.dotted(call.func)) for call in calls)
-
-
 def pd_override(source: Source, _: object) -> Iterator[Finding]:
     """An override that starts the server itself pins its NCCL port and passes the NICs of its own GPUs."""
     for cls in source.classes.values():
@@ -47,32 +41,23 @@ def pd_override(source: Source, _: object) -> Iterator[Finding]:
             if not cls.is_pd or f"start_{side}" not in cls.methods:
                 continue
             reached, outside = _reach(cls, (cls, cls.methods[f"start_{side}"]))
-            if f"start_{side}" in outside or not any(_starts(*each) for each in reached):
+            nodes = [(owner, node) for owner, function in reached for node in ast.walk(function)]
+            calls = [(owner, node) for owner, node in nodes if isinstance(node, ast.Call)]
+            starts = any(STARTERS.fullmatch(owner.dotted(call.func)) for owner, call in calls)
+            if f"start_{side}" in outside or not starts:
                 continue
             line = cls.methods[f"start_{side}"].lineno
-            if not any(_pins_nccl(function) for _, function in reached):
+            words = [str(node.value) for _, node in nodes if isinstance(node, ast.Constant)]
+            if not any(word.startswith("--nccl-port") for word in words):
                 message = (
                     f"start_{side} passes no --nccl-port, so that both servers may draw the same one; "
                     f'add ["--nccl-port", cls.{side}_nccl_port]'
                 )
                 yield broken(source.path, line, "pd-override", message)
-            if not any(_asks_for_nics(function) for _, function in reached):
+            asked = {ast.unparse(call.func).rpartition(".")[2] for _, call in calls if call.args}
+            if not asked & {"rdma_devices_for", "get_rdma_devices_args"}:
                 message = (
                     f"start_{side} does not choose NICs by its GPUs, so that the state may cross sockets; "
                     f"add cls.rdma_devices_for({side} GPUs)"
                 )
                 yield broken(source.path, line, "pd-override", message)
-
-
-def _pins_nccl(function: Function) -> bool:
-    words = [node.value for node in ast.walk(function) if isinstance(node, ast.Constant)]
-    return any(isinstance(word, str) and word.startswith("--nccl-port") for word in words)
-
-
-def _asks_for_nics(function: Function) -> bool:
-    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and node.args]
-    return any(_last(call.func) in ("rdma_devices_for", "get_rdma_devices_args") for call in calls)
-
-
-def _last(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
