@@ -159,7 +159,8 @@ class TestMain(FolderCase):
     def test_a_machine_that_lacks_something_starts_nothing(self):
         self.write_test(*RUN)
         path = self.root / EMBEDDED.test_file
-        pair = "\n\nclass TestPair(PDDisaggregationServerBase):\n    def test_it(self): pass\n\n\nif __name__"
+        pair = "\n\nif not __name__:\n    from pdkit.deployment.embedded import EmbeddedServers\n\n\n"  # read, not imported
+        pair += "class TestPair(EmbeddedServers):\n    def test_it(self): pass\n\n\nif __name__"
         path.write_text(path.read_text().replace("\n\nif __name__", pair))
         with patch("pdkit.preflight.environment.check.ASSETS", self.root):
             self.assertEqual(self.main(), ExitCode.NOT_READY)
@@ -169,7 +170,7 @@ class TestMain(FolderCase):
         self.assertEqual(len(self.printed.splitlines()), len(TARGETS), self.printed)
         with patch("pdkit.preflight.environment.check.ASSETS", self.root):
             self.assertEqual(self.main("--skip-environment-check"), ExitCode.FAILED)
-        self.assertIn("NameError: name 'PDDisaggregationServerBase' is not defined", self.printed)
+        self.assertIn("NameError: name 'EmbeddedServers' is not defined", self.printed)
 
     def test_a_tree_without_the_test(self):
         write_test(self.root, "pass", file=Path("registered/test_other.py"))
