@@ -78,19 +78,10 @@ def _untrained_dsv4(*, mtp: bool) -> Any:
 
     from pdkit.models.cuda.model import reference_config
 
-    config = reference_config(mtp=mtp, of=DSV4_FIELDS, initializer_range=0.08)
+    config = reference_config(DSV4_FIELDS, mtp=mtp, initializer_range=0.08)
     model = DeepseekV4ForCausalLM(config).float()
     _randomize(model)
     return model
-
-
-def dsv4_reference() -> Any:
-    """The DeepSeek-V4 without its MTP layer as transformers has it, float32; values that bfloat16 can hold."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        return _untrained_dsv4(mtp=False).eval()
 
 
 def _randomize(module: Any) -> None:
@@ -146,8 +137,9 @@ def make_dsv4(path: Path) -> None:
     path.mkdir(parents=True)
     for name in TOKENIZER_FILES:
         shutil.copy(ASSETS / "nano-dsv4" / name, path / name)
-    main = dsv4_reference()
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        main = _untrained_dsv4(mtp=False)
         torch.manual_seed(SEED + 1)
         mtp = _mtp_tensors(main)
     named = {f"main.{name}": tensor for name, tensor in main.state_dict().items()}
