@@ -56,9 +56,11 @@ class TestGuardian(GuardianCase):
         self.assertGreater(guarded.end().cpu_seconds, 0.3)
 
     def test_orphans_are_reaped_while_the_command_runs(self):
-        guarded = self.start(orphaner("print(__import__('os').getppid(), flush=True)", SLEEP))
-        orphan, parent = sorted((self.read_number(guarded), self.read_number(guarded)), key=guarded.guardian_pid.__eq__)
-        self.assertEqual(parent, guarded.guardian_pid)
+        """An orphan ends when the guardian is its parent, and is gone then."""
+        waits = "import os, time\nwhile str(os.getppid()) != os.environ['GUARDIAN']: time.sleep(0.01)"
+        orphan = orphaner(waits, SLEEP, env="{'GUARDIAN': __import__('os').environ['GUARDIAN']}")
+        guarded = self.start(f"import os; os.environ['GUARDIAN'] = str(os.getppid())\n{orphan}")
+        orphan = self.read_number(guarded)
         self.assertTrue(processes.wait_until(lambda: not psutil.pid_exists(orphan), 10), "a zombie is left")
 
     def test_told_to_end(self):

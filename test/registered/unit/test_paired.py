@@ -2,6 +2,7 @@
 
 import itertools
 import unittest
+from functools import lru_cache
 
 import numpy as np
 from pdkit.checks.accuracy.gate import Verdict
@@ -16,11 +17,14 @@ OPTIONS = PairedOptions()
 GOOD = (True,)
 
 
+decided = lru_cache(maxsize=None)(PairedPlan.decide)
+
+
 def end_of(plan, pairs):
     """(whether it passes, after how many) of a sequence of pairs: 1 is lost, -1 gained, 0 neither; by definition."""
     for look, examples in enumerate(plan.looks):
         seen = pairs[:examples]
-        passes = plan.decide(look, seen.count(1), seen.count(-1))
+        passes = decided(plan, look, seen.count(1), seen.count(-1))
         if passes is not None:
             return passes, examples
     raise AssertionError("the last look decides")

@@ -1,13 +1,13 @@
 """The scaffold: what it writes passes lint, contract and plan at once; what would not is not written."""
 
+import os
 import re
-import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
-from cases import without
+from cases import pdkit, without
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import collect
@@ -19,7 +19,6 @@ from pdkit.preflight.lint.check import lint
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
-COMMAND = (sys.executable, "-m", "pdkit", "new")
 DISTRIBUTED = REPO / "test" / "registered" / "distributed"
 H200, LARGE, CPU = "stage-c-test-dsv4-8-gpu-h200", "stage-b-test-1-gpu-large", "stage-a-test-cpu"
 DSV4 = "sgl-project/DeepSeek-V4-Flash-FP8"
@@ -37,8 +36,8 @@ class ScaffoldCase(unittest.TestCase):
         self.before = sorted(self.directory.iterdir())
 
     def run_scaffold(self, *words):
-        command = [*COMMAND, *words, "--directory", self.directory]
-        return subprocess.run(command, capture_output=True, text=True, env=without("SGLANG_"))
+        with mock.patch.dict(os.environ, without("SGLANG_"), clear=True):
+            return pdkit("new", *words, "--directory", self.directory)
 
     def written(self):
         return [path for path in sorted(self.directory.iterdir()) if path not in self.before]
@@ -46,9 +45,9 @@ class ScaffoldCase(unittest.TestCase):
     def write(self, *words):
         """The one file that a command line writes, and the needs of its suite as the environment check reads them."""
         done = self.run_scaffold(*words)
-        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.assertEqual((done.returned, done.err), (0, ""), done.out)
         (path,) = self.written()
-        self.assertTrue(done.stdout.splitlines()[0].endswith(path.name))
+        self.assertTrue(done.out.splitlines()[0].endswith(path.name))
         self.assertEqual(list(map(str, lint([path]))), [])
         collection = collect(self.directory.parent)
         self.assertEqual(collection.errors, ())
@@ -132,10 +131,10 @@ class TestBadInput(ScaffoldCase):
     def refused(self, *words):
         """The lines that say why; nothing is written."""
         done = self.run_scaffold(*words)
-        self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+        self.assertEqual((done.returned, done.out), (2, ""), done.err)
         self.assertEqual(self.written(), [])
-        lines = done.stderr.splitlines()
-        self.assertTrue(all(line.startswith("pdkit new: error: ") for line in lines), done.stderr)
+        lines = done.err.splitlines()
+        self.assertTrue(all(line.startswith("pdkit new: error: ") for line in lines), done.err)
         return lines
 
     def test_words(self):
@@ -167,7 +166,10 @@ class TestBadInput(ScaffoldCase):
     def test_one_thing_that_is_wrong(self):
         for words, says in (
             ((*self.QWEN, "--gpus", "5+5"), "needs 10 GPUs (0-9), the runner is 8-gpu-h200"),
-            (("Q", "--suite", CPU, "--flags", "--disable-radix-cach"), "unrecognized arguments: --disable-radix-cach"),
+            (
+                ("Q", "--suite", CPU, "--flags", "--disable-radix-cach"),
+                "unknown option --disable-radix-cach; nearest known: --disable-radix-cache",
+            ),
             (("dsv4", "--suite", CPU), "test_disaggregation_dsv4.py exists; choose another name"),
         ):
             with self.subTest(says):
