@@ -24,7 +24,6 @@ from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FEW_HEADS
 
 SEED = 5
-TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 DSV4_FIELDS: dict[str, Any] = {
     **FEW_HEADS,
     "num_hidden_layers": 4,
@@ -132,7 +131,7 @@ def make_dsv4(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from pdkit.models.cuda.checkpoint import stored
+    from pdkit.models.cuda.checkpoint import TOKENIZER_FILES, stored
 
     path.mkdir(parents=True)
     for name in TOKENIZER_FILES:
