@@ -44,14 +44,10 @@ def main(args: Namespace) -> ExitCode:
     target = choose(gpus, args.on)
     print(f"main job on {target.name}: {target.engine}", *why(target, gpus).splitlines(), sep="\n  ", flush=True)
     if args.repeat is not None:
-        return _repeat(args, target.name)
+        from pdkit.runner.repeat import repeat
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        out = args.report_dir or Path(tempfile.mkdtemp(prefix="repeat_"))
+        return repeat(out, target.name, args.repeat, args.jobs, args.keep_going, args.file)
     history = history_file(args, is_own_tree=True)
     return run.run(target, args.report_dir, history, args.environment_check, args.sglang_source, args.verbose)
-
-
-def _repeat(args: Namespace, target: str) -> ExitCode:
-    from pdkit.runner.repeat import repeat
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    out = args.report_dir or Path(tempfile.mkdtemp(prefix="repeat_"))
-    return repeat(out, target, args.repeat, args.jobs, args.keep_going, args.file)

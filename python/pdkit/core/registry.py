@@ -57,7 +57,6 @@ class Registration:
         return self.disabled is None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         names = {"file": self.name, "path": self.filename, "hw": self.hw, "suite": self.suite}
         return names | {"est_time": self.est_time}
 

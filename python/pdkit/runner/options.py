@@ -70,7 +70,6 @@ class Options:
 
 
 def add_verbose(group: argparse._ActionsContainer) -> None:
-    """`-v`."""
     group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
 
 
@@ -95,7 +94,6 @@ def default_timeout(est_time: float) -> float:
 
 
 def add_history_options(group: argparse._ActionsContainer) -> None:
-    """`--history FILE` and `--no-history`, which `history_file` reads."""
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
         "--history",
@@ -151,7 +149,6 @@ def add_selection(parser: argparse.ArgumentParser, default_test_root: Path) -> a
 
 
 def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> None:
-    """Which files or tests, and how they are run."""
     which = add_selection(parser, default_test_root)
     which.add_argument("files", nargs="*", metavar="FILE", help="these alone: paths, or names such as test_gate")
     which.add_argument("-k", dest="only", metavar="NAME", help="files and tests that are called like NAME")

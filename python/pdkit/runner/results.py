@@ -102,7 +102,6 @@ class FileResult:
         }
 
     def describe(self) -> str:
-        """One line for people."""
         parts = [f"{self.state.value}: {self.registration.name}"]
         if self.attempts:
             parts.append(f"{self.seconds:.1f} s (estimated {self.registration.est_time:g} s)")

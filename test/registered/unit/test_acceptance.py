@@ -59,15 +59,11 @@ class TestGate(unittest.TestCase):
         return AcceptanceGate(Acceptance("EAGLE", "test", length), reference, ratio)
 
     def test_must_reach_the_share_of_the_reference(self):
-        for length in (1.9, 2.5):
-            self.gate(length).assert_passed()
-        for length in (1.899, 1.0):
+        for length, ratio in ((1.9, 0.95), (2.5, 0.95), (1.6, 0.8)):
+            self.gate(length, ratio=ratio).assert_passed()
+        for length, ratio in ((1.899, 0.95), (1.0, 0.95), (1.59, 0.8)):
             with self.assertRaises(AssertionError):
-                self.gate(length).assert_passed()
-
-    def test_ratio(self):
-        self.assertTrue(self.gate(1.6, ratio=0.8).passed)
-        self.assertFalse(self.gate(1.59, ratio=0.8).passed)
+                self.gate(length, ratio=ratio).assert_passed()
 
     def test_the_failure_message_is_the_report(self):
         gate = self.gate(1.5)

@@ -171,11 +171,8 @@ class TestCommand(FolderCase):
                 answer["usage"]["total_tokens"] += 1
             return answer
 
-        def streaming_less(path, request, answer):
-            return answer[1:] if isinstance(answer, list) else answer
-
-        def ending_twice(path, request, answer):
-            return [*answer[:-1], *answer[-2:]] if isinstance(answer, list) else answer
+        def of_streams(change):
+            return lambda path, request, answer: change(answer) if isinstance(answer, list) else answer
 
         def generating_else(path, request, answer):
             return answer | {"text": "else"} if path == "/generate" else answer
@@ -192,13 +189,13 @@ class TestCommand(FolderCase):
 
         for tamper, check in (
             (counting_wrong, "usage adds up"),
-            (streaming_less, "streaming equals whole"),
-            (ending_twice, "streaming equals whole"),
+            (of_streams(lambda events: events[1:]), "streaming equals whole"),
+            (of_streams(lambda events: [*events[:-1], *events[-2:]]), "streaming equals whole"),
             (generating_else, "/generate equals /v1/completions"),
             (chatting_of_nothing, "chat answers"),
             (answering_wrong, "GSM8K"),
         ):
-            with self.subTest(tamper.__name__):
+            with self.subTest(check):
                 sound = lambda path, request, answer, tamper=tamper: answer and tamper(path, request, answer)  # noqa: E731
                 shown = self.check(Stub(self, PAIR, sound), code=ExitCode.FAILED)
                 failed = [line for line in shown.splitlines() if ": FAILED, " in line]

@@ -2,22 +2,16 @@
 
 import itertools
 import math
-import re
-import subprocess
-import sys
 import unittest
-from pathlib import Path
 
 import numpy as np
 from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, Policy, ScoredSlice, Verdict
 from pdkit.core import stats
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.core.errors import ExitCode
 from scipy.stats import beta, binom, norm
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
-SCRIPT = Path(__file__).resolve().parents[3] / "studies" / "gate_operating_characteristic.py"
 DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200, "step": 100}
 
 
@@ -324,29 +318,6 @@ class TestAccuracyGate(unittest.TestCase):
         for examples, correct, outcomes in ((10, 11, None), (10, -1, None), (2, 1, (True, True)), (2, 1, (True,))):
             with self.assertRaises(AssertionError):
                 ScoredSlice(examples, correct, outcomes)
-
-
-class TestOperatingCharacteristicScript(unittest.TestCase):
-    def run_script(self, *words):
-        done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
-
-    def test_prints_the_promise_beside_the_alternatives(self):
-        code, out, _ = self.run_script()
-        self.assertEqual(code, ExitCode.PASSED)
-        rows = re.findall(r"^ *(\S.*?)  +([\d.]+)% +([\d.]+)% ", out, re.MULTILINE)
-        rates = {name: (float(false_alarm), float(miss)) for name, false_alarm, miss in rows}
-        policies = ["> 0.95 once", "1 retry", "3 retries", "TRT-LLM n=200", "TRT-LLM n=1314", "sequential", "auto"]
-        self.assertEqual(list(rates), policies)
-        self.assertLessEqual(max(rates["auto"] + rates["sequential"]), 1.0)
-        self.assertAlmostEqual(rates["> 0.95 once"][0], 100 * binom.cdf(190, 200, 0.965), places=2)
-        self.assertAlmostEqual(rates["TRT-LLM n=200"][1], 100 * binom.sf(176, 200, 0.93), places=2)
-        self.assertIn("miss a loss of accuracy of 0.124 (n=200) or 0.049 (n=1314)", out)
-
-    def test_too_few_examples_are_bad_usage(self):
-        code, _, err = self.run_script("--examples", "300")
-        self.assertEqual(code, ExitCode.BAD_USAGE)
-        self.assertIn("861 can", err.splitlines()[-1])
 
 
 if __name__ == "__main__":

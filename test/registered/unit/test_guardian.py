@@ -1,4 +1,4 @@
-"""The guardian ends what a command started, however it detached, and nothing else."""
+"""The guardian ends what a command started, however it detached; what a killed runner left is found by its token alone."""
 
 import os
 import signal
@@ -6,19 +6,33 @@ import subprocess
 import sys
 import time
 import unittest
+from unittest import mock
 
 import psutil
 from detached import DEAF, LISTEN, SLEEP, command, is_alive, listening, orphaner, spawner
 from pdkit.core import ports, processes
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.runner import guardian
+from pdkit.runner import guardian, orphans
+from pdkit.runner import owner as run_token
 from pdkit.runner.guardian import Guarded
-from pdkit.runner.owner import TOKEN_VARIABLE, new_token
+from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, Owner, abandoned_by, carries, new_token
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 
-class GuardianCase(unittest.TestCase):
+class ProcessCase(unittest.TestCase):
+    def popen(self, source, **options):
+        """A process that runs `source` until the test ends."""
+        process = self.enterContext(subprocess.Popen(command(source), stdout=subprocess.PIPE, **options))
+        self.addCleanup(process.kill)
+        return process
+
+    def kill(self, pid):
+        if is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+class TestGuardian(ProcessCase):
     def start(self, source):
         guarded = Guarded(command(source), dict(os.environ), new_token(os.environ))
         self.addCleanup(guarded.output.close)
@@ -32,8 +46,6 @@ class GuardianCase(unittest.TestCase):
         left = [pid for pid in pids if not processes.wait_until(lambda pid=pid: not is_alive(pid), seconds)]
         self.assertEqual(left, [])
 
-
-class TestGuardian(GuardianCase):
     def test_exit_code_and_output(self):
         for source, code in (("import sys; print('x'); sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)):
             with self.subTest(code):
@@ -83,18 +95,11 @@ class TestGuardian(GuardianCase):
                 self.assert_all_end(child, guarded.pid, seconds=0)
 
     def test_the_death_of_the_runner_ends_all(self):
-        runner = (
-            "import os, time\n"
-            "from pdkit.runner.guardian import Guarded\n"
-            f"guarded = Guarded({command(orphaner(SLEEP, SLEEP))!r}, dict(os.environ), 'token')\n"
-            "print(guarded.pid, guarded.guardian_pid, int(guarded.output.readline()), flush=True)\n" + SLEEP
-        )
-        with subprocess.Popen(command(runner), stdout=subprocess.PIPE) as process:
-            self.addCleanup(process.kill)
-            pids = [int(word) for word in process.stdout.readline().split()]
-            self.assertEqual([is_alive(pid) for pid in pids], [True] * 3)
-            process.kill()
-            self.assert_all_end(*pids)
+        process = self.popen(RUNNER.format(python=sys.executable, source=orphaner(SLEEP, SLEEP)))
+        pids = [int(word) for word in process.stdout.readline().split()]
+        self.assertEqual([is_alive(pid) for pid in pids], [True] * 3)
+        process.kill()
+        self.assert_all_end(*pids)
 
     def test_a_runner_that_is_gone_before_the_start(self):
         late = [sys.executable, "-m", "pdkit.runner.guardian", *command("print('started')")]
@@ -105,11 +110,9 @@ class TestGuardian(GuardianCase):
 
     def test_a_bystander_with_the_same_command_line_stays(self):
         source = orphaner(SLEEP, SLEEP)
-        bystander = subprocess.Popen(command(source), start_new_session=True, stderr=subprocess.PIPE)
-        self.enterContext(bystander)
-        self.addCleanup(bystander.kill)
+        bystander = self.popen(source, start_new_session=True, stderr=subprocess.PIPE)
         twin = int(bystander.stderr.readline())
-        self.addCleanup(os.kill, twin, signal.SIGKILL)
+        self.addCleanup(self.kill, twin)
         guarded = self.start(source)
         orphan = self.read_number(guarded)
         of_twin = psutil.Process(twin).cmdline()
@@ -135,29 +138,24 @@ class TestGuardian(GuardianCase):
         self.assertIn(b"/nowhere/python3", guarded.output.read())
 
 
-class TestEnd(unittest.TestCase):
-    def start(self, source):
-        process = self.enterContext(subprocess.Popen(command(source), stdout=subprocess.PIPE))
-        self.addCleanup(process.kill)
-        return process
-
+class TestEnd(ProcessCase):
     def end(self, process, **seconds):
         found = psutil.Process(process.pid)
         return processes.end(lambda: [found], lambda: process.poll() is not None, **seconds)
 
     def test_sigterm_comes_first(self):
-        process = self.start(SLEEP)
+        process = self.popen(SLEEP)
         self.assertIn(f"pid {process.pid} (", self.end(process).processes[0])
         self.assertEqual(process.wait(5), -signal.SIGTERM)
 
     def test_sigkill_follows_where_sigterm_is_ignored(self):
-        process = self.start(DEAF)
+        process = self.popen(DEAF)
         process.stdout.readline()
         self.end(process, grace_s=0.3)
         self.assertEqual(process.wait(5), -signal.SIGKILL)
 
     def test_patience_is_bounded_and_survivors_are_named(self):
-        process = self.start(DEAF)
+        process = self.popen(DEAF)
         process.stdout.readline()
         found = psutil.Process(process.pid)
         tic = time.monotonic()
@@ -171,7 +169,7 @@ class TestEnd(unittest.TestCase):
             f"again = lambda *_: print(subprocess.Popen([sys.executable, '-c', {DEAF!r}], stdout=-3).pid, flush=True)\n"
             "signal.signal(signal.SIGTERM, again)\nprint('up', flush=True)\n" + SLEEP
         )
-        process = self.start(source)
+        process = self.popen(source)
         process.stdout.readline()
         me = psutil.Process(process.pid)
 
@@ -190,17 +188,170 @@ class TestEnd(unittest.TestCase):
         self.assertFalse(is_alive(int(process.stdout.readline())))
 
 
-class TestListeningPorts(unittest.TestCase):
+class TestListeningPorts(ProcessCase):
     def test_of_a_process(self):
-        with subprocess.Popen(command(LISTEN)) as process:
-            self.addCleanup(process.kill)
-            (port,) = listening(psutil.Process(process.pid))
-            self.assertIn((port, process.pid), ports.listeners())
-            (line,) = ports.wait_until_free([port], 0.2)
-            self.assertEqual(line[: line.index("(")], f"port {port} is still taken, by pid {process.pid} ")
-            process.kill()
-            process.wait()
-            self.assertEqual(ports.wait_until_free([port], 10), [])
+        process = self.popen(LISTEN)
+        (port,) = listening(psutil.Process(process.pid))
+        self.assertIn((port, process.pid), ports.listeners())
+        (line,) = ports.wait_until_free([port], 0.2)
+        self.assertEqual(line[: line.index("(")], f"port {port} is still taken, by pid {process.pid} ")
+        process.kill()
+        process.wait()
+        self.assertEqual(ports.wait_until_free([port], 10), [])
+
+
+RUNNER = """
+import os, signal, subprocess, sys, time
+from pdkit.runner.guardian import Guarded
+from pdkit.runner.owner import new_token
+guarded = Guarded(({python!r}, "-c", {source!r}), dict(os.environ), new_token(os.environ))
+print(guarded.guardian_pid, int(guarded.output.readline()), guarded.pid, flush=True)
+time.sleep(300)
+"""
+
+
+class TestToken(ProcessCase):
+    def setUp(self):
+        self.dead, self.other_dead = (f"{4_000_000 + n}.5.{os.stat('/proc/self/ns/pid').st_ino}.aa" for n in (1, 2))
+        self.living = new_token({})
+
+    def test_the_owner(self):
+        token = self.living
+        owner = Owner.parse(token)
+        self.assertEqual(owner.pid, os.getpid())
+        self.assertFalse(owner.is_known_dead)
+        self.assertNotEqual(token, new_token({}))
+
+    def test_the_start_counts_too(self):
+        pid, started, rest = self.living.split(".", 2)
+        self.assertTrue(Owner.parse(f"{pid}.{int(started) - 1}.{rest}").is_known_dead)
+
+    def test_a_zombie_is_dead(self):
+        process = self.popen(SLEEP)
+        _, _, namespace, _ = self.living.split(".")
+        owner = Owner(process.pid, run_token._started(process.pid), int(namespace))
+        self.assertFalse(owner.is_known_dead)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        self.assertTrue(owner.is_known_dead)
+
+    def test_another_namespace_is_not_judged(self):
+        pid, started, namespace, rest = self.dead.split(".")
+        self.assertIsNone(abandoned_by(f"{pid}.{started}.{int(namespace) + 1}.{rest}"))
+
+    def test_nesting(self):
+        inner = new_token({TOKEN_VARIABLE: self.dead})
+        self.assertTrue(inner.startswith(self.dead + ":"))
+        self.assertTrue(carries(inner, self.dead) and carries(self.dead, self.dead))
+        self.assertFalse(carries(self.dead + "0", self.dead) or carries("", self.dead))
+
+    def test_who_was_left_behind(self):
+        dead, living = self.dead, self.living
+        for value, own, expected in (
+            (dead, "", True),
+            (living, "", False),
+            ("", "", False),
+            ("0123456789abcdef", "", False),
+            (f"{dead}:{living}", "", True),
+            (f"{living}:{dead}", "", False),
+            (f"{living}:{dead}", living, True),
+            (f"{living}:{dead}", f"{living}:{self.other_dead}", True),
+            (living, living, False),
+            (dead, dead, False),
+            (f"{dead}:{living}", dead, False),
+        ):
+            with self.subTest(value=value, own=own):
+                self.assertEqual(abandoned_by(value, own) is not None, expected)
+
+
+class TestEndEarlierRuns(ProcessCase):
+    """Below a token of this test, so that no run beside it takes its leftovers for its own.
+
+    What others left behind on this machine is found here, too: only lines about our own processes are looked at.
+    """
+
+    def setUp(self):
+        self.enterContext(mock.patch.dict(os.environ, {TOKEN_VARIABLE: new_token(os.environ)}))
+
+    def start_runner(self, source):
+        process = self.popen(RUNNER.format(python=sys.executable, source=source))
+        guardian, child, _ = map(int, process.stdout.readline().split())
+        self.addCleanup(self.kill, child)
+        return process, guardian, child
+
+    def lines_about(self, *pids):
+        return [line for line in orphans.end_earlier_runs() if any(f"pid {pid} (" in line for pid in pids)]
+
+    def kill_with_guardian(self, process, guardian):
+        os.kill(process.pid, signal.SIGSTOP)
+        os.kill(guardian, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        self.assertTrue(processes.wait_until(lambda: not is_alive(guardian), 10))
+
+    def test_runner_and_guardian_killed(self):
+        process, guardian, child = self.start_runner(spawner(LISTEN, True, SLEEP))
+        before = listening(psutil.Process(child))
+        self.kill_with_guardian(process, guardian)
+        self.assertTrue(is_alive(child))
+        (line,) = self.lines_about(child)
+        self.assertFalse(is_alive(child))
+        self.assertIn(f"an earlier run, whose runner (pid {process.pid}) is gone; ended now:", line)
+        self.assertEqual([port for port, _ in ports.listeners() if port in before], [])
+        self.assertEqual(self.lines_about(child), [])
+
+    def test_descendants_of_a_leftover_that_dropped_their_environment(self):
+        process, guardian, child = self.start_runner(spawner(SLEEP, True, SLEEP, env="{}"))
+        self.kill_with_guardian(process, guardian)
+        self.assertTrue(is_alive(child))
+        list(orphans.end_earlier_runs())
+        self.assertFalse(is_alive(child))
+
+    def test_a_guardian_at_work_is_waited_for(self):
+        process, guardian, child = self.start_runner(orphaner(SLEEP, SLEEP))
+        os.kill(guardian, signal.SIGSTOP)
+        process.kill()
+        process.wait()
+        for line in orphans.end_earlier_runs():
+            if f"whose runner (pid {process.pid}) is gone" in line:
+                os.kill(guardian, signal.SIGCONT)
+        self.assertFalse(is_alive(child) or is_alive(guardian))
+
+    def test_a_living_run_is_left_alone(self):
+        process, guardian, child = self.start_runner(orphaner(SLEEP, SLEEP, env="None"))
+        self.assertEqual(self.lines_about(child, guardian, process.pid), [])
+        self.assertTrue(is_alive(child) and is_alive(guardian))
+        self.assertIsNone(process.poll())
+
+    def test_what_no_runner_marked_is_left_alone(self):
+        process, guardian, child = self.start_runner(spawner(SLEEP, True, SLEEP))
+        cleared = {name: value for name, value in os.environ.items() if name not in (TOKEN_VARIABLE, GUARDIAN_VARIABLE)}
+        bystander = self.popen(SLEEP, env=cleared, start_new_session=True)
+        self.kill_with_guardian(process, guardian)
+        list(orphans.end_earlier_runs())
+        self.assertFalse(is_alive(child))
+        self.assertIsNone(bystander.poll())
+
+    def test_we_are_no_leftover_of_the_run_that_we_are_in(self):
+        dead = f"4000001.5.{os.stat('/proc/self/ns/pid').st_ino}.aa"
+        source = "from pdkit.runner import orphans; print(*orphans.end_earlier_runs(), 'alive')"
+        started = os.environ | {TOKEN_VARIABLE: f"{os.environ[TOKEN_VARIABLE]}:{dead}"}
+        done = subprocess.run(command(source), env=started, capture_output=True, text=True, timeout=60)
+        self.assertEqual((done.returncode, done.stdout.split()[-1:]), (0, ["alive"]), done.stderr)
+
+
+class TestEndCarriers(ProcessCase):
+    def test_by_token(self):
+        token = new_token(os.environ)
+        environments = os.environ | {TOKEN_VARIABLE: token}, os.environ
+        marked, twin = (self.popen(spawner(SLEEP, True, SLEEP), env=environment) for environment in environments)
+        pids = []
+        for process in (marked, twin):
+            pids.append(int(process.stdout.readline()))
+            self.addCleanup(self.kill, pids[-1])
+        orphans.end_carriers(token)
+        self.assertEqual([is_alive(pid) for pid in pids], [False, True])
+        self.assertEqual((marked.wait(5), twin.poll()), (-signal.SIGTERM, None))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`pdkit run`: verdict, closing summary, and what a skip, a wrong target or Ctrl-C make of it."""
+"""`pdkit run`: verdict, closing summary, what a skip, a wrong target or Ctrl-C make of it, and `--repeat`."""
 
 import io
 import json
@@ -9,22 +9,23 @@ import sys
 import tempfile
 import textwrap
 import unittest
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-from cases import FolderCase
+from cases import FolderCase, pdkit
 from pdkit.cli.main import main
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.core.events import Events
 from pdkit.core.gpus import Gpu
-from pdkit.runner import run
+from pdkit.runner import repeat, run
 from pdkit.runner.report import evidence
 from pdkit.runner.run import summary
 from pdkit.runner.targets import TARGETS
+from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=43, suite="stage-a-test-cpu")
 
 EMBEDDED = TARGETS[-1]
 PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
@@ -91,28 +92,10 @@ class TestSummary(unittest.TestCase):
         self.assertIn("\n  launch prefill        1.0 s, FAILED\n  teardown              2.0 s\n", text)
 
 
-TEST_FILE = """
-import time
-import unittest
-from sglang.test.ci.ci_register import register_cpu_ci
-
-register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
-
-class TestFake(unittest.TestCase):
-    def test_fake(self):
-{body}
-
-if __name__ == "__main__":
-    unittest.main()
-"""
-
-
 def write_test(test_dir, body, file=EMBEDDED.test_file):
     """A registered test below `test_dir` whose only method does `body`."""
-    path = test_dir / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = TEST_FILE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8))
-    path.write_text(source.replace("from sglang.test.ci.ci_register", "from pdkit.core.ci_register"))
+    method = "def test_it(self):\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    write_tree(test_dir, {file.relative_to("registered"): source_of(method)})
 
 
 class TestMain(FolderCase):
@@ -120,18 +103,21 @@ class TestMain(FolderCase):
         emits = ["from pdkit.core.events import emit", *(f"emit(**{event!r})" for event in events)]
         write_test(self.root, "\n".join([*emits, then]))
 
+    def setUp(self):
+        super().setUp()
+        lacks_mooncake = {"side_effect": NotReady("no Mooncake")}
+        for patched in (
+            patch.object(run, "TEST_DIR", self.root),
+            patch("pdkit.deployment.cpu.requirements.require_machine", **lacks_mooncake),
+            patch.object(tempfile, "tempdir", str(self.root)),
+            patch.dict("os.environ", PDKIT_HISTORY=""),
+        ):
+            self.enterContext(patched)
+
     def main(self, *argv, gpus=()):
         self.out, self.err = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
-        with ExitStack() as patches:
-            patches.enter_context(patch.object(run, "TEST_DIR", self.root))
-            patches.enter_context(patch("pdkit.core.gpus.visible_gpus", lambda: gpus))
-            patches.enter_context(
-                patch("pdkit.deployment.cpu.requirements.require_machine", side_effect=NotReady("no Mooncake"))
-            )
-            patches.enter_context(patch.object(tempfile, "tempdir", str(self.root)))
-            patches.enter_context(patch.dict("os.environ", PDKIT_HISTORY=""))
-            patches.enter_context(redirect_stdout(self.out))
-            patches.enter_context(redirect_stderr(self.err))
+        visible = patch("pdkit.core.gpus.visible_gpus", lambda: gpus)
+        with visible, redirect_stdout(self.out), redirect_stderr(self.err):
             code = main(argv if argv[:1] == ("list",) else ("run", *argv))
         self.out.seek(0)
         self.printed = self.out.read()
@@ -165,12 +151,6 @@ class TestMain(FolderCase):
         self.assertEqual(self.main("-v"), ExitCode.PASSED, self.printed)
         self.assertIn("target=embedded gsm8k=0.985 examples=200\n", self.printed)
 
-    def test_a_run_is_recorded(self):
-        self.write_test(*RUN)
-        self.main("--history", str(self.root / "history.jsonl"))
-        (line,) = (self.root / "history.jsonl").read_text().splitlines()
-        self.assertEqual(json.loads(line)["measurements"][0]["correct"], 197)
-
     def test_unavailable_target_runs_nothing(self):
         self.write_test(*RUN)
         self.assertEqual(self.main("--on", "8xH200"), ExitCode.NOT_READY)
@@ -193,23 +173,21 @@ class TestMain(FolderCase):
         self.assertIn("NameError: name 'EmbeddedServers' is not defined", self.printed)
 
     def test_a_tree_without_the_test(self):
-        write_test(self.root, "pass", file="registered/test_other.py")
+        write_test(self.root, "pass", file=Path("registered/test_other.py"))
         self.assertEqual(self.main(), ExitCode.NOT_READY)
         self.assertIn(f"no registered test at {self.root / EMBEDDED.test_file}", self.err.getvalue())
 
-    def test_log_and_results_are_kept_on_request(self):
-        self.write_test(*RUN)
-        self.assertEqual(self.main("--report-dir", str(self.root / "report")), ExitCode.PASSED)
-        (log,) = (self.root / "report").glob("*.log")
-        self.assertIn("Ran 1 test", log.read_text())
-        self.assertTrue((self.root / "report" / "results.json").exists())
-
-    def test_server_logs_go_there_too_unless_told_otherwise(self):
-        write_test(self.root, "import os; print('server logs:', os.environ['SGLANG_PD_LOG_DIR'])")
+    def test_log_results_and_server_logs_are_kept_on_request_and_the_run_is_recorded(self):
+        self.write_test(*RUN, then="import os; print('server logs:', os.environ['SGLANG_PD_LOG_DIR'])")
+        report, history = self.root / "report", self.root / "history.jsonl"
         with patch.dict("os.environ"):
             os.environ.pop("SGLANG_PD_LOG_DIR", None)
-            self.main("-v", "--report-dir", str(self.root))
-        self.assertRegex(self.printed, rf"server logs: {self.root}/001-\w+\.1\n")
+            self.assertEqual(self.main("--report-dir", str(report), "--history", str(history)), ExitCode.PASSED)
+        (log,) = report.glob("*.log")
+        self.assertRegex(log.read_text(), rf"server logs: {report}/001-\w+\.1\n(.*\n)*Ran 1 test")
+        self.assertTrue((report / "results.json").exists())
+        (line,) = history.read_text().splitlines()
+        self.assertEqual(json.loads(line)["measurements"][0]["correct"], 197)
         with patch.dict("os.environ", SGLANG_PD_LOG_DIR="/mine"):
             self.main("-v")
         self.assertIn("server logs: /mine\n", self.printed)
@@ -231,7 +209,7 @@ class TestInterrupt(unittest.TestCase):
     """A test that stops its servers when it is told to end is waited for, and the command says 130."""
 
     TEST = """
-        import signal
+        import signal, time
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         from pdkit.core import events
         try:
@@ -259,6 +237,60 @@ class TestInterrupt(unittest.TestCase):
                     finally:
                         process.kill()
                 self.assertRegex(rest, r"main job on embedded: INTERRUPTED\n(.*\n)*  servers stopped +0.3 s\n")
+
+
+REPEATED = """
+import sys
+from pathlib import Path
+from pdkit.core import events
+directory = Path(sys.argv[sys.argv.index("--report-dir") + 1])
+with open(directory.parent / "started", "a") as file:
+    file.write(directory.name + " ")
+(directory / "001-test.1").mkdir(exist_ok=True)
+events.append(directory / "001-test.1", "score", eval="gsm8k", score=0.985, examples=200, gate=0.95)
+sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
+"""
+
+
+class TestRepeat(FolderCase):
+    def repeat(self, *words):
+        command = (sys.executable, str(self.write("fake.py", REPEATED)))
+        with patch.object(repeat, "COMMAND", command):
+            code, self.printed, self.errors = pdkit("run", "--on", "embedded", "--report-dir", self.root, *words)
+        return code
+
+    @property
+    def started(self):
+        return (self.root / "started").read_text().split()
+
+    def test_clean_runs(self):
+        self.assertEqual(self.repeat("--repeat", "4", "--jobs", "2"), ExitCode.PASSED)
+        self.assertIn("4 runs, 0 failures; a failure rate above 52.7% is refuted at 95 %\n", self.printed)
+        self.assertIn("scores: 0.985 to 0.985\n", self.printed)
+        self.assertRegex(self.printed, r"\n    3  passed +\d+\.\d s  0\.985  #")
+
+    def test_it_goes_on_where_it_was_stopped(self):
+        self.repeat("--repeat", "2")
+        self.assertEqual(self.repeat("--repeat", "3"), ExitCode.PASSED)
+        self.assertEqual(self.started, ["run-001", "run-002", "run-003"])
+        self.assertIn("3 runs, 0 failures", self.printed)
+
+    def test_a_failure_is_named_and_ends_it(self):
+        (self.root / "bad").touch()
+        self.assertEqual(self.repeat("--repeat", "4"), ExitCode.FAILED)
+        self.assertIn(f"failed: run 2, exit code 1: {self.root}/run-002\n", self.printed)
+        self.assertNotIn("run-004", self.started)
+        self.assertEqual(self.repeat("--repeat", "4", "--keep-going"), ExitCode.FAILED)
+        self.assertIn("4 runs, 1 failures\n", self.printed)
+
+    def test_runs_of_a_test_file(self):
+        contents = {ExitCode.PASSED: "import sys; assert sys.argv[1:] == ['-f']", ExitCode.FAILED: "1 / 0"}
+        for code, content in contents.items():
+            words = ("--file", self.write(f"test_{code}.py", content), "--report-dir", self.root / str(code))
+            self.assertEqual(self.repeat("--repeat", "2", *words), code)
+        self.assertIn("ZeroDivisionError", (self.root / "1" / "run-001" / "output.log").read_text())
+        self.assertEqual(self.repeat("--repeat", "2", "--file", "nowhere.py"), ExitCode.BAD_USAGE)
+        self.assertIn("no such file", self.errors)
 
 
 if __name__ == "__main__":

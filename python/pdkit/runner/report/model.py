@@ -218,7 +218,6 @@ class FileRun:
 
     @property
     def first_failure(self) -> str:
-        """What the first row that failed says."""
         return next((row.sentence for row in self.rows if row.state == FAIL), "")
 
     @property
@@ -280,7 +279,6 @@ class Distribution:
         assert self.values and self.bins > 0
 
     def quantile(self, share: float) -> float:
-        """As `pdkit.core.quantile.quantile`."""
         return quantile(self.values, share)
 
     @property

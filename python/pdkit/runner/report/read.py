@@ -159,7 +159,6 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
 
 
 def _death(happened: Events) -> model.Death | None:
-    """The first one."""
     for event in happened.of("death"):
         log = event.get("log")
         return model.Death(
