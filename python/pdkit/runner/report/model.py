@@ -76,13 +76,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """What the gate was asked about: `threshold` must be exceeded. None stands for what the test did not name."""
+    """What the gate was asked about: `threshold` must be exceeded, `throughput` is in output tokens/s. None stands for what the test did not name."""
 
     target: str | None
     engine: str | None
     correct: int
     examples: int
     threshold: float | None
+    throughput: float | None = None
 
     @property
     def value(self) -> float:
@@ -175,7 +176,6 @@ class FileRun:
     launched: tuple[tuple[str, str], ...] = ()
     phases: tuple[Phase, ...] = ()
     score: Score | None = None
-    throughput: float | None = None
     acceptance_lengths: tuple[float, ...] = ()
     decode_rates: tuple[float, ...] = ()
     examples: tuple[Example, ...] = ()
