@@ -4,13 +4,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 
 @contextmanager
-def served(cls: Any, logs: Path | None = None) -> Iterator[Any]:
-    """A subclass of `cls` whose servers are up: its URLs and processes. Their logs are kept in `logs`, if it is given.
+def served(cls: Any) -> Iterator[Any]:
+    """A subclass of `cls` whose servers are up: its URLs and processes.
 
     Raises what the class does where they do not start, NotReady where the machine lacks what they need.
     """
@@ -28,8 +27,8 @@ def served(cls: Any, logs: Path | None = None) -> Iterator[Any]:
             """Nothing: only what the class starts is used."""
 
     with ExitStack() as stack:
-        folder = logs or stack.enter_context(tempfile.TemporaryDirectory(prefix="study-"))
-        Servers.log_dir = os.getenv("SGLANG_PD_LOG_DIR") or str(folder)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="study-"))
+        Servers.log_dir = os.getenv("SGLANG_PD_LOG_DIR") or folder
         stack.callback(Servers.doClassCleanups)
         Servers.setUpClass()
         stack.callback(Servers.tearDownClass)

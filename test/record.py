@@ -124,10 +124,6 @@ def launch_contract_of(wheel: Path | None = None) -> tuple[str, dict]:
     return release.version, data
 
 
-def installed_launch_contract() -> dict:
-    return launch_contract_of()[1]
-
-
 # The names of the tests
 
 
@@ -314,7 +310,7 @@ def detection_matrix() -> dict:
 
 INSTALLED_CONTRACT = "launch_contract-0.5.23"
 RECORDS: dict[str, Callable[[], dict]] = {
-    INSTALLED_CONTRACT: installed_launch_contract,
+    INSTALLED_CONTRACT: lambda: launch_contract_of()[1],
     "test_names": test_names,
     "runner_output": runner_output,
     "exit_codes": exit_codes,
@@ -337,7 +333,7 @@ def difference(name: str, data: dict) -> str:
     return "\n".join(difflib.unified_diff(*lines, f"recorded {name}", f"{name} now", lineterm="", n=6))
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"records: {', '.join(RECORDS)} (default: all)")
     parser.add_argument("--update", action="store_true", help="write what is so now instead of comparing")
@@ -346,11 +342,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if unknown := set(args.names) - set(RECORDS):
         parser.error(f"no record is named {', '.join(sorted(unknown))}; choose from {', '.join(RECORDS)}")
-    return args
-
-
-def main(arguments: Sequence[str]) -> int:
-    args = parse(arguments)
     if args.loaded_tests:
         args.loaded_tests.write_text(json.dumps(loaded_tests()))
         return 0

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import random
 import tempfile
 import unittest
 from collections.abc import Iterator
@@ -56,12 +55,6 @@ class Checks(_Provided):
         created: type = cls
         if issubclass(created, unittest.TestCase) and (problems := list(_lacking(created))):
             raise TypeError("; ".join(problems))
-
-    @classmethod
-    def bootstrap(cls, room: int | None = None) -> dict[str, Any]:
-        """What a load balancer adds to a request that goes to prefill and decode; the room is a new one by default."""
-        host, port = cls.base_host, int(cls.bootstrap_port)
-        return {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": room or random.getrandbits(62)}
 
     @classmethod
     def temporary_path(cls, prefix: str, name: str) -> str:

@@ -1,6 +1,7 @@
 """Requests to servers and load balancers, and clients as users have them."""
 
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -23,6 +24,11 @@ REWRITTEN = 1e-12
 
 class RequestFailed(AssertionError):
     """A request got no answer that can be used; the message says which, and why, in one line."""
+
+
+def bootstrap(host: str, port: int | str, room: int | None = None) -> dict[str, Any]:
+    """What a load balancer adds to a request that goes to prefill and decode; the room is a new one by default."""
+    return {"bootstrap_host": host, "bootstrap_port": int(port), "bootstrap_room": room or random.getrandbits(62)}
 
 
 def greedy(new_tokens: int, **more: Any) -> dict[str, Any]:

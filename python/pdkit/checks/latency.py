@@ -21,7 +21,7 @@ import scipy
 from pdkit.checks.accounting.checks import SETTLE_SECONDS, unaccounted
 from pdkit.checks.accounting.counters import read_pair
 from pdkit.checks.base import Checks
-from pdkit.checks.http import greedy, post_or_fail
+from pdkit.checks.http import bootstrap, greedy, post_or_fail
 from pdkit.checks.judgement import Judgement
 
 LEVEL = 1e-4
@@ -109,7 +109,7 @@ class LatencyChecks(Checks):
         if way == "through":
             post_or_fail(self.lb_url, "/generate", body, self.latency_timeout)
             return time.perf_counter() - began
-        body |= self.bootstrap()
+        body |= bootstrap(self.base_host, self.bootstrap_port)
         with ThreadPoolExecutor(2) as pool:
             halves = [
                 pool.submit(post_or_fail, url, "/generate", body, self.latency_timeout)

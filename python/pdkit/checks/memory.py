@@ -20,7 +20,7 @@ import scipy
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.accounting.counters import still_held
 from pdkit.checks.base import Checks
-from pdkit.checks.http import abort_until_ended, greedy, post
+from pdkit.checks.http import abort_until_ended, bootstrap, greedy, post
 from pdkit.checks.judgement import Judgement
 
 LEVEL = 1e-3
@@ -197,7 +197,7 @@ class MemoryChecks(Checks):
 
     def _abandon(self, computed_s: float, number: int) -> None:
         rid = f"abandoned-{time.monotonic_ns()}-{number}"
-        body = {**self._abandoned_body(number), "rid": rid, **self.bootstrap()}
+        body = {**self._abandoned_body(number), "rid": rid, **bootstrap(self.base_host, self.bootstrap_port)}
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(post, self.prefill_url, "/generate", body, self.memory_timeout)
             wait([asked], computed_s)

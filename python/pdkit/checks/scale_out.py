@@ -11,7 +11,7 @@ import scipy
 
 from pdkit.checks.accounting.counters import still_held
 from pdkit.checks.base import Checks
-from pdkit.checks.http import flush_caches
+from pdkit.checks.http import bootstrap, flush_caches
 from pdkit.checks.recovery.clients import Fate, Outcome, Query, QueryThread, token_ids
 from pdkit.checks.server_info import read_server_info
 from pdkit.core import events, processes
@@ -77,7 +77,7 @@ class ScaleOutChecks(Checks, TwoPairs):
 
     @classmethod
     def answer_by_hand(cls, ask: Query, room: int) -> Outcome:
-        ask = replace(ask, more=cls.bootstrap(room))
+        ask = replace(ask, more=bootstrap(cls.base_host, cls.bootstrap_port, room))
         clients = [QueryThread(url, ask, cls.returning) for url in (cls.prefill_url, cls.decode_url)]
         return [client.result() for client in clients][-1]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import requests
 
 from pdkit.checks.accounting.checks import unaccounted
-from pdkit.checks.http import abort_until_ended, post
+from pdkit.checks.http import abort_until_ended, bootstrap, post
 from pdkit.checks.judgement import Judgement
 from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityArms
@@ -129,7 +129,7 @@ class WorkChecks(ParityArms):
         """Decode's answer to a request that goes to both as a load balancer sends it."""
         probe = generate_probe(f"by-hand-{length}", work_ids(length), self.work_tokens)
         rid = f"by-hand-{time.monotonic_ns()}"
-        body = {**probe.request, **self.bootstrap()}
+        body = {**probe.request, **bootstrap(self.base_host, self.bootstrap_port)}
         with ThreadPoolExecutor(2) as pool:
             decode = pool.submit(post, self.decode_url, "/generate", {**body, "rid": f"{rid}-d"}, self.request_timeout)
             prefill = pool.submit(post, self.prefill_url, "/generate", {**body, "rid": rid}, self.request_timeout)

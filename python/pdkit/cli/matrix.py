@@ -28,7 +28,11 @@ def add_arguments(parser: Parser) -> None:
 def main(args: Namespace) -> ExitCode:
     """Raises UsageError and NotReady."""
     if args.list:
-        return _print_library()
+        from pdkit.faults import LIBRARY
+
+        for fault in LIBRARY.values():
+            print(f"{fault.name:36s} {fault.what}" + (f" [{fault.resembles}]" if fault.resembles else ""))
+        return ExitCode.PASSED
     if args.resume and not args.out:
         raise UsageError("--resume needs --out, the directory of the results to go on with")
     from pdkit.faults.matrix.results import ResultsError
@@ -51,11 +55,3 @@ def main(args: Namespace) -> ExitCode:
     except KeyboardInterrupt:
         print("pdkit matrix: error: interrupted; go on with --resume", file=sys.stderr)
         return ExitCode.INTERRUPTED
-
-
-def _print_library() -> ExitCode:
-    from pdkit.faults import LIBRARY
-
-    for fault in LIBRARY.values():
-        print(f"{fault.name:36s} {fault.what}" + (f" [{fault.resembles}]" if fault.resembles else ""))
-    return ExitCode.PASSED

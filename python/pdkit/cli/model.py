@@ -85,10 +85,11 @@ def _train(args: Namespace) -> None:
 
 def _kernel_random(args: Namespace) -> None:
     from pdkit.models.cuda.checkpoint import save
+    from pdkit.models.cuda.config import fields
     from pdkit.models.cuda.model import KernelNano, randomize
 
     began = time.monotonic()
-    model = KernelNano(hidden_size=args.hidden_size)
+    model = KernelNano(fields(args.hidden_size))
     randomize(model, args.seed)
     path = save(model, args.out or store.cached("random", args.hidden_size))
     size = (path / store.WEIGHTS).stat().st_size / 1e6

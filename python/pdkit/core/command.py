@@ -97,7 +97,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"unknown option {flag}; nearest known: {', '.join(nearest(flag, known))}")
 
     def _options(self) -> Iterator[str]:
-        """Options of this parser and of its sub-commands."""
         for action in self._actions:
             yield from action.option_strings
             if isinstance(action, argparse._SubParsersAction):

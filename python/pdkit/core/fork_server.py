@@ -42,6 +42,7 @@ from typing import Any, NoReturn
 
 MESSAGE = 1 << 20
 PR_SET_PDEATHSIG, PR_SET_MM, PR_SET_MM_MAP = 1, 35, 14
+MADV_COLLAPSE, HUGE_PAGE = 25, 2 << 20
 _MM_MAP = struct.Struct("=12QIi")  # struct prctl_mm_map of linux/prctl.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -275,7 +276,21 @@ def _prepare(name: str, connection: socket.socket) -> _Server:
     variables = {name: value for name, value in os.environ.items() if before.get(name) != value}
     gc.collect()
     gc.freeze()  # what is there is neither looked at again nor copied for it
+    _collapse()
     return _Server(_open_descriptors() - {connection.fileno()}, variables, in_child)
+
+
+def _collapse() -> None:
+    """Puts the memory of this process on huge pages, where the kernel has them (Linux 6.1): a fork copies the table of
+    pages, which takes half as long then.
+    """
+    _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, access, *_, inode = line.split()[:5]
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        start, end = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+        if access == "rw-p" and inode == "0" and start < end:
+            _libc.madvise(start, end - start, MADV_COLLAPSE)
 
 
 def _open_descriptors() -> frozenset[int]:

@@ -56,6 +56,10 @@ class Registration:
     def is_enabled(self) -> bool:
         return self.disabled is None
 
+    def as_dict(self) -> dict[str, Any]:
+        names = {"file": self.name, "path": self.filename, "hw": self.hw, "suite": self.suite}
+        return names | {"est_time": self.est_time}
+
 
 @dataclass(frozen=True)
 class Collection:

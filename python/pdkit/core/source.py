@@ -23,7 +23,6 @@ class Source:
 
     @cached_property
     def nodes(self) -> list[ast.AST]:
-        """All nodes of the tree."""
         return list(ast.walk(self.tree))
 
     @cached_property

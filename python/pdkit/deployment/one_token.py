@@ -12,21 +12,14 @@ PROBE_IDS = (11, 12, 13)
 PROBE_TOKENS = 2  # the first is prefill's, the second decode's
 
 
-def _session() -> requests.Session:
-    session = requests.Session()
-    session.trust_env = False  # loopback traffic does not go through a proxy
-    return session
-
-
 def one_token(url: str, timeout: float) -> str | None:
     """What is wrong with a server that is asked for one token; None where it answers, or has no such endpoint."""
-    with _session() as session:
-        try:
-            status = session.get(f"{url}/health_generate", timeout=timeout).status_code
-        except requests.Timeout:
-            return f"does not answer /health_generate within {timeout:g} s"
-        except requests.RequestException as error:
-            return f"does not answer /health_generate ({type(error).__name__})"
+    try:
+        status = requests.get(f"{url}/health_generate", timeout=timeout).status_code
+    except requests.Timeout:
+        return f"does not answer /health_generate within {timeout:g} s"
+    except requests.RequestException as error:
+        return f"does not answer /health_generate ({type(error).__name__})"
     return f"answers /health_generate with status {status}" if status >= 500 else None
 
 
@@ -62,13 +55,11 @@ def _answered(urls: Mapping[str, str], host: str, port: int, timeout: float) -> 
     }
 
     def ask(url: str) -> bool:
-        with _session() as session:
+        with contextlib.suppress(requests.RequestException):  # one that is gone is found in other ways
             try:
-                session.post(f"{url}/generate", json=body, timeout=timeout)
+                requests.post(f"{url}/generate", json=body, timeout=timeout)
             except requests.Timeout:
                 return False
-            except requests.RequestException:
-                return True  # it is gone, which is found in other ways
         return True
 
     with ThreadPoolExecutor(len(urls)) as pool:
@@ -77,7 +68,7 @@ def _answered(urls: Mapping[str, str], host: str, port: int, timeout: float) -> 
 
 def _prefilled(url: str, timeout: float) -> int | None:
     """Tokens that a server has prefilled, as far as it counts them."""
-    with _session() as session, contextlib.suppress(requests.RequestException, ValueError, KeyError, TypeError):
-        info: Any = session.get(f"{url}/server_info", timeout=timeout).json()
+    with contextlib.suppress(requests.RequestException, ValueError, KeyError, TypeError):
+        info: Any = requests.get(f"{url}/server_info", timeout=timeout).json()
         return int(info["engine"]["prefill_tokens"])
     return None

@@ -156,13 +156,14 @@ class Service:
             raise BadRequest(f"a request with id {request.rid!r} is already running")
         return request
 
-    async def generate(self, request: Request, ask: Ask) -> AsyncIterator[None]:
-        """Yields whenever `request` has something new; the last time it is finished.
+    async def generate(self, request: Request, ask: Ask, is_streamed: bool = True) -> AsyncIterator[None]:
+        """Yields whenever `request` has something new; the last time, or where not `is_streamed` once, it is finished.
 
         Leaving the generator early (the client went away) aborts the request and frees its room.
         """
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        request.notify = lambda: loop.call_soon_threadsafe(news.set)
+        if is_streamed:
+            request.notify = lambda: loop.call_soon_threadsafe(news.set)
         self.running[request.rid] = request
         serve = {"null": self._monolithic, "prefill": self._prefill, "decode": self._decode}[self.mode]
         work = asyncio.ensure_future(serve(request, ask))

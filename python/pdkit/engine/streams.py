@@ -22,7 +22,7 @@ async def run_to_end(service: Service, asks: Sequence[Ask], http_request: HttpRe
     requests = [service.make_request(ask) for ask in asks]
 
     async def drain(request: Request, ask: Ask) -> None:
-        async for _ in service.generate(request, ask):
+        async for _ in service.generate(request, ask, is_streamed=False):
             pass
         raise_if_failed(request)
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -46,14 +46,13 @@ class Ending:
 
 
 class Guarded:
-    """A command that runs under a guardian; its `output`, standard error included, is a pipe or file of the caller."""
+    """A command that runs under a guardian; its `output`, standard error included, is a pipe."""
 
     def __init__(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
         token: str,
-        output: int | IO[Any] = subprocess.PIPE,
         popen: Popen = subprocess.Popen,
     ) -> None:
         self._ending: Ending | None = None
@@ -62,7 +61,7 @@ class Guarded:
             env={**environment, GUARDIAN_VARIABLE: token},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=output,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
         assert self._guardian.stdin and self._guardian.stdout, "both are pipes"

@@ -32,16 +32,7 @@ def totals(selection: Selection) -> str:
 def as_json(selection: Selection, options: Options) -> str:
     """The same as one JSON object; `files` holds one entry per registration, times are in seconds."""
     files = [
-        {
-            "file": r.name,
-            "path": r.filename,
-            "hw": r.hw,
-            "suite": r.suite,
-            "est_time": r.est_time,
-            "nightly": r.nightly,
-            "disabled": r.disabled,
-            "partition": selection.partition.get(r),
-        }
+        r.as_dict() | {"nightly": r.nightly, "disabled": r.disabled, "partition": selection.partition.get(r)}
         for r in selection.enabled + selection.disabled
     ]
     document = {

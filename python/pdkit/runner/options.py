@@ -69,11 +69,6 @@ class Options:
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
 
 
-def add_verbose(group: argparse._ActionsContainer) -> None:
-    """`-v`."""
-    group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
-
-
 @cache
 def _timeout_rule() -> tuple[float, float]:
     """(factor, seconds on top) by which the installed SGLang derives a limit from est_time; (0, 0) before 0.5.23."""
@@ -94,8 +89,16 @@ def default_timeout(est_time: float) -> float:
     return max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
 
 
-def add_history_options(group: argparse._ActionsContainer) -> None:
-    """`--history FILE` and `--no-history`, which `history_file` reads."""
+def add_common(group: argparse._ActionsContainer) -> None:
+    """What every command that runs tests takes; `history_file` reads `--history FILE` and `--no-history`."""
+    group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
+    group.add_argument(
+        "--skip-environment-check",
+        dest="environment_check",
+        action="store_false",
+        help="start even if this machine lacks what is needed",
+    )
+    group.add_argument("--report-dir", type=text_path, metavar="DIR", help="keep logs and results.json there")
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
         "--history",
@@ -151,7 +154,6 @@ def add_selection(parser: argparse.ArgumentParser, default_test_root: Path) -> a
 
 
 def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> None:
-    """Which files or tests, and how they are run."""
     which = add_selection(parser, default_test_root)
     which.add_argument("files", nargs="*", metavar="FILE", help="these alone: paths, or names such as test_gate")
     which.add_argument("-k", dest="only", metavar="NAME", help="files and tests that are called like NAME")
@@ -176,7 +178,6 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         action="store_false",
         help="start files and servers anew, none forked from a warm process",
     )
-    add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
         "--no-failfast",
@@ -184,14 +185,7 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         action="store_false",
         help="without -f: other methods run after one failed",
     )
-    run.add_argument(
-        "--skip-environment-check",
-        dest="environment_check",
-        action="store_false",
-        help="start even if this machine lacks what the files need",
-    )
-    run.add_argument("--report-dir", type=text_path, metavar="DIR", help="keep logs and results.json there")
-    add_history_options(run)
+    add_common(run)
 
 
 def _add_for_ci(parser: argparse.ArgumentParser) -> None:

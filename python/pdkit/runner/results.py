@@ -76,15 +76,10 @@ class FileResult:
         return self.attempts[-1].seconds if self.attempts else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        registration = self.registration
         last = self.attempts[-1] if self.attempts else None
         counts = last.output.counts if last else None
         return {
-            "file": registration.name,
-            "path": registration.filename,
-            "hw": registration.hw,
-            "suite": registration.suite,
-            "est_time": registration.est_time,
+            **self.registration.as_dict(),
             "state": self.state.value,
             "reason": self.reason,
             "seconds": round(self.seconds, 3),
@@ -107,7 +102,6 @@ class FileResult:
         }
 
     def describe(self) -> str:
-        """One line for people."""
         parts = [f"{self.state.value}: {self.registration.name}"]
         if self.attempts:
             parts.append(f"{self.seconds:.1f} s (estimated {self.registration.est_time:g} s)")

@@ -1,7 +1,7 @@
 """Which registrations a command line selects, in which order, and how a suite is partitioned."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pdkit.core import ci_register
@@ -21,8 +21,8 @@ class Selection:
     """
 
     enabled: tuple[Registration, ...]
-    disabled: tuple[Registration, ...]
-    partition: dict[Registration, int]
+    disabled: tuple[Registration, ...] = ()
+    partition: dict[Registration, int] = field(default_factory=dict)
     why_empty: str = ""
     measured: str = ""
 
@@ -70,19 +70,19 @@ def _parse_estimates(text: str, suite: str) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in estimates.items()}
 
 
-def _estimate(registration: Registration, estimates: dict[str, float]) -> float | None:
-    """Seconds of the longest path in `estimates` that the path of the file ends with."""
-    parts = Path(registration.filename).parts
-    tails = ("/".join(parts[-length:]) for length in range(len(parts), 0, -1))
-    return next((estimates[tail] for tail in tails if tail in estimates), None)
-
-
 def with_estimates(
     registrations: list[Registration], estimates: dict[str, float]
 ) -> tuple[list[Registration], list[Registration]]:
-    """(the registrations, with the measured time where `estimates` has one; those that it has one for)."""
-    seconds = {registration: _estimate(registration, estimates) for registration in registrations}
-    measured = {r: replace(r, est_time=found) for r, found in seconds.items() if found is not None}
+    """(the registrations, with the measured time where `estimates` has one; those that it has one for).
+
+    It is that of the longest path in `estimates` that the path of the file ends with.
+    """
+    measured = {}
+    for registration in registrations:
+        parts = Path(registration.filename).parts
+        tails = ("/".join(parts[-length:]) for length in range(len(parts), 0, -1))
+        if tail := next((tail for tail in tails if tail in estimates), None):
+            measured[registration] = replace(registration, est_time=estimates[tail])
     return [measured.get(registration, registration) for registration in registrations], list(measured)
 
 
@@ -90,16 +90,13 @@ def check_names(collection: Collection, hw: str | None, suite: str | None) -> No
     """Raises UsageError, naming the nearest known ones, where hardware or suite is unknown."""
     if hw and hw not in collection.hardware:
         raise UsageError(unknown("hardware", hw, collection.hardware, len(collection.hardware)))
-    if not suite:
-        return
     suites = {name: collection.suites(name) for name in collection.hardware}
-    if any(suite in suites[name] for name in ([hw] if hw else collection.hardware)):
+    asked = set().union(*(suites[name] for name in ([hw] if hw else suites)))
+    if not suite or suite in asked:
         return
-    owners = [name for name in collection.hardware if suite in suites[name]]
-    if owners:
+    if owners := [name for name in suites if suite in suites[name]]:
         raise UsageError(f"suite {suite!r} is not for hardware {hw!r} but for: {', '.join(owners)}")
-    known = suites[hw] if hw else set().union(*suites.values())
-    raise UsageError(unknown("suite", suite, known or set().union(*suites.values())))
+    raise UsageError(unknown("suite", suite, asked or set().union(*suites.values())))
 
 
 def select(collection: Collection, options: Options) -> Selection:
@@ -113,14 +110,9 @@ def select(collection: Collection, options: Options) -> Selection:
     names_files = options.files or options.last_failed
     chosen = narrow.named(collection, words) if names_files else list(collection.registrations)
     chosen = [r for r in chosen if hw in (None, r.hw) and suite in (None, r.suite)]
-    if names_files:
-        of_suite = chosen
-    elif hw and (suite or options.only):
-        of_suite, chosen = chosen, [r for r in chosen if r.nightly == options.nightly]
-    elif options.nightly:
-        of_suite, chosen = chosen, [r for r in chosen if r.nightly]
-    else:
-        of_suite = chosen
+    of_suite = chosen
+    if not names_files and (options.nightly or (hw and (suite or options.only))):
+        chosen = [r for r in chosen if r.nightly == options.nightly]
     if options.only:
         chosen = [r for r in chosen if narrow.is_file_named(r, options.only) or narrow.has_test(r, options.only)]
 

@@ -40,6 +40,5 @@ def run_tests(options: Options, sglang_source: str | None = None) -> ExitCode:
     ]
     from pdkit.runner.suite import run_suite
 
-    enabled = tuple(each for each in ours if each.is_enabled)
-    disabled = tuple(each for each in ours if not each.is_enabled)
-    return run_suite(Selection(enabled=enabled, disabled=disabled, partition={}), replace(options, jobs=1))
+    enabled, disabled = (tuple(each for each in ours if each.is_enabled is on) for on in (True, False))
+    return run_suite(Selection(enabled, disabled), replace(options, jobs=1))

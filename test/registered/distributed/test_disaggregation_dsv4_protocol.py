@@ -12,7 +12,6 @@ from broken_router import BREAKAGES, BrokenRouter
 from pdkit.checks.base import Checks
 from pdkit.checks.http import MINI_LB, Client
 from pdkit.checks.protocol.checks import ProtocolChecks
-from pdkit.checks.protocol.reference import question_prompts
 from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from pdkit.deployment.router import RustRouterBeside
@@ -30,6 +29,10 @@ class SGLangKits(PDLogprobParityMixin, BasicAPIContractMixin, AbortAllMixin, Che
     needs = ("monolithic_url", "process_monolithic", "process_lb", "launch_all")
 
     references = None
+    parity_logprob_delta = 0
+    parity_cached_prefix_min_prompt_tokens = 128
+    abort_all_max_new_tokens = 3500
+    abort_all_sleep = 4
 
     @classmethod
     def take_references(cls):
@@ -57,15 +60,6 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
     unending_tokens = 3500
     sustained_seconds = 5
     idle_seconds = 6
-
-    parity_logprob_delta = 0
-    parity_cached_prefix_min_prompt_tokens = 128
-    abort_all_max_new_tokens = 3500
-    abort_all_sleep = 4
-
-    @classmethod
-    def prompts(cls, count):
-        return question_prompts(cls.gsm8k_data_path, count)
 
     def test_each_scenario_can_fail(self):
         self.sustained_seconds, self.idle_seconds, settle_seconds = 1, 1.5, self.settle_seconds

@@ -3,7 +3,6 @@
 import unittest
 
 from pdkit.checks.protocol.checks import ProtocolChecks
-from pdkit.checks.protocol.reference import question_prompts
 from pdkit.deployment import quirks
 from pdkit.deployment.multi_gpu import EightGpuServers
 from pdkit.deployment.router import RustRouterBeside
@@ -18,10 +17,6 @@ class TestDisaggregationDSV4Protocol8GPU(ProtocolChecks, RustRouterBeside, Eight
         server_args = [*EightGpuServers.server_args, "--constrained-json-disable-any-whitespace"]
         unending_tokens = 7000
         empty_text_is_fatal = quirks.empty_text_is_fatal()
-
-        @classmethod
-        def prompts(cls, count):
-            return question_prompts(cls.gsm8k_data_path, count)
 
 
 if __name__ == "__main__":

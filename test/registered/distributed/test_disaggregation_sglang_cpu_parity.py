@@ -12,9 +12,10 @@ from pdkit.checks.accounting.checks import AccountingChecks
 from pdkit.checks.accuracy.checks import GSM8KChecks
 from pdkit.checks.parity.exact import ExactIndexerChecks, ExactParityChecks
 from pdkit.checks.parity.plan import PlanOptions
-from pdkit.deployment.cpu import checkpoints, plan
+from pdkit.deployment.cpu import plan
 from pdkit.deployment.cpu.servers import SglangCpuServers
 from pdkit.deployment.monolithic import MonolithicBeside
+from pdkit.models.cuda import checkpoint
 from sglang.test.ci.ci_register import register_cpu_ci
 
 register_cpu_ci(est_time=180, suite="stage-a-test-cpu", nightly=True)
@@ -42,7 +43,7 @@ class TestDisaggregationSglangCpu(AccountingChecks, ExactIndexerChecks, Monolith
         The difference is what bfloat16 and fp8 pages do: 0.02 to 0.04 nats on average. Without rotary embedding of the
         keys it is 0.25 and more, without compressed entries 0.4 and more; the model's logprobs vary by 0.9.
         """
-        reference = checkpoints.dsv4_reference()
+        reference = checkpoint.load(self.model).main
         for probe in [each for each in self.parity_plan().alone[0].probes if (each.prompt_length or 0) >= 255][::4]:
             ids = probe.request["input_ids"]
             body = {"input_ids": ids, "sampling_params": {"temperature": 0, "max_new_tokens": 1}}

@@ -12,7 +12,6 @@ from pdkit.checks.integrity import IntegrityChecks, kv_checksum_args
 from pdkit.checks.parity.exact import ExactParityArms
 from pdkit.checks.parity.plan import PlanOptions
 from pdkit.checks.protocol.checks import ProtocolChecks
-from pdkit.checks.protocol.reference import question_prompts
 from pdkit.checks.scale_out import ScaleOutChecks
 from pdkit.deployment import quirks
 from pdkit.deployment.cpu import plan
@@ -42,10 +41,6 @@ CITY = json.dumps(
 class Kits(JSONConstrainedMixin, PauseResumeInPlaceMixin, protocol.SGLangKits):
     """SGLang's own that run here."""
 
-    parity_logprob_delta = 0
-    parity_cached_prefix_min_prompt_tokens = 128
-    abort_all_max_new_tokens = 3500
-    abort_all_sleep = 4
     pause_num_requests = 8
     pause_max_new_tokens = 1500
     pause_ignore_eos = True
@@ -66,10 +61,6 @@ class TestDisaggregationSglangCpuProtocol(ProtocolChecks, RustRouterBeside, Kits
     extra_prefill_args = extra_decode_args = kv_checksum_args()  # of sound transfers, which none may be rejected for
     unending_tokens = 7500
     sustained_seconds = idle_seconds = 10
-
-    @classmethod
-    def prompts(cls, count: int) -> list[str]:
-        return question_prompts(cls.gsm8k_data_path, count)
 
 
 class TestDisaggregationSglangCpuIntegrity(IntegrityChecks, ExactParityArms, MonolithicBeside, SglangCpuServers):

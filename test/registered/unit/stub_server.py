@@ -6,7 +6,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class JsonHandler(BaseHTTPRequestHandler):
-    """Base of handlers: define `do_GET` and `do_POST` with these."""
+    """Answers as the server's `reply` says. Base of handlers, which define `do_GET` and `do_POST` with these."""
+
+    def do_GET(self):
+        self.reply(None)
+
+    def do_POST(self):
+        self.reply(self.body())
+
+    def reply(self, body):
+        answer = self.server.reply(self.path, body)
+        if answer is None:
+            self.close_connection = True
+        else:
+            self.answer(*answer)
 
     def body(self):
         return json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
@@ -24,11 +37,14 @@ class JsonHandler(BaseHTTPRequestHandler):
 
 
 class StubServer(ThreadingHTTPServer):
-    """Serves until `test` ends. `handler`: a JsonHandler class, which finds this object as `self.server`."""
+    """Serves until `test` ends. `handler`: a JsonHandler class, which finds this object as `self.server`.
+
+    Without one, a `reply` of (path, JSON body; None of a GET) gives (status, body) of each answer, or None for none.
+    """
 
     request_queue_size = 64
 
-    def __init__(self, test, handler):
+    def __init__(self, test, handler=JsonHandler):
         super().__init__(("127.0.0.1", 0), handler)
         thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

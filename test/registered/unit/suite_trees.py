@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +35,15 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
     return registered
+
+
+def run_tree(
+    root: Path, files: dict[str, str], *words: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`run_suite.py` on `files` below `root`, from there; what it prints on standard error is in the output, too."""
+    command = [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(root, files)), *words]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, cwd=root, env=environment, timeout=300, **output)
 
 
 HANG = source_of(

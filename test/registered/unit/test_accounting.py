@@ -39,7 +39,7 @@ from pdkit.checks.accounting.ledger import (
 from pdkit.checks.server_info import ServerInfoError
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
@@ -65,26 +65,18 @@ class ScriptedServer(StubServer):
     """
 
     def __init__(self, test, *answers, info=(200, {})):
-        self.answers, self.info, self.ended, lock = list(answers), info, threading.Event(), threading.Lock()
-
-        class Handler(JsonHandler):
-            def do_POST(self):
-                self.body()
-                with lock:
-                    queue = self.server.answers
-                    status, *body = queue.pop(0) if len(queue) > 1 else queue[0]
-                if status < 0:
-                    self.server.ended.wait()
-                if status <= 0:
-                    self.close_connection = True
-                else:
-                    self.answer(status, *body)
-
-            def do_GET(self):
-                self.answer(*self.server.info)
-
-        super().__init__(test, Handler)
+        self.answers, self.info, self.ended, self.lock = list(answers), info, threading.Event(), threading.Lock()
+        super().__init__(test)
         test.addCleanup(self.ended.set)
+
+    def reply(self, path, body):
+        if body is None:
+            return self.info
+        with self.lock:
+            status, *body = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if status < 0:
+            self.ended.wait()
+        return (status, *body) if status > 0 else None
 
 
 def eval_client(url, retries=2):

@@ -16,7 +16,7 @@ from pdkit.checks.parity.answers import Answer
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.core.split_test import median_interval, split_test
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
@@ -130,23 +130,18 @@ class Deployment(StubServer):
 
     def __init__(self, test, shift=0.0):
         self.shift, self.asked = shift, 0
+        super().__init__(test)
 
-        class Handler(JsonHandler):
-            def do_GET(self):
-                found = Deployment.INFO.get(self.path)
-                self.answer(404 if found is None else 200, found or {})
-
-            def do_POST(self):
-                request, server = self.body(), self.server
-                server.asked += 1
-                base = -1 - zlib.crc32(request["text"].encode()) % 97 / 100
-                rows = [[(base - at - 0.5 * token + at * server.shift, 10 * at + token, None) for token in range(8)]
-                        for at in range(2)]  # fmt: skip
-                meta = {"prompt_tokens": len(request["text"]), "finish_reason": {"type": "length", "length": 2},
-                        "output_token_logprobs": [row[0] for row in rows], "output_top_logprobs": rows}  # fmt: skip
-                self.answer(200, {"text": "ab", "output_ids": [0, 10], "meta_info": meta})
-
-        super().__init__(test, Handler)
+    def reply(self, path, request):
+        if request is None:
+            return (200, self.INFO[path]) if path in self.INFO else (404, {})
+        self.asked += 1
+        base = -1 - zlib.crc32(request["text"].encode()) % 97 / 100
+        rows = [[(base - at - 0.5 * token + at * self.shift, 10 * at + token, None) for token in range(8)]
+                for at in range(2)]  # fmt: skip
+        meta = {"prompt_tokens": len(request["text"]), "finish_reason": {"type": "length", "length": 2},
+                "output_token_logprobs": [row[0] for row in rows], "output_top_logprobs": rows}  # fmt: skip
+        return 200, {"text": "ab", "output_ids": [0, 10], "meta_info": meta}
 
 
 class TestCommand(FolderCase):

@@ -1,9 +1,14 @@
-"""One sequence: what its parameters allow, which token comes next, when it ends and what its text is."""
+"""One sequence: what its parameters allow, which token comes next, when it ends and what its text is.
 
+And which sequences a body asks for, and their streams while the torch thread goes on.
+"""
+
+import asyncio
 import math
 import unittest
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pdkit
 import torch
@@ -11,7 +16,9 @@ from fastapi import HTTPException
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.engine.fields import BadRequest
 from pdkit.engine.request import Request, SamplingParams
-from pdkit.engine.streams import raise_if_failed
+from pdkit.engine.sequences import ROOMS, fan_out
+from pdkit.engine.service import Service as EngineService
+from pdkit.engine.streams import interleave, raise_if_failed
 from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
@@ -346,6 +353,108 @@ class TestParse(unittest.TestCase):
                 with self.subTest(name=name, value=value):
                     with self.assertRaisesRegex(BadRequest, rf"\A{name}: .*, got .*\Z"):
                         SamplingParams.parse({name: value})
+
+
+def rooms(prompts, room, n=1, **fields):
+    asks = fan_out(prompts, SamplingParams(n=n), len(prompts) > 1, bootstrap_room=room, **fields)
+    return [ask.bootstrap_room for ask in asks]
+
+
+class TestFanOut(unittest.TestCase):
+    def test_rooms_of_a_batch(self):
+        self.assertEqual(rooms(["a", "b"], [7, 9]), [7, 9])
+        self.assertEqual(rooms(["a", "b"], 7), [7, 8], "a mini LB sends one room for all prompts of a completion")
+
+    def test_samples_of_a_prompt_have_rooms_of_their_own(self):
+        self.assertEqual(rooms(["a"], 7, n=2), [7, 7 + ROOMS])
+        self.assertEqual(rooms(["a", "b"], [7, 9], n=2), [7, 7 + ROOMS, 9, 9 + ROOMS])
+
+    def test_bootstrap_fields_of_each_sample(self):
+        """The Rust router counts the samples of a chat as a batch."""
+        fields = {"bootstrap_host": ["h", "h"], "bootstrap_port": [5, 5]}
+        self.assertEqual(rooms(["a"], [7, 9], n=2, **fields), [7, 7 + ROOMS])
+
+    def test_fields_that_do_not_fit(self):
+        for prompts, n, fields in (
+            (["a"], 2, {"rid": ["x", "y"]}),
+            (["a"], 2, {"bootstrap_host": ["h"] * 3}),
+            (["a", "b"], 1, {"bootstrap_host": ["h"]}),
+        ):
+            with self.subTest(fields=fields), self.assertRaisesRegex(BadRequest, "entries for"):
+                rooms(prompts, 7, n, **fields)
+        for prompts, n, fields in (
+            (["a"], 2, {"return_logprob": [True]}),
+            (["a"], 2, {"top_logprobs_num": [1]}),
+            (["a"], 1, {"extra_key": ["k"]}),
+        ):
+            (name,) = fields
+            with self.subTest(fields=fields), self.assertRaisesRegex(BadRequest, f"{name} must be one value"):
+                rooms(prompts, 7, n, **fields)
+        with self.assertRaisesRegex(BadRequest, "bootstrap_room has 3 entries for 1 prompts"):
+            rooms(["a"], [1, 2, 3], n=2)
+
+
+class Service:
+    """Yields `steps` times for each request, then finishes it; `ahead` steps before anybody can look."""
+
+    def __init__(self, steps, error=None):
+        self.steps, self.error = steps, error
+
+    async def generate(self, request, ask):
+        for _ in range(self.steps):
+            yield
+        if self.error is not None:
+            raise self.error
+        request.finish_reason = {"type": "length", "length": 1}
+        yield
+
+
+class TestInterleave(unittest.IsolatedAsyncioTestCase):
+    async def collect(self, service, requests):
+        def render(index):
+            self.assertTrue(requests[index].lock.locked())
+            return index, requests[index].finish_reason
+
+        return [event async for event in interleave(service, requests, requests, render)]
+
+    async def test_a_finished_request_is_shown_once(self):
+        for steps in (0, 1, 5):
+            requests = [request(), request()]
+            events = await self.collect(Service(steps), requests)
+            last = {"type": "length", "length": 1}
+            self.assertEqual([event for event in events if event[1] is not None], [(0, last), (1, last)])
+            self.assertEqual(len(events), 2, "the consumer never ran before both had finished")
+            self.assertFalse(any(each.lock.locked() for each in requests))
+
+    async def test_an_error_reaches_the_client(self):
+        with self.assertRaisesRegex(BadRequest, "room 1 is in use"):
+            await self.collect(Service(0, BadRequest("room 1 is in use")), [request()])
+
+
+class TestLock(unittest.TestCase):
+    def test_a_request_is_locked_while_it_takes_a_token(self):
+        one, seen = request(), []
+        one.notify = lambda: seen.append(one.lock.locked())
+        one.add_output(5)
+        one.abort("gone")
+        self.assertEqual(seen, [True, True])
+        self.assertFalse(one.lock.locked())
+
+
+class TestAbort(unittest.IsolatedAsyncioTestCase):
+    async def test_many_end_at_one_step_and_nobody_waits_for_it(self):
+        """As in SGLang, whose /abort_request answers at once: its kit gives it 10 s for 32 requests."""
+        steps, closed = [], []
+        requests = [Request([1], SamplingParams(), tokenizer, frozenset(), room=room) for room in (7, 8)]
+        service = EngineService.__new__(EngineService)
+        service.scheduler = SimpleNamespace(call=lambda action, done: steps.append(lambda: done(action())))
+        service.sender = SimpleNamespace(close=lambda room, why: closed.append(room))
+        service.abort(requests)
+        self.assertEqual((len(steps), closed), (1, []))
+        steps[0]()
+        self.assertEqual([each.finish_reason["type"] for each in requests], ["abort"] * 2)
+        await asyncio.sleep(0)
+        self.assertEqual(closed, [7, 8])
 
 
 if __name__ == "__main__":

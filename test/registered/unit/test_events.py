@@ -233,7 +233,7 @@ class TestFacts(Channel):
         score = facts.score_of(self.happened())
         self.assertEqual((score.target, score.gate), ("embedded", "gate >0.95"))
         self.assertEqual((score.correct, score.examples), (197, 200))
-        self.assertEqual(facts.throughput_of(self.happened()), 312.5)
+        self.assertEqual(facts.score_of(self.happened()).throughput, 312.5)
         self.assertEqual(facts.acceptance_length_of(self.happened()), 1.5)
         events.measurement(facts.ACCEPTANCE_LENGTH, 1.9)
         self.assertEqual(facts.acceptance_length_of(self.happened()), 1.9)
@@ -297,6 +297,9 @@ class TwiceBad(unittest.TestCase):
 
 class Exits(unittest.TestCase):
     def test_exits(self): raise SystemExit(0)
+
+class Interrupted(unittest.TestCase):
+    def test_is_interrupted(self): raise KeyboardInterrupt
 """
 
 
@@ -449,25 +452,14 @@ class TestRecording(Channel):
         happened, counts = self.record(main="unittest.main(argv=['x', '-k', 'nothing'])")
         self.assertEqual((len(happened.of("run")), counts), (1, TestCounts()))
 
-    def test_a_program_that_swallows_the_exit_has_failed_all_the_same(self):
-        main = "try: unittest.main()\n    except SystemExit: pass"
-        self.assertEqual(self.record("Methods.test_fails", main=main)[1].failed, 1)
-        self.assertEqual(self.code, 0)
-        self.assertEqual(self.record("Exits", main=main)[1].failed, 1)
-
-    def test_a_program_that_leaves_amid_its_tests(self):
-        for leave, main in (
-            ("import os; os._exit(0)", "unittest.main()"),
-            ("raise KeyboardInterrupt", "try: unittest.main()\n    except BaseException: pass"),
-        ):
-            with self.subTest(leave):
-                (self.directory / FILE).unlink(missing_ok=True)
-                source = f"{PROGRAM}\nclass Z(unittest.TestCase):\n    def test_z(self): {leave}\n"
-                source += f"if __name__ == '__main__':\n    {main}\n"
-                code, _ = self.run_program(source, argv=["Methods.test_passes", "Z"])
-                output = read_output([], self.happened())
-                self.assertEqual((code, output.counts.executed), (0, 1))
-                self.assertFalse(output.is_whole and not output.counts.failed)
+    def test_a_program_that_swallows_how_its_tests_ended_has_failed_all_the_same(self):
+        """One that leaves by itself: test_run_suite_cli."""
+        for name in ("Exits", "Interrupted"):
+            with self.subTest(name):
+                main = "try: unittest.main()\n    except BaseException: pass"
+                happened, counts = self.record("Methods.test_passes", name, main=main)
+                self.assertEqual((self.code, counts.executed), (0, 1 + (name == "Exits")))
+                self.assertFalse(read_output([], happened).is_whole and not counts.failed)
 
     def test_it_runs_as_python_would_run_it(self):
         source = "import sys; print(__name__, sys.argv[1:], sys.path[0], __file__)\nsys.exit(7)"

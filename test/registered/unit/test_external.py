@@ -96,42 +96,31 @@ class Stub(StubServer):
     """
 
     def __init__(self, test, gets, tamper=lambda path, request, answer: answer):
-        class Handler(JsonHandler):
-            def do_GET(self):
-                found = gets.get(self.path)
-                self.answer(404 if found is None else 200, found or {})
+        self.gets, self.tamper = gets, tamper
+        super().__init__(test)
 
-            def do_POST(self):
-                request = self.body()
-                answer = tamper(self.path, request, self.plain(request))
-                if isinstance(answer, list):
-                    events = [*map(json.dumps, answer), "[DONE]"]
-                    self.answer(200, "".join(f"data: {event}\n\n" for event in events).encode())
-                else:
-                    refusal = 400 if self.is_wrong(request) else 500
-                    self.answer(refusal if answer is None else 200, answer or {"error": "no"})
+    def reply(self, path, request):
+        if request is None:
+            return (200, self.gets[path]) if path in self.gets else (404, {})
+        numbers = ("max_tokens", "temperature", "sampling_params")
+        is_wrong = any(isinstance(request.get(name), str) for name in numbers)
+        answer = self.tamper(path, request, None if is_wrong else self.plain(path, request))
+        if isinstance(answer, list):
+            return 200, "".join(f"data: {event}\n\n" for event in [*map(json.dumps, answer), "[DONE]"]).encode()
+        return (200, answer) if answer is not None else (400 if is_wrong else 500, {"error": "no"})
 
-            def is_wrong(self, request):
-                numbers = ("max_tokens", "temperature", "sampling_params")
-                return any(isinstance(request.get(name), str) for name in numbers)
-
-            def plain(self, request):
-                if self.is_wrong(request):
-                    return None
-                text, params = " It is 2.", request.get("sampling_params", {})
-                size = request.get("max_tokens") or params.get("max_new_tokens")
-                prompt = str(request.get("prompt") or request.get("text") or request.get("messages"))
-                usage = {"prompt_tokens": len(prompt), "completion_tokens": size, "total_tokens": len(prompt) + size}
-                if self.path == "/generate":
-                    meta = {**usage, "finish_reason": {"type": "length"}}
-                    return {"text": text, "meta_info": meta}
-                choice = {"index": 0, "text": text, "message": {"content": text}, "finish_reason": "length"}
-                if request.get("stream"):
-                    halves = [{"text": text[:4], "finish_reason": None}, {"text": text[4:], "finish_reason": "length"}]
-                    return [{"choices": [half]} for half in halves] + [{"choices": [], "usage": usage}]
-                return {"choices": [choice], "usage": usage}
-
-        super().__init__(test, Handler)
+    def plain(self, path, request):
+        text, params = " It is 2.", request.get("sampling_params", {})
+        size = request.get("max_tokens") or params.get("max_new_tokens")
+        prompt = str(request.get("prompt") or request.get("text") or request.get("messages"))
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": size, "total_tokens": len(prompt) + size}
+        if path == "/generate":
+            return {"text": text, "meta_info": {**usage, "finish_reason": {"type": "length"}}}
+        if request.get("stream"):
+            halves = [{"text": text[:4], "finish_reason": None}, {"text": text[4:], "finish_reason": "length"}]
+            return [{"choices": [half]} for half in halves] + [{"choices": [], "usage": usage}]
+        choice = {"index": 0, "text": text, "message": {"content": text}, "finish_reason": "length"}
+        return {"choices": [choice], "usage": usage}
 
 
 MODELS, INFO = {"data": [{"id": "m"}]}, {"model_path": "/no/such/model"}
@@ -182,11 +171,8 @@ class TestCommand(FolderCase):
                 answer["usage"]["total_tokens"] += 1
             return answer
 
-        def streaming_less(path, request, answer):
-            return answer[1:] if isinstance(answer, list) else answer
-
-        def ending_twice(path, request, answer):
-            return [*answer[:-1], *answer[-2:]] if isinstance(answer, list) else answer
+        def of_streams(change):
+            return lambda path, request, answer: change(answer) if isinstance(answer, list) else answer
 
         def generating_else(path, request, answer):
             return answer | {"text": "else"} if path == "/generate" else answer
@@ -203,13 +189,13 @@ class TestCommand(FolderCase):
 
         for tamper, check in (
             (counting_wrong, "usage adds up"),
-            (streaming_less, "streaming equals whole"),
-            (ending_twice, "streaming equals whole"),
+            (of_streams(lambda events: events[1:]), "streaming equals whole"),
+            (of_streams(lambda events: [*events[:-1], *events[-2:]]), "streaming equals whole"),
             (generating_else, "/generate equals /v1/completions"),
             (chatting_of_nothing, "chat answers"),
             (answering_wrong, "GSM8K"),
         ):
-            with self.subTest(tamper.__name__):
+            with self.subTest(check):
                 sound = lambda path, request, answer, tamper=tamper: answer and tamper(path, request, answer)  # noqa: E731
                 shown = self.check(Stub(self, PAIR, sound), code=ExitCode.FAILED)
                 failed = [line for line in shown.splitlines() if ": FAILED, " in line]
@@ -299,63 +285,47 @@ class Parrot(StubServer):
     request_queue_size = 256
 
     def __init__(self, test, loses=lambda ids, place: False, rewritten=0.0):
-        test.asked = asked = []
+        self.loses, self.rewritten = loses, rewritten
+        test.asked = self.asked = []
+        super().__init__(test)
 
-        def step(ids, place):
-            digest = zlib.crc32(repr((ids[-40:], loses(ids[: place + 1], place))).encode())
-            return 2 + digest % 200, -1 - digest % 97 / 100 + rewritten
+    def reply(self, path, request):
+        if request is None:
+            own = {"/server_info": {"disaggregation_mode": "null", "context_length": 4096}, **SERVER}
+            return (200, own[path]) if path in own else (404, {})
+        self.asked.append(request)
+        if path == "/v1/completions":
+            params = {"max_new_tokens": request["max_tokens"], "stop": request.get("stop")}
+            answer = self.answer_to(self.ids_of(request["prompt"]), params, request)
+            usage = {name: answer["meta_info"][name] for name in ("prompt_tokens", "completion_tokens")}
+            choice = {"index": 0, "text": answer["text"], "finish_reason": "length"}
+            return 200, {"choices": [choice], "usage": usage}
+        params, ids = request["sampling_params"], request.get("input_ids") or self.ids_of(request["text"])
+        if isinstance(ids[0], list):
+            return 200, [self.answer_to(*each, request) for each in zip(ids, params)]
+        answer = self.answer_to(ids, params, request)
+        return 200, f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n".encode() if request.get("stream") else answer
 
-        def answer_to(ids, params, request):
-            out, logprobs = [], []
-            for _ in range(params.get("max_new_tokens", 16)):
-                token, logprob = step(ids + out, len(ids) - 1)
-                out.append(token)
-                logprobs.append((logprob, token, None))
-                if token in params.get("stop_token_ids", ()) or not cut("".join(map(chr_of, out)), params)[1]:
-                    break
-            text, _ = cut("".join(map(chr_of, out)), params)
-            meta = {"prompt_tokens": len(ids), "completion_tokens": len(out), "finish_reason": {"type": "length"}}
-            if request.get("return_logprob"):
-                meta |= {"output_token_logprobs": logprobs, "output_top_logprobs": [[each] for each in logprobs]}
-                if request.get("logprob_start_len") == 0:
-                    meta["input_token_logprobs"] = [(None, ids[0], None)] + [(-1.0, token, None) for token in ids[1:]]
-            return {"text": text, "output_ids": out, "meta_info": meta}
+    def ids_of(self, text):
+        return [2 + ord(character) % 200 for character in text]
 
-        def chr_of(token):
-            return chr(ord("!") + token % 90)
-
-        def cut(text, params):
-            stops = params.get("stop") or []
+    def answer_to(self, ids, params, request):
+        stops, lost = params.get("stop") or [], self.loses(ids, len(ids) - 1)
+        out, logprobs, text, found = [], [], "", []
+        while len(out) < params.get("max_new_tokens", 16) and not found:
+            digest = zlib.crc32(repr(((ids + out)[-40:], lost)).encode())
+            out.append(2 + digest % 200)
+            logprobs.append((-1 - digest % 97 / 100 + self.rewritten, out[-1], None))
+            text += chr(ord("!") + out[-1] % 90)
             found = [text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in text]
-            return (text[: min(found)], False) if found else (text, True)
-
-        def ids_of(text):
-            return [2 + ord(character) % 200 for character in text]
-
-        class Handler(JsonHandler):
-            def do_GET(self):
-                own = {"/server_info": {"disaggregation_mode": "null", "context_length": 4096}}
-                found = {**own, **SERVER}.get(self.path)
-                self.answer(404 if found is None else 200, found or {})
-
-            def do_POST(self):
-                request = self.body()
-                asked.append(request)
-                if self.path == "/v1/completions":
-                    params = {"max_new_tokens": request["max_tokens"], "stop": request.get("stop")}
-                    answer = answer_to(ids_of(request["prompt"]), params, request)
-                    usage = {name: answer["meta_info"][name] for name in ("prompt_tokens", "completion_tokens")}
-                    choice = {"index": 0, "text": answer["text"], "finish_reason": "length"}
-                    return self.answer(200, {"choices": [choice], "usage": usage})
-                params, ids = request["sampling_params"], request.get("input_ids") or ids_of(request["text"])
-                if isinstance(ids[0], list):
-                    return self.answer(200, [answer_to(*each, request) for each in zip(ids, params)])
-                answer = answer_to(ids, params, request)
-                if request.get("stream"):
-                    return self.answer(200, f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n".encode())
-                self.answer(200, answer)
-
-        super().__init__(test, Handler)
+            if out[-1] in params.get("stop_token_ids", ()):
+                break
+        meta = {"prompt_tokens": len(ids), "completion_tokens": len(out), "finish_reason": {"type": "length"}}
+        if request.get("return_logprob"):
+            meta |= {"output_token_logprobs": logprobs, "output_top_logprobs": [[each] for each in logprobs]}
+            if request.get("logprob_start_len") == 0:
+                meta["input_token_logprobs"] = [(None, ids[0], None)] + [(-1.0, token, None) for token in ids[1:]]
+        return {"text": text[: min(found, default=len(text))], "output_ids": out, "meta_info": meta}
 
 
 class TestComparison(unittest.TestCase):

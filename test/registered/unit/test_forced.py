@@ -7,7 +7,7 @@ import numpy as np
 from pdkit.checks.http import RequestFailed
 from pdkit.checks.parity.forced import LEVEL, Forced, ForcedParityChecks, differences, sign_flips
 from pdkit.core.ci_register import register_cpu_ci
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
@@ -57,23 +57,19 @@ class Coin(StubServer):
     """Continues by heads and tails, and reports the logprob of each less `self.off`; its prefill is right."""
 
     def __init__(self, test, off=0.0, short=0):
-        self.off, self.count = off, 0
+        self.off, self.short, self.count = off, short, 0
+        super().__init__(test)
 
-        class Handler(JsonHandler):
-            def do_POST(self):
-                request, server = self.body(), self.server
-                size = request["sampling_params"]["max_new_tokens"]
-                server.count += 1
-                drawn = np.random.default_rng(server.count).integers(10, 12, size).tolist()
-                known = [(None, request["input_ids"][0], None)]
-                known += [(math.log(0.5), token, None) for token in request["input_ids"][1 + short :]]
-                meta = {"output_token_logprobs": [(math.log(0.5) + server.off, token, None) for token in drawn],
-                        "finish_reason": {"type": "length"}, "prompt_tokens": len(request["input_ids"])}  # fmt: skip
-                if "logprob_start_len" in request:
-                    meta["input_token_logprobs"] = known
-                self.answer(200, {"text": "", "output_ids": drawn, "meta_info": meta})
-
-        super().__init__(test, Handler)
+    def reply(self, path, request):
+        self.count += 1
+        size, ids = request["sampling_params"]["max_new_tokens"], request["input_ids"]
+        drawn = np.random.default_rng(self.count).integers(10, 12, size).tolist()
+        meta = {"output_token_logprobs": [(math.log(0.5) + self.off, token, None) for token in drawn],
+                "finish_reason": {"type": "length"}, "prompt_tokens": len(ids)}  # fmt: skip
+        if "logprob_start_len" in request:
+            known = [(math.log(0.5), token, None) for token in ids[1 + self.short :]]
+            meta["input_token_logprobs"] = [(None, ids[0], None), *known]
+        return 200, {"text": "", "output_ids": drawn, "meta_info": meta}
 
 
 class TestRequests(unittest.TestCase):

@@ -10,7 +10,6 @@ import unittest
 import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 
 from cases import FolderCase, pdkit
 from pdkit.core.ci_register import register_cpu_ci
@@ -18,12 +17,11 @@ from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.registry import Registration, collect
 from pdkit.runner.history import est_time, store
 from pdkit.runner.history.record import FileRecord, Measurement, Record
-from suite_trees import source_of, write_tree
+from suite_trees import SUITE as WORDS
+from suite_trees import run_tree, source_of, write_tree
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
-REPO = Path(__file__).resolve().parents[3]
-RUN_SUITE = REPO / "test" / "run_suite.py"
 MAIN_JOB = "test/registered/distributed/test_disaggregation_dsv4_embedded.py"
 SUITE = "stage-a-test-cpu"
 
@@ -209,7 +207,7 @@ class TestEstTime(HistoryCase):
 
 class TestPartition(HistoryCase):
     def test_estimates_of_the_history_even_out_the_partitions(self):
-        root = write_tree(self.root, {f"test_{name}.py": source_of() for name in "abcd"})
+        tree = {f"test_{name}.py": source_of() for name in "abcd"}
         prefix = f"{self.root.name}/registered/test_"
         seconds = {"a": 100.0, "b": 10.0, "c": 20.0}
         files = tuple(FileRecord(f"{prefix}{name}.py", "cpu", SUITE, "passed", s, 5, 1) for name, s in seconds.items())
@@ -218,10 +216,9 @@ class TestPartition(HistoryCase):
         estimates.write_text(self.history(self.file, "--estimates").out)
         listed = {}
         for rank in "01":
-            words = ["--hw", "cpu", "--suite", SUITE, "--test-root", str(root), "--partition-model-file"]
-            words += [str(estimates), "--auto-partition-size", "2", "--auto-partition-id", rank, "--no-history"]
-            done = subprocess.run([sys.executable, str(RUN_SUITE), *words], capture_output=True, text=True, timeout=300)
-            self.assertEqual(done.returncode, 0, done.stderr)
+            words = [*WORDS, "--partition-model-file", str(estimates), "--auto-partition-size", "2", "--no-history"]
+            done = run_tree(self.root, tree, *words, "--auto-partition-id", rank)
+            self.assertEqual(done.returncode, 0, done.stdout)
             self.assertIn(f"times of 3 of 4 files from {estimates}, est_time of the others\n", done.stdout)
             listed[rank] = sorted(name for name in "abcd" if f"passed: registered/test_{name}.py" in done.stdout)
         self.assertEqual(listed, {"0": ["a"], "1": ["b", "c", "d"]})
@@ -229,11 +226,9 @@ class TestPartition(HistoryCase):
 
 class TestRuns(HistoryCase):
     def run_suite(self, files, *words, **environment):
-        root = write_tree(self.root, {f"test_{number}.py": source for number, source in enumerate(files)})
-        command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", SUITE, "--jobs", "1"]
-        command += ["--test-root", str(root), *words]
+        files = {f"test_{number}.py": source for number, source in enumerate(files)}
         environment = {**os.environ, "XDG_STATE_HOME": str(self.root / "state"), **environment}
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=self.root)
+        return run_tree(self.root, files, *WORDS, *words, environment=environment)
 
     def test_a_run_is_recorded_with_what_it_measured(self):
         subprocess.run(["git", "init", "-q", str(self.root)], check=True)
@@ -241,7 +236,7 @@ class TestRuns(HistoryCase):
         subprocess.run(["git", "-C", str(self.root), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
         fail = source_of("def test_it(self): self.fail()")
         done = self.run_suite([MEASURES, fail, source_of()], "--history", str(self.file))
-        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertEqual(done.returncode, 1, done.stdout)
         ((run,), skipped) = store.read([self.file]).records, store.read([self.file]).skipped
         self.assertEqual((skipped, run.exit_code, run.suite, len(run.commit), run.modified), ((), 1, SUITE, 40, False))
         self.assertEqual([file.state for file in run.files], ["passed", "failed"])

@@ -14,6 +14,7 @@ from cases import FolderCase, printed
 from pdkit.checks.reference.truth import LogprobTruth, fp8_rounding, logprobs
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import NotReady
+from pdkit.core.paths import ASSETS
 from pdkit.models.cpu.evaluation import WINDOW, Score, validation
 from pdkit.models.cpu.model import ModelError
 from pdkit.models.cuda import checkpoint, store, training
@@ -21,15 +22,21 @@ from pdkit.models.cuda import fit as fitting
 from pdkit.models.cuda.config import DEEPEP_HIDDEN, FEW_HEADS, FIELDS, fields
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks, round_groups
 from pdkit.models.cuda.model import KernelNano, randomize, reference_config, rescale
-from pdkit.models.cuda.tokenizer import kernel_tokenizer
 from pdkit.models.problems import evaluation_set, few_shot
 from pdkit.models.tokenizer import nano_tokenizer
 from pdkit.preflight.contract.launches import ask, ask_each
 from pdkit.preflight.contract.release import installed
 from pdkit.preflight.plan import of_contract
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
+
+
+def kernel_tokenizer():
+    """As each kernel-sized checkpoint has it."""
+    return AutoTokenizer.from_pretrained(ASSETS / "few-heads-dsv4", local_files_only=True)
+
 
 ONE_GPU = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4_1gpu.py"
 
@@ -50,7 +57,7 @@ class TestConfig(FolderCase):
         self.assertEqual({name for name in wide if wide[name] != FIELDS[name]},
                          {"hidden_size", "intermediate_size", "moe_intermediate_size"})  # fmt: skip
         self.assertEqual((wide["hidden_size"], wide["moe_intermediate_size"] % (4 * 128)), (2048, 0))
-        self.assertEqual(reference_config(hidden_size=DEEPEP_HIDDEN).moe_intermediate_size, 512)
+        self.assertEqual(reference_config(wide).moe_intermediate_size, 512)
 
     def test_the_one_that_is_served_on_cpu_too(self):
         """bfloat16 linear layers, the KV pages of the others, and what a GPU's kernels take: heads are padded to 64."""
@@ -59,7 +66,7 @@ class TestConfig(FolderCase):
         self.assertNotIn("quantization_config", FEW_HEADS)
         self.assertIn(FEW_HEADS["index_n_heads"], (32, 64))
         self.assertGreaterEqual(FEW_HEADS["vocab_size"], len(kernel_tokenizer()))
-        model = KernelNano(of=FEW_HEADS)
+        model = KernelNano(FEW_HEADS)
         path = checkpoint.save(model, self.root)
         self.assertLess((path / store.WEIGHTS).stat().st_size, 10e6)
         self.assertEqual(json.loads((path / "config.json").read_text()), FEW_HEADS)
@@ -69,11 +76,11 @@ class TestConfig(FolderCase):
 
     def test_rope_is_stretched_nowhere(self):
         self.assertEqual(FIELDS["rope_scaling"]["factor"], 1.0)
-        for rope in reference_config().rope_parameters.values():
+        for rope in reference_config(FIELDS).rope_parameters.values():
             self.assertEqual(rope["rope_type"], "default")
 
     def test_the_reference_is_the_same_model(self):
-        main, mtp = reference_config(), reference_config(mtp=True)
+        main, mtp = reference_config(FIELDS), reference_config(FIELDS, mtp=True)
         kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
         self.assertEqual((main.layer_types, main.mlp_layer_types), (kinds, ["hash_moe", "moe", "moe"]))
         self.assertEqual((mtp.layer_types, mtp.mlp_layer_types), (["sliding_attention"], ["moe"]))
@@ -153,6 +160,7 @@ class TestModel(FolderCase):
 
     def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(self):
         stored = load_file(self.path / store.WEIGHTS)
+        self.write("config.json", json.dumps(FIELDS))
         lacking = {name: tensor for name, tensor in stored.items() if name != "mtp.0.e_proj.scale"}
         for tensors, reason in (
             (lacking, "mtp.0.e_proj.weight"),

@@ -135,7 +135,11 @@ class TestLanes(CommandCase):
     def test_a_timeout_and_what_is_left_behind_end_in_their_lane_alone(self):
         done = self.run_lanes("--continue-on-error", "--timeout-per-file", "10", test_a=HANG, test_b=PASS, test_c=PASS)
         self.assert_ended(done, 1, "2 passed, 1 failed, 0 skipped")
-        self.assertRegex(done.stdout, r"timed out: registered/test_a\.py; .*in phase first request")
+        why = r"after \d+ s in phase first request; its processes were ended"
+        self.assertRegex(done.stdout, rf"timed out: registered/test_a\.py; .*{why}")
+        self.assertIn("\n  hangs in phase first request\n", done.stdout)
+        self.assertRegex(done.stdout, r"\n +T\.test_it \(test_a\.py:\d+\)\n")
+        self.assertIn("\n  last lines of test:\n", done.stdout)
         self.assert_sleeper_gone(done.stdout)
 
     def test_a_signal_reaches_every_lane(self):

@@ -23,7 +23,7 @@ from pdkit.checks.protocol.reference import (
 )
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.deployment.relay import Relay
-from pdkit.deployment.router import healthy_workers, is_ready, router_command
+from pdkit.deployment.router import healthy_workers, is_ready
 from stub_server import JsonHandler, StubServer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
@@ -226,13 +226,6 @@ class TestPrompts(unittest.TestCase):
 
 
 class TestRouter(unittest.TestCase):
-    def test_command(self):
-        options = ("127.0.0.1", 5, "--policy", "random")
-        line = " ".join(router_command([("http://p:1", 2)], ["http://d:3", "http://e:4"], *options))
-        self.assertIn("--pd-disaggregation --prefill http://p:1 2 --decode http://d:3 --decode http://e:4", line)
-        self.assertTrue(line.endswith("--host 127.0.0.1 --port 5 --policy random"))
-        self.assertNotIn("--mini-lb", line)
-
     def test_readiness(self):
         server = StubServer(self, Handler)
         for server.ready, ready in ((200, True), (503, False)):

@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import unittest
@@ -37,42 +35,38 @@ from pdkit.runner.report.read import read_directory
 from pdkit.runner.report.rejudge import judged, rejudged
 from pdkit.runner.report.terminal import cause, log_tails, rows, scores
 from pdkit.runner.report.write import STEP_SUMMARY_VARIABLE, write
+from suite_trees import run_tree, source_of
 
 register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
 RECORDED = Path(__file__).with_name("report.tar.xz")
-RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-DEATH = """
-import os, unittest
-from pathlib import Path
-from pdkit.core.ci_register import register_cpu_ci
-from pdkit.core import events
+SUITE_S = 'register_cpu_ci(est_time=1, suite="s")'
+DEATH = source_of(
+    """
+    EXCERPT = ""
 
-register_cpu_ci(est_time=1, suite="s")
-EXCERPT = ""
-
-
-class TestX(unittest.TestCase):
     def test_x(self):
+        import os
+        from pathlib import Path
+        from pdkit.core import events
+
         events.emit("phase", name="launch prefill", state="begins")
         logs = Path(os.environ["SGLANG_PD_LOG_DIR"])
-        (logs / "TestA.prefill.log").write_text("of another class, comes first by name\\n")
-        (logs / "TestX.prefill.log").write_text("prefill loads\\n")
+        (logs / "A.prefill.log").write_text("of another class, comes first by name\\n")
+        (logs / "T.prefill.log").write_text("prefill loads\\n")
         batch = "Decode batch, accept len: 1.90, gen throughput (token/s): 812.5, "
-        (logs / "TestX.decode.log").write_text(f"{batch}\\n<b>CUDA out of memory</b> \\x1b[31m\\n")
-        events.launch("decode", ["python3", "-m", "engine"], logs / "TestX.decode.log", 7)
-        events.death("decode", "decode exited with code 7 \\x07", EXCERPT, logs / "TestX.decode.log")
+        (logs / "T.decode.log").write_text(f"{batch}\\n<b>CUDA out of memory</b> \\x1b[31m\\n")
+        events.launch("decode", ["python3", "-m", "engine"], logs / "T.decode.log", 7)
+        events.death("decode", "decode exited with code 7 \\x07", self.EXCERPT, logs / "T.decode.log")
         events.death("load balancer", "load balancer exited with code 1")
         events.emit("phase", name="launch prefill", state="failed", seconds=0.1)
         events.emit("phase", name="teardown", state="begins")
         self.fail("decode exited with code 7 \\x1b[31m\\x07\\x1b[0m \\ufffe \\u2713")
-
-
-if __name__ == "__main__":
-    unittest.main()
-"""
+    """,
+    registration=SUITE_S,
+)
 
 
 def recorded(test):
@@ -86,13 +80,9 @@ def recorded(test):
 
 def run_suite(directory, source, *options):
     """The report directory and the output of a real run of one test file."""
-    (directory / "tests").mkdir()
-    (directory / "tests" / "test_x.py").write_text(source)
-    command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "s", "--skip-environment-check"]
-    command += [*options, "--test-root", str(directory / "tests"), "--report-dir", str(directory / "report")]
+    words = ["--hw", "cpu", "--suite", "s", "--skip-environment-check", "--report-dir", str(directory / "report")]
     environ = without("SGLANG_", "PDKIT_") | {STEP_SUMMARY_VARIABLE: str(directory / "step.md")}
-    run = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return directory / "report", run
+    return directory / "report", run_tree(directory, {"test_x.py": source}, *words, *options, environment=environ)
 
 
 class Balanced(HTMLParser):
@@ -149,7 +139,7 @@ class TestRecorded(unittest.TestCase):
         self.assertEqual(int(wrong.correct_answer), int(wrong.extracted_answer) + 1)
         self.assertEqual(wrong.reason, f"answered {wrong.extracted_answer}, {wrong.correct_answer} is right")
         self.assertTrue(all(example.tokens_per_s > 0 for example in run.examples))
-        self.assertGreater(run.throughput, 0)
+        self.assertGreater(run.score.throughput, 0)
 
     def test_commands(self):
         self.assertEqual([name for name, _ in self.run_.launched], ["prefill", "decode", "load balancer"])
@@ -215,8 +205,8 @@ class TestDeath(unittest.TestCase):
         self.assertEqual([(log.name, log.died) for log in self.run_.logs], order)
         lines = self.suite.stdout.splitlines()
         at = lines.index("  in phase launch decode")
-        self.assertRegex(lines[at - 1], "^failed: tests/test_x.py; ")
-        self.assertEqual(lines[at + 1 : at + 3], [f"  died first: {death}", "  failed: __main__.TestX.test_x"])
+        self.assertRegex(lines[at - 1], "^failed: registered/test_x.py; ")
+        self.assertEqual(lines[at + 1 : at + 3], [f"  died first: {death}", "  failed: __main__.T.test_x"])
         tail = next(number for number, line in enumerate(lines) if line.startswith("decode, the end of "))
         self.assertIn("<b>CUDA out of memory</b>", lines[tail + 2])
         self.assertLess(tail, at)
@@ -243,7 +233,7 @@ class TestDeath(unittest.TestCase):
         ((case,),) = JUnitXml.fromstring((self.directory / "junit.xml").read_bytes())
         self.assertEqual(case.result[0].message, "failed in phase launch decode: decode exited with code 7 ?")
         shown = case.result[0].text.splitlines()[:2]
-        self.assertEqual(shown, ["failed: __main__.TestX.test_x", "decode exited with code 7 ? ? \u2713"])
+        self.assertEqual(shown, ["failed: __main__.T.test_x", "decode exited with code 7 ? ? \u2713"])
         self.assertEqual((self.root / "step.md").read_text(), (self.directory / "summary.md").read_text())
         self.assertIn(f"report: {self.directory / 'report.html'}\n", self.suite.stdout)
         self.assertEqual(self.suite.returncode, 1)
@@ -258,23 +248,8 @@ class TestDeath(unittest.TestCase):
         self.assertIn("no report could be drawn from", run.stdout)
 
 
-CHECKS = """
-import unittest
-from pdkit.checks.judgement import Judgement
-from pdkit.core.ci_register import register_cpu_ci
-from pdkit.core import events
-
-register_cpu_ci(est_time=1, suite="s")
-
-
-class Equal(Judgement):
-    problems = ()
-
-    def report(self):
-        return "parity: PASS, 5 of 5 | equal"
-
-
-class TestX(unittest.TestCase):
+CHECKS = source_of(
+    """
     def test_a_gate(self):
         events.score("gsm8k", 0.5, 10, gate=0.25, target="embedded")
         Equal().assert_passed()
@@ -297,28 +272,38 @@ class TestX(unittest.TestCase):
 
     def test_e_accounted(self):
         events.verdict("request accounting", True, "")
+    """,
+    registration=f"""
+from pdkit.checks.judgement import Judgement
+from pdkit.core import events
+
+{SUITE_S}
 
 
-class TestY(unittest.TestCase):
+class Equal(Judgement):
+    problems = ()
+
+    def report(self):
+        return "parity: PASS, 5 of 5 | equal"
+
+
+class Y(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         raise RuntimeError("no port is free")
 
     def test_y(self):
         pass
-
-
-if __name__ == "__main__":
-    unittest.main()
-"""
+""",
+)
 ROWS = [
-    ("TestX.test_a_gate", "PASS", "score 0.500 of 10 examples, must be greater than 0.25; parity: 5 of 5 | equal"),
-    ("TestX.test_b_documented", "PASS", "Nothing is lost."),
-    ("TestX.test_c_skipped", "SKIP", "no draft here"),
-    ("TestX.test_c_too_low", "FAIL", "score 0.935 of 200 gsm8k examples, must be greater than 0.95"),
-    ("TestX.test_d_parts", "FAIL", "1 != 0 : is not zero"),
-    ("TestX.test_e_accounted", "PASS", ""),
-    ("TestY.setUpClass", "FAIL", "RuntimeError: no port is free"),
+    ("T.test_a_gate", "PASS", "score 0.500 of 10 examples, must be greater than 0.25; parity: 5 of 5 | equal"),
+    ("T.test_b_documented", "PASS", "Nothing is lost."),
+    ("T.test_c_skipped", "SKIP", "no draft here"),
+    ("T.test_c_too_low", "FAIL", "score 0.935 of 200 gsm8k examples, must be greater than 0.95"),
+    ("T.test_d_parts", "FAIL", "1 != 0 : is not zero"),
+    ("T.test_e_accounted", "PASS", ""),
+    ("Y.setUpClass", "FAIL", "RuntimeError: no port is free"),
     ("request accounting", "FAIL", "in 1 of 2 tests: request accounting: FAIL, 1 lost"),
 ]
 
@@ -342,7 +327,7 @@ class TestRows(unittest.TestCase):
         directory, _ = run_suite(root, CHECKS)
         (run,) = read_directory(directory).files
         left = [(row.name, row.state) for row in run.rows if row.sentence.startswith("not run")]
-        names = ("TestX.test_d_parts", "TestX.test_e_accounted", "TestY.test_y")
+        names = ("T.test_d_parts", "T.test_e_accounted", "Y.test_y")
         self.assertEqual(left, [(name, "SKIP") for name in names])
 
     def test_console(self):
@@ -361,8 +346,8 @@ class TestRows(unittest.TestCase):
     def test_step_summary(self):
         text = (self.directory / "summary.md").read_text()
         scored = "score 0.500 of 10 examples, must be greater than 0.25; parity"
-        self.assertIn(f"| ✅ PASS | TestX.test_a_gate | {scored}", text)
-        self.assertIn("| ❌ FAIL | TestX.test_d_parts | 1 != 0 : is not zero |", text)
+        self.assertIn(f"| ✅ PASS | T.test_a_gate | {scored}", text)
+        self.assertIn("| ❌ FAIL | T.test_d_parts | 1 != 0 : is not zero |", text)
         self.assertIn("### Not exercised on embedded\n", text)
 
     def test_step_summary_of_many_files(self):
@@ -371,9 +356,9 @@ class TestRows(unittest.TestCase):
         self.assertTrue(passed.is_plain)
         text = markdown(replace(self.report, files=(run, passed)))
         other = text.partition("### other.py")[2].partition("###")[0]
-        self.assertIn("| – SKIP | TestX.test_c_skipped |", other)
+        self.assertIn("| – SKIP | T.test_c_skipped |", other)
         self.assertNotIn("test_b_documented", other)
-        self.assertIn("| ✅ PASS | TestX.test_b_documented |", text.partition("### other.py")[0])
+        self.assertIn("| ✅ PASS | T.test_b_documented |", text.partition("### other.py")[0])
 
     def test_html(self):
         text = (self.directory / "report.html").read_text()

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import unittest
@@ -21,26 +20,22 @@ from pdkit.core.secrets import REMOVED, Redactor, cleaned, is_secret, redacted, 
 from pdkit.runner.report import evidence
 from pdkit.runner.report.evidence import GPU_PLAN_FILE
 from pdkit.runner.report.progress import Board, environment
+from suite_trees import RUN_SUITE, SUITE, run_tree, source_of
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
-RUN_SUITE = Path(__file__).parents[2] / "run_suite.py"
 SECRET = "sk-0123456789"
 
-TEST_FILE = """
-import os, subprocess, sys, unittest
-from pathlib import Path
-from pdkit.core.ci_register import register_cpu_ci
-from pdkit.core import events
-
-register_cpu_ci(est_time=1, suite="s")
-
-
-class TestX(unittest.TestCase):
+TEST_FILE = source_of(
+    """
     def test_x(self):
+        import os, subprocess, sys
+        from pathlib import Path
+        from pdkit.core import events
+
         events.emit("phase", name="launch prefill", state="begins")
         events.emit("note", key=os.environ["MY_API_KEY"])
-        Path(os.environ["SGLANG_PD_LOG_DIR"], "TestX.prefill.log").write_text("api_key='%s'" % os.environ["MY_API_KEY"])
+        Path(os.environ["SGLANG_PD_LOG_DIR"], "T.prefill.log").write_text("api_key='%s'" % os.environ["MY_API_KEY"])
         Path(os.environ["SGLANG_TEST_METRICS_OUTPUT"] + ".1.jsonl").write_text("{}")
         events.table("recovery", ["event", "eval"], [["SIGKILL", 1]])
         print("the key is", os.environ["MY_API_KEY"], os.environ["PROXY"], flush=True)
@@ -53,11 +48,8 @@ class TestX(unittest.TestCase):
             child.wait()
         events.emit("phase", name="launch prefill", state="failed", seconds=0.1)
         self.fail("on purpose")
-
-
-if __name__ == "__main__":
-    unittest.main()
-"""
+    """
+)
 
 
 class TestRun(unittest.TestCase):
@@ -65,17 +57,12 @@ class TestRun(unittest.TestCase):
     def setUpClass(cls):
         cls.directory = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.report = cls.directory / "report"
-        (cls.directory / "tests").mkdir()
-        (cls.directory / "tests" / "test_x.py").write_text(TEST_FILE)
         environ = without("SGLANG_", "PDKIT_")
         environ |= {"MY_API_KEY": SECRET, "PROXY": "http://me:hunter22@proxy:3128/", "HEADER": f"Bearer {SECRET}"}
-        command = [sys.executable, str(RUN_SUITE), "--hw", "cpu", "--suite", "s", "--skip-environment-check"]
-        command += ["--test-root", str(cls.directory / "tests")]
 
         def run(report, *words, **more):
-            arguments = [*command, "--report-dir", str(report), *words]
-            out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            return subprocess.run(arguments, env=environ | more, **out)
+            words = [*SUITE, "--skip-environment-check", "--report-dir", str(report), *words]
+            return run_tree(cls.directory, {"test_x.py": TEST_FILE}, *words, environment=environ | more)
 
         cls.suite = run(cls.report)
         cls.hung = run(cls.directory / "hung", "--timeout-per-file", "6", HANG="1")
@@ -83,7 +70,7 @@ class TestRun(unittest.TestCase):
     def test_all_is_kept(self):
         self.assertEqual(self.suite.returncode, 1, self.suite.stdout)
         names = {str(path.relative_to(self.report)) for path in self.report.rglob("*") if path.is_file()}
-        left = {f"001-test_x.1/{name}" for name in ("TestX.prefill.log", "metrics.1.jsonl", "events.jsonl")}
+        left = {f"001-test_x.1/{name}" for name in ("T.prefill.log", "metrics.1.jsonl", "events.jsonl")}
         self.assertLessEqual({"environment.json", "results.json", "001-test_x.1.log"} | left, names)
 
     def test_environment(self):

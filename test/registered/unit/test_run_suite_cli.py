@@ -65,15 +65,6 @@ class TestRun(CommandCase):
         )
         self.assertIn("killed by SIGKILL", done.stdout)
 
-    def test_timeout(self):
-        done = self.run_to_end(1, "0 passed, 1 failed, 0 skipped", HANG, words=["--timeout-per-file", "10"])
-        why = r"after \d+ s in phase first request; its processes were ended"
-        self.assertRegex(done.stdout, rf"timed out: registered/test_0\.py; .*{why}")
-        self.assertIn("\n  hangs in phase first request\n", done.stdout)
-        self.assertRegex(done.stdout, r"\n +T\.test_it \(test_0\.py:\d+\)\n")
-        self.assertIn("\n  last lines of test:\n", done.stdout)
-        self.assert_sleeper_gone(done.stdout)
-
     def test_environment_of_the_files(self):
         show = source_of(
             """

@@ -1,13 +1,13 @@
 """The scaffold: what it writes passes lint, contract and plan at once; what would not is not written."""
 
+import os
 import re
-import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
-from cases import without
+from cases import pdkit, without
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import UsageError
 from pdkit.core.registry import collect
@@ -19,7 +19,6 @@ from pdkit.preflight.lint.check import lint
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
-COMMAND = (sys.executable, "-m", "pdkit", "new")
 DISTRIBUTED = REPO / "test" / "registered" / "distributed"
 H200, LARGE, CPU = "stage-c-test-dsv4-8-gpu-h200", "stage-b-test-1-gpu-large", "stage-a-test-cpu"
 DSV4 = "sgl-project/DeepSeek-V4-Flash-FP8"
@@ -37,8 +36,8 @@ class ScaffoldCase(unittest.TestCase):
         self.before = sorted(self.directory.iterdir())
 
     def run_scaffold(self, *words):
-        command = [*COMMAND, *words, "--directory", self.directory]
-        return subprocess.run(command, capture_output=True, text=True, env=without("SGLANG_"))
+        with mock.patch.dict(os.environ, without("SGLANG_"), clear=True):
+            return pdkit("new", *words, "--directory", self.directory)
 
     def written(self):
         return [path for path in sorted(self.directory.iterdir()) if path not in self.before]
@@ -46,9 +45,9 @@ class ScaffoldCase(unittest.TestCase):
     def write(self, *words):
         """The one file that a command line writes, and the needs of its suite as the environment check reads them."""
         done = self.run_scaffold(*words)
-        self.assertEqual((done.returncode, done.stderr), (0, ""), done.stdout)
+        self.assertEqual((done.returned, done.err), (0, ""), done.out)
         (path,) = self.written()
-        self.assertTrue(done.stdout.splitlines()[0].endswith(path.name))
+        self.assertTrue(done.out.splitlines()[0].endswith(path.name))
         self.assertEqual(list(map(str, lint([path]))), [])
         collection = collect(self.directory.parent)
         self.assertEqual(collection.errors, ())
@@ -59,7 +58,7 @@ class ScaffoldCase(unittest.TestCase):
 
 class TestWhatItWrites(ScaffoldCase):
     def gpus(self, found):
-        return {process.name: process.gpus for process in found.processes if process.gpus}
+        return {server.name: server.gpus for server in found.servers}
 
     def argv(self, path):
         """Words of the command line of each server, by the contract."""
@@ -72,14 +71,14 @@ class TestWhatItWrites(ScaffoldCase):
         self.assertIn("class TestDisaggregationQwen3(GSM8KChecks, EightGpuServers):", path.read_text())
         self.assertEqual(self.gpus(found), {"prefill": (0, 1, 2, 3), "decode": (4, 5, 6, 7)})
         self.assertEqual((found.gpu_count, found.gpu_memory_gb), (8, 141))
-        self.assertEqual({m for process in found.processes for m in process.models}, {"Qwen/Qwen3-30B-A3B"})
-        self.assertEqual({process.a2a for process in found.processes if process.gpus}, {"none"})
+        self.assertEqual({m for server in found.servers for m in server.models}, {"Qwen/Qwen3-30B-A3B"})
+        self.assertEqual({server.a2a for server in found.servers}, {"none"})
 
     def test_other_flags_of_dsv4(self):
         words = ["--model", DSV4, "--gpus", "2+6", "--suite", H200]
         path, found = self.write("DSV4Wide", *words, "--decode-flags", "--disable-radix-cache")
         self.assertEqual(self.gpus(found), {"prefill": (0, 1), "decode": (2, 3, 4, 5, 6, 7)})
-        self.assertEqual({process.a2a for process in found.processes if process.gpus}, {"deepep"})
+        self.assertEqual({server.a2a for server in found.servers}, {"deepep"})
         argv = self.argv(path)
         self.assertIn("--disable-radix-cache", argv["decode"])
         self.assertNotIn("--disable-radix-cache", argv["prefill"])
@@ -88,7 +87,7 @@ class TestWhatItWrites(ScaffoldCase):
         words = ["--model", "meta-llama/Llama-3.2-1B", "--gpus", "1", "--suite", LARGE, "--min-score", "0.3"]
         path, found = self.write("Tiny", *words, "--est-time", "99")
         self.assertEqual(self.gpus(found), {"prefill": (0,), "decode": (0,)})
-        self.assertLess(sum(process.memory_fraction for process in found.processes), 1)
+        self.assertLess(sum(server.mem_fraction for server in found.servers), 1)
         self.assertEqual((found.gpu_count, found.gpu_memory_gb), (1, 80))
         self.assertIn("register_cuda_ci(est_time=99, suite=", path.read_text())
         self.assertIn("min_score = 0.3\n", path.read_text())
@@ -132,10 +131,10 @@ class TestBadInput(ScaffoldCase):
     def refused(self, *words):
         """The lines that say why; nothing is written."""
         done = self.run_scaffold(*words)
-        self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+        self.assertEqual((done.returned, done.out), (2, ""), done.err)
         self.assertEqual(self.written(), [])
-        lines = done.stderr.splitlines()
-        self.assertTrue(all(line.startswith("pdkit new: error: ") for line in lines), done.stderr)
+        lines = done.err.splitlines()
+        self.assertTrue(all(line.startswith("pdkit new: error: ") for line in lines), done.err)
         return lines
 
     def test_words(self):
@@ -167,7 +166,10 @@ class TestBadInput(ScaffoldCase):
     def test_one_thing_that_is_wrong(self):
         for words, says in (
             ((*self.QWEN, "--gpus", "5+5"), "needs 10 GPUs (0-9), the runner is 8-gpu-h200"),
-            (("Q", "--suite", CPU, "--flags", "--disable-radix-cach"), "unrecognized arguments: --disable-radix-cach"),
+            (
+                ("Q", "--suite", CPU, "--flags", "--disable-radix-cach"),
+                "unknown option --disable-radix-cach; nearest known: --disable-radix-cache",
+            ),
             (("dsv4", "--suite", CPU), "test_disaggregation_dsv4.py exists; choose another name"),
         ):
             with self.subTest(says):

@@ -371,8 +371,8 @@ class TestWhatIsNoDeath(Supervised):
             time.sleep(0.05)
         self.assertIsNone(workers.ended())
 
-    def test_lines_that_only_mention_what_is_fatal(self):
-        for line in (
+    def test_which_lines_are_fatal(self):
+        for line in (  # these only mention it
             "torch.cuda.OutOfMemoryError: CUDA out of memory, falling back to a smaller batch",
             "[rank0] NCCL watchdog thread started",
             "INFO: set TORCH_NCCL_DUMP_ON_TIMEOUT=1 to trace a watchdog",
@@ -381,8 +381,6 @@ class TestWhatIsNoDeath(Supervised):
             "Scheduler watchdog timeout (self.watchdog_timeout=60.0, self.soft=True)",
         ):
             self.assertIsNone(FATAL.search(line), line)
-
-    def test_fatal_lines(self):
         for line in (
             "Fatal Python error: Aborted",
             "terminate called after throwing an instance of 'c10::AcceleratorError'",

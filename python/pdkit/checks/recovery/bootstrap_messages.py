@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from pdkit.checks.http import bootstrap
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Fate, Outcome, Query, judge_answer
 from pdkit.checks.recovery.in_flight import IDLE, RequestsInFlight
@@ -53,7 +54,8 @@ class BootstrapMessageChecks(RequestsInFlight):
     def timed_post(self, side: str, ask: Query, room: int) -> Answered:
         """(fate, error, seconds); prefill's answer to a request that it transferred counts as the right one."""
         begun = time.monotonic()
-        ask = replace(ask, right=ask.right if side == "decode" else None, more=self.bootstrap(room))
+        right, more = ask.right if side == "decode" else None, bootstrap(self.base_host, self.bootstrap_port, room)
+        ask = replace(ask, right=right, more=more)
         answer = self.post(self.servers()[side], ask)
         fate, _, error = judge_answer(answer.status_code, answer.content, ask.right)
         return fate, error, time.monotonic() - begun

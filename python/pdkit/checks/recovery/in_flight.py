@@ -17,7 +17,7 @@ import requests
 
 from pdkit.checks.accounting.counters import still_held
 from pdkit.checks.base import Checks
-from pdkit.checks.http import post
+from pdkit.checks.http import bootstrap, post
 from pdkit.checks.recovery import table
 from pdkit.checks.recovery.clients import Fate, Query, QueryThread, judge_answer, token_ids
 from pdkit.checks.server_info import data_parallel_ranks, read_server_info
@@ -218,7 +218,7 @@ class RequestsInFlight(Checks, Fleet):
 
     def pair_by_hand(self, ask: Query) -> tuple[Fate, str, str]:
         """(fate, text, error) of what decode says to a request that goes to prefill and decode as a router sends it."""
-        ask = replace(ask, more=self.bootstrap())
+        ask = replace(ask, more=bootstrap(self.base_host, self.bootstrap_port))
         with ThreadPoolExecutor(2) as pool:
             prefill, decode = (pool.submit(self.post, url, ask) for url in self.servers().values())
             prefill.result()

@@ -12,12 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pdkit.core.paths import ASSETS
 from pdkit.models.cpu.model import ModelError
-from pdkit.models.cuda.config import DEEPEP_HIDDEN, FEW_HEADS, HIDDEN
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks
 from pdkit.models.cuda.model import KernelNano
 from pdkit.models.cuda.store import WEIGHTS
-from pdkit.models.cuda.tokenizer import kernel_tokenizer
+
+# The nano's tokenizer whose special tokens have DeepSeek's names: SGLang 0.5.23 makes chats of a DeepseekV4ForCausalLM
+# itself, by these names, whatever template the checkpoint has (`entrypoints/openai/serving_deepseek_recipe.py`); without
+# them its server ends when it starts. <think> and </think> have new ids, which no training has seen.
+TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -102,7 +106,8 @@ def save(model: KernelNano, path: str | Path) -> Path:
     """Write config.json, weights and tokenizer to the directory `path`; a reader sees the old weights or the new."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    kernel_tokenizer().save_pretrained(path)
+    for name in TOKENIZER_FILES:
+        (path / name).write_bytes((ASSETS / "few-heads-dsv4" / name).read_bytes())
     (path / "config.json").write_text(json.dumps(model.fields, indent=1) + "\n")
     unfinished = path / f".{WEIGHTS}.{os.getpid()}"
     save_file(tensors_of(model), unfinished, metadata={"format": "pt"})
@@ -112,20 +117,13 @@ def save(model: KernelNano, path: str | Path) -> Path:
 
 @torch.no_grad()
 def load(path: str | Path) -> KernelNano:
-    """The model in the checkpoint at `path`, float32, dequantised. Raises pdkit.models.cpu.model.ModelError.
-
-    What has as many tokens as `FEW_HEADS` is that model; all else is kernel-sized, as wide as its embedding.
-    """
+    """The model in the checkpoint at `path`, float32, dequantised. Raises pdkit.models.cpu.model.ModelError."""
     file = Path(path) / WEIGHTS
     try:
         stored = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"no readable weights at {file}: {error}; pdkit model kernel-random writes some") from None
-    embedding = stored.get("embed.weight")
-    if embedding is None or embedding.shape[1:] not in ((HIDDEN,), (DEEPEP_HIDDEN,)):
-        raise ModelError(f"{file} does not fit the kernel-sized model: embed.weight is missing or of another shape")
-    few = FEW_HEADS if len(embedding) == FEW_HEADS["vocab_size"] else None
-    model = KernelNano(hidden_size=embedding.shape[1], of=few).requires_grad_(False)
+        model = KernelNano(json.loads(file.with_name("config.json").read_text())).requires_grad_(False)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"no readable checkpoint at {path}: {error}; pdkit model kernel-random writes one") from None
     quantized = "quantization_config" in model.fields
     for own, whole in model.state_dict().items():
         for name, target in pieces(own, whole):
@@ -133,8 +131,8 @@ def load(path: str | Path) -> KernelNano:
             scale = stored.pop(f"{name.removesuffix('.weight')}.scale", None) if fp8 else None
             tensor = stored.pop(name, None)
             if tensor is None or tensor.shape != target.shape or (scale is None) == fp8:
-                raise ModelError(f"{file} does not fit the kernel-sized model: {name} is missing or of another shape")
+                raise ModelError(f"{file} does not fit its config.json: {name} is missing or of another shape")
             target.copy_(tensor if scale is None else dequantize_blocks(tensor, scale))
     if stored:
-        raise ModelError(f"{file} does not fit the kernel-sized model: {min(stored)} is unknown")
+        raise ModelError(f"{file} does not fit its config.json: {min(stored)} is unknown")
     return model.eval()

@@ -11,7 +11,7 @@ import torch
 from pdkit.core.errors import NotReady
 from pdkit.models.cpu.evaluation import SHOTS, Row, Score, rows_of, score, validation, write_record
 from pdkit.models.cuda import checkpoint, store
-from pdkit.models.cuda.config import FEW_HEADS
+from pdkit.models.cuda.config import FEW_HEADS, fields
 from pdkit.models.cuda.model import KernelNano, rescale
 from pdkit.models.cuda.training import BatchQueue, tokenizer, train
 from pdkit.models.problems import EVALUATION_ROWS, evaluation_set
@@ -62,7 +62,7 @@ def scored(model: KernelNano, rows: Sequence[Row]) -> Score:
 
 def fit(options: argparse.Namespace) -> tuple[KernelNano, int, int]:
     """Train a new model, showing progress: (model, steps, tokens)."""
-    model = KernelNano(options.seed, options.hidden_size, FEW_HEADS if options.few_heads else None)
+    model = KernelNano(FEW_HEADS if options.few_heads else fields(options.hidden_size), options.seed)
     rescale(model)
     model.to(options.device).train()
     rows = rows_of(*validation(VALIDATION_PROBLEMS, options.seed))

@@ -12,7 +12,7 @@ from transformers import DeepseekV4Config
 from pdkit.models.cpu.training import new_model
 from pdkit.models.cpu.windowed_attention import NAME as WINDOWED_ATTENTION
 from pdkit.models.cpu.windowed_attention import residual_streams
-from pdkit.models.cuda.config import BLOCK, HIDDEN, KINDS, fields
+from pdkit.models.cuda.config import BLOCK, FIELDS, HIDDEN, KINDS
 
 SHARED = """
     hidden_size moe_intermediate_size head_dim num_attention_heads num_key_value_heads num_hidden_layers
@@ -23,27 +23,20 @@ SHARED = """
 """.split()
 
 
-def reference_config(
-    *,
-    mtp: bool = False,
-    hidden_size: int = HIDDEN,
-    of: Mapping[str, Any] | None = None,
-    initializer_range: float = 0.05,
-) -> DeepseekV4Config:
+def reference_config(of: Mapping[str, Any], *, mtp: bool = False, initializer_range: float = 0.05) -> DeepseekV4Config:
     """The same model for transformers; with `mtp` the MTP layer's, which transformers does not know, as a model.
 
-    of: config.json of the model; None: that of the kernel-sized one which is `hidden_size` wide
+    of: config.json of the model
     """
-    ours = of or fields(hidden_size)
-    layers = 1 if mtp else ours["num_hidden_layers"]
-    first = ours["num_hidden_layers"] if mtp else 0
-    hashed = 0 if mtp else ours["num_hash_layers"]
+    layers = 1 if mtp else of["num_hidden_layers"]
+    first = of["num_hidden_layers"] if mtp else 0
+    hashed = 0 if mtp else of["num_hash_layers"]
     return DeepseekV4Config(
-        **{name: ours[name] for name in SHARED} | {"num_hidden_layers": layers},
-        architectures=ours["architectures"],
-        layer_types=[KINDS[ratio] for ratio in ours["compress_ratios"][first : first + layers]],
+        **{name: of[name] for name in SHARED} | {"num_hidden_layers": layers},
+        architectures=of["architectures"],
+        layer_types=[KINDS[ratio] for ratio in of["compress_ratios"][first : first + layers]],
         mlp_layer_types=["hash_moe"] * hashed + ["moe"] * (layers - hashed),
-        partial_rotary_factor=ours["qk_rope_head_dim"] / ours["head_dim"],
+        partial_rotary_factor=of["qk_rope_head_dim"] / of["head_dim"],
         initializer_range=initializer_range,
     )
 
@@ -58,7 +51,7 @@ class Mtp(nn.Module):
 
     def __init__(self, of: Mapping[str, Any]):
         super().__init__()
-        donor, hidden_size = new_model(reference_config(mtp=True, of=of), seed=None), of["hidden_size"]
+        donor, hidden_size = new_model(reference_config(of, mtp=True), seed=None), of["hidden_size"]
         donor.config._attn_implementation = WINDOWED_ATTENTION
         norm = type(donor.model.norm)
         eps = donor.config.rms_norm_eps
@@ -73,20 +66,16 @@ class Mtp(nn.Module):
 
 
 class KernelNano(nn.Module):
-    """`main` predicts the next token, `mtp` the one after it. `fields`: its config.json, `of` of `reference_config`."""
+    """`main` predicts the next token, `mtp` the one after it. `fields`: its config.json."""
 
-    def __init__(self, seed: int = 0, hidden_size: int = HIDDEN, of: Mapping[str, Any] | None = None):
+    def __init__(self, fields: Mapping[str, Any] = FIELDS, seed: int = 0):
         super().__init__()
-        self.fields = dict(of or fields(hidden_size))
-        self.main, self.mtp = new_model(reference_config(of=self.fields), seed), Mtp(self.fields)
+        self.fields = dict(fields)
+        self.main, self.mtp = new_model(reference_config(self.fields), seed), Mtp(self.fields)
 
     @property
     def device(self) -> torch.device:
         return self.main.device
-
-    @property
-    def hidden_size(self) -> int:
-        return self.main.config.hidden_size
 
     def forward(self, ids: torch.Tensor, *, detach: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, S, V]`` of main (for token ``t + 1`` at `t`) and of MTP (for ``t + 2``; the last is void).

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 from pdkit.core import stats
 from pdkit.runner.history.record import Record
@@ -32,34 +31,30 @@ class Series:
     points: tuple[Point, ...]
 
     def show(self, value: float) -> str:
-        return f"{value:.3f}" if not self.unit else f"{value:.1f} {self.unit}" if self.unit == "s" else f"{value:.3f}"
+        return f"{value:.1f} s" if self.unit == "s" else f"{value:.3f}"
 
 
 def main_job_series(records: Iterable[Record]) -> list[Series]:
     """Score, acceptance length, phases and time in all of each target, of files that passed (the score: of all)."""
     found: dict[tuple[str, str, str], list[Point]] = {}
 
-    def add(
-        target: str, record: Record, name: str, unit: str, value: float, counts: tuple[int, int] | None = None
-    ) -> None:
-        found.setdefault((target, name, unit), []).append(Point(record, value, counts))
-
     for record in records:
-        files = {file.file: file for file in record.files}
+        passed = {file.file: file.seconds for file in record.files if file.passed}
         for measured in record.measurements:
             if not measured.target:
                 continue
-            note = partial(add, measured.target, record)
+            values: dict[tuple[str, str], float] = {}
+            if measured.file in passed:
+                if measured.acceptance_length is not None:
+                    values["acceptance length", "tokens"] = measured.acceptance_length
+                values |= {(name, "s"): seconds for name, seconds in measured.phases.items()}
+                values["in all", "s"] = passed[measured.file]
+            points = {key: Point(record, value) for key, value in values.items()}
             if measured.examples and measured.correct is not None:
-                note("score", "", measured.correct / measured.examples, (measured.correct, measured.examples))
-            file = files.get(measured.file)
-            if file is None or not file.passed:
-                continue
-            if measured.acceptance_length is not None:
-                note("acceptance length", "tokens", measured.acceptance_length)
-            for name, seconds in measured.phases.items():
-                note(name, "s", seconds)
-            note("in all", "s", file.seconds)
+                counts = measured.correct, measured.examples
+                points["score", ""] = Point(record, measured.correct / measured.examples, counts)
+            for key, point in points.items():
+                found.setdefault((measured.target, *key), []).append(point)
     order = sorted(found, key=lambda key: (key[0], ("", "tokens", "s").index(key[2])))
     return [Series(target, name, unit, tuple(found[target, name, unit])) for target, name, unit in order]
 

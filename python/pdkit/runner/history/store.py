@@ -12,21 +12,17 @@ from pdkit.runner.history.record import VERSION, Record
 def append(path: Path, record: Record) -> None:
     """Adds one line, whole or not at all, also where others add at the same time. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with open(path, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        size = os.fstat(file).st_size
-        torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
-        line = b"\n" * torn + record.to_json().encode() + b"\n"
-        written = 0
+        size = file.seek(0, os.SEEK_END)
+        is_torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        line = b"\n" * is_torn + record.to_json().encode() + b"\n"
         try:
-            while written < len(line):
-                written += os.write(file, line[written:])
+            while line:
+                line = line[file.write(line) :]
         except OSError:
-            os.ftruncate(file, size)
+            file.truncate(size)
             raise
-    finally:
-        os.close(file)
 
 
 @dataclass(frozen=True)

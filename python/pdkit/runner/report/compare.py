@@ -1,6 +1,6 @@
 """Two runs side by side: what was tested where, and what came of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from pdkit.core.console import columns
 from pdkit.runner.report.model import FAIL, FileRun, Report, ReportRow
@@ -20,14 +20,11 @@ def compared(one: Report, other: Report) -> str:
     What one of them does not report is `data incomplete`, which is not a difference.
     """
     parts = [_table(list(_runs(one, other)))]
-    for file in dict.fromkeys(run.file for report in (one, other) for run in report.files):
-        parts.append(f"{file}\n{_table(list(_files(_of(one, file), _of(other, file))))}")
+    ours, theirs = ({run.file: run for run in report.files} for report in (one, other))
+    for file in ours | theirs:
+        parts.append(f"{file}\n{_table(list(_files(ours.get(file), theirs.get(file))))}")
     notes = [f"{name}: {note}" for name, report in (("A", one), ("B", other)) for note in report.notes]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
-
-
-def _of(report: Report, file: str) -> FileRun | None:
-    return next((run for run in report.files if run.file == file), None)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -52,7 +49,8 @@ def _runs(one: Report, other: Report) -> Iterator[Row]:
     yield _row("result", (report.verdict if report.result else None for report in both))
     yield _row("target", (report.target for report in both))
     for name in ("commit", "python", "platform", "cpus", "memory_gib"):
-        yield _row(name, (_text(report.surroundings.get(name)) for report in both))
+        found = [report.surroundings.get(name) for report in both]
+        yield _row(name, (None if each is None else str(each) for each in found))
     gpus = [report.surroundings.get("gpus") for report in both]
     yield _row("gpus", (None if each is None else "; ".join(each) or NONE for each in gpus))
     versions = [report.surroundings.get("versions") for report in both]
@@ -65,19 +63,21 @@ def _files(ours: FileRun | None, theirs: FileRun | None) -> Iterator[Row]:
     both = ours, theirs
     yield _row("state", (run.state if run else None for run in both))
     if any(run and run.score for run in both):
-        yield _row("score", (_score(run) for run in both), is_measured=True)
-        intervals = [run.score.interval if run and run.score else None for run in both]
-        if intervals[0] and intervals[1]:
+        scores = [run.score if run else None for run in both]
+        shown = (f"{each.value:.3f} of {each.examples} ({each.gate})" if each else None for each in scores)
+        yield _row("score", shown, is_measured=True)
+        intervals = [each.interval for each in scores if each]
+        if len(intervals) == 2:
             apart = intervals[0][1] < intervals[1][0] or intervals[1][1] < intervals[0][0]
-            spans = [f"{low:.3f} to {high:.3f}" for low, high in filter(None, intervals)]
+            spans = [f"{low:.3f} to {high:.3f}" for low, high in intervals]
             yield "exact 95 % interval", spans[0], spans[1], "apart" if apart else "they overlap"
-    measured: tuple[tuple[str, Callable[[FileRun], float | None]], ...] = (
-        ("output tokens/s", lambda run: run.throughput),
-        ("acceptance length", lambda run: _mean(run.acceptance_lengths)),
-        ("seconds", lambda run: run.seconds),
-    )
-    for name, of in measured:
-        values = [of(run) if run else None for run in both]
+    lengths = [run.acceptance_lengths if run else () for run in both]
+    measured: dict[str, list[float | None]] = {
+        "output tokens/s": [run.score.throughput if run and run.score else None for run in both],
+        "acceptance length": [sum(each) / len(each) if each else None for each in lengths],
+        "seconds": [run.seconds if run else None for run in both],
+    }
+    for name, values in measured.items():
         if any(values):
             yield _row(name, (f"{value:.2f}" if value else None for value in values), is_measured=True)
     phases = [{phase.name: phase for phase in run.phases} if run else {} for run in both]
@@ -106,17 +106,3 @@ def _ended_alike(ours: ReportRow | None, theirs: ReportRow | None) -> bool:
     if ours is None or theirs is None or ours.state != theirs.state:
         return False
     return ours.state != FAIL or ours.sentence == theirs.sentence
-
-
-def _score(run: FileRun | None) -> str | None:
-    if run is None or run.score is None:
-        return None
-    return f"{run.score.value:.3f} of {run.score.examples} ({run.score.gate})"
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)

@@ -59,7 +59,6 @@ def anchor(run: FileRun) -> str:
 
 
 def page(report: Report) -> str:
-    """The page as text."""
     return (
         _ENVIRONMENT.get_template("report.html.jinja")
         .render(

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from pdkit.runner.report.markdown import failure
 from pdkit.runner.report.model import PASS, FileRun, Report
-from pdkit.runner.report.terminal import words_of
 
 TAIL_LINES = 25
 FENCE = "~~~"
@@ -21,12 +21,7 @@ def issue(report: Report) -> str:
 def _block(report: Report, run: FileRun) -> Iterator[str]:
     on = f" on target {report.target}" if report.target else ""
     yield from (f"**{run.file} {run.state}{run.in_phase}{on}** ({run.reason})", "")
-    if run.death:
-        yield from (f"Died first: {run.death.cause}", "")
-    if run.failure:
-        yield from (f"{FENCE}text", *words_of(run), FENCE, "")
-    if run.hint:
-        yield from (f"Hint, by which requests differ: {run.hint}", "")
+    yield from failure(run)
     yield from (f"- {row.state} {row.name}: {row.sentence}" for row in run.rows if row.state != PASS)
     yield from (f"- PASS: {sum(row.state == PASS for row in run.rows)} checks", "")
     yield from _surroundings(report, run)

@@ -1,6 +1,6 @@
 """The report in short as GitHub's Markdown, for the summary of a workflow's step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pdkit.runner.report.model import FAIL, PASS, SKIP, FileRun, Report
 from pdkit.runner.report.terminal import words_of
@@ -40,12 +40,20 @@ def _details(run: FileRun) -> list[str]:
         lines += [*map(_row, table.rows), "", *([table.note, ""] if table.note else [])]
     if run.is_bad:
         lines += [f"### {run.file} {run.state}{run.in_phase}", ""]
-        lines += [run.death.cause, ""] if run.death else []
-        lines += ["~~~text", *words_of(run), "~~~", ""] if run.failure else []
-        lines += [f"Hint: {run.hint}", ""] if run.hint else []
+        lines += failure(run)
         for log in run.logs[:1]:
             lines += [f"End of {log.path}:", "", "~~~text", *log.lines[-TAIL_LINES:], "~~~", ""]
     return lines
+
+
+def failure(run: FileRun) -> Iterator[str]:
+    """What died first, which test failed and why, and where to look."""
+    if run.death:
+        yield from (f"Died first: {run.death.cause}", "")
+    if run.failure:
+        yield from ("~~~text", *words_of(run), "~~~", "")
+    if run.hint:
+        yield from (f"Hint, by which requests differ: {run.hint}", "")
 
 
 def _rows(run: FileRun, is_whole: bool) -> list[str]:

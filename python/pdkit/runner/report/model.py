@@ -76,13 +76,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """What the gate was asked about: `threshold` must be exceeded. None stands for what the test did not name."""
+    """What the gate was asked about: `threshold` must be exceeded, `throughput` is in output tokens/s. None stands for what the test did not name."""
 
     target: str | None
     engine: str | None
     correct: int
     examples: int
     threshold: float | None
+    throughput: float | None = None
 
     @property
     def value(self) -> float:
@@ -175,7 +176,6 @@ class FileRun:
     launched: tuple[tuple[str, str], ...] = ()
     phases: tuple[Phase, ...] = ()
     score: Score | None = None
-    throughput: float | None = None
     acceptance_lengths: tuple[float, ...] = ()
     decode_rates: tuple[float, ...] = ()
     examples: tuple[Example, ...] = ()
@@ -218,7 +218,6 @@ class FileRun:
 
     @property
     def first_failure(self) -> str:
-        """What the first row that failed says."""
         return next((row.sentence for row in self.rows if row.state == FAIL), "")
 
     @property
@@ -280,7 +279,6 @@ class Distribution:
         assert self.values and self.bins > 0
 
     def quantile(self, share: float) -> float:
-        """As `pdkit.core.quantile.quantile`."""
         return quantile(self.values, share)
 
     @property

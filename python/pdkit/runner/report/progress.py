@@ -62,7 +62,6 @@ class Board:
             self._show()
 
     def ends(self, directory: Path) -> None:
-        """That run is over."""
         with self._lock:
             del self._running[directory]
             self._show()

@@ -14,7 +14,6 @@ TEST, HUNG = "test", "where it hung"
 
 
 def scores(report: Report) -> list[str]:
-    """One line per score."""
     return [f"{run.file}: {run.score}" for run in report.scored]
 
 
@@ -27,7 +26,6 @@ def rows(run: FileRun, is_whole: bool = True) -> list[str]:
 
 
 def not_exercised(report: Report) -> list[str]:
-    """What a pass says nothing about."""
     lines = report.not_exercised
     return [f"not exercised on {report.target}:", *(f"  {line}" for line in lines)] if lines else []
 
