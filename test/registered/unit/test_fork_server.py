@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-import test_guardian
+import test_processes
 from cases import FolderCase
 from detached import LISTEN, SLEEP, is_alive, listening, spawner
 from pdkit.core import ports, processes
@@ -173,7 +173,7 @@ class TestEnds(ForkServerCase):
         self.assertIsNone(stays.poll())
 
 
-class TestForkedGuardian(ForkServerCase, test_guardian.TestGuardian):
+class TestForkedGuardian(ForkServerCase, test_processes.TestGuardian):
     """What holds for a guardian and its command holds where both are forked."""
 
     def start(self, source):
