@@ -11,7 +11,7 @@ from cases import FolderCase
 from pdkit.checks import stress as stress_kit
 from pdkit.checks.stress import FILLED_ROWS, StressChecks, rounds
 from pdkit.core.ci_register import register_cpu_ci
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
@@ -23,20 +23,15 @@ class Server(StubServer):
 
     def __init__(self, test, last=None, then="fail"):
         self.count, self.lock, self.last, self.then = 0, threading.Lock(), last, then
+        super().__init__(test)
 
-        class Handler(JsonHandler):
-            def do_POST(self):
-                asked = self.body()["sampling_params"]["max_new_tokens"]
-                with self.server.lock:
-                    self.server.count += 1
-                    spoiled = self.server.last is not None and self.server.count > self.server.last
-                if spoiled and self.server.then == "fail":
-                    return self.answer(500, {"error": "out of memory"})
-                if spoiled and self.server.then == "close":
-                    return self.connection.close()
-                self.answer(200, {"meta_info": {"completion_tokens": asked - spoiled}})
-
-        super().__init__(test, Handler)
+    def reply(self, path, body):
+        with self.lock:
+            self.count += 1
+            spoiled = self.last is not None and self.count > self.last
+        if spoiled and self.then in ("fail", "close"):
+            return (500, {"error": "out of memory"}) if self.then == "fail" else None
+        return 200, {"meta_info": {"completion_tokens": body["sampling_params"]["max_new_tokens"] - spoiled}}
 
 
 class TestRounds(unittest.TestCase):
