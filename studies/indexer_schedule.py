@@ -9,7 +9,7 @@ sound with 122, and ends so with none.
 Two requests of 64 tokens are 128 rows, 6 of them without a compressed entry: 122 tasks for the SMs of the GPU. DeepGEMM
 scores them as SGLang's plan and as its own says, in a process each, with the lengths of the rows at the end of mapped
 memory and away from it. Then the same for prompts so short that no row has an entry, for which SGLang 0.5.18 to 0.5.23
-still start all SMs past the last row. `pdkit.deployment.quirks` says what is wrong where this fails.
+still start all SMs past the last row. docs/findings/indexer-plan-past-the-last-row.md says what is wrong.
 """
 
 import importlib

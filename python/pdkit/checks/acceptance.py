@@ -110,7 +110,6 @@ class AcceptanceGate(Judgement):
         return self.measured.length >= self.minimum
 
     def report(self) -> str:
-        """Measured, reference and threshold in one line."""
         measured = self.measured
         return (
             f"acceptance length: {'PASS' if self.passed else 'FAIL'}, {measured.length:.4f} ({measured.source}; "
@@ -146,7 +145,6 @@ class FirstDrafts(Judgement):
         return by_number("more steps than the reference's", more)
 
     def report(self) -> str:
-        """Both sides, what differs and the rule, in one line; another one where order plays a part."""
         found = self.found
         return (
             f"drafts after the KV transfer: {'PASS' if self.passed else 'FAIL'}, {found.larger} of "

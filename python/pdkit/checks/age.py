@@ -12,7 +12,6 @@ from itertools import cycle, islice
 
 from pdkit.checks.http import RequestFailed
 from pdkit.checks.judgement import Judgement
-from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
 from pdkit.checks.parity.references import collect
@@ -61,7 +60,6 @@ class Life(Judgement):
         return (f"answers are equal to the monolithic server's {where} of {self.sent}", *block.problems)
 
     def report(self) -> str:
-        """How long answers were right, and what then was wrong."""
         if not self.problems:
             return f"age: PASS, answers are equal to the monolithic server's in all of {self.sent} requests"
         headline, *why = self.problems
@@ -99,11 +97,7 @@ class AgeChecks(ParityArms):
     def take_age_references(cls) -> None:
         """Of what `test_answers_stay_equal` sends."""
         cls.geometry()  # for a hint
-        cls.age_reference(Round("age", cls.age_probes()))
-
-    @classmethod
-    def age_reference(cls, round_: Round) -> Arm:
-        return cls.known_references().take_alone(cls.monolithic_url, round_)
+        cls.reference_alone(Round("age", cls.age_probes()))
 
     def test_answers_stay_equal(self) -> None:
         probes = list(islice(cycle(self.age_probes()), self.age_requests))
@@ -116,7 +110,7 @@ class AgeChecks(ParityArms):
                 answers = collect(self.lb_url, round_, self.request_timeout)
             except RequestFailed as failure:
                 self.fail(f"age: FAIL, equal until request {start}, then one failed: {failure}")
-            parity = self.compared(round_, self.age_reference(round_), answers)
+            parity = self.compared(round_, self.reference_alone(round_), answers)
             blocks.append(replace(parity, names=tuple(name for name, _ in numbered)))
             if blocks[-1].problems:
                 break

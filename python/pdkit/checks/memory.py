@@ -71,7 +71,6 @@ class Growth(Judgement):
         return (f"memory of {self.name} grows by {self.slope / 1024:.0f} KiB a request (p = {self.p_value:.1g})",)
 
     def report(self) -> str:
-        """The slope and what it was computed from."""
         verdict = self.problems[0] if self.problems else (
             f"{self.name} {self.slope / 1024:+.1f} KiB a request, no rise (p = {self.p_value:.2g}; fails at <= {LEVEL:g} "
             f"and {LEAST_BYTES >> 10} KiB)"

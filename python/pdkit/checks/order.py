@@ -44,7 +44,6 @@ class Ordered(Judgement):
         )
 
     def report(self) -> str:
-        """The change point that stands out most, and whether it does so by chance."""
         if self.change is None:
             return f"{self.what} by {self.by}: PASS, none of {len(self.bad)}"
         verdict = "FAIL" if self.problems else "PASS"

@@ -40,7 +40,6 @@ class Streams(Judgement):
         return tuple(f"stream {number}: {wrong}" for number, wrong in enumerate(self.found, 1) if wrong)
 
     def report(self) -> str:
-        """How many, and the rate that they bound."""
         count, bad = len(self.found), len(self.problems)
         if not bad:
             return (

@@ -1,10 +1,7 @@
 """A defect of SGLang's fused mHC kernel that falsifies small models, and the switch that avoids it.
 
-Batches of up to 32 tokens go through `mhc_fused_post_pre_fma_tilelang` (`kernels/ops/layernorm/mhc.py`), which splits
-the hidden size over 4 or 8 blocks of 256 threads. A thread leaves out what is past the hidden size, not what is past its
-block's share: where a share is no multiple of 256, shares overlap and their sums count positions more than once. At
-hidden size 128 logprobs of SGLang 0.5.23 are off by 2 nats; 2048, 4096, 5120 and 7168 divide well. docs/findings says
-more.
+Where a block's share of the hidden size is no multiple of its threads, positions count more than once:
+docs/findings/fused-mhc-counts-positions-twice.md.
 """
 
 from pdkit.deployment import quirks

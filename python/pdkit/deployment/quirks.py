@@ -71,13 +71,8 @@ def is_since(release: str, first: str) -> bool:
     return numbers[0] >= numbers[1]
 
 
-# A defect of some releases that ends servers of DeepSeek-V4, and the switch that avoids it. The indexer's kernel is
-# DeepGEMM's `sm90_fp8_paged_mqa_logits`; which SM scores which rows (a row is a token) is planned before. To 0.5.17
-# SGLang's plan (`paged_mqa_metadata.cuh`) starts an SM without work at the row after the last, and the DeepGEMM that
-# some of these releases pin reads the length of the row it starts at before it looks for work
-# (`SM90PagedMQALogitsScheduler`, until 0.1.3 `PagedMQALogitsScheduler`). The lengths of 128 rows fill the 512 bytes of
-# their allocation; if the next page is not mapped, the server ends by an illegal memory access. DeepGEMM's own plan,
-# and SGLang's since 0.5.18, start such an SM at row 0, if any row has an entry. `studies/indexer_schedule.py` shows it.
+# Releases in which the indexer's kernel can end a server of DeepSeek-V4, and the switch that avoids it:
+# docs/findings/indexer-plan-past-the-last-row.md.
 READ_PAST_THE_END = ("0.5.12", "0.5.15", "0.5.16", "0.5.17")
 INDEXER_SWITCH = "SGLANG_OPT_USE_JIT_INDEXER_METADATA"
 OFF = "0", "false", "no", "n"
@@ -113,8 +108,7 @@ def empty_text_is_fatal() -> str | None:
 def prompt_logprobs_are_fatal(args: Sequence[str]) -> str | None:
     """Why servers of the installed release with the flags `args` must not be asked for logprobs of a prompt, if so.
 
-    With DP attention, the draft model's pass over a prompt copies as many rows of logits as logprobs were asked for,
-    and has one (`EagleWorkerV2._draft_extend_for_prefill`, `memcpy_triton`): what lies behind it is overwritten.
+    With DP attention and EAGLE, they overwrite memory: docs/findings/prompt-logprobs-overwrite-memory.md.
     """
     given = {word.partition("=")[0] for word in args}
     if "--speculative-algorithm" not in given or not given & {"--enable-dp-attention", "--attn-dp-size"}:

@@ -15,9 +15,8 @@ KEEP_ALIVE_S = 120
 def kept_alive(seconds: int = KEEP_ALIVE_S) -> dict[str, str]:
     """Environment of servers that close a connection which idles for so long; SGLang's default is 5 s.
 
-    The Rust router sends on connections that idle, and closes them itself after 90 s. What it sends just when a server
-    closes one, or to a server that is frozen meanwhile, is lost, and the other server of the pair waits for it. So
-    servers keep them longer than the router, and than anything is frozen; `studies/router_idle.py` shows the loss.
+    What the Rust router sends just when a server closes one is lost (docs/findings/router-loses-requests.md). So servers
+    keep them longer than the router does, and than anything is frozen.
     """
     return {"SGLANG_TIMEOUT_KEEP_ALIVE": str(seconds)}
 

@@ -145,25 +145,14 @@ def create_app(service: Service) -> FastAPI:
     async def server_info() -> dict[str, Any]:
         return service.server_info()
 
-    model_name = service.options.model_name
-    card = {
-        "id": model_name, "object": "model", "created": int(started), "owned_by": "pdkit", "root": model_name,
-        "parent": None, "max_model_len": service.context_length,
-    }  # fmt: skip
-
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> Any:
-        if model == model_name:
-            return card
-        error = {
-            "message": f"The model {model!r} does not exist", "type": "invalid_request_error", "param": "model",
-            "code": "model_not_found",
+        name = service.options.model_name
+        card = {
+            "id": name, "object": "model", "created": int(started), "owned_by": "pdkit", "root": name, "parent": None,
+            "max_model_len": service.context_length,
         }  # fmt: skip
-        return JSONResponse({"error": error}, HTTPStatus.NOT_FOUND)
+        return {"object": "list", "data": [card]}
 
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache(timeout: float = Query(0.0, ge=0.0)) -> Response:

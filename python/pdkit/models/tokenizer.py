@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import islice
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,15 +24,12 @@ CHAT_TEMPLATE = (
 
 
 def nano_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the committed models, learnt from generated problems."""
-    return train_tokenizer(few_shot([problem]) for problem in islice(stream("tokenizer"), _CORPUS_PROBLEMS))
+    """The tokenizer of the committed models, learnt from generated problems.
 
-
-def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learn :data:`VOCAB_SIZE` tokens from `corpus`: five special ones, the 256 bytes, then merges.
-
-    Special tokens take the first ids (bos 0, eos 1, pad 2). Encoding adds none of them.
+    :data:`VOCAB_SIZE` tokens: five special ones, the 256 bytes, then merges. Special tokens take the first ids (bos 0,
+    eos 1, pad 2). Encoding adds none of them.
     """
+    corpus = (few_shot([problem]) for problem in islice(stream("tokenizer"), _CORPUS_PROBLEMS))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

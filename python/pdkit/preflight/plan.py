@@ -29,6 +29,7 @@ SHARED_FRACTION = 0.9  # of a GPU that several servers may reserve together; the
 EPHEMERAL = range(32768, 61000)  # ports that Linux gives to outgoing connections
 MOONCAKE = range(12000, 17001)  # ports that Mooncake draws its own from
 LOWER = f"choose one from {MOONCAKE.stop} to {EPHEMERAL.start - 1}"
+WEIGHTLESS = {"dummy", "--load-format=dummy"}
 OWN_NICS = "pass those of its own GPUs, cls.rdma_devices_for(GPUs)"
 
 
@@ -67,7 +68,8 @@ class Server:
     """What one `sglang.launch_server` takes.
 
     `nics` are RDMA devices, `mem_fraction` is a share of a GPU's memory, `pins_nccl` whether the NCCL port is its
-    argument.
+    argument. `models` is what it loads, its draft model's directory or repository included, with dummy ones where not
+    `weights`; `a2a` its MoE all-to-all backend, `env` what the test class `test` sets for it.
     """
 
     name: str
@@ -83,6 +85,11 @@ class Server:
     pins_nccl: bool = False
     nics: tuple[str, ...] = ()
     transfer_backend: str | None = None
+    models: tuple[str, ...] = ()
+    weights: bool = True
+    a2a: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    test: str = ""
 
     @property
     def ranks(self) -> list[Rank]:
@@ -241,10 +248,11 @@ def _nics_of(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(nic.strip() for names in lists for nic in str(names).split(",") if nic.strip()))
 
 
-def _server(name: str, process: ProcessContract) -> Server:
-    settings = process.settings
+def _server(test: str, name: str, process: ProcessContract) -> Server:
+    settings, given = process.settings, dict(zip(process.argv, process.argv[1:]))
     assert settings, f"{name} is not a server"
     is_of_a_pair = settings["disaggregation_mode"] != "null"
+    models = [given.get(flag) for flag in ("--model-path", "--speculative-draft-model-path")]
     return Server(
         name=name,
         tp=settings["tp_size"],
@@ -259,6 +267,11 @@ def _server(name: str, process: ProcessContract) -> Server:
         pins_nccl=settings["nccl_port"] is not None,
         nics=_nics_of(settings["disaggregation_ib_device"]),
         transfer_backend=settings["disaggregation_transfer_backend"] if is_of_a_pair else None,
+        models=tuple(dict.fromkeys(filter(None, models))),
+        weights=not WEIGHTLESS & set(process.argv),
+        a2a=settings["moe_a2a_backend"],
+        env=process.env,
+        test=test,
     )
 
 
@@ -266,7 +279,7 @@ def of_test(test: TestContract, runner: Runner | None) -> GpuPlan:
     """The plan of one test class from its launch contract; of several processes of a name the later are numbered."""
     names = _distinct(process.name for process in test.processes)
     pairs = list(zip(names, test.processes))
-    servers = tuple(_server(name, process) for name, process in pairs if process.settings)
+    servers = tuple(_server(test.test, name, process) for name, process in pairs if process.settings)
     others = {name: process.ports for name, process in pairs if not process.settings and process.ports}
     return GpuPlan(test.test, servers, others, runner)
 

@@ -28,7 +28,7 @@ def verdict(code: ExitCode, happened: Events, target: Target) -> ExitCode:
 
 def summary(target: Target, happened: Events, code: ExitCode, seconds: float) -> str:
     """The closing lines: verdict, why it failed and where to look, engine, score, gate, time of each phase and in all."""
-    score, throughput = facts.score_of(happened), facts.throughput_of(happened)
+    score = facts.score_of(happened)
     ended = [phase for phase in facts.phases_of(happened) if phase.state != UNFINISHED]
     failed = next((row for row in rows_of(happened) if row.state == FAIL), None)
     rows = [("failed", f"{failed.name}: {failed.sentence}")] if failed else []
@@ -36,7 +36,7 @@ def summary(target: Target, happened: Events, code: ExitCode, seconds: float) ->
     rows += [("engine", score and score.engine or target.engine)]
     scored = score and f"{score.value:.3f} of {score.examples} examples ({score.gate})"
     rows += [("score", scored or "none, the test did not get that far")]
-    rows += [("throughput", f"{throughput:.0f} output tokens/s")] if throughput else []
+    rows += [("throughput", f"{score.throughput:.0f} output tokens/s")] if score and score.throughput else []
     rows += [(phase.name, f"{phase.seconds:.1f} s{', FAILED' * phase.is_bad}") for phase in ended]
     rows += [("imports and the rest", f"{seconds - sum(phase.seconds for phase in ended):.1f} s")]
     rows += [("total", f"{seconds:.1f} s")]

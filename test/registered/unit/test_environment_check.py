@@ -25,8 +25,9 @@ from pdkit.preflight import dsv4
 from pdkit.preflight.environment import check as checks
 from pdkit.preflight.environment import dataset, gpus, machine, model, needs, packages, rdma
 from pdkit.preflight.environment.machine import Machine
-from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.environment.needs import Needs
 from pdkit.preflight.finding import Level
+from pdkit.preflight.plan import Server
 from safetensors.numpy import save
 from suite_trees import RUN_SUITE, source_of, write_tree
 
@@ -40,10 +41,18 @@ GIB = 2**30
 
 H200 = Gpu("NVIDIA H200", 143771, (9, 0), 143000)
 PAIR = (
-    Process("TestPair", "prefill", tuple(range(4)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21100}),
-    Process("TestPair", "decode", tuple(range(4, 8)), 0.7, ("repo/model",), backend="mooncake", ports={"http": 21200}),
+    Server("prefill", tp=4, mem_fraction=0.7, transfer_backend="mooncake", models=("repo/model",), test="TestPair"),
+    Server(
+        "decode",
+        tp=4,
+        base_gpu_id=4,
+        mem_fraction=0.7,
+        transfer_backend="mooncake",
+        models=("repo/model",),
+        test="TestPair",
+    ),
 )
-NEEDS = Needs("cuda", 8, 141, (9, 0), processes=PAIR)
+NEEDS = Needs("cuda", 8, 141, (9, 0), servers=PAIR)
 NODE = Machine(
     gpus=(H200,) * 8,
     driver="580.159.04",
@@ -116,12 +125,12 @@ class TestGpus(CheckCase):
                 self.assert_one(self.check(gpus=tuple(gpus)), level, *says)
 
     def test_two_servers_on_one_gpu(self):
-        both = [replace(process, gpus=(0,), memory_fraction=0.5) for process in PAIR]
-        self.assert_one(self.check(replace(NEEDS, processes=both)), Level.ERROR, "prefill and decode need 143771 MiB")
-        third = [replace(process, memory_fraction=0.3) for process in both]
-        self.assert_fine(self.check(replace(NEEDS, processes=third)))
-        one_after_the_other = [replace(process, test=process.name) for process in both]
-        self.assert_fine(self.check(replace(NEEDS, processes=one_after_the_other)))
+        both = [replace(server, tp=1, base_gpu_id=0, mem_fraction=0.5) for server in PAIR]
+        self.assert_one(self.check(replace(NEEDS, servers=both)), Level.ERROR, "prefill and decode need 143771 MiB")
+        third = [replace(server, mem_fraction=0.3) for server in both]
+        self.assert_fine(self.check(replace(NEEDS, servers=third)))
+        one_after_the_other = [replace(server, test=server.name) for server in both]
+        self.assert_fine(self.check(replace(NEEDS, servers=one_after_the_other)))
 
     def test_driver(self):
         self.assert_one(self.check(driver_cuda=(12, 8)), Level.ERROR, "runs CUDA 12.8, torch was built for 13.0")
@@ -164,7 +173,7 @@ class TestMachine(CheckCase):
                 self.assertEqual(machine.observe(self.root, gpus=False).locked_bytes, -1 if unlimited else 8192)
 
     def test_rooms_and_limits(self):
-        needed = replace(NEEDS, processes=[replace(process, backend="nixl") for process in PAIR])
+        needed = replace(NEEDS, servers=[replace(server, transfer_backend="nixl") for server in PAIR])
         self.assert_fine(checks.of_machine(needed, NODE))
         for facts, level, *says in (
             ({"memory_bytes": 4 * GIB}, Level.ERROR, "memory: needs 16 GiB free, found 4;"),
@@ -202,9 +211,9 @@ class TestRdma(CheckCase):
             self.write(f"{port}/gids/{index[1:]}", gid + "\n")
 
     def found(self, nics=(), environ=None, backend="mooncake", **facts):
-        pair = [replace(process, nics=nics, backend=backend) for process in PAIR]
+        pair = [replace(server, nics=nics, transfer_backend=backend) for server in PAIR]
         seen = replace(NODE, rdma=machine.observe(self.root, gpus=True).rdma, **facts)
-        found = checks.of_machine(replace(NEEDS, processes=pair), seen, environ or {})
+        found = checks.of_machine(replace(NEEDS, servers=pair), seen, environ or {})
         return [finding for finding in found if finding.subject in ("RDMA", "locked memory")]
 
     def test_infiniband(self):
@@ -309,7 +318,7 @@ class TestPackages(CheckCase):
         self.write("deep_ep.py", "import sys\nassert 'torch' in sys.modules, 'SGLang imports torch first'")
         paths = mock.patch.object(sys, "path", [str(self.root), *sys.path])
         environ = mock.patch.dict(os.environ, PYTHONPATH=str(self.root))
-        launched = Needs("cuda", processes=[Process("T", "prefill", (0,), backend="mooncake", a2a="deepep")])
+        launched = Needs("cuda", servers=[Server("prefill", transfer_backend="mooncake", a2a="deepep")])
         fine = packages.ROUTER, packages.Package("deep_ep", "", "")
         with paths, environ:
             for module, says in (
@@ -335,8 +344,8 @@ class TestPackages(CheckCase):
         def told(release, environ=None, model="DeepSeek-V4-Flash", **env):
             known = {"installed": lambda _: release}
             with mock.patch.multiple(checks, **known), mock.patch.multiple(quirks, **known):
-                server = Process("T", "prefill", (0,), models=(model,), env=env or quirks.indexer_environment())
-                found = checks.of_place(Needs("cuda", processes=(server,)), environ or {})
+                server = Server("prefill", models=(model,), env=env or quirks.indexer_environment())
+                found = checks.of_place(Needs("cuda", servers=(server,)), environ or {})
                 return [str(finding) for finding in found if finding.subject == "sglang"]
 
         switch = "SGLANG_OPT_USE_JIT_INDEXER_METADATA"
@@ -507,7 +516,7 @@ class TestPlace(CheckCase):
     def test_a_port_in_use_is_named(self):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-            needed = Needs("cuda", processes=(Process("TestPair", "decode", ports={"nccl": port}),))
+            needed = Needs("cuda", ports={port: "decode nccl"})
             found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
             self.assert_one(found, Level.ERROR, f"{port} is in use by pid {os.getpid()} (", "decode nccl")
         found = [finding for finding in checks.of_place(needed) if finding.subject == "ports"]
@@ -559,19 +568,19 @@ class TestNeeds(CheckCase):
         """tp 4 and dp 4 with DP attention on each side are 8 GPUs."""
         found = needs.of([registration(DSV4)], {"SGLANG_PD_GSM8K": "/data.jsonl"})
         self.assertEqual((found.gpu_count, found.gpu_memory_gb, found.capability), (8, 141, (9, 0)))
-        servers = {process.name: process for process in found.processes}
-        self.assertEqual(list(servers), ["prefill", "decode", "load balancer"])
+        servers = {server.name: server for server in found.servers}
+        self.assertEqual(list(servers), ["prefill", "decode"])
         self.assertEqual((servers["prefill"].gpus, servers["decode"].gpus), ((0, 1, 2, 3), (4, 5, 6, 7)))
         self.assertEqual({servers[side].a2a for side in ("prefill", "decode")}, {"deepep"})
-        self.assertEqual(servers["prefill"].memory_fraction, 0.7)
-        self.assertEqual(len({p for process in found.processes for p in process.ports.values()}), 18)
+        self.assertEqual(servers["prefill"].mem_fraction, 0.7)
+        self.assertEqual((len(found.ports), [*found.ports.values()][-1]), (18, "load balancer http"))
         self.assertEqual((found.data, found.errors), (("/data.jsonl",), ()))
         self.assertEqual(needs.of([registration(DSV4)], {}).data, (None,))
 
     def test_a_monolithic_server_beside_the_pair_hands_nothing_over(self):
         path = DSV4.with_name("test_disaggregation_dsv4_1gpu_nixl.py")
         found = needs.of([registration(path, suite="stage-b-test-1-gpu-large")])
-        backends = {process.name: process.backend for process in found.processes}
+        backends = {server.name: server.transfer_backend for server in found.servers}
         self.assertEqual((backends["prefill"], backends["decode"], backends["server"]), ("nixl", "nixl", None))
 
     def test_ways_to_name_the_data(self):
@@ -623,9 +632,9 @@ class TestNeeds(CheckCase):
     def test_the_same_plan_on_fewer_gpus(self):
         needed = needs.of([registration(DSV4)], {})
         for width in (1, 2):
-            gpus_of = {"prefill": tuple(range(width)), "decode": tuple(range(width, 2 * width))}
-            narrow = tuple(replace(p, gpus=gpus_of.get(p.name, ())) for p in needed.processes)
-            wanted = replace(needed, gpu_count=2 * width, processes=narrow)
+            first = {"prefill": 0, "decode": width}
+            narrow = tuple(replace(s, tp=width, attention_dp=1, base_gpu_id=first[s.name]) for s in needed.servers)
+            wanted = replace(needed, gpu_count=2 * width, servers=narrow)
             enough, short = (replace(WITH_NICS, gpus=(H200,) * n) for n in (2 * width, 2 * width - 1))
             self.assert_fine(checks.of_machine(wanted, enough, {}))
             self.assert_one(checks.of_machine(wanted, short, {}), Level.ERROR, f"the suite needs {2 * width} GPUs")

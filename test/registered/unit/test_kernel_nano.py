@@ -14,6 +14,7 @@ from cases import FolderCase, printed
 from pdkit.checks.reference.truth import LogprobTruth, fp8_rounding, logprobs
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import NotReady
+from pdkit.core.paths import ASSETS
 from pdkit.models.cpu.evaluation import WINDOW, Score, validation
 from pdkit.models.cpu.model import ModelError
 from pdkit.models.cuda import checkpoint, store, training
@@ -21,15 +22,21 @@ from pdkit.models.cuda import fit as fitting
 from pdkit.models.cuda.config import DEEPEP_HIDDEN, FEW_HEADS, FIELDS, fields
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks, round_groups
 from pdkit.models.cuda.model import KernelNano, randomize, reference_config, rescale
-from pdkit.models.cuda.tokenizer import kernel_tokenizer
 from pdkit.models.problems import evaluation_set, few_shot
 from pdkit.models.tokenizer import nano_tokenizer
 from pdkit.preflight.contract.launches import ask, ask_each
 from pdkit.preflight.contract.release import installed
 from pdkit.preflight.plan import of_contract
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=18, suite="stage-a-test-cpu")
+
+
+def kernel_tokenizer():
+    """As each kernel-sized checkpoint has it."""
+    return AutoTokenizer.from_pretrained(ASSETS / "few-heads-dsv4", local_files_only=True)
+
 
 ONE_GPU = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4_1gpu.py"
 

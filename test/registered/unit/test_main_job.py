@@ -1,4 +1,4 @@
-"""`pdkit run`: verdict, closing summary, and what a skip, a wrong target or Ctrl-C make of it."""
+"""`pdkit run`: its target, verdict and closing summary, what a skip or Ctrl-C make of it, and `--repeat`."""
 
 import io
 import json
@@ -13,21 +13,22 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-from cases import FolderCase
+from cases import FolderCase, pdkit
 from pdkit.cli.main import main
+from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.core.errors import ExitCode, NotReady
+from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.events import Events
-from pdkit.core.gpus import Gpu
-from pdkit.runner import run
+from pdkit.core.gpus import Gpu, found
+from pdkit.runner import repeat, run
 from pdkit.runner.report import evidence
 from pdkit.runner.run import summary
-from pdkit.runner.targets import TARGETS
+from pdkit.runner.targets import DISTRIBUTED, PARTS, TARGETS, choose, left_out, why
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=35, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=44, suite="stage-a-test-cpu")
 
-EMBEDDED = TARGETS[-1]
+TOP, MIDDLE, SGLANG_CPU, EMBEDDED = TARGETS
 PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
 
 
@@ -131,12 +132,12 @@ class TestMain(FolderCase):
         self.assertIn("\nmain job on embedded: PASSED\n", self.printed)
 
     def test_what_is_no_pass(self):
-        for why, events, then, code in (
+        for what, events, then, code in (
             ("it failed, though it was scored", RUN, "self.fail()", ExitCode.FAILED),
             ("a skip", [], "self.skipTest('no GPU')", ExitCode.NOTHING_RAN),
             ("the score of another target", [score("8xH200")], "", ExitCode.NOTHING_RAN),
         ):
-            with self.subTest(why):
+            with self.subTest(what):
                 self.write_test(*events, then=then)
                 self.assertEqual(self.main(), code)
 
@@ -237,6 +238,150 @@ class TestInterrupt(unittest.TestCase):
                     finally:
                         process.kill()
                 self.assertRegex(rest, r"main job on embedded: INTERRUPTED\n(.*\n)*  servers stopped +0.3 s\n")
+
+
+REPEATED = """
+import sys
+from pathlib import Path
+from pdkit.core import events
+directory = Path(sys.argv[sys.argv.index("--report-dir") + 1])
+with open(directory.parent / "started", "a") as file:
+    file.write(directory.name + " ")
+(directory / "001-test.1").mkdir(exist_ok=True)
+events.append(directory / "001-test.1", "score", eval="gsm8k", score=0.985, examples=200, gate=0.95)
+sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
+"""
+
+
+class TestRepeat(FolderCase):
+    def repeat(self, *words):
+        command = (sys.executable, str(self.write("fake.py", REPEATED)))
+        with patch.object(repeat, "COMMAND", command):
+            code, self.printed, self.errors = pdkit("run", "--on", "embedded", "--report-dir", self.root, *words)
+        return code
+
+    @property
+    def started(self):
+        return (self.root / "started").read_text().split()
+
+    def test_clean_runs(self):
+        self.assertEqual(self.repeat("--repeat", "4", "--jobs", "2"), ExitCode.PASSED)
+        self.assertIn("4 runs, 0 failures; a failure rate above 52.7% is refuted at 95 %\n", self.printed)
+        self.assertIn("scores: 0.985 to 0.985\n", self.printed)
+        self.assertRegex(self.printed, r"\n    3  passed +\d+\.\d s  0\.985  #")
+
+    def test_it_goes_on_where_it_was_stopped(self):
+        self.repeat("--repeat", "2")
+        self.assertEqual(self.repeat("--repeat", "3"), ExitCode.PASSED)
+        self.assertEqual(self.started, ["run-001", "run-002", "run-003"])
+        self.assertIn("3 runs, 0 failures", self.printed)
+
+    def test_a_failure_is_named_and_ends_it(self):
+        (self.root / "bad").touch()
+        self.assertEqual(self.repeat("--repeat", "4"), ExitCode.FAILED)
+        self.assertIn(f"failed: run 2, exit code 1: {self.root}/run-002\n", self.printed)
+        self.assertNotIn("run-004", self.started)
+        self.assertEqual(self.repeat("--repeat", "4", "--keep-going"), ExitCode.FAILED)
+        self.assertIn("4 runs, 1 failures\n", self.printed)
+
+    def test_runs_of_a_test_file(self):
+        contents = {ExitCode.PASSED: "import sys; assert sys.argv[1:] == ['-f']", ExitCode.FAILED: "1 / 0"}
+        for code, content in contents.items():
+            words = ("--file", self.write(f"test_{code}.py", content), "--report-dir", self.root / str(code))
+            self.assertEqual(self.repeat("--repeat", "2", *words), code)
+        self.assertIn("ZeroDivisionError", (self.root / "1" / "run-001" / "output.log").read_text())
+        self.assertEqual(self.repeat("--repeat", "2", "--file", "nowhere.py"), ExitCode.BAD_USAGE)
+        self.assertIn("no such file", self.errors)
+
+
+H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
+B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
+
+
+class TestLeftOut(unittest.TestCase):
+    def test_each_target_names_what_asks_more(self):
+        for target in TARGETS:
+            lines = left_out(target.name)
+            for part in PARTS:
+                with self.subTest(target=target.name, part=part):
+                    self.assertEqual(any(part in line for line in lines), part not in target.exercises)
+            for file in target.beside.values():
+                self.assertTrue((paths.TEST / DISTRIBUTED / f"{file}.py").is_file(), file)
+        self.assertEqual(left_out("no target"), ())
+
+    def test_the_nearest_target_is_named(self):
+        first, second, *_ = left_out("embedded")
+        self.assertRegex(first, "^SGLang's scheduler .*: pdkit run --on sglang-cpu ")
+        self.assertRegex(second, "^SGLang's GPU kernels .*: pdkit run --on 1xHopper ")
+
+
+def machine(lacks: str | None = None):
+    """A machine that lacks what SGLang on CPU needs, or nothing."""
+    effect = {"side_effect": NotReady(lacks)} if lacks else {"return_value": None}
+    return patch("pdkit.deployment.cpu.requirements.require_machine", **effect)
+
+
+class TestChoose(unittest.TestCase):
+    def test_highest_target_that_the_machine_can_run(self):
+        for gpus, target in (
+            ((), SGLANG_CPU),
+            ([H200] * 7, MIDDLE),
+            ([H200] * 8, TOP),
+            ([H200] * 9, TOP),
+            ([H100] * 8, MIDDLE),
+            ([H200] * 7 + [H100], MIDDLE),
+            ([H100], MIDDLE),
+            ([B200] * 8, SGLANG_CPU),
+        ):
+            with self.subTest(gpus=found(gpus)), machine():
+                self.assertIs(choose(gpus), target)
+
+    def test_a_machine_that_lacks_what_sglang_on_cpu_needs_takes_the_embedded_engine_and_says_what(self):
+        with machine(lacks="no library\nno memory"):
+            self.assertIs(choose(()), EMBEDDED)
+            self.assertEqual(why(EMBEDDED, ()).splitlines()[-2:], ["no library", "no memory"])
+            self.assertIs(choose((), wanted="sglang-cpu"), SGLANG_CPU)
+
+    def test_looking_for_a_target_reports_nothing_of_a_working_tree(self):
+        with machine(), patch("pdkit.runner.sglang_cpu.prepare", side_effect=AssertionError):
+            self.assertIs(choose(()), SGLANG_CPU)
+            self.assertEqual(SGLANG_CPU.lacks(), ())
+
+    def test_a_target_can_be_asked_for(self):
+        self.assertIs(choose([H200] * 8, wanted="embedded"), EMBEDDED)
+
+    def test_a_working_tree_is_for_one_target_only(self):
+        with self.assertRaisesRegex(UsageError, "not for target embedded; a working tree is tested on sglang-cpu"):
+            EMBEDDED.prepare("/tree")
+        EMBEDDED.prepare(None)
+
+    def test_what_a_target_needs_beside_gpus_is_one_line_for_each_thing(self):
+        with patch.dict("os.environ"), self.assertRaisesRegex(NotReady, "/nonexistent has no package sglang"):
+            SGLANG_CPU.prepare("/nonexistent")
+
+    def test_a_target_out_of_reach_is_refused_and_never_replaced(self):
+        reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
+        with machine(), self.assertRaisesRegex(NotReady, reason):
+            choose([H200] * 2, wanted="8xH200")
+
+    def test_why_not_higher(self):
+        self.assertEqual(why(TOP, [H200] * 8), "")
+        lines = "^8xH200 needs 8 Hopper GPUs .*; found no GPU\n1xHopper needs 1 Hopper GPU .*; found no GPU$"
+        with machine():
+            self.assertRegex(why(EMBEDDED, ()), lines)
+
+    def test_why_is_silent_on_a_lower_target_by_choice(self):
+        with machine():
+            self.assertEqual(why(EMBEDDED, [H200] * 8), "")
+
+
+class TestAgreesWithTheTests(unittest.TestCase):
+    """The test of the first target imports no pdkit, so it states its needs itself."""
+
+    def test_first_target(self):
+        source = (Path(__file__).parents[2] / TOP.test_file).read_text()
+        self.assertIn(f"get_device_count() >= {TOP.gpus}", source)
 
 
 if __name__ == "__main__":

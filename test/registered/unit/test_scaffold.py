@@ -58,7 +58,7 @@ class ScaffoldCase(unittest.TestCase):
 
 class TestWhatItWrites(ScaffoldCase):
     def gpus(self, found):
-        return {process.name: process.gpus for process in found.processes if process.gpus}
+        return {server.name: server.gpus for server in found.servers}
 
     def argv(self, path):
         """Words of the command line of each server, by the contract."""
@@ -71,14 +71,14 @@ class TestWhatItWrites(ScaffoldCase):
         self.assertIn("class TestDisaggregationQwen3(GSM8KChecks, EightGpuServers):", path.read_text())
         self.assertEqual(self.gpus(found), {"prefill": (0, 1, 2, 3), "decode": (4, 5, 6, 7)})
         self.assertEqual((found.gpu_count, found.gpu_memory_gb), (8, 141))
-        self.assertEqual({m for process in found.processes for m in process.models}, {"Qwen/Qwen3-30B-A3B"})
-        self.assertEqual({process.a2a for process in found.processes if process.gpus}, {"none"})
+        self.assertEqual({m for server in found.servers for m in server.models}, {"Qwen/Qwen3-30B-A3B"})
+        self.assertEqual({server.a2a for server in found.servers}, {"none"})
 
     def test_other_flags_of_dsv4(self):
         words = ["--model", DSV4, "--gpus", "2+6", "--suite", H200]
         path, found = self.write("DSV4Wide", *words, "--decode-flags", "--disable-radix-cache")
         self.assertEqual(self.gpus(found), {"prefill": (0, 1), "decode": (2, 3, 4, 5, 6, 7)})
-        self.assertEqual({process.a2a for process in found.processes if process.gpus}, {"deepep"})
+        self.assertEqual({server.a2a for server in found.servers}, {"deepep"})
         argv = self.argv(path)
         self.assertIn("--disable-radix-cache", argv["decode"])
         self.assertNotIn("--disable-radix-cache", argv["prefill"])
@@ -87,7 +87,7 @@ class TestWhatItWrites(ScaffoldCase):
         words = ["--model", "meta-llama/Llama-3.2-1B", "--gpus", "1", "--suite", LARGE, "--min-score", "0.3"]
         path, found = self.write("Tiny", *words, "--est-time", "99")
         self.assertEqual(self.gpus(found), {"prefill": (0,), "decode": (0,)})
-        self.assertLess(sum(process.memory_fraction for process in found.processes), 1)
+        self.assertLess(sum(server.mem_fraction for server in found.servers), 1)
         self.assertEqual((found.gpu_count, found.gpu_memory_gb), (1, 80))
         self.assertIn("register_cuda_ci(est_time=99, suite=", path.read_text())
         self.assertIn("min_score = 0.3\n", path.read_text())

@@ -189,7 +189,6 @@ class Tracking(Judgement):
         return found
 
     def report(self) -> str:
-        """Same, drifted or broken, by how much, and by which rule."""
         state = "broken" if self.broken else "drifted" if self.drifted else "same"
         rule = f"the record's own noise is up to {self.noise:.2g}; a sound deployment is called otherwise in 1 of 1000 checks"
         return "\n".join((f"{state}: {len(self.now)} prompts; {rule}", *self.problems))

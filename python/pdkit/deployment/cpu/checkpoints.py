@@ -1,12 +1,8 @@
-"""The models that are served: small; the random one is made from a fixed seed where it is needed.
+"""The models that are served, of docs/sglang-cpu.md; the random one is made from a fixed seed where it is needed.
 
-"llama"    a Llama of 0.9 M parameters, trained on the nano models' problems (`train_llama`, assets/nano-llama), served
-           in float32: who else is served changes the sixth decimal of its logprobs
-"dsv4"     a random DeepSeek-V4 of 5 M parameters in bfloat16 whose KV pages have the size of the real ones: one KV head of
-           448 + 64 dimensions, an indexer of 128, a window of 128; layers without compression, and with 4, 128 and 4
-           tokens an entry; an MTP layer, whose draft mostly repeats the token before it
-"dsv4-trained"  the same KV pages (`pdkit.models.cuda.config.FEW_HEADS`), trained on a GPU by `pdkit model kernel-train
-           --few-heads` and kept in assets/few-heads-dsv4, or in the cache
+"llama"    trained (`train_llama`), served in float32: who else is served changes the sixth decimal of its logprobs
+"dsv4"     random, with an MTP layer whose draft mostly repeats the token before it
+"dsv4-trained"  trained on a GPU and kept in assets/few-heads-dsv4, or in the cache
 """
 
 from __future__ import annotations
@@ -24,7 +20,6 @@ from pdkit.models.cuda import store
 from pdkit.models.cuda.config import FEW_HEADS
 
 SEED = 5
-TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 DSV4_FIELDS: dict[str, Any] = {
     **FEW_HEADS,
     "num_hidden_layers": 4,
@@ -132,7 +127,7 @@ def make_dsv4(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from pdkit.models.cuda.checkpoint import stored
+    from pdkit.models.cuda.checkpoint import TOKENIZER_FILES, stored
 
     path.mkdir(parents=True)
     for name in TOKENIZER_FILES:

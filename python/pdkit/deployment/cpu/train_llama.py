@@ -41,11 +41,10 @@ def train(model: Any, batches: Batches, total: int) -> Iterator[tuple[int, float
     for stage in STAGES:
         done += stage.share
         while seen < done * total:
-            for group in optimizer.param_groups:
-                group["lr"] = PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * cosine(seen / total)
+            lr = PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * cosine(seen / total)
             ids, weights = batches.draw(stage.batch, stage.length)
             loss = weighted_loss(model(ids).logits, ids, weights)
-            learn(model, optimizer, loss)
+            learn(model, optimizer, loss, lr)
             seen, step = seen + ids.numel(), step + 1
             yield seen, loss.item()
 

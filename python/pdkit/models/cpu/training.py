@@ -186,8 +186,10 @@ def losses(
     return weighted_loss(model.lm_head(core.norm(core.hc_head(streams))), ids, weights), index_loss
 
 
-def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step of the optimiser, gradients clipped."""
+def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
+    """One step of an optimiser of `optimizer_of`, gradients clipped."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
@@ -245,12 +247,10 @@ def train(model: DeepseekV4ForCausalLM, batches: Batches, stages: tuple[Stage, .
         for _ in range(stage.steps):
             began = time.perf_counter()
             lr = PEAK_LR * _schedule(seen / total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             set_index_topk(model, stage.index_topk)
             ids, weights = (each.to(model.device) for each in batches.draw(stage.batch, stage.length))
             loss, index_loss = losses(model, records, ids, weights)
-            learn(model, optimizer, loss + INDEXER_WEIGHT * index_loss)
+            learn(model, optimizer, loss + INDEXER_WEIGHT * index_loss, lr)
             seen += ids.numel()
             step += 1
             yield Progress(
@@ -277,8 +277,18 @@ def cosine(done: float) -> float:
 
 
 def optimizer_of(model: torch.nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW, which lets matrices decay, and vectors not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+    """AdamW, which lets matrices decay, and vectors not.
+
+    The learning rate of a matrix whose fan-in is above 512 is `scale`, 128 / fan-in, times that of `learn` (Yang et al.
+    2022).
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        matrix = parameter.dim() >= 2
+        scale = 128 / parameter.shape[-1] if matrix and parameter.shape[-1] > 512 else 1.0
+        groups.setdefault((scale, WEIGHT_DECAY if matrix else 0.0), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": each, "weight_decay": decay, "scale": scale} for (scale, decay), each in groups.items()],
+        betas=(0.9, 0.95),
+        fused=fused,
+    )

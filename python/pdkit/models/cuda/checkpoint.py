@@ -12,11 +12,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pdkit.core.paths import ASSETS
 from pdkit.models.cpu.model import ModelError
 from pdkit.models.cuda.fp8 import dequantize_blocks, quantize_blocks
 from pdkit.models.cuda.model import KernelNano
 from pdkit.models.cuda.store import WEIGHTS
-from pdkit.models.cuda.tokenizer import kernel_tokenizer
+
+# The nano's tokenizer whose special tokens have DeepSeek's names: SGLang 0.5.23 makes chats of a DeepseekV4ForCausalLM
+# itself, by these names, whatever template the checkpoint has (`entrypoints/openai/serving_deepseek_recipe.py`); without
+# them its server ends when it starts. <think> and </think> have new ids, which no training has seen.
+TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 _RENAMES = tuple(
     (re.compile(pattern), name)
@@ -101,7 +106,8 @@ def save(model: KernelNano, path: str | Path) -> Path:
     """Write config.json, weights and tokenizer to the directory `path`; a reader sees the old weights or the new."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    kernel_tokenizer().save_pretrained(path)
+    for name in TOKENIZER_FILES:
+        (path / name).write_bytes((ASSETS / "few-heads-dsv4" / name).read_bytes())
     (path / "config.json").write_text(json.dumps(model.fields, indent=1) + "\n")
     unfinished = path / f".{WEIGHTS}.{os.getpid()}"
     save_file(tensors_of(model), unfinished, metadata={"format": "pt"})

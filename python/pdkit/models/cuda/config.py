@@ -97,9 +97,7 @@ FEW_HEADS: dict[str, Any] = {
 }
 """The model that is served on CPU, too: bfloat16, 4.4 M parameters with its MTP layer, the same KV pages.
 
-It does not run on one GPU: SGLang 0.5.23 pads the heads of a rank to FlashMLA's 64 under tensor parallelism only
-(`_kernel_num_heads` of srt/models/deepseek_v4.py), and decode's kernel refuses four (`Unsupported h_q: 4`, H200). DeepGEMM
-scores for 32 or 64 heads of the indexer.
+It does not run on one GPU (docs/sglang-cpu.md). DeepGEMM scores for 32 or 64 heads of the indexer.
 """
 
 

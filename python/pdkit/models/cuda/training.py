@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pdkit.models.cpu.training import (
     INDEXER_WEIGHT,
-    WEIGHT_DECAY,
     Batches,
     IndexerRecords,
     cosine,
     learn,
+    optimizer_of,
     weighted_loss,
 )
 from pdkit.models.cuda.model import KernelNano
@@ -118,20 +118,6 @@ def losses(
     return weighted_loss(logits, ids, weights), weighted_loss(drafts, ids, weights, ahead=2), index_loss
 
 
-def optimizer_of(model: KernelNano) -> torch.optim.Optimizer:
-    """AdamW whose learning rate for a matrix is the peak times 128 / fan-in, at most the peak (Yang et al. 2022)."""
-    groups: dict[tuple[float, float], list] = {}
-    for parameter in model.parameters():
-        matrix = parameter.dim() >= 2
-        scale = min(1.0, 128 / parameter.shape[-1]) if matrix and parameter.shape[-1] > 512 else 1.0
-        groups.setdefault((scale, WEIGHT_DECAY if matrix else 0.0), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": each, "weight_decay": decay, "scale": scale} for (scale, decay), each in groups.items()],
-        betas=(0.9, 0.95),
-        fused=True,
-    )
-
-
 def set_sinkhorn(model: KernelNano, iterations: int | None) -> None:
     """Let the hyper-connections normalise this often; None: as often as the model is served with."""
     served = model.main.config.hc_sinkhorn_iters
@@ -150,12 +136,10 @@ def train(model: KernelNano, batches: BatchQueue, seconds: float) -> Iterator[Ti
         set_sinkhorn(model, stage.sinkhorn)
         while (elapsed := time.monotonic() - began) < end:
             lr = PEAK_LR * cosine(elapsed / seconds) * min(1.0, (step + 1) / WARMUP_STEPS)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
             ids, weights = (each.to(model.device) for each in batches.draw(stage.batch, stage.length))
             with torch.autocast(kind, torch.bfloat16):
                 loss, mtp_loss, index_loss = losses(model, records, ids, weights)
-            learn(model, optimizer, loss + mtp_loss + INDEXER_WEIGHT * index_loss)
+            learn(model, optimizer, loss + mtp_loss + INDEXER_WEIGHT * index_loss, lr)
             step += 1
             tokens += ids.numel()
             yield TimedProgress(

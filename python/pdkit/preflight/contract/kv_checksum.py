@@ -1,8 +1,6 @@
 """SGLang's checksum of transfers (0.5.21 and newer) with DeepSeek-V4: what its parser takes ends prefill's first request.
 
-`state_indices_for_request` of `disaggregation/checksum.py` gives the indices of the state buffers by the class of the
-pool. As of 0.5.23 it has none for `DeepSeekV4TokenToKVPool`, whose states are registered all the same, and
-`KvChecksumComputer.compute` asserts that there are some.
+docs/findings/checksum-ends-prefill.md says why.
 """
 
 import argparse

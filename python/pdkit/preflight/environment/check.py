@@ -15,8 +15,9 @@ from pdkit.deployment import quirks
 from pdkit.preflight import dsv4
 from pdkit.preflight.environment import dataset, gpus, machine, model, packages, rdma
 from pdkit.preflight.environment.machine import UNLIMITED, Machine
-from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.environment.needs import Needs
 from pdkit.preflight.finding import Finding, error, ok, warning
+from pdkit.preflight.plan import Server
 
 GIB, MIB = 2**30, 2**20
 RDMA_BACKENDS = ("mooncake", "mori")
@@ -35,7 +36,7 @@ def of_machine(needs: Needs, facts: Machine, environ: Mapping[str, str] = os.env
     if needs.hw == "cuda":
         yield from gpus.check(needs, facts)
         yield from _rdma(needs, facts, environ)
-    if needs.hw == "cuda" and needs.processes:
+    if needs.hw == "cuda" and needs.servers:
         yield from _room(facts, shm=8, tmp=2, memory=16, home=10)
         yield from _limits(needs, facts, SERVER_FILES)
     elif needs.embedded:
@@ -58,7 +59,7 @@ def of_place(needs: Needs, environ: Mapping[str, str] = os.environ, has_gpus: bo
         return
     yield from _packages(needs, environ, has_gpus)
     yield from _ports(needs)
-    for name, weights in dict.fromkeys((m, process.weights) for process in needs.processes for m in process.models):
+    for name, weights in dict.fromkeys((m, server.weights) for server in needs.servers for m in server.models):
         yield from model.check(name, environ, weights)
     for path in needs.data:
         if path is UNKNOWN:
@@ -115,7 +116,7 @@ def _limits(needs: Needs, facts: Machine, files: int) -> Iterator[Finding]:
         yield warning("open files", f"hard limit {facts.open_files}", why, f"ulimit -Hn {files}")
     else:
         yield ok("open files", f"hard limit {facts.open_files}")
-    if any(_uses_rdma(process) for process in needs.processes) and facts.rdma:
+    if any(map(_uses_rdma, needs.servers)) and facts.rdma:
         if facts.locked_bytes == UNLIMITED:
             yield ok("locked memory", "unlimited")
         else:
@@ -124,12 +125,12 @@ def _limits(needs: Needs, facts: Machine, files: int) -> Iterator[Finding]:
             yield warning("locked memory", what, why, "ulimit -l unlimited (docker run --ulimit memlock=-1)")
 
 
-def _uses_rdma(process: Process) -> bool:
-    return process.backend in RDMA_BACKENDS
+def _uses_rdma(server: Server) -> bool:
+    return server.transfer_backend in RDMA_BACKENDS
 
 
 def _rdma(needs: Needs, facts: Machine, environ: Mapping[str, str]) -> Iterator[Finding]:
-    servers = [process for process in needs.processes if _uses_rdma(process)]
+    servers = list(filter(_uses_rdma, needs.servers))
     sglang = packages.locate("sglang")
     if not servers or sglang is None:
         return
@@ -145,19 +146,19 @@ def _rdma(needs: Needs, facts: Machine, environ: Mapping[str, str]) -> Iterator[
             yield from _gids(rules, [nic for nic in _named(servers) or rules.usable() if nic in rules.usable()])
 
 
-def _named(servers: list[Process]) -> list[str]:
-    return list(dict.fromkeys(nic for process in servers for nic in process.nics))
+def _named(servers: list[Server]) -> list[str]:
+    return list(dict.fromkeys(nic for server in servers for nic in server.nics))
 
 
-def _devices(rules: rdma.Rules, servers: list[Process], openable: bool) -> Iterator[Finding]:
+def _devices(rules: rdma.Rules, servers: list[Server], openable: bool) -> Iterator[Finding]:
     usable, reasons = rules.usable(), rules.why_not()
-    tcp = f"{servers[0].backend} then hands the state over by TCP, and transfers may fail under load"
+    tcp = f"{servers[0].transfer_backend} then hands the state over by TCP, and transfers may fail under load"
     refused: dict[str, list[str]] = {}
     for nic in _named(servers):
         if nic not in usable:
             refused.setdefault(reasons.get(nic, "no such device"), []).append(nic)
     for why_not, nics in refused.items():
-        users = " and ".join(dict.fromkeys(process.name for process in servers if {*nics} & {*process.nics}))
+        users = " and ".join(dict.fromkeys(server.name for server in servers if {*nics} & {*server.nics}))
         do = "name others in SGLANG_CI_RDMA_ALL_DEVICES or SGLANG_TEST_PD_DISAGG_DEVICES"
         yield error("RDMA", f"{', '.join(nics)}: {why_not}", f"{users} would get it by --disaggregation-ib-device", do)
     if not usable and not refused:
@@ -189,11 +190,10 @@ def _gids(rules: rdma.Rules, devices: list[str]) -> Iterator[Finding]:
 def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Iterator[Finding]:
     wanted: dict[packages.Package, None] = {}
     exposed = False
-    for process in needs.processes:
-        if process.gpus:
-            is_v4 = any(dsv4.is_dsv4(name, model.locate(name, environ)) for name in process.models)
-            wanted |= dict.fromkeys(packages.wanted(process.a2a, process.backend, is_v4))
-            exposed |= is_v4 and quirks.is_exposed_by_indexer({**environ, **process.env})
+    for server in needs.servers:
+        is_v4 = any(dsv4.is_dsv4(name, model.locate(name, environ)) for name in server.models)
+        wanted |= dict.fromkeys(packages.wanted(server.a2a, server.transfer_backend, is_v4))
+        exposed |= is_v4 and quirks.is_exposed_by_indexer({**environ, **server.env})
     if exposed:
         what = f"{installed('sglang')} lets the indexer's kernel read past what is mapped"
         why = "a batch of 128 tokens can end a server by an illegal memory access"
@@ -204,11 +204,8 @@ def _packages(needs: Needs, environ: Mapping[str, str], has_gpus: bool) -> Itera
 
 
 def _ports(needs: Needs) -> Iterator[Finding]:
-    wanted = {}
-    for process in needs.processes:
-        wanted.update({port: f"{process.name} {what}" for what, port in process.ports.items()})
     try:
-        taken = {port: what for port, what in wanted.items() if not ports.is_free(port)}
+        taken = {port: what for port, what in needs.ports.items() if not ports.is_free(port)}
     except ports.AddressMissing as problem:
         yield error("ports", str(problem), "servers and load balancer listen there", problem.remedy)
         return
@@ -218,8 +215,8 @@ def _ports(needs: Needs) -> Iterator[Finding]:
         yield error(
             "ports", f"{port} is in use by {holder}", why, "wait for the run that it belongs to, or end it yourself"
         )
-    if wanted and not taken:
-        yield ok("ports", f"{len(wanted)} free, {min(wanted)} to {max(wanted)}")
+    if needs.ports and not taken:
+        yield ok("ports", f"{len(needs.ports)} free, {min(needs.ports)} to {max(needs.ports)}")
 
 
 def _listener(port: int) -> str:

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from pdkit.core.gpus import Gpu
 from pdkit.preflight.environment.machine import Machine
-from pdkit.preflight.environment.needs import Needs, Process
+from pdkit.preflight.environment.needs import Needs
 from pdkit.preflight.finding import Finding, error, ok, warning
-from pdkit.preflight.plan import span
+from pdkit.preflight.plan import Server, span
 
 ELSEWHERE = "run on such a machine, or without a GPU: pdkit run --on embedded"
 NOT_OURS = "wait for them or ask their owner; nothing here ends them"
@@ -15,42 +15,41 @@ NOT_OURS = "wait for them or ask their owner; nothing here ends them"
 
 def check(needs: Needs, machine: Machine) -> Iterator[Finding]:
     """Findings on GPUs and driver."""
-    on_gpus = [process for process in needs.processes if process.gpus]
-    count = max((max(process.gpus) + 1 for process in on_gpus), default=needs.gpu_count)
-    yield from _count(needs, on_gpus, count, machine)
+    count = max((max(server.gpus) + 1 for server in needs.servers), default=needs.gpu_count)
+    yield from _count(needs, count, machine)
     yield from _driver(machine)
     same: dict[Finding, list[int]] = {}
     for index, gpu in enumerate(machine.gpus[:count]):
-        for finding in _gpu(needs, gpu, [process for process in on_gpus if index in process.gpus]):
+        for finding in _gpu(needs, gpu, [server for server in needs.servers if index in server.gpus]):
             same.setdefault(finding, []).append(index)
     for finding, indices in same.items():
         yield replace(finding, subject=f"GPU{'s' * (len(indices) > 1)} {span(indices)}")
 
 
-def _gpu(needs: Needs, gpu: Gpu, users: Sequence[Process]) -> list[Finding]:
+def _gpu(needs: Needs, gpu: Gpu, users: Sequence[Server]) -> list[Finding]:
     """What is wrong with a GPU for the processes of each test class, or one line that nothing is."""
     if needs.capability not in (None, gpu.capability):
         found, wanted = (".".join(map(str, version)) for version in (gpu.capability, needs.capability or ()))
         what = f"{gpu.name}, compute capability {found}"
         return [error("GPU", what, f"the suite is for {wanted}: kernels and memory differ", ELSEWHERE)]
-    by_test: dict[str, list[Process]] = {}
-    for process in users:
-        by_test.setdefault(process.test, []).append(process)
+    by_test: dict[str, list[Server]] = {}
+    for server in users:
+        by_test.setdefault(server.test, []).append(server)
     found_wrong = [problem for of_test in by_test.values() if (problem := _memory(gpu, needs.gpu_memory_gb, of_test))]
     if found_wrong or not users:
         return list(dict.fromkeys(found_wrong))
     return [ok("GPU", f"{gpu.free_mib} of {gpu.memory_mib} MiB free for {_names(users)}")]
 
 
-def _names(users: Sequence[Process]) -> str:
+def _names(users: Sequence[Server]) -> str:
     """`prefill, decode and server`, each name once."""
-    *first, last = dict.fromkeys(process.name for process in users)
+    *first, last = dict.fromkeys(server.name for server in users)
     return " and ".join(filter(None, (", ".join(first), last)))
 
 
-def _count(needs: Needs, on_gpus: Sequence[Process], count: int, machine: Machine) -> Iterator[Finding]:
+def _count(needs: Needs, count: int, machine: Machine) -> Iterator[Finding]:
     wanted = f"{count} GPU{'s' * (count != 1)}" + (f" of {needs.gpu_memory_gb:g} GB" if needs.gpu_memory_gb else "")
-    users = ", ".join(dict.fromkeys(f"{process.name} {span(process.gpus)}" for process in on_gpus))
+    users = ", ".join(dict.fromkeys(f"{server.name} {span(server.gpus)}" for server in needs.servers))
     if len(machine.gpus) < count:
         found = f"{len(machine.gpus)} found" + (f", {machine.gpu_problem}" if machine.gpu_problem else "")
         why = f"the suite needs {wanted}" + (f" ({users})" if users else "")
@@ -74,13 +73,13 @@ def _driver(machine: Machine) -> Iterator[Finding]:
         yield ok("driver", what)
 
 
-def _memory(gpu: Gpu, memory_gb: float, users: Sequence[Process]) -> Finding | None:
+def _memory(gpu: Gpu, memory_gb: float, users: Sequence[Server]) -> Finding | None:
     """What is wrong with the memory of a GPU for the processes of one test class."""
     names = _names(users)
     if gpu.memory_mib < 1000 * memory_gb:
         what = f"{gpu.name} with {gpu.memory_mib} MiB"
         return error("GPU", what, f"{users[0].test} asks for {memory_gb:g} GB ({names})", ELSEWHERE)
-    wanted = round(sum(process.memory_fraction for process in users) * gpu.memory_mib)
+    wanted = round(sum(server.mem_fraction or 0 for server in users) * gpu.memory_mib)
     strangers = ", ".join(f"{p.name} (pid {p.pid}, {p.memory_mib} MiB)" for p in gpu.processes)
     if gpu.free_mib < wanted:
         what = f"{names} need{'s' * (len(users) == 1)} {wanted} MiB, found {gpu.free_mib} of {gpu.memory_mib} MiB free"

@@ -2,43 +2,18 @@
 
 import ast
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdkit.core.numa import gpu_sockets, nic_sockets
 from pdkit.core.registry import Registration
 from pdkit.core.source import PACKAGE, UNKNOWN, TestClass, pd_classes, read
-from pdkit.preflight.contract.launches import Contract, ContractUnreadable, TestContract, ask_each
+from pdkit.preflight.contract.launches import Contract, ContractUnreadable, ask_each
 from pdkit.preflight.contract.release import ReleaseNotFound, installed
-from pdkit.preflight.plan import GpuPlan, Runner, of_contract
+from pdkit.preflight.plan import Runner, Server, of_contract
 
 _KINDS = {"h20": (9, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "gb200": (10, 0), "b300": (10, 3)}
-_WEIGHTLESS = ("dummy", "--load-format=dummy")
-
-
-@dataclass(frozen=True)
-class Process:
-    """One process that a PD test launches.
-
-    gpus   indices among the visible ones, and `memory_fraction`, the share of their memory that it takes
-    model  what it loads (draft model included), a directory or a repository; `weights` False for dummy ones
-    a2a    its MoE all-to-all backend; `backend` what transfers the state; `nics` the RDMA devices it is given
-    ports  those it listens on, by what they are for
-    env    variables that the test sets for it
-    """
-
-    test: str
-    name: str
-    gpus: tuple[int, ...] = ()
-    memory_fraction: float = 0.0
-    models: tuple[str, ...] = ()
-    weights: bool = True
-    a2a: str | None = None
-    backend: str | None = None
-    nics: tuple[str, ...] = ()
-    ports: Mapping[str, int] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +23,8 @@ class Needs:
     hw            hardware that they are registered for
     gpu_count     GPUs that the suite's name speaks of, and their compute `capability`, where it names a kind
     embedded      a file launches prefill and decode of the embedded engine
-    processes     what the PD tests launch; `gpu_memory_gb` is what they ask of each of their GPUs, 0 for anything
+    servers       those that the PD tests launch; `gpu_memory_gb` is what they ask of each of their GPUs, 0 for anything
+    ports         those that their processes listen on, and who does for what
     data          GSM8K files that they score; None stands for SGLang's own, UNKNOWN for one that the source computes
     errors        one line for each thing that SGLang does not take, or file that cannot be read
     warnings      one line for each thing in the plan that may go wrong, what to do behind the last semicolon
@@ -60,7 +36,8 @@ class Needs:
     gpu_memory_gb: float = 0
     capability: tuple[int, int] | None = None
     embedded: bool = False
-    processes: tuple[Process, ...] = ()
+    servers: tuple[Server, ...] = ()
+    ports: Mapping[int, str] = field(default_factory=dict)
     data: tuple[object, ...] = ()
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -87,7 +64,8 @@ def of(registrations: Iterable[Registration], environ: Mapping[str, str] = os.en
         gpu_count=runner.gpus if runner else 1,
         gpu_memory_gb=max(memory, default=(runner and classes and runner.memory_gb) or 0),
         capability=next((_KINDS[word] for word in suite.split("-") if word in _KINDS), None),
-        processes=tuple(process for launched in found for process in launched.processes),
+        servers=tuple(server for launched in found for server in launched.servers),
+        ports={port: user for launched in found for port, user in launched.ports.items()},
         data=tuple(dict.fromkeys(value for cls in classes for value in _data(cls, environ))),
         errors=merged(line for launched in found for line in launched.errors),
         warnings=merged(line for launched in found for line in launched.warnings),
@@ -137,33 +115,9 @@ def _launched(contract: Contract | ContractUnreadable | ReleaseNotFound, suite: 
     sockets = nic_sockets(sysfs), gpu_sockets(sysfs)
     return Needs(
         "cuda",
-        processes=tuple(process for test, plan in zip(contract.tests, plans) for process in _processes(test, plan)),
+        servers=tuple(server for plan in plans for server in plan.servers),
+        ports={port: f"{name} {use}" for plan in plans for name, use, port in plan.ports},
         errors=(*contract.errors, *(line for plan in plans for line in plan.problems())),
         warnings=tuple(line for plan in plans for line in plan.warnings(*sockets)),
         deprecations=tuple(contract.warnings),
     )
-
-
-def _processes(test: TestContract, plan: GpuPlan) -> Iterator[Process]:
-    """The processes of one TestContract; the servers among them have a place in its GpuPlan, in the same order."""
-    servers = iter(plan.servers)
-    for process in test.processes:
-        if process.settings is None:
-            yield Process(test.test, process.name, ports=process.ports)
-            continue
-        server, argv = next(servers), process.argv
-        given = dict(zip(argv, argv[1:]))
-        models = [given.get(flag) for flag in ("--model-path", "--speculative-draft-model-path")]
-        yield Process(
-            test=test.test,
-            name=process.name,
-            gpus=server.gpus,
-            memory_fraction=server.mem_fraction or 0.0,
-            models=tuple(dict.fromkeys(filter(None, models))),
-            weights=not set(_WEIGHTLESS) & set(argv),
-            a2a=process.settings["moe_a2a_backend"],
-            backend=server.transfer_backend,
-            nics=server.nics,
-            ports=process.ports,
-            env=process.env,
-        )

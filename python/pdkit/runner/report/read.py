@@ -140,7 +140,6 @@ def _file(reader: _Reader, entry: dict[str, Any]) -> model.FileRun:
         launched=tuple(dict.fromkeys((event["name"], event["command"]) for event in happened.of("launch"))),
         phases=facts.phases_of(happened, seconds),
         score=facts.score_of(happened),
-        throughput=facts.throughput_of(happened),
         acceptance_lengths=_floats(_ACCEPTANCE, everything)
         or tuple(filter(None, [facts.acceptance_length_of(happened)])),
         decode_rates=_floats(_DECODE_RATE, everything),
