@@ -55,11 +55,6 @@ class Options:
     target: str | None = None  # what the files test, for those that do not name it themselves
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether something narrower than a suite is asked for."""
-        return bool(self.files or self.only or self.last_failed)
-
-    @property
     def attempts(self) -> int:
         return self.max_attempts if self.enable_retry else 1
 

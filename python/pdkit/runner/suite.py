@@ -94,6 +94,7 @@ class SuiteRun:
     def run(self) -> ExitCode:
         self._print_header()
         with contextlib.closing(self._warm):
+            self._warm.begin()
             for files, jobs in self._parts:
                 self._run_lanes(files, jobs)
         for number, registration in enumerate(self.selection.disabled, start=self._total + 1):
@@ -125,7 +126,9 @@ class SuiteRun:
                 with self._lock:
                     if not waiting:
                         return
-                    number, registration = waiting.popleft()
+                    place = self._warm.next_of([registration for _, registration in waiting]) if jobs > 1 else 0
+                    number, registration = waiting[place]
+                    del waiting[place]
                     starts = not self.interruption and (self.options.continue_on_error or not self._has_failed)
                 if starts:
                     result = self._run_file(registration, number, f"[{number}/{self._total}]", jobs)
@@ -187,7 +190,7 @@ class SuiteRun:
             if self.options.verbose:
                 self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            popen = self._warm.popen_for_a_file()
+            popen = self._warm.popen_for(registration.filename)
             attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}", popen)
             attempts.append(attempt)
             for leftover in attempt.leftovers:
@@ -333,15 +336,10 @@ class SuiteRun:
     def _write_results(self, finished: bool = False) -> None:
         if not self.options.report_dir:
             return
+        asked = ("hw", "target", "suite", "nightly", "partition_id", "partition_size", "test_max_retry")
         document = {
             "command": command_line(),
-            "hw": self.options.hw,
-            "target": self.options.target,
-            "suite": self.options.suite,
-            "nightly": self.options.nightly,
-            "partition_id": self.options.partition_id,
-            "partition_size": self.options.partition_size,
-            "test_max_retry": self.options.test_max_retry,
+            **{name: getattr(self.options, name) for name in asked},
             "python": platform.python_version(),
             "seconds": round(time.monotonic() - self.tic, 3),
             "finished": finished,
