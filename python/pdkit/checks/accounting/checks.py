@@ -10,7 +10,7 @@ import contextlib
 import unittest
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pdkit.checks.accounting.counters import PairCounters, RequestAccount, TransferAccount, read_pair
 from pdkit.checks.accounting.invariants import CLIENT, SERVERS
@@ -22,7 +22,7 @@ from pdkit.core.recording import unwrapped
 
 SETTLE_SECONDS = 10.0
 OWN_RESULT = "test by itself"
-_no_heartbeat = partial(contextlib.nullcontext, lambda: None)  # where nobody watches the servers
+_no_heartbeat: Any = partial(contextlib.nullcontext, lambda: None)  # where nobody watches the servers
 Test = TypeVar("Test", bound=Callable[..., object])
 
 
