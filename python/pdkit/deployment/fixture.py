@@ -179,15 +179,8 @@ class PDServers(PDDisaggregationServerBase):
     ) -> Server:
         """Launches an SGLang server at `url`; does not wait for it."""
         host, port = urlparse(url).netloc.split(":")
-        command = [
-            "python3",
-            "-m",
-            cls.server_module,
-            "--model-path",
-            model or cls.model,
-            *quirks.as_installed(args, ServerArgs),
-        ]
-        command += ["--host", host, "--port", port]
+        command = ["python3", "-m", cls.server_module, "--model-path", model or cls.model]
+        command += [*quirks.as_installed(args, ServerArgs), "--host", host, "--port", port]
         cls._names[url] = name
         return cls.launch(name, command, {**cls.server_env, **(env or {})}, copies=copies)
 
