@@ -110,7 +110,6 @@ class AcceptanceGate(Judgement):
         return self.measured.length >= self.minimum
 
     def report(self) -> str:
-        """Measured, reference and threshold in one line."""
         measured = self.measured
         return (
             f"acceptance length: {'PASS' if self.passed else 'FAIL'}, {measured.length:.4f} ({measured.source}; "
@@ -146,7 +145,6 @@ class FirstDrafts(Judgement):
         return by_number("more steps than the reference's", more)
 
     def report(self) -> str:
-        """Both sides, what differs and the rule, in one line; another one where order plays a part."""
         found = self.found
         return (
             f"drafts after the KV transfer: {'PASS' if self.passed else 'FAIL'}, {found.larger} of "
@@ -191,7 +189,8 @@ class DraftMeasures(Checks):
 
     @classmethod
     def measure_acceptance(cls, url: str, decode_url: str) -> Acceptance | None:
-        return cls._accepted(url, decode_url, cls.acceptance_length_prompts, cls.acceptance_length_tokens)
+        prompts = few_shot_prompts(cls.gsm8k_data_path, cls.acceptance_length_prompts)
+        return measure(url, decode_url, prompts, cls.acceptance_length_tokens)
 
     @classmethod
     def take_first_drafts_reference(cls) -> None:
@@ -200,11 +199,8 @@ class DraftMeasures(Checks):
 
     @classmethod
     def measure_first_drafts(cls, url: str, decode_url: str) -> Acceptance | None:
-        return cls._accepted(url, decode_url, cls.first_drafts_prompts, cls.first_drafts_tokens)
-
-    @classmethod
-    def _accepted(cls, url: str, decode_url: str, prompts: int, tokens: int) -> Acceptance | None:
-        return measure(url, decode_url, few_shot_prompts(cls.gsm8k_data_path, prompts), tokens)
+        prompts = few_shot_prompts(cls.gsm8k_data_path, cls.first_drafts_prompts)
+        return measure(url, decode_url, prompts, cls.first_drafts_tokens)
 
     @classmethod
     def _baseline(cls, measured_at: Measure) -> Acceptance:

@@ -12,7 +12,6 @@ from itertools import cycle, islice
 
 from pdkit.checks.http import RequestFailed
 from pdkit.checks.judgement import Judgement
-from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.checks import ParityArms
 from pdkit.checks.parity.plan import Probe, Round, generate_probe
 from pdkit.checks.parity.references import collect
@@ -32,36 +31,23 @@ class Life(Judgement):
     def sent(self) -> int:
         return sum(len(block.names) for block in self.blocks)
 
-    @cached_property
-    def _first(self) -> tuple[int, Parity] | None:
-        """(requests before it, block)"""
-        before = 0
-        for block in self.blocks:
-            if block.problems:
-                return before, block
-            before += len(block.names)
-        return None
-
     @property
     def equal_until(self) -> int:
-        """The number of requests before the first that is wrong, as far as that can be said of one."""
-        if self._first is None:
-            return self.sent
-        before, block = self._first
-        if block.control is not None:
-            return before
-        return before + next(index for index, name in enumerate(block.names) if block.problems[0].startswith(name))
+        """The number of requests before the first that is wrong."""
+        before = 0
+        for block in self.blocks:
+            if wrong := block.problems:
+                return before + next(index for index, name in enumerate(block.names) if wrong[0].startswith(name))
+            before += len(block.names)
+        return before
 
     @property
     def problems(self) -> tuple[str, ...]:
-        if self._first is None:
-            return ()
-        _, block = self._first
+        wrong = next((block.problems for block in self.blocks if block.problems), ())
         where = f"until request {self.equal_until}" if self.equal_until else "not even in the first request"
-        return (f"answers are equal to the monolithic server's {where} of {self.sent}", *block.problems)
+        return (f"answers are equal to the monolithic server's {where} of {self.sent}", *wrong) if wrong else ()
 
     def report(self) -> str:
-        """How long answers were right, and what then was wrong."""
         if not self.problems:
             return f"age: PASS, answers are equal to the monolithic server's in all of {self.sent} requests"
         headline, *why = self.problems
@@ -99,11 +85,7 @@ class AgeChecks(ParityArms):
     def take_age_references(cls) -> None:
         """Of what `test_answers_stay_equal` sends."""
         cls.geometry()  # for a hint
-        cls.age_reference(Round("age", cls.age_probes()))
-
-    @classmethod
-    def age_reference(cls, round_: Round) -> Arm:
-        return cls.known_references().take_alone(cls.monolithic_url, round_)
+        cls.reference_alone(Round("age", cls.age_probes()))
 
     def test_answers_stay_equal(self) -> None:
         probes = list(islice(cycle(self.age_probes()), self.age_requests))
@@ -116,7 +98,7 @@ class AgeChecks(ParityArms):
                 answers = collect(self.lb_url, round_, self.request_timeout)
             except RequestFailed as failure:
                 self.fail(f"age: FAIL, equal until request {start}, then one failed: {failure}")
-            parity = self.compared(round_, self.age_reference(round_), answers)
+            parity = self.compared(round_, self.reference_alone(round_), answers)
             blocks.append(replace(parity, names=tuple(name for name, _ in numbered)))
             if blocks[-1].problems:
                 break

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 
 # An open connection that idles is not used again after so many seconds. By default that is 5 in httpx as in uvicorn:
 # a request may then be sent just when the server closes.
@@ -82,6 +83,14 @@ def abort_until_ended(asked: Future[Any], urls: Sequence[str], rid: str, timeout
         for url in urls:
             post(url, "/abort_request", {"rid": rid}, timeout)
         wait([asked], ABORT_AGAIN_S)
+
+
+def session_of(connections: int) -> requests.Session:
+    """A session that keeps as many connections to a server open; to be closed."""
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
+    return session
 
 
 def status_of(url: str, timeout: float) -> int:
@@ -229,7 +238,6 @@ class Client:
         return response.json()
 
     def generate_stream(self, **body: Any) -> list[Any]:
-        """The events of /generate as a stream."""
         with self.post("/generate", body | {"stream": True}, stream=True) as response:
             response.raise_for_status()
             events = events_of(response)

@@ -41,7 +41,6 @@ class SecondMode(Judgement):
 
     @staticmethod
     def slow(seconds: Sequence[float]) -> int:
-        """How many took more than SLOW times the median."""
         bound = SLOW * statistics.median(seconds)
         return sum(each > bound for each in seconds)
 
@@ -61,7 +60,6 @@ class SecondMode(Judgement):
         )
 
     def report(self) -> str:
-        """Both shares and the rule."""
         medians = " and ".join(f"{statistics.median(each) * 1e3:.1f} ms" for each in (self.through, self.past))
         said = (
             self.problems[0]

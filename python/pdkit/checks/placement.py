@@ -12,7 +12,6 @@ from pdkit.core.processes import descendants
 
 
 def used_gpus(pid: int, gpus: Sequence[Gpu]) -> list[int]:
-    """Indices of `gpus` that the process `pid` or a descendant of it uses."""
     tree = {pid, *(child.pid for child in descendants(psutil.Process(pid)))}
     return [index for index, gpu in enumerate(gpus) if tree & {process.pid for process in gpu.processes}]
 

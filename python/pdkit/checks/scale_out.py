@@ -49,12 +49,8 @@ class ScaleOutChecks(Checks, TwoPairs):
     def setUpClass(cls) -> None:
         cls.fate_rows = []
         super().setUpClass()
-        try:
-            cls.wait_until_all_are_known()
-            cls.asks = cls.right_asks()
-        except BaseException:
-            cls.tearDownClass()
-            raise
+        cls.wait_until_all_are_known()
+        cls.asks = cls.right_asks()
 
     @classmethod
     def wait_until_all_are_known(cls) -> None:

@@ -48,10 +48,8 @@ class SeamChecks(ParityArms):
         probes: list[Probe] = []
         for length in self.seam_prompts:
             ids = [11 + (index * 7 + length) % 240 for index in range(length)]
-            whole = self.known_references().take_alone(
-                self.monolithic_url,
-                Round("the whole answers", (generate_probe(f"whole-{length}", ids, self.seam_tokens),)),
-            )[0]
+            probe = generate_probe(f"whole-{length}", ids, self.seam_tokens)
+            whole = self.reference_alone(Round("the whole answers", (probe,)))[0]
             texts = self._texts(ids, whole)
             probes += cut_probes(ids, whole, texts, self.seam_positions)
         ways = {probe.name.partition(" at ")[0] for probe in probes}
@@ -63,7 +61,7 @@ class SeamChecks(ParityArms):
         probes = tuple(
             generate_probe(f"{count} tokens", ids, count) for count in range(1, min(self.seam_positions, len(whole.tokens)) + 1)
         )  # fmt: skip
-        answers = self.known_references().take_alone(self.monolithic_url, Round("the texts of tokens", probes))
+        answers = self.reference_alone(Round("the texts of tokens", probes))
         texts, said = [], ""
         for answer in answers:
             text = answer.text or ""

@@ -17,7 +17,7 @@ import requests
 
 from pdkit.checks.accounting.checks import unaccounted
 from pdkit.checks.base import Checks
-from pdkit.checks.http import post
+from pdkit.checks.http import post, session_of
 from pdkit.deployment.mixin import BeforePlannedServers
 from pdkit.deployment.server import Server
 
@@ -103,9 +103,7 @@ class StressChecks(Checks):
         planned = rounds(
             self.stress_rounds, self.stress_seed, self.stress_most, self.stress_longest, self.stress_vocabulary
         )
-        with requests.Session() as session, ThreadPoolExecutor(self.stress_most + 1) as pool:
-            adapter = requests.adapters.HTTPAdapter(pool_maxsize=self.stress_most + 1)
-            session.mount("http://", adapter)
+        with session_of(self.stress_most + 1) as session, ThreadPoolExecutor(self.stress_most + 1) as pool:
             for round_ in planned:
                 try:
                     self._send(session, pool, url, round_)

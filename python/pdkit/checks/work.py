@@ -40,7 +40,6 @@ class Withheld(Judgement):
         return (f"decode did the work itself: prompts of {lengths} tokens are answered rightly without their transfer",)
 
     def report(self) -> str:
-        """Which lengths were tried, and which did not need their transfer."""
         tried = ", ".join(map(str, self.answers))
         if self.problems:
             return f"who did the work: FAIL, {self.problems[0]} (tried: {tried})"
@@ -93,7 +92,7 @@ class WorkChecks(ParityArms):
         if not self.withheld_lengths:
             self.skipTest("nothing withholds transfers here; set withheld_lengths")
         probes = tuple(generate_probe(f"withheld-{n}", work_ids(n), self.work_tokens) for n in self.withheld_lengths)
-        right = self.known_references().take_alone(self.monolithic_url, Round("withheld transfers", probes))
+        right = self.reference_alone(Round("withheld transfers", probes))
         answers: dict[int, tuple[Answer, Answer | None]] = {}
         for length, probe, reference in zip(self.withheld_lengths, probes, right):
             answer = post(self.lb_url, "/generate", probe.request, self.request_timeout)
@@ -124,7 +123,7 @@ class WorkChecks(ParityArms):
 
     def right_whole(self, length: int) -> Answer:
         probe = generate_probe(f"whole-{length}", work_ids(length), self.work_tokens)
-        return self.known_references().take_alone(self.monolithic_url, Round("whole transfers", (probe,)))[0]
+        return self.reference_alone(Round("whole transfers", (probe,)))[0]
 
     def _decode_answer(self, length: int, abort_after: float | None) -> requests.Response:
         """Decode's answer to a request that goes to both as a load balancer sends it."""

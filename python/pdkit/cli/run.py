@@ -5,26 +5,17 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from pdkit.core.command import Parser, count, text_path
+from pdkit.core.command import Parser, count
 from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.gpus import visible_gpus
 from pdkit.runner import run
-from pdkit.runner.options import add_history_options, add_verbose, history_file
+from pdkit.runner.options import add_common, history_file
 from pdkit.runner.targets import TARGETS, choose, why
 
 
 def add_arguments(parser: Parser) -> None:
     names = ", ".join(target.name for target in TARGETS)
     parser.add_argument("--on", metavar="TARGET", help=f"run it on this target or fail: {names}")
-    parser.add_argument(
-        "--report-dir", type=text_path, metavar="DIR", help="for log, server logs and results.json (default: a new one)"
-    )
-    parser.add_argument(
-        "--skip-environment-check",
-        dest="environment_check",
-        action="store_false",
-        help="start even if this machine lacks what the target needs",
-    )
     parser.add_argument("--repeat", type=count, metavar="N", help="run it N times, a table at the end; resumable")
     parser.add_argument("--file", type=Path, metavar="TEST_FILE", help="... this test file instead of the main job")
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help="... N at a time (default: 1)")
@@ -32,8 +23,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--sglang-source", metavar="DIR", help="test this checkout of SGLang, or its python/, in place of the release"
     )
-    add_verbose(parser)
-    add_history_options(parser)
+    add_common(parser)
 
 
 def main(args: Namespace) -> ExitCode:

@@ -86,13 +86,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """As argparse's. Raises UsageError."""
         found, unknown_words = self.parse_known_args(args, namespace)
-        if unknown_words:
-            self._refuse(unknown_words[0])
-        return found
-
-    def _refuse(self, word: str) -> NoReturn:
+        if not unknown_words:
+            return found
+        word = unknown_words[0]
         if not word.startswith("-"):
-            raise UsageError(f"unexpected argument {word!r} (--help lists the options)")
+            self.error(f"unexpected argument {word!r}")
         flag, known = word.split("=")[0], {name for name in self._options() if name.startswith("--")}
         raise UsageError(f"unknown option {flag}; nearest known: {', '.join(nearest(flag, known))}")
 

@@ -64,13 +64,11 @@ class PairedPlan:
 
 @dataclass(frozen=True)
 class PairedPoint:
-    """What a plan does to two engines whose pairs are lost and gained at these rates, independently per example.
+    """What a plan does to two engines whose pairs are lost and gained at some rates, independently per example.
 
     beyond    probability of what was too unlikely to be carried on; part of neither other probability
     """
 
-    lost_rate: float
-    gained_rate: float
     pass_probability: float
     fail_probability: float
     expected_examples: float
@@ -159,7 +157,7 @@ def paired_point(plan: PairedPlan, lost_rate: float, gained_rate: float) -> Pair
         columns = np.flatnonzero(np.any(alive, axis=0))
         alive, fewest = alive[int(rows[0]) : int(rows[-1]) + 1, : int(columns[-1]) + 1], fewest + int(rows[0])
     beyond = max(1.0 - passed - failed, 0.0)
-    return PairedPoint(lost_rate, gained_rate, passed, failed, expected + beyond * plan.looks[-1], beyond)
+    return PairedPoint(passed, failed, expected + beyond * plan.looks[-1], beyond)
 
 
 def error_rates(plan: PairedPlan, shares: int = 2) -> tuple[float, float]:

@@ -54,27 +54,22 @@ class Redactor:
         is_end, data = not data, self._held + data
         for secret in self._secrets:
             data = data.replace(secret, REMOVED.encode())
-        held = 0 if is_end else max((self._begun(data, secret) for secret in self._secrets), default=0)
+        begun = (
+            n for each in self._secrets for n in range(1, min(len(each), len(data) + 1)) if each.startswith(data[-n:])
+        )
+        held = 0 if is_end else max(begun, default=0)
         self._held = data[len(data) - held :]
         return data[: len(data) - held]
-
-    @staticmethod
-    def _begun(data: bytes, secret: bytes) -> int:
-        """How many of the last bytes of `data` may be the first of `secret`."""
-        longest = min(len(secret) - 1, len(data))
-        return next((n for n in range(longest, 0, -1) if secret.startswith(data[-n:])), 0)
 
 
 def scrub(directory: Path, secrets: Iterable[str]) -> list[Path]:
     """Replaces `secrets` in all files below `directory`; returns those that had some."""
-    encoded = [secret.encode() for secret in secrets]
-    changed = []
-    for path in sorted(directory.rglob("*")) if encoded else ():
+    redactor, changed = Redactor(secrets), []
+    for path in sorted(directory.rglob("*")):
         if not path.is_file() or path.is_symlink():
             continue
-        content = clean = path.read_bytes()
-        for secret in encoded:
-            clean = clean.replace(secret, REMOVED.encode())
+        content = path.read_bytes()
+        clean = redactor.feed(content) + redactor.feed(b"")
         if clean != content:
             path.write_bytes(clean)
             changed.append(path)

@@ -41,7 +41,6 @@ class Observation:
         return f"{name}: not seen by any check" if harmful else f"{name}: seen where there is nothing to see"
 
     def lines(self) -> list[str]:
-        """For the log."""
         shown = {check: textwrap.shorten(message, SHORT, placeholder=" ...") for check, message in self.seen.items()
                  if message}  # fmt: skip
         head = f"  {self.fault or NO_FAULT:<28} {'seen' if shown else 'not seen'}, met by {self.met} requests"

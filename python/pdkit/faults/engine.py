@@ -126,8 +126,7 @@ class FaultyServer:
 
     def _continue(self, original: Callable[..., Any], service: Service, request: Request, kv_transfer: Any) -> None:
         injection = self._injection("decode-computes")
-        if injection and len(request.ids) >= injection.fault.size and injection.is_met():
-            self.switch.record()
+        if injection and len(request.ids) >= injection.fault.size and self._met("decode-computes"):
             cache = state.new_cache(service.config)
             while cache.get_seq_length() < len(request.ids):
                 logits = service.scheduler.runner.prefill_step(request.ids, cache, len(request.ids) - 1)
@@ -151,8 +150,7 @@ class FaultyServer:
         params = request.params
         ends = params.stop or not params.ignore_eos
         if injection and ends and params.max_new_tokens != 1 and len(request.output_ids) == injection.fault.size:
-            injection.is_met()
-            self.switch.record()
+            self._met("stop-ignored")
             request.params = replace(params, stop=(), ignore_eos=True)
             try:
                 original(request, token)

@@ -45,7 +45,6 @@ class BalancerFaultChecks(ParityArms):
         "request-duplicated": "the answers are right; it takes the servers' own counts of requests to see it"
     }
     faulty_lb_port = ""
-    process_faulty_lb: subprocess.Popen[bytes] | None = None
     switch: Switch
     fault_timeout = 30.0
 
@@ -57,17 +56,11 @@ class BalancerFaultChecks(ParityArms):
         command += ["--prefill", cls.prefill_url, "--decode", cls.decode_url]
         command += ["--host", cls.base_host, "--port", cls.faulty_lb_port]
         with open(cls.log_path("faulty load balancer"), "w") as log:
-            cls.process_faulty_lb = subprocess.Popen(
+            process = subprocess.Popen(
                 command, env={**os.environ, VARIABLE: str(cls.switch.path)}, stdout=log, stderr=subprocess.STDOUT
             )
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        process, cls.process_faulty_lb = cls.process_faulty_lb, None
-        if process:
-            process.kill()
-            process.wait()
-        super().tearDownClass()
+        cls.addClassCleanup(process.wait)
+        cls.addClassCleanup(process.kill)
 
     @unaccounted
     def test_seeded_faults_of_the_load_balancer(self) -> None:

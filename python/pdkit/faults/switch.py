@@ -45,7 +45,6 @@ class Switch:
         os.replace(new, self.path)
 
     def name(self) -> str | None:
-        """The name of the fault that is on."""
         return json.loads(self._read() or "{}").get("fault")
 
     def met(self) -> int:

@@ -55,11 +55,6 @@ class Options:
     target: str | None = None  # what the files test, for those that do not name it themselves
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether something narrower than a suite is asked for."""
-        return bool(self.files or self.only or self.last_failed)
-
-    @property
     def attempts(self) -> int:
         return self.max_attempts if self.enable_retry else 1
 
@@ -67,10 +62,6 @@ class Options:
         """Seconds that one attempt at a file may take, from what the file says it takes."""
         limit = self.timeout_per_file or default_timeout(est_time)
         return limit + (self.retry_timeout_increase if self.enable_retry else 0)
-
-
-def add_verbose(group: argparse._ActionsContainer) -> None:
-    group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
 
 
 @cache
@@ -93,7 +84,16 @@ def default_timeout(est_time: float) -> float:
     return max(DEFAULT_TIMEOUT_S, EST_TIME_FACTOR * est_time)
 
 
-def add_history_options(group: argparse._ActionsContainer) -> None:
+def add_common(group: argparse._ActionsContainer) -> None:
+    """What every command that runs tests takes; `history_file` reads `--history FILE` and `--no-history`."""
+    group.add_argument("-v", "--verbose", action="store_true", help="print what tests print, one file at a time")
+    group.add_argument(
+        "--skip-environment-check",
+        dest="environment_check",
+        action="store_false",
+        help="start even if this machine lacks what is needed",
+    )
+    group.add_argument("--report-dir", type=text_path, metavar="DIR", help="keep logs and results.json there")
     choice = group.add_mutually_exclusive_group()
     choice.add_argument(
         "--history",
@@ -173,7 +173,6 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         action="store_false",
         help="start files and servers anew, none forked from a warm process",
     )
-    add_verbose(run)
     run.add_argument("--continue-on-error", action="store_true", help="go on with the next file after a failed one")
     run.add_argument(
         "--no-failfast",
@@ -181,14 +180,7 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         action="store_false",
         help="without -f: other methods run after one failed",
     )
-    run.add_argument(
-        "--skip-environment-check",
-        dest="environment_check",
-        action="store_false",
-        help="start even if this machine lacks what the files need",
-    )
-    run.add_argument("--report-dir", type=text_path, metavar="DIR", help="keep logs and results.json there")
-    add_history_options(run)
+    add_common(run)
 
 
 def _add_for_ci(parser: argparse.ArgumentParser) -> None:

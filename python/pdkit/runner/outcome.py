@@ -44,24 +44,16 @@ class Output:
 
     counts    None if there is neither an event of unittest nor a closing line of pytest
     is_whole  False where unittest began, but did not come to its end
+    is_retriable  it may go away by itself: a device in trouble, or a missed measurement and no error in the code
     death     the cause of the first death of a server that a test did not expect
     unmet     kills, freezes and faults that took no effect: what passed beside them proves nothing
     """
 
     counts: TestCounts | None = None
     is_whole: bool = True
-    has_code_error: bool = False
-    has_missed_measurement: bool = False
-    is_transient: bool = False
+    is_retriable: bool = False
     death: str | None = None
     unmet: tuple[str, ...] = ()
-
-    @property
-    def is_retriable(self) -> bool:
-        """May go away by itself: a device in trouble, or a missed measurement and no error in the code."""
-        if self.death:
-            return False
-        return self.is_transient or (self.has_missed_measurement and not self.has_code_error)
 
 
 class FileState(Enum):
@@ -169,5 +161,5 @@ def read_output(lines: Iterable[str], events: Events | None = None, test_max_ret
         counts = replace(counts, retried=counts.retried + retried)
     is_whole = not events.of("test") or bool(events.of("run"))
     death = next((event["cause"] for event in events.of("death")), None)
-    unmet = tuple(unmet_harm(events))
-    return Output(counts, is_whole, code_error, missed_measurement, transient, death, unmet)
+    is_retriable = not death and (transient or (missed_measurement and not code_error))
+    return Output(counts, is_whole, is_retriable, death, tuple(unmet_harm(events)))

@@ -8,7 +8,7 @@ from pdkit.core import events, paths
 from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.core.events import Events
-from pdkit.core.registry import Registration, collect
+from pdkit.core.registry import collect
 from pdkit.runner.options import Options
 from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
@@ -28,7 +28,7 @@ def verdict(code: ExitCode, happened: Events, target: Target) -> ExitCode:
 
 def summary(target: Target, happened: Events, code: ExitCode, seconds: float) -> str:
     """The closing lines: verdict, why it failed and where to look, engine, score, gate, time of each phase and in all."""
-    score, throughput = facts.score_of(happened), facts.throughput_of(happened)
+    score = facts.score_of(happened)
     ended = [phase for phase in facts.phases_of(happened) if phase.state != UNFINISHED]
     failed = next((row for row in rows_of(happened) if row.state == FAIL), None)
     rows = [("failed", f"{failed.name}: {failed.sentence}")] if failed else []
@@ -36,21 +36,12 @@ def summary(target: Target, happened: Events, code: ExitCode, seconds: float) ->
     rows += [("engine", score and score.engine or target.engine)]
     scored = score and f"{score.value:.3f} of {score.examples} examples ({score.gate})"
     rows += [("score", scored or "none, the test did not get that far")]
-    rows += [("throughput", f"{throughput:.0f} output tokens/s")] if throughput else []
+    rows += [("throughput", f"{score.throughput:.0f} output tokens/s")] if score and score.throughput else []
     rows += [(phase.name, f"{phase.seconds:.1f} s{', FAILED' * phase.is_bad}") for phase in ended]
     rows += [("imports and the rest", f"{seconds - sum(phase.seconds for phase in ended):.1f} s")]
     rows += [("total", f"{seconds:.1f} s")]
     head = f"main job on {target.name}: {code.name.replace('_', ' ')}"
     return f"{head}\n{columns(rows, indent='  ')}"
-
-
-def registration_of(target: Target) -> Registration:
-    """Raises NotReady where this tree has no such test, as where the package is installed without its tests."""
-    path = TEST_DIR / target.test_file
-    for registration in collect(TEST_DIR / "registered").registrations:
-        if Path(registration.filename) == path:
-            return registration
-    raise NotReady(f"no registered test at {path}; run it in a clone of the repository")
 
 
 def run(
@@ -63,14 +54,19 @@ def run(
 ) -> ExitCode:
     """Runs the test of `target` as `test/run_suite.py` would, and ends with the summary.
 
-    Raises NotReady where this machine lacks what the test needs, UsageError where it takes no `sglang_source`.
+    Raises NotReady where this machine lacks what the test needs, or an installed package its tests; UsageError where the
+    target takes no `sglang_source`.
     """
     # psutil and more: listing the targets does without
     from pdkit.preflight.environment.require import require
     from pdkit.runner.orphans import end_earlier_runs
     from pdkit.runner.suite import run_suite
 
-    registration = registration_of(target)
+    path = TEST_DIR / target.test_file
+    registrations = collect(TEST_DIR / "registered").registrations
+    registration = next((each for each in registrations if each.filename == str(path)), None)
+    if registration is None:
+        raise NotReady(f"no registered test at {path}; run it in a clone of the repository")
     target.prepare(sglang_source)
     for line in end_earlier_runs():
         print(line, flush=True)

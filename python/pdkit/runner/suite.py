@@ -94,6 +94,7 @@ class SuiteRun:
     def run(self) -> ExitCode:
         self._print_header()
         with contextlib.closing(self._warm):
+            self._warm.begin()
             for files, jobs in self._parts:
                 self._run_lanes(files, jobs)
         for number, registration in enumerate(self.selection.disabled, start=self._total + 1):
@@ -125,7 +126,9 @@ class SuiteRun:
                 with self._lock:
                     if not waiting:
                         return
-                    number, registration = waiting.popleft()
+                    place = self._warm.next_of([registration for _, registration in waiting]) if jobs > 1 else 0
+                    number, registration = waiting[place]
+                    del waiting[place]
                     starts = not self.interruption and (self.options.continue_on_error or not self._has_failed)
                 if starts:
                     result = self._run_file(registration, number, f"[{number}/{self._total}]", jobs)
@@ -187,7 +190,7 @@ class SuiteRun:
             if self.options.verbose:
                 self.console.line(f"$ {shlex.join(command)}")
             log = self.logs / f"{number:03d}-{Path(registration.filename).stem}.{count}.log"
-            popen = self._warm.popen_for_a_file()
+            popen = self._warm.popen_for(registration.filename)
             attempt = self._attempt(command, log, timeout, jobs, f"{label} {registration.name}", popen)
             attempts.append(attempt)
             for leftover in attempt.leftovers:
@@ -273,8 +276,7 @@ class SuiteRun:
         if self.options.report_dir:
             line(f"logs and results.json: {self.logs}")
             self._draw_report()
-        self._print_rows()
-        self._print_failures()
+        self._print_files()
         unmet = [f"{result.registration.name}: {what}" for result in self.results if result.attempts
                  for what in result.attempts[-1].output.unmet]  # fmt: skip
         if unmet:
@@ -298,33 +300,29 @@ class SuiteRun:
                 self.console.line(json.dumps(timing))
         self.console.line("========== TIMINGS END ==========")
 
-    def _print_rows(self) -> None:
-        """Of one file a line per check and what its target leaves out; of several what did not pass in those that failed."""
+    def _print_files(self) -> None:
+        """Of one file a line per check and what its target leaves out; of several what did not pass in those that failed.
+
+        Then the logs of each file that did not pass and, once more and together, the cause of each.
+        """
         started = [result for result in self.results if result.attempts]
         is_one = len(started) == 1
-        report = self._read(started if is_one else [result for result in started if not result.state.is_pass])
-        for run in report.files if report else ():
+        shown = [result for result in started if is_one or not result.state.is_pass]
+        report = self._read(shown)
+        runs: Sequence[FileRun | None] = report.files if report else [None] * len(shown)
+        for run in filter(None, runs):
             if lines := rows(run, is_one):
                 self.console.line("\n".join(lines if is_one else [f"{run.file}:", *lines]))
         if is_one and report and not self.options.target and (lines := not_exercised(report)):
             self.console.line("\n".join(lines))
-
-    def _print_failures(self) -> None:
-        """The logs of each file that did not pass, then, once more and together, the cause of each."""
-        bad = [result for result in self.results if result.attempts and not result.state.is_pass]
-        report = self._read(bad)
-        runs: Sequence[FileRun | None] = report.files if report else [None] * len(bad)
-        if not self.options.verbose:
-            for run in (run for run in runs if run):
-                with self.console.keeping(self.logs):
-                    is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
-                    self.console.line("\n".join(log_tails(run, self.logs, is_grouped)))
-        for result, known in zip(bad, runs, strict=True):
-            lines = [
-                result.describe(),
-                *(cause(known) if known else ()),
-                f"  log: {self.logs / result.attempts[-1].log}",
-            ]
+        bad = [(result, run) for result, run in zip(shown, runs, strict=True) if not result.state.is_pass]
+        for run in (run for _, run in bad if run and not self.options.verbose):
+            with self.console.keeping(self.logs):
+                is_grouped = os.environ.get("GITHUB_ACTIONS") == "true"
+                self.console.line("\n".join(log_tails(run, self.logs, is_grouped)))
+        for result, known in bad:
+            why = cause(known) if known else ()
+            lines = [result.describe(), *why, f"  log: {self.logs / result.attempts[-1].log}"]
             self.console.line("\n".join(lines))
 
     def _read(self, results: list[FileResult]) -> Report | None:
@@ -338,15 +336,10 @@ class SuiteRun:
     def _write_results(self, finished: bool = False) -> None:
         if not self.options.report_dir:
             return
+        asked = ("hw", "target", "suite", "nightly", "partition_id", "partition_size", "test_max_retry")
         document = {
             "command": command_line(),
-            "hw": self.options.hw,
-            "target": self.options.target,
-            "suite": self.options.suite,
-            "nightly": self.options.nightly,
-            "partition_id": self.options.partition_id,
-            "partition_size": self.options.partition_size,
-            "test_max_retry": self.options.test_max_retry,
+            **{name: getattr(self.options, name) for name in asked},
             "python": platform.python_version(),
             "seconds": round(time.monotonic() - self.tic, 3),
             "finished": finished,

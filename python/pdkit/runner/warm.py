@@ -1,14 +1,13 @@
 """A process that has imported SGLang, torch and transformers once, from which the processes of test files are forked.
 
-Importing them takes about ten seconds of CPU time, which each file with servers, and each of its servers, would pay. A
-file that imports little starts no slower from it.
+Importing them takes about ten seconds of CPU time, which each file with servers, and each of its servers, would pay.
+Files that import little are started anew.
 Only for CPU suites, on machines without a GPU; `--no-warm` starts each file anew.
 """
 
 from __future__ import annotations
 
 import subprocess
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def imports_much(test: Path) -> bool:
 
 
 class Warm:
-    """The process, while a suite runs; it starts with the first file that can use it. Files may ask side by side.
+    """The process, while a suite runs.
 
     environment: of the process, and so of what is read while modules are imported. log: where its output goes.
     """
@@ -56,22 +55,27 @@ class Warm:
     ):
         self._environment = {**environment, TOKEN_VARIABLE: new_token(environment)}
         self._log, self._console, self._interruption = log, console, interruption
-        slow = sum(imports_much(Path(file.filename)) for file in files if is_on)
-        self._is_on = slow >= ENOUGH and all(file.hw == "cpu" for file in files) and not visible_gpus()
+        self._slow = {file.filename for file in files if is_on and imports_much(Path(file.filename))}
+        self._is_on = len(self._slow) >= ENOUGH and all(file.hw == "cpu" for file in files) and not visible_gpus()
         self._server: ForkServer | None = None
-        self._lock = threading.Lock()
 
-    def popen_for_a_file(self) -> Popen:
-        """What starts the guardian of a file: `subprocess.Popen`, or that of the process."""
-        if not self._is_on:
-            return subprocess.Popen
-        with self._lock:
-            if self._server is None:
-                self._server = ForkServer(PREPARE, self._environment, str(self._log))
-        return self._popen
+    def begin(self) -> None:
+        """Starts the process, if enough files can use it."""
+        if self._is_on:
+            self._server = ForkServer(PREPARE, self._environment, str(self._log))
+
+    def next_of(self, files: Sequence[Registration]) -> int:
+        """Which of them to start: the first, or while the process still imports, the first that does not wait for it."""
+        if self._server is None or self._server.has_started(0):
+            return 0
+        return next((place for place, file in enumerate(files) if file.filename not in self._slow), 0)
+
+    def popen_for(self, file: str) -> Popen:
+        """What starts the guardian of `file`: that of the process, where it imports much, or `subprocess.Popen`."""
+        return self._popen if self._is_on and file in self._slow else subprocess.Popen
 
     def _popen(self, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
-        assert self._server, "popen_for_a_file() makes it"
+        assert self._server, "begin() makes it"
         while not self._server.has_started(POLL_S):
             if self._interruption:
                 return subprocess.Popen(*args, **kwargs)

@@ -25,14 +25,15 @@ CENTRAL = Path(__file__).with_name("test_disaggregation_dsv4.py")
 
 
 class Attached(unittest.TestCase):
+    """is_forked: what a file runs in, and its servers, are forked where our own process was; else started anew."""
+
+    is_forked = True
+
     def setUp(self):
         self.directory = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-    def attach(self, file, *names, before=None, spawned=False, model=ASSETS / "nano-dsv4", **environ):
-        """Runs `file` attached, all or the tests `names`, after the statement `before`; its exit code and what it printed.
-
-        Where our own process was forked, so is that of `file`, and its servers, but where it is to be `spawned`.
-        """
+    def attach(self, file, *names, before=None, model=ASSETS / "nano-dsv4", **environ):
+        """Runs `file` attached, all or the tests `names`, after the statement `before`; its exit code and what it printed."""
         environ = {
             **os.environ,
             events.VARIABLE: str(self.directory),
@@ -50,7 +51,7 @@ class Attached(unittest.TestCase):
         program = f"import sys\n{before}\nfrom pdkit.deployment import attach\nattach.main(sys.argv[1:])\n"
         self.directory.joinpath("attach_after.py").write_text(program)
         module = "attach_after" if before else "pdkit.deployment.attach"
-        popen = subprocess.Popen if spawned else forked.popen()
+        popen = forked.popen() if self.is_forked else subprocess.Popen
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
         with popen([sys.executable, "-m", module, str(file), *names, "-f"], env=environ, **streams) as process:
             output = process.stdout.read()
@@ -66,8 +67,8 @@ class Attached(unittest.TestCase):
 
 class TestShapes(Attached):
     def test_the_central_test(self):
-        """As SGLang's CI runs it, where its eight GPUs are taken for granted, and spawned as there."""
-        code, _ = self.attach(CENTRAL, spawned=True, SGLANG_IS_IN_CI="true")
+        """As SGLang's CI runs it, where its eight GPUs are taken for granted."""
+        code, _ = self.attach(CENTRAL, SGLANG_IS_IN_CI="true")
         self.assertEqual(code, ExitCode.PASSED)
         (score,) = self.events("score")
         self.assertEqual((score["eval"], score["examples"], score["engine"]), ("gsm8k", 200, "embedded_as_sglang"))

@@ -233,7 +233,7 @@ class TestFacts(Channel):
         score = facts.score_of(self.happened())
         self.assertEqual((score.target, score.gate), ("embedded", "gate >0.95"))
         self.assertEqual((score.correct, score.examples), (197, 200))
-        self.assertEqual(facts.throughput_of(self.happened()), 312.5)
+        self.assertEqual(facts.score_of(self.happened()).throughput, 312.5)
         self.assertEqual(facts.acceptance_length_of(self.happened()), 1.5)
         events.measurement(facts.ACCEPTANCE_LENGTH, 1.9)
         self.assertEqual(facts.acceptance_length_of(self.happened()), 1.9)

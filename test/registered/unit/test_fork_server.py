@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-import test_guardian
+import test_processes
 from cases import FolderCase
 from detached import LISTEN, SLEEP, is_alive, listening, spawner
 from pdkit.core import ports, processes
@@ -95,7 +95,7 @@ class ForkServerCase(unittest.TestCase):
     def popen(self, source, popen=None, **options):
         options = {"env": self.environment, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
         command = ["python3", "-m", "program", source]
-        process = (popen or self.server.popen)(command, encoding="utf-8", start_new_session=True, **options)
+        process = (popen or self.server.popen)(command, **{"encoding": "utf-8", "start_new_session": True, **options})
         self.addCleanup(process.stdout.close)
         return process
 
@@ -173,7 +173,7 @@ class TestEnds(ForkServerCase):
         self.assertIsNone(stays.poll())
 
 
-class TestForkedGuardian(ForkServerCase, test_guardian.TestGuardian):
+class TestForkedGuardian(ForkServerCase, test_processes.TestGuardian):
     """What holds for a guardian and its command holds where both are forked."""
 
     def start(self, source):
@@ -225,43 +225,56 @@ class TestForkedGuardian(ForkServerCase, test_guardian.TestGuardian):
 
 
 class TestWarm(FolderCase):
-    """Whether a run forks its files."""
+    """Which files a run forks, and when."""
 
     def warm(self, **files):
         """A `Warm` over files of that content; "gpu" is registered for CUDA."""
-        registrations = []
+        self.registrations = []
         for name, text in files.items():
             path, hw = self.write(f"{name}.py", text), "cuda" if name == "gpu" else "cpu"
-            registrations.append(Registration(str(path), name, hw=hw, suite="s", est_time=1))
-        return Warm(registrations, dict(os.environ), self.root / "log", Console(sys.stdout.buffer), Interruption())
+            self.registrations.append(Registration(str(path), name, hw=hw, suite="s", est_time=1))
+        warm = Warm(self.registrations, dict(os.environ), self.root / "log", Console(sys.stdout.buffer), Interruption())
+        warm.begin()
+        self.addCleanup(warm.close)
+        return warm
 
-    def is_forked(self, **files):
-        warm = self.warm(**files)
+    def forked(self, **files):
+        """Their names."""
         with mock.patch.object(warm_module, "ForkServer"):
-            return warm.popen_for_a_file() is not subprocess.Popen
+            warm = self.warm(**files)
+        return {each.name for each in self.registrations if warm.popen_for(each.filename) is not subprocess.Popen}
 
     def test_files_that_import_much_if_there_are_several(self):
-        """They, and then all others with them."""
         light = {"a": "import json, sglang_router\nfrom pdkit.core import events"}
         heavy = {"b": "import sglang", "c": "from pdkit.deployment import fixture", "d": "from torch.nn import Linear"}
-        self.assertTrue(self.is_forked(**light, **heavy))
-        self.assertFalse(self.is_forked(**light, b="import sglang"))
+        self.assertEqual(self.forked(**light, **heavy), {"b", "c", "d"})
+        self.assertEqual(self.forked(**light, b="import sglang"), set())
+
+    def test_others_start_first_while_the_process_imports(self):
+        with mock.patch.object(warm_module, "ForkServer") as server:
+            warm = self.warm(a="import torch", b="import json", c="import torch", d="import os")
+        server.return_value.has_started.return_value = False
+        first, *others = self.registrations
+        self.assertEqual(
+            [warm.next_of(each) for each in (self.registrations, [first, *others[1:]], [first])], [1, 2, 0]
+        )
+        server.return_value.has_started.return_value = True
+        self.assertEqual(warm.next_of(self.registrations), 0)
 
     def test_not_where_there_is_a_gpu(self):
         heavy = {"a": "import torch", "b": "import torch"}
-        self.assertFalse(self.is_forked(**heavy, gpu="import torch"))
+        self.assertFalse(self.forked(**heavy, gpu="import torch"))
         with mock.patch.object(warm_module, "visible_gpus", lambda: ["a GPU"]):
-            self.assertFalse(self.is_forked(**heavy))
-        self.assertTrue(self.is_forked(**heavy))
+            self.assertFalse(self.forked(**heavy))
+        self.assertTrue(self.forked(**heavy))
 
     def test_a_process_that_cannot_import_is_done_without(self):
-        warm = self.warm(a="import torch", b="import torch")
         with mock.patch.object(warm_module, "PREPARE", "nowhere:f"):
-            popen = warm.popen_for_a_file()
-        self.addCleanup(warm.close)
+            warm = self.warm(a="import torch", b="import torch")
+        popen = warm.popen_for(self.registrations[0].filename)
         process = self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.PIPE))
         self.assertTrue(process.stdout.read())
-        self.assertIs(warm.popen_for_a_file(), subprocess.Popen)
+        self.assertIs(warm.popen_for(self.registrations[0].filename), subprocess.Popen)
 
 
 if __name__ == "__main__":

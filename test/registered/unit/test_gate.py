@@ -1,21 +1,26 @@
-"""The accuracy gate: its maths checked by independent ways, its verdicts and its report."""
+"""The accuracy gates: their maths, and that of the order of wrong answers, checked by independent ways; verdicts, reports."""
 
 import itertools
 import math
 import unittest
+from functools import lru_cache
 
 import numpy as np
 from pdkit.checks.accuracy.gate import AccuracyGate, GateOptions, Policy, ScoredSlice, Verdict
+from pdkit.checks.accuracy.paired import FEW_FLIPS, MANY_FLIPS, PairedGate, PairedOptions
+from pdkit.checks.order import by_load, by_number, in_flight
 from pdkit.core import stats
 from pdkit.core.ci_register import register_cpu_ci
-from scipy.stats import beta, binom, norm
+from pdkit.core.order import latest_change
+from pdkit.core.paired import PairedPlan, error_rates, log_ratio, paired_plan, paired_point
+from scipy.stats import beta, binom, hypergeom, norm
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=21, suite="stage-a-test-cpu")
 
 DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200, "step": 100}
 
 
-def error_rates(plan, good=0.965, bad=0.93):
+def rates_of(plan, good=0.965, bad=0.93):
     """(false alarm, miss, the larger expected number of examples), exact."""
     points = [stats.operating_point(plan, accuracy) for accuracy in (good, bad)]
     return 1 - points[0].pass_probability, points[1].pass_probability, max(p.expected_examples for p in points)
@@ -137,7 +142,7 @@ class TestSequentialPlan(unittest.TestCase):
     def test_keeps_the_promise_of_the_issue(self):
         for examples, first in itertools.product((1000, 1195, 1314), (100, 200)):
             plan = stats.sequential_plan(examples, **{**DEFAULT, "first": first})
-            false_alarm, miss, expected = error_rates(plan)
+            false_alarm, miss, expected = rates_of(plan)
             with self.subTest(examples=examples, first=first):
                 self.assertLessEqual(false_alarm, 0.01)
                 self.assertLessEqual(miss, 0.01)
@@ -146,14 +151,14 @@ class TestSequentialPlan(unittest.TestCase):
     def test_each_rate_keeps_to_its_own_limit(self):
         for alpha, beta_ in ((0.001, 0.05), (0.05, 0.001)):
             plan = stats.sequential_plan(1314, **{**DEFAULT, "alpha": alpha, "beta": beta_})
-            false_alarm, miss, _ = error_rates(plan)
+            false_alarm, miss, _ = rates_of(plan)
             with self.subTest(alpha=alpha, beta=beta_):
                 self.assertLessEqual(false_alarm, alpha)
                 self.assertLessEqual(miss, beta_)
                 self.assertGreater(max(false_alarm, miss), 0.01)
 
     def test_saves_examples_over_one_look_of_the_same_power(self):
-        self.assertLess(error_rates(stats.sequential_plan(1314, **DEFAULT))[2], 861 / 2)
+        self.assertLess(rates_of(stats.sequential_plan(1314, **DEFAULT))[2], 861 / 2)
 
     def test_a_better_engine_passes_more_often(self):
         plan = stats.sequential_plan(1314, **DEFAULT)
@@ -170,7 +175,7 @@ class TestSequentialPlan(unittest.TestCase):
     def test_too_few_examples_are_refused_with_the_number_needed(self):
         with self.assertRaisesRegex(stats.UnattainableError, r"850 scored examples cannot .* 861 can"):
             stats.sequential_plan(850, **DEFAULT)
-        false_alarm, miss, _ = error_rates(stats.sequential_plan(861, **DEFAULT))
+        false_alarm, miss, _ = rates_of(stats.sequential_plan(861, **DEFAULT))
         self.assertLessEqual(max(false_alarm, miss), 0.01)
 
     def test_the_number_needed_is_the_fewest(self):
@@ -305,7 +310,7 @@ class TestAccuracyGate(unittest.TestCase):
 
     def test_the_report_states_the_exact_error_rates_of_its_own_plan(self):
         gate = gate_after(188)
-        false_alarm, miss, _ = error_rates(gate.plan)
+        false_alarm, miss, _ = rates_of(gate.plan)
         self.assertIn(f"0.965 fails with probability {false_alarm:.4f}, 0.93 passes with {miss:.4f}", gate.report())
 
     def test_outcomes_are_kept_only_where_all_slices_have_them(self):
@@ -318,6 +323,175 @@ class TestAccuracyGate(unittest.TestCase):
         for examples, correct, outcomes in ((10, 11, None), (10, -1, None), (2, 1, (True, True)), (2, 1, (True,))):
             with self.assertRaises(AssertionError):
                 ScoredSlice(examples, correct, outcomes)
+
+
+OPTIONS = PairedOptions()
+GOOD = (True,)
+decided = lru_cache(maxsize=None)(PairedPlan.decide)
+
+
+def end_of(plan, pairs):
+    """(whether it passes, after how many) of a sequence of pairs: 1 is lost, -1 gained, 0 neither; by definition."""
+    for look, examples in enumerate(plan.looks):
+        seen = pairs[:examples]
+        passes = decided(plan, look, seen.count(1), seen.count(-1))
+        if passes is not None:
+            return passes, examples
+    raise AssertionError("the last look decides")
+
+
+class TestPairedPoint(unittest.TestCase):
+    def test_equals_the_sum_over_all_sequences(self):
+        plan = PairedPlan((2, 5, 8), loss=0.3, flips=0.1, pass_at=-1.0, fail_at=1.2, level=0.1)
+        for lost, gained in ((0.05, 0.05), (0.35, 0.05), (0.3, 0.0)):
+            rates = {1: lost, -1: gained, 0: 1 - lost - gained}
+            passes, expected = 0.0, 0.0
+            for pairs in itertools.product((1, 0, -1), repeat=8):
+                probability = np.prod([rates[pair] for pair in pairs])
+                passed, examples = end_of(plan, pairs)
+                passes, expected = passes + probability * passed, expected + probability * examples
+            point = paired_point(plan, lost, gained)
+            with self.subTest(lost=lost, gained=gained):
+                self.assertAlmostEqual(point.pass_probability, passes, places=10)
+                self.assertAlmostEqual(point.fail_probability, 1 - passes, places=10)
+                self.assertAlmostEqual(point.expected_examples, expected, places=8)
+
+    def test_agrees_with_drawn_pairs_within_their_own_error(self):
+        plan, rng, runs = OPTIONS.plan(1314), np.random.default_rng(5), 500
+        for lost, gained in ((0.01, 0.0025), (0.0375, 0.0025)):
+            drawn = rng.choice((1, -1, 0), p=(lost, gained, 1 - lost - gained), size=(runs, plan.looks[-1]))
+            passes = np.mean([end_of(plan, pairs.tolist())[0] for pairs in drawn])
+            exact = paired_point(plan, lost, gained).pass_probability
+            self.assertAlmostEqual(passes, exact, delta=5 * np.sqrt(exact * (1 - exact) / runs) + 1e-3)
+
+    def test_the_ratio_is_that_of_two_mean_likelihoods(self):
+        loss, flips, lost, gained, same = 0.1, 0.04, 2, 1, 7
+        rates = np.linspace(0, flips, 4001)[1:] - flips / 8000
+        none = np.mean((rates / 2) ** (lost + gained) * (1 - rates) ** same)
+        some = np.mean((rates / 2 + loss) ** lost * (rates / 2) ** gained * (1 - rates - loss) ** same)
+        self.assertAlmostEqual(float(log_ratio(10, lost, gained, loss, flips)), np.log(some / none), places=2)
+
+
+class TestPairedPlan(unittest.TestCase):
+    def test_keeps_the_error_rates_for_every_flip_rate_at_half_of_the_examples_of_the_unpaired_gate(self):
+        plan = OPTIONS.plan(1314)
+        alarm, miss = error_rates(plan, shares=10)
+        self.assertLessEqual(max(alarm, miss), 0.01)
+        for flips in (0.0, FEW_FLIPS / 2, FEW_FLIPS):
+            self.assertLess(paired_point(plan, flips / 2, flips / 2).expected_examples, 424 / 2)
+            self.assertLess(paired_point(plan, flips / 2 + OPTIONS.loss, flips / 2).expected_examples, 385 / 2)
+
+    def test_keeps_them_where_flips_are_many(self):
+        plan = PairedOptions(flips=MANY_FLIPS).plan(1314)
+        self.assertLessEqual(max(error_rates(plan, shares=4)), 0.01)
+
+    def test_the_last_look_is_mcnemars(self):
+        plan = OPTIONS.plan(1314)
+        for lost, gained in ((6, 0), (7, 0), (40, 20), (40, 22)):
+            expected = stats.sign_test_of(lost, gained).p_value > 0.01
+            self.assertIs(plan.decide(len(plan.looks) - 1, lost, gained), expected)
+
+    def test_more_flips_than_planned_do_not_fail_early(self):
+        plan = OPTIONS.plan(1314)
+        self.assertIs(plan.decide(1, 6, 0), False)
+        self.assertIsNone(plan.decide(1, 6, 6))
+        self.assertTrue(plan.more_flips(88, 6))
+
+    def test_bad_options_and_too_few_examples_are_one_line(self):
+        usual = {"loss": 0.035, "flips": 0.005, "alpha": 0.01, "beta": 0.01, "step": 44}
+        for changed, message in (
+            ({"alpha": 0.7}, "error rates between 0 and 0.5"),
+            ({"flips": 0.0}, "loss and flips between 0 and 0.5"),
+            ({"step": 0}, "a positive step"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                paired_plan(1314, **usual | changed)
+        with self.assertRaisesRegex(stats.UnattainableError, "100 pairs cannot find a loss of 0.035"):
+            paired_plan(100, **usual)
+
+
+class TestPairedGate(unittest.TestCase):
+    def gate(self, lost=0, gained=0, examples=132, both_wrong=0):
+        same = examples - lost - gained - both_wrong
+        baseline = (True,) * (lost + same) + (False,) * (gained + both_wrong)
+        candidate = (False,) * lost + (True,) * (same + gained) + (False,) * both_wrong
+        return PairedGate(OPTIONS, 1314, baseline, candidate)
+
+    def test_equal_answers_pass_and_a_few_losses_fail(self):
+        self.assertEqual(self.gate(examples=44).verdict, Verdict.UNDECIDED)
+        self.assertEqual(self.gate(examples=44).next_examples, 44)
+        self.gate().assert_passed()
+        self.assertEqual(self.gate(lost=3, examples=44).verdict, Verdict.FAIL)
+        with self.assertRaisesRegex(AssertionError, "3 right with the baseline only, 0 right with the candidate only"):
+            self.gate(lost=3, examples=44).assert_passed()
+
+    def test_what_both_get_wrong_is_no_loss(self):
+        self.gate(both_wrong=5).assert_passed()
+
+    def test_a_baseline_that_is_bad_itself_proves_nothing(self):
+        with self.assertRaisesRegex(AssertionError, "the baseline itself gets 102 of 132 right"):
+            self.gate(both_wrong=30).assert_passed()
+
+    def test_takes_the_slice_asked_for(self):
+        gate = PairedGate(OPTIONS, 1314)
+        self.assertEqual((gate.verdict, gate.next_examples), (Verdict.UNDECIDED, 44))
+        with self.assertRaisesRegex(AssertionError, "asked for 44 examples, got 1"):
+            gate.record(GOOD, GOOD)
+        with self.assertRaisesRegex(ValueError, "44 and 43"):
+            gate.record(GOOD * 44, GOOD * 43)
+
+    def test_the_report_states_the_rates_of_its_own_plan(self):
+        alarm, miss = error_rates(OPTIONS.plan(1314))
+        report = self.gate().report()
+        self.assertIn(f"fail with a probability of at most {alarm:.4f} (flips up to 0.005)", report)
+        self.assertIn(f"passes with at most {miss:.4f}", report)
+        self.assertIn("more flips than 0.005", self.gate(gained=6).report())
+        self.assertIn("nothing scored", PairedGate(OPTIONS, 1314).report())
+
+
+def smallest(bad, places=None):
+    """The smallest of Fisher's p-values, by definition."""
+    count, total = len(bad), sum(bad)
+    places = places or range(1, count)
+    return min(hypergeom.sf(sum(bad[place:]) - 1, count, total, count - place) for place in places)
+
+
+class TestLatestChange(unittest.TestCase):
+    def test_its_p_value_is_the_share_of_all_orders_that_are_as_remarkable(self):
+        late, even, short = (0, 0, 0, 1, 0, 0, 1, 1), (0, 1, 0, 0, 1, 0, 0, 1), (1, 0, 0, 0, 1)
+        for bad, places in ((late, None), (even, (2, 5)), (short, None)):
+            orders = {order for order in itertools.permutations(bad)}
+            share = np.mean([smallest(order, places) <= smallest(bad, places) * (1 + 1e-9) for order in orders])
+            self.assertAlmostEqual(latest_change(bad, places).p_value, share)
+
+    def test_false_alarms_are_no_more_than_stated(self):
+        rng = np.random.default_rng(1)
+        found = [latest_change(rng.permutation([True] * 9 + [False] * 191)).p_value <= 0.05 for _ in range(100)]
+        self.assertLessEqual(sum(found), 100 * 0.05 + 3 * np.sqrt(5))
+
+    def test_where_the_change_is(self):
+        change = latest_change([False] * 150 + [False, True] * 25)
+        self.assertEqual((change.after, change.early, change.late), (151, 0, 25))
+        self.assertIsNone(latest_change([False] * 20))
+        self.assertIsNone(latest_change([True, False], places=()))
+
+
+class TestOrdered(unittest.TestCase):
+    def test_wrong_answers_spread_out_pass(self):
+        """Those that come late do not: test_gate_kit."""
+        by_number("wrong answers", [index % 25 == 1 for index in range(200)]).assert_passed()
+        by_number("wrong answers", [False] * 200).assert_passed()
+        by_number("wrong answers", [True] * 20 + [False] * 180).assert_passed()  # early ones are no decay
+
+    def test_load(self):
+        loads = [1, 1, 1, 4, 4, 4, 16, 16] * 12
+        bad = [load == 16 for load in loads]
+        problem, *_ = by_load("wrong answers", bad, loads).problems
+        self.assertRegex(problem, r"^wrong answers by requests in flight: 24 of 24 after the first 72, 0 of 72")
+        self.assertEqual(by_load("wrong answers", bad, [3] * len(bad)).problems, ())
+
+    def test_in_flight(self):
+        self.assertEqual(in_flight([(0, 10), (1, 2), (1, 5), (5, 6), (20, 21)]), (1, 3, 3, 2, 1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`pdkit run`: verdict, closing summary, what a skip, a wrong target or Ctrl-C make of it, and `--repeat`."""
+"""`pdkit run`: its target, verdict and closing summary, what a skip or Ctrl-C make of it, and `--repeat`."""
 
 import io
 import json
@@ -15,19 +15,20 @@ from unittest.mock import patch
 
 from cases import FolderCase, pdkit
 from pdkit.cli.main import main
+from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.core.errors import ExitCode, NotReady
+from pdkit.core.errors import ExitCode, NotReady, UsageError
 from pdkit.core.events import Events
-from pdkit.core.gpus import Gpu
+from pdkit.core.gpus import Gpu, found
 from pdkit.runner import repeat, run
 from pdkit.runner.report import evidence
 from pdkit.runner.run import summary
-from pdkit.runner.targets import TARGETS
+from pdkit.runner.targets import DISTRIBUTED, PARTS, TARGETS, choose, left_out, why
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=43, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=44, suite="stage-a-test-cpu")
 
-EMBEDDED = TARGETS[-1]
+TOP, MIDDLE, SGLANG_CPU, EMBEDDED = TARGETS
 PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"
 
 
@@ -65,10 +66,6 @@ class TestSummary(unittest.TestCase):
                   imports and the rest  51.8 s
                   total                 61.2 s"""),
         )
-
-    def test_without_a_score_it_says_so(self):
-        text = summary(EMBEDDED, happened(RUN[0]), ExitCode.FAILED, 9)
-        self.assertIn("score                 none, the test did not get that far\n", text)
 
     def test_a_failure_begins_with_why_and_where_to_look(self):
         requests = [[f"r-{n}", n, 1, 3, 0, None, 1 if n > 127 else None, 0.1] for n in (5, 127, 128, 129)]
@@ -131,12 +128,12 @@ class TestMain(FolderCase):
         self.assertIn("\nmain job on embedded: PASSED\n", self.printed)
 
     def test_what_is_no_pass(self):
-        for why, events, then, code in (
+        for what, events, then, code in (
             ("it failed, though it was scored", RUN, "self.fail()", ExitCode.FAILED),
             ("a skip", [], "self.skipTest('no GPU')", ExitCode.NOTHING_RAN),
             ("the score of another target", [score("8xH200")], "", ExitCode.NOTHING_RAN),
         ):
-            with self.subTest(why):
+            with self.subTest(what):
                 self.write_test(*events, then=then)
                 self.assertEqual(self.main(), code)
 
@@ -291,6 +288,96 @@ class TestRepeat(FolderCase):
         self.assertIn("ZeroDivisionError", (self.root / "1" / "run-001" / "output.log").read_text())
         self.assertEqual(self.repeat("--repeat", "2", "--file", "nowhere.py"), ExitCode.BAD_USAGE)
         self.assertIn("no such file", self.errors)
+
+
+H200 = Gpu("NVIDIA H200", 143_771, (9, 0))
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81_559, (9, 0))
+B200 = Gpu("NVIDIA B200", 183_359, (10, 0))
+
+
+class TestLeftOut(unittest.TestCase):
+    def test_each_target_names_what_asks_more(self):
+        for target in TARGETS:
+            lines = left_out(target.name)
+            for part in PARTS:
+                with self.subTest(target=target.name, part=part):
+                    self.assertEqual(any(part in line for line in lines), part not in target.exercises)
+            for file in target.beside.values():
+                self.assertTrue((paths.TEST / DISTRIBUTED / f"{file}.py").is_file(), file)
+        self.assertEqual(left_out("no target"), ())
+
+    def test_the_nearest_target_is_named(self):
+        first, second, *_ = left_out("embedded")
+        self.assertRegex(first, "^SGLang's scheduler .*: pdkit run --on sglang-cpu ")
+        self.assertRegex(second, "^SGLang's GPU kernels .*: pdkit run --on 1xHopper ")
+
+
+def machine(lacks: str | None = None):
+    """A machine that lacks what SGLang on CPU needs, or nothing."""
+    effect = {"side_effect": NotReady(lacks)} if lacks else {"return_value": None}
+    return patch("pdkit.deployment.cpu.requirements.require_machine", **effect)
+
+
+class TestChoose(unittest.TestCase):
+    def test_highest_target_that_the_machine_can_run(self):
+        for gpus, target in (
+            ((), SGLANG_CPU),
+            ([H200] * 7, MIDDLE),
+            ([H200] * 8, TOP),
+            ([H200] * 9, TOP),
+            ([H100] * 8, MIDDLE),
+            ([H200] * 7 + [H100], MIDDLE),
+            ([H100], MIDDLE),
+            ([B200] * 8, SGLANG_CPU),
+        ):
+            with self.subTest(gpus=found(gpus)), machine():
+                self.assertIs(choose(gpus), target)
+
+    def test_a_machine_that_lacks_what_sglang_on_cpu_needs_takes_the_embedded_engine_and_says_what(self):
+        with machine(lacks="no library\nno memory"):
+            self.assertIs(choose(()), EMBEDDED)
+            self.assertEqual(why(EMBEDDED, ()).splitlines()[-2:], ["no library", "no memory"])
+            self.assertIs(choose((), wanted="sglang-cpu"), SGLANG_CPU)
+
+    def test_looking_for_a_target_reports_nothing_of_a_working_tree(self):
+        with machine(), patch("pdkit.runner.sglang_cpu.prepare", side_effect=AssertionError):
+            self.assertIs(choose(()), SGLANG_CPU)
+            self.assertEqual(SGLANG_CPU.lacks(), ())
+
+    def test_a_target_can_be_asked_for(self):
+        self.assertIs(choose([H200] * 8, wanted="embedded"), EMBEDDED)
+
+    def test_a_working_tree_is_for_one_target_only(self):
+        with self.assertRaisesRegex(UsageError, "not for target embedded; a working tree is tested on sglang-cpu"):
+            EMBEDDED.prepare("/tree")
+        EMBEDDED.prepare(None)
+
+    def test_what_a_target_needs_beside_gpus_is_one_line_for_each_thing(self):
+        with patch.dict("os.environ"), self.assertRaisesRegex(NotReady, "/nonexistent has no package sglang"):
+            SGLANG_CPU.prepare("/nonexistent")
+
+    def test_a_target_out_of_reach_is_refused_and_never_replaced(self):
+        reason = r"8xH200 needs 8 Hopper GPUs .* has 2 GPUs \(NVIDIA H200, 140 GiB\)"
+        with machine(), self.assertRaisesRegex(NotReady, reason):
+            choose([H200] * 2, wanted="8xH200")
+
+    def test_why_not_higher(self):
+        self.assertEqual(why(TOP, [H200] * 8), "")
+        lines = "^8xH200 needs 8 Hopper GPUs .*; found no GPU\n1xHopper needs 1 Hopper GPU .*; found no GPU$"
+        with machine():
+            self.assertRegex(why(EMBEDDED, ()), lines)
+
+    def test_why_is_silent_on_a_lower_target_by_choice(self):
+        with machine():
+            self.assertEqual(why(EMBEDDED, [H200] * 8), "")
+
+
+class TestAgreesWithTheTests(unittest.TestCase):
+    """The test of the first target imports no pdkit, so it states its needs itself."""
+
+    def test_first_target(self):
+        source = (Path(__file__).parents[2] / TOP.test_file).read_text()
+        self.assertIn(f"get_device_count() >= {TOP.gpus}", source)
 
 
 if __name__ == "__main__":

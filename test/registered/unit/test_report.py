@@ -139,7 +139,7 @@ class TestRecorded(unittest.TestCase):
         self.assertEqual(int(wrong.correct_answer), int(wrong.extracted_answer) + 1)
         self.assertEqual(wrong.reason, f"answered {wrong.extracted_answer}, {wrong.correct_answer} is right")
         self.assertTrue(all(example.tokens_per_s > 0 for example in run.examples))
-        self.assertGreater(run.throughput, 0)
+        self.assertGreater(run.score.throughput, 0)
 
     def test_commands(self):
         self.assertEqual([name for name, _ in self.run_.launched], ["prefill", "decode", "load balancer"])

@@ -8,10 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
-import requests
-from requests.adapters import HTTPAdapter
-
-from pdkit.checks.http import RequestFailed, post_or_fail
+from pdkit.checks.http import RequestFailed, post_or_fail, session_of
 from pdkit.core.gsm8k import prompts_of, read_dataset
 
 STOP = ("Question", "Assistant:", "<|separator|>")
@@ -54,11 +51,8 @@ def run(args: SimpleNamespace) -> dict[str, Any]:
         return None
 
     began = time.monotonic()
-    with requests.Session() as session:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(pool_maxsize=args.num_threads))
-        with ThreadPoolExecutor(args.num_threads) as pool:
-            answers = list(pool.map(ask, prompts))
+    with session_of(args.num_threads) as session, ThreadPoolExecutor(args.num_threads) as pool:
+        answers = list(pool.map(ask, prompts))
     if failures:
         raise RequestFailed(f"{len(failures)} of {len(prompts)} questions got no answer, the first: {failures[0]}")
     found = [answer for answer in answers if answer is not None]

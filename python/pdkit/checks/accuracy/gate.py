@@ -144,7 +144,6 @@ class AccuracyGate(Judgement):
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """What each look taken decides."""
         found = []
         for look, (examples, correct) in enumerate(self.path):
             if examples - correct <= self.plan.pass_at_most[look]:
@@ -176,7 +175,6 @@ class AccuracyGate(Judgement):
         return replace(self, slices=(*self.slices, scored))
 
     def report(self) -> str:
-        """Everything that the verdict rests on, in a few lines."""
         if not self.slices:
             return f"accuracy gate: {Verdict.UNDECIDED.value}, nothing scored of {self.available} examples"
         low, high = stats.exact_interval(self.correct, self.examples)

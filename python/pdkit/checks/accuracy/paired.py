@@ -65,7 +65,6 @@ class PairedGate(Judgement):
 
     @property
     def lost(self) -> int:
-        """How many."""
         return sum(self.lost_in_order)
 
     @property
@@ -105,7 +104,6 @@ class PairedGate(Judgement):
         return replace(self, baseline=self.baseline + baseline, candidate=self.candidate + candidate)
 
     def report(self) -> str:
-        """The pairs, the rule, what it promises, and what else is remarkable."""
         options, plan = self.options, self.plan
         if not self.examples:
             return f"paired gate: {Verdict.UNDECIDED.value}, nothing scored of {self.available} examples"

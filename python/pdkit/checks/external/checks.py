@@ -56,7 +56,6 @@ class CheckRow:
     evidence: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """The row as people read it."""
         if self.state is State.NOT_CHECKED:
             return f"not checked: {self.check}, {self.sentence}"
         bad = f"{self.state.name}, " if self.state is not State.PASSED else ""
@@ -309,7 +308,6 @@ ACCOUNTED: tuple[tuple[str, Check], ...] = (
 
 
 def ask(name: str, check: Check, target: CheckedDeployment) -> CheckRow:
-    """The row of one check, whatever it runs into."""
     try:
         found = check(target)
     except Mismatch as mismatch:

@@ -38,7 +38,6 @@ Exit codes: 0 all that was checked is right, 1 something is wrong, 2 bad usage, 
 
 
 def add_arguments(parser: Parser) -> None:
-    """The command line of `pdkit check`."""
     parser.add_argument("url", metavar="URL", help="load balancer or router, http://host:port without /v1")
     parser.add_argument(
         "--baseline", metavar="URL", help="a monolithic server of the same model: answers must be equal"

@@ -5,7 +5,7 @@ No monolithic server and no tokenizer is needed.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -189,7 +189,6 @@ class Tracking(Judgement):
         return found
 
     def report(self) -> str:
-        """Same, drifted or broken, by how much, and by which rule."""
         state = "broken" if self.broken else "drifted" if self.drifted else "same"
         rule = f"the record's own noise is up to {self.noise:.2g}; a sound deployment is called otherwise in 1 of 1000 checks"
         return "\n".join((f"{state}: {len(self.now)} prompts; {rule}", *self.problems))
@@ -201,6 +200,6 @@ def record_of(url: str, model: str, version: str | None, timeout: float) -> Fing
     return Fingerprint(model, version, texts, take(url, texts, RECORDED, timeout))
 
 
-def track(url: str, record: Fingerprint, timeout: float, take: Callable[..., Answers] = take) -> Tracking:
+def track(url: str, record: Fingerprint, timeout: float) -> Tracking:
     """Asks the same again. Raises RequestFailed."""
     return Tracking(record, take(url, record.texts, ASKED, timeout))

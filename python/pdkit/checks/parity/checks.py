@@ -9,7 +9,7 @@ The monolithic server of the same model is launched by one of the bases: see `pd
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from pdkit.checks.accuracy.gsm8k import default_dataset_path
@@ -41,6 +41,7 @@ class ParityArms(Checks):
 
     monolithic_url   a monolithic server that stays up; None if its answers were taken before it stopped
     bitwise          the engine's answers depend on the request alone, to the bit; otherwise a control arm is taken
+    alone_is_exact   so do the answers to requests that are served alone, if not those of requests served together
     references       those answers; classes may share them
     parity_options   how much is sent
     request_timeout  seconds for one request
@@ -52,17 +53,15 @@ class ParityArms(Checks):
     needs: tuple[str, ...] = ("lb_url", "prefill_url", "decode_url", "model", "monolithic_url", "gsm8k_data_path")
 
     bitwise = False
+    alone_is_exact = False
     references: References | None = None
     parity_options = PlanOptions()
     request_timeout = 300.0
     tokenizer_path: str | None = None
     prompt_logprobs_are_fatal: str | None = None
-    _plan: ParityPlan | None = None
-    _parameter_rounds: tuple[tuple[Variation, ...], Round] | None = None
     _parameter_ids: tuple[int, ...] = ()
     evidence: Sequence[Evidence] = ()
     _geometry: Geometry | None = None
-    _caches_prefixes: bool | None = None
     prefill_urls: Sequence[str] = ()
     from_cache = 0
 
@@ -75,6 +74,11 @@ class ParityArms(Checks):
     @classmethod
     def references_of(cls, round_: Round) -> tuple[Arm, Arm | None]:
         return cls.known_references().take(cls.monolithic_url, round_)
+
+    @classmethod
+    def reference_alone(cls, round_: Round) -> Arm:
+        """The monolithic server's answers to `round_`, asked once, each request alone."""
+        return cls.known_references().take_alone(cls.monolithic_url, round_)
 
     @classmethod
     def take_references(cls) -> None:
@@ -94,11 +98,10 @@ class ParityArms(Checks):
             )
 
     @classmethod
+    @cache
     def parity_plan(cls) -> ParityPlan:
-        if cls._plan is None:
-            geometry = cls.geometry()
-            cls._plan = make_plan(geometry, cls._prompts(geometry), cls.parity_options)
-        return cls._plan
+        geometry = cls.geometry()
+        return make_plan(geometry, cls._prompts(geometry), cls.parity_options)
 
     @classmethod
     def geometry(cls) -> Geometry:
@@ -109,16 +112,15 @@ class ParityArms(Checks):
         return cls._geometry
 
     @classmethod
+    @cache
     def parameter_round(cls) -> tuple[tuple[Variation, ...], Round]:
         """Variations of request parameters, and the round that sends them."""
-        if cls._parameter_rounds is None:
-            cls.parity_plan()
-            if cls.prompt_logprobs_are_fatal:
-                print(f"no logprobs of prompts are compared: {cls.prompt_logprobs_are_fatal}", flush=True)
-            answer = partial(cls.known_references().answer, cls.monolithic_url)
-            ids, may = cls._parameter_ids, not cls.prompt_logprobs_are_fatal
-            cls._parameter_rounds = parameter_round(ids, cls._natural_text(), answer, cls.bitwise, may)
-        return cls._parameter_rounds
+        cls.parity_plan()
+        if cls.prompt_logprobs_are_fatal:
+            print(f"no logprobs of prompts are compared: {cls.prompt_logprobs_are_fatal}", flush=True)
+        answer = partial(cls.known_references().answer, cls.monolithic_url)
+        ids, may = cls._parameter_ids, not cls.prompt_logprobs_are_fatal
+        return parameter_round(ids, cls._natural_text(), answer, cls.bitwise, may)
 
     @classmethod
     def model_config(cls) -> Mapping[str, Any]:
@@ -142,23 +144,30 @@ class ParityArms(Checks):
         return running_text(read_dataset(cls.gsm8k_data_path or default_dataset_path()).rows[:400])
 
     def check_parity(self, rounds: Iterable[Round]) -> None:
-        """Sends each round to the pair and asserts parity: round by round if bitwise, otherwise of all together."""
-        parities, kept = [], 0
+        """Sends each round to the pair and asserts parity: of each that is exact by itself, of the others together."""
+        pooled, kept = [], 0
         lost: list[str] = []
         for round_ in rounds:
-            reference, control = self.references_of(round_)
-            candidate = self.answers_to(round_)
             together = round_.in_flight > 1 or round_.batch
+            is_exact = self.bitwise or (self.alone_is_exact and not together)
+            if is_exact and not self.bitwise:
+                reference, control = self.reference_alone(round_), None
+            else:
+                reference, control = self.references_of(round_)
+            candidate = self.answers_to(round_)
             rounding = self.known_references().rounding if together else 0.0
-            parities.append(self.compared(round_, reference, candidate, control, rounding))
-            if self.bitwise:
-                self.assert_parity(parities[-1])
-            if self.caches_prefixes():
-                missing = self.check_cached(round_, candidate)
+            parity = self.compared(round_, reference, candidate, control, rounding)
+            if is_exact:
+                self.assert_parity(parity)
+            missing = self.check_cached(round_, candidate) if self.caches_prefixes() else []
+            if is_exact:
+                self.assertFalse(missing, "\n".join(missing))
+            else:
+                pooled.append(parity)
                 kept, lost = kept + len(self.expected_from_cache(round_)) - len(missing), lost + missing
-        self.assertLessEqual(len(lost), 0 if self.bitwise else kept, "\n".join(lost))
-        if not self.bitwise:
-            self.assert_parity(Parity.pool(self.id().rpartition(".")[2], parities))
+        self.assertLessEqual(len(lost), kept, "\n".join(lost))
+        if pooled:
+            self.assert_parity(Parity.pool(self.id().rpartition(".")[2], pooled))
 
     def answers_to(self, round_: Round) -> Arm:
         """The pair's. Raises RequestFailed."""
@@ -219,13 +228,12 @@ class ParityArms(Checks):
         return round_.cached
 
     @classmethod
+    @cache
     def caches_prefixes(cls) -> bool:
         """Whether a prefix is found again; not among servers or data-parallel ranks with a cache each: any may be next."""
-        if cls._caches_prefixes is None:
-            info = read_server_info(cls.prefill_url)
-            caches = data_parallel_ranks(info) * max(1, len(cls.prefill_urls))
-            cls._caches_prefixes = not info.get("disable_radix_cache", True) and caches == 1
-        return cls._caches_prefixes
+        info = read_server_info(cls.prefill_url)
+        caches = data_parallel_ranks(info) * max(1, len(cls.prefill_urls))
+        return not info.get("disable_radix_cache", True) and caches == 1
 
 
 class AloneParityChecks(ParityArms):

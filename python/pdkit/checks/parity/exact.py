@@ -5,12 +5,7 @@ Put it before a deployment with a monolithic server, in place of ParityChecks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-
-from pdkit.checks.parity.answers import Arm
 from pdkit.checks.parity.checks import AloneParityChecks, IndexerParityChecks, ParityArms, ParityChecks
-from pdkit.checks.parity.plan import Round
 
 
 class ExactParityArms(ParityArms):
@@ -21,26 +16,7 @@ class ExactParityArms(ParityArms):
     4e-6. Requests that are served together are rounded by who else is in the batch; they have a control arm.
     """
 
-    bitwise = False
-
-    @classmethod
-    def reference_alone(cls, round_: Round) -> Arm:
-        """The monolithic server's answers to `round_`, asked once, each request alone."""
-        return cls.known_references().take_alone(cls.monolithic_url, round_)
-
-    def check_parity(self, rounds: Iterable[Round]) -> None:
-        rounds = list(rounds)
-        alone = [round_ for round_ in rounds if round_.in_flight == 1 and not round_.batch]
-        for round_ in alone:
-            reference, candidate = self.reference_alone(round_), self.answers_to(round_)
-            self.assert_parity(
-                replace(self.compared(round_, reference, candidate), condition=f"{round_.condition}, one at a time")
-            )
-            if self.caches_prefixes():
-                self.assertEqual(self.check_cached(round_, candidate), [])
-        together = [round_ for round_ in rounds if round_ not in alone]
-        if together:
-            super().check_parity(together)
+    bitwise, alone_is_exact = False, True
 
 
 class ExactParityChecks(ExactParityArms, ParityChecks):

@@ -90,7 +90,6 @@ class Forced(Judgement):
         return float(factor * np.std(tokens) * math.sqrt(2 / len(tokens)))
 
     def report(self) -> str:
-        """Both arms, what they could show, and what is wrong."""
         lines = [
             f"teacher-forced parity: {'FAIL' if self.problems else 'PASS'}, {len(self.candidate)} continuations; a shift "
             f"of {self.smallest_shift:.2g} nats a token would be seen with 90 %"

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from pdkit.checks import http
 from pdkit.checks.http import RequestFailed
@@ -61,8 +60,7 @@ def collect(url: str, round_: Round, timeout: float) -> Arm:
             failed.set()
             return failure
 
-    with requests.Session() as session:
-        session.mount("http://", HTTPAdapter(pool_maxsize=round_.in_flight))
+    with http.session_of(round_.in_flight) as session:
         if round_.batch:
             return ask_batch(session, url, round_.probes, timeout)
         with ThreadPoolExecutor(round_.in_flight) as pool:

@@ -75,11 +75,7 @@ class RequestsInFlight(Checks, Fleet):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        try:
-            cls.right_asks = {phase: cls.answered(ask) for phase, ask in cls.asks().items()}
-        except BaseException:
-            cls.tearDownClass()
-            raise
+        cls.right_asks = {phase: cls.answered(ask) for phase, ask in cls.asks().items()}
 
     @classmethod
     def answered(cls, ask: Query) -> Query:

@@ -69,7 +69,6 @@ def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table of each of the `parts`."""
     tables = []
     for _, part in parts(rows):
         columns, lines = grid(part)

@@ -83,7 +83,6 @@ def logprobs(model: KernelNano, ids: Sequence[int]) -> list[float]:
 
 
 def rms(values: Sequence[float]) -> float:
-    """Root of the mean square."""
     return math.sqrt(sum(value * value for value in values) / len(values))
 
 
@@ -114,7 +113,6 @@ class LogprobTruth(Judgement):
         return self.found <= MARGIN * self.expected
 
     def report(self) -> str:
-        """Both distances, the rule and the verdict in one line."""
         largest = max(abs(ours - theirs) for ours, theirs in zip(self.served, self.exact))
         return (
             f"logprobs against transformers: {'PASS' if self.passed else 'FAIL'}, {len(self.exact)} positions: served "

@@ -1,7 +1,7 @@
 """The table of a detection matrix, as Markdown and as CSV, and its summary."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pdkit.checks.accuracy.checks import FIRST_LOOK
@@ -11,11 +11,6 @@ from pdkit.faults.matrix.results import Results, Run, Shortfall
 CAUGHT, MISSED, NOT_RUN = "●", "–", "·"
 
 
-def symbol(run: Run, check: str) -> str:
-    verdict = run.verdicts.get(check)
-    return NOT_RUN if verdict is None else CAUGHT if verdict.caught else MISSED
-
-
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
@@ -23,38 +18,30 @@ def _seconds(value: float | None) -> str:
 def markdown(results: Results, problems: Sequence[Shortfall]) -> str:
     """The table, with what the symbols mean and the summary above it."""
     heads = ["fault", *results.checks, "changes", "caught after (s)", "cost (s)"]
-    rows = [
-        [f"no fault, {len(results.clean)} runs: failed", *_clean_cells(results), "", "", _seconds(_mean(results.clean))]
-    ]
+    table = [heads, ["---", *[":---:"] * (len(heads) - 3), "---:", "---:"]]
+    failed = [sum(check in run.caught_by for run in results.clean) for check in results.checks]
+    cost = _seconds(_mean(results.clean))
+    table.append([f"no fault, {len(results.clean)} runs: failed", *map(str, failed), "", "", cost])
     for run in results.faulty:
-        name = run.fault or ""
-        truth = results.truths.get(name)
+        truth = results.truths.get(run.name)
         changes = "" if truth is None else "yes" if truth.changes else "no"
-        cells = [symbol(run, check) for check in results.checks]
-        rows.append([name, *cells, changes, _seconds(run.first_caught), _seconds(run.seconds)])
-    lines = [summary(results, problems), ""]
-    lines += [
+        found = (run.verdicts.get(check) for check in results.checks)
+        cells = (NOT_RUN if each is None else CAUGHT if each.caught else MISSED for each in found)
+        table.append([run.name, *cells, changes, _seconds(run.first_caught), _seconds(run.seconds)])
+    lines = (
+        summary(results, problems),
+        "",
         f"{CAUGHT} caught, {MISSED} missed, {NOT_RUN} not run: not about this kind of fault, or the servers did not "
         "outlive an earlier check. "
         "Caught after: seconds to the end of the first test that failed. Cost: seconds of all checks.",
         "",
-    ]
-    lines += [_row(heads), _row(["---", *[":---:"] * (len(heads) - 3), "---:", "---:"]), *map(_row, rows)]
-    lines += ["", "## Faults", ""]
-    for run in results.faulty:
-        lines.append(f"- {_about(results, run)}")
+        *(f"| {' | '.join(cells)} |" for cells in table),
+        "",
+        "## Faults",
+        "",
+        *(f"- {_about(results, run)}" for run in results.faulty),
+    )
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _clean_cells(results: Results) -> list[str]:
-    return [
-        str(sum(run.verdicts[check].caught for run in results.clean if check in run.verdicts))
-        for check in results.checks
-    ]
 
 
 def _mean(runs: Sequence[Run]) -> float | None:
@@ -62,8 +49,7 @@ def _mean(runs: Sequence[Run]) -> float | None:
 
 
 def _about(results: Results, run: Run) -> str:
-    name = run.fault or ""
-    fault, truth = LIBRARY[name], results.truths.get(name)
+    fault, truth = LIBRARY[run.name], results.truths.get(run.name)
     parts = [f"**{fault.name}**: {fault.what} ({fault.where.value})"]
     parts += [f"resembles {fault.resembles}"] if fault.resembles else []
     parts += [f"met {run.met} requests"]
@@ -103,5 +89,5 @@ def write_csv(results: Results, path: Path) -> None:
         writer.writerow(["fault", "index", "check", "caught", "seconds", "message"])
         for run in [*results.clean, *results.faulty]:
             for check, told in run.verdicts.items():
-                cells = run.fault or "", run.index, check, int(told.caught), f"{told.seconds:.2f}", told.message
+                cells = run.name, run.index, check, int(told.caught), f"{told.seconds:.2f}", told.message
                 writer.writerow(cells)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pdkit.faults import LIBRARY
 from pdkit.faults.matrix.truth import Truth
@@ -41,9 +41,14 @@ class Run:
     @property
     def headline(self) -> str | None:
         """The message of the first check that caught the fault in words that name its kind; None if none did."""
-        says = LIBRARY[self.fault].says if self.fault else ""
+        says = LIBRARY[self.name].says if self.fault else ""
         messages = (verdict.message for verdict in self.verdicts.values() if verdict.caught)
         return next((message for message in messages if re.search(says, message)), None)
+
+    @property
+    def name(self) -> str:
+        """Of the fault; empty without one."""
+        return self.fault or ""
 
     @property
     def key(self) -> tuple[str | None, int]:
@@ -62,8 +67,7 @@ def planned(faults: Sequence[str], clean_runs: int) -> list[tuple[str | None, in
     return runs
 
 
-@dataclass(frozen=True)
-class Shortfall:
+class Shortfall(NamedTuple):
     """One reason why the goal is missed."""
 
     what: str
@@ -158,7 +162,7 @@ class Results:
         return found
 
     def _problems_of(self, run: Run) -> Iterator[str]:
-        name = run.fault or ""
+        name = run.name
         truth = self.truths.get(name)
         if truth is None:
             yield "whether it changes anything is not known"

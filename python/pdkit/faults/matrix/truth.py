@@ -35,13 +35,11 @@ class Truth:
 
 
 def by_construction(name: str) -> Truth:
-    """By what it does."""
     fault = LIBRARY[name]
     return Truth(name, not fault.harmless, fault.harmless or f"by construction: {fault.what}")
 
 
 def of_transfer(names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None]) -> list[Truth]:
-    """From runs in this process."""
     import torch
 
     from pdkit.engine.model_runner import ModelRunner
@@ -81,7 +79,6 @@ def _truth(name: str, by_model: Any) -> Any:
 def truths_of(
     names: Sequence[str], models: Sequence[TriedModel], progress: Callable[[str], None] = lambda text: None
 ) -> list[Truth]:
-    """The truth of each fault named."""
     kv_transfer = [name for name in names if LIBRARY[name].is_of_the_transfer]
     truths = [by_construction(name) for name in names if name not in kv_transfer]
     return truths + (of_transfer(kv_transfer, models, progress) if kv_transfer else [])

@@ -108,7 +108,7 @@ def measurement_of(file: str, happened: Events) -> Measurement | None:
         correct=score.correct if score else None,
         examples=score.examples if score else None,
         gate=None if score is None or score.threshold is None else f">{score.threshold:g}",
-        throughput=facts.throughput_of(happened),
+        throughput=score.throughput if score else None,
         acceptance_length=facts.acceptance_length_of(happened),
         phases=ended,
     )

@@ -73,7 +73,7 @@ def _files(ours: FileRun | None, theirs: FileRun | None) -> Iterator[Row]:
             yield "exact 95 % interval", spans[0], spans[1], "apart" if apart else "they overlap"
     lengths = [run.acceptance_lengths if run else () for run in both]
     measured: dict[str, list[float | None]] = {
-        "output tokens/s": [run.throughput if run else None for run in both],
+        "output tokens/s": [run.score.throughput if run and run.score else None for run in both],
         "acceptance length": [sum(each) / len(each) if each else None for each in lengths],
         "seconds": [run.seconds if run else None for run in both],
     }

@@ -48,12 +48,8 @@ def score_of(events: Events) -> Score | None:
     if event is None:
         return None
     correct = round(event["score"] * event["examples"])
-    return Score(event.get("target"), event.get("engine"), correct, event["examples"], event.get("gate"))
-
-
-def throughput_of(events: Events) -> float | None:
-    """Output tokens per second of the eval that `score_of` is about."""
-    return (score_event_of(events) or {}).get("throughput")
+    gate, throughput = event.get("gate"), event.get("throughput")
+    return Score(event.get("target"), event.get("engine"), correct, event["examples"], gate, throughput)
 
 
 def acceptance_length_of(events: Events) -> float | None:

@@ -11,6 +11,7 @@ from pdkit.runner.targets import left_out
 PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 ROWS = 40
+BINS = 16
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Score:
-    """What the gate was asked about: `threshold` must be exceeded. None stands for what the test did not name."""
+    """What the gate was asked about: `threshold` must be exceeded, `throughput` is in output tokens/s. None stands for what the test did not name."""
 
     target: str | None
     engine: str | None
     correct: int
     examples: int
     threshold: float | None
+    throughput: float | None = None
 
     @property
     def value(self) -> float:
@@ -175,7 +177,6 @@ class FileRun:
     launched: tuple[tuple[str, str], ...] = ()
     phases: tuple[Phase, ...] = ()
     score: Score | None = None
-    throughput: float | None = None
     acceptance_lengths: tuple[float, ...] = ()
     decode_rates: tuple[float, ...] = ()
     examples: tuple[Example, ...] = ()
@@ -270,13 +271,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Quantiles and a histogram of at most `bins` equal bins: (from, to, count)."""
+    """Quantiles and a histogram of at most BINS equal bins: (from, to, count)."""
 
     values: tuple[float, ...]
-    bins: int = 16
-
-    def __post_init__(self) -> None:
-        assert self.values and self.bins > 0
 
     def quantile(self, share: float) -> float:
         return quantile(self.values, share)
@@ -290,8 +287,8 @@ class Distribution:
         low, high = min(self.values), max(self.values)
         if low == high:
             return ((low, high, len(self.values)),)
-        width = (high - low) / self.bins
-        counts = [0] * self.bins
+        width = (high - low) / BINS
+        counts = [0] * BINS
         for value in self.values:
-            counts[min(int((value - low) / width), self.bins - 1)] += 1
+            counts[min(int((value - low) / width), BINS - 1)] += 1
         return tuple((low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts))

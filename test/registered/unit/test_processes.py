@@ -1,7 +1,11 @@
-"""The guardian ends what a command started, however it detached; what a killed runner left is found by its token alone."""
+"""Processes of a run: the guardian ends what a command started, however it detached; what a killed runner left is found
+by its token alone; what is said of a test that hangs; ports that runs claim side by side."""
 
+import ctypes
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,19 +13,22 @@ import unittest
 from unittest import mock
 
 import psutil
+from cases import FolderCase
 from detached import DEAF, LISTEN, SLEEP, command, is_alive, listening, orphaner, spawner
 from pdkit.core import ports, processes
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.runner import guardian, orphans
+from pdkit.core.events import Events, append
+from pdkit.runner import guardian, hang_report, orphans
 from pdkit.runner import owner as run_token
 from pdkit.runner.guardian import Guarded
 from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE, Owner, abandoned_by, carries, new_token
+from pdkit.runner.report import evidence
 
-register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 
 class ProcessCase(unittest.TestCase):
-    def popen(self, source, **options):
+    def spawn(self, source, **options):
         """A process that runs `source` until the test ends."""
         process = self.enterContext(subprocess.Popen(command(source), stdout=subprocess.PIPE, **options))
         self.addCleanup(process.kill)
@@ -47,13 +54,14 @@ class TestGuardian(ProcessCase):
         self.assertEqual(left, [])
 
     def test_exit_code_and_output(self):
-        for source, code in (("import sys; print('x'); sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)):
+        said = "print('x', flush=True); print('y', file=sys.stderr)"
+        for source, code in ((f"import sys; {said}; sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)):
             with self.subTest(code):
                 guarded = self.start(source)
                 self.assertTrue(guarded.has_ended(20))
                 ending = guarded.end()
                 self.assertEqual((ending.exit_code, ending.ended, ending.unreleased), (code, (), ()))
-                self.assertEqual(guarded.output.read(), b"x\n" if code == 7 else b"")
+                self.assertEqual(guarded.output.read(), b"x\ny\n" if code == 7 else b"")
 
     def test_a_session_of_its_own_and_the_token(self):
         guarded = self.start(f"import os; print(os.getsid(0) == os.getpid(), os.environ['{TOKEN_VARIABLE}'])")
@@ -95,7 +103,7 @@ class TestGuardian(ProcessCase):
                 self.assert_all_end(child, guarded.pid, seconds=0)
 
     def test_the_death_of_the_runner_ends_all(self):
-        process = self.popen(RUNNER.format(python=sys.executable, source=orphaner(SLEEP, SLEEP)))
+        process = self.spawn(RUNNER.format(python=sys.executable, source=orphaner(SLEEP, SLEEP)))
         pids = [int(word) for word in process.stdout.readline().split()]
         self.assertEqual([is_alive(pid) for pid in pids], [True] * 3)
         process.kill()
@@ -110,7 +118,7 @@ class TestGuardian(ProcessCase):
 
     def test_a_bystander_with_the_same_command_line_stays(self):
         source = orphaner(SLEEP, SLEEP)
-        bystander = self.popen(source, start_new_session=True, stderr=subprocess.PIPE)
+        bystander = self.spawn(source, start_new_session=True, stderr=subprocess.PIPE)
         twin = int(bystander.stderr.readline())
         self.addCleanup(self.kill, twin)
         guarded = self.start(source)
@@ -144,18 +152,18 @@ class TestEnd(ProcessCase):
         return processes.end(lambda: [found], lambda: process.poll() is not None, **seconds)
 
     def test_sigterm_comes_first(self):
-        process = self.popen(SLEEP)
+        process = self.spawn(SLEEP)
         self.assertIn(f"pid {process.pid} (", self.end(process).processes[0])
         self.assertEqual(process.wait(5), -signal.SIGTERM)
 
     def test_sigkill_follows_where_sigterm_is_ignored(self):
-        process = self.popen(DEAF)
+        process = self.spawn(DEAF)
         process.stdout.readline()
         self.end(process, grace_s=0.3)
         self.assertEqual(process.wait(5), -signal.SIGKILL)
 
     def test_patience_is_bounded_and_survivors_are_named(self):
-        process = self.popen(DEAF)
+        process = self.spawn(DEAF)
         process.stdout.readline()
         found = psutil.Process(process.pid)
         tic = time.monotonic()
@@ -169,7 +177,7 @@ class TestEnd(ProcessCase):
             f"again = lambda *_: print(subprocess.Popen([sys.executable, '-c', {DEAF!r}], stdout=-3).pid, flush=True)\n"
             "signal.signal(signal.SIGTERM, again)\nprint('up', flush=True)\n" + SLEEP
         )
-        process = self.popen(source)
+        process = self.spawn(source)
         process.stdout.readline()
         me = psutil.Process(process.pid)
 
@@ -190,7 +198,7 @@ class TestEnd(ProcessCase):
 
 class TestListeningPorts(ProcessCase):
     def test_of_a_process(self):
-        process = self.popen(LISTEN)
+        process = self.spawn(LISTEN)
         (port,) = listening(psutil.Process(process.pid))
         self.assertIn((port, process.pid), ports.listeners())
         (line,) = ports.wait_until_free([port], 0.2)
@@ -227,7 +235,7 @@ class TestToken(ProcessCase):
         self.assertTrue(Owner.parse(f"{pid}.{int(started) - 1}.{rest}").is_known_dead)
 
     def test_a_zombie_is_dead(self):
-        process = self.popen(SLEEP)
+        process = self.spawn(SLEEP)
         _, _, namespace, _ = self.living.split(".")
         owner = Owner(process.pid, run_token._started(process.pid), int(namespace))
         self.assertFalse(owner.is_known_dead)
@@ -274,7 +282,7 @@ class TestEndEarlierRuns(ProcessCase):
         self.enterContext(mock.patch.dict(os.environ, {TOKEN_VARIABLE: new_token(os.environ)}))
 
     def start_runner(self, source):
-        process = self.popen(RUNNER.format(python=sys.executable, source=source))
+        process = self.spawn(RUNNER.format(python=sys.executable, source=source))
         guardian, child, _ = map(int, process.stdout.readline().split())
         self.addCleanup(self.kill, child)
         return process, guardian, child
@@ -326,7 +334,7 @@ class TestEndEarlierRuns(ProcessCase):
     def test_what_no_runner_marked_is_left_alone(self):
         process, guardian, child = self.start_runner(spawner(SLEEP, True, SLEEP))
         cleared = {name: value for name, value in os.environ.items() if name not in (TOKEN_VARIABLE, GUARDIAN_VARIABLE)}
-        bystander = self.popen(SLEEP, env=cleared, start_new_session=True)
+        bystander = self.spawn(SLEEP, env=cleared, start_new_session=True)
         self.kill_with_guardian(process, guardian)
         list(orphans.end_earlier_runs())
         self.assertFalse(is_alive(child))
@@ -344,7 +352,7 @@ class TestEndCarriers(ProcessCase):
     def test_by_token(self):
         token = new_token(os.environ)
         environments = os.environ | {TOKEN_VARIABLE: token}, os.environ
-        marked, twin = (self.popen(spawner(SLEEP, True, SLEEP), env=environment) for environment in environments)
+        marked, twin = (self.spawn(spawner(SLEEP, True, SLEEP), env=environment) for environment in environments)
         pids = []
         for process in (marked, twin):
             pids.append(int(process.stdout.readline()))
@@ -352,6 +360,139 @@ class TestEndCarriers(ProcessCase):
         orphans.end_carriers(token)
         self.assertEqual([is_alive(pid) for pid in pids], [False, True])
         self.assertEqual((marked.wait(5), twin.poll()), (-signal.SIGTERM, None))
+
+
+HANG = "import time\ndef waits_for_godot():\n    print('up', flush=True)\n    time.sleep(300)\nwaits_for_godot()"
+PTRACE_SEIZE = 0x4206
+
+
+class TestStacks(ProcessCase):
+    def start(self, source):
+        environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+        process = self.spawn(source, env=environment, stderr=subprocess.PIPE, text=True)
+        self.assertEqual(process.stdout.readline(), "up\n")
+        return psutil.Process(process.pid), process
+
+    def test_of_a_child_and_grandchild(self):
+        parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {HANG!r}])"
+        process, _ = self.start(parent)
+        self.addCleanup(process.children()[0].kill)
+        text = "\n".join(hang_report.stacks([process, *process.children()], hang_report.py_spy()))
+        self.assertIn("waits_for_godot (<string>:4)", text)
+        for found in (process, *process.children()):
+            self.assertIn(f"Process {found.pid}: ", text)
+
+    def test_faulthandler_where_py_spy_may_not_trace(self):
+        process, _ = self.start(HANG)
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.assertEqual(libc.ptrace(PTRACE_SEIZE, process.pid, None, None), 0, os.strerror(ctypes.get_errno()))
+        with mock.patch.object(hang_report, "_abort", return_value=[]):  # a traced process stops before it dies
+            lines = list(hang_report.stacks([process], hang_report.py_spy()))
+        self.assertIn("no stacks by py-spy: ", lines[0])
+        self.assertRegex(lines[0], "(?i)permi")
+        self.assertIn("CAP_SYS_PTRACE", lines[1])
+        self.assertEqual(lines[2][lines[2].index("made") :], "made to print stacks above, ending the processes: none")
+
+    def test_faulthandler_where_py_spy_is_missing(self):
+        process, popen = self.start(HANG)
+        lines = list(hang_report.stacks([process], None))
+        self.assertEqual(lines[0], "no stacks by py-spy: it is not installed")
+        self.assertTrue(lines[-1].endswith(f": {process.pid}"), lines)
+        self.assertEqual(popen.wait(10), -signal.SIGABRT)
+        self.assertIn("in waits_for_godot", popen.stderr.read())
+
+    def test_children_before_their_parents(self):
+        child = f"[sys.executable, '-c', {HANG!r}]"
+        parent = f"import subprocess, sys\nchild = subprocess.run({child}, stderr=-1)\nprint('child', child.stderr)"
+        process, popen = self.start(parent + "\n" + HANG)
+        list(hang_report.stacks([process, *process.children()], None))
+        self.assertIn("waits_for_godot", popen.stdout.readline())
+
+    def test_other_programs_have_no_stacks(self):
+        with subprocess.Popen(["sleep", "300"]) as process:
+            self.addCleanup(process.kill)
+            self.assertEqual(list(hang_report.stacks([psutil.Process(process.pid)], None)), [])
+            self.assertTrue(is_alive(process.pid))
+            process.kill()
+
+    def test_a_process_that_is_gone(self):
+        process = self.spawn(SLEEP)
+        found = psutil.Process(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        self.assertEqual(list(hang_report.stacks([found], hang_report.py_spy())), [])
+
+
+class TestDiagnose(FolderCase):
+    def setUp(self):
+        super().setUp()
+        self.log = self.write("001-test_x.1.log", "start\n[phase] a server prints that begins\nwaiting\n")
+        self.directory = evidence.directory_of(self.log)
+        self.directory.mkdir()
+
+    def emit(self, kind, **fields):
+        append(self.directory, kind, **fields)
+
+    def test_report(self):
+        decode = self.directory / "TestX.decode.log"
+        decode.write_text("loads\ncannot allocate\nkey-of-somebody\n")
+        for name, path in (("decode", decode), ("prefill", self.directory / "absent.log"), ("load balancer", None)):
+            self.emit("launch", name=name, command="x", log=path and str(path), pid=1)
+        self.emit("phase", name="launch decode", state="passed", seconds=1.0)
+        self.emit("phase", name="first request", state="begins")
+        with mock.patch.dict(os.environ, A_KEY="key-of-somebody"):
+            phase, lines = hang_report.diagnose([], self.log, None)
+        self.assertEqual(phase, "first request")
+        expected = ["hangs in phase first request", "last lines of test:", "  start"]
+        expected += ["  [phase] a server prints that begins", "  waiting"]
+        self.assertEqual(lines, [*expected, "last lines of decode:", "  loads", "  cannot allocate", "  (removed)"])
+
+    def test_the_last_lines_only(self):
+        self.log.write_text("".join(f"{i}\n" for i in range(100)))
+        self.assertEqual(hang_report.tails(self.log, Events(), 2), {"test": ["98", "99"]})
+
+    def test_outside_of_any_phase(self):
+        self.emit("phase", name="gate", state="begins")
+        self.emit("phase", name="gate", state="failed", seconds=1.0)
+        phase, lines = hang_report.diagnose([], self.log, None)
+        self.assertEqual((phase, lines[0]), (None, "hangs outside of any phase"))
+
+
+CLAIM = (
+    "import sys\nfrom pdkit.core import ports\nports.BLOCKS = {}\nblocks = [ports.claim() for _ in range(5)]\n"
+    "print(*(port for block in blocks for port in block.ports), flush=True)\nsys.stdin.read()"
+)
+
+
+class TestClaim(ProcessCase):
+    def claim(self):
+        block = ports.claim()
+        self.addCleanup(block.release)
+        return block
+
+    def test_processes_that_claim_at_the_same_time_do_not_meet(self):
+        few = random.sample(ports.BLOCKS, 40)
+        claimants = [self.spawn(CLAIM.format(few), stdin=subprocess.PIPE) for _ in range(4)]
+        claimed = [int(port) for process in claimants for port in process.stdout.readline().split()]
+        self.assertEqual(len(claimed), 4 * 5 * (ports.BLOCK_SIZE - 1))
+        self.assertEqual(len(set(claimed)), len(claimed))
+
+    def test_clear_of_the_ports_of_sglang_s_fixtures(self):
+        for gpu in range(10):
+            for base in (10_000 + 2000 * gpu + 1000, 20_000 + 1000 * gpu + 1000):  # in SGLang's CI, and outside of it
+                derived = range(base, base + 600)
+                self.assertEqual([block for block in ports.BLOCKS if block in derived], [])
+        self.assertLess(max(ports.BLOCKS) + ports.BLOCK_SIZE, 32768)
+
+    def test_a_listener_within_the_block_spoils_it(self):
+        with mock.patch.object(ports, "BLOCKS", ports.BLOCKS[:1]):
+            block = self.claim()
+            with self.assertRaises(RuntimeError):
+                ports.claim()
+            block.release()
+            with socket.create_server(("", block.ports[-1])), self.assertRaisesRegex(RuntimeError, "no 10 free ports"):
+                ports.claim()
+            self.assertEqual(self.claim().ports, block.ports)
 
 
 if __name__ == "__main__":
