@@ -139,19 +139,10 @@ def _registrations_of(rules: ModuleType, filename: str, root: Path) -> list[Regi
     registrations = []
     for found in rules.collect_tests([filename]):
         hw = found.backend.name.lower()
-        if not found.effective_suite and hw not in NAMELESS:
+        suite = found.effective_suite or ""
+        if not suite and hw not in NAMELESS:
             raise ValueError(f"{filename}: register_{hw}_ci() names no suite")
-        registrations.append(
-            Registration(
-                filename=filename,
-                name=name,
-                hw=hw,
-                suite=found.effective_suite or "",
-                est_time=found.est_time,
-                nightly=found.nightly,
-                disabled=found.disabled,
-            )
-        )
+        registrations.append(Registration(filename, name, hw, suite, found.est_time, found.nightly, found.disabled))
     return registrations
 
 

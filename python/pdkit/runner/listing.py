@@ -36,10 +36,7 @@ def as_json(selection: Selection, options: Options) -> str:
         for r in selection.enabled + selection.disabled
     ]
     document = {
-        "hw": options.hw,
-        "suite": options.suite,
-        "nightly": options.nightly,
-        "partition_size": options.partition_size,
+        **{name: getattr(options, name) for name in ("hw", "suite", "nightly", "partition_size")},
         "est_time": selection.est_time,
         "files": files,
     }

@@ -336,15 +336,10 @@ class SuiteRun:
     def _write_results(self, finished: bool = False) -> None:
         if not self.options.report_dir:
             return
+        asked = ("hw", "target", "suite", "nightly", "partition_id", "partition_size", "test_max_retry")
         document = {
             "command": command_line(),
-            "hw": self.options.hw,
-            "target": self.options.target,
-            "suite": self.options.suite,
-            "nightly": self.options.nightly,
-            "partition_id": self.options.partition_id,
-            "partition_size": self.options.partition_size,
-            "test_max_retry": self.options.test_max_retry,
+            **{name: getattr(self.options, name) for name in asked},
             "python": platform.python_version(),
             "seconds": round(time.monotonic() - self.tic, 3),
             "finished": finished,

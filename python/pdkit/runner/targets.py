@@ -58,11 +58,9 @@ class Target:
     prepares: str | None = None
     takes_questions: bool = False
 
-    def suits(self, gpu: Gpu) -> bool:
-        return gpu.memory_mib >= self.memory_mib and gpu.capability == self.capability
-
     def runs_on(self, gpus: Sequence[Gpu]) -> bool:
-        return sum(map(self.suits, gpus)) >= self.gpus
+        suit = [gpu for gpu in gpus if gpu.memory_mib >= self.memory_mib and gpu.capability == self.capability]
+        return len(suit) >= self.gpus
 
     def lacks(self) -> tuple[str, ...]:
         """What this machine lacks for it beside GPUs, a line for each thing."""

@@ -39,12 +39,15 @@ class JsonHandler(BaseHTTPRequestHandler):
 class StubServer(ThreadingHTTPServer):
     """Serves until `test` ends. `handler`: a JsonHandler class, which finds this object as `self.server`.
 
-    Without one, a `reply` of (path, JSON body; None of a GET) gives (status, body) of each answer, or None for none.
+    Without one, `reply` of (path, JSON body; None of a GET) gives (status, body) of each answer, or None for none: what is
+    given, or the method of a class below this one.
     """
 
     request_queue_size = 64
 
-    def __init__(self, test, handler=JsonHandler):
+    def __init__(self, test, handler=JsonHandler, reply=None):
+        if reply:
+            self.reply = reply
         super().__init__(("127.0.0.1", 0), handler)
         thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -186,16 +186,15 @@ def is_private(name: str) -> bool:
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:
-    """Private names that a module defines: functions, classes, variables, attributes that it sets."""
+    """Private names that a module defines: functions, classes, variables, attributes that it sets, by __dict__ too."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and is_private(node.name):
-            yield node.name
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and is_private(node.id):
-            yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_private(node.attr):
-            yield node.attr
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and is_private(node.value):
-            yield node.value  # by way of __dict__
+        match node:
+            case (
+                ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name)
+                | ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store())
+                | ast.Constant(value=str(name))
+            ) if is_private(name):  # fmt: skip
+                yield name
 
 
 def private_uses(tree: ast.Module) -> Iterator[tuple[str, int]]:

@@ -31,7 +31,7 @@ from pdkit.core.ci_register import register_cpu_ci
 from pdkit.deployment.transcript import EvalLost, Transcript
 from pdkit.runner.report.facts import acceptance_length_of
 from sglang.test import simple_eval_common
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=36, suite="stage-a-test-cpu")
 
@@ -54,25 +54,20 @@ class BookServer(StubServer):
         }
         prompts = self.prompts = []
 
-        class Handler(JsonHandler):
-            def do_GET(self):
-                algorithm = "EAGLE" if acceptance else None
-                self.answer(200, {"speculative_algorithm": algorithm, "data": [{"id": "book"}]})
+        def reply(path, request):
+            if request is None:
+                return 200, {"speculative_algorithm": "EAGLE" if acceptance else None, "data": [{"id": "book"}]}
+            if path == "/generate":
+                meta = {"completion_tokens": acceptance * steps, "spec_verify_ct": steps}
+                return 200, [{"text": answers[text], "meta_info": meta} for text in request["text"]]
+            if request["prompt"] not in answers:
+                return 400, {"error": "not a prompt of this data set"}  # run_eval does not retry these
+            prompts.append(request["prompt"])
+            choice = {"index": 0, "text": answers[request["prompt"]], "finish_reason": "stop"}
+            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+            return 200, {"id": "1", "object": "text_completion", "created": 0, "choices": [choice], "usage": usage}
 
-            def do_POST(self):
-                request = self.body()
-                if self.path == "/generate":
-                    meta = {"completion_tokens": acceptance * steps, "spec_verify_ct": steps}
-                    return self.answer(200, [{"text": answers[text], "meta_info": meta} for text in request["text"]])
-                if request["prompt"] not in answers:
-                    return self.answer(400, {"error": "not a prompt of this data set"})  # run_eval does not retry these
-                prompts.append(request["prompt"])
-                choice = {"index": 0, "text": answers[request["prompt"]], "finish_reason": "stop"}
-                usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-                completion = {"id": "1", "object": "text_completion", "created": 0, "choices": [choice], "usage": usage}
-                self.answer(200, completion)
-
-        super().__init__(test, Handler)
+        super().__init__(test, reply=reply)
 
 
 class KitTest(FolderCase):

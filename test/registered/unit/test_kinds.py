@@ -3,6 +3,7 @@
 import json
 import threading
 import unittest
+from functools import partial
 from unittest import mock
 
 from pdkit.checks import memory
@@ -24,7 +25,7 @@ from pdkit.faults import LIBRARY, messages
 from pdkit.faults.driver import Observation
 from pdkit.faults.fault import Injection
 from pdkit.faults.kinds import FAMILIES, families
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
@@ -288,24 +289,16 @@ class TestSilentHalf(unittest.TestCase):
         """Which half is found silent; a server that does not answer is one that takes longer than anybody waits."""
         state, ended = {"tokens": 0}, threading.Event()
 
-        def handler(answers):
-            class Handler(JsonHandler):
-                def do_GET(self):
-                    self.answer(200, {"engine": {"prefill_tokens": state["tokens"]}})
+        def reply(answers, path, body):
+            if body is None:
+                return 200, {"engine": {"prefill_tokens": state["tokens"]}}
+            state["tokens"] += computes
+            if answers:
+                return 200, {"text": "1"}
+            ended.wait()
 
-                def do_POST(self):
-                    self.rfile.read(int(self.headers["Content-Length"]))
-                    state["tokens"] += computes
-                    if answers:
-                        self.answer(200, {"text": "1"})
-                    else:
-                        ended.wait()
-
-            return Handler
-
-        urls = {
-            name: StubServer(self, handler(answers)).url for name, answers in (("prefill", prefill), ("decode", decode))
-        }
+        halves = {"prefill": prefill, "decode": decode}.items()
+        urls = {name: StubServer(self, reply=partial(reply, answers)).url for name, answers in halves}
         self.addCleanup(ended.set)
         return silent_half(urls, "127.0.0.1", 1, 30.0 if decode else 3.0)
 

@@ -15,7 +15,7 @@ from pdkit.checks.parity.plan import Round, generate_probe
 from pdkit.checks.parity.references import collect
 from pdkit.checks.stress import FILLED_ROWS, StressChecks, rounds
 from pdkit.core.ci_register import register_cpu_ci
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
@@ -38,22 +38,17 @@ class PairOfServers(StubServer):
         self.does = SimpleNamespace(**{**sound, **behaviour})
         self.served = self.failed = self.tokens = self.sent = 0
         self.cached, self.lock = set(), threading.Lock()
+        super().__init__(test)
 
-        class Handler(JsonHandler):
-            def do_GET(self):
-                if self.path.endswith("/health"):
-                    return self.answer(self.server.does.health)
-                self.answer(200, self.server.info(self.path.split("/")[1]))
-
-            def do_POST(self):
-                if "flush_cache" in self.path:
-                    return self.answer(200)
-                with self.server.lock:
-                    served = self.server.serves(tuple(self.body()["input_ids"]))
-                if served or self.server.does.status:
-                    self.answer(*(200, GENERATED) if served else (self.server.does.status, self.server.does.error))
-
-        super().__init__(test, Handler)
+    def reply(self, path, body):
+        if body is None:
+            return (self.does.health, b"") if path.endswith("/health") else (200, self.info(path.split("/")[1]))
+        if "flush_cache" in path:
+            return 200, b""
+        with self.lock:
+            if self.serves(tuple(body["input_ids"])):
+                return 200, GENERATED
+        return (self.does.status, self.does.error) if self.does.status else None
 
     def serves(self, ids):
         if len(ids) in self.does.rejected:
@@ -151,20 +146,15 @@ class StressedServer(StubServer):
 
     def __init__(self, test, last=None, then="fail"):
         self.count, self.lock, self.last, self.then = 0, threading.Lock(), last, then
+        super().__init__(test)
 
-        class Handler(JsonHandler):
-            def do_POST(self):
-                asked = self.body()["sampling_params"]["max_new_tokens"]
-                with self.server.lock:
-                    self.server.count += 1
-                    spoiled = self.server.last is not None and self.server.count > self.server.last
-                if spoiled and self.server.then == "fail":
-                    return self.answer(500, {"error": "out of memory"})
-                if spoiled and self.server.then == "close":
-                    return self.connection.close()
-                self.answer(200, {"meta_info": {"completion_tokens": asked - spoiled}})
-
-        super().__init__(test, Handler)
+    def reply(self, path, body):
+        with self.lock:
+            self.count += 1
+            spoiled = self.last is not None and self.count > self.last
+        if spoiled and self.then in ("fail", "close"):
+            return (500, {"error": "out of memory"}) if self.then == "fail" else None
+        return 200, {"meta_info": {"completion_tokens": body["sampling_params"]["max_new_tokens"] - spoiled}}
 
 
 class TestRounds(unittest.TestCase):

@@ -11,19 +11,12 @@ from pathlib import Path
 
 from pdkit.core import paths
 from pdkit.core.ci_register import register_cpu_ci
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=13, suite="stage-a-test-cpu")
 
 MEGABYTES = 300
 REPORT = Path(__file__).with_name("report.tar.xz")
-
-
-class NoServer(JsonHandler):
-    """HTTP, but nothing of SGLang's."""
-
-    def do_GET(self):
-        self.answer(404)
 
 
 class TestLightInstall(unittest.TestCase):
@@ -72,7 +65,8 @@ class TestLightInstall(unittest.TestCase):
         self.assertLess(megabytes, MEGABYTES)
 
     def test_check(self):
-        said = self.pdkit("check", StubServer(self, NoServer).url, code=3)
+        other = StubServer(self, reply=lambda path, body: (404, b""))  # HTTP, but nothing of SGLang's
+        said = self.pdkit("check", other.url, code=3)
         self.assertIn("is not an SGLang server: it has no /v1/models", said)
 
     def test_list(self):

@@ -27,7 +27,7 @@ from pdkit.faults.matrix.session import Session, Subject, WorkerFailed
 from pdkit.faults.matrix.truth import Truth
 from pdkit.faults.matrix.verdicts import FIRST_LOOK, SEQUENTIAL, CheckVerdict, checks_of, merged, verdicts_of
 from pdkit.faults.matrix.worker import LONGEST_SLEEP, PatientLedger, _sleep_less
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
@@ -271,19 +271,12 @@ class Tests(unittest.TestCase):
 """
 
 
-class Healthy(JsonHandler):
-    def do_GET(self):
-        self.answer(200)
-
-    do_POST = do_GET
-
-
 class TestSession(FolderCase):
     """Real workers, whose servers are one that only answers to health checks."""
 
     def setUp(self):
         super().setUp()
-        self.source = SUBJECT.replace("{url}", StubServer(self, Healthy).url)
+        self.source = SUBJECT.replace("{url}", StubServer(self, reply=lambda path, body: (200, b"")).url)
         self.file, self.logs = self.write("subjects.py", self.source), self.root / "logs"
 
     def session(self, *tests, **options):

@@ -27,7 +27,7 @@ from pdkit.checks.parity.verdict import FLOAT_ROUNDING, LEVEL, RESOLUTION, Diffe
 from pdkit.checks.races import RaceChecks
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.quantile import quantile
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
@@ -402,35 +402,30 @@ class StubEngine(StubServer):
     def __init__(self, test, change=lambda ids, tokens: tokens, status=200):
         self.change, self.status, self.asked, self.cached, self.noise = change, status, [], 0, 0.0
         self.told, self.flushed, self.samples = 0, 0, lambda results: results
+        super().__init__(test)
 
-        class Handler(JsonHandler):
-            def do_GET(self):
-                self.server.told += 1
-                self.answer(200, {"chunked_prefill_size": 128, "context_length": 4096, "disable_radix_cache": False})
+    def reply(self, path, body):
+        if body is None:
+            self.told += 1
+            return 200, {"chunked_prefill_size": 128, "context_length": 4096, "disable_radix_cache": False}
+        if path.startswith("/flush_cache"):
+            self.flushed += 1
+            return 200, {}
+        self.asked.append(body)
+        if self.status != 200:
+            return self.status, {"error": {"message": "KV transfer failed"}}
+        ids, params = body["input_ids"], body["sampling_params"]
+        if isinstance(ids[0], list):
+            return 200, [self.result(*each) for each in zip(ids, params)]
+        if "n" not in params:
+            return 200, self.result(ids, params)
+        return 200, self.samples([self.result(ids, params) for _ in range(params["n"])])
 
-            def do_POST(self):
-                body = self.body()
-                if self.path.startswith("/flush_cache"):
-                    self.server.flushed += 1
-                    return self.answer(200, {})
-                self.server.asked.append(body)
-                if self.server.status != 200:
-                    return self.answer(self.server.status, {"error": {"message": "KV transfer failed"}})
-                ids, params = body["input_ids"], body["sampling_params"]
-                batch = isinstance(ids[0], list)
-                if batch:
-                    return self.answer(200, [self.result(*each) for each in zip(ids, params)])
-                if "n" not in params:
-                    return self.answer(200, self.result(ids, params))
-                self.answer(200, self.server.samples([self.result(ids, params) for _ in range(params["n"])]))
-
-            def result(self, ids, params):
-                tokens = self.server.change(ids, [ids[-1 - i % len(ids)] for i in range(params["max_new_tokens"])])
-                body = generate_body(tokens, [self.server.noise - 0.1 * (token % 30) for token in tokens])
-                body["meta_info"]["cached_tokens"] = self.server.cached
-                return body
-
-        super().__init__(test, Handler)
+    def result(self, ids, params):
+        tokens = self.change(ids, [ids[-1 - i % len(ids)] for i in range(params["max_new_tokens"])])
+        body = generate_body(tokens, [self.noise - 0.1 * (token % 30) for token in tokens])
+        body["meta_info"]["cached_tokens"] = self.cached
+        return body
 
 
 def rounds(count=6, **options):

@@ -28,7 +28,7 @@ register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 
 class ProcessCase(unittest.TestCase):
-    def popen(self, source, **options):
+    def spawn(self, source, **options):
         """A process that runs `source` until the test ends."""
         process = self.enterContext(subprocess.Popen(command(source), stdout=subprocess.PIPE, **options))
         self.addCleanup(process.kill)
@@ -102,7 +102,7 @@ class TestGuardian(ProcessCase):
                 self.assert_all_end(child, guarded.pid, seconds=0)
 
     def test_the_death_of_the_runner_ends_all(self):
-        process = self.popen(RUNNER.format(python=sys.executable, source=orphaner(SLEEP, SLEEP)))
+        process = self.spawn(RUNNER.format(python=sys.executable, source=orphaner(SLEEP, SLEEP)))
         pids = [int(word) for word in process.stdout.readline().split()]
         self.assertEqual([is_alive(pid) for pid in pids], [True] * 3)
         process.kill()
@@ -117,7 +117,7 @@ class TestGuardian(ProcessCase):
 
     def test_a_bystander_with_the_same_command_line_stays(self):
         source = orphaner(SLEEP, SLEEP)
-        bystander = self.popen(source, start_new_session=True, stderr=subprocess.PIPE)
+        bystander = self.spawn(source, start_new_session=True, stderr=subprocess.PIPE)
         twin = int(bystander.stderr.readline())
         self.addCleanup(self.kill, twin)
         guarded = self.start(source)
@@ -151,18 +151,18 @@ class TestEnd(ProcessCase):
         return processes.end(lambda: [found], lambda: process.poll() is not None, **seconds)
 
     def test_sigterm_comes_first(self):
-        process = self.popen(SLEEP)
+        process = self.spawn(SLEEP)
         self.assertIn(f"pid {process.pid} (", self.end(process).processes[0])
         self.assertEqual(process.wait(5), -signal.SIGTERM)
 
     def test_sigkill_follows_where_sigterm_is_ignored(self):
-        process = self.popen(DEAF)
+        process = self.spawn(DEAF)
         process.stdout.readline()
         self.end(process, grace_s=0.3)
         self.assertEqual(process.wait(5), -signal.SIGKILL)
 
     def test_patience_is_bounded_and_survivors_are_named(self):
-        process = self.popen(DEAF)
+        process = self.spawn(DEAF)
         process.stdout.readline()
         found = psutil.Process(process.pid)
         tic = time.monotonic()
@@ -176,7 +176,7 @@ class TestEnd(ProcessCase):
             f"again = lambda *_: print(subprocess.Popen([sys.executable, '-c', {DEAF!r}], stdout=-3).pid, flush=True)\n"
             "signal.signal(signal.SIGTERM, again)\nprint('up', flush=True)\n" + SLEEP
         )
-        process = self.popen(source)
+        process = self.spawn(source)
         process.stdout.readline()
         me = psutil.Process(process.pid)
 
@@ -197,7 +197,7 @@ class TestEnd(ProcessCase):
 
 class TestListeningPorts(ProcessCase):
     def test_of_a_process(self):
-        process = self.popen(LISTEN)
+        process = self.spawn(LISTEN)
         (port,) = listening(psutil.Process(process.pid))
         self.assertIn((port, process.pid), ports.listeners())
         (line,) = ports.wait_until_free([port], 0.2)
@@ -234,7 +234,7 @@ class TestToken(ProcessCase):
         self.assertTrue(Owner.parse(f"{pid}.{int(started) - 1}.{rest}").is_known_dead)
 
     def test_a_zombie_is_dead(self):
-        process = self.popen(SLEEP)
+        process = self.spawn(SLEEP)
         _, _, namespace, _ = self.living.split(".")
         owner = Owner(process.pid, run_token._started(process.pid), int(namespace))
         self.assertFalse(owner.is_known_dead)
@@ -281,7 +281,7 @@ class TestEndEarlierRuns(ProcessCase):
         self.enterContext(mock.patch.dict(os.environ, {TOKEN_VARIABLE: new_token(os.environ)}))
 
     def start_runner(self, source):
-        process = self.popen(RUNNER.format(python=sys.executable, source=source))
+        process = self.spawn(RUNNER.format(python=sys.executable, source=source))
         guardian, child, _ = map(int, process.stdout.readline().split())
         self.addCleanup(self.kill, child)
         return process, guardian, child
@@ -333,7 +333,7 @@ class TestEndEarlierRuns(ProcessCase):
     def test_what_no_runner_marked_is_left_alone(self):
         process, guardian, child = self.start_runner(spawner(SLEEP, True, SLEEP))
         cleared = {name: value for name, value in os.environ.items() if name not in (TOKEN_VARIABLE, GUARDIAN_VARIABLE)}
-        bystander = self.popen(SLEEP, env=cleared, start_new_session=True)
+        bystander = self.spawn(SLEEP, env=cleared, start_new_session=True)
         self.kill_with_guardian(process, guardian)
         list(orphans.end_earlier_runs())
         self.assertFalse(is_alive(child))
@@ -351,7 +351,7 @@ class TestEndCarriers(ProcessCase):
     def test_by_token(self):
         token = new_token(os.environ)
         environments = os.environ | {TOKEN_VARIABLE: token}, os.environ
-        marked, twin = (self.popen(spawner(SLEEP, True, SLEEP), env=environment) for environment in environments)
+        marked, twin = (self.spawn(spawner(SLEEP, True, SLEEP), env=environment) for environment in environments)
         pids = []
         for process in (marked, twin):
             pids.append(int(process.stdout.readline()))
@@ -368,7 +368,7 @@ PTRACE_SEIZE = 0x4206
 class TestStacks(ProcessCase):
     def start(self, source):
         environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
-        process = self.popen(source, env=environment, stderr=subprocess.PIPE, text=True)
+        process = self.spawn(source, env=environment, stderr=subprocess.PIPE, text=True)
         self.assertEqual(process.stdout.readline(), "up\n")
         return psutil.Process(process.pid), process
 
@@ -415,7 +415,7 @@ class TestStacks(ProcessCase):
             process.kill()
 
     def test_a_process_that_is_gone(self):
-        process = self.popen(SLEEP)
+        process = self.spawn(SLEEP)
         found = psutil.Process(process.pid)
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -471,7 +471,7 @@ class TestClaim(ProcessCase):
 
     def test_processes_that_claim_at_the_same_time_do_not_meet(self):
         few = random.sample(ports.BLOCKS, 40)
-        claimants = [self.popen(CLAIM.format(few), stdin=subprocess.PIPE) for _ in range(4)]
+        claimants = [self.spawn(CLAIM.format(few), stdin=subprocess.PIPE) for _ in range(4)]
         claimed = [int(port) for process in claimants for port in process.stdout.readline().split()]
         self.assertEqual(len(claimed), 4 * 5 * (ports.BLOCK_SIZE - 1))
         self.assertEqual(len(set(claimed)), len(claimed))

@@ -233,11 +233,7 @@ class TestRouter(unittest.TestCase):
         self.assertFalse(is_ready("http://127.0.0.1:1"))
 
     def test_how_many_servers_it_knows(self):
-        class Ready(JsonHandler):
-            def do_GET(self):
-                self.answer(*self.server.says)
-
-        server = StubServer(self, Ready)
+        server = StubServer(self, reply=lambda path, body: server.says)
         for server.says, known in (
             ((200, {"status": "ready", "healthy_workers": 3, "total_workers": 4}), 3),
             ((503, {"status": "not ready", "reason": "insufficient healthy workers"}), 0),

@@ -7,6 +7,7 @@ import sys
 import time
 import types
 import unittest
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,7 @@ from pdkit.faults.real_engine import backends, checks
 from pdkit.faults.real_engine.blocks import Block, Memory, Regions, from_before, half, lost, pieces_of, swapped
 from pdkit.faults.real_engine.library import LIBRARY
 from pdkit.faults.switch import Switch, UnknownFault
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
@@ -295,28 +296,25 @@ class TestKit(FolderCase):
         super().setUp()
         self.switch = switch = Switch(self.root / "switch", LIBRARY)
         self.does, self.flushed = {}, 0
-        test = self
 
-        class Handler(JsonHandler):
-            def do_POST(self):
-                fault = switch.name() if self.server is test.pair else None
-                if self.path.startswith("/flush_cache"):
-                    test.flushed += self.server is test.pair
-                    return self.answer(200, {})
-                body = self.body()
-                if fault and "unmet" not in test.does[fault]:
-                    switch.record()
-                if "fails" in test.does.get(fault, ""):
-                    return self.answer(500, {"error": {"message": "transfer failed"}})
-                ids = body.get("input_ids") or [1]
-                count = body["sampling_params"]["max_new_tokens"]
-                logprob = -9.0 if "errs" in test.does.get(fault, "") else -0.1
-                meta = {"finish_reason": {"type": "length"}, "prompt_tokens": len(ids), "completion_tokens": count}
-                row = [logprob, ids[-1], None]
-                meta |= {"output_token_logprobs": [row] * count, "output_top_logprobs": [[row]] * count}
-                self.answer(200, {"text": "", "output_ids": [ids[-1]] * count, "meta_info": meta})
+        def reply(is_pair, path, body):
+            fault = switch.name() if is_pair else None
+            if path.startswith("/flush_cache"):
+                self.flushed += is_pair
+                return 200, {}
+            if fault and "unmet" not in self.does[fault]:
+                switch.record()
+            if "fails" in self.does.get(fault, ""):
+                return 500, {"error": {"message": "transfer failed"}}
+            ids = body.get("input_ids") or [1]
+            count = body["sampling_params"]["max_new_tokens"]
+            logprob = -9.0 if "errs" in self.does.get(fault, "") else -0.1
+            meta = {"finish_reason": {"type": "length"}, "prompt_tokens": len(ids), "completion_tokens": count}
+            row = [logprob, ids[-1], None]
+            meta |= {"output_token_logprobs": [row] * count, "output_top_logprobs": [[row]] * count}
+            return 200, {"text": "", "output_ids": [ids[-1]] * count, "meta_info": meta}
 
-        self.pair, self.alone = StubServer(self, Handler), StubServer(self, Handler)
+        self.pair, self.alone = (StubServer(self, reply=partial(reply, is_pair)) for is_pair in (True, False))
         probes = tuple(generate_probe(f"p{i}", (i + 1, i + 2), 4) for i in range(6))
         alone, rooms, indexed = Round("alone", probes), Round("rooms", probes, 3), Round("i", probes)
         plan = types.SimpleNamespace(alone=(alone,), rooms=(rooms,), indexed=(indexed,))

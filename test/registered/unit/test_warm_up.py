@@ -6,25 +6,16 @@ import unittest
 from pdkit.deployment import warm_up
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-from stub_server import JsonHandler, StubServer
+from stub_server import StubServer
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 
-class Meeting(JsonHandler):
-    """Answers when as many requests have arrived as the server waits for."""
-
-    def do_POST(self):
-        self.body()
-        self.server.barrier.wait()
-        self.answer(self.server.status, {})
-
-
 class TestWarmUp(CustomTestCase):
     def served(self, at_once, status=200):
-        server = StubServer(self, Meeting)
-        server.status, server.barrier = status, threading.Barrier(at_once, timeout=60)
-        return server.url
+        """URL of a server that answers when as many requests have arrived."""
+        barrier = threading.Barrier(at_once, timeout=60)
+        return StubServer(self, reply=lambda path, body: (status, {"place": barrier.wait()})).url
 
     def test_passes_go_on_until_two_take_about_as_long(self):
         for seconds, used in (([300, 20, 3, 2.9, 1], 4), ([5, 4.9], 2), ([3, 6, 5.9], 3), ([64, 32, 16, 8, 4, 2], 5)):

@@ -166,12 +166,6 @@ def _death(happened: Events) -> model.Death | None:
     return None
 
 
-def _finite(number: Any) -> float:
-    if not math.isfinite(number):
-        raise ValueError(number)
-    return number
-
-
 def _examples(reader: _Reader, path: Path) -> list[model.Example]:
     if path.name == events.FILE or path.name.startswith("metrics."):
         return []
@@ -179,17 +173,12 @@ def _examples(reader: _Reader, path: Path) -> list[model.Example]:
 
 
 def _example(line: dict[str, Any]) -> model.Example:
-    return model.Example(
-        number=line["example"],
-        score=line["score"],
-        seconds=_finite(line["seconds"]),
-        completion_tokens=line.get("completion_tokens"),
-        prompt=line["prompt"],
-        answer=line["answer"],
-        correct_answer=line.get("correct_answer"),
-        extracted_answer=line.get("extracted_answer"),
-        began=line.get("began"),
-    )
+    if not math.isfinite(line["seconds"]):
+        raise ValueError(line["seconds"])
+    given: dict[str, Any] = {name: line[name] for name in ("score", "seconds", "prompt", "answer")}
+    perhaps = ("completion_tokens", "correct_answer", "extracted_answer", "began")
+    given |= {name: line.get(name) for name in perhaps}
+    return model.Example(number=line["example"], **given)
 
 
 def _plain(text: str) -> str:
