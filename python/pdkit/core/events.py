@@ -285,7 +285,6 @@ def finding(sentence: str, passed: bool = True) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str = "") -> None:
     """A table for the report: cells are texts and numbers, the first of a row is its heading."""
-    rows = [list(row) for row in rows]
     for row in rows:
         assert len(row) == len(columns), f"table {title}: row {row} has {len(row)} cells, expected {len(columns)}"
-    emit("table", title=title, columns=list(columns), rows=rows, note=note)
+    emit("table", title=title, columns=list(columns), rows=list(map(list, rows)), note=note)

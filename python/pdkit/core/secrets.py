@@ -64,14 +64,12 @@ class Redactor:
 
 def scrub(directory: Path, secrets: Iterable[str]) -> list[Path]:
     """Replaces `secrets` in all files below `directory`; returns those that had some."""
-    encoded = [secret.encode() for secret in secrets]
-    changed = []
-    for path in sorted(directory.rglob("*")) if encoded else ():
+    redactor, changed = Redactor(secrets), []
+    for path in sorted(directory.rglob("*")):
         if not path.is_file() or path.is_symlink():
             continue
-        content = clean = path.read_bytes()
-        for secret in encoded:
-            clean = clean.replace(secret, REMOVED.encode())
+        content = path.read_bytes()
+        clean = redactor.feed(content) + redactor.feed(b"")
         if clean != content:
             path.write_bytes(clean)
             changed.append(path)

@@ -18,15 +18,11 @@ def table(selection: Selection, options: Options) -> str:
         why = "-" if r.is_enabled else r.disabled or "no reason given"
         part = f"{selection.partition[r]}/{options.partition_size}" if r in selection.partition else "-"
         rows.append((r.name, r.suite, r.hw, f"{r.est_time:g} s", nightly, part, why))
-    return f"{columns(rows, right=NUMERIC)}\n{totals(selection)}"
-
-
-def totals(selection: Selection) -> str:
-    """One line: how many files would run, for how long, and how many are disabled."""
     files = len({r.filename for r in selection.enabled})
     line = f"{files} file{'s' * (files != 1)} would run, estimated {selection.est_time:g} s"
     line += f"; {len(selection.disabled)} disabled" if selection.disabled else ""
-    return line + (f"; {selection.why_empty}" if selection.why_empty else "")
+    line += f"; {selection.why_empty}" if selection.why_empty else ""
+    return f"{columns(rows, right=NUMERIC)}\n{line}"
 
 
 def as_json(selection: Selection, options: Options) -> str:

@@ -73,9 +73,6 @@ def end_carriers(token: str, grace_s: float = processes.GRACE_S) -> processes.En
 
     def find() -> list[psutil.Process]:
         carriers = [process for process, env in _others() if carries(env.get(TOKEN_VARIABLE, ""), token)]
-        found = dict.fromkeys(carriers)
-        for process in carriers:
-            found |= dict.fromkeys(processes.descendants(process))
-        return list(found)
+        return list({*carriers, *(child for each in carriers for child in processes.descendants(each))})
 
     return processes.end(find, lambda: not find(), grace_s)

@@ -8,7 +8,7 @@ from pdkit.core import events, paths
 from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.core.events import Events
-from pdkit.core.registry import Registration, collect
+from pdkit.core.registry import collect
 from pdkit.runner.options import Options
 from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
@@ -44,15 +44,6 @@ def summary(target: Target, happened: Events, code: ExitCode, seconds: float) ->
     return f"{head}\n{columns(rows, indent='  ')}"
 
 
-def registration_of(target: Target) -> Registration:
-    """Raises NotReady where this tree has no such test, as where the package is installed without its tests."""
-    path = TEST_DIR / target.test_file
-    for registration in collect(TEST_DIR / "registered").registrations:
-        if Path(registration.filename) == path:
-            return registration
-    raise NotReady(f"no registered test at {path}; run it in a clone of the repository")
-
-
 def run(
     target: Target,
     report_dir: Path | None,
@@ -63,14 +54,19 @@ def run(
 ) -> ExitCode:
     """Runs the test of `target` as `test/run_suite.py` would, and ends with the summary.
 
-    Raises NotReady where this machine lacks what the test needs, UsageError where it takes no `sglang_source`.
+    Raises NotReady where this machine lacks what the test needs, or an installed package its tests; UsageError where the
+    target takes no `sglang_source`.
     """
     # psutil and more: listing the targets does without
     from pdkit.preflight.environment.require import require
     from pdkit.runner.orphans import end_earlier_runs
     from pdkit.runner.suite import run_suite
 
-    registration = registration_of(target)
+    path = TEST_DIR / target.test_file
+    registrations = collect(TEST_DIR / "registered").registrations
+    registration = next((each for each in registrations if each.filename == str(path)), None)
+    if registration is None:
+        raise NotReady(f"no registered test at {path}; run it in a clone of the repository")
     target.prepare(sglang_source)
     for line in end_earlier_runs():
         print(line, flush=True)

@@ -466,8 +466,8 @@ class TestLatestChange(unittest.TestCase):
 
     def test_false_alarms_are_no_more_than_stated(self):
         rng = np.random.default_rng(1)
-        found = [latest_change(rng.permutation([True] * 9 + [False] * 191)).p_value <= 0.05 for _ in range(300)]
-        self.assertLessEqual(sum(found), 300 * 0.05 + 3 * np.sqrt(15))
+        found = [latest_change(rng.permutation([True] * 9 + [False] * 191)).p_value <= 0.05 for _ in range(100)]
+        self.assertLessEqual(sum(found), 100 * 0.05 + 3 * np.sqrt(5))
 
     def test_where_the_change_is(self):
         change = latest_change([False] * 150 + [False, True] * 25)
@@ -477,14 +477,8 @@ class TestLatestChange(unittest.TestCase):
 
 
 class TestOrdered(unittest.TestCase):
-    def test_a_decay_after_the_150th_request_fails_though_the_score_passes(self):
-        bad = [False] * 150 + [index % 6 == 1 for index in range(50)]
-        self.assertGreater(1 - sum(bad) / 200, 0.95)
-        decay = r"FAIL, wrong answers by request number: 9 of 49 after the first 151, 0 of"
-        with self.assertRaisesRegex(AssertionError, decay):
-            by_number("wrong answers", bad).assert_passed()
-
-    def test_the_same_count_spread_out_passes(self):
+    def test_wrong_answers_spread_out_pass(self):
+        """Those that come late do not: test_gate_kit."""
         by_number("wrong answers", [index % 25 == 1 for index in range(200)]).assert_passed()
         by_number("wrong answers", [False] * 200).assert_passed()
         by_number("wrong answers", [True] * 20 + [False] * 180).assert_passed()  # early ones are no decay

@@ -67,10 +67,6 @@ class TestSummary(unittest.TestCase):
                   total                 61.2 s"""),
         )
 
-    def test_without_a_score_it_says_so(self):
-        text = summary(EMBEDDED, happened(RUN[0]), ExitCode.FAILED, 9)
-        self.assertIn("score                 none, the test did not get that far\n", text)
-
     def test_a_failure_begins_with_why_and_where_to_look(self):
         requests = [[f"r-{n}", n, 1, 3, 0, None, 1 if n > 127 else None, 0.1] for n in (5, 127, 128, 129)]
         compared = {"kind": "compared", "condition": "alone", "requests": requests}

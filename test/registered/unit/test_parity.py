@@ -5,8 +5,8 @@ import random
 import unittest
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest import mock
 
+from cases import printed
 from pdkit.checks.http import RequestFailed
 from pdkit.checks.parity.answers import Answer, AnswerError
 from pdkit.checks.parity.checks import ParityChecks
@@ -284,11 +284,10 @@ class TestControlRule(unittest.TestCase):
 
 
 class TestPlan(unittest.TestCase):
-    def geometry(self):
-        return Geometry.of(NANO, NANO_INFO)
+    geometry = Geometry.of(NANO, NANO_INFO)
 
     def test_geometry_of_both_kinds_of_config(self):
-        self.assertEqual(self.geometry(), Geometry(520, 32, (4, 128), 128, 128, 4096))
+        self.assertEqual(self.geometry, Geometry(520, 32, (4, 128), 128, 128, 4096))
         deepseek = {"vocab_size": 9, "sliding_window": 128, "compress_ratios": [0, 4, 128, 4], "index_topk": 512}
         deepseek["max_position_embeddings"] = 10**6
         found = Geometry.of(deepseek, {"chunked_prefill_size": 8192, "page_size": 256, "context_length": None})
@@ -296,7 +295,7 @@ class TestPlan(unittest.TestCase):
         self.assertEqual(Geometry.of({"vocab_size": 9}, {}).ratios, ())
 
     def test_lengths_are_around_every_edge(self):
-        found = lengths_of(self.geometry(), PlanOptions())
+        found = lengths_of(self.geometry, PlanOptions())
         wanted = [1, 3, 4, 5, 31, 32, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 700, 1000]
         self.assertEqual(list(found), wanted)
 
@@ -313,7 +312,7 @@ class TestPlan(unittest.TestCase):
         return Prompts(range(5, 520), natural, seed)
 
     def plan(self):
-        return make_plan(self.geometry(), self.prompts())
+        return make_plan(self.geometry, self.prompts())
 
     def test_no_two_prompts_are_the_same_but_where_they_share_a_prefix(self):
         plan = self.plan()
@@ -330,7 +329,7 @@ class TestPlan(unittest.TestCase):
 
     def test_the_same_seed_gives_the_same_plan(self):
         self.assertEqual(self.plan(), self.plan())
-        self.assertNotEqual(self.plan(), make_plan(self.geometry(), self.prompts(seed=1)))
+        self.assertNotEqual(self.plan(), make_plan(self.geometry, self.prompts(seed=1)))
 
     def test_a_longest_compressed_entry_fills_during_decode(self):
         probes = [probe for round_ in self.plan().concurrent for probe in round_.probes]
@@ -495,25 +494,23 @@ class TestReferences(unittest.TestCase):
         self.assertEqual(references.rounding, FLOAT_ROUNDING)
 
 
+def case_of(test, checks, lb, **more):
+    """A test class of `checks`, of a pair that is `lb`, beside a monolithic server that is sound."""
+    urls = {"monolithic_url": StubEngine(test).url, **dict.fromkeys(("lb_url", "prefill_url", "decode_url"), lb.url)}
+    settings = {"model": "m", "gsm8k_data_path": None, "bitwise": True, "request_timeout": 5}
+    return type("Case", (checks, unittest.TestCase), {**urls, **settings, **more})
+
+
 class TestMixin(unittest.TestCase):
     """check_parity of a pair whose answers are those of a stub, against another stub."""
 
     def case(self, cached=0, noise=0.0, rounding=0.0, **pair):
-        self.lb = lb = StubEngine(self, **pair)
-        monolithic = StubEngine(self)
-        lb.cached, lb.noise = cached, noise
-
-        class Case(ParityChecks, unittest.TestCase):
-            bitwise, request_timeout = True, 5
-            lb_url = prefill_url = decode_url = lb.url
-            monolithic_url, model, gsm8k_data_path = monolithic.url, "m", None
-            references = References(bitwise, request_timeout, rounding)
-
-        return Case
+        self.lb = StubEngine(self, **pair)
+        self.lb.cached, self.lb.noise = cached, noise
+        return case_of(self, ParityChecks, self.lb, references=References(True, 5, rounding))
 
     def check(self, *rounds, case=None, **options):
-        with mock.patch("builtins.print"):
-            (case or self.case(**options))("test_parity_alone").check_parity(rounds)
+        printed((case or self.case(**options))("test_parity_alone").check_parity, rounds)
 
     def test_equal_answers_pass(self):
         self.check(rounds())
@@ -550,9 +547,7 @@ class TestMixin(unittest.TestCase):
         for cached, outcome in ((2, "passed"), (0, "skipped")):
             case = self.case(cached=cached)
             case.parity_plan = classmethod(lambda cls: SimpleNamespace(cached=(rounds(),)))
-            result = unittest.TestResult()
-            with mock.patch("builtins.print"):
-                case("test_parity_prefix_cached").run(result)
+            result = printed(case("test_parity_prefix_cached").run).returned
             self.assertTrue(result.wasSuccessful(), result.failures + result.errors)
             self.assertEqual("skipped" if result.skipped else "passed", outcome)
 
@@ -565,16 +560,10 @@ class TestParallelSamples(unittest.TestCase):
     """Requests with n > 1 in flight at once, of a pair whose answers are a stub's."""
 
     def check(self, samples):
-        lb, monolithic = StubEngine(self), StubEngine(self)
+        lb = StubEngine(self)
         lb.samples = samples
-
-        class Case(RaceChecks, unittest.TestCase):
-            bitwise, request_timeout, parallel_samples = True, 5, True
-            lb_url = prefill_url = decode_url = lb.url
-            monolithic_url, model, gsm8k_data_path = monolithic.url, "m", None
-
-        with mock.patch("builtins.print"):
-            Case("test_parallel_samples_in_flight").test_parallel_samples_in_flight()
+        case = case_of(self, RaceChecks, lb, parallel_samples=True)
+        printed(case("test_parallel_samples_in_flight").test_parallel_samples_in_flight)
         return lb
 
     def test_each_sample_is_compared(self):

@@ -54,13 +54,14 @@ class TestGuardian(ProcessCase):
         self.assertEqual(left, [])
 
     def test_exit_code_and_output(self):
-        for source, code in (("import sys; print('x'); sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)):
+        said = "print('x', flush=True); print('y', file=sys.stderr)"
+        for source, code in ((f"import sys; {said}; sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", -9)):
             with self.subTest(code):
                 guarded = self.start(source)
                 self.assertTrue(guarded.has_ended(20))
                 ending = guarded.end()
                 self.assertEqual((ending.exit_code, ending.ended, ending.unreleased), (code, (), ()))
-                self.assertEqual(guarded.output.read(), b"x\n" if code == 7 else b"")
+                self.assertEqual(guarded.output.read(), b"x\ny\n" if code == 7 else b"")
 
     def test_a_session_of_its_own_and_the_token(self):
         guarded = self.start(f"import os; print(os.getsid(0) == os.getpid(), os.environ['{TOKEN_VARIABLE}'])")

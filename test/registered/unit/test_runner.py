@@ -253,11 +253,6 @@ class ProcessCase(FolderCase):
 
 
 class TestRunAttempt(ProcessCase):
-    def test_output_and_exit_code(self):
-        attempt, log = self.run_python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)")
-        self.assertEqual((attempt.exit_code, attempt.forced, attempt.leftovers), (7, None, ()))
-        self.assertEqual(sorted(log.split()), ["err", "out"])
-
     def test_own_session_and_no_input(self):
         source = "import os, sys; print(os.getsid(0) == os.getpid(), os.fstat(0).st_rdev)"
         real = os.dup(0)
