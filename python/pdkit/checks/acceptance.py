@@ -189,7 +189,8 @@ class DraftMeasures(Checks):
 
     @classmethod
     def measure_acceptance(cls, url: str, decode_url: str) -> Acceptance | None:
-        return cls._accepted(url, decode_url, cls.acceptance_length_prompts, cls.acceptance_length_tokens)
+        prompts = few_shot_prompts(cls.gsm8k_data_path, cls.acceptance_length_prompts)
+        return measure(url, decode_url, prompts, cls.acceptance_length_tokens)
 
     @classmethod
     def take_first_drafts_reference(cls) -> None:
@@ -198,11 +199,8 @@ class DraftMeasures(Checks):
 
     @classmethod
     def measure_first_drafts(cls, url: str, decode_url: str) -> Acceptance | None:
-        return cls._accepted(url, decode_url, cls.first_drafts_prompts, cls.first_drafts_tokens)
-
-    @classmethod
-    def _accepted(cls, url: str, decode_url: str, prompts: int, tokens: int) -> Acceptance | None:
-        return measure(url, decode_url, few_shot_prompts(cls.gsm8k_data_path, prompts), tokens)
+        prompts = few_shot_prompts(cls.gsm8k_data_path, cls.first_drafts_prompts)
+        return measure(url, decode_url, prompts, cls.first_drafts_tokens)
 
     @classmethod
     def _baseline(cls, measured_at: Measure) -> Acceptance:

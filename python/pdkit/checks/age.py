@@ -31,33 +31,21 @@ class Life(Judgement):
     def sent(self) -> int:
         return sum(len(block.names) for block in self.blocks)
 
-    @cached_property
-    def _first(self) -> tuple[int, Parity] | None:
-        """(requests before it, block)"""
-        before = 0
-        for block in self.blocks:
-            if block.problems:
-                return before, block
-            before += len(block.names)
-        return None
-
     @property
     def equal_until(self) -> int:
-        """The number of requests before the first that is wrong, as far as that can be said of one."""
-        if self._first is None:
-            return self.sent
-        before, block = self._first
-        if block.control is not None:
-            return before
-        return before + next(index for index, name in enumerate(block.names) if block.problems[0].startswith(name))
+        """The number of requests before the first that is wrong."""
+        before = 0
+        for block in self.blocks:
+            if wrong := block.problems:
+                return before + next(index for index, name in enumerate(block.names) if wrong[0].startswith(name))
+            before += len(block.names)
+        return before
 
     @property
     def problems(self) -> tuple[str, ...]:
-        if self._first is None:
-            return ()
-        _, block = self._first
+        wrong = next((block.problems for block in self.blocks if block.problems), ())
         where = f"until request {self.equal_until}" if self.equal_until else "not even in the first request"
-        return (f"answers are equal to the monolithic server's {where} of {self.sent}", *block.problems)
+        return (f"answers are equal to the monolithic server's {where} of {self.sent}", *wrong) if wrong else ()
 
     def report(self) -> str:
         if not self.problems:

@@ -123,25 +123,21 @@ class MemoryChecks(Checks):
         for _ in range(self.memory_warm_up):
             self._round()
         grown: dict[str, Growth] = {}
+        sent = self.memory_requests + len(self.memory_aborted) + self.memory_decoding + self.memory_abandoned + 1
         for number in range(1, self.memory_patience + 1):
             self._round()
             for name, process in self._processes().items():
                 resident[name].append(resident_bytes(process.pid))
             if number >= self.memory_rounds:
-                rises = [each for each in self._judged(resident) if each.name not in grown or grown[each.name].problems]
-                grown |= {each.name: each for each in rises}
+                for name, series in resident.items():
+                    if name not in grown or grown[name].problems:
+                        grown[name] = Growth(name, tuple(series[-self.memory_rounds :]), sent)
                 if not any(each.problems for each in grown.values()):
                     break
         print(f"memory: {number} rounds", *(each.report() for each in grown.values()), sep="\n", flush=True)
         wrong = [problem for each in grown.values() for problem in each.problems]
         if wrong:
             self.fail(f"memory: FAIL, {'; '.join(wrong)}")
-
-    def _judged(self, resident: Mapping[str, Sequence[int]]) -> list[Growth]:
-        """Of the newest rounds."""
-        aborted = len(self.memory_aborted) + self.memory_decoding
-        count = self.memory_requests + aborted + self.memory_abandoned + 1
-        return [Growth(name, tuple(series[-self.memory_rounds :]), count) for name, series in resident.items()]
 
     def _processes(self) -> Mapping[str, Any]:
         return {"prefill": self.process_prefill, "decode": self.process_decode}

@@ -68,9 +68,9 @@ def in_flight(intervals: Sequence[tuple[float, float]]) -> tuple[int, ...]:
     return tuple(sum(begin <= at < end or begin == at for begin, end in intervals) for at, _ in intervals)
 
 
-def of_answers(answered: Sequence[tuple[bool, float, float]], level: float = LEVEL) -> tuple[Ordered, ...]:
+def of_answers(answered: Sequence[tuple[bool, float, float]]) -> tuple[Ordered, ...]:
     """Wrong answers by number and by load, from (right, begin, end) of each request; numbers are by begin."""
     asked = sorted(answered, key=lambda each: each[1])
     wrong = [not right for right, _, _ in asked]
     loads = in_flight([(begin, end) for _, begin, end in asked])
-    return by_number("wrong answers", wrong, level), by_load("wrong answers", wrong, loads, level)
+    return by_number("wrong answers", wrong), by_load("wrong answers", wrong, loads)

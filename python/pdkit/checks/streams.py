@@ -21,12 +21,12 @@ COUNTS = "prompt_tokens", "completion_tokens", "total_tokens"
 NO_USAGE = "it has no usage"
 
 
-def rate_bound(count: int, confidence: float = CONFIDENCE) -> float:
-    """The largest rate of bad ones that `count` good ones in a row leave possible at `confidence`.
+def rate_bound(count: int) -> float:
+    """The largest rate of bad ones that `count` good ones in a row leave possible at CONFIDENCE.
 
-    1 - (1 - confidence)^(1/count): Clopper and Pearson's bound where none is bad.
+    1 - (1 - CONFIDENCE)^(1/count): Clopper and Pearson's bound where none is bad.
     """
-    return 1 - (1 - confidence) ** (1 / count)
+    return 1 - (1 - CONFIDENCE) ** (1 / count)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pdkit.engine.transfer import DecodeReceiver, KVTransfer, TransferError
 from pdkit.faults.fault import Fault, Injection, Where
 
 CONTEXT = 128
+LEAST_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def prompt_family(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> lis
     return prompts
 
 
-def steps_for(length: int, ratio: int = CONTEXT, least: int = 12) -> int:
+def steps_for(length: int) -> int:
     """Decode steps after a prompt of `length`: past the next entry of each compressor where that is near."""
-    to_boundary = -length % ratio
-    return to_boundary + 4 if least < to_boundary + 4 <= 40 else least
+    past_boundary = -length % CONTEXT + 4
+    return past_boundary if LEAST_STEPS < past_boundary <= 40 else LEAST_STEPS
 
 
 def sound_runs(runner: ModelRunner, prompts: Sequence[Sequence[int]]) -> list[Sound]:

@@ -45,9 +45,9 @@ def _dataset_of(args: SimpleNamespace) -> Dataset:
     return read_dataset(getattr(args, "gsm8k_data_path", None) or default_dataset_path(), getattr(args, "num_shots", 5))
 
 
-def few_shot_prompts(path: str | Path | None, count: int, num_shots: int = 5) -> list[str]:
+def few_shot_prompts(path: str | Path | None, count: int) -> list[str]:
     """The first `count` prompts, shots included, as `run_eval` would send them with the completion API."""
-    return prompts_of(read_dataset(path or default_dataset_path(), num_shots), count)
+    return prompts_of(read_dataset(path or default_dataset_path()), count)
 
 
 def gsm8k_args(

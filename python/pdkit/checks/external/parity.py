@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pdkit.checks.hints import Evidence, hint
+from pdkit.checks.hints import hint
 from pdkit.checks.http import REWRITTEN, RequestFailed, generate
 from pdkit.checks.parity import plan
 from pdkit.checks.parity.plan import Geometry, PlanOptions, Probe, Prompts, Round
@@ -92,19 +92,13 @@ class Comparison:
 
     def run(self) -> Compared:
         """Asks both. Raises RequestFailed where one of them does not answer."""
-        parities = [self._compare(each) for each in self.rounds]
-        alone = [
-            (each, parity) for each, parity in zip(self.rounds, parities) if each.in_flight == 1 and not each.batch
-        ]
-        problems: list[str] = []
-        if self.exact:
-            for _, parity in alone:
-                problems += replace(parity, control=None, rounding=REWRITTEN).problems
-        parameters = self._parameters()
-        rounds, parities = [*self.rounds, parameters], [*parities, self._compare(parameters)]
+        rounds = [*self.rounds, self._parameters()]
+        parities = [self._compare(each) for each in rounds]
+        judged = [self._judged(*each) for each in zip(rounds, parities, strict=True)]
+        problems = [problem for parity in judged if parity.control is None for problem in parity.problems]
         pooled = Parity.pool("all requests", parities)
         problems += pooled.problems
-        evidence = [self._evidence(*each) for each in zip(rounds, parities, strict=True)]
+        evidence = [parity.evidence(round_, self.boundaries) for round_, parity in zip(rounds, judged, strict=True)]
         equal = sum(
             difference.diverged is None and not {"text", "finish"} & set(difference.other)
             for difference in pooled.candidate_distribution.differences
@@ -138,10 +132,10 @@ class Comparison:
             return probe
         return replace(probe, body=json.dumps(probe.request | {"model": self.model}))
 
-    def _evidence(self, round_: Round, parity: Parity) -> Evidence:
-        if self.exact and round_.in_flight == 1 and not round_.batch:
-            parity = replace(parity, control=None, rounding=REWRITTEN)
-        return parity.evidence(round_, self.boundaries)
+    def _judged(self, round_: Round, parity: Parity) -> Parity:
+        """Without its control arm where it must be equal to the bit."""
+        is_exact = self.exact and round_.in_flight == 1 and not round_.batch
+        return replace(parity, control=None, rounding=REWRITTEN) if is_exact else parity
 
 
 def _whatever_is_cached(round_: Round) -> Round:

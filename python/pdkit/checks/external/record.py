@@ -5,7 +5,7 @@ No monolithic server and no tokenizer is needed.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -200,6 +200,6 @@ def record_of(url: str, model: str, version: str | None, timeout: float) -> Fing
     return Fingerprint(model, version, texts, take(url, texts, RECORDED, timeout))
 
 
-def track(url: str, record: Fingerprint, timeout: float, take: Callable[..., Answers] = take) -> Tracking:
+def track(url: str, record: Fingerprint, timeout: float) -> Tracking:
     """Asks the same again. Raises RequestFailed."""
     return Tracking(record, take(url, record.texts, ASKED, timeout))
