@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from flip_rate import TARGETS, outcomes, served
+from flip_rate import outcomes, served
 from pdkit.checks.accuracy.paired import PairedGate, PairedOptions
 from pdkit.checks.external import record
 from pdkit.checks.order import by_number
@@ -42,6 +42,7 @@ from pdkit.checks.parity.verdict import Parity
 from pdkit.core.command import Parser, run_command
 from pdkit.core.console import columns
 from pdkit.core.errors import ExitCode
+from served import TARGETS
 
 RUNS, PLANTED, TIMEOUT = 200, 50, 300
 QUESTIONS, FORCED_TOKENS, TURNS, LOADS = 200, 64, 8, (4, 16)

@@ -20,28 +20,11 @@ import served as servers
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
 
-TARGETS = ("embedded", "sglang-cpu")
-
-
-def trained(target: str) -> type:
-    """Its servers with a trained DeepSeek-V4. Raises NotReady where the machine lacks what they need."""
-    if target == "embedded":
-        from pdkit.deployment.embedded import EmbeddedServers
-
-        return EmbeddedServers
-    from pdkit.deployment.cpu import plan, requirements
-    from pdkit.deployment.cpu.servers import SglangCpuServers
-
-    requirements.require_machine()
-    return type("Trained", (SglangCpuServers,), {"cpu_model": plan.TRAINED_DSV4})
-
 
 @contextmanager
 def served(target: str) -> Iterator[tuple[str, str, str]]:
     """(load balancer, monolithic server, data set) of servers with a trained model."""
-    from pdkit.deployment.monolithic import MonolithicBeside
-
-    with servers.served(type("Servers", (MonolithicBeside, trained(target)), {})) as pair:
+    with servers.served(servers.three(target)) as pair:
         yield pair.lb_url, pair.monolithic_url, pair.gsm8k_data_path
 
 
@@ -80,7 +63,7 @@ def main(argv: Sequence[str]) -> ExitCode:
     """Raises RequestFailed where a question got no answer."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("urls", nargs="*", metavar="URL", help="a server, and another one of the same model")
-    parser.add_argument("--target", choices=TARGETS, help="start servers of this target, and ask those")
+    parser.add_argument("--target", choices=servers.TARGETS, help="start servers of this target, and ask those")
     parser.add_argument("--data", help="GSM8K questions, lines of JSON; a target has its own")
     parser.add_argument("--examples", type=int, help="how many (default: all)")
     parser.add_argument("--in-flight", type=int, default=32, help="questions at a time (%(default)s)")

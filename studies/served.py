@@ -6,6 +6,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+TARGETS = ("embedded", "sglang-cpu")
+
+
+def three(target: str, model: str = "dsv4-trained", **attributes: Any) -> type:
+    """Pair and monolithic server of one of TARGETS, the latter with a `model`; `attributes` of their class."""
+    from pdkit.deployment.monolithic import MonolithicBeside
+
+    if target == "embedded":
+        from pdkit.deployment.embedded import EmbeddedServers
+
+        return type("Servers", (MonolithicBeside, EmbeddedServers), {})
+    from pdkit.deployment.cpu import plan
+    from pdkit.deployment.cpu.servers import SglangCpuServers
+
+    models = {"dsv4": plan.DSV4, "dsv4-trained": plan.TRAINED_DSV4, "llama": plan.LLAMA}
+    return type("Servers", (MonolithicBeside, SglangCpuServers), {"cpu_model": models[model], **attributes})
+
 
 @contextmanager
 def served(cls: Any) -> Iterator[Any]:

@@ -28,7 +28,7 @@ import psutil
 import requests
 from pdkit.core.command import Parser, run_command
 from pdkit.core.errors import ExitCode
-from served import served
+from served import TARGETS, served, three
 
 TOKENS, PROMPT, REQUESTS = 40, 128, 16
 LENGTHS, REPEATS = (1, 32, 128, 512, 1024, 2048, 4000), 5
@@ -134,27 +134,15 @@ def main(argv: Sequence[str]) -> ExitCode:
     """Raises NotReady where the machine lacks what the target needs."""
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("target", choices=("embedded", "sglang-cpu"))
+    add("target", choices=TARGETS)
     add("--model", choices=("dsv4", "dsv4-trained", "llama"), default="dsv4", help="on sglang-cpu (%(default)s)")
     add("--backend", choices=("mooncake_tcp", "nixl"), default="mooncake_tcp", help="on sglang-cpu (%(default)s)")
     add("--spawned", action="store_true", help="servers start as in production, none is forked")
     args = parser.parse_args(argv)
-    from pdkit.deployment.cpu import plan
-    from pdkit.deployment.cpu.servers import SglangCpuServers
-    from pdkit.deployment.embedded import EmbeddedServers
-    from pdkit.deployment.monolithic import MonolithicBeside
-
-    class OnSglang(MonolithicBeside, SglangCpuServers):
-        cpu_model = {"dsv4": plan.DSV4, "dsv4-trained": plan.TRAINED_DSV4, "llama": plan.LLAMA}[args.model]
-        backend = args.backend
-        forked = not args.spawned
-
-    class Embedded(MonolithicBeside, EmbeddedServers):
-        """The trained model."""
-
+    cls = three(args.target, args.model, backend=args.backend, forked=not args.spawned)
     load, began = os.getloadavg()[0], time.monotonic()
     print(f"load average before: {load:.1f} on {os.cpu_count()} cores", flush=True)
-    with served(Embedded if args.target == "embedded" else OnSglang) as servers:
+    with served(cls) as servers:
         started = {"seconds": time.monotonic() - began, "cpu": cpu_seconds(everything_started())}
         for name, value in rows_of(servers, started):
             print(f"{name:<40}{value}", flush=True)

@@ -155,10 +155,6 @@ class TestClass:
     def attributes(self) -> dict[str, ast.expr]:
         return dict(_assignments(self.node.body))
 
-    @property
-    def has_tests(self) -> bool:
-        return any(name.startswith("test") for cls in self.mro for name in cls.methods)
-
     def attribute(self, name: str) -> tuple["TestClass", ast.expr] | None:
         """The nearest class that assigns `name` in its body, and the expression."""
         return next(((cls, cls.attributes[name]) for cls in self.mro if name in cls.attributes), None)
@@ -213,4 +209,5 @@ def _parse(path: Path, content: bytes) -> Source:
 
 def pd_classes(source: Source) -> list[TestClass]:
     """Classes with tests that the file itself defines on top of SGLang's PD fixture."""
-    return [cls for cls in source.classes.values() if cls.is_pd and cls.has_tests]
+    pd = [cls for cls in source.classes.values() if cls.is_pd]
+    return [cls for cls in pd if any(name.startswith("test") for each in cls.mro for name in each.methods)]

@@ -43,23 +43,13 @@ SERVER_MODULE_VARIABLE = "PDKIT_SERVER_MODULE"
 FIRST_PAUSE_S, ANSWER_S = 0.05, 5.0
 SGLANG_SERVER = "sglang.launch_server"
 
-_deployments: list[type["PDServers"]] = []
+deployments: list[type["PDServers"]] = []  # whose servers run or are being launched; the last is the current one
 _preparing = threading.Lock()  # a test may launch its servers in threads
 
 
 def current() -> type["PDServers"] | None:
     """The test class whose servers run or are being launched; None outside of one."""
-    return _deployments[-1] if _deployments else None
-
-
-def enter(deployment: type["PDServers"]) -> None:
-    """From now on `deployment` is the current one, until it leaves."""
-    _deployments.append(deployment)
-
-
-def leave(deployment: type["PDServers"]) -> None:
-    """Takes back what `enter` did."""
-    _deployments.remove(deployment)
+    return deployments[-1] if deployments else None
 
 
 def _supervised(set_up: Callable[[type], None]) -> Any:
@@ -143,7 +133,7 @@ class PDServers(PDDisaggregationServerBase):
         if cls.supervisor is None:
             os.environ.update(past_proxies(os.environ))
             cls.supervisor, cls._servers, cls._names, cls.answering = Supervisor(), [], {}, set()
-            enter(cls)
+            deployments.append(cls)
             atexit.register(cls.stop_servers)
             cls.addClassCleanup(cls.stop_servers)  # a test's own tearDownClass may fail before it reaches ours
 
@@ -179,15 +169,8 @@ class PDServers(PDDisaggregationServerBase):
     ) -> Server:
         """Launches an SGLang server at `url`; does not wait for it."""
         host, port = urlparse(url).netloc.split(":")
-        command = [
-            "python3",
-            "-m",
-            cls.server_module,
-            "--model-path",
-            model or cls.model,
-            *quirks.as_installed(args, ServerArgs),
-        ]
-        command += ["--host", host, "--port", port]
+        command = ["python3", "-m", cls.server_module, "--model-path", model or cls.model]
+        command += [*quirks.as_installed(args, ServerArgs), "--host", host, "--port", port]
         cls._names[url] = name
         return cls.launch(name, command, {**cls.server_env, **(env or {})}, copies=copies)
 
@@ -373,7 +356,7 @@ class PDServers(PDDisaggregationServerBase):
                 if cls._port_lock:
                     cls._port_lock.close()
                     cls._port_lock = None
-                leave(cls)
+                deployments.remove(cls)
         assert not unreported_death, unreported_death
 
 

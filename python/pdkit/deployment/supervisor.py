@@ -70,7 +70,7 @@ class Supervisor:
         self.probes = 0
         self._watched: dict[str, _Watched] = {}
         self._lock = threading.RLock()
-        self._reported = False
+        self.has_reported = False  # whether a death was raised
         self._depth = 0
         self._launching = self._terminated = self._released = False
         self._stopped = threading.Event()
@@ -186,16 +186,11 @@ class Supervisor:
         finally:
             ended.set()
 
-    @property
-    def has_reported(self) -> bool:
-        """Whether a death was raised."""
-        return self._reported
-
     def stop(self) -> str | None:
         """Ends the watch; returns a death that no test has reported yet, or None."""
         self._stopped.set()
         self._thread.join()
-        return None if self._reported else self._find_death()
+        return None if self.has_reported else self._find_death()
 
     def release_signals(self) -> None:
         """Puts the handlers of signals back, once servers are stopped: until then SIGTERM must not end us."""
@@ -252,7 +247,7 @@ class Supervisor:
 
     def _interrupt(self, *_: object) -> None:
         if self._depth and self.death and not self._launching:
-            self._reported = True
+            self.has_reported = True
             raise ServerDied(self.death)
 
     def _terminate(self, *_: object) -> None:

@@ -31,26 +31,11 @@ class Selection:
         return sum(r.est_time for r in self.enabled)
 
 
-class NoEstimates(Exception):
-    """No measured times for a suite; the message is one line that says why."""
-
-
-def live_estimates(path: Path, suite: str) -> dict[str, float]:
+def _estimates(text: str, suite: str) -> dict[str, float]:
     """Seconds by file, from the model.json of SGLang's CI, a JSON object, or the JSON lines of a TIMINGS block.
 
-    Raises NoEstimates where `path` is none of these, or has no times for `suite`.
+    Empty where a model lacks `suite`. Raises ValueError, KeyError, TypeError or AttributeError where it is none of these.
     """
-    try:
-        return _parse_estimates(path.read_text(), suite)
-    except (OSError, UnicodeDecodeError) as error:
-        raise NoEstimates(getattr(error, "strerror", None) or "not a text file") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise NoEstimates(
-            'expected {"est": {suite: {file: seconds}}}, {file: seconds} or lines {"file": ..., "elapsed": seconds}'
-        ) from None
-
-
-def _parse_estimates(text: str, suite: str) -> dict[str, float]:
     try:
         estimates = json.loads(text)
     except ValueError:
@@ -59,10 +44,8 @@ def _parse_estimates(text: str, suite: str) -> dict[str, float]:
         records = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         estimates = {record["file"]: record["elapsed"] for record in records}
     if isinstance(estimates.get("est"), dict):
-        estimates = estimates["est"].get(suite)
-        if not estimates:
-            raise NoEstimates(f"it has no times for {suite}")
-    if not estimates:
+        estimates = estimates["est"].get(suite) or {}
+    elif not estimates:
         raise ValueError("no estimates")
     for seconds in estimates.values():
         if isinstance(seconds, bool) or not 0 <= seconds < float("inf"):
@@ -70,20 +53,31 @@ def _parse_estimates(text: str, suite: str) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in estimates.items()}
 
 
-def with_estimates(
-    registrations: list[Registration], estimates: dict[str, float]
-) -> tuple[list[Registration], list[Registration]]:
-    """(the registrations, with the measured time where `estimates` has one; those that it has one for).
+def with_estimates(registrations: list[Registration], path: Path, suite: str) -> tuple[list[Registration], str]:
+    """The registrations with the times of a file, and one line that says for how many; est_time where it has none.
 
-    It is that of the longest path in `estimates` that the path of the file ends with.
+    A time is that of the longest path in the file that the path of the registered file ends with.
     """
+    try:
+        estimates = _estimates(path.read_text(), suite)
+        problem = "" if estimates else f"it has no times for {suite}"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "not a text file"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        problem = (
+            'expected {"est": {suite: {file: seconds}}}, {file: seconds} or lines {"file": ..., "elapsed": seconds}'
+        )
+    if problem:
+        return registrations, f"no times from {path}: {problem}; est_time of all files"
     measured = {}
     for registration in registrations:
         parts = Path(registration.filename).parts
         tails = ("/".join(parts[-length:]) for length in range(len(parts), 0, -1))
         if tail := next((tail for tail in tails if tail in estimates), None):
             measured[registration] = replace(registration, est_time=estimates[tail])
-    return [measured.get(registration, registration) for registration in registrations], list(measured)
+    others = ", est_time of the others" if len(measured) < len(registrations) else ""
+    line = f"times of {len(measured)} of {len(registrations)} files from {path}{others}"
+    return [measured.get(registration, registration) for registration in registrations], line
 
 
 def check_names(collection: Collection, hw: str | None, suite: str | None) -> None:
@@ -118,7 +112,7 @@ def select(collection: Collection, options: Options) -> Selection:
 
     measured_of = ""
     if options.partition_model_file:
-        chosen, measured_of = _measured(chosen, options.partition_model_file, suite or "")
+        chosen, measured_of = with_estimates(chosen, options.partition_model_file, suite or "")
     enabled = [r for r in chosen if r.is_enabled]
     disabled = [r for r in chosen if not r.is_enabled]
 
@@ -131,16 +125,6 @@ def select(collection: Collection, options: Options) -> Selection:
             enabled = [r for r in enabled if partition[r] == options.partition_id]
     why_empty = "" if enabled else _why_empty(options, of_suite, disabled, partition)
     return Selection(tuple(enabled), tuple(disabled), partition, why_empty, measured_of)
-
-
-def _measured(chosen: list[Registration], path: Path, suite: str) -> tuple[list[Registration], str]:
-    """The registrations with the times of a file, and one line that says for how many; est_time where it has none."""
-    try:
-        registrations, measured = with_estimates(chosen, live_estimates(path, suite))
-    except NoEstimates as problem:
-        return chosen, f"no times from {path}: {problem}; est_time of all files"
-    others = ", est_time of the others" if len(measured) < len(chosen) else ""
-    return registrations, f"times of {len(measured)} of {len(chosen)} files from {path}{others}"
 
 
 def _why_empty(

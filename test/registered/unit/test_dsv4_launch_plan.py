@@ -442,8 +442,8 @@ class TestVerdict(LogCase):
             for section, values in (change or {}).items():
                 infos[side][section].update(values)
         case = embedded.TestDisaggregationDSV4Embedded("test_gsm8k")
-        fixture.enter(type(case))
-        self.addCleanup(fixture.leave, type(case))
+        fixture.deployments.append(type(case))
+        self.addCleanup(fixture.deployments.remove, type(case))
         case.prefill_url, case.decode_url, case.lb_url, case.model = "prefill", "decode", "lb", "model"
 
         def get(url, timeout):

@@ -294,7 +294,9 @@ class TestSelect(TreeCase):
 
     def test_the_longest_matching_path_wins(self):
         registration = Registration("/a/b/test_x.py", "b/test_x.py", "cpu", "s", 5)
-        (found,), _ = with_estimates([registration], {"test_x.py": 1, "b/test_x.py": 2})
+        times = self.root / "times.json"
+        times.write_text(json.dumps({"test_x.py": 1, "b/test_x.py": 2}))
+        (found,), _ = with_estimates([registration], times, "s")
         self.assertEqual(found.est_time, 2)
 
     def test_without_measured_times_the_registered_ones_stand(self):

@@ -24,6 +24,7 @@ from cases import FolderCase, printed
 from fake_pair import NEVER, Fate, fake_pair
 from pdkit.core import events, processes
 from pdkit.deployment import attach, evals, fixture, ports, supervisor, warm_up
+from pdkit.deployment import workers as below
 from pdkit.deployment.fixture import PDServers
 from pdkit.deployment.fleet import Fleet
 from pdkit.deployment.monolithic import MonolithicBeside
@@ -52,6 +53,14 @@ class Supervised(FolderCase):
         environ = {"SGLANG_IS_IN_CI": "false", "SGLANG_TEST_MAX_RETRY": "1", events.VARIABLE: self.log_dir}
         self.enterContext(mock.patch.dict(os.environ, environ))
         self.struck_at = None
+        self.titled, title_of = set(), below._title
+
+        def noted(process):
+            title = title_of(process)
+            self.titled |= {process.pid} if title else set()
+            return title
+
+        self.enterContext(mock.patch.object(below, "_title", noted))
 
     def run_pair(self, **pair):
         """The messages of a run of a fake pair."""
@@ -59,8 +68,8 @@ class Supervised(FolderCase):
 
     def worker_of(self, name):
         found = lambda: re.search(r"^worker (\d+)$", Path(self.log_dir, f"{name}.log").read_text(), re.M)  # noqa: E731
-        self.assertTrue(processes.wait_until(found, NEVER))
-        return int(found()[1])
+        self.assertTrue(processes.wait_until(lambda: found() and int(found()[1]) in self.titled, NEVER))
+        return int(found()[1])  # it has its title, and the supervisor has seen it
 
     def strike(self, pid, number):
         self.struck_at = time.time()

@@ -69,14 +69,10 @@ class RecordedProcess:
         self.wait()
         return "", ""
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, number: int = 0) -> None:
         pass
 
-    def terminate(self) -> None:
-        pass
-
-    def kill(self) -> None:
-        pass
+    terminate = kill = send_signal
 
 
 def start_recording() -> None:

@@ -6,11 +6,7 @@ from collections.abc import Iterator
 from pdkit.core.source import Source
 from pdkit.preflight.finding import Finding, broken
 
-SUCCESSORS = {
-    "sglang.test.few_shot_gsm8k": 'sglang.test.run_eval with eval_name="gsm8k"',
-    "sglang.test.few_shot_gsm8k_engine": 'sglang.test.run_eval with eval_name="gsm8k"',
-    "sglang.test.simple_eval_gsm8k": 'sglang.test.run_eval with eval_name="gsm8k"',
-}
+DEPRECATED = {f"sglang.test.{name}" for name in ("few_shot_gsm8k", "few_shot_gsm8k_engine", "simple_eval_gsm8k")}
 
 
 def deprecated_eval(source: Source, _: object) -> Iterator[Finding]:
@@ -24,6 +20,6 @@ def deprecated_eval(source: Source, _: object) -> Iterator[Finding]:
         elif isinstance(node, ast.Constant) and isinstance(source.parents.get(node), (ast.List, ast.Tuple)):
             names = [str(node.value)]
         for name in names:
-            if name in SUCCESSORS:
-                message = f"{name} is deprecated; use {SUCCESSORS[name]}"
+            if name in DEPRECATED:
+                message = f'{name} is deprecated; use sglang.test.run_eval with eval_name="gsm8k"'
                 yield broken(source.path, getattr(node, "lineno", 1), "deprecated-eval", message)

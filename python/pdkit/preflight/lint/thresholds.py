@@ -12,9 +12,10 @@ from pdkit.preflight.finding import Finding, broken
 RATE = 0.05
 _COUNTS = {"num_examples", "num_questions"}
 _SCORE = re.compile(r"score|accuracy|\bacc\b", re.IGNORECASE)
-_MIXINS = (
-    ("gsm8k_accuracy_thres", ("gsm8k_num_examples", "gsm8k_num_questions"), 200),
-    ("gsm8k_score_threshold", ("gsm8k_num_examples", "gsm8k_num_questions"), 200),
+# Attributes of SGLang's eval mixins, which score 200 examples unless told otherwise.
+_MIXINS, _MIXIN_COUNTS = (
+    ("gsm8k_accuracy_thres", "gsm8k_score_threshold"),
+    ("gsm8k_num_examples", "gsm8k_num_questions"),
 )
 
 
@@ -85,8 +86,8 @@ def _thresholds(cls: TestClass) -> Iterator[Threshold]:
             examples = [count for count_line, count in counts if count_line <= line]
             if examples and _SCORE.search(ast.unparse(score)):
                 yield from _threshold(cls, owner, line, bound, strict, examples[-1])
-    for name, names, default in _MIXINS:
-        asked = next((n for n in map(cls.value, names) if isinstance(n, int)), default)
+    asked = next((n for n in map(cls.value, _MIXIN_COUNTS) if isinstance(n, int)), 200)
+    for name in _MIXINS:
         attribute = cls.attribute(name)
         value = cls.value(name)
         if attribute and _is_share(value):

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -119,14 +119,6 @@ def repository_path(options: Options, name: str) -> str:
     return os.path.join(options.test_root.absolute().parent.name, name)
 
 
-def _measurements(options: Options, results: Sequence[FileResult], logs: Path) -> Iterable[Measurement]:
-    for result in results:
-        if result.attempts:
-            happened = events.read(directory_of(logs / result.attempts[-1].log))
-            if found := measurement_of(repository_path(options, result.registration.name), happened):
-                yield found
-
-
 def of_run(
     options: Options,
     results: Sequence[FileResult],
@@ -136,9 +128,14 @@ def of_run(
     seconds: float,
 ) -> Record:
     """The record of a run that is over, from its results and the logs in the directory `logs`. Raises OSError."""
-    files = tuple(
-        FileRecord(
-            file=repository_path(options, result.registration.name),
+    files, measured = [], []
+    for result in results:
+        if not result.attempts:
+            continue
+        name = repository_path(options, result.registration.name)
+        measured.append(measurement_of(name, events.read(directory_of(logs / result.attempts[-1].log))))
+        record = FileRecord(
+            file=name,
             hw=result.registration.hw,
             suite=result.registration.suite,
             state=result.state.value,
@@ -146,9 +143,7 @@ def of_run(
             est_time=result.registration.est_time,
             attempts=len(result.attempts),
         )
-        for result in results
-        if result.attempts
-    )
+        files.append(record)
     revision = commit(options.test_root) or ""
     return Record(
         version=VERSION,
@@ -163,7 +158,7 @@ def of_run(
         suite=options.suite or "",
         seconds=round(seconds, 3),
         exit_code=int(exit_code),
-        files=files,
-        measurements=tuple(_measurements(options, results, logs)),
+        files=tuple(files),
+        measurements=tuple(filter(None, measured)),
         report_dir=str(options.report_dir.absolute()) if options.report_dir else None,
     )
