@@ -99,25 +99,20 @@ def launch_contract_of(wheel: Path | None = None) -> tuple[str, dict]:
     """
     from pdkit.preflight.contract import launches
 
-    def plain(contract: launches.Contract | launches.ContractUnreadable) -> dict | str:
-        if isinstance(contract, launches.Contract):
-            return launches.as_data(contract)
-        return str(contract).partition(": cannot be imported: ")[2] or str(contract)
-
     # Servers on CPU are forked from a process that has torch and transformers, for which there are stand-ins here.
     files = sorted((REGISTERED / "distributed").glob("test_*.py"))
     files = [file for file in files if not file.name.startswith("test_disaggregation_sglang_cpu")]
     with tempfile.TemporaryDirectory(prefix="record-") as cache, launches.release_of(wheel) as release:
         paths = {cache: "<cache>", str(REPO): "<repository>", str(release.root): "<site-packages>"}
         with mock.patch.dict(os.environ, clean_environment(cache), clear=True):
-            contracts = [plain(contract) for contract in launches.ask_each(release, files)]
+            contracts = list(launches.ask_each(release, files))
     data: dict[str, dict | str] = {}
     for file, contract in zip(files, contracts, strict=True):
-        if isinstance(contract, str):
-            data[file.name] = contract
+        if not isinstance(contract, launches.Contract):
+            data[file.name] = str(contract).partition(": cannot be imported: ")[2] or str(contract)
             continue
         data[file.name] = tests = {}
-        for test in contract["tests"]:
+        for test in launches.as_data(contract)["tests"]:
             ports = PortNames()
             processes = [normalised_process(process, ports, paths) for process in test["processes"]]
             tests[test["test"]] = {"problem": test["problem"], "processes": processes}

@@ -236,7 +236,7 @@ class Forward:
             ages = torch.arange(length).unsqueeze(1) - torch.arange(-min(start, self.window - 1), length)
             outside = (ages < 0) | (ages >= self.window)
         flat = tokens.flatten()
-        streams = self.embedding[flat].unsqueeze(1).expand(-1, self.count, -1)
+        streams = self.embedding[flat].unsqueeze(1).repeat(1, self.count, 1)
         for layer, (before_attention, attention, before_experts, experts) in zip(cache.layers, self.layers):
             x, shares, mix = before_attention(streams)
             x = attention(x.view(rows, length, -1), layer, start, outside).flatten(0, 1)

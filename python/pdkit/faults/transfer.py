@@ -2,12 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pdkit.engine.transfer import KVTransfer, TransferBackend, load_backend
 from pdkit.faults.engine import FaultyServer
-from pdkit.faults.fault import Injection, Where
+from pdkit.faults.fault import Where
 from pdkit.faults.switch import Switch
 
 BACKEND_VARIABLE = "PDKIT_FAULT_BACKEND"
@@ -27,37 +25,36 @@ class FaultyTransfer(TransferBackend):
 
     def outgoing(self, kv_transfer: KVTransfer) -> KVTransfer | None:
         sent = self._backend.outgoing(kv_transfer)
-        with self._injection(Where.PREFILL) as injection:
-            return injection.apply(sent) if injection and sent else sent
+        return self._met(Where.PREFILL, sent) if sent else sent
 
     def wire(self, data: bytes) -> bytes:
         data = self._backend.wire(data)
-        with self._injection(Where.WIRE) as injection:
-            return injection.fault.wire(data) if injection and injection.is_met() and injection.fault.wire else data
+        injection = self._switch.injection(Where.WIRE)
+        if injection is None or injection.fault.wire is None or not injection.is_met():
+            return data
+        self._switch.record()
+        return injection.fault.wire(data)
 
     def incoming(self, kv_transfer: KVTransfer) -> KVTransfer:
         kv_transfer = self._backend.incoming(kv_transfer)
-        with self._injection(Where.DECODE) as injection:
-            if injection:
-                changed = injection.apply(kv_transfer)
-                assert changed is not None, "what decode checks has arrived"
-                return changed
         asyncio.get_running_loop().call_soon(self._restored, kv_transfer)
-        return kv_transfer
+        changed = self._met(Where.DECODE, kv_transfer)
+        assert changed is not None, "what decode checks has arrived"
+        return changed
 
     def _restored(self, kv_transfer: KVTransfer) -> None:
-        with self._injection(Where.RESTORE) as injection:
-            if injection:
-                changed = injection.apply(kv_transfer)
-                assert changed is not None, "what decode restores has arrived"
-                kv_transfer.tensors, kv_transfer.counts = changed.tensors, changed.counts
+        changed = self._met(Where.RESTORE, kv_transfer)
+        assert changed is not None, "what decode restores has arrived"
+        kv_transfer.tensors, kv_transfer.counts = changed.tensors, changed.counts
 
-    @contextmanager
-    def _injection(self, place: Where) -> Iterator[Injection | None]:
+    def _met(self, place: Where, kv_transfer: KVTransfer) -> KVTransfer | None:
+        """`kv_transfer` as it goes on from `place`. Raises what a fault there raises."""
         injection = self._switch.injection(place)
-        before = injection.met if injection else 0
+        if injection is None:
+            return kv_transfer
+        before = injection.met
         try:
-            yield injection
+            return injection.apply(kv_transfer)
         finally:
-            if injection and injection.met > before:
+            if injection.met > before:
                 self._switch.record()

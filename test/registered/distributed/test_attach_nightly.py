@@ -5,7 +5,7 @@ import unittest
 import test_attach
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=150, suite="stage-a-test-cpu", nightly=True)
+register_cpu_ci(est_time=200, suite="stage-a-test-cpu", nightly=True)
 
 
 class TestShapesSpawned(test_attach.TestShapes):

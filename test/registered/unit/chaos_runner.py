@@ -80,10 +80,6 @@ class Attack:
     on_guardian: bool = False
     kinds: tuple[str, ...] = KINDS
 
-    @property
-    def needs_next_start(self) -> bool:
-        return self.signal is signal.SIGKILL
-
 
 ATTACKS = {
     "int": Attack("SIGINT", signal.SIGINT),
@@ -163,7 +159,7 @@ class Chaos:
         else:
             runner.send_signal(attack.signal)
         runner.wait(PATIENCE_S)
-        if attack.needs_next_start:
+        if attack.signal is signal.SIGKILL:  # nobody is left to end the rest but the next runner
             self.undisturbed(())
         left = self.alive()
         taken = listened | processes.listening_ports(left)

@@ -8,13 +8,12 @@ import io
 import math
 import threading
 import unittest
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import pdkit
 import torch
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.paths import ASSETS
 from pdkit.engine import state
 from pdkit.engine.model_runner import ROWS, ModelRunner, gather_rows
 from pdkit.engine.prefix_cache import PrefixCache
@@ -25,7 +24,7 @@ from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=16, suite="stage-a-test-cpu")
 
-RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
+RANDOM = ASSETS / "random-dsv4"
 
 torch.set_num_threads(1)
 model = load_model(RANDOM, load_format="dummy", seed=7)

@@ -7,13 +7,12 @@ import asyncio
 import math
 import unittest
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
-import pdkit
 import torch
 from fastapi import HTTPException
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.paths import ASSETS
 from pdkit.engine.fields import BadRequest
 from pdkit.engine.request import Request, SamplingParams
 from pdkit.engine.sequences import ROOMS, fan_out
@@ -23,7 +22,7 @@ from transformers import AutoTokenizer
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
-RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
+RANDOM = ASSETS / "random-dsv4"
 EOS = 1
 NOT_FINITE = "logits at output token {} are not finite: model or state is corrupt"
 

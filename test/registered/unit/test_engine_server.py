@@ -417,15 +417,12 @@ class TestFailures(EngineTestCase):
         chunks = events(decode.post("/v1/chat/completions", chat | {"stream": True}, stream=True))
         self.assertRegex(chunks[-1]["error"]["message"], "room 1")
 
-    def test_the_first_of_a_batch_that_fails_ends_the_others(self):
-        hosts, ports = ["127.0.0.1"] * 2, [bootstrap_port, free_port]
-        body = self.ask([21, 22], ports, text=["12 plus 5", "1"], bootstrap_host=hosts)
-        self.assertRefused(decode.post("/generate", body), 500, "room 22")
-        self.assertIdle(BOOTSTRAP_TIMEOUT / 2)
-
-    def test_all_of_a_batch_fail_at_once(self):
-        body = self.ask([23, 24], [free_port] * 2, text=["12 plus 5", "1"], bootstrap_host=["127.0.0.1"] * 2)
-        self.assertRefused(decode.post("/generate", body), 500, "room 2[34]")
+    def test_the_first_of_a_batch_that_fails_ends_the_others_and_all_may_fail_at_once(self):
+        for rooms, first_port, says in (([21, 22], bootstrap_port, "room 22"), ([23, 24], free_port, "room 2[34]")):
+            hosts, ports = ["127.0.0.1"] * 2, [first_port, free_port]
+            body = self.ask(rooms, ports, text=["12 plus 5", "1"], bootstrap_host=hosts)
+            self.assertRefused(decode.post("/generate", body), 500, says)
+            self.assertIdle(BOOTSTRAP_TIMEOUT / 2)
         self.assertNotIn("never retrieved", decode.log.read_text())
 
     def test_a_room_that_no_decode_asks_for(self):

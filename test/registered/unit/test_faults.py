@@ -7,14 +7,13 @@ import re
 import socket
 import unittest
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pdkit
 import torch
 from cases import FolderCase
 from pdkit.core.ci_register import register_cpu_ci
+from pdkit.core.paths import ASSETS
 from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
 from pdkit.engine.transfer import DecodeReceiver, KVTransfer, PrefillSender, TransferError, load_backend
@@ -27,7 +26,7 @@ from pdkit.models.cpu.model import load_config, load_model
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
-RANDOM = Path(pdkit.__file__).parent / "assets" / "random-dsv4"
+RANDOM = ASSETS / "random-dsv4"
 
 torch.set_num_threads(1)
 config = load_config(RANDOM)
@@ -96,19 +95,19 @@ class TestKinds(unittest.TestCase):
 class TestOperations(unittest.TestCase):
     rows = torch.arange(1.0, 13.0).view(1, 4, 3)
 
-    def test_shifted_loses_the_newest_row(self):
-        self.assertTrue(torch.equal(pieces.shifted(self.rows)[0, :, 0], torch.tensor([1.0, 1.0, 4.0, 7.0])))
-
-    def test_newest_lost_and_cut(self):
-        self.assertEqual(pieces.newest_lost(self.rows, 1)[0, :, 0].tolist(), [1, 4, 7, 0])
-        self.assertEqual(pieces.newest_lost(self.rows, 9)[0, :, 0].tolist(), [0, 0, 0, 0])
-        self.assertEqual(pieces.cut(self.rows, 3)[0, :, 0].tolist(), [1])
-        self.assertEqual(pieces.cut(self.rows, 9).shape, (1, 0, 3))
-
-    def test_overlaid_takes_the_rows_that_both_have(self):
+    def test_rows(self):
         other = -torch.ones(1, 2, 3)
-        self.assertEqual(pieces.overlaid(other, self.rows)[0, :, 0].tolist(), [-1, -1, 7, 10])
-        self.assertEqual(pieces.overlaid(self.rows, other)[0, :, 0].tolist(), [1, 4])
+        for what, found, first in (
+            ("shifted loses the newest", pieces.shifted(self.rows), [1, 1, 4, 7]),
+            ("the newest is lost", pieces.newest_lost(self.rows, 1), [1, 4, 7, 0]),
+            ("more are lost than there are", pieces.newest_lost(self.rows, 9), [0] * 4),
+            ("cut", pieces.cut(self.rows, 3), [1]),
+            ("overlaid takes the rows that both have", pieces.overlaid(other, self.rows), [-1, -1, 7, 10]),
+            ("overlaid by more", pieces.overlaid(self.rows, other), [1, 4]),
+        ):
+            with self.subTest(what):
+                self.assertEqual(found[0, :, 0].tolist(), first)
+        self.assertEqual(pieces.cut(self.rows, 9).shape, (1, 0, 3))
         self.assertTrue(torch.equal(pieces.overlaid(None, self.rows), self.rows))
 
     def test_bits_are_flipped_at_the_rate_named(self):

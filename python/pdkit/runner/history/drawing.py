@@ -97,28 +97,25 @@ def terminal(records: Sequence[Record], all_series: Sequence[Series]) -> Group:
 
 
 def draw(all_series: Sequence[Series], path: Path) -> None:
-    """For each target: scores with exact 95 % intervals, phases (which may overlap), acceptance length. Needs matplotlib."""
+    """For each target: scores with exact 95 % intervals, acceptance length, phases (which may overlap). Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    targets = list(dict.fromkeys(series.target for series in all_series))
-    rows = [(target, unit) for target in targets for unit in ("", "s", "tokens") if _of(all_series, target, unit)]
-    figure, axes = pyplot.subplots(len(rows), 1, figsize=(10, 3.4 * len(rows)), layout="constrained", squeeze=False)
-    for (target, unit), panel in zip(rows, axes[:, 0]):
-        chosen = _of(all_series, target, unit)
+    panels: dict[tuple[str, str], list[Series]] = {}
+    for series in all_series:
+        panels.setdefault((series.target, series.unit), []).append(series)
+    size = (10, 3.4 * len(panels))
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    for ((target, unit), chosen), panel in zip(panels.items(), axes[:, 0]):
         if unit == "s":
             _phases(panel, chosen)
         else:
-            _points(panel, chosen[0], unit)
+            _points(panel, chosen[0])
         panel.set_title(f"{target}: {'phases' if unit == 's' else chosen[0].name}", loc="left", fontsize=10)
     figure.savefig(path)
     pyplot.close(figure)
-
-
-def _of(all_series: Sequence[Series], target: str, unit: str) -> list[Series]:
-    return [series for series in all_series if (series.target, series.unit) == (target, unit)]
 
 
 def _ticks(panel: "Axes", records: Sequence[Record]) -> None:
@@ -127,18 +124,17 @@ def _ticks(panel: "Axes", records: Sequence[Record]) -> None:
     panel.set_xticks(range(0, len(records), stride), labels, fontsize=7)
 
 
-def _points(panel: "Axes", series: Series, unit: str) -> None:
+def _points(panel: "Axes", series: Series) -> None:
     values = [point.value for point in series.points]
     errors = list(zip(*((p.value - p.interval[0], p.interval[1] - p.value) for p in series.points)))
     panel.errorbar(range(len(values)), values, errors, fmt="o", color="#1f4e79", ecolor="#9a9a9a", markersize=4)
-    if not unit:
+    if not series.unit:
         gates = {m.gate for p in series.points for m in p.record.measurements if m.target == series.target and m.gate}
         for gate in sorted(gates):
             panel.axhline(float(gate.lstrip(">=")), color="#b35900", linestyle="--")
             panel.annotate(f"gate {gate}", (0, float(gate.lstrip(">="))), va="bottom", fontsize=8, color="#b35900")
-    panel.set_ylabel(
-        "share of right answers, 95 % interval" if not unit else "tokens per verification step", fontsize=8
-    )
+    what = "tokens per verification step" if series.unit else "share of right answers, 95 % interval"
+    panel.set_ylabel(what, fontsize=8)
     _ticks(panel, [point.record for point in series.points])
 
 
