@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 REPO = Path(__file__).resolve().parents[1]
 DSV4 = REPO / "test" / "registered" / "distributed" / "test_disaggregation_dsv4.py"
 CHECK = ("-m", "pdkit", "preflight")
-_ERROR, _NUMBER = re.compile(r"error |\w+(\.py)?: error: "), re.compile(r"[\d.]+")
+_ERROR, _NUMBER = re.compile(r"error |[\w. ]+: error: "), re.compile(r"[\d.]+")
 SUITE = ("--hw", "cuda", "--suite", "stage-c-test-dsv4-8-gpu-h200")
 
 

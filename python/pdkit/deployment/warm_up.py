@@ -17,10 +17,10 @@ MOST_PASSES = 5
 QUESTION = "Question: What is {} + {}?\nAnswer:"
 
 
-def until_settled(one_pass: Callable[[], float], most: int = MOST_PASSES) -> list[float]:
-    """The seconds of each pass, until two in a row took about as long; at most `most`."""
+def until_settled(one_pass: Callable[[], float]) -> list[float]:
+    """The seconds of each pass, until two in a row took about as long; at most MOST_PASSES."""
     seconds = [one_pass()]
-    while len(seconds) < most and (len(seconds) < 2 or min(seconds[-2:]) < SETTLED * max(seconds[-2:])):
+    while len(seconds) < MOST_PASSES and (len(seconds) < 2 or min(seconds[-2:]) < SETTLED * max(seconds[-2:])):
         seconds.append(one_pass())
     return seconds
 

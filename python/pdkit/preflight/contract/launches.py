@@ -1,11 +1,8 @@
-"""Does a release of SGLang take what a registered PD test launches it with?
-
-    pdkit contract TEST_FILE [--sglang-wheel FILE]
+"""Does a release of SGLang take what a registered PD test launches it with? `pdkit contract TEST_FILE`.
 
 The test itself says what it launches: it is imported and launches its processes in a process of its own, where nothing
-is started but written down. The release says whether it takes that: its own parser takes each flag by itself, its own
-registry each SGLANG_* variable. Neither needs the release to be installed: its Python sources are executed with
-stand-ins for the packages that it depends on (`pdkit.preflight.contract.stand_ins`).
+is started but written down. The release need not be installed: its own parser and registry of variables are executed
+with stand-ins for the packages that it depends on (`pdkit.preflight.contract.stand_ins`).
 """
 
 import argparse
