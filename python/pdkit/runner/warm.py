@@ -24,7 +24,7 @@ from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 PREPARE = "pdkit.deployment.preload:prepare"
 SLOW = (
     *("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults"),
-    "pdkit.core.forked",  # what imports it starts programs that import those
+    *("pdkit.core.forked", "record"),  # what imports them starts programs that import those
 )
 ENOUGH = 2  # such files: for one, importing once is as slow
 
