@@ -1,5 +1,5 @@
 """What earlier runs left: score, phases and acceptance length over time, and better time estimates.
-Each run of `pdkit run`, `pdkit test` and test/run_suite.py appends a record to the history.
+Each run of a suite or of the main job appends a record to the history; runs of single files do not.
 """
 
 import argparse
