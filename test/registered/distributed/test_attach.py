@@ -16,7 +16,7 @@ from pdkit.core.errors import ExitCode
 from pdkit.core.source import read
 from pdkit.deployment.quirks import SUBSTITUTED
 
-register_cpu_ci(est_time=80, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 ASSETS = REPO / "python" / "pdkit" / "assets"

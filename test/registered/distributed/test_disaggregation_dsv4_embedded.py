@@ -9,7 +9,7 @@ from pdkit.deployment.embedded import EmbeddedServers
 from pdkit.deployment.monolithic import MonolithicBeside
 from sglang.test.ci.ci_register import register_cpu_ci
 
-register_cpu_ci(est_time=30, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
 
 class TestDisaggregationDSV4Embedded(AccountingChecks, AgeChecks, GSM8KChecks, MonolithicBeside, EmbeddedServers):

@@ -20,7 +20,7 @@ from sglang.test.kits.abort_timeout_kit import AbortAllMixin
 from sglang.test.kits.basic_api_contract_kit import BasicAPIContractMixin
 from sglang.test.kits.pd_parity_kit import PDLogprobParityMixin
 
-register_cpu_ci(est_time=120, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=80, suite="stage-a-test-cpu")
 
 
 class SGLangKits(PDLogprobParityMixin, BasicAPIContractMixin, AbortAllMixin, Checks):

@@ -14,7 +14,7 @@ from detached import LISTEN, command, orphaner
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.processes import become_subreaper
 
-register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 SCRIPT = Path(__file__).with_name("chaos_runner.py")
 

@@ -31,7 +31,7 @@ from pdkit.preflight.plan import Server
 from safetensors.numpy import save
 from suite_trees import RUN_SUITE, source_of, write_tree
 
-register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 COMMAND = ("-m", "pdkit", "preflight")

@@ -15,7 +15,7 @@ from pdkit.core.order import latest_change
 from pdkit.core.paired import PairedPlan, error_rates, log_ratio, paired_plan, paired_point
 from scipy.stats import beta, binom, hypergeom, norm
 
-register_cpu_ci(est_time=21, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 DEFAULT = {"good": 0.965, "bad": 0.93, "alpha": 0.01, "beta": 0.01, "first": 200, "step": 100}
 

@@ -33,7 +33,7 @@ from pdkit.runner.report.facts import acceptance_length_of
 from sglang.test import simple_eval_common
 from stub_server import StubServer
 
-register_cpu_ci(est_time=36, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=16, suite="stage-a-test-cpu")
 
 MAIN_TEST = Path(__file__).resolve().parents[1] / "distributed" / "test_disaggregation_dsv4.py"
 ROWS = 1205

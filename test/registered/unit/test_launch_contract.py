@@ -19,7 +19,7 @@ from pdkit.preflight.contract import launches
 from pdkit.preflight.contract.release import ReleaseNotFound, installed, unpacked
 from release_wheels import SERVER_ARGS, write_wheel
 
-register_cpu_ci(est_time=45, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
 
 DSV4 = Path(__file__).parents[1] / "distributed" / "test_disaggregation_dsv4.py"
 

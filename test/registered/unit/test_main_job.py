@@ -26,7 +26,7 @@ from pdkit.runner.run import summary
 from pdkit.runner.targets import DISTRIBUTED, PARTS, TARGETS, choose, left_out, why
 from suite_trees import source_of, write_tree
 
-register_cpu_ci(est_time=44, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=16, suite="stage-a-test-cpu")
 
 TOP, MIDDLE, SGLANG_CPU, EMBEDDED = TARGETS
 PRINTED = "target=embedded engine=pdkit.engine gsm8k=0.985 examples=200 gate=>0.95"

@@ -15,7 +15,7 @@ from pdkit.core.errors import MEANINGS
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 from suite_trees import HANG, SUITE, CommandCase, source_of
 
-register_cpu_ci(est_time=55, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=40, suite="stage-a-test-cpu")
 
 PASS = source_of()
 FAIL = source_of("def test_it(self): self.fail()")

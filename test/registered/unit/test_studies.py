@@ -20,7 +20,7 @@ from pdkit.core.errors import ExitCode, UsageError
 from pdkit.core.host import installed
 from scipy.stats import binom
 
-register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 ROOT = Path(__file__).parents[3]
 RELEASE = "0.5.23"  # whose source the patches are for
