@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def difference(whole: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) ->
             reasons += [choice["finish_reason"]] if choice.get("finish_reason") else []
     (wanted,) = whole["choices"]
     if (said := "".join(texts)) != wanted["text"]:
-        return f"its text is {said[:60]!r}, the whole answer's {wanted['text'][:60]!r}"
+        start = max(0, len(os.path.commonprefix((said, wanted["text"]))) - 30)
+        return f"its text is {said[start : start + 60]!r}, the whole answer's {wanted['text'][start : start + 60]!r}"
     if reasons != [wanted["finish_reason"]]:
         return f"finish reasons {reasons}, expected one: {wanted['finish_reason']}"
     counts = [[usage.get(name) for name in COUNTS] for usage in (*usages[-1:], whole["usage"])]

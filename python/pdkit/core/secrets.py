@@ -64,6 +64,8 @@ class Redactor:
 
 def scrub(directory: Path, secrets: Iterable[str]) -> list[Path]:
     """Replaces `secrets` in all files below `directory`; returns those that had some."""
+    if not (secrets := list(secrets)):
+        return []
     redactor, changed = Redactor(secrets), []
     for path in sorted(directory.rglob("*")):
         if not path.is_file() or path.is_symlink():

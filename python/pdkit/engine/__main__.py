@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,11 @@ def run(argv: Sequence[str]) -> ExitCode:
         service = Service(options, model, tokenizer)
     except (ModelError, OSError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
-    asyncio.run(serve(options, service, sock, bootstrap_socket))
+    try:
+        asyncio.run(serve(options, service, sock, bootstrap_socket))
+    except OSError:  # of a server that runs: a bug, not bad usage
+        traceback.print_exc()
+        return ExitCode.FAILED
     return ExitCode.PASSED
 
 

@@ -5,6 +5,7 @@ the rest is the model's arithmetic, on the model's own cache. `test_engine_model
 tokens each, all rows at the same position, H heads of D, T tokens or compressed entries that there are to see.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
 
 
-_WIDTHS = {2**power: _number(2**power) for power in range(16)}
+_width = cache(_number)
 
 
 def _scale(x: Tensor, eps: Tensor) -> Tensor:
     """[..., 1]: what a row of x is multiplied with to have a mean square of one. A fifth of rms_norm's operations."""
-    return x.square().sum(-1, keepdim=True).div_(_WIDTHS[x.shape[-1]]).add_(eps).rsqrt_()
+    return x.square().sum(-1, keepdim=True).div_(_width(x.shape[-1])).add_(eps).rsqrt_()
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:

@@ -126,9 +126,11 @@ def repeat(
         except KeyboardInterrupt:
             pass
         pool.shutdown(wait=False, cancel_futures=True)
+        asked: set[subprocess.Popen[bytes]] = set()
         while running := [future for future in futures if not future.done()]:
-            for process in list(repetition.processes):
+            for process in set(repetition.processes) - asked:  # once: a second signal means to drop everything
                 process.terminate()
+                asked.add(process)
             wait(running, AGAIN_S)
     runs.sort(key=lambda run: run.number)
     print(summary(runs, out.absolute()) if runs else "no run was finished", flush=True)

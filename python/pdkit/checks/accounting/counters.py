@@ -78,7 +78,8 @@ def still_held(urls: Iterable[str], seconds: float) -> dict[str, tuple[int, int]
     held: dict[str, tuple[int, int]] = {}
 
     def are_idle() -> bool:
-        infos = {url: read_server_info(url) for url in urls}
+        infos = {url: read_server_info(url, max(seconds, 30)) for url in urls}  # a busy one may take as long
+        held.clear()
         held.update({url: (info["rooms"], running_of(info)) for url, info in infos.items() if "rooms" in info})
         return not any(map(any, held.values()))
 

@@ -167,10 +167,8 @@ class LoadBalancerChecks(Checks):
     def assertIdle(self) -> None:
         """Prefill and decode have let go of every request, and of what they kept for it."""
         for name, url in (("prefill", self.prefill_url), ("decode", self.decode_url)):
-            self.assertTrue(
-                wait_until(partial(self.is_idle, url), self.settle_seconds),
-                f"{name} still holds a request: its /flush_cache refuses",
-            )
+            if not wait_until(partial(self.is_idle, url), self.settle_seconds):
+                self.fail(f"{name} still holds a request: its /flush_cache answers {self.flush(url)}")
         info = requests.get(f"{self.prefill_url}/get_server_info", timeout=self.request_timeout).json()
         self.assertEqual(info.get("rooms", 0), 0, "bootstrap rooms that prefill still holds")
 
