@@ -15,6 +15,7 @@ import torch
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.paths import ASSETS
 from pdkit.engine import state
+from pdkit.engine.forward import _scale
 from pdkit.engine.model_runner import ROWS, ModelRunner, gather_rows
 from pdkit.engine.prefix_cache import PrefixCache
 from pdkit.engine.request import Request, SamplingParams
@@ -236,6 +237,12 @@ def cache_row(cache, row=0):
 
 
 class TestAgainstTransformers(StateTestCase):
+    def test_a_norm_of_any_width(self):
+        for width in (96, 128):
+            x = torch.arange(1.0, width + 1).unsqueeze(0)
+            expected = (x.square().mean(-1, keepdim=True) + 0.5).rsqrt()
+            torch.testing.assert_close(_scale(x, torch.tensor(0.5)), expected)
+
     @torch.inference_mode()
     def test_chunks_and_steps_give_the_logits_of_one_forward_over_everything(self):
         for length, chunk in ((150, 128), (300, 128), (300, 37), (40, 1), (1, 128), (120, 128)):

@@ -219,6 +219,12 @@ class TestStreams(unittest.TestCase):
         ):
             self.assertRegex(difference(self.WHOLE, events) or "nothing", says)
 
+    def test_texts_that_differ_late_are_shown_where_they_do(self):
+        whole = {**self.WHOLE, "choices": [{"text": "x" * 200 + "right", "finish_reason": "length"}]}
+        said = difference(whole, self.events(pieces=("x" * 200, "wrong")))
+        self.assertIn("xwrong'", said)
+        self.assertIn("xright'", said)
+
     def test_the_bound(self):
         self.assertAlmostEqual(rate_bound(300), 0.00994, 4)
         self.assertAlmostEqual((1 - rate_bound(59)) ** 59, 0.05)

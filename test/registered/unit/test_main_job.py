@@ -237,12 +237,21 @@ class TestInterrupt(unittest.TestCase):
 
 
 REPEATED = """
-import sys
+import signal, sys, time
 from pathlib import Path
 from pdkit.core import events
+from pdkit.core.processes import wait_until
 directory = Path(sys.argv[sys.argv.index("--report-dir") + 1])
 with open(directory.parent / "started", "a") as file:
     file.write(directory.name + " ")
+ready, told = directory.parent / "ready", directory.parent / "told"
+if directory.name == "run-001" and (directory.parent / "slow").exists():
+    signal.signal(signal.SIGTERM, lambda *_: told.open("a").write("told "))
+    ready.touch()
+    wait_until(told.exists, 60)
+    time.sleep(1)
+if directory.name == "run-002" and (directory.parent / "slow").exists():
+    wait_until(ready.exists, 60)
 (directory / "001-test.1").mkdir(exist_ok=True)
 events.append(directory / "001-test.1", "score", eval="gsm8k", score=0.985, examples=200, gate=0.95)
 sys.exit(directory.name == "run-002" and (directory.parent / "bad").exists())
@@ -279,6 +288,14 @@ class TestRepeat(FolderCase):
         self.assertNotIn("run-004", self.started)
         self.assertEqual(self.repeat("--repeat", "4", "--keep-going"), ExitCode.FAILED)
         self.assertIn("4 runs, 1 failures\n", self.printed)
+
+    def test_what_runs_beside_a_failure_is_told_to_end_once(self):
+        """A second signal would have it drop its servers."""
+        for name in ("bad", "slow"):
+            (self.root / name).touch()
+        with patch.object(repeat, "AGAIN_S", 0.1):
+            self.assertEqual(self.repeat("--repeat", "2", "--jobs", "2"), ExitCode.FAILED)
+        self.assertEqual((self.root / "told").read_text(), "told ")
 
     def test_runs_of_a_test_file(self):
         contents = {ExitCode.PASSED: "import sys; assert sys.argv[1:] == ['-f']", ExitCode.FAILED: "1 / 0"}
