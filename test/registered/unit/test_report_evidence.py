@@ -9,7 +9,6 @@ import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
-from unittest.mock import patch
 
 from cases import FolderCase, without
 from pdkit.core import events
@@ -154,7 +153,7 @@ class TestSecrets(FolderCase):
         self.write("b", "innocent")
         self.assertEqual(scrub(self.root, [SECRET]), [guilty])
         self.assertEqual(guilty.read_text(), "x(removed)y")
-        with patch.object(Path, "read_bytes", side_effect=AssertionError("there is nothing to look for")):
+        with mock.patch.object(Path, "read_bytes", side_effect=AssertionError("there is nothing to look for")):
             self.assertEqual(scrub(self.root, []), [])
 
 
