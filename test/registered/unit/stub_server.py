@@ -49,7 +49,7 @@ class StubServer(ThreadingHTTPServer):
         if reply:
             self.reply = reply
         super().__init__(("127.0.0.1", 0), handler)
-        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         for cleanup in (thread.join, self.server_close, self.shutdown):
             test.addCleanup(cleanup)

@@ -21,6 +21,7 @@ from pdkit.models.cuda.store import WEIGHTS
 # The nano's tokenizer whose special tokens have DeepSeek's names: SGLang 0.5.23 makes chats of a DeepseekV4ForCausalLM
 # itself, by these names, whatever template the checkpoint has (`entrypoints/openai/serving_deepseek_recipe.py`); without
 # them its server ends when it starts. <think> and </think> have new ids, which no training has seen.
+# those of assets/few-heads-dsv4 are kept as committed: what made them of the nano's is gone
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 _RENAMES = tuple(
