@@ -2,8 +2,8 @@
 
 Counts are of wrong answers, because the thresholds are few wrong answers among many right ones. Every probability is
 computed, none simulated. `scipy.stats` supplies the distributions and exact tests (it is imported where it is first
-used: that takes half a second); the recursion over looks is ours,
-because neither scipy nor statsmodels has a sequential test of a proportion.
+used: that takes half a second); the recursion over looks is ours, because neither scipy nor statsmodels has a
+sequential test of a proportion.
 """
 
 import math

@@ -21,7 +21,7 @@ from pdkit.runner.report.facts import score_of
 COMMAND = (sys.executable, "-m", "pdkit", "run")
 PYTHONPATH = str(Path(__file__).resolve().parents[2])
 WIDTH = 40
-AGAIN_S = 5.0  # what was asked to end is asked again
+AGAIN_S = 5.0  # until what was started meanwhile is asked to end, too
 
 
 @dataclass(frozen=True)

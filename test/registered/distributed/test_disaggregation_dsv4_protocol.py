@@ -5,6 +5,7 @@ The servers answer as SGLang's do; SGLang's own kits, run from the installed pac
 
 import unittest
 from dataclasses import replace
+from unittest import mock
 
 import openai
 import requests
@@ -62,10 +63,10 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
     idle_seconds = 6
 
     def test_each_scenario_can_fail(self):
-        self.sustained_seconds, self.idle_seconds, settle_seconds = 1, 1.5, self.settle_seconds
+        self.sustained_seconds, self.idle_seconds = 1, 1.5
         for name, breakage, pattern in BREAKAGES:
-            self.settle_seconds = 0.5
-            with self.subTest(scenario=name), BrokenRouter(self.lb_url, breakage) as router:
+            soon = mock.patch.object(self, "settle_seconds", 0.5)
+            with self.subTest(scenario=name), soon, BrokenRouter(self.lb_url, breakage) as router:
                 client = Client(replace(MINI_LB, tells_of_leaving=True), router.url, self.model, self.request_timeout)
                 self.clients, self.lone_router_url = [client], router.url
                 method = getattr(type(self), name)
@@ -75,7 +76,6 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
             client.close()
             for url in (self.prefill_url, self.decode_url):
                 requests.post(f"{url}/abort_request", json={"abort_all": True}, timeout=self.request_timeout)
-            self.settle_seconds = settle_seconds
             self.assertIdle()
 
 
