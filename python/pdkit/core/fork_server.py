@@ -8,8 +8,9 @@ descriptors of the child's standard streams; the answer is {"pid"}, and {"exited
 When the other end of the socket is closed this process ends, and its children go on without it.
 
 A child differs from a program that was started by exec in what was imported before, and in how it ends: exit code,
-threads, atexit and buffers are as the interpreter has them, but objects that are left are not destroyed. For what was
-imported that takes ten times as long as all else, and copies each page of it. It has a session of its own, its own
+threads, atexit and buffers are as the interpreter has them, but objects that are left are not destroyed, and exit
+functions of what was imported, which clean up what is the fork server's, are called when that ends. For what was
+imported each takes ten times as long as all else, and copies each page of it. It has a session of its own, its own
 environment and command line also for others to see in /proc, the streams and the directory that it was given, no
 descriptor and no signal handler of ours. It can be forked from in turn, which is `start_here`, and a fork server of its own
 waits beside it, which is `pdkit.core.forked.here`.
@@ -35,6 +36,7 @@ import socket
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,6 +123,7 @@ def _begin(request: Request, streams: Sequence[int]) -> None:
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _leave_exit_functions()
     for stream, descriptor in enumerate(streams):
         os.dup2(descriptor, stream)
     for descriptor in _open_descriptors() - _server.descriptors:
@@ -138,6 +141,17 @@ def _begin(request: Request, streams: Sequence[int]) -> None:
         faulthandler.enable()
     if _server.in_child:
         _server.in_child()
+
+
+def _leave_exit_functions() -> None:
+    """Leaves those of the process that this one was forked from, but for what all programs call that use these modules."""
+    finalizers: Any = weakref.finalize
+    _kept.append(finalizers._registry)
+    finalizers._registry, finalizers._registered_with_atexit = {}, False
+    atexit._clear()
+    for module, function in (("logging", "shutdown"), ("multiprocessing.util", "_exit_function")):
+        if module in sys.modules:
+            atexit.register(getattr(sys.modules[module], function))
 
 
 def _become(request: Request, streams: Sequence[int]) -> NoReturn:
@@ -216,7 +230,7 @@ def start_here(command: Sequence[str], environ: Mapping[str, str], streams: Sequ
     return os.fork() or _become(request, streams)
 
 
-def serve(connection: socket.socket) -> NoReturn:
+def serve(connection: socket.socket) -> None:
     """Forks on request until the other end is closed."""
     ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -238,7 +252,7 @@ def serve(connection: socket.socket) -> NoReturn:
                 except ConnectionResetError:
                     message = b""
                 if not message:
-                    os._exit(0)
+                    return
                 pid = os.fork()
                 if pid == 0:
                     selector.close()
@@ -309,6 +323,8 @@ def main(argv: Sequence[str]) -> NoReturn:
     print(f"fork server: {argv[1]} is done, {threads} thread(s) of the kernel", flush=True)
     connection.send(json.dumps({"ready": threads}).encode())
     serve(connection)
+    atexit._run_exitfuncs()
+    os._exit(0)
 
 
 if __name__ == "__main__":

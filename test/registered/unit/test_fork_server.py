@@ -30,8 +30,13 @@ register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 PROGRAM = "import sys\nexec(compile(sys.argv[1], 'program', 'exec'))\n"
 IMPORTED = """
-import os
+import atexit, logging, os, weakref
 kept = open(os.devnull)
+def end():
+    with open(os.environ.get("ENDS", os.devnull), "a") as file:
+        print(os.getpid(), file=file)
+atexit.register(end)
+weakref.finalize(end, end)
 def prepare():
     os.environ["SET_BY_AN_IMPORT"] = "1"
     return None
@@ -66,6 +71,9 @@ ENDS = {
     "KeyboardInterrupt": "raise KeyboardInterrupt",
     "os._exit": "import os; print('x', flush=True); os._exit(3)",
     "atexit": "import atexit; atexit.register(print, 'x'); sys.exit(4)",
+    "a finalizer": "import weakref; weakref.finalize(weakref.finalize, print, 'x')",
+    "a logger": "import logging.handlers as h; kept = h.MemoryHandler(9, 9, h.logging.StreamHandler())\n"
+    "kept.emit(h.logging.makeLogRecord({'msg': 'x'}))",
     "a thread that ends later": "import threading, time\nthreading.Thread(target=lambda: time.sleep(0.2) or print('x')).start()",
     "SIGTERM": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
     "SIGKILL": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -150,6 +158,14 @@ class TestEnds(ForkServerCase):
         self.assertEqual((child.stdout.read(), child.wait(20)), ("done\n", -signal.SIGKILL))  # nobody saw its status
         with self.assertRaises(ForkServerError):
             self.popen("", server.popen)
+
+    def test_what_imports_registered_is_called_once_and_by_the_server(self):
+        ends = self.root / "ends"
+        server = ForkServer("imported:prepare", {**self.environment, "ENDS": str(ends)}, str(self.root / "third"))
+        child = self.popen("import weakref; weakref.finalize(weakref.finalize, print, 'x')", server.popen)
+        self.assertEqual((child.stdout.read(), child.wait(20)), ("x\n", 0))
+        server.close()
+        self.assertEqual(ends.read_text().split(), [str(server.pid)] * 2)
 
     def test_what_cannot_be_forked_from(self):
         for name, why in (("imported:threads", "started threads"), ("nowhere:f", "No module named 'nowhere'")):
