@@ -30,12 +30,12 @@ class Console:
     def _write(self, data: bytes) -> None:
         if not data:
             return
-        self._put(self._clear() + data)
+        self._put(self._clearing() + data)
         self._at_margin = data.endswith(b"\n")
         if self._at_margin:
             self._put(b"\n".join(self._status))
 
-    def _clear(self) -> bytes:
+    def _clearing(self) -> bytes:
         """What takes the lines of the status away, where they are shown: below what was written, at the margin."""
         return CLEAR + (UP + CLEAR) * (len(self._status) - 1) if self._status and self._at_margin else b""
 
@@ -45,7 +45,7 @@ class Console:
             if not self.is_terminal or not self._at_margin:
                 return
             width = shutil.get_terminal_size().columns - 1
-            clear, self._status = self._clear(), [line[:width].encode() for line in lines]
+            clear, self._status = self._clearing(), [line[:width].encode() for line in lines]
             self._put(clear + b"\n".join(self._status))
 
     def _put(self, data: bytes) -> None:
