@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 import sys
@@ -79,6 +78,7 @@ def run(argv: Sequence[str]) -> ExitCode:
 
     import torch
     import transformers
+    import uvloop
 
     from pdkit.engine.service import Service
     from pdkit.models.cpu.model import ModelError, load_model
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> ExitCode:
     except (ModelError, OSError, ValueError) as error:
         raise UsageError(" ".join(str(error).split())) from None
     try:
-        asyncio.run(serve(options, service, sock, bootstrap_socket))
+        uvloop.run(serve(options, service, sock, bootstrap_socket))
     except OSError:  # of a server that runs: a bug, not bad usage
         traceback.print_exc()
         return ExitCode.FAILED

@@ -19,7 +19,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from socket import socket
 from typing import Any
 
@@ -52,7 +52,7 @@ class KVTransfer:
     first_top_logprobs: list[tuple[float | None, int]] = field(default_factory=list)
 
     def pack(self) -> bytes:
-        meta = asdict(self) | {"tensors": None}
+        meta = asdict(replace(self, tensors={})) | {"tensors": None}
         return safetensors.torch.save(self.tensors, {"kv_transfer": json.dumps(meta)})
 
     @classmethod
