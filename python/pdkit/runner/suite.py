@@ -41,7 +41,7 @@ from pdkit.runner.warm import Warm
 RULE = "=" * 60
 POLL_S = 0.1
 REFRESH_S = 1.0
-LANES_AT_MOST = 3  # one more than cores: a third of the time test files wait, for servers, deaths and timeouts
+LANES_AT_MOST = 4  # two more than cores: half of the time test files wait, for servers, deaths and timeouts
 
 Numbered = tuple[int, Registration]
 
@@ -49,11 +49,11 @@ Numbered = tuple[int, Registration]
 def lanes(files: Sequence[Registration], options: Options) -> list[tuple[list[Numbered], int]]:
     """The files in the order in which they are started, numbered from 1, in groups: (files, how many run side by side).
 
-    Side by side the longest start first, so that all lanes end together. Without --jobs there is one lane more than
+    Side by side the longest start first, so that all lanes end together. Without --jobs there are two lanes more than
     cores for files on CPU, and one for those that need GPUs: they share GPU memory, and some measure.
     """
     cores = len(os.sched_getaffinity(0))
-    few = min(LANES_AT_MOST, cores + 1) if cores > 1 else 1
+    few = min(LANES_AT_MOST, cores + 2) if cores > 1 else 1
     is_alone = {each: each.hw != "cpu" and not options.jobs for each in files}
     jobs = options.jobs or (1 if options.verbose else few)
     together = [each for each in files if not is_alone[each]]
