@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from cases import FolderCase, pdkit
 from pdkit.core.errors import ExitCode, NotReady
 from pdkit.deployment.cpu import checkpoints, drift, listing, plan, plugin, registry, requirements, working_tree
-from pdkit.deployment.cpu.shims import checksum
+from pdkit.deployment.cpu.shims import checksum, transfer
 from pdkit.faults import planted_bugs
 from sglang.test.ci.ci_register import register_cpu_ci
 
@@ -62,6 +63,24 @@ class TestTruth(unittest.TestCase):
             with self.subTest(each.target):
                 self.assertTrue(each.why)
                 self.assertIn(each.family, ("any", "dsv4", "speculative", "nixl"))
+
+
+class TestNixl(unittest.TestCase):
+    def test_its_progress_thread_leaves_a_core(self):
+        """NIXL asks for no pause at all; by the clock of its process, as it is another thread's time."""
+        from nixl import _bindings
+
+        used = []
+        for config in (_bindings.nixlAgentConfig(), transfer.with_pauses(_bindings.nixlAgentConfig)()):
+            config.useProgThread, config.pthrDelay = True, 0
+            agent = _bindings.nixlAgent(f"agent {len(used)}", config)
+            agent.createBackend("UCX", {})
+            before = time.process_time()
+            time.sleep(0.3)
+            used.append(time.process_time() - before)
+            del agent
+        self.assertEqual(config.pthrDelay, transfer.PAUSE_US)
+        self.assertLess(used[1], used[0] / 2)
 
 
 class TestChecksum(unittest.TestCase):
