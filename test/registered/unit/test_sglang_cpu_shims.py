@@ -1,6 +1,7 @@
 """The CPU shims compute what SGLang's kernels do, and are installed only where they fit."""
 
 import ast
+import importlib
 import json
 import os
 import shutil
@@ -68,9 +69,7 @@ class TestTruth(unittest.TestCase):
 class TestNixl(unittest.TestCase):
     def test_its_progress_thread_leaves_a_core(self):
         """NIXL asks for no pause at all; by the clock of its process, as it is another thread's time."""
-        from nixl import _bindings
-
-        used = []
+        _bindings, used = importlib.import_module("nixl._bindings"), []
         for config in (_bindings.nixlAgentConfig(), transfer.with_pauses(_bindings.nixlAgentConfig)()):
             config.useProgThread, config.pthrDelay = True, 0
             agent = _bindings.nixlAgent(f"agent {len(used)}", config)

@@ -32,7 +32,7 @@ def as_host_memory(method: Any) -> Any:
 def with_pauses(config: Any) -> Any:
     """NIXL's configuration of an agent, whose progress thread looks for work again after PAUSE_US at the earliest."""
 
-    class WithPauses(config):  # type: ignore[misc]
+    class WithPauses(config):
         @property
         def pthrDelay(self) -> int:
             return int(config.pthrDelay.__get__(self))
