@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,8 @@ def commit(directory: Path) -> str | None:
 
 def installed(distribution: str) -> str | None:
     """The installed version of a distribution; None where there is none."""
+    from importlib.metadata import PackageNotFoundError, version  # and with it email: only who asks pays for it
+
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -32,7 +32,8 @@ def split_ranks(before: np.ndarray, after: np.ndarray) -> tuple[int, np.ndarray]
     scale = sizes.max()
     if scale > 0:
         sizes = np.round(sizes / scale, 9)  # equal ones may be summed otherwise
-    ranks = np.round(2 * scipy.stats.rankdata(sizes)).astype(int)
+    _, place, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    ranks = (2 * counts.cumsum() - counts + 1)[place]  # scipy.stats.rankdata takes three times as long
     return int(ranks[-1]), ranks  # combinations end with the last rows: those of `after`
 
 

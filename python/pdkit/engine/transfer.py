@@ -47,7 +47,7 @@ class KVTransfer:
     first_token: int
     cached_tokens: int
     counts: dict[str, int]
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
     first_logprob: float | None = None
     first_top_logprobs: list[tuple[float | None, int]] = field(default_factory=list)
 

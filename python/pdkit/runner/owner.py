@@ -7,7 +7,6 @@ another extends the token by its own after a colon.
 """
 
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ class Owner:
 
 def new_token(environment: Mapping[str, str]) -> str:
     """A token of this process, below that of the run that we are part of, if any."""
-    own = f"{os.getpid()}.{_started(os.getpid())}.{_namespace()}.{secrets.token_hex(4)}"
+    own = f"{os.getpid()}.{_started(os.getpid())}.{_namespace()}.{os.urandom(4).hex()}"
     inherited = environment.get(TOKEN_VARIABLE)
     return f"{inherited}:{own}" if inherited else own
 

@@ -59,7 +59,7 @@ class TestDisaggregationDSV4Protocol(ProtocolChecks, RustRouterBeside, SGLangKit
     prefix_cache_tokens = 256
     rendered_chat = "<|user|>{}<|assistant|>"
     unending_tokens = 3500
-    sustained_seconds = 5
+    sustained_seconds = 3
     idle_seconds = 6
 
     def test_each_scenario_can_fail(self):

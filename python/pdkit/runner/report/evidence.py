@@ -20,9 +20,6 @@ from pdkit.core.events import VARIABLE, append, spare_of
 from pdkit.core.host import describe
 from pdkit.core.registry import Registration
 from pdkit.core.secrets import scrub, secret_values
-from pdkit.preflight.contract.launches import Contract, ContractUnreadable, ask_each
-from pdkit.preflight.contract.release import ReleaseNotFound, installed
-from pdkit.preflight.plan import as_data, of_contract
 
 ENVIRONMENT_FILE = "environment.json"
 GPU_PLAN_FILE = "gpu_plan.json"
@@ -42,7 +39,8 @@ def begin(report_dir: Path, registrations: Iterable[Registration]) -> None:
         if path.is_file():
             path.unlink()
     _write(report_dir / ENVIRONMENT_FILE, describe())
-    if plans := _gpu_plans([registration for registration in registrations if registration.hw == "cuda"]):
+    on_gpus = [registration for registration in registrations if registration.hw == "cuda"]
+    if on_gpus and (plans := _gpu_plans(on_gpus)):
         _write(report_dir / GPU_PLAN_FILE, plans)
 
 
@@ -51,6 +49,10 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _gpu_plans(registrations: Sequence[Registration]) -> list[dict[str, Any]]:
+    from pdkit.preflight.contract.launches import Contract, ContractUnreadable, ask_each  # a tenth of a runner's start
+    from pdkit.preflight.contract.release import ReleaseNotFound, installed
+    from pdkit.preflight.plan import as_data, of_contract
+
     try:
         found = ask_each(installed(), [Path(registration.filename) for registration in registrations])
     except (ContractUnreadable, ReleaseNotFound):
