@@ -4,8 +4,11 @@ And the state that is transferred: all of it, bit for bit, and nothing that does
 """
 
 import contextlib
+import ctypes
 import io
 import math
+import os
+import tempfile
 import threading
 import unittest
 from types import SimpleNamespace
@@ -278,7 +281,7 @@ class TestBatchInvariance(StateTestCase):
             sequences = [prompt(length, seed) for seed in range(6)]
             states = [prefill(ids)[1] for ids in sequences]
             alone = [decode(ids[0], cache) for ids, cache in zip(sequences, states)]
-            for count in (1, 2, 5, 15, 16, 17, 31, 33, 64):
+            for count in (1, 2, 5, 7, 8, 9, 16, 17, 31, 64):
                 order = [(3 * row + count) % 6 for row in range(count)]
                 batch = gather_rows([(states[index], [0]) for index in order])
                 tokens = [sequences[index][0] for index in order]
@@ -288,6 +291,22 @@ class TestBatchInvariance(StateTestCase):
                         expected, expected_state = alone[index]
                         self.assertTrue(torch.equal(logits[row], expected))
                         self.assertSameState(state.gather([(batch, [row])]), state.gather([(expected_state, [0])]))
+
+    @unittest.skipUnless(torch.backends.mkl.is_available(), "this torch has no MKL")
+    def test_mkl_is_in_its_strict_mode(self):
+        """It prints so itself, where C prints: also in a process that was forked after torch had been imported."""
+        with tempfile.TemporaryFile() as printed:
+            before = os.dup(1)
+            os.dup2(printed.fileno(), 1)
+            try:
+                with torch.backends.mkl.verbose(torch.backends.mkl.VERBOSE_ON):
+                    torch.mm(torch.ones(ROWS, 16), torch.ones(16, 16))
+                ctypes.CDLL(None).fflush(None)
+            finally:
+                os.dup2(before, 1)
+                os.close(before)
+            printed.seek(0)
+            self.assertRegex(printed.read().decode(), "SGEMM.* CNR:AUTO,STRICT ")
 
     def test_refuses_a_ragged_batch(self):
         cache = prefill(prompt(5))[1]
