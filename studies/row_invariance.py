@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Whether the bits of a row of a matrix product depend on how many rows are multiplied, with MKL as torch calls it.
 
-Result (torch 2.14.1 and 2.11.0, 2026-11-27): products of rows in multiples of 8 that differ from those of 8 rows alone.
+Result (torch 2.14.1 and, on Intel, 2.11.0; 2026-11-27): products of multiples of 8 rows that differ from those of 8 each.
 
-    CPU                                   MKL's default     its strict mode
-    AMD EPYC (AVX-512)                       0 of 1584            0 of 1584
-    Intel Xeon, AVX-512                    368 of 1584            0 of 1584
-    Intel Xeon, AVX2 alone                1104 of 1584            0 of 1584
+    CPU                          MKL's default     its strict mode
+    AMD EPYC, AVX-512               0 of 1584           0 of 1584
+    Intel Xeon, AVX-512           368 of 1584           0 of 1584
+    Intel Xeon, AVX2 alone       1104 of 1584           0 of 1584
 
-In multiples of 16 none differ but on AVX2 alone, where 282 of 792 do; in multiples of 4 many differ on each, and single
-rows on all. So the embedded engine pads to 8 rows and asks MKL for its strict mode (`pdkit.engine.model_runner`).
+In multiples of 16 by default 282 of 792 differ on AVX2 alone, elsewhere none. In strict mode none do in multiples of 4
+either, but other operations of a forward pass then differ (`test_engine_model_runner.py` with 4 for ROWS fails). So the
+embedded engine pads to 8 rows and asks MKL for its strict mode (`pdkit.engine.model_runner`).
 Strict mode: Intel oneMKL Developer Guide, "Conditional Numerical Reproducibility". From the repository root, torch is all
 it needs; MKL_ENABLE_INSTRUCTIONS=AVX2 makes an Intel CPU one without AVX-512:
 
