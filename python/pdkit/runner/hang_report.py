@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -23,6 +24,7 @@ from pdkit.runner.report.facts import open_phase
 
 DUMP_S = 20.0
 ABORT_S = 2.0
+PASS_ON_S = 1.0  # what a parent has to pass on the output of its children
 TAIL_LINES = 15
 NO_CORE_DUMP = 1  # see core(5): also keeps a core_pattern that is a pipe from getting one
 
@@ -99,10 +101,14 @@ def _is_gone(process: psutil.Process) -> bool:
 
 def _abort(processes: list[psutil.Process]) -> list[int]:
     """Ends processes by SIGABRT, the youngest first, so that each parent lives to pass its children's output on."""
-    aborted = []
+    aborted: list[int] = []
+    bereaved = set()
     for process in sorted(processes, key=psutil.Process.create_time, reverse=True):
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get("PYTHONFAULTHANDLER"):
+                if process.pid in bereaved:
+                    time.sleep(PASS_ON_S)
+                bereaved.add(process.ppid())
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (NO_CORE_DUMP, NO_CORE_DUMP))
                 process.send_signal(signal.SIGABRT)
                 wait_until(partial(_is_gone, process), ABORT_S)

@@ -403,7 +403,8 @@ class TestStacks(ProcessCase):
 
     def test_children_before_their_parents(self):
         child = f"[sys.executable, '-c', {HANG!r}]"
-        parent = f"import subprocess, sys\nchild = subprocess.run({child}, stderr=-1)\nprint('child', child.stderr)"
+        passes_on = f"child = subprocess.run({child}, stderr=-1)\ntime.sleep(0.2)\nprint('child', child.stderr)"
+        parent = f"import subprocess, sys, time\n{passes_on}"
         process, popen = self.start(parent + "\n" + HANG)
         list(hang_report.stacks([process, *process.children()], None))
         self.assertIn("waits_for_godot", popen.stdout.readline())
