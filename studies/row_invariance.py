@@ -22,6 +22,8 @@ import os
 import subprocess
 import sys
 
+import torch
+
 MODES = "OFF", "AUTO,STRICT"
 MULTIPLES = 4, 8, 16, 32
 ROWS, IN, OUT = 192, (16, 24, 64, 128, 320, 512), (4, 24, 32, 97, 128, 200, 520, 644)
@@ -30,32 +32,29 @@ QUERIES, KEYS, WIDTHS = (1, 4), (5, 33, 64, 97, 160, 300), (16, 32, 64)  # of at
 
 def differing(multiple: int) -> tuple[int, int]:
     """(how many products of several times as many rows differ from those of `multiple` rows each, of how many)."""
-    import torch
-
     torch.manual_seed(0)
-    linear = [
-        (torch.nn.functional.linear, torch.randn(ROWS, k), torch.randn(n, k)) for k, n in itertools.product(IN, OUT)
+    products = [
+        (ROWS, lambda rows, x=torch.randn(ROWS, k), w=torch.randn(n, k): torch.nn.functional.linear(x[rows], w))
+        for k, n in itertools.product(IN, OUT)
     ]
-    shapes = itertools.product(QUERIES, KEYS, WIDTHS)
-    batched = [(torch.bmm, torch.randn(ROWS // 2, q, d), torch.randn(ROWS // 2, d, t)) for q, t, d in shapes]
+    products += [
+        (
+            ROWS // 2,
+            lambda rows, q=torch.randn(ROWS // 2, m, d), k=torch.randn(ROWS // 2, d, t): torch.bmm(q[rows], k[rows]),
+        )
+        for m, t, d in itertools.product(QUERIES, KEYS, WIDTHS)
+    ]
     wrong = count = 0
-    for product, rows, other in linear + batched:
-        per_row = product is torch.bmm
-
-        def of(start: int, end: int) -> "torch.Tensor":
-            return product(rows[start:end], other[start:end] if per_row else other)  # noqa: B023
-
-        alone = torch.cat([of(start, start + multiple) for start in range(0, len(rows), multiple)])
-        for end in range(multiple, len(rows) + 1, multiple):
+    for length, of in products:
+        alone = torch.cat([of(slice(start, start + multiple)) for start in range(0, length, multiple)])
+        for end in range(multiple, length + 1, multiple):
             count += 1
-            wrong += not torch.equal(of(0, end), alone[:end])
+            wrong += not torch.equal(of(slice(end)), alone[:end])
     return wrong, count
 
 
 def main() -> None:
     if mode := os.environ.get("MKL_CBWR"):
-        import torch
-
         torch.set_num_threads(1)
         with torch.inference_mode():
             for multiple in MULTIPLES:

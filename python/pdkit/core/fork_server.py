@@ -323,8 +323,7 @@ def main(argv: Sequence[str]) -> NoReturn:
     print(f"fork server: {argv[1]} is done, {threads} thread(s) of the kernel", flush=True)
     connection.send(json.dumps({"ready": threads}).encode())
     serve(connection)
-    atexit._run_exitfuncs()
-    os._exit(0)
+    _end(None)
 
 
 if __name__ == "__main__":

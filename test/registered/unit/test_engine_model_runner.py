@@ -281,7 +281,7 @@ class TestBatchInvariance(StateTestCase):
             sequences = [prompt(length, seed) for seed in range(6)]
             states = [prefill(ids)[1] for ids in sequences]
             alone = [decode(ids[0], cache) for ids, cache in zip(sequences, states)]
-            for count in (1, 2, 5, 7, 8, 9, 16, 17, 31, 64):
+            for count in (1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64):
                 order = [(3 * row + count) % 6 for row in range(count)]
                 batch = gather_rows([(states[index], [0]) for index in order])
                 tokens = [sequences[index][0] for index in order]

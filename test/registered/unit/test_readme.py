@@ -45,9 +45,8 @@ class TestReadme(FolderCase):
     def test_the_site_is_built_and_each_link_leads_somewhere(self):
         tool = Path(sys.executable).with_name("mkdocs")
         self.assertTrue(tool.exists(), f"mkdocs is not beside {sys.executable}: pip install -r requirements-dev.lock")
-        run = subprocess.run(
-            [tool, "build", "-d", self.root], cwd=REPO, capture_output=True, text=True
-        )  # -q: no warning
+        command = [tool, "build", "-d", self.root]  # with -q it prints no warnings
+        run = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
         self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
         self.assertTrue((self.root / "index.html").is_file())
 
