@@ -209,6 +209,7 @@ def normalised_output(text: str, root: Path) -> list[str]:
 
 def run_suite(files: Iterable[str], *words: str) -> dict:
     """What the runner returns, prints and leaves for a tree of the stub files named."""
+    from pdkit.core import forked
     from suite_trees import write_tree
 
     sources = stub_files()
@@ -218,7 +219,7 @@ def run_suite(files: Iterable[str], *words: str) -> dict:
         metrics, summary = root / "metrics.jsonl", root / "summary.md"
         told = {"TMPDIR": folder, "SGLANG_TEST_METRICS_FILE": str(metrics), "GITHUB_STEP_SUMMARY": str(summary)}
         command = [sys.executable, str(TEST / "run_suite.py"), "--test-root", str(registered), *SUITE, *words]
-        run = subprocess.run(command, env=clean_environment(folder) | told, capture_output=True, text=True)
+        run = forked.run(command, env=clean_environment(folder) | told, has_fork_server=True)
         return {
             "words": list(words),
             "exit code": run.returncode,

@@ -54,7 +54,7 @@ beside: tuple[socket.socket, int] | None = None  # the fork server of this proce
 
 @dataclass(frozen=True)
 class Request:
-    """A program to run: `argv` is ["-m", MODULE, ARGUMENT...]; a fork server of its own is `pdkit.core.forked.here`."""
+    """A program to run: `argv` is what `python_program` returns; a fork server of its own is `pdkit.core.forked.here`."""
 
     argv: tuple[str, ...]
     environ: Mapping[str, str]
@@ -79,9 +79,10 @@ class _Server:
 
 
 def python_program(command: Sequence[str]) -> tuple[str, ...] | None:
-    """["-m", MODULE, ARGUMENT...] of a command that runs a module by Python; None of any other."""
-    is_module = len(command) > 2 and os.path.basename(command[0]).startswith("python") and command[1] == "-m"
-    return tuple(map(str, command[1:])) if is_module else None
+    """["-m", MODULE, ARGUMENT...] or [FILE, ARGUMENT...] of a command that runs these by Python; None of any other."""
+    is_python = len(command) > 1 and os.path.basename(command[0]).startswith("python")
+    runs = is_python and (str(command[1]).endswith(".py") or (command[1] == "-m" and len(command) > 2))
+    return tuple(map(str, command[1:])) if runs else None
 
 
 def appear_as(argv: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -132,9 +133,12 @@ def _begin(request: Request, streams: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update({**_server.variables, **request.environ})
     appear_as([sys.executable, *request.argv], os.environ)
+    if "tempfile" in sys.modules:
+        sys.modules["tempfile"].tempdir = None  # that of our parent's TMPDIR
     os.chdir(request.directory)
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in before]
-    sys.path[:] = [request.directory, *more, *sys.path[1:]]
+    own = request.directory if request.argv[0] == "-m" else os.path.dirname(os.path.realpath(request.argv[0]))
+    sys.path[:] = [own, *more, *sys.path[1:]]
     sys.orig_argv = [sys.executable, *request.argv]
     faulthandler.disable()
     if os.environ.get("PYTHONFAULTHANDLER"):
@@ -179,8 +183,13 @@ def _run(request: Request) -> None:
         theirs.close()
         beside = ours, pid
         atexit.register(_end_beside)
-    sys.argv[:] = request.argv[1:]
-    runpy.run_module(request.argv[1], run_name="__main__", alter_sys=True)
+    program, *arguments = request.argv
+    if program == "-m":
+        sys.argv[:] = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = request.argv
+        runpy.run_path(program, run_name="__main__")
 
 
 def _end(error: BaseException | None) -> NoReturn:

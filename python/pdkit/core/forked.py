@@ -155,7 +155,7 @@ class ForkServer:
 class ForkedPopen(subprocess.Popen[Any]):
     """A child of a fork server, of which `pid`, `poll`, `wait`, `returncode`, signals and streams are as usual.
 
-    Command: ["python3", "-m", MODULE, ARGUMENT...]. It has a session of its own. There is no `communicate`.
+    Command: ["python3", "-m", MODULE, ARGUMENT...] or ["python3", "FILE.py", ARGUMENT...]. It has a session of its own. There is no `communicate`.
     has_fork_server: what it starts can be forked in turn, from its `here()`.
     """
 
@@ -241,6 +241,7 @@ def _stream(
 
 
 _here: ForkServer | None = None
+_finding = threading.Lock()  # two at its socket would take each other's answers
 
 
 def here() -> ForkServer | None:
@@ -249,13 +250,14 @@ def here() -> ForkServer | None:
     None in a process that was not forked by a fork server itself, and once it has ended.
     """
     global _here
-    if _here is None and fork_server.beside is not None:
-        _here = ForkServer.at(*fork_server.beside)
+    with _finding:
+        if _here is None and fork_server.beside is not None:
+            _here = ForkServer.at(*fork_server.beside)
     return _here if _here is not None and _here.is_there else None
 
 
 def popen(has_fork_server: bool = True) -> Callable[..., subprocess.Popen[Any]]:
-    """What starts `python3 -m ...`: a fork where this process has a fork server, or else `subprocess.Popen`.
+    """What starts `python3 -m ...` or `python3 FILE.py ...`: a fork where this process has a fork server, or else `subprocess.Popen`.
 
     has_fork_server: what it starts can fork in turn.
     """
@@ -272,7 +274,7 @@ def run(
     errors: str = "strict",
     has_fork_server: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """`subprocess.run(command, capture_output=True, text=True)` of `python3 -m ...`, forked where that can be.
+    """`subprocess.run(command, capture_output=True, text=True)` of such a command, forked where that can be.
 
     Raises TimeoutExpired; the command has been ended.
     """

@@ -165,7 +165,7 @@ def add_running(parser: argparse.ArgumentParser, default_test_root: Path) -> Non
         "--jobs",
         type=count,
         metavar="N",
-        help="run N files side by side (default: 3 on two cores; 1 with GPUs)",
+        help="run N files side by side (default: 4 on two cores; 1 with GPUs)",
     )
     run.add_argument(
         "--no-warm",

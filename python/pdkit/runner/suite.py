@@ -83,9 +83,7 @@ class SuiteRun:
         self._parts = lanes(selection.enabled, options)
         if any(jobs > 1 for _, jobs in self._parts):  # threads of torch that spin on cores which others need
             self.environment.setdefault("OMP_NUM_THREADS", "1")
-        self._warm = Warm(
-            selection.enabled, self.environment, logs / "warm.log", self.console, interruption, options.warm
-        )
+        self._warm = Warm(selection.enabled, self.environment, logs, self.console, interruption, options.warm)
         self._total = sum(len(files) for files, _ in self._parts)
         self._results: dict[int, FileResult] = {}
         self._lock = threading.Lock()

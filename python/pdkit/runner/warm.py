@@ -1,18 +1,22 @@
-"""A process that has imported SGLang, torch and transformers once, from which the processes of test files are forked.
+"""Processes from which those of test files are forked, which then start at once.
 
-Importing them takes about ten seconds of CPU time, which each file with servers, and each of its servers, would pay.
-Files that import little are started anew.
+One has imported SGLang, torch and transformers: that takes about ten seconds of CPU time, which each file with servers,
+and each of its servers, would pay. Another one, for files that import little, has what the runner itself is made of
+(0.2 s, for the guardian and for the file). A runner that is such a fork itself, as a test of it is, has the second one
+already.
 Only for CPU suites, on machines without a GPU; `--no-warm` starts each file anew.
 """
 
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pdkit.core import source
+from pdkit.core import forked, source
 from pdkit.core.console import Console
 from pdkit.core.forked import ForkServer, ForkServerError
 from pdkit.core.gpus import visible_gpus
@@ -21,12 +25,12 @@ from pdkit.runner.guardian import Popen
 from pdkit.runner.interruption import POLL_S, Interruption
 from pdkit.runner.owner import TOKEN_VARIABLE, new_token
 
-PREPARE = "pdkit.deployment.preload:prepare"
+MUCH, LITTLE = "pdkit.runner.preload:much", "pdkit.runner.preload:little"
 SLOW = (
     *("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults"),
     *("pdkit.core.forked", "record"),  # what imports them starts programs that import those
 )
-ENOUGH = 2  # such files: for one, importing once is as slow
+ENOUGH = 2  # files of a kind: for one, importing once is as slow
 
 
 def imports_much(test: Path) -> bool:
@@ -39,54 +43,59 @@ def imports_much(test: Path) -> bool:
 
 
 class Warm:
-    """The process, while a suite runs.
+    """These processes, while a suite runs.
 
-    environment: of the process, and so of what is read while modules are imported. log: where its output goes.
+    environment: of the processes, and so of what is read while modules are imported. logs: where their output goes.
     """
 
     def __init__(
         self,
         files: Sequence[Registration],
         environment: Mapping[str, str],
-        log: Path,
+        logs: Path,
         console: Console,
         interruption: Interruption,
         is_on: bool = True,
     ):
         self._environment = {**environment, TOKEN_VARIABLE: new_token(environment)}
-        self._log, self._console, self._interruption = log, console, interruption
-        self._slow = {file.filename for file in files if is_on and imports_much(Path(file.filename))}
-        self._is_on = len(self._slow) >= ENOUGH and all(file.hw == "cpu" for file in files) and not visible_gpus()
-        self._server: ForkServer | None = None
+        self._logs, self._console, self._interruption = logs, console, interruption
+        is_on = is_on and all(file.hw == "cpu" for file in files) and not visible_gpus()
+        self._needed = {file.filename: MUCH if imports_much(Path(file.filename)) else LITTLE for file in files if is_on}
+        self._servers: dict[str, ForkServer] = {}
 
     def begin(self) -> None:
-        """Starts the process, if enough files can use it."""
-        if self._is_on:
-            self._server = ForkServer(PREPARE, self._environment, str(self._log))
+        """Starts those that enough files can use."""
+        if self._needed and (inherited := forked.here()):
+            self._servers[LITTLE] = inherited
+        for prepare, count in Counter(self._needed.values()).items():
+            if count >= ENOUGH and prepare not in self._servers:
+                log = self._logs / f"preload.{prepare.partition(':')[2]}.log"
+                self._servers[prepare] = ForkServer(prepare, self._environment, str(log))
 
     def next_of(self, files: Sequence[Registration]) -> int:
-        """Which of them to start: the first, or while the process still imports, the first that does not wait for it."""
-        if self._server is None or self._server.has_started(0):
+        """Which of them to start: the first, or while SGLang is imported, the first that does not wait for it."""
+        server = self._servers.get(MUCH)
+        if server is None or server.has_started(0):
             return 0
-        return next((place for place, file in enumerate(files) if file.filename not in self._slow), 0)
+        return next((place for place, file in enumerate(files) if self._needed[file.filename] != MUCH), 0)
 
     def popen_for(self, file: str) -> Popen:
-        """What starts the guardian of `file`: that of the process, where it imports much, or `subprocess.Popen`."""
-        return self._popen if self._is_on and file in self._slow else subprocess.Popen
+        """What starts the guardian of `file`: that of a process, if there is one for it, or `subprocess.Popen`."""
+        server = self._servers.get(self._needed.get(file, ""))
+        return partial(self._popen, server) if server and server.is_there else subprocess.Popen
 
-    def _popen(self, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
-        assert self._server, "begin() makes it"
-        while not self._server.has_started(POLL_S):
+    def _popen(self, server: ForkServer, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
+        while not server.has_started(POLL_S):
             if self._interruption:
                 return subprocess.Popen(*args, **kwargs)
         try:
-            return self._server.popen(*args, **kwargs)
+            return server.popen(*args, **kwargs)
         except ForkServerError as error:
-            self._is_on = False
             self._console.line(f"test files are started anew, not forked: {error}")
             return subprocess.Popen(*args, **kwargs)
 
     def close(self) -> None:
-        """Ends the process."""
-        if self._server is not None:
-            self._server.close()
+        """Ends the processes that this run started."""
+        for server in self._servers.values():
+            if server is not forked.here():
+                server.close()

@@ -11,6 +11,7 @@ from unittest import mock
 
 from cases import FolderCase
 from detached import is_alive
+from pdkit.core import forked
 
 RUN_SUITE = Path(__file__).resolve().parents[2] / "run_suite.py"
 SUITE = ["--hw", "cpu", "--suite", "stage-a-test-cpu", "--jobs", "1"]
@@ -40,10 +41,9 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
 def run_tree(
     root: Path, files: dict[str, str], *words: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`run_suite.py` on `files` below `root`, from there; what it prints on standard error is in the output, too."""
+    """`run_suite.py` on `files` below `root`, from there, to its end."""
     command = [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(root, files)), *words]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.run(command, cwd=root, env=environment, timeout=300, **output)
+    return forked.run(command, cwd=str(root), env=environment, timeout=300, has_fork_server=True)
 
 
 HANG = source_of(
@@ -71,9 +71,7 @@ class CommandCase(FolderCase):
         return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(self.root, files)), *words]
 
     def run_suite(self, files, *words, environment=None):
-        environment = os.environ | (environment or {})
-        command = self.command(files, *words)
-        return subprocess.run(command, capture_output=True, text=True, cwd=self.root, env=environment, timeout=60)
+        return run_tree(self.root, files, *words, environment=os.environ | (environment or {}))
 
     def run_files(self, *sources, words=(), environment=None):
         files = {f"test_{number}.py": source for number, source in enumerate(sources)}

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import unittest
 from dataclasses import replace
@@ -643,9 +642,7 @@ class TestNeeds(CheckCase):
 class TestCommands(CheckCase):
     def run_command(self, *words, **environ):
         environ = without("SGLANG_", "HF_") | environ
-        if words[0] == "-m":
-            return forked.run([sys.executable, *map(str, words)], env=environ)
-        return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environ)
+        return forked.run([sys.executable, *map(str, words)], env=environ, has_fork_server=True)
 
     @unittest.skipIf(os.path.exists("/dev/nvidiactl"), "this machine has a driver")
     def test_gpu_suite_on_a_machine_without_gpus(self):

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +16,7 @@ import psutil
 import test_processes
 from cases import FolderCase
 from detached import LISTEN, SLEEP, is_alive, listening, spawner
-from pdkit.core import ports, processes
+from pdkit.core import forked, ports, processes
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.console import Console
 from pdkit.core.forked import ForkServer, ForkServerError
@@ -30,7 +32,7 @@ register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 PROGRAM = "import sys\nexec(compile(sys.argv[1], 'program', 'exec'))\n"
 IMPORTED = """
-import atexit, logging, os, weakref
+import atexit, logging, os, tempfile, weakref
 kept = open(os.devnull)
 def end():
     with open(os.environ.get("ENDS", os.devnull), "a") as file:
@@ -39,13 +41,14 @@ atexit.register(end)
 weakref.finalize(end, end)
 def prepare():
     os.environ["SET_BY_AN_IMPORT"] = "1"
+    tempfile.gettempdir()
     return None
 def threads():
     import threading, time
     threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
 """
 FACTS = """
-import faulthandler, json, os, signal, sys, threading
+import faulthandler, json, os, signal, sys, tempfile, threading
 def words(name):
     return open(f"/proc/self/{name}").read().split("\\0")[:-1]
 files = [os.readlink(f"/proc/self/fd/{n}") if os.path.lexists(f"/proc/self/fd/{n}") else "" for n in range(3, 64)]
@@ -56,7 +59,8 @@ print(json.dumps({
     "leads a session": os.getsid(0) == os.getpid() == os.getpgid(0), "files": sorted(filter(None, files)),
     "signals": signals, "wakeup": signal.set_wakeup_fd(-1), "threads": threading.active_count(),
     "is main": threading.current_thread() is threading.main_thread(), "faulthandler": faulthandler.is_enabled(),
-    "stdin": sys.stdin.read(), "main": __import__("__main__").__spec__.name, "name": __name__,
+    "stdin": sys.stdin.read(), "main": getattr(__import__("__main__").__spec__, "name", ""), "name": __name__,
+    "temporary files": tempfile.gettempdir(),
     "executable": os.readlink("/proc/self/exe"), "unbuffered": sys.stdout.write_through,
 }))
 """
@@ -100,9 +104,9 @@ class ForkServerCase(unittest.TestCase):
         cls.server = ForkServer("imported:prepare", cls.environment, str(cls.root / "log"))
         cls.addClassCleanup(cls.server.close)
 
-    def popen(self, source, popen=None, **options):
+    def popen(self, source, popen=None, program=("-m", "program"), **options):
         options = {"env": self.environment, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, **options}
-        command = ["python3", "-m", "program", source]
+        command = ["python3", *program, source]
         process = (popen or self.server.popen)(command, **{"encoding": "utf-8", "start_new_session": True, **options})
         self.addCleanup(process.stdout.close)
         return process
@@ -111,18 +115,20 @@ class ForkServerCase(unittest.TestCase):
 class TestTheSame(ForkServerCase):
     def test_what_a_program_sees_of_itself(self):
         """The forked one also has what imports set and opened, as one that imports itself has."""
-        environment = {**self.environment, "TOKEN": "é =x", "PYTHONFAULTHANDLER": "1"}
-        found = []
-        for popen in (subprocess.Popen, self.server.popen):
-            process = self.popen(FACTS, popen, env=environment, stderr=subprocess.STDOUT)
-            found.append(json.loads(process.stdout.read()))
-            self.assertEqual(process.wait(20), 0)
-        spawned, forked = found
-        self.assertEqual(forked["environ"].pop("SET_BY_AN_IMPORT"), "1")
-        self.assertEqual(forked["seen environ"].pop("SET_BY_AN_IMPORT"), "1")
-        forked["files"].remove(os.devnull)
+        more = {"TOKEN": "é =x", "PYTHONFAULTHANDLER": "1", "TMPDIR": str(self.root)}
         self.maxDiff = None
-        self.assertEqual(forked, spawned)
+        for program in (["-m", "program"], [str(self.root / "program.py")]):
+            found = []
+            for popen in (subprocess.Popen, self.server.popen):
+                options = {"env": self.environment | more, "stderr": subprocess.STDOUT}
+                process = self.popen(FACTS, popen, program, **options)
+                found.append(json.loads(process.stdout.read()))
+                self.assertEqual(process.wait(20), 0)
+            spawned, forked = found
+            self.assertEqual(forked["environ"].pop("SET_BY_AN_IMPORT"), "1")
+            self.assertEqual(forked["seen environ"].pop("SET_BY_AN_IMPORT"), "1")
+            forked["files"].remove(os.devnull)
+            self.assertEqual(forked, spawned)
 
     def test_streams_and_directory(self):
         source = "import os; print(os.getcwd(), sys.stdin.read()); print('e', file=sys.stderr)"
@@ -240,6 +246,37 @@ class TestForkedGuardian(ForkServerCase, test_processes.TestGuardian):
         self.assert_all_end(child, guarded.pid)
 
 
+class TestHere(unittest.TestCase):
+    def test_threads_that_ask_at_once_get_the_same(self):
+        def at(*_):
+            time.sleep(0.1)
+            return mock.Mock(is_there=True)
+
+        with (
+            mock.patch.object(forked, "_here", None),
+            mock.patch.object(forked.fork_server, "beside", (None, 0)),
+            mock.patch.object(forked.ForkServer, "at", at),
+            ThreadPoolExecutor(4) as pool,
+        ):
+            found = [pool.submit(forked.here) for _ in range(4)]
+            self.assertEqual(len({id(each.result()) for each in found}), 1)
+
+
+class FakeServer:
+    """One whose programs are their own name."""
+
+    is_there = True
+
+    def __init__(self, prepare):
+        self.popen = lambda: prepare
+
+    def has_started(self, timeout):
+        return True
+
+    def close(self):
+        """There is nothing to end."""
+
+
 class TestWarm(FolderCase):
     """Which files a run forks, and when."""
 
@@ -249,22 +286,37 @@ class TestWarm(FolderCase):
         for name, text in files.items():
             path, hw = self.write(f"{name}.py", text), "cuda" if name == "gpu" else "cpu"
             self.registrations.append(Registration(str(path), name, hw=hw, suite="s", est_time=1))
-        warm = Warm(self.registrations, dict(os.environ), self.root / "log", Console(sys.stdout.buffer), Interruption())
+        warm = Warm(self.registrations, dict(os.environ), self.root, Console(sys.stdout.buffer), Interruption())
         warm.begin()
         self.addCleanup(warm.close)
         return warm
 
-    def forked(self, **files):
-        """Their names."""
-        with mock.patch.object(warm_module, "ForkServer"):
+    def forked(self, inherited=None, **files):
+        """{a process: the files that are forked from it}."""
+        with (
+            mock.patch.object(warm_module, "ForkServer", lambda prepare, *_: FakeServer(prepare)),
+            mock.patch.object(warm_module.forked, "here", lambda: inherited),
+        ):
             warm = self.warm(**files)
-        return {each.name for each in self.registrations if warm.popen_for(each.filename) is not subprocess.Popen}
+        found = {}
+        for each in self.registrations:
+            popen = warm.popen_for(each.filename)
+            if popen is not subprocess.Popen:
+                found.setdefault(popen(), set()).add(each.name)
+        return found
 
-    def test_files_that_import_much_if_there_are_several(self):
-        light = {"a": "import json, sglang_router\nfrom pdkit.core import events"}
+    def test_files_that_import_much_and_others_if_there_are_several(self):
+        light = {"a": "import json, sglang_router\nfrom pdkit.core import events", "e": "import os"}
         heavy = {"b": "import sglang", "c": "from pdkit.deployment import fixture", "d": "from torch.nn import Linear"}
-        self.assertEqual(self.forked(**light, **heavy), {"b", "c", "d"})
-        self.assertEqual(self.forked(**light, b="import sglang"), set())
+        much, little = {warm_module.MUCH: {"b", "c", "d"}}, {warm_module.LITTLE: {"a", "e"}}
+        self.assertEqual(self.forked(**light, **heavy), much | little)
+        self.assertEqual(self.forked(**light, b="import sglang"), little)
+        self.assertEqual(self.forked(a="import os", **heavy), much)
+        self.assertEqual(self.forked(a="import os", b="import sglang"), {})
+
+    def test_a_runner_that_was_forked_forks_a_single_file_in_turn(self):
+        inherited = FakeServer("inherited")
+        self.assertEqual(self.forked(inherited, a="import os", b="import sglang"), {"inherited": {"a"}})
 
     def test_others_start_first_while_the_process_imports(self):
         with mock.patch.object(warm_module, "ForkServer") as server:
@@ -277,6 +329,16 @@ class TestWarm(FolderCase):
         server.return_value.has_started.return_value = True
         self.assertEqual(warm.next_of(self.registrations), 0)
 
+    def test_what_is_imported_of_ours_is_there_and_depends_on_no_environment(self):
+        """Children with other variables would differ from programs that were started with these."""
+        source = (
+            "import os, sys; from pdkit.runner import preload; before = dict(os.environ)\n"
+            "preload._import([*preload.RUNNER, *preload.COMMANDS])\n"
+            "print({*os.environ.items()} ^ {*before.items()}, 'sglang' in sys.modules, 'torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+        self.assertEqual((done.stdout, done.stderr), ("set() False False\n", ""))
+
     def test_not_where_there_is_a_gpu(self):
         heavy = {"a": "import torch", "b": "import torch"}
         self.assertFalse(self.forked(**heavy, gpu="import torch"))
@@ -285,7 +347,7 @@ class TestWarm(FolderCase):
         self.assertTrue(self.forked(**heavy))
 
     def test_a_process_that_cannot_import_is_done_without(self):
-        with mock.patch.object(warm_module, "PREPARE", "nowhere:f"):
+        with mock.patch.object(warm_module, "MUCH", "nowhere:f"):
             warm = self.warm(a="import torch", b="import torch")
         popen = warm.popen_for(self.registrations[0].filename)
         process = self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.PIPE))

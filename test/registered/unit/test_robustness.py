@@ -362,8 +362,8 @@ class TestBadInput(unittest.TestCase):
         options = {"errors": "replace", "env": environ, "cwd": str(cls.names["root"]), "timeout": 300}
         if row.shell:
             command = ["bash", "-c", cls.fill(row.shell), "bash", *command]
-        elif path == "-m" and row.words.isascii():
-            return forked.run(command, **options)
+        elif row.words.isascii():
+            return forked.run(command, has_fork_server=row.command == "run_suite.py", **options)
         return subprocess.run(command, capture_output=True, text=True, **options)
 
     def test_each_row_gets_its_line_and_its_code(self):
