@@ -274,7 +274,7 @@ def exit_codes() -> dict:
 
 def detection_matrix() -> dict:
     """What the library injects, and what caught it in the run that docs/detection-matrix.md shows."""
-    from pdkit.faults import LIBRARY
+    from pdkit.faults.library import LIBRARY
 
     text = (REPO / "docs" / "detection-matrix.md").read_text()
     checks: list[str] = []

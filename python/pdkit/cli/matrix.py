@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
 def main(args: Namespace) -> ExitCode:
     """Raises UsageError and NotReady."""
     if args.list:
-        from pdkit.faults import LIBRARY
+        from pdkit.faults.library import LIBRARY
 
         for fault in LIBRARY.values():
             print(f"{fault.name:36s} {fault.what}" + (f" [{fault.resembles}]" if fault.resembles else ""))

@@ -134,7 +134,7 @@ def _begin(request: Request, streams: Sequence[int]) -> None:
     os.environ.update({**_server.variables, **request.environ})
     appear_as([sys.executable, *request.argv], os.environ)
     if "tempfile" in sys.modules:
-        sys.modules["tempfile"].tempdir = None  # that of our parent's TMPDIR
+        vars(sys.modules["tempfile"])["tempdir"] = None  # that of our parent's TMPDIR
     os.chdir(request.directory)
     more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in before]
     own = request.directory if request.argv[0] == "-m" else os.path.dirname(os.path.realpath(request.argv[0]))
@@ -186,6 +186,7 @@ def _run(request: Request) -> None:
     program, *arguments = request.argv
     if program == "-m":
         sys.argv[:] = arguments
+        sys.modules.pop(arguments[0], None)  # of our parent: who imports it has another one than what runs
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = request.argv

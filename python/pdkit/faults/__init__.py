@@ -9,10 +9,3 @@ kinds           families of faults with a parameter: from where on is a fault se
 driver          turns a fault on, asks each check, tabulates
 ground_truth    proves whether it changes anything
 """
-
-from pdkit.faults.fault import Fault, Where
-from pdkit.faults.library import LIBRARY
-from pdkit.faults.switch import Switch
-from pdkit.faults.transfer import FaultyTransfer
-
-__all__ = ["LIBRARY", "Fault", "FaultyTransfer", "Switch", "Where"]

@@ -53,11 +53,11 @@ class FaultSwitchServers(Checks):
 
     @classmethod
     def prefill_args(cls) -> list[str]:
-        return super().prefill_args() + [BACKEND, "pdkit.faults:FaultyTransfer"]
+        return super().prefill_args() + [BACKEND, "pdkit.faults.transfer:FaultyTransfer"]
 
     @classmethod
     def decode_args(cls) -> list[str]:
-        return super().decode_args() + [BACKEND, "pdkit.faults:FaultyTransfer"]
+        return super().decode_args() + [BACKEND, "pdkit.faults.transfer:FaultyTransfer"]
 
     @classmethod
     def start_lb(cls, command: Sequence[str]) -> Server:

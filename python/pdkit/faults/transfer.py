@@ -1,4 +1,4 @@
-"""A transfer backend with a switch: `--disaggregation-transfer-backend pdkit.faults:FaultyTransfer`."""
+"""A transfer backend with a switch: `--disaggregation-transfer-backend pdkit.faults.transfer:FaultyTransfer`."""
 
 import asyncio
 import os

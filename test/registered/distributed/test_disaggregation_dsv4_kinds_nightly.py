@@ -11,8 +11,8 @@ from pathlib import Path
 import pdkit
 from pdkit.core import events
 from pdkit.core.ci_register import register_cpu_ci
-from pdkit.faults import LIBRARY
 from pdkit.faults.kinds import FAMILIES, families
+from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.session import Session, Subject
 
 register_cpu_ci(est_time=1800, suite="stage-a-test-cpu", nightly=True)

@@ -17,11 +17,12 @@ from pdkit.core.paths import ASSETS
 from pdkit.engine import state
 from pdkit.engine.model_runner import ModelRunner
 from pdkit.engine.transfer import DecodeReceiver, KVTransfer, PrefillSender, TransferError, load_backend
-from pdkit.faults import LIBRARY, Switch, Where, ground_truth, messages, pieces
-from pdkit.faults.fault import Injection, same_beginning
+from pdkit.faults import ground_truth, messages, pieces
+from pdkit.faults.fault import Injection, Where, same_beginning
 from pdkit.faults.lb_faults import BalancerFaultChecks
+from pdkit.faults.library import LIBRARY
 from pdkit.faults.pieces import Kind
-from pdkit.faults.switch import VARIABLE, UnknownFault
+from pdkit.faults.switch import VARIABLE, Switch, UnknownFault
 from pdkit.models.cpu.model import load_config, load_model
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
@@ -227,7 +228,7 @@ class TestSwitch(SwitchCase):
     def test_must_be_named(self):
         with mock.patch.dict(os.environ), self.assertRaisesRegex(ValueError, VARIABLE):
             os.environ.pop(VARIABLE, None)
-            load_backend("pdkit.faults:FaultyTransfer")
+            load_backend("pdkit.faults.transfer:FaultyTransfer")
 
 
 class TestFaultyTransfer(SwitchCase):
@@ -242,8 +243,8 @@ class TestFaultyTransfer(SwitchCase):
         return asyncio.run(self._transferred(kv_transfers))
 
     async def _transferred(self, kv_transfers):
-        sender = PrefillSender(load_backend("pdkit.faults:FaultyTransfer"), 1, 0.3)
-        receiver = DecodeReceiver(load_backend("pdkit.faults:FaultyTransfer"), 2)
+        sender = PrefillSender(load_backend("pdkit.faults.transfer:FaultyTransfer"), 1, 0.3)
+        receiver = DecodeReceiver(load_backend("pdkit.faults.transfer:FaultyTransfer"), 2)
         sock = socket.create_server(("127.0.0.1", 0))
         port = sock.getsockname()[1]
         await sender.start(sock)

@@ -32,7 +32,7 @@ register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 PROGRAM = "import sys\nexec(compile(sys.argv[1], 'program', 'exec'))\n"
 IMPORTED = """
-import atexit, logging, os, tempfile, weakref
+import atexit, logging, os, sys, tempfile, weakref
 kept = open(os.devnull)
 def end():
     with open(os.environ.get("ENDS", os.devnull), "a") as file:
@@ -41,6 +41,8 @@ atexit.register(end)
 weakref.finalize(end, end)
 def prepare():
     os.environ["SET_BY_AN_IMPORT"] = "1"
+    sys.argv[1:] = [""]
+    import program
     tempfile.gettempdir()
     return None
 def threads():

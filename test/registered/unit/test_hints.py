@@ -147,7 +147,8 @@ def record():
     """Runs each fault of the library on real prompts in this process."""
     import torch
     from pdkit.engine.model_runner import ModelRunner
-    from pdkit.faults import LIBRARY, ground_truth
+    from pdkit.faults import ground_truth
+    from pdkit.faults.library import LIBRARY
     from pdkit.models.cpu.model import load_model
 
     torch.set_num_threads(1)

@@ -21,10 +21,11 @@ from pdkit.checks.streams import Streams, difference, rate_bound
 from pdkit.checks.work import Withheld
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.deployment.one_token import silent_half
-from pdkit.faults import LIBRARY, messages
+from pdkit.faults import messages
 from pdkit.faults.driver import Observation
 from pdkit.faults.fault import Injection
 from pdkit.faults.kinds import FAMILIES, families
+from pdkit.faults.library import LIBRARY
 from stub_server import StubServer
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")

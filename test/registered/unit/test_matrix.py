@@ -18,7 +18,7 @@ from pdkit.core import processes
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.core.errors import ExitCode
 from pdkit.core.events import Events
-from pdkit.faults import LIBRARY
+from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix import report, truth
 from pdkit.faults.matrix import session as session_module
 from pdkit.faults.matrix.results import Results, ResultsError, Run, planned
@@ -414,7 +414,7 @@ class TestCommand(FolderCase):
             with mock.patch.object(cls, "bootstrap_port", "1", create=True):
                 for args in (cls.prefill_args(), cls.decode_args()):
                     last = len(args) - 1 - args[::-1].index("--disaggregation-transfer-backend")
-                    self.assertEqual(args[last + 1], "pdkit.faults:FaultyTransfer", subject.name)
+                    self.assertEqual(args[last + 1], "pdkit.faults.transfer:FaultyTransfer", subject.name)
 
     def test_only_subjects_that_faults_are_put_before_are_started(self):
         kinds = [fault.name for fault in LIBRARY.values() if fault.asks]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdkit.checks.accuracy.checks import FIRST_LOOK
-from pdkit.faults import LIBRARY
+from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.results import Results, Run, Shortfall
 
 CAUGHT, MISSED, NOT_RUN = "●", "–", "·"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pdkit.faults import LIBRARY
+from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix.truth import Truth
 from pdkit.faults.matrix.verdicts import CheckVerdict
 

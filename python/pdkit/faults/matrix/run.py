@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pdkit.core.errors import ExitCode
 from pdkit.core.paths import ASSETS
-from pdkit.faults import LIBRARY
 from pdkit.faults.kinds import families
+from pdkit.faults.library import LIBRARY
 from pdkit.faults.matrix import report
 from pdkit.faults.matrix.results import Results, Run, Shortfall, planned
 from pdkit.faults.matrix.session import Session, Subject

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pdkit.faults import LIBRARY
+from pdkit.faults.library import LIBRARY
 
 LENGTHS = (1, 3, 5, 33, 96, 127, 129, 142, 255, 257, 301, 391)
 PROMPTS_PER_FAULT = 3
