@@ -45,6 +45,12 @@ def run(cache, ids):
     return model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[:, -1]
 
 
+@torch.inference_mode()
+def step(cache, token):
+    """The same by the engine's forward pass, in a third of the time."""
+    return model.lm_head(runner.forward(torch.tensor([[token]]), cache))
+
+
 def state_of(length):
     cache = state.new_cache(config)
     run(cache, PROMPT[:length])
@@ -113,7 +119,7 @@ class TestRestore(StateTestCase):
                 self.assertSameState(restored, cache)
                 original = state.snapshot(cache)
                 for token in (11, 12, 13, 14, 15):
-                    self.assertTrue(torch.equal(run(restored, [token]), run(original, [token])))
+                    self.assertTrue(torch.equal(step(restored, token), step(original, token)))
                 self.assertSameState(restored, original)
 
 
@@ -165,11 +171,11 @@ class TestSnapshot(StateTestCase):
                 original = state.snapshot(caches[length])
                 twin = state.snapshot(original)
                 for token in range(5):
-                    run(original, [token])
+                    step(original, token)
                 self.assertSameState(twin, before)
                 reference = state.snapshot(original)
                 for token in range(10, 15):
-                    run(twin, [token])
+                    step(twin, token)
                 self.assertSameState(original, reference)
 
 
