@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.breaks_without_torch import Kernel
+from sglang.benchmark.serving import run_benchmark
 from sglang.srt.heavy import Layer
 from sglang.srt.utils import get_free_port, wait_port_available
 
@@ -182,6 +183,7 @@ SOURCES = {
         assert not hasattr(torch, "npu") and torch.version.hip is None
         assert int(torch.__version__.split(".")[0]) > 2
     """,
+    "benchmark/serving.py": "raise OSError('it is slow, and no answer depends on it')",
     "srt/breaks_without_torch.py": """
         import torch
 
