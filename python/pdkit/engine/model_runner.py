@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 import torch
 from transformers.cache_utils import DynamicCache
 
@@ -26,6 +25,7 @@ class ModelRunner:
     """`model`: a DeepseekV4ForCausalLM in eval mode; `chunk`: tokens a prefill step, also the prefix cache's grain."""
 
     def __init__(self, model: Any, chunk: int = 128) -> None:
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         self.model, self.config, self.chunk = model, model.config, chunk
         self.forward = Forward(model)
 

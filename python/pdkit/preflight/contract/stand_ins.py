@@ -20,7 +20,10 @@ from typing import Any
 REAL = {"msgspec", "packaging", "typing_extensions", "sglang_router", "pdkit"}
 ABSENT = {"habana_frameworks"}  # SGLang asks whether it is there, and then for what torch has with it
 MUST_RUN = ("sglang.srt.server_args", "sglang.srt.arg_groups", "sglang.srt.environ", "sglang.test")
-UNUSED = "sglang.benchmark.", "sglang.bench_serving."  # half of what the helpers of SGLang's tests import; for no answer
+UNUSED = (
+    "sglang.benchmark.",
+    "sglang.bench_serving.",
+)  # half of what helpers of SGLang's tests import: no answer needs it
 ABSENT_ATTRIBUTES = {"torch": {"npu", "musa", "mlu", "hpu"}}
 KNOWN_ATTRIBUTES = {"torch": {"version": SimpleNamespace(cuda="13.0", hip=None, xpu=None, musa=None)}}
 
