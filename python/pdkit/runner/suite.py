@@ -41,6 +41,12 @@ from pdkit.runner.warm import Warm
 RULE = "=" * 60
 POLL_S = 0.1
 REFRESH_S = 1.0
+SIDE_BY_SIDE = {
+    "OMP_NUM_THREADS": "1",  # threads of torch spin on cores which others need
+    # Memory of a tensor is kept for the next one: its pages are not given back and mapped anew with each operation.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # bytes, the most that glibc takes
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
 LANES_AT_MOST = 4  # two more than cores: half of the time test files wait, for servers, deaths and timeouts
 
 Numbered = tuple[int, Registration]
@@ -81,8 +87,8 @@ class SuiteRun:
         self._board = Board(self.console)
         self.environment = child_environment(options, python3_directory(sys.executable, scratch))
         self._parts = lanes(selection.enabled, options)
-        if any(jobs > 1 for _, jobs in self._parts):  # threads of torch that spin on cores which others need
-            self.environment.setdefault("OMP_NUM_THREADS", "1")
+        if any(jobs > 1 for _, jobs in self._parts):
+            self.environment = SIDE_BY_SIDE | self.environment
         self._warm = Warm(selection.enabled, self.environment, logs, self.console, interruption, options.warm)
         self._total = sum(len(files) for files, _ in self._parts)
         self._results: dict[int, FileResult] = {}

@@ -82,6 +82,25 @@ class TestLanes(CommandCase):
         files = {f"{name}.py": source for name, source in files.items()}
         return self.run_suite(files, *SUITE, "--jobs", jobs, *words)
 
+    def test_only_beside_others_a_file_is_told_to_be_modest_unless_the_user_says_otherwise(self):
+        source = source_of(
+            f"""
+            def test_it(self):
+                import os
+                from pathlib import Path
+                found = [os.environ.get(name) for name in {[*suite.SIDE_BY_SIDE]}]
+                Path(__file__).with_suffix(".found").write_text(str(found))
+            """
+        )
+        modest, named = [*suite.SIDE_BY_SIDE.values()], {next(iter(suite.SIDE_BY_SIDE)): "7"}
+        for jobs, given, expected in ((2, {}, modest), (2, named, ["7", *modest[1:]]), (1, {}, [None] * len(modest))):
+            with mock.patch.dict("os.environ", given):
+                for name in suite.SIDE_BY_SIDE.keys() - given.keys():
+                    os.environ.pop(name, None)
+                done = self.run_suite({"test_0.py": source, "test_1.py": source}, *SUITE, "--jobs", str(jobs))
+            self.assertEqual(done.returncode, 0, done.stdout)
+            self.assertEqual((self.root / "registered" / "test_0.found").read_text(), str(expected))
+
     def test_two_run_side_by_side(self):
         done = self.run_lanes(test_a=meets("a", "b"), test_b=meets("b", "a"), test_c=PASS)
         self.assert_ended(done, 0, "3 passed, 0 failed, 0 skipped")
