@@ -5,7 +5,6 @@ the rest is the model's arithmetic, on the model's own cache. `test_engine_model
 tokens each, all rows at the same position, H heads of D, T tokens or compressed entries that there are to see.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,20 +18,16 @@ def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
 
 
-_width = cache(_number)
-
-
 def _scale(x: Tensor, eps: Tensor) -> Tensor:
     """[..., 1]: what a row of x is multiplied with to have a mean square of one. A fifth of rms_norm's operations."""
-    return x.square().sum(-1, keepdim=True).div_(_width(x.shape[-1])).add_(eps).rsqrt_()
+    return torch.add(eps, x.square().sum(-1, keepdim=True), alpha=1 / x.shape[-1]).rsqrt_()
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Interleaved rotary embedding: the last 2 * R of x [..., D], as R complex numbers, times turn [..., R]."""
-    width = 2 * turn.shape[-1]
-    kept, pairs = x.split([x.shape[-1] - width, width], dim=-1)
-    pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * turn
-    return torch.cat([kept, torch.view_as_real(pairs).flatten(-2)], dim=-1)
+    """Interleaved rotary embedding of x [..., D], in place: its last 2 * R, as R complex numbers, times turn [..., R]."""
+    pairs = x[..., x.shape[-1] - 2 * turn.shape[-1] :].unflatten(-1, (-1, 2))
+    torch.view_as_complex(pairs).mul_(turn)
+    return x
 
 
 def _after(before: Tensor | None, x: Tensor, dim: int = 1) -> Tensor:
@@ -83,8 +78,8 @@ class _Compressor:
 
 
 class _Attention:
-    def __init__(self, module: Any, norm: Any, turns: dict[str, Tensor]) -> None:
-        self.turns = turns[module.rope_layer_type]
+    def __init__(self, module: Any, norm: Any, turns: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.turns, self.back = turns[module.rope_layer_type]
         self.heads, self.width, self.window = module.num_heads, module.head_dim, module.sliding_window
         self.scaling, self.eps = _number(module.scaling), _number(module.q_b_norm.eps)
         self.sinks = module.sinks.view(-1, 1)
@@ -110,7 +105,7 @@ class _Attention:
         (rows, length), heads = x.shape[:2], self.heads
         low, kv, *parts = linear(x, self.projections).split(self.sizes, dim=-1)
         queries = linear(low * _scale(low, self.eps), self.queries)
-        turn = self.turns[start : start + length].unsqueeze(1)
+        turn, back = (turns[start : start + length].unsqueeze(1) for turns in (self.turns, self.back))
         both = torch.cat([queries[..., : heads * self.width], kv], dim=-1).view(rows, length, heads + 1, -1)
         q, kv = _turned(both * _scale(both, self.eps) * self.norms, turn).split([heads, 1], dim=2)
         if not layer.is_initialized:
@@ -139,9 +134,9 @@ class _Attention:
             scores[..., -chosen.shape[-1] :] += chosen.unsqueeze(2)
         if hidden is not None:
             scores.masked_fill_(hidden.unsqueeze(1), -torch.inf)
-        shares = torch.cat([scores, self.sinks.expand(rows, length, -1, -1)], dim=-1).softmax(-1)[..., :-1]
-        seen = torch.bmm(shares.reshape(rows, length * heads, -1), seen).view(rows, length, heads, -1)
-        return linear(_turned(seen, turn.conj()).flatten(2), self.output)
+        shares = torch.cat([scores, self.sinks.expand(rows, length, -1, -1)], dim=-1).softmax(-1).flatten(1, 2)
+        seen = torch.bmm(shares[..., :-1], seen).view(rows, length, heads, -1)
+        return linear(_turned(seen, back).flatten(2), self.output)
 
     def _chosen(self, asked: Tensor, keys: Tensor, weights: Tensor, late: Tensor | None) -> Tensor:
         """[B, S, T]: 0 for the entries that the indexer picks, else -inf. Of late ones it may pick, where few are not."""
@@ -175,7 +170,7 @@ class _Experts:
         else:
             chosen = self.fixed[tokens].long()
         weights = scores.gather(1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + self.tiny) * self.scaling
+        weights = weights.div_(weights.sum(-1, keepdim=True).add_(self.tiny)).mul_(self.scaling)
         mix = torch.zeros_like(scores).scatter_add(1, chosen, weights)
         inner = self.activation(gates.clamp(max=self.limit)) * ups.clamp(-self.limit, self.limit)
         inner[:, : experts * width].view(-1, experts, width).mul_(mix.unsqueeze(2))
@@ -199,7 +194,7 @@ class _Streams:
         """
         count, eps, flat = self.count, self.eps, streams.flatten(1)
         weights = torch.addcmul(self.base, linear(flat, self.weight), _scale(flat, self.flat_eps))
-        gates, mix = weights[:, : 2 * count].sigmoid(), weights[:, 2 * count :].unflatten(1, (count, count))
+        gates, mix = weights[:, : 2 * count].sigmoid(), weights[:, 2 * count :].view(-1, count, count)
         mix = mix.softmax(-1).add_(eps)
         for dim in (-2, *(-1, -2) * (self.rounds - 1)):
             mix.div_(mix.sum(dim, keepdim=True).add_(eps))
@@ -216,7 +211,10 @@ class Forward:
         assert not config.mlp_bias, "projections with a bias are not served"
         positions = torch.arange(config.max_position_embeddings + config.sliding_window).unsqueeze(0)
         embeddings = {kind: inside.rotary_emb(inside.norm.weight, positions, kind) for kind in ("main", "compress")}
-        turns = {kind: torch.complex(cos[0], sin[0]) for kind, (cos, sin) in embeddings.items()}
+        turns = {
+            kind: (torch.complex(cos[0], sin[0]), torch.complex(cos[0], -sin[0]))
+            for kind, (cos, sin) in embeddings.items()
+        }
         self.embedding, self.count, self.window = inside.embed_tokens.weight, config.hc_mult, config.sliding_window
         self.layers = [
             (
