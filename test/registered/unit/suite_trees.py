@@ -38,12 +38,21 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
     return registered
 
 
+def command_for(root: Path, files: dict[str, str], *words: str) -> list[str]:
+    """`run_suite.py` on `files` below `root`."""
+    return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(root, files)), *words]
+
+
 def run_tree(
-    root: Path, files: dict[str, str], *words: str, environment: Mapping[str, str] | None = None
+    root: Path,
+    files: dict[str, str],
+    *words: str,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """`run_suite.py` on `files` below `root`, from there, to its end."""
-    command = [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(root, files)), *words]
-    return forked.run(command, cwd=str(root), env=environment, timeout=300, has_fork_server=True)
+    command = command_for(root, files, *words)
+    return forked.run(command, cwd=str(root), env=environment, timeout=timeout, has_fork_server=True)
 
 
 HANG = source_of(
@@ -68,10 +77,10 @@ class CommandCase(FolderCase):
             os.environ.pop(name, None)
 
     def command(self, files, *words):
-        return [sys.executable, str(RUN_SUITE), "--test-root", str(write_tree(self.root, files)), *words]
+        return command_for(self.root, files, *words)
 
     def run_suite(self, files, *words, environment=None):
-        return run_tree(self.root, files, *words, environment=os.environ | (environment or {}))
+        return run_tree(self.root, files, *words, environment=os.environ | (environment or {}), timeout=60)
 
     def run_files(self, *sources, words=(), environment=None):
         files = {f"test_{number}.py": source for number, source in enumerate(sources)}

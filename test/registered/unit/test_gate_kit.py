@@ -122,12 +122,12 @@ class TestAccuracyGate(KitTest):
         self.assertIn(f"{scored - len(range(0, scored, 14))} of {scored} correct", self.message(result))
 
     def test_the_first_look_alone_is_strict_and_policy_and_threshold_are_attributes(self):
-        for threshold, passes in ((0.95, False), (0.9499, True)):
-            server = self.serve(wrong=range(3, 103, 10))
+        for wrong, threshold, passes in ((9, 0.95, True), (10, 0.95, False), (19, 0.9, True)):
+            server = self.serve(wrong=range(3, 3 + 10 * wrong, 10))
             attributes = {"gsm8k_gate_policy": "first-look", "min_score": threshold}
             result, _ = self.run_kit(AccuracyGateChecks, server, **attributes)
             self.assertEqual((result.wasSuccessful(), len(server.prompts)), (passes, 200))
-            self.assert_first_look(passes, 0.95)
+            self.assert_first_look(passes, 1 - wrong / 200)
 
     def test_a_decay_after_the_150th_example_fails_though_the_gate_passes(self):
         server = self.serve(wrong=range(151, 200, 6))
