@@ -209,17 +209,15 @@ def normalised_output(text: str, root: Path) -> list[str]:
 
 def run_suite(files: Iterable[str], *words: str) -> dict:
     """What the runner returns, prints and leaves for a tree of the stub files named."""
-    from pdkit.core import forked
-    from suite_trees import write_tree
+    from suite_trees import run_tree
 
     sources = stub_files()
     with tempfile.TemporaryDirectory(prefix="record-") as folder:
         root = Path(folder)
-        registered = write_tree(root, {name: sources[name] for name in files})
         metrics, summary = root / "metrics.jsonl", root / "summary.md"
         told = {"TMPDIR": folder, "SGLANG_TEST_METRICS_FILE": str(metrics), "GITHUB_STEP_SUMMARY": str(summary)}
-        command = [sys.executable, str(TEST / "run_suite.py"), "--test-root", str(registered), *SUITE, *words]
-        run = forked.run(command, env=clean_environment(folder) | told, has_fork_server=True)
+        chosen = {name: sources[name] for name in files}
+        run = run_tree(root, chosen, *SUITE, *words, environment=clean_environment(folder) | told)
         return {
             "words": list(words),
             "exit code": run.returncode,

@@ -155,7 +155,8 @@ class ForkServer:
 class ForkedPopen(subprocess.Popen[Any]):
     """A child of a fork server, of which `pid`, `poll`, `wait`, `returncode`, signals and streams are as usual.
 
-    Command: ["python3", "-m", MODULE, ARGUMENT...] or ["python3", "FILE.py", ARGUMENT...]. It has a session of its own. There is no `communicate`.
+    Command: ["python3", "-m", MODULE, ARGUMENT...] or ["python3", "FILE.py", ARGUMENT...]. It has a session of its own.
+    There is no `communicate`.
     has_fork_server: what it starts can be forked in turn, from its `here()`.
     """
 
@@ -257,7 +258,7 @@ def here() -> ForkServer | None:
 
 
 def popen(has_fork_server: bool = True) -> Callable[..., subprocess.Popen[Any]]:
-    """What starts `python3 -m ...` or `python3 FILE.py ...`: a fork where this process has a fork server, or else `subprocess.Popen`.
+    """What starts a program of Python: a fork where this process has a fork server, or else `subprocess.Popen`.
 
     has_fork_server: what it starts can fork in turn.
     """

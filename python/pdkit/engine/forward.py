@@ -170,7 +170,7 @@ class _Experts:
         else:
             chosen = self.fixed[tokens].long()
         weights = scores.gather(1, chosen)
-        weights = weights.div_(weights.sum(-1, keepdim=True).add_(self.tiny)).mul_(self.scaling)
+        weights.div_(weights.sum(-1, keepdim=True).add_(self.tiny)).mul_(self.scaling)
         mix = torch.zeros_like(scores).scatter_add(1, chosen, weights)
         inner = self.activation(gates.clamp(max=self.limit)) * ups.clamp(-self.limit, self.limit)
         inner[:, : experts * width].view(-1, experts, width).mul_(mix.unsqueeze(2))

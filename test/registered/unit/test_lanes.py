@@ -97,8 +97,8 @@ class TestLanes(CommandCase):
             with mock.patch.dict("os.environ", given):
                 for name in suite.SIDE_BY_SIDE.keys() - given.keys():
                     os.environ.pop(name, None)
-                done = self.run_suite({"test_0.py": source, "test_1.py": source}, *SUITE, "--jobs", str(jobs))
-            self.assertEqual(done.returncode, 0, done.stdout)
+                done = self.run_lanes(jobs=str(jobs), test_0=source, test_1=source)
+            self.assert_ended(done, 0, "2 passed, 0 failed, 0 skipped")
             self.assertEqual((self.root / "registered" / "test_0.found").read_text(), str(expected))
 
     def test_two_run_side_by_side(self):

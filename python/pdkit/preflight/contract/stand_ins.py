@@ -1,8 +1,8 @@
 """Imports the sources of an SGLang whose dependencies are absent, by standing in for them.
 
-Every third-party module but those in `REAL`, and SGLang's benchmarks, becomes an object that accepts whatever is done to it while modules are
-imported: attribute access, calls, decoration, subclassing, arithmetic. A module of SGLang that cannot be executed that
-way keeps what it had defined until then and is recorded in `Importer.assumed`, unless a contract depends on it
+Every third-party module but those in `REAL`, and SGLang's benchmarks, becomes an object that accepts whatever is done to
+it while modules are imported: attribute access, calls, decoration, subclassing, arithmetic. A module of SGLang that
+cannot be executed that way keeps what it had defined until then and is recorded in `Importer.assumed`, unless a contract depends on it
 (`MUST_RUN`): then its error is raised. No answer is made of stand-ins: callers check with `is_stand_in`.
 
 To install before the first import of sglang, in a process of its own.
@@ -20,10 +20,7 @@ from typing import Any
 REAL = {"msgspec", "packaging", "typing_extensions", "sglang_router", "pdkit"}
 ABSENT = {"habana_frameworks"}  # SGLang asks whether it is there, and then for what torch has with it
 MUST_RUN = ("sglang.srt.server_args", "sglang.srt.arg_groups", "sglang.srt.environ", "sglang.test")
-UNUSED = (
-    "sglang.benchmark.",
-    "sglang.bench_serving.",
-)  # half of what helpers of SGLang's tests import: no answer needs it
+UNUSED = "sglang.benchmark.", "sglang.bench_serving."  # half of what SGLang's test helpers import: no answer needs it
 ABSENT_ATTRIBUTES = {"torch": {"npu", "musa", "mlu", "hpu"}}
 KNOWN_ATTRIBUTES = {"torch": {"version": SimpleNamespace(cuda="13.0", hip=None, xpu=None, musa=None)}}
 
@@ -117,6 +114,10 @@ class _Loader(importlib.abc.Loader):
         pass
 
 
+def _stand_in(name: str) -> ModuleSpec:
+    return ModuleSpec(name, _Loader(), is_package=True)
+
+
 class _LenientLoader(SourceFileLoader):
     def __init__(self, name: str, path: str, assumed: dict[str, str]) -> None:
         super().__init__(name, path)
@@ -154,14 +155,16 @@ class Importer(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> ModuleSpec | None:
+        if f"{name}.".startswith(UNUSED):
+            return _stand_in(name)
         top = name.partition(".")[0]
-        if top == "sglang" and not f"{name}.".startswith(UNUSED):
+        if top == "sglang":
             return self._sglang(name, path)
         if top in REAL or top in ABSENT or top in sys.stdlib_module_names:
             return None
-        if top != "sglang" and PathFinder.find_spec(top, [folder for folder in sys.path if folder not in self.before]):
+        if PathFinder.find_spec(top, [folder for folder in sys.path if folder not in self.before]):
             return None
-        return ModuleSpec(name, _Loader(), is_package=True)
+        return _stand_in(name)
 
     def _sglang(self, name: str, path: Sequence[str] | None) -> ModuleSpec:
         spec = PathFinder.find_spec(name, path)
