@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers.cache_utils import DynamicCache
 
 
@@ -20,13 +19,13 @@ def _number(value: float) -> Tensor:
 
 def _scale(x: Tensor, eps: Tensor) -> Tensor:
     """[..., 1]: what a row of x is multiplied with to have a mean square of one. A fifth of rms_norm's operations."""
-    return torch.add(eps, x.square().sum(-1, keepdim=True), alpha=1 / x.shape[-1]).rsqrt_()
+    return torch.add(eps, (x * x).sum(-1, keepdim=True), alpha=1 / x.shape[-1]).rsqrt_()
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
     """Interleaved rotary embedding of x [..., D], in place: its last 2 * R, as R complex numbers, times turn [..., R]."""
-    pairs = x[..., x.shape[-1] - 2 * turn.shape[-1] :].unflatten(-1, (-1, 2))
-    torch.view_as_complex(pairs).mul_(turn)
+    pairs = x[..., x.shape[-1] - 2 * turn.shape[-1] :]
+    torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2)).mul_(turn)
     return x
 
 
@@ -49,8 +48,9 @@ class _Compressor:
         name, rate = self.name, self.rate
         kv, gate = _after(layer.buffer_kv[name], kv), _after(layer.buffer_gate[name], gate)
         count = kv.shape[1] // rate
-        layer.buffer_kv[name], layer.buffer_gate[name] = kv[:, count * rate :], gate[:, count * rate :]
+        layer.buffer_kv[name], layer.buffer_gate[name] = kv, gate
         if count:
+            layer.buffer_kv[name], layer.buffer_gate[name] = kv[:, count * rate :], gate[:, count * rate :]
             kv, gate = (x[:, : count * rate].unflatten(1, (count, rate)) for x in (kv, gate))
             gate = gate + self.bias
             if self.overlaps:
@@ -95,26 +95,30 @@ class _Attention:
                 self.indexer, self.top = _Compressor(indexer, "indexer"), indexer.index_topk
                 projections += [*self.indexer.projections, indexer.scorer.weights_proj.weight]
                 queries.append(indexer.q_b_proj.weight)
-        self.projections, self.sizes = torch.cat(projections) * norm.weight, [len(weight) for weight in projections]
-        self.queries = torch.cat(queries) * module.q_a_norm.weight
+        self.sizes = [len(weight) for weight in projections]
+        self.projections = (torch.cat(projections) * norm.weight).t()
+        self.queries = (torch.cat(queries) * module.q_a_norm.weight).t()
         groups = module.o_a_proj.weight.chunk(module.o_a_proj.n_groups)
-        self.output = module.o_b_proj.weight @ torch.block_diag(*groups)
+        self.output = (module.o_b_proj.weight @ torch.block_diag(*groups)).t()
 
-    def __call__(self, x: Tensor, layer: Any, start: int, outside: Tensor | None) -> Tensor:
-        """x [B, S, hidden] -> the same. outside [S, T]: tokens that a query does not see; None for a single one."""
-        (rows, length), heads = x.shape[:2], self.heads
-        low, kv, *parts = linear(x, self.projections).split(self.sizes, dim=-1)
-        queries = linear(low * _scale(low, self.eps), self.queries)
+    def __call__(self, x: Tensor, length: int, layer: Any, start: int, outside: Tensor | None) -> Tensor:
+        """x [B * S, hidden] -> the same. outside [S, T]: tokens that a query does not see; None for a single one."""
+        rows, heads = len(x) // length, self.heads
+        low, kv, *parts = torch.mm(x, self.projections).split_with_sizes(self.sizes, 1)
+        queries = torch.mm(low * _scale(low, self.eps), self.queries)
         turn, back = (turns[start : start + length].unsqueeze(1) for turns in (self.turns, self.back))
-        both = torch.cat([queries[..., : heads * self.width], kv], dim=-1).view(rows, length, heads + 1, -1)
-        q, kv = _turned(both * _scale(both, self.eps) * self.norms, turn).split([heads, 1], dim=2)
-        if not layer.is_initialized:
+        both = torch.cat([queries[:, : heads * self.width], kv], dim=1).view(rows, length, heads + 1, -1)
+        q, kv = _turned((both * _scale(both, self.eps)).mul_(self.norms), turn).split_with_sizes([heads, 1], 2)
+        to_see, tokens = [kv[:, :, 0]], length
+        if layer.is_initialized:
+            to_see.insert(0, layer.keys[:, 0])
+            tokens += layer.keys.shape[2]
+        else:
             layer.lazy_initialization(kv.transpose(1, 2), kv.transpose(1, 2))
-        seen = torch.cat([layer.keys, kv.transpose(1, 2)], dim=2)
-        layer.keys = layer.values = seen[:, :, -self.window + 1 :]
         layer.cumulative_length += length
-        seen, hidden, chosen = seen[:, 0], outside, None
+        hidden, chosen = outside, None
         if self.compressor is not None:
+            parts = [part.view(rows, length, -1) for part in parts]
             entries = self.compressor(layer, parts[0], parts[1], self.turns)
             if self.indexer is not None:
                 keys = self.indexer(layer, parts[2], parts[3], self.turns)
@@ -125,9 +129,11 @@ class _Attention:
                 late = torch.arange(entries.shape[1]) >= complete.unsqueeze(1)
                 hidden = torch.cat([outside, late], dim=1)
             if self.indexer is not None and entries.shape[1] > self.top:
-                asked = queries[..., heads * self.width :].unflatten(-1, (-1, self.indexer.width))
+                asked = queries[:, heads * self.width :].view(rows, length, -1, self.indexer.width)
                 chosen = self._chosen(_turned(asked, turn), keys[:, : entries.shape[1]], parts[4], late)
-            seen = torch.cat([seen, entries], dim=1)
+            to_see.append(entries)
+        seen = torch.cat(to_see, dim=1)
+        layer.keys = layer.values = seen[:, max(0, tokens - self.window + 1) : tokens].unsqueeze(1)
         scores = torch.bmm((q * self.scaling).reshape(rows, length * heads, -1), seen.transpose(1, 2))
         scores = scores.view(rows, length, heads, -1)
         if chosen is not None:
@@ -136,7 +142,7 @@ class _Attention:
             scores.masked_fill_(hidden.unsqueeze(1), -torch.inf)
         shares = torch.cat([scores, self.sinks.expand(rows, length, -1, -1)], dim=-1).softmax(-1).flatten(1, 2)
         seen = torch.bmm(shares[..., :-1], seen).view(rows, length, heads, -1)
-        return linear(_turned(seen, back).flatten(2), self.output)
+        return torch.mm(_turned(seen, back).view(rows * length, -1), self.output)
 
     def _chosen(self, asked: Tensor, keys: Tensor, weights: Tensor, late: Tensor | None) -> Tensor:
         """[B, S, T]: 0 for the entries that the indexer picks, else -inf. Of late ones it may pick, where few are not."""
@@ -144,7 +150,7 @@ class _Attention:
         scores = torch.matmul(weights.unsqueeze(2), found).squeeze(2)
         if late is not None:
             scores.masked_fill_(late, -torch.inf)
-        return torch.full_like(scores, -torch.inf).scatter(2, scores.topk(self.top, dim=2).indices, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(2, scores.topk(self.top, dim=2).indices, 0.0)
 
 
 class _Experts:
@@ -155,26 +161,31 @@ class _Experts:
         gates, ups = routed.gate_up_proj.chunk(2, dim=1)
         self.routed = routed.num_experts, gates.shape[1]
         projections = [*gates, shared.gate_proj.weight, *ups, shared.up_proj.weight, self.router.weight]
-        self.projections = torch.cat(projections) * norm.weight
-        self.inner = (len(self.projections) - routed.num_experts) // 2
-        self.down = torch.cat([*routed.down_proj, shared.down_proj.weight], dim=1)
-        self.limit, self.activation, self.fixed = routed.limit, routed.act_fn, getattr(self.router, "tid2eid", None)
+        self.projections = (torch.cat(projections) * norm.weight).t()
+        self.inner = (self.projections.shape[1] - routed.num_experts) // 2
+        self.down = torch.cat([*routed.down_proj, shared.down_proj.weight], dim=1).t()
+        self.limit, self.activation, self.fixed = (
+            routed.limit,
+            routed.act_fn.forward,
+            getattr(self.router, "tid2eid", None),
+        )
+        self.score = self.router.score_fn.forward
         self.tiny, self.scaling = _number(1e-20), _number(self.router.routed_scaling_factor)
 
     def __call__(self, x: Tensor, tokens: Tensor) -> Tensor:
         experts, width = self.routed
-        gates, ups, logits = linear(x, self.projections).split([self.inner, self.inner, experts], dim=-1)
-        scores, router = self.router.score_fn(logits), self.router
+        gates, ups, logits = torch.mm(x, self.projections).split_with_sizes([self.inner, self.inner, experts], 1)
+        scores, router = self.score(logits), self.router
         if self.fixed is None:
             chosen = (scores + router.e_score_correction_bias).topk(router.top_k, dim=-1, sorted=False).indices
         else:
             chosen = self.fixed[tokens].long()
         weights = scores.gather(1, chosen)
         weights.div_(weights.sum(-1, keepdim=True).add_(self.tiny)).mul_(self.scaling)
-        mix = torch.zeros_like(scores).scatter_add(1, chosen, weights)
-        inner = self.activation(gates.clamp(max=self.limit)) * ups.clamp(-self.limit, self.limit)
+        mix = torch.zeros_like(scores).scatter_add_(1, chosen, weights)
+        inner = self.activation(gates.clamp_(max=self.limit)).mul_(ups.clamp_(-self.limit, self.limit))
         inner[:, : experts * width].view(-1, experts, width).mul_(mix.unsqueeze(2))
-        return linear(inner, self.down)
+        return torch.mm(inner, self.down)
 
 
 class _Streams:
@@ -183,7 +194,7 @@ class _Streams:
     def __init__(self, module: Any, norm: Any) -> None:
         self.count, self.eps, self.rounds = module.hc_mult, _number(module.hc_eps), module.hc_sinkhorn_iters
         scales = module.scale.repeat_interleave(torch.tensor([self.count, self.count, self.count**2]))
-        self.weight, self.base = module.fn * scales.unsqueeze(1), module.base
+        self.weight, self.base = (module.fn * scales.unsqueeze(1)).t(), module.base
         self.flat_eps, self.norm_eps = _number(module.input_norm.eps), _number(norm.variance_epsilon)
         self.two = _number(2.0)
 
@@ -193,13 +204,14 @@ class _Streams:
         The weight of the norm of the input is in the block's projections.
         """
         count, eps, flat = self.count, self.eps, streams.flatten(1)
-        weights = torch.addcmul(self.base, linear(flat, self.weight), _scale(flat, self.flat_eps))
-        gates, mix = weights[:, : 2 * count].sigmoid(), weights[:, 2 * count :].view(-1, count, count)
-        mix = mix.softmax(-1).add_(eps)
+        weights = torch.addcmul(self.base, torch.mm(flat, self.weight), _scale(flat, self.flat_eps))
+        gates, mix = weights.split_with_sizes([2 * count, count * count], 1)
+        reads, writes = gates.sigmoid().split_with_sizes([count, count], 1)
+        mix = mix.view(-1, count, count).softmax(-1).add_(eps)
         for dim in (-2, *(-1, -2) * (self.rounds - 1)):
             mix.div_(mix.sum(dim, keepdim=True).add_(eps))
-        x = torch.bmm((gates[:, :count] + eps).unsqueeze(1), streams).squeeze(1)
-        return x * _scale(x, self.norm_eps), (self.two * gates[:, count:]).unsqueeze(2), mix.transpose(1, 2)
+        x = torch.bmm(reads.add_(eps).unsqueeze(1), streams).squeeze(1)
+        return x * _scale(x, self.norm_eps), writes.mul_(self.two).unsqueeze(2), mix.transpose(1, 2)
 
 
 class Forward:
@@ -238,9 +250,9 @@ class Forward:
         streams = self.embedding[flat].unsqueeze(1).repeat(1, self.count, 1)
         for layer, (before_attention, attention, before_experts, experts) in zip(cache.layers, self.layers):
             x, shares, mix = before_attention(streams)
-            x = attention(x.view(rows, length, -1), layer, start, outside).flatten(0, 1)
-            streams = torch.baddbmm(shares * x.unsqueeze(1), mix, streams)
+            x = attention(x, length, layer, start, outside)
+            streams = (shares * x.unsqueeze(1)).baddbmm_(mix, streams)
             x, shares, mix = before_experts(streams)
-            streams = torch.baddbmm(shares * experts(x, flat).unsqueeze(1), mix, streams)
+            streams = (shares * experts(x, flat).unsqueeze(1)).baddbmm_(mix, streams)
         hidden: Tensor = self.norm(self.head(streams.view(rows, length, self.count, -1)))
         return hidden
