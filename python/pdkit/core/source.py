@@ -30,10 +30,6 @@ class Source:
         return [node for node in self.nodes if isinstance(node, ast.Call)]
 
     @cached_property
-    def parents(self) -> dict[ast.AST, ast.AST]:
-        return {child: parent for parent in self.nodes for child in ast.iter_child_nodes(parent)}
-
-    @cached_property
     def imports(self) -> dict[str, str]:
         """Local name -> dotted name that it stands for, of all imports in the file."""
         names = {}

@@ -164,12 +164,8 @@ class _Experts:
         self.projections = (torch.cat(projections) * norm.weight).t()
         self.inner = (self.projections.shape[1] - routed.num_experts) // 2
         self.down = torch.cat([*routed.down_proj, shared.down_proj.weight], dim=1).t()
-        self.limit, self.activation, self.fixed = (
-            routed.limit,
-            routed.act_fn.forward,
-            getattr(self.router, "tid2eid", None),
-        )
-        self.score = self.router.score_fn.forward
+        self.limit, self.fixed = routed.limit, getattr(self.router, "tid2eid", None)
+        self.activation, self.score = routed.act_fn.forward, self.router.score_fn.forward
         self.tiny, self.scaling = _number(1e-20), _number(self.router.routed_scaling_factor)
 
     def __call__(self, x: Tensor, tokens: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pdkit.core.suggest import unknown
 from pdkit.preflight.finding import Finding, broken
 
 RULE = "exemption"
+_LIKELY = re.compile(r"#\s*lint:\s*allow\s")
 _COMMENT = re.compile(r"#\s*lint:\s*allow\s+(?P<rule>[\w-]+)\s*(?::\s*(?P<reason>.*\S))?\s*")
 
 
@@ -26,6 +27,8 @@ class Exemption:
 
 def exemptions(text: str) -> Iterator[Exemption]:
     """The exemptions that a file states."""
+    if not _LIKELY.search(text):  # most files: no need to split them into tokens
+        return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         match = token.type == tokenize.COMMENT and _COMMENT.fullmatch(token.string)
         if match:
