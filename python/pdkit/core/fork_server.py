@@ -186,11 +186,22 @@ def _run(request: Request) -> None:
     program, *arguments = request.argv
     if program == "-m":
         sys.argv[:] = arguments
-        sys.modules.pop(arguments[0], None)  # of our parent: who imports it has another one than what runs
+        _forget(arguments[0])
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = request.argv
         runpy.run_path(program, run_name="__main__")
+
+
+def _forget(name: str) -> None:
+    """Who imports the module that runs as `__main__` gets another one than our parent's. Packages stay: those of their
+    modules that are there would otherwise not be attributes of a new one.
+    """
+    if hasattr(sys.modules.get(name), "__path__") or sys.modules.pop(name, None) is None:
+        return
+    package, _, module = name.rpartition(".")
+    if package in sys.modules:
+        vars(sys.modules[package]).pop(module, None)
 
 
 def _end(error: BaseException | None) -> NoReturn:
@@ -271,7 +282,8 @@ def serve(connection: socket.socket) -> None:
                 for stream in streams:
                     os.close(stream)
                 children.add(pid)
-                connection.send(json.dumps({"pid": pid}).encode())
+                with contextlib.suppress(BrokenPipeError):
+                    connection.send(json.dumps({"pid": pid}).encode())
 
 
 def _reap(children: set[int]) -> list[tuple[int, int]]:

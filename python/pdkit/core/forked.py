@@ -20,8 +20,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import IO, Any, TypeVar
 
@@ -123,8 +124,16 @@ class ForkServer:
     def fork(self, process: ForkedPopen, request: Request, streams: Sequence[int]) -> int:
         """The pid of a child that runs `request` with these standard streams. Raises ForkServerError."""
         with self._forking:
-            with contextlib.suppress(OSError):  # `_answer` reports why
-                socket.send_fds(self._connection, [request.dump()], streams)
+            message = request.dump()
+            try:
+                socket.send_fds(self._connection, [message], streams)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # `_answer` reports why
+            except OSError as error:
+                raise ForkServerError(
+                    f"{' '.join(request.argv)[:200]}: cannot be forked ({error.strerror}); its arguments and environment "
+                    f"are {len(message)} bytes: make them shorter"
+                ) from None
             pid = self._answer()["pid"]
         with self._lock:
             status = self._ended.pop(pid, None)
@@ -277,7 +286,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """`subprocess.run(command, capture_output=True, text=True)` of such a command, forked where that can be.
 
-    Raises TimeoutExpired; the command has been ended.
+    Raises TimeoutExpired, also where others keep its output open; the command has been ended.
     """
     server = here()
     options: dict[str, Any] = {"env": env, "cwd": cwd, "encoding": "utf-8", "errors": errors}
@@ -285,12 +294,29 @@ def run(
     if server is None:
         return subprocess.run(command, timeout=timeout, **options)
     process = server.popen(command, has_fork_server=has_fork_server, **options)
-    assert process.stdout and process.stderr, "both are pipes"
-    with process.stdout as out, process.stderr as err, ThreadPoolExecutor(2) as pool:
-        texts = [pool.submit(stream.read) for stream in (out, err)]
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-        return subprocess.CompletedProcess(command, code, *(text.result() for text in texts))
+    texts = _read(process.stdout), _read(process.stderr)
+    began = time.monotonic()
+    try:
+        if wait(texts, timeout).not_done:  # somebody has them, if not the command itself
+            raise subprocess.TimeoutExpired(command, timeout or 0.0)
+        code = process.wait(None if timeout is None else max(0.0, began + timeout - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(command, code, *(text.result() for text in texts))
+
+
+def _read(stream: IO[str] | None) -> Future[str]:
+    """All that comes of it until its end, for which no other thread has to wait."""
+    found: Future[str] = Future()
+
+    def read() -> None:
+        assert stream, "it is a pipe"
+        with stream:
+            try:
+                found.set_result(stream.read())
+            except UnicodeDecodeError as error:
+                found.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    return found

@@ -29,8 +29,8 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
     return x
 
 
-def _after(before: Tensor | None, x: Tensor, dim: int = 1) -> Tensor:
-    return x if before is None else torch.cat([before, x], dim=dim)
+def _after(before: Tensor | None, x: Tensor) -> Tensor:
+    return x if before is None else torch.cat([before, x], dim=1)
 
 
 class _Compressor:
@@ -133,7 +133,8 @@ class _Attention:
                 chosen = self._chosen(_turned(asked, turn), keys[:, : entries.shape[1]], parts[4], late)
             to_see.append(entries)
         seen = torch.cat(to_see, dim=1)
-        layer.keys = layer.values = seen[:, max(0, tokens - self.window + 1) : tokens].unsqueeze(1)
+        window = seen[:, max(0, tokens - self.window + 1) : tokens].unsqueeze(1)
+        layer.keys = layer.values = window if length == 1 else window.clone()  # a prefix cache would keep all of `seen`
         scores = torch.bmm((q * self.scaling).reshape(rows, length * heads, -1), seen.transpose(1, 2))
         scores = scores.view(rows, length, heads, -1)
         if chosen is not None:

@@ -38,7 +38,7 @@ class Options:
     retry_timeout_increase: float = 600.0
     test_max_retry: int = 0
     jobs: int | None = None  # None: the runner chooses
-    warm: bool = True  # fork test files from a process that has imported SGLang, where that can be
+    warm: bool = True  # fork test files from processes that have imported what they need, where that can be
     files: tuple[str, ...] = ()
     only: str | None = None  # -k
     last_failed: bool = False

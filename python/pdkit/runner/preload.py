@@ -1,4 +1,4 @@
-"""What the programs of a test run import, for `pdkit.core.fork_server`: names, since no room need know another for that.
+"""What the programs of a test run import, for `pdkit.core.fork_server`; by name, so that no room has to import another.
 
 Of ours only what neither reads the environment while it is imported nor sets it, and not `sglang.test` itself: that, such
 as the ports of a test, differs from file to file.

@@ -2,13 +2,13 @@
 
 One has imported SGLang, torch and transformers: that takes about ten seconds of CPU time, which each file with servers,
 and each of its servers, would pay. Another one, for files that import little, has what the runner itself is made of
-(0.2 s, for the guardian and for the file). A runner that is such a fork itself, as a test of it is, has the second one
-already.
+(0.2 s, for the guardian and for the file). A runner that was forked itself uses the fork server beside it instead.
 Only for CPU suites, on machines without a GPU; `--no-warm` starts each file anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,6 +62,7 @@ class Warm:
         is_on = is_on and all(file.hw == "cpu" for file in files) and not visible_gpus()
         self._needed = {file.filename: MUCH if imports_much(Path(file.filename)) else LITTLE for file in files if is_on}
         self._servers: dict[str, ForkServer] = {}
+        self._unreported: set[ForkServer] = set()
 
     def begin(self) -> None:
         """Starts those that enough files can use."""
@@ -71,6 +72,7 @@ class Warm:
             if count >= ENOUGH and prepare not in self._servers:
                 log = self._logs / f"preload.{prepare.partition(':')[2]}.log"
                 self._servers[prepare] = ForkServer(prepare, self._environment, str(log))
+        self._unreported.update(self._servers.values())
 
     def next_of(self, files: Sequence[Registration]) -> int:
         """Which of them to start: the first, or while SGLang is imported, the first that does not wait for it."""
@@ -82,7 +84,7 @@ class Warm:
     def popen_for(self, file: str) -> Popen:
         """What starts the guardian of `file`: that of a process, if there is one for it, or `subprocess.Popen`."""
         server = self._servers.get(self._needed.get(file, ""))
-        return partial(self._popen, server) if server and server.is_there else subprocess.Popen
+        return partial(self._popen, server) if server else subprocess.Popen
 
     def _popen(self, server: ForkServer, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
         while not server.has_started(POLL_S):
@@ -91,7 +93,9 @@ class Warm:
         try:
             return server.popen(*args, **kwargs)
         except ForkServerError as error:
-            self._console.line(f"test files are started anew, not forked: {error}")
+            with contextlib.suppress(KeyError):  # once is enough
+                self._unreported.remove(server)
+                self._console.line(f"test files are started anew, not forked: {error}")
             return subprocess.Popen(*args, **kwargs)
 
     def close(self) -> None:

@@ -339,6 +339,11 @@ class TestPrefixCache(StateTestCase):
                         self.assertTrue(torch.equal(logits, cold_logits))
                         self.assertSameState(warm, cold)
 
+    def test_a_snapshot_holds_no_more_of_the_window_than_it_says(self):
+        _, cache = prefill(prompt(400))
+        for layer in cache.layers:
+            self.assertEqual(layer.keys.untyped_storage().nbytes(), layer.keys.nbytes)
+
     @staticmethod
     def stub(length):
         return SimpleNamespace(get_seq_length=lambda: length, layers=[], length=length)

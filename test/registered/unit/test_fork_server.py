@@ -1,5 +1,6 @@
 """A program that is forked cannot be told from one that was started, and is supervised like one."""
 
+import io
 import json
 import os
 import signal
@@ -42,12 +43,17 @@ weakref.finalize(end, end)
 def prepare():
     os.environ["SET_BY_AN_IMPORT"] = "1"
     sys.argv[1:] = [""]
-    import program
+    import program, parts.part
     tempfile.gettempdir()
     return None
 def threads():
     import threading, time
     threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
+"""
+PART = """
+print("executed", __name__)
+if __name__ == "__main__":
+    from parts import part
 """
 FACTS = """
 import faulthandler, json, os, signal, sys, tempfile, threading
@@ -101,6 +107,10 @@ class ForkServerCase(unittest.TestCase):
         cls.root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         (cls.root / "program.py").write_text(PROGRAM)
         (cls.root / "imported.py").write_text(IMPORTED)
+        (cls.root / "parts").mkdir()
+        sources = {"__init__": "", "part": PART, "__main__": "import parts.part\nprint(parts.part.__name__)"}
+        for name, source in sources.items():
+            (cls.root / "parts" / f"{name}.py").write_text(source)
         path = os.pathsep.join(filter(None, [str(cls.root), os.environ.get("PYTHONPATH")]))
         cls.environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         cls.server = ForkServer("imported:prepare", cls.environment, str(cls.root / "log"))
@@ -153,6 +163,13 @@ class TestTheSame(ForkServerCase):
                     ends.append((process.wait(20), output.splitlines()[-1:]))
                 self.assertEqual(*ends)
 
+    def test_a_package_and_a_module_of_it_that_were_imported_before(self):
+        for name, last in (("parts", "parts.part"), ("parts.part", "executed parts.part")):
+            for popen in (subprocess.Popen, self.server.popen):
+                process = self.popen("", popen, ["-m", name], stderr=subprocess.STDOUT)
+                self.assertEqual(process.stdout.read().splitlines()[-1:], [last])
+                self.assertEqual(process.wait(20), 0)
+
     def test_programs_side_by_side(self):
         many = [self.popen(f"import time; time.sleep(0.1); print({n}); sys.exit({n})") for n in range(16)]
         self.assertEqual([(each.stdout.read(), each.wait(20)) for each in many], [(f"{n}\n", n) for n in range(16)])
@@ -181,6 +198,22 @@ class TestEnds(ForkServerCase):
             self.addCleanup(server.close)
             with self.assertRaisesRegex(ForkServerError, why):
                 self.popen("", server.popen)
+
+    def test_a_request_that_is_too_long(self):
+        with self.assertRaisesRegex(ForkServerError, r"-m program .*: cannot be forked .* \d+ bytes: make them shorter"):
+            self.popen("", env={**self.environment, "LONG": "x" * 500_000})
+        self.assertEqual(self.popen("print('x')").stdout.read(), "x\n")
+
+    def test_a_command_whose_output_others_keep_open_is_waited_for_no_longer(self):
+        source = f"import subprocess; print(subprocess.Popen([{sys.executable!r}, '-c', {SLEEP!r}]).pid, file=open('pid', 'w'))"
+        for server in (self.server, None):
+            with mock.patch.object(forked, "here", lambda server=server: server):
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    command = ["python3", "-m", "program", source]
+                    forked.run(command, env=self.environment, cwd=str(self.root), timeout=2)
+            child = psutil.Process(int((self.root / "pid").read_text()))
+            self.assertTrue(child.is_running(), "it was waited for")
+            child.kill()
 
     def test_left_behind_by_a_runner_that_is_gone(self):
         """Its own token finds it, not that of the process it was forked from."""
@@ -284,11 +317,11 @@ class TestWarm(FolderCase):
 
     def warm(self, **files):
         """A `Warm` over files of that content; "gpu" is registered for CUDA."""
-        self.registrations = []
+        self.registrations, self.shown = [], io.BytesIO()
         for name, text in files.items():
             path, hw = self.write(f"{name}.py", text), "cuda" if name == "gpu" else "cpu"
             self.registrations.append(Registration(str(path), name, hw=hw, suite="s", est_time=1))
-        warm = Warm(self.registrations, dict(os.environ), self.root, Console(sys.stdout.buffer), Interruption())
+        warm = Warm(self.registrations, dict(os.environ), self.root, Console(self.shown), Interruption())
         warm.begin()
         self.addCleanup(warm.close)
         return warm
@@ -354,7 +387,17 @@ class TestWarm(FolderCase):
         popen = warm.popen_for(self.registrations[0].filename)
         process = self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.PIPE))
         self.assertTrue(process.stdout.read())
-        self.assertIs(warm.popen_for(self.registrations[0].filename), subprocess.Popen)
+
+    def test_one_that_failed_before_a_file_was_started_is_reported_once(self):
+        with mock.patch.object(warm_module, "MUCH", "nowhere:f"):
+            warm = self.warm(a="import torch", b="import torch")
+        (server,) = warm._servers.values()
+        self.assertTrue(server.has_started(60))
+        for each in self.registrations:
+            popen = warm.popen_for(each.filename)
+            self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.DEVNULL))
+        shown = self.shown.getvalue().decode()
+        self.assertEqual(shown.count("test files are started anew, not forked: "), 1, shown)
 
 
 if __name__ == "__main__":

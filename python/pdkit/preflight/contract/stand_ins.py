@@ -2,8 +2,9 @@
 
 Every third-party module but those in `REAL`, and SGLang's benchmarks, becomes an object that accepts whatever is done to
 it while modules are imported: attribute access, calls, decoration, subclassing, arithmetic. A module of SGLang that
-cannot be executed that way keeps what it had defined until then and is recorded in `Importer.assumed`, unless a contract depends on it
-(`MUST_RUN`): then its error is raised. No answer is made of stand-ins: callers check with `is_stand_in`.
+cannot be executed that way keeps what it had defined until then and is recorded in `Importer.assumed`, unless a
+contract depends on it (`MUST_RUN`): then its error is raised. No answer is made of stand-ins: callers check with
+`is_stand_in`.
 
 To install before the first import of sglang, in a process of its own.
 """

@@ -11,7 +11,6 @@ from pdkit.core.suggest import unknown
 from pdkit.preflight.finding import Finding, broken
 
 RULE = "exemption"
-_LIKELY = re.compile(r"#\s*lint:\s*allow\s")
 _COMMENT = re.compile(r"#\s*lint:\s*allow\s+(?P<rule>[\w-]+)\s*(?::\s*(?P<reason>.*\S))?\s*")
 
 
@@ -27,7 +26,7 @@ class Exemption:
 
 def exemptions(text: str) -> Iterator[Exemption]:
     """The exemptions that a file states."""
-    if not _LIKELY.search(text):  # most files: no need to split them into tokens
+    if not _COMMENT.search(text):  # most files: no need to split them into tokens
         return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         match = token.type == tokenize.COMMENT and _COMMENT.fullmatch(token.string)
