@@ -200,7 +200,9 @@ class TestEnds(ForkServerCase):
                 self.popen("", server.popen)
 
     def test_a_request_that_is_too_long(self):
-        with self.assertRaisesRegex(ForkServerError, r"-m program .*: cannot be forked .* \d+ bytes: make them shorter"):
+        with self.assertRaisesRegex(
+            ForkServerError, r"-m program .*: cannot be forked .* \d+ bytes: make them shorter"
+        ):
             self.popen("", env={**self.environment, "LONG": "x" * 500_000})
         self.assertEqual(self.popen("print('x')").stdout.read(), "x\n")
 
