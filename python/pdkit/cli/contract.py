@@ -18,7 +18,7 @@ TAKE_FLAGS = ("--flags",)
 
 
 def add_arguments(parser: Parser) -> None:
-    launches.add_arguments(parser, default=paths.TEST / TARGETS[0].test_file)
+    launches.add_arguments(parser, default=paths.default_test(TARGETS[0].test_file))
     parser.add_argument(
         "--real-imports", action="store_true", help="import SGLang's dependencies too: slower, same answer"
     )

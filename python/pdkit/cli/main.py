@@ -8,9 +8,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 
 from pdkit.core.command import Parser, run_command
-from pdkit.core.errors import ExitCode
+from pdkit.core.errors import ExitCode, NotReady, not_installed
 
 COMMANDS = {
     "run": "the main job, on the highest target that this machine can run",
@@ -69,7 +70,13 @@ def _main(command: str | None, argv: Sequence[str]) -> ExitCode:
     assert command, "the parser has refused it"
     module = import_module(f"pdkit.cli.{command}")
     args: Namespace = parser.parse_args(_joined(argv, getattr(module, "TAKE_FLAGS", ())))
-    return module.main(args)
+    try:
+        return module.main(args)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if not name or name in ("pdkit", *sys.modules) or find_spec(name):
+            raise
+        raise NotReady(not_installed(name)) from None
 
 
 def _complete() -> None:

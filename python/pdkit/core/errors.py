@@ -11,6 +11,12 @@ class NotReady(Exception):
     """The environment cannot run what was asked for; the message has one line for each reason."""
 
 
+def not_installed(packages: str) -> str:
+    """What to do about packages of an extra that are missing. matplotlib draws; the rest is what launches servers."""
+    extra = "pictures" if packages == "matplotlib" else "suite"
+    return f"{packages}: not installed here; pip install 'sglang-pd-suite[{extra}]'"
+
+
 class ExitCode(IntEnum):
     PASSED = 0
     FAILED = 1

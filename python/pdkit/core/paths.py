@@ -15,6 +15,11 @@ def registered_tests() -> Path:
     return own if own.is_dir() else Path("test", "registered").absolute()
 
 
+def default_test(name: Path) -> Path:
+    """The file of that name below the directory `test`, of the tree above."""
+    return registered_tests().parent / name
+
+
 def cache(environ: Mapping[str, str] = os.environ) -> Path:
     """Where environments, models, wheels and unpacked libraries are kept, as in scripts/env.sh."""
     base = environ.get("PDKIT_CACHE_DIR")

@@ -4,14 +4,16 @@ import os
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from pdkit.core.console import columns
-from pdkit.core.errors import NotReady, UsageError
+from pdkit.core.errors import NotReady, UsageError, not_installed
 from pdkit.core.gpus import Gpu, found
 from pdkit.core.suggest import unknown
 
 QUESTIONS_VARIABLE = "SGLANG_PD_GSM8K"
+PACKAGES = "sglang", "torch", "transformers"
 DISTRIBUTED = Path("registered", "distributed")
 
 
@@ -65,6 +67,7 @@ class Target:
     def lacks(self) -> tuple[str, ...]:
         """What this machine lacks for it beside GPUs, a line for each thing."""
         try:
+            _require_packages()
             if self.requires:
                 pkgutil.resolve_name(self.requires)()
         except NotReady as reason:
@@ -129,7 +132,7 @@ TARGETS = (
         beside=_beside("protocol", "recovery", "integrity", "scale_out"),
     ),
 )
-assert not TARGETS[-1].gpus, "the last target runs anywhere"
+assert not TARGETS[-1].gpus, "the last target runs wherever its packages are installed"
 
 
 def left_out(name: str | None) -> tuple[str, ...]:
@@ -146,11 +149,18 @@ def left_out(name: str | None) -> tuple[str, ...]:
     return (*found, "several hosts: no target has more than one")
 
 
+def _require_packages() -> None:
+    """Raises NotReady where the extra that launches servers is not installed: nothing is imported for it."""
+    if absent := [name for name in PACKAGES if not find_spec(name)]:
+        raise NotReady(not_installed(", ".join(absent)))
+
+
 def choose(gpus: Sequence[Gpu], wanted: str | None = None) -> Target:
     """The target `wanted`, or else the first that this machine with `gpus` can run.
 
-    Raises UsageError where `wanted` is not a target, NotReady where it needs more than there is.
+    Raises UsageError where `wanted` is not a target, NotReady where it needs more than there is, or packages are missing.
     """
+    _require_packages()
     if wanted is None:
         return next(target for target in TARGETS if target.runs_on(gpus) and not target.lacks())
     by_name = {target.name: target for target in TARGETS}
@@ -176,5 +186,6 @@ def why(target: Target, gpus: Sequence[Gpu]) -> str:
 
 def overview(gpus: Sequence[Gpu]) -> str:
     """One line per target, highest first: what it needs, and whether this machine can run it."""
-    rows = [(target.name, target.needs, "runs here" if target.runs_on(gpus) else "not here") for target in TARGETS]
+    here = [target.runs_on(gpus) and not target.lacks() for target in TARGETS]
+    rows = [(each.name, each.needs, "runs here" if runs else "not here") for each, runs in zip(TARGETS, here)]
     return f"{columns(rows)}\nthis machine has {found(gpus)}"

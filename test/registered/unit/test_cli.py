@@ -59,6 +59,10 @@ class TestCommands(unittest.TestCase):
             (["list", "--hardware", "cpu"], "pdkit list: error: unknown option --hardware; nearest known: --hw"),
             (["list", "--suite", "stage-a-test-gpu"], "nearest known: stage-a-test-cpu"),
             (["list", "more"], "pdkit list: error: unexpected argument 'more'"),
+            (
+                ["plan", "--suite", "nosuch"],
+                "pdkit plan: error: --suite nosuch: its name says no number of GPUs; name one",
+            ),
         ):
             with self.subTest(words):
                 code, out, err = pdkit(*words)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import unittest
@@ -246,13 +247,15 @@ class TestRuns(HistoryCase):
         (measured,) = run.measurements
         self.assertEqual((measured.correct, measured.examples, measured.gate), (197, 200, ">0.95"))
         self.assertEqual((measured.acceptance_length, measured.phases), (1.8312, {"launch prefill": 2.5}))
+        self.addCleanup(shutil.rmtree, run.logs)
+        self.assertTrue(list(Path(run.logs).glob("*test_1*.log")), "what failed is not where the record says")
 
     def test_the_variable_names_the_file_and_empty_means_none(self):
         self.run_suite([source_of()], PDKIT_HISTORY="")
         self.run_suite([source_of()], "--no-history", PDKIT_HISTORY=str(self.file))
         self.assertFalse(self.file.exists())
         self.run_suite([source_of()], PDKIT_HISTORY=str(self.file))
-        self.assertEqual(len(store.read([self.file]).records), 1)
+        self.assertEqual([each.logs for each in store.read([self.file]).records], [None], "it passed")
 
     def test_runs_within_tests_and_of_other_trees_leave_no_trace(self):
         inner = source_of(
@@ -298,10 +301,13 @@ class TestScript(HistoryCase):
     def test_a_failed_run_names_its_files_and_where_its_report_is(self):
         bad = FileRecord("test/registered/unit/test_gate.py", "cpu", SUITE, "failed", 3, 3, 1)
         good = record(0)
-        ways = {"/reports/1": "pdkit report /reports/1 --issue", None: "no report: give --report-dir"}
-        for directory, way in ways.items():
+        for kept, way in (
+            ({"report_dir": "/reports/1", "logs": "/reports/1"}, "pdkit report /reports/1 --issue"),
+            ({"logs": "/tmp/pdkit-logs-1"}, "logs: /tmp/pdkit-logs-1"),
+            ({}, "no report: give --report-dir"),
+        ):
             self.file.unlink(missing_ok=True)
-            self.add(good, record(1, files=(*good.files, bad), exit_code=1, report_dir=directory))
+            self.add(good, record(1, files=(*good.files, bad), exit_code=1, **kept))
             self.assertIn(f"2026-10-02 03:00 failed: test_gate; {way}", self.history(self.file).out)
             self.assertNotIn("2026-10-01 03:00 failed", self.history(self.file).out)
 

@@ -281,7 +281,7 @@ class TestSmallRelease(FolderCase):
         other, of_x = self.write("test_other.py", source), write_wheel(self.root / "x.whl", name="x")
         without_pd = "test_other.py has no test class on top of SGLang's PDDisaggregationServerBase"
         for file, whl, error in (
-            (self.root / "none.py", wheel, "none.py: no such file$"),
+            (self.root / "none.py", wheel, "none.py: no such file; name a test file$"),
             (test, self.root / "none.whl", "none.whl: No such file or directory$"),
             (test, test, "test_pd.py: not a wheel$"),
             (test, of_x, ": a wheel of x, not of sglang$"),

@@ -7,6 +7,8 @@ import sys
 import tempfile
 import time
 import unittest
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 from pdkit.core import paths
@@ -75,9 +77,23 @@ class TestLightInstall(unittest.TestCase):
     def test_lint(self):
         self.pdkit("lint", Path(__file__))
 
-    def test_plan_says_what_it_needs(self):
+    def test_plan(self):
         needs = "sglang is not installed here: pip install sglang, or --sglang-wheel FILE"
         self.assertIn(needs, self.pdkit("plan", code=3))
+        release = metadata.distribution("sglang")
+        wheel = self.root / f"sglang-{release.version}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as file:
+            for path in release.files:
+                if path.suffix == ".py" or path.parts[0].endswith(".dist-info"):
+                    file.write(path.locate(), path)
+        self.assertIn("prefill: tp 4 = 4 GPUs from GPU 0", self.pdkit("plan", "--sglang-wheel", wheel))
+
+    def test_what_needs_more_says_so_in_a_line(self):
+        for words, missing in ((("run",), "sglang, torch, transformers"), (("matrix", "--list"), "torch")):
+            with self.subTest(words):
+                line = f"pdkit {words[0]}: error: {missing}: not installed here; pip install 'sglang-pd-suite[suite]'\n"
+                self.assertEqual(self.pdkit(*words, code=3), line)
+        self.assertNotIn("runs here", self.pdkit("list", "--targets"))
 
     def test_report(self):
         directory = self.root / "report"

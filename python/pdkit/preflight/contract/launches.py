@@ -139,7 +139,7 @@ def ask_each(
         return []
     for test_file in test_files:
         if test_file is not None and not test_file.is_file():
-            raise ContractUnreadable(f"{test_file}: no such file")
+            raise ContractUnreadable(f"{test_file}: no such file; name a test file")
     request = {
         "root": str(release.root),
         "version": release.version,

@@ -60,10 +60,11 @@ def failed_runs(records: Sequence[Record]) -> Iterator[str]:
     """A line for each of the latest runs of which a file did not pass: which files, and where its report is."""
     for record in records[-LATEST:]:
         if record.failed:
-            report = (
-                f"pdkit report {record.report_dir} --issue" if record.report_dir else "no report: give --report-dir"
-            )
-            yield f"{record.time:%Y-%m-%d %H:%M} failed: {', '.join(record.failed)}; {report}"
+            if record.report_dir:
+                where = f"pdkit report {record.report_dir} --issue"
+            else:
+                where = f"logs: {record.logs}" if record.logs else "no report: give --report-dir"
+            yield f"{record.time:%Y-%m-%d %H:%M} failed: {', '.join(record.failed)}; {where}"
 
 
 def as_dict(series: Series) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Record:
     files: tuple[FileRecord, ...]
     measurements: tuple[Measurement, ...]
     report_dir: str | None = None  # records of before 2026-11-26 have none
+    logs: str | None = None  # where they were kept, as files did not pass; records of before 2026-11-28 have none
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -161,4 +162,5 @@ def of_run(
         files=tuple(files),
         measurements=tuple(filter(None, measured)),
         report_dir=str(options.report_dir.absolute()) if options.report_dir else None,
+        logs=None if all(result.state.is_pass for result in results if result.attempts) else str(logs),
     )
