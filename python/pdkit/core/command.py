@@ -1,6 +1,7 @@
 """How the commands of this project end where they cannot do what they are asked for."""
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -37,6 +38,9 @@ def run_command(name: str, main: Callable[[Sequence[str]], ExitCode], argv: Sequ
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.PASSED
     except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _refuse(name, f"standard output: {error.strerror}", ExitCode.FAILED)
         if error.filename is None:
             raise
         return _refuse(name, f"{error.filename}: {error.strerror}", ExitCode.BAD_USAGE)

@@ -239,7 +239,9 @@ def _end_beside() -> None:
         os.waitpid(pid, 0)
 
 
-def start_here(command: Sequence[str], environ: Mapping[str, str], streams: Sequence[int]) -> int | None:
+def start_here(
+    command: Sequence[str], environ: Mapping[str, str], streams: Sequence[int], has_fork_server: bool
+) -> int | None:
     """The process id of a child that runs `command`; None where it has to be started by an exec.
 
     It is a fork of this process, which must have no threads. streams: its standard input, output and error.
@@ -247,7 +249,7 @@ def start_here(command: Sequence[str], environ: Mapping[str, str], streams: Sequ
     argv = python_program(command)
     if _server is None or argv is None or threading.active_count() > 1:
         return None
-    request = Request(argv, dict(environ), os.getcwd(), has_fork_server=True)
+    request = Request(argv, dict(environ), os.getcwd(), has_fork_server)
     return os.fork() or _become(request, streams)
 
 

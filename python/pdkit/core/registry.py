@@ -13,6 +13,7 @@ from typing import Any
 
 from pdkit.core import ci_register, top_level
 from pdkit.core.errors import UsageError
+from pdkit.core.source import content_of
 
 PROJECT_SUITES = {
     "cpu": ("stage-a-test-cpu",),
@@ -90,7 +91,7 @@ def defined_suites(hw: str) -> set[str]:
 
 def _parse_top_level(rules: ModuleType, filename: str) -> tuple[list[Any], bool]:
     """What SGLang's `ut_parse_one_file` finds, by SGLang's own visitor."""
-    source = Path(filename).read_bytes()
+    source = content_of(Path(filename))
     if b"register_" not in source:
         return [], False
     visitor = rules.RegistryVisitor(filename)
@@ -104,7 +105,7 @@ def _seems_a_test(path: str, name: str) -> bool:
     if name.startswith("test_"):
         return True
     try:
-        return bool(_REGISTERS.search(Path(path).read_bytes()))
+        return bool(_REGISTERS.search(content_of(Path(path))))
     except OSError:
         return True
 
@@ -179,7 +180,7 @@ def registrations_of_file(path: Path) -> list[Registration]:
     vars(rules).update(ut_parse_one_file=partial(_parse_top_level, rules))
     try:
         found = []
-        if _REGISTERS.search(path.read_bytes()):
+        if _REGISTERS.search(content_of(path)):
             found = _registrations_of(rules, filename, Path.cwd() / "registered")
         return found or [Registration(filename, os.path.relpath(filename), "cpu", "", UNREGISTERED_S)]
     except (SyntaxError, ValueError) as error:
@@ -193,7 +194,7 @@ def syntax_errors(registrations: Iterable[Registration]) -> list[str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compile(Path(filename).read_bytes(), filename, "exec", dont_inherit=True)
+                compile(content_of(Path(filename)), filename, "exec", dont_inherit=True)
         except SyntaxError as error:
             errors.append(_syntax_error_line(filename, error))
     return errors

@@ -1,10 +1,13 @@
 """What a test file says without being run: names it imports, its classes, their ancestors and attributes."""
 
 import ast
+import errno
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.util import decode_source
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -117,14 +120,17 @@ class TestClass:
     @cached_property
     def ancestry(self) -> tuple[tuple["TestClass", ...], tuple[str, ...]]:
         """This class and its ancestors, nearest first, and the dotted names of those whose source is elsewhere."""
-        classes, elsewhere = [self], []
+        return self._ancestry(())
+
+    def _ancestry(self, below: tuple["TestClass", ...]) -> tuple[tuple["TestClass", ...], tuple[str, ...]]:
+        below, classes, elsewhere = (*below, self), [self], []
         for base in self.node.bases:
             dotted = self.source.dotted(base)
             found = self.source.classes.get(dotted) or _find_class(self.source, dotted)
-            if found is None or found is self:
+            if found is None or found in below:  # a name that is assigned again
                 elsewhere.append(dotted)
                 continue
-            theirs, unknown = found.ancestry
+            theirs, unknown = found._ancestry(below)
             classes += theirs
             elsewhere += unknown
         return tuple(dict.fromkeys(classes)), tuple(dict.fromkeys(elsewhere))
@@ -186,20 +192,28 @@ def _module_path(directory: Path, module: str) -> Path | None:
 
 
 def read(path: Path) -> Source:
-    """Parses a file. Raises OSError and SyntaxError (also where the file is no text)."""
-    return _parse(path, path.read_bytes())
+    """Parses a file. Raises OSError, and SyntaxError (also where the file is no text, or nested too deeply)."""
+    return _parse(path, content_of(path))
+
+
+def content_of(path: Path) -> bytes:
+    """What is in a file. Raises OSError, also for a pipe or a device, which could be read for ever."""
+    if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "neither a file nor a link to one", str(path))
+    return path.read_bytes()
 
 
 @lru_cache(maxsize=256)
 def _parse(path: Path, content: bytes) -> Source:
     try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise SyntaxError(f"not UTF-8: {error.reason}", (str(path), 1, None, None)) from None
+        text = decode_source(content)  # also with a byte order mark, or in the encoding that it names
+    except (SyntaxError, UnicodeDecodeError) as error:
+        reason = f"not text in UTF-8 or in the encoding that it names: {error}"
+        raise SyntaxError(reason, (str(path), 1, None, None)) from None
     try:
         tree = ast.parse(text, filename=str(path))
-    except ValueError as error:
-        raise SyntaxError(str(error), (str(path), 1, None, None)) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise SyntaxError(str(error) or "nested too deeply", (str(path), 1, None, None)) from None
     return Source(path, text, tree)
 
 

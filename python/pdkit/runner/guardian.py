@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from pdkit.core import fork_server, ports, processes
-from pdkit.runner.owner import GUARDIAN_VARIABLE, TOKEN_VARIABLE
+from pdkit.runner.owner import FORKS_VARIABLE, GUARDIAN_VARIABLE, TOKEN_VARIABLE
 
 SETTLE_S = 0.5
 PORTS_S = 10.0
@@ -158,10 +158,10 @@ def _wait(leader: int, children: Children, bell: int) -> None:
             return
 
 
-def _start(command: list[str], environment: dict[str, str]) -> int:
+def _start(command: list[str], environment: dict[str, str], forks: bool) -> int:
     """The process id of `command`; where we are a fork that has imported what it needs, it is a fork of us."""
     nothing = os.open(os.devnull, os.O_RDONLY)
-    if pid := fork_server.start_here(command, environment, (nothing, 2, 2)):
+    if pid := fork_server.start_here(command, environment, (nothing, 2, 2), forks):
         return pid
     streams: dict[str, Any] = {"stdin": nothing, "stdout": sys.stderr, "stderr": sys.stderr}
     leader = subprocess.Popen(command, env=environment, **streams, start_new_session=True)
@@ -169,11 +169,11 @@ def _start(command: list[str], environment: dict[str, str]) -> int:
     return leader.pid
 
 
-def guard(command: list[str], environment: dict[str, str]) -> Ending:
-    """Runs `command` and ends all that it started."""
+def guard(command: list[str], environment: dict[str, str], forks: bool) -> Ending:
+    """Runs `command`, with a fork server of its own if it `forks`, and ends all that it started."""
     children, bell = Children(), _bell()
     tic = time.monotonic()
-    leader = _start(command, environment)
+    leader = _start(command, environment, forks)
     _say(pid=leader)
     _wait(leader, children, bell)
     exit_code, seconds = children.exit_codes.get(leader), time.monotonic() - tic
@@ -189,9 +189,10 @@ def guard(command: list[str], environment: dict[str, str]) -> Ending:
 
 def main(command: list[str]) -> None:
     processes.become_subreaper()
-    token = os.environ.pop(GUARDIAN_VARIABLE)
+    token, forks = os.environ.pop(GUARDIAN_VARIABLE), FORKS_VARIABLE in os.environ
+    os.environ.pop(FORKS_VARIABLE, None)
     if not select.select([sys.stdin], [], [], 0)[0]:  # or else the runner is gone already
-        _say(**asdict(guard(command, os.environ | {TOKEN_VARIABLE: token})))
+        _say(**asdict(guard(command, os.environ | {TOKEN_VARIABLE: token}, forks)))
 
 
 if __name__ == "__main__":

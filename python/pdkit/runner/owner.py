@@ -13,6 +13,7 @@ from pathlib import Path
 
 TOKEN_VARIABLE = "PDKIT_RUN_TOKEN"
 GUARDIAN_VARIABLE = "PDKIT_GUARDIAN_OF"
+FORKS_VARIABLE = "PDKIT_FORKS"  # of a guardian whose command gets a fork server of its own
 
 
 @dataclass(frozen=True)

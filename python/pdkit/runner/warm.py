@@ -9,6 +9,7 @@ Only for CPU suites, on machines without a GPU; `--no-warm` starts each file ane
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,12 +24,13 @@ from pdkit.core.gpus import visible_gpus
 from pdkit.core.registry import Registration
 from pdkit.runner.guardian import Popen
 from pdkit.runner.interruption import POLL_S, Interruption
-from pdkit.runner.owner import TOKEN_VARIABLE, new_token
+from pdkit.runner.owner import FORKS_VARIABLE, TOKEN_VARIABLE, new_token
 
 MUCH, LITTLE = "pdkit.runner.preload:much", "pdkit.runner.preload:little"
+FORKED = "pdkit.core.forked"
 SLOW = (
     *("sglang", "torch", "transformers", "pdkit.checks", "pdkit.deployment", "pdkit.engine", "pdkit.faults"),
-    *("pdkit.core.forked", "record"),  # what imports them starts programs that import those
+    *(FORKED, "record"),  # what imports them starts programs that import those
 )
 ENOUGH = 2  # files of a kind: for one, importing once is as slow
 
@@ -40,6 +42,18 @@ def imports_much(test: Path) -> bool:
     except OSError:  # whoever runs it reports that
         return False
     return any(f"{name}.".startswith(tuple(f"{slow}." for slow in SLOW)) for name in names)
+
+
+def forks(test: Path) -> bool:
+    """Whether a file that imports little starts programs by a fork, through a module beside it. Others get no fork server
+    of their own: it is a child that a test of processes does not expect.
+    """
+    try:
+        names = {name.partition(".")[0] for name in source.read(test).imports.values()}
+        helpers = [path for name in names if (path := test.with_name(f"{name}.py")).is_file()]
+        return any(name.startswith(FORKED) for path in helpers for name in source.read(path).imports.values())
+    except (OSError, SyntaxError):  # whoever runs it reports that
+        return False
 
 
 class Warm:
@@ -84,14 +98,17 @@ class Warm:
     def popen_for(self, file: str) -> Popen:
         """What starts the guardian of `file`: that of a process, if there is one for it, or `subprocess.Popen`."""
         server = self._servers.get(self._needed.get(file, ""))
-        return partial(self._popen, server) if server else subprocess.Popen
+        return partial(self._popen, server, file) if server else subprocess.Popen
 
-    def _popen(self, server: ForkServer, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
+    def _popen(self, server: ForkServer, file: str, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
         while not server.has_started(POLL_S):
             if self._interruption:
                 return subprocess.Popen(*args, **kwargs)
+        environment = dict(kwargs.get("env") or os.environ)
+        if self._needed[file] == MUCH or forks(Path(file)):
+            environment[FORKS_VARIABLE] = "1"
         try:
-            return server.popen(*args, **kwargs)
+            return server.popen(*args, **{**kwargs, "env": environment})
         except ForkServerError as error:
             with contextlib.suppress(KeyError):  # once is enough
                 self._unreported.remove(server)

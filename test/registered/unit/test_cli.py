@@ -54,6 +54,13 @@ class TestCommands(unittest.TestCase):
     def test_without_a_command_they_are_listed(self):
         self.assertEqual(pdkit(), (2, pdkit("--help")[1], ""))
 
+    def test_output_that_cannot_be_written(self):
+        command = [sys.executable, "-m", "pdkit", "lint", "--rules"]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        error = "pdkit lint: error: standard output: No space left on device\n"
+        self.assertEqual((done.returncode, done.stderr), (1, error))
+
     def test_what_was_meant(self):
         for words, line in (
             (["list", "--hardware", "cpu"], "pdkit list: error: unknown option --hardware; nearest known: --hw"),

@@ -26,7 +26,7 @@ from pdkit.runner import orphans
 from pdkit.runner import warm as warm_module
 from pdkit.runner.guardian import Guarded
 from pdkit.runner.interruption import Interruption
-from pdkit.runner.owner import TOKEN_VARIABLE, new_token
+from pdkit.runner.owner import FORKS_VARIABLE, TOKEN_VARIABLE, new_token
 from pdkit.runner.warm import Warm
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
@@ -235,9 +235,10 @@ class TestEnds(ForkServerCase):
 class TestForkedGuardian(ForkServerCase, test_processes.TestGuardian):
     """What holds for a guardian and its command holds where both are forked."""
 
-    def start(self, source):
+    def start(self, source, forks=False):
         command = [sys.executable, "-m", "program", source]
-        guarded = Guarded(command, self.environment, new_token(os.environ), popen=self.server.popen)
+        environment = self.environment | ({FORKS_VARIABLE: "1"} if forks else {})
+        guarded = Guarded(command, environment, new_token(os.environ), popen=self.server.popen)
         self.addCleanup(guarded.output.close)
         self.addCleanup(guarded.end)
         return guarded
@@ -247,9 +248,16 @@ class TestForkedGuardian(ForkServerCase, test_processes.TestGuardian):
         self.assertEqual(self.read_number(guarded), guarded.guardian_pid)
         self.assertEqual(psutil.Process(guarded.guardian_pid).ppid(), self.server.pid)
 
+    def test_only_a_command_that_forks_has_a_child_that_it_did_not_start(self):
+        source = "import os, psutil; print(len(psutil.Process().children()), 'PDKIT_FORKS' in os.environ, flush=True)"
+        for forks, shown in ((False, b"0 False\n"), (True, b"1 False\n")):
+            self.assertEqual(self.start(source, forks).output.readline(), shown)
+
     def test_the_fork_server_beside_it(self):
         """What it forks runs below the command; a server that is left behind is ended."""
-        guarded = self.start(ASKS_BESIDE.format(source="print('up'); " + SLEEP, then="import os; os._exit(5)"))
+        guarded = self.start(
+            ASKS_BESIDE.format(source="print('up'); " + SLEEP, then="import os; os._exit(5)"), forks=True
+        )
         command, beside, server = map(int, guarded.output.readline().split())
         self.assertEqual(guarded.output.readline(), b"up\n")
         self.assertTrue(guarded.has_ended(30))
@@ -259,7 +267,7 @@ class TestForkedGuardian(ForkServerCase, test_processes.TestGuardian):
         self.assert_all_end(beside, server)
 
     def test_ports_of_what_was_forked_beside_it(self):
-        guarded = self.start(ASKS_BESIDE.format(source="print('up'); " + LISTEN, then=SLEEP))
+        guarded = self.start(ASKS_BESIDE.format(source="print('up'); " + LISTEN, then=SLEEP), forks=True)
         _, beside, server = map(int, guarded.output.readline().split())
         self.assertEqual([psutil.Process(pid).ppid() for pid in (server, beside)], [beside, guarded.pid])
         (port,) = listening(psutil.Process(server))
@@ -305,7 +313,7 @@ class FakeServer:
     is_there = True
 
     def __init__(self, prepare):
-        self.popen = lambda: prepare
+        self.popen = lambda **_: prepare
 
     def has_started(self, timeout):
         return True
@@ -350,6 +358,12 @@ class TestWarm(FolderCase):
         self.assertEqual(self.forked(**light, b="import sglang"), little)
         self.assertEqual(self.forked(a="import os", **heavy), much)
         self.assertEqual(self.forked(a="import os", b="import sglang"), {})
+
+    def test_which_of_those_that_import_little_start_programs_by_a_fork(self):
+        self.write("helper.py", "from pdkit.core import forked")
+        self.write("broken.py", "def (:")
+        for text, forks in (("import json", False), ("from helper import run", True), ("import broken", False)):
+            self.assertEqual(warm_module.forks(self.write("test_it.py", text)), forks, text)
 
     def test_a_runner_that_was_forked_forks_a_single_file_in_turn(self):
         inherited = FakeServer("inherited")

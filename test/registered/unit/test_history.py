@@ -11,6 +11,7 @@ import unittest
 import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 from cases import FolderCase, pdkit
 from pdkit.core.ci_register import register_cpu_ci

@@ -1,11 +1,13 @@
 """Each rule of the lint, on a sound test and on the same test with one thing broken."""
 
 import contextlib
+import os
 import unittest
 from pathlib import Path
 from unittest import mock
 
 from cases import FolderCase, pdkit
+from pdkit.core import source
 from pdkit.core.ci_register import register_cpu_ci
 from pdkit.preflight.lint import thresholds
 from pdkit.preflight.lint.check import RULES, lint
@@ -127,6 +129,41 @@ class LintCase(FolderCase):
 class TestOwnTree(unittest.TestCase):
     def test_passes(self):
         self.assertEqual(list(map(str, lint([REPO / "test" / "registered"]))), [])
+
+
+class TestSource(FolderCase):
+    """What Python reads is read; what it does not is a SyntaxError or an OSError of one line."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.root / "test_it.py"
+
+    def test_in_the_encoding_that_the_file_names(self):
+        text = "# -*- coding: latin-1 -*-\nclass A: é = 1"
+        for content in (text.encode("latin-1"), b"\xef\xbb\xbf" + text.replace("latin-1", "utf-8").encode()):
+            self.path.write_bytes(content)
+            self.assertEqual(list(source.read(self.path).classes["A"].attributes), ["é"])
+
+    def test_what_cannot_be_parsed(self):
+        deep = f"z = {'-' * 50_000}1"
+        for content, reason in (
+            (b"\xe9", "not text in UTF-8 or in"),
+            (b"\0", "null bytes"),
+            (deep.encode(), "nested too deeply"),
+        ):
+            self.path.write_bytes(content)
+            with self.assertRaisesRegex(SyntaxError, reason):
+                source.read(self.path)
+
+    def test_ancestors_in_a_circle(self):
+        self.path.write_text("B = object\nclass A(B): pass\nclass B(A): pass")
+        self.assertEqual([each.name for each in source.read(self.path).classes["A"].mro], ["A", "B"])
+
+    def test_a_pipe_is_not_opened(self):
+        os.mkfifo(self.path)
+        done = pdkit("lint", self.path)
+        self.assertEqual((done.returned, done.out), (2, ""))
+        self.assertRegex(done.err, "test_it.py: neither a file nor a link to one\n$")
 
 
 class TestRegistration(LintCase):

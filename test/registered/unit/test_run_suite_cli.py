@@ -57,6 +57,12 @@ class TestRun(CommandCase):
                 self.assert_ended(done, 4, tally)
                 self.assertIn(name, done.stdout)
 
+    def test_a_file_that_changes_while_the_suite_runs_fails_alone(self):
+        for change in ("open(path, 'w').write('def (:')", "os.unlink(path)"):
+            changes = source_of(f"def test_it(self):\n    import os; path = __file__.replace('0.py', '1.py'); {change}")
+            done = self.run_files(changes, PASS, PASS, words=["--continue-on-error"])
+            self.assert_ended(done, 1, "2 passed, 1 failed, 0 skipped")
+
     def test_death_by_signal(self):
         done = self.run_to_end(
             1,
