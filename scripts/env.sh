@@ -22,12 +22,15 @@ trap 'exit 130' INT
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 locks=("$repo/requirements.lock" "$repo/requirements-dev.lock")
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
+# What `--version` prints, of a supported one.
+version_of() {
+    "$1" -ISc 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit(1); print("Python", sys.version.split()[0])' 2>/dev/null
+}
 
 base_python() {
-    local candidate
+    local candidate version
     for candidate in python3 python3.11 python3.12 python3.13; do
-        if supported "$candidate"; then echo "$candidate"; return; fi
+        if version=$(version_of "$candidate"); then echo "$candidate $version"; return; fi
     done
     fail "needs Python 3.11, 3.12 or 3.13, found $(python3 --version 2>&1 || true); install one, or set PDKIT_PYTHON"
 }
@@ -59,17 +62,18 @@ make_venv() {
     say "ready after $((SECONDS - started)) s"
 }
 
-ready() { [[ -e $1/.complete ]] && "$1/bin/python" -c '' 2>/dev/null; }
+ready() { [[ -e $1/.complete ]] && "$1/bin/python" -ISc '' 2>/dev/null; }
 
 cached_venv() {
-    local python cache key venv
+    local python version cache key venv
     [[ $(uname -sm) == "Linux x86_64" ]] \
         || fail "the lock file is for Linux x86_64, this is $(uname -sm); set PDKIT_PYTHON to a Python that has sglang"
-    python=$(base_python)
+    version=$(base_python)
+    python=${version%% *} version=${version#* }
     cache=${PDKIT_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-$repo}/.cache}/sglang-pd-suite}
     if ! mkdir -p "$cache" || ! [[ -w $cache ]]; then fail "cannot write to $cache; set PDKIT_CACHE_DIR"; fi
     if has_gpu; then locks+=("$repo/requirements-gpu.lock"); else locks+=("$repo/requirements-cpu.lock"); fi
-    key=$({ grep -hv "^ *#" "${locks[@]}"; echo "$UV_VERSION"; "$python" --version; } | sha256sum | cut -c1-12)
+    key=$({ grep -hv "^ *#" "${locks[@]}"; echo "$UV_VERSION"; echo "$version"; } | sha256sum | cut -c1-12)
     venv=$(cd "$cache" && pwd)/venv-$key
     if ! ready "$venv"; then
         exec 9>"$venv.lock"
