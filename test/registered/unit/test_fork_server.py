@@ -407,7 +407,7 @@ class TestWarm(FolderCase):
     def test_one_that_failed_before_a_file_was_started_is_reported_once(self):
         with mock.patch.object(warm_module, "MUCH", "nowhere:f"):
             warm = self.warm(a="import torch", b="import torch")
-        (server,) = warm._servers.values()
+        server = warm._servers["nowhere:f"]
         self.assertTrue(server.has_started(60))
         for each in self.registrations:
             popen = warm.popen_for(each.filename)
