@@ -74,7 +74,7 @@ def _main(command: str | None, argv: Sequence[str]) -> ExitCode:
         return module.main(args)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if not name or name in ("pdkit", *sys.modules) or find_spec(name):
+        if not name or find_spec(name):
             raise
         raise NotReady(not_installed(name)) from None
 

@@ -1,6 +1,7 @@
 """How the commands of this project end where they cannot do what they are asked for."""
 
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -35,12 +36,12 @@ def run_command(name: str, main: Callable[[Sequence[str]], ExitCode], argv: Sequ
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()
         return ExitCode.PASSED
     except OSError as error:
-        if error.errno == errno.ENOSPC and error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return _refuse(name, f"standard output: {error.strerror}", ExitCode.FAILED)
+        if error.filename is None and error.errno == errno.ENOSPC:  # of standard output, or of a file: it does not say
+            _leave_output()
+            return _refuse(name, f"output cannot be written: {error.strerror}", ExitCode.FAILED)
         if error.filename is None:
             raise
         return _refuse(name, f"{error.filename}: {error.strerror}", ExitCode.BAD_USAGE)
@@ -55,6 +56,13 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def _leave_output() -> None:
+    """Standard output gets what it takes of the rest, and the interpreter does not fail at it once more when it ends."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(name: str, message: str, code: ExitCode) -> ExitCode:

@@ -245,6 +245,7 @@ def start_here(
     """The process id of a child that runs `command`; None where it has to be started by an exec.
 
     It is a fork of this process, which must have no threads. streams: its standard input, output and error.
+    has_fork_server: what it starts can be forked in turn.
     """
     argv = python_program(command)
     if _server is None or argv is None or threading.active_count() > 1:
@@ -267,8 +268,7 @@ def serve(connection: socket.socket) -> None:
                 if key.fileobj is not connection:
                     os.read(ended, 4096)
                     for pid, status in _reap(children):
-                        with contextlib.suppress(BrokenPipeError):
-                            connection.send(json.dumps({"exited": pid, "status": status}).encode())
+                        _say(connection, exited=pid, status=status)
                     continue
                 try:
                     message, streams, _, _ = socket.recv_fds(connection, MESSAGE, 3)
@@ -284,8 +284,12 @@ def serve(connection: socket.socket) -> None:
                 for stream in streams:
                     os.close(stream)
                 children.add(pid)
-                with contextlib.suppress(BrokenPipeError):
-                    connection.send(json.dumps({"pid": pid}).encode())
+                _say(connection, pid=pid)
+
+
+def _say(connection: socket.socket, **what: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # who asked is gone
+        connection.send(json.dumps(what).encode())
 
 
 def _reap(children: set[int]) -> list[tuple[int, int]]:

@@ -315,7 +315,7 @@ def _read(stream: IO[str] | None) -> Future[str]:
         with stream:
             try:
                 found.set_result(stream.read())
-            except UnicodeDecodeError as error:
+            except Exception as error:
                 found.set_exception(error)
 
     threading.Thread(target=read, daemon=True).start()

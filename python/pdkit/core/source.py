@@ -120,17 +120,15 @@ class TestClass:
     @cached_property
     def ancestry(self) -> tuple[tuple["TestClass", ...], tuple[str, ...]]:
         """This class and its ancestors, nearest first, and the dotted names of those whose source is elsewhere."""
-        return self._ancestry(())
-
-    def _ancestry(self, below: tuple["TestClass", ...]) -> tuple[tuple["TestClass", ...], tuple[str, ...]]:
-        below, classes, elsewhere = (*below, self), [self], []
+        vars(self)["ancestry"] = (self,), ()  # meanwhile: names that are assigned again can lead back here
+        classes, elsewhere = [self], []
         for base in self.node.bases:
             dotted = self.source.dotted(base)
             found = self.source.classes.get(dotted) or _find_class(self.source, dotted)
-            if found is None or found in below:  # a name that is assigned again
+            if found is None or found is self:
                 elsewhere.append(dotted)
                 continue
-            theirs, unknown = found._ancestry(below)
+            theirs, unknown = found.ancestry
             classes += theirs
             elsewhere += unknown
         return tuple(dict.fromkeys(classes)), tuple(dict.fromkeys(elsewhere))

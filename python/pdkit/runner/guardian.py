@@ -189,8 +189,7 @@ def guard(command: list[str], environment: dict[str, str], forks: bool) -> Endin
 
 def main(command: list[str]) -> None:
     processes.become_subreaper()
-    token, forks = os.environ.pop(GUARDIAN_VARIABLE), FORKS_VARIABLE in os.environ
-    os.environ.pop(FORKS_VARIABLE, None)
+    token, forks = os.environ.pop(GUARDIAN_VARIABLE), bool(os.environ.pop(FORKS_VARIABLE, ""))
     if not select.select([sys.stdin], [], [], 0)[0]:  # or else the runner is gone already
         _say(**asdict(guard(command, os.environ | {TOKEN_VARIABLE: token}, forks)))
 

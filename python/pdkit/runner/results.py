@@ -1,6 +1,7 @@
 """What became of a test file: its attempts, its state, and what is written of them."""
 
 import signal
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,3 +122,8 @@ def _exit_reason(code: int) -> str:
         return f"killed by {signal.Signals(-code).name}"
     except ValueError:
         return f"killed by signal {-code}"
+
+
+def all_passed(results: Iterable[FileResult]) -> bool:
+    """Whether each file that was started passed: then nobody needs its logs."""
+    return all(result.state.is_pass for result in results if result.attempts)

@@ -34,7 +34,7 @@ from pdkit.runner.report.model import FileRun, Report
 from pdkit.runner.report.progress import Board
 from pdkit.runner.report.read import read_results
 from pdkit.runner.report.terminal import cause, log_tails, not_exercised, rows
-from pdkit.runner.results import Attempt, FileResult
+from pdkit.runner.results import Attempt, FileResult, all_passed
 from pdkit.runner.select import Selection
 from pdkit.runner.warm import Warm
 
@@ -419,6 +419,6 @@ def run_suite(selection: Selection, options: Options) -> ExitCode:
             raise UsageError(f"--report-dir {error.filename}: {error.strerror}") from None
         run = SuiteRun(selection, options, logs, Path(scratch), interruption)
         code = run.run()
-        if not options.report_dir and all(result.state.is_pass for result in run.results if result.attempts):
+        if not options.report_dir and all_passed(run.results):
             shutil.rmtree(logs, ignore_errors=True)
         return code

@@ -76,7 +76,7 @@ class Warm:
         is_on = is_on and all(file.hw == "cpu" for file in files) and not visible_gpus()
         self._needed = {file.filename: MUCH if imports_much(Path(file.filename)) else LITTLE for file in files if is_on}
         self._servers: dict[str, ForkServer] = {}
-        self._unreported: set[ForkServer] = set()
+        self._usable: set[ForkServer] = set()  # those that have not failed to fork
 
     def begin(self) -> None:
         """Starts those that enough files can use."""
@@ -86,7 +86,7 @@ class Warm:
             if count >= ENOUGH and prepare not in self._servers:
                 log = self._logs / f"preload.{prepare.partition(':')[2]}.log"
                 self._servers[prepare] = ForkServer(prepare, self._environment, str(log))
-        self._unreported.update(self._servers.values())
+        self._usable.update(self._servers.values())
 
     def next_of(self, files: Sequence[Registration]) -> int:
         """Which of them to start: the first, or while SGLang is imported, the first that does not wait for it."""
@@ -98,7 +98,7 @@ class Warm:
     def popen_for(self, file: str) -> Popen:
         """What starts the guardian of `file`: that of a process, if there is one for it, or `subprocess.Popen`."""
         server = self._servers.get(self._needed.get(file, ""))
-        return partial(self._popen, server, file) if server else subprocess.Popen
+        return partial(self._popen, server, file) if server and server in self._usable else subprocess.Popen
 
     def _popen(self, server: ForkServer, file: str, *args: Any, **kwargs: Any) -> subprocess.Popen[Any]:
         while not server.has_started(POLL_S):
@@ -110,8 +110,8 @@ class Warm:
         try:
             return server.popen(*args, **{**kwargs, "env": environment})
         except ForkServerError as error:
-            with contextlib.suppress(KeyError):  # once is enough
-                self._unreported.remove(server)
+            with contextlib.suppress(KeyError):  # another lane has said so
+                self._usable.remove(server)
                 self._console.line(f"test files are started anew, not forked: {error}")
             return subprocess.Popen(*args, **kwargs)
 

@@ -58,7 +58,7 @@ class TestCommands(unittest.TestCase):
         command = [sys.executable, "-m", "pdkit", "lint", "--rules"]
         with open("/dev/full", "w") as full:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-        error = "pdkit lint: error: standard output: No space left on device\n"
+        error = "pdkit lint: error: output cannot be written: No space left on device\n"
         self.assertEqual((done.returncode, done.stderr), (1, error))
 
     def test_what_was_meant(self):

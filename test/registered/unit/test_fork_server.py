@@ -403,6 +403,7 @@ class TestWarm(FolderCase):
         popen = warm.popen_for(self.registrations[0].filename)
         process = self.enterContext(popen([sys.executable, "-m", "platform"], stdout=subprocess.PIPE))
         self.assertTrue(process.stdout.read())
+        self.assertIs(warm.popen_for(self.registrations[0].filename), subprocess.Popen)
 
     def test_one_that_failed_before_a_file_was_started_is_reported_once(self):
         with mock.patch.object(warm_module, "MUCH", "nowhere:f"):

@@ -16,7 +16,7 @@ from pdkit.runner.options import Options
 from pdkit.runner.report import facts
 from pdkit.runner.report.evidence import directory_of
 from pdkit.runner.report.model import UNFINISHED
-from pdkit.runner.results import FileResult
+from pdkit.runner.results import FileResult, all_passed
 
 VERSION = 1
 _STRICT = {"allow_inf_nan": False}
@@ -162,5 +162,5 @@ def of_run(
         files=tuple(files),
         measurements=tuple(filter(None, measured)),
         report_dir=str(options.report_dir.absolute()) if options.report_dir else None,
-        logs=None if all(result.state.is_pass for result in results if result.attempts) else str(logs),
+        logs=None if all_passed(results) else str(logs),
     )
